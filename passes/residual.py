@@ -81,6 +81,7 @@ class StreamAnalysis:
         for stream in streams:
             self._check(stream)
             self._name(stream, counts)
+        self._check_splits(streams)
         self._find_reads(streams)
         _check_names(streams)
         return streams
@@ -169,6 +170,18 @@ class StreamAnalysis:
                 ):
                     seen.add(user)
                     queue.append(user)
+
+    def _check_splits(self, streams: list[ResidualStream]) -> None:
+        """Refuse a stream that is cut into parts which go on as streams of their own: chunked feed-forward."""
+        flow = self.flow
+        for stream in streams:
+            cuts = []
+            for other in streams:
+                between = flow.between(stream.exit, other.entry) & ~flow.bit(stream.exit)
+                if between and not between & flow.matmuls:
+                    cuts.append(flow.members(between)[0])
+            if len(cuts) > 1:
+                raise refuse("MHC108", f"{stream.exit.name} goes on as {len(cuts)} streams", cuts[0])
 
     # --- reads -------------------------------------------------------------------------------------------------
 

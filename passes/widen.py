@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import Context, Mark, copy_meta, erase_unused, op_name
+from mhc_compile.passes.base import Context, Mark, copy_meta, erase_unused, op_name, shape
 from mhc_compile.passes.naming import pair_with_marks
 from mhc_compile.passes.perstream import apply_per_stream
 from mhc_compile.passes.residual import ResidualStream
@@ -98,6 +98,10 @@ class _Widening:
             branch, *others = (read.get(b, b) for b in site.branches)
             for other in others:
                 branch = self._call(operator.add, (branch, other), site.add)
+            if any(shape(b) != shape(site.add) for b in site.branches):
+                # What the add broadcast.
+                one = copy_meta(self.graph.call_method("select", (self.wide[site.carry], -2, 0)), site.add)
+                branch = copy_meta(self.graph.call_method("expand_as", (branch, one)), site.add)
             arguments = (self.wide[site.carry], branch, post, mix)
             new = self._call(torch.ops.mhc.distribute.default, arguments, site.add)
         new.meta["mhc_site"] = triple.meta["mhc_site"] = site.name

@@ -529,3 +529,34 @@ class Transposed(Layers):
 def test_a_convolution_over_tokens_in_a_branch_is_none_of_them() -> None:
     _, (stream,) = analysed(Transposed(), IDS)
     assert len(stream.sites) == 2
+
+
+class Broadcast(Layers):
+    """Branches that their add broadcasts: one value a sequence, one a token."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x.mean(1, keepdim=True))
+        x = x + self.layers[0](x).mean(-1, keepdim=True)
+        return self.head(x)
+
+
+def test_a_broadcast_branch_is_expanded_before_it_is_distributed() -> None:
+    out = stepped(Broadcast().double(), StreamSpec(streams=3), IDS)
+    torch.testing.assert_close(out.at_start, out.outputs["captured"], rtol=1e-6, atol=1e-6)
+
+
+class Chunked(Layers):
+    """Chunked feed-forward: the stream goes on in parts."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.cat([c + layer(c) for c in x.chunk(3, 1)], 1)
+        return self.head(x)
+
+
+def test_mhc108_where_the_stream_goes_on_in_parts() -> None:
+    error = refusal(Wrapper(Chunked()), IDS)
+    assert error.code == "MHC108"
