@@ -52,6 +52,8 @@ def coefficients(
     if fields.pre_eps:
         pre = pre + fields.pre_eps
     post = fields.post_scale * torch.sigmoid(z[..., n : 2 * n] * alpha[1] + bias[n : 2 * n])
+    if fields.post_eps:
+        post = post + fields.post_eps
     logits = z[..., 2 * n :] * alpha[2] + bias[2 * n :]
     return pre, post, mixing_matrix(logits, spec, sinkhorn=sinkhorn)
 

@@ -39,6 +39,10 @@ class ConventionFields:
     """The published matrix is the transpose of the `H` in `X' = H X + post y`; our `H` is always the latter."""
     exit: Exit
     """How the streams are reduced at the end, where the system says."""
+    post_eps: float = 0.0
+    """Added to the scaled sigmoid in `post`."""
+    manifold: Manifold = "sinkhorn"
+    """What the published mixing matrix is."""
 
 
 class Convention(Enum):
@@ -49,6 +53,7 @@ class Convention(Enum):
     GLM5_NEXT = "glm5_next"
     MEGATRON_MAIN = "megatron_main"
     LIGER = "liger"
+    HY_V4 = "hy_v4"
 
     @property
     def fields(self) -> ConventionFields:
@@ -76,6 +81,8 @@ _FIELDS: dict[Convention, ConventionFields] = {
 }  # fmt: skip
 # DeepSeek-V4's equations with the model's own eps under the root, and a mean at the exit.
 _FIELDS[Convention.GLM5_NEXT] = replace(_FIELDS[Convention.DEEPSEEK_V4], rms_eps=1e-5, exit="mean")
+# Hy-V4 follows DeepSeek-V4 without a mixing matrix (H = I); a matrix that it is given is computed as DeepSeek-V4's.
+_FIELDS[Convention.HY_V4] = replace(_FIELDS[Convention.DEEPSEEK_V4], rms_eps=1e-5, post_eps=1e-6, manifold="identity")
 
 
 @dataclass(frozen=True, kw_only=True)

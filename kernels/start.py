@@ -39,7 +39,7 @@ def start_bias(spec: StreamSpec, site_index: int) -> Tensor:
     """
     n, fields = spec.streams, spec.convention.fields
     pre = torch.logit(start_pre(spec, site_index) - fields.pre_eps)
-    post = torch.full((n,), -math.log(fields.post_scale - 1), dtype=torch.float64)
+    post = torch.full((n,), -math.log(fields.post_scale / (1 - fields.post_eps) - 1), dtype=torch.float64)
     return torch.cat([pre, post, _start_mix(spec)]).to(torch.float32)
 
 

@@ -56,12 +56,12 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], di
 
 
 def stream_spec(given: Mapping[str, Any]) -> StreamSpec:
-    """A `StreamSpec` from keyword options; the exit defaults to the convention's own."""
+    """A `StreamSpec` from keyword options; exit and manifold default to the convention's own."""
     values = dict(given)
-    if "exit" not in values and "convention" in values:
+    if "convention" in values:
         convention = values["convention"]
         if not isinstance(convention, Convention):
             StreamSpec(convention=convention)  # refuses an unknown name
             convention = Convention(convention)
-        values["exit"] = convention.fields.exit
+        values = {"exit": convention.fields.exit, "manifold": convention.fields.manifold} | values
     return StreamSpec(**values)

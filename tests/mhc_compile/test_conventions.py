@@ -14,6 +14,8 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
 from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
 from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextHyperConnection, Glm5NextTextHyperHead
+from transformers.models.hy_v4.configuration_hy_v4 import HYV4Config
+from transformers.models.hy_v4.modeling_hy_v4 import HYV4HyperConnection, HYV4HyperHead
 
 from mhc_compile.conventions import (
     Conversion,
@@ -232,6 +234,8 @@ def their_site(kind: str, iterations: int = 20, **changes: Any) -> nn.Module:
             DeepseekV4Config(hidden_size=C, hc_sinkhorn_iters=iterations, **changes),
             DeepseekV4HyperConnection,
         )
+    elif kind == "hy_v4":
+        config, make = HYV4Config(hidden_size=C, **changes), HYV4HyperConnection
     else:
         config = Glm5NextTextConfig(hidden_size=C, hc_sinkhorn_iters=iterations, **changes)
         make = Glm5NextTextHyperConnection
@@ -244,8 +248,11 @@ def their_site(kind: str, iterations: int = 20, **changes: Any) -> nn.Module:
 
 def their_step(module: nn.Module, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The branch input and the next streams, as their decoder layer computes them."""
-    post, comb, h = module(X)
     dtype = X.dtype
+    if isinstance(module, HYV4HyperConnection):
+        post, h = module(X)
+        return h, (post.float().unsqueeze(-1) * y.float().unsqueeze(-2) + X.float()).to(dtype)
+    post, comb, h = module(X)
     return h, post.to(dtype).unsqueeze(-1) * y.unsqueeze(-2) + comb.to(dtype).transpose(-1, -2) @ X
 
 
@@ -280,7 +287,26 @@ def test_parity_with_hugging_face_in_float64(kind: str, iterations: int, monkeyp
         torch.testing.assert_close(ours, want, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v4", "glm5_next"])
+def test_parity_with_hy_v4_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, X = their_site("hy_v4").double(), normal(2, 5, 4, C)
+    phi, alpha, bias, spec = site_from_transformers(module)
+    assert (spec.convention.value, spec.manifold, spec.exit) == ("hy_v4", "identity", "head")
+    with in_float64(monkeypatch):
+        theirs = step_and_gradients(their_step, module, X)
+        head = HYV4HyperHead(HYV4Config(hidden_size=C)).double()
+        for p in head.parameters():
+            torch.nn.init.normal_(p, 0.0, 0.5)
+        reduced = head(X)
+    for ours, want in zip(step_and_gradients(our_step, module, X), theirs, strict=True):
+        torch.testing.assert_close(ours, want, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(reference.reduce(X, spec, head_from_transformers(head)), reduced, atol=1e-12, rtol=1e-12)
+    module.load_state_dict(site_to_transformers(phi, alpha, bias, spec))
+    with pytest.raises(MHCError, match=r"magnitude 1\.5") as caught:
+        site_from_transformers(their_site("hy_v4", hc_magnitude=1.5))
+    assert caught.value.code == "MHC202"
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "glm5_next", "hy_v4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_rounding_is_no_worse_than_theirs(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     module = their_site(kind)
