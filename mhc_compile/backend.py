@@ -19,7 +19,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, owners
 from mhc_compile.passes.base import Context, Mark, dotted
 from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import ANALYSIS, COMPILE, run_passes
+from mhc_compile.pipeline import ANALYSIS, COMPILE, NATIVE, run_passes
 
 Compiled = Callable[..., Any]
 
@@ -62,7 +62,18 @@ class Backend:
         if any(owners(module) for module in frame.modules()):
             # A part of a converted model beside its owners: the head, the loss.
             return compile_inner(copy, example_inputs, self.options)
+        raised = self._raise_native(copy, example_inputs)
+        if raised is not None:
+            return compile_inner(raised, example_inputs, self.options)
         return self._convert_at_first_call(copy, example_inputs)
+
+    def _raise_native(self, gm: GraphModule, example_inputs: list[Any]) -> GraphModule | None:
+        """The graph with the hyper-connections that its model writes out by hand in the dialect; None without any."""
+        context = Context(inputs=list(example_inputs) if self.options.debug == "numeric" else [])
+        gm = run_passes(private_copy(gm, example_inputs), context, NATIVE, self.options)
+        for text in dict.fromkeys(site.spec for site in context.native):
+            self._check_options(StreamSpec.parse(text))
+        return gm if context.native else None
 
     def _compile_converted(self, gm: GraphModule, marks: list[Mark], example_inputs: list[Any]) -> Compiled:
         _refuse_split_graphs()
@@ -86,7 +97,7 @@ class Backend:
         for name, wanted in self.stream.items():
             held = getattr(spec, name)
             if str(getattr(held, "value", held)) != str(getattr(wanted, "value", wanted)):
-                raise MHCError("MHC304", f"{name}={wanted!r} asked for, the model was converted with {spec}")
+                raise MHCError("MHC304", f"{name}={wanted!r} asked for, the model has {spec}")
 
     def _convert_at_first_call(self, gm: GraphModule, example_inputs: list[Any]) -> Compiled:
         """Convert the module being compiled, and run this one call of it uncompiled.
@@ -102,6 +113,9 @@ class Backend:
         except MHCError as error:
             if error.code == "MHC101" and not frame.is_whole():
                 warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
+                return compile_inner(gm, example_inputs, self.options)
+            if error.code == "MHC107":
+                warn("MHC308", f"{error.detail}, and no hyper-connections of a known convention")
                 return compile_inner(gm, example_inputs, self.options)
             raise
         root = _root_of(context.streams)

@@ -117,7 +117,7 @@ def convert_head(
 
 
 def site_from_transformers(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, StreamSpec]:
-    """phi, alpha and bias of a Hugging Face `DeepseekV4HyperConnection` (or GLM-5 next's, or Hy-V4's), and their meaning.
+    """phi, alpha and bias of a Hugging Face `DeepseekV4HyperConnection` (GLM-5 next's, Hy-V4's), and their meaning.
 
     They are the module's own `fn`, `scale` and `base`, not copies; Hy-V4's `scale` has no third entry, for it has no
     matrix, and gets one that nothing reads. Raises `MHCError` MHC202 where the module's eps (or the magnitude of Hy's

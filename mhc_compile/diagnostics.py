@@ -47,7 +47,8 @@ TABLE: dict[str, Diagnostic] = {
     ),
     "MHC107": Diagnostic(
         "already multi-stream",
-        "this model carries several residual streams of its own; compile it as it is",
+        "this model carries several residual streams of its own; use it as it is: "
+        'torch.compile(model, backend="mhc") fuses the hyper-connections that it recognises',
     ),
     "MHC108": Diagnostic(
         "an operation on the stream has no n-stream form",
@@ -128,6 +129,10 @@ TABLE: dict[str, Diagnostic] = {
         "too many compiled graphs",
         'TORCH_LOGS="recompiles" names what changes from call to call; pad inputs to a few sizes, and pass numbers '
         "that vary as tensors",
+    ),
+    "MHC308": Diagnostic(
+        "the model's own streams are not fused",
+        "nothing needs to be done: the inner compiler compiles the model as it is, without a gain from this package",
     ),
     "MHC401": Diagnostic(
         "not a checkpoint folder",

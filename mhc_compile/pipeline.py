@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from mhc_compile.config import Options
 from mhc_compile.passes.base import Context, Pass, describe
 from mhc_compile.passes.lower import Lower
+from mhc_compile.passes.native import Native
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.numeric import compare, run_float64
 from mhc_compile.passes.residual import Residual
@@ -26,6 +27,7 @@ TIMED = "mhc_compile.passes"
 ANALYSIS: tuple[Pass, ...] = (Normalize(), Residual())
 EXPORT: tuple[Pass, ...] = (*ANALYSIS, Widen())
 COMPILE: tuple[Pass, ...] = (*EXPORT, Lower())
+NATIVE: tuple[Pass, ...] = (Normalize(), Native(), Lower())
 
 
 @dataclass

@@ -33,6 +33,8 @@ class Context:
 
     marks: list[Mark] = field(default_factory=list)
     streams: list[Any] = field(default_factory=list)
+    native: list[Any] = field(default_factory=list)
+    """The hand-written sites that the pass `native` raised, in graph order."""
     inputs: list[Any] = field(default_factory=list)
     """Real values for the graph's placeholders, stream parameters at their start, when `debug="numeric"` needs them."""
     notes: list[str] = field(default_factory=list)

@@ -30,29 +30,31 @@ class Float64Interpreter(Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A function, its dtype arguments widened."""
-        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
+        args, kwargs = tree_map(widen_dtype, (args, kwargs))
         if "dropout_p" in kwargs:
             kwargs = {**kwargs, "dropout_p": 0.0}
-        return _widen(super().call_function(target, args, kwargs))
+        return widen(super().call_function(target, args, kwargs))
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A method; `.float()` and its like become `.double()`."""
         if target in ("float", "half", "bfloat16"):
             target = "double"
-        return _widen(super().call_method(target, *tree_map(_widen_dtype, (args, kwargs))))
+        return widen(super().call_method(target, *tree_map(widen_dtype, (args, kwargs))))
 
 
-def _widen_dtype(x: Any) -> Any:
+def widen_dtype(x: Any) -> Any:
+    """float64 for a narrower floating-point dtype; anything else as it is."""
     return torch.float64 if x in _NARROW and isinstance(x, torch.dtype) else x
 
 
-def _widen(x: Any) -> Any:
+def widen(x: Any) -> Any:
+    """The tensors of narrower floating-point dtypes in `x` as float64."""
     return tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) and t.dtype in _NARROW else t, x)
 
 
 def run_float64(gm: GraphModule, inputs: Sequence[Any]) -> list[torch.Tensor]:
     """The floating-point outputs of `gm` on copies of `inputs`, computed in float64 without gradients."""
-    copies = [_widen(x.detach().clone()) if isinstance(x, torch.Tensor) else x for x in inputs]
+    copies = [widen(x.detach().clone()) if isinstance(x, torch.Tensor) else x for x in inputs]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         out = Float64Interpreter(gm).run(*copies)

@@ -56,7 +56,7 @@ class _Widening:
         self.stream = stream
         self.mark = mark
         self.spec = StreamSpec.parse(mark.spec)
-        self.gradients = _gradients(graph)
+        self.gradients = gradient_modes(graph)
         self.wide: dict[Node, Node] = {}
         """The n-stream form of every stream value."""
 
@@ -145,7 +145,7 @@ def _switches_gradients(node: Node) -> bool:
     return node.op == "call_function" and op_name(node) == "_set_grad_enabled"
 
 
-def _gradients(graph: Graph) -> dict[Node, object]:
+def gradient_modes(graph: Graph) -> dict[Node, object]:
     """Whether gradients are on at each node. `with` blocks leave them as they were: the last switch tells the first."""
     on = next((n.args[0] for n in reversed(graph.nodes) if _switches_gradients(n)), None)
     found = {}

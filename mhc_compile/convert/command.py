@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         choices=[c.value for c in Convention],
         help="whose equations (default: paper, arXiv 2512.24880)",
     )
-    parser.add_argument("--manifold", choices=get_args(Manifold), help="of the mixing matrices (default: the convention's)")
+    parser.add_argument("--manifold", choices=get_args(Manifold), help="of the matrices (default: the convention's)")
     parser.add_argument("--iterations", metavar="K", type=int, help="Sinkhorn iterations (default: 20)")
     parser.add_argument(
         "--exit", choices=get_args(Exit), help="how the streams become one again (default: the convention's)"

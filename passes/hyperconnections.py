@@ -1,0 +1,246 @@
+"""Where hand-written hyper-connections may stand in a graph: proposals by structure, for `confirm` to judge.
+
+A site reads its n streams X `[..., n, C]` through one projection with a parameter of n*C columns. All that follows from
+X and parameters alone is local to the site: the coefficients, the branch input h. What combines local values with one
+more value y `[..., C]` that depends on h is the mix, and one of its values is the next X. No name, no order of
+operations and no way of spelling a product is looked at.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mhc_compile.kernels.spec import MAX_STREAMS
+from mhc_compile.passes.base import is_tensor, op_name, shape, value
+from mhc_compile.passes.dataflow import CASTS, VIEW_OPS, Dataflow, carries_data, storage_root, writes_first_operand
+
+MAX_CANDIDATES = 8
+"""Values tried as the next X: partial sums come first, and what is computed from the next X behind it."""
+SIZED = {"view", "reshape", "expand", "broadcast_to"}
+"""Operations whose arguments are sizes, tokens included."""
+_RESHAPES = (VIEW_OPS | {"repeat_interleave"}) - {"dropout", "getitem", "mark"}
+_RANDOM = ("dropout", "rand", "bernoulli", "normal_", "multinomial", "poisson")
+
+
+@dataclass
+class Proposal:
+    """A projection of n streams and what is made of it: a site, or (`branch is None`) a learned exit."""
+
+    streams: Node
+    """X `[..., n, C]`."""
+    phi: Node
+    """The projection's parameter `[rows, n*C]`, or its transpose."""
+    projection: Node
+    read: Node
+    """The branch input, or the reduced stream: `[..., C]`."""
+    branch: Node | None = None
+    """y `[..., C]`."""
+    following: list[Node] = field(default_factory=list)
+    """What may be the next streams `[..., n, C]`, in graph order."""
+
+    @property
+    def n(self) -> int:
+        """The number of streams."""
+        return int(shape(self.streams)[-2])
+
+    @property
+    def hidden(self) -> int:
+        """C."""
+        return int(shape(self.streams)[-1])
+
+    @property
+    def rows(self) -> int:
+        """Outputs of the projection."""
+        return math.prod(shape(self.phi)) // (self.n * self.hidden)
+
+
+@dataclass
+class Region:
+    """The nodes between `leaves` and `outputs`, in graph order, and the parameters that they read."""
+
+    nodes: list[Node]
+    parameters: list[Node]
+
+
+class NotApart(Exception):
+    """Why some values cannot be computed apart from the rest of the graph."""
+
+
+def proposals(flow: Dataflow) -> Iterator[Proposal]:
+    """Every projection of n streams whose result is used to read them, in graph order."""
+    for node in flow.members(flow.matmuls):
+        phi = _phi(flow, node)
+        if phi is None:
+            continue
+        streams = _streams(flow, node, max(shape(phi))), _streams(flow, node, min(shape(phi)))
+        found = next((s for s in streams if s is not None), None)
+        if found is not None:
+            yield from _proposal(flow, Proposal(found, phi, node, found))
+
+
+def _proposal(flow: Dataflow, p: Proposal) -> Iterator[Proposal]:
+    tokens = shape(p.streams)[:-2]
+    near = local(flow, p.streams, p.projection)
+    made = [n for n in near if flow.depends(n, p.projection)]
+    read = next((n for n in made if is_tensor(n) and shape(n) == (*tokens, p.hidden)), None)
+    if read is None:
+        return
+    p.read = cast_behind(read, value(p.streams).dtype)
+    before = {n for n in made if not flow.depends(n, read)}
+    if p.rows > p.n:
+        p.branch, p.following = _mix(flow, p, set(near), before)
+    yield p
+
+
+def _phi(flow: Dataflow, node: Node) -> Node | None:
+    """The one parameter matrix that `node` contracts with."""
+    given = [n for n in flow.inputs[node] if n in flow.parametric]
+    if len(given) != 1:
+        return None
+    leaf = given[0]
+    while leaf.op not in ("placeholder", "get_attr"):
+        above = [n for n in flow.inputs[leaf] if n in flow.parametric]
+        if len(above) != 1 or op_name(leaf) not in _RESHAPES:
+            return None
+        leaf = above[0]
+    fits = len(shape(leaf)) == 2 and all(isinstance(d, int) for d in shape(leaf))
+    return leaf if fits else None
+
+
+def _streams(flow: Dataflow, node: Node, size: int) -> Node | None:
+    """The nearest value `[..., n, C]` with n*C = `size` that all of what `node` projects goes through."""
+    at = flow.dominators.get(node)
+    while at is not None and not flow.bit(at) & flow.matmuls:
+        if is_tensor(at) and len(shape(at)) >= 3:
+            *_, n, hidden = shape(at)
+            if isinstance(n, int) and 2 <= n <= MAX_STREAMS and hidden == size // n and n * hidden == size:
+                return without_widening(at)
+        at = flow.dominators.get(at)
+    return None
+
+
+def without_widening(node: Node) -> Node:
+    """What `node` is before casts that lose nothing."""
+    while op_name(node) in CASTS and isinstance(node.args[0], Node) and is_tensor(node.args[0]):
+        source = node.args[0]
+        if torch.promote_types(value(source).dtype, value(node).dtype) != value(node).dtype:
+            break
+        node = source
+    return node
+
+
+def cast_behind(node: Node, dtype: torch.dtype) -> Node:
+    """The cast of `node` to `dtype`, where that is all that reads it."""
+    users = list(node.users)
+    narrows = value(node).dtype != dtype and len(users) == 1 and op_name(users[0]) in CASTS
+    return users[0] if narrows and is_tensor(users[0]) and value(users[0]).dtype == dtype else node
+
+
+def local(flow: Dataflow, streams: Node, projection: Node | None = None) -> list[Node]:
+    """All values that follow from `streams` and parameters alone, through no layer other than `projection`."""
+    found: dict[Node, None] = {streams: None}
+    queue = _Ahead(flow, [streams])
+    for node in queue:
+        hot = [n for n in flow.inputs[node] if n in flow.hot]
+        layer = node is not projection and bool(flow.bit(node) & flow.matmuls)
+        if hot and not layer and all(n in found for n in hot) and _is_pure(node):
+            found[node] = None
+            queue.add(node)
+    return [n for n in found if n is not streams]
+
+
+def _mix(flow: Dataflow, p: Proposal, near: set[Node], before: set[Node]) -> tuple[Node | None, list[Node]]:
+    """y, and in graph order what may be the next streams."""
+    tokens, branch = shape(p.streams)[:-2], None
+    mixed: set[Node] = set()
+    candidates: list[Node] = []
+    queue = _Ahead(flow, [p.streams, *before])
+    for node in queue:
+        if node in near or flow.bit(node) & flow.matmuls or not _is_pure(node):
+            continue
+        hot = [n for n in flow.inputs[node] if n in flow.hot]
+        others = [n for n in hot if n is not p.streams and n not in near and n not in mixed]
+        if branch is None and not any(n in before for n in hot):
+            continue
+        found = {_branch(n, (*tokens, p.hidden)) for n in others}
+        if any(y is None or y is not (branch or y) or not flow.depends(y, p.read) for y in found) or len(found) > 1:
+            continue
+        branch = branch or next(iter(found), None)
+        mixed.add(node)
+        queue.add(node)
+        if is_tensor(node) and shape(node) == shape(p.streams):
+            candidates.append(node)
+            if len(candidates) == MAX_CANDIDATES:
+                break
+    return branch, candidates
+
+
+def _branch(node: Node, form: tuple[Any, ...]) -> Node | None:
+    """The value `[..., C]` that `node` is a view or a cast of."""
+    while is_tensor(node) and shape(node) != form:
+        if op_name(node) not in _RESHAPES or not node.args or not isinstance(node.args[0], Node):
+            return None
+        node = node.args[0]
+    return without_widening(node) if is_tensor(node) else None
+
+
+class _Ahead:
+    """The readers of some nodes, in graph order, each once; readers of nodes added on the way join."""
+
+    def __init__(self, flow: Dataflow, start: list[Node]) -> None:
+        self.index = flow.index
+        self.seen: set[Node] = set()
+        self.heap: list[tuple[int, Node]] = []
+        for node in start:
+            self.add(node)
+
+    def add(self, node: Node) -> None:
+        for user in node.users:
+            if user not in self.seen and user.op != "output":
+                self.seen.add(user)
+                heapq.heappush(self.heap, (self.index[user], user))
+
+    def __iter__(self) -> Iterator[Node]:
+        while self.heap:
+            yield heapq.heappop(self.heap)[1]
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether the node computes the same from the same, and nothing else."""
+    if node.op not in ("call_function", "call_method") or not carries_data(node) or writes_first_operand(node):
+        return False
+    name = op_name(node)
+    return not isinstance(node.target, torch._ops.HigherOrderOperator) and not any(r in name for r in _RANDOM)
+
+
+def region(flow: Dataflow, outputs: list[Node], leaves: list[Node]) -> Region:
+    """What computes `outputs` from `leaves`, parameters and constants. Raises `NotApart`."""
+    found: set[Node] = set()
+    parameters: set[Node] = set()
+    stack = [n for n in outputs if n not in leaves]
+    while stack:
+        node = stack.pop()
+        if node in found or node in parameters:
+            continue
+        if node in flow.parametric and node.op in ("placeholder", "get_attr"):
+            parameters.add(node)
+            continue
+        if not _is_pure(node):
+            raise NotApart(f"it reads {node.name}")
+        if storage_root(node) in flow.writes:
+            raise NotApart(f"{node.name} is written in place")
+        found.add(node)
+        sizes = node.all_input_nodes if op_name(node) in SIZED else []
+        stack += [n for n in node.all_input_nodes if n not in leaves and (carries_data(n) or n not in sizes)]
+    for node in leaves:
+        if storage_root(node) in flow.writes:
+            raise NotApart(f"{node.name} is written in place")
+    order = flow.index.__getitem__
+    return Region(sorted(found, key=order), sorted(parameters, key=order))

@@ -1,0 +1,251 @@
+"""Raise the hyper-connections that a model writes out by hand to the `mhc` dialect, so that they compile as ours do.
+
+`hyperconnections` proposes sites by structure, `confirm` judges them by arithmetic. What is not confirmed stays as it
+is, with a note that says why: unlike a residual stream, each site stands for itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
+from mhc_compile.kernels import reference
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.passes.base import Context, copy_meta, erase_unused, is_tensor, module_path, op_name, shape, value
+from mhc_compile.passes.confirm import Confirmed, confirm_exit, confirm_site, is_function
+from mhc_compile.passes.dataflow import CASTS, Dataflow
+from mhc_compile.passes.hyperconnections import NotApart, Proposal, cast_behind, local, proposals
+from mhc_compile.passes.ownership import is_owned
+from mhc_compile.passes.widen import gradient_modes
+
+MAX_EXITS = 8
+"""Values computed from the last streams that are tried as their reduction."""
+
+
+@dataclass(frozen=True)
+class NativeSite:
+    """A hand-written site that was raised."""
+
+    name: str
+    """Module path and ordinal of the value that holds the next streams."""
+    spec: str
+    """The `StreamSpec` that computes what the model wrote, as text."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """Rewrites hand-written hyper-connections of known conventions; fills `context.native`. Refuses nothing."""
+
+    name: ClassVar[str] = "native"
+    requires: ClassVar[tuple[str, ...]] = ("normal-form",)
+    provides: ClassVar[tuple[str, ...]] = ("dialect",)
+
+    def apply(self, gm: GraphModule, context: Context) -> GraphModule:
+        """Rewrite `gm` in place."""
+        drop_idle_casts(gm)
+        raising = _Raising(gm, context)
+        # Gradients are compared, whatever the caller runs under.
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            raising.analyse()
+        raising.rewrite()
+        erase_unused(gm)
+        return gm
+
+
+def drop_idle_casts(gm: GraphModule) -> None:
+    """Erase `x.float()` and its like where `x` is returned as it is: they would hide that two values are one."""
+    for node in gm.graph.nodes:
+        source = node.args[0] if node.args else None
+        if op_name(node) not in CASTS or not isinstance(source, Node) or not (is_tensor(node) and is_tensor(source)):
+            continue
+        same = (value(node).dtype, value(node).device) == (value(source).dtype, value(source).device)
+        if same and not {"copy", "memory_format"} & set(node.kwargs) and True not in node.args:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+
+
+class _Raising:
+    """The analysis of one graph, then its rewriting."""
+
+    def __init__(self, gm: GraphModule, context: Context) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.context = context
+        self.flow = Dataflow(gm.graph, is_owned)
+        self.gradients = gradient_modes(gm.graph)
+        self.found: list[Confirmed] = []
+        self.entries: dict[Node, Node] = {}
+        """What is expanded into n streams, by these streams."""
+        self.means: dict[Node, tuple[Node, StreamSpec]] = {}
+        """What the last streams are reduced to, with its specification, by these streams."""
+        self.dead: set[Node] = set()
+        self.new: dict[Node, Node] = {}
+
+    # --- analysis ----------------------------------------------------------------------------------------------
+
+    def analyse(self) -> None:
+        """Confirm proposals, then what stands at both ends of the streams."""
+        for p in proposals(self.flow):
+            try:
+                self._confirm(p)
+            except NotApart as error:
+                self.context.notes.append(f"{self._place(p.projection)}: left alone: {error}")
+        made = {c.following for c in self.found}
+        read = {c.proposal.streams for c in self.found}
+        for streams in read - made:
+            self._find_entry(streams)
+        for c in self.found:
+            if c.following is not None and c.following not in read:
+                self._find_exit(c.following, c.spec)
+
+    def _confirm(self, p: Proposal) -> None:
+        hints = list(dict.fromkeys(c.spec for c in reversed(self.found)))
+        done = (confirm_exit if p.rows == p.n else confirm_site)(self.flow, p, hints)
+        if len({self.gradients[n] for n in done.nodes}) > 1:
+            raise NotApart("a part of it runs without gradients")
+        if any(n is other.following or n is other.proposal.read for other in self.found for n in done.nodes):
+            raise NotApart("another site shares its values")
+        self.found.append(done)
+        self.dead.update(done.nodes)
+
+    def _find_entry(self, streams: Node) -> None:
+        *tokens, n, hidden = shape(streams)
+        at: Any = streams
+        while isinstance(at, Node) and is_tensor(at) and shape(at) != (*tokens, hidden):
+            at = at.args[0] if at.args else None
+        if not isinstance(at, Node) or not is_tensor(at) or value(at).dtype != value(streams).dtype:
+            return
+        apart = is_function(self.flow, streams, at, lambda x: reference.expand(x, n), (hidden,))
+        if apart is not None:
+            self.entries[streams] = at
+            self.dead.update(apart.nodes)
+
+    def _find_exit(self, streams: Node, spec: StreamSpec) -> None:
+        *tokens, n, hidden = shape(streams)
+        near = [v for v in local(self.flow, streams) if is_tensor(v) and shape(v) == (*tokens, hidden)]
+        for out in near[:MAX_EXITS]:
+            for kind in ("mean", "sum"):
+                chosen = replace(spec, exit=kind)
+                apart = is_function(self.flow, out, streams, lambda x: reference.reduce(x, chosen), (n, hidden))  # noqa: B023
+                if apart is not None:
+                    self.means[streams] = cast_behind(out, value(streams).dtype), chosen
+                    self.dead.update(apart.nodes)
+                    return
+
+    # --- rewriting ---------------------------------------------------------------------------------------------
+
+    def rewrite(self) -> None:
+        """Put the dialect in place of all that was confirmed."""
+        for streams, x in self.entries.items():
+            with self.graph.inserting_before(streams):
+                new = self._call(torch.ops.mhc.expand.default, (x, shape(streams)[-2]), streams)
+            self._replace(streams, new)
+        counts: Counter[str] = Counter()
+        for c in self.found:
+            if c.following is None:
+                self._rewrite_exit(c)
+                continue
+            path = module_path(c.following)
+            self._rewrite_site(c, f"{path}#{counts[path]}")
+            counts[path] += 1
+        for streams, (out, spec) in self.means.items():
+            self._reduce(streams, out, str(spec))
+        order = self.flow.index
+        for node in sorted(self.dead, key=order.__getitem__, reverse=True):
+            if not node.users:
+                self.graph.erase_node(node)
+        self._report()
+
+    def _rewrite_site(self, c: Confirmed, name: str) -> None:
+        p, spec = c.proposal, str(c.spec)
+        assert p.branch is not None
+        assert c.following is not None
+        X, dtype = self._now(p.streams), value(p.streams).dtype
+        with self.graph.inserting_before(p.read):
+            phi, alpha, bias = self._parameters(c)
+            triple = self._call(torch.ops.mhc.coefficients.default, (X, phi, alpha, bias, spec), p.read)
+            pre, post, mix = (self._call(operator.getitem, (triple, i), p.read) for i in range(3))
+            wide, held = self._widened(X, dtype, p.read)
+            read = self._call(torch.ops.mhc.aggregate.default, (wide, pre), p.read)
+            self._replace(p.read, self._cast(read, held, value(p.read).dtype))
+        with self.graph.inserting_before(c.following):
+            post, mix = (
+                self._method("to", (m, c.rounded[kind]), c.following) if kind in c.rounded else m
+                for kind, m in (("post", post), ("mix", mix))
+            )
+            wide, held = self._widened(X, dtype, c.following)
+            y, held = self._now(p.branch), torch.promote_types(held, value(p.branch).dtype)
+            new = self._call(torch.ops.mhc.distribute.default, (wide, y, post, mix), c.following)
+            self._replace(c.following, self._cast(new, held, value(c.following).dtype))
+        new.meta["mhc_site"] = triple.meta["mhc_site"] = name
+        self.context.native.append(NativeSite(name, spec))
+
+    def _parameters(self, c: Confirmed) -> tuple[Node, Node, Node]:
+        p = c.proposal
+        phi, alpha, bias = c.parameters
+        if shape(phi) != (p.rows, p.n * p.hidden):
+            phi = self._method("t", (phi,), p.read)
+        if shape(alpha) == (2,):
+            # Without a mixing matrix there is no third factor, and nothing reads this one.
+            alpha = self._call(torch.nn.functional.pad, (alpha, (0, 1)), p.read)
+        return phi, alpha, bias
+
+    def _rewrite_exit(self, c: Confirmed) -> None:
+        p = c.proposal
+        fn, base, scale = c.parameters
+        with self.graph.inserting_before(p.read):
+            if shape(fn) != (p.n, p.n * p.hidden):
+                fn = self._method("t", (fn,), p.read)
+            if shape(scale) == ():
+                scale = self._method("reshape", (scale, 1), p.read)
+        self._reduce(p.streams, p.read, str(c.spec), fn, base, scale)
+
+    def _reduce(self, streams: Node, out: Node, spec: str, *head: Node) -> None:
+        with self.graph.inserting_before(out):
+            wide, held = self._widened(self._now(streams), value(streams).dtype, out)
+            new = self._call(torch.ops.mhc.reduce.default, (wide, spec, *head), out)
+            self._replace(out, self._cast(new, held, value(out).dtype))
+
+    def _widened(self, X: Node, dtype: torch.dtype, like: Node) -> tuple[Node, torch.dtype]:
+        """X in the dtype of `like` where that is the wider one, and its dtype then."""
+        wanted = value(like).dtype
+        if wanted == dtype or torch.promote_types(wanted, dtype) != wanted:
+            return X, dtype
+        return self._method("to", (X, wanted), like), wanted
+
+    def _cast(self, node: Node, dtype: torch.dtype, wanted: torch.dtype) -> Node:
+        return node if dtype == wanted else self._method("to", (node, wanted), node)
+
+    def _now(self, node: Node) -> Node:
+        return self.new.get(node, node)
+
+    def _replace(self, old: Node, new: Node) -> None:
+        old.replace_all_uses_with(new)
+        self.new[old] = new
+        self.dead.add(old)
+
+    def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
+        return copy_meta(self.graph.call_function(target, arguments), like)
+
+    def _method(self, target: str, arguments: tuple[Any, ...], like: Node) -> Node:
+        return copy_meta(self.graph.call_method(target, arguments), like)
+
+    # --- report ------------------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        notes = self.context.notes
+        for spec, count in Counter(site.spec for site in self.context.native).items():
+            notes.append(f"{count} hand-written sites raised: {spec}")
+        exits = [str(c.spec) for c in self.found if c.following is None] + [str(s) for _, s in self.means.values()]
+        notes += [f"exit raised: {spec}" for spec in exits]
+        notes += [f"entry raised at {self._place(x)}" for x in self.entries.values()]
+
+    def _place(self, node: Node) -> str:
+        return module_path(node) or "(root)"
