@@ -1,8 +1,9 @@
 """The stream ops, registered with `torch.library` on import.
 
 `mhc::*` is the dialect of the graph passes. Its ops are composite: they decompose into the plain PyTorch of
-`mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. `mhc_kernels::coefficients` is the
-same with the Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is always `str(StreamSpec)`.
+`mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. `mhc_kernels::plain_coefficients`
+is the same with the Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is
+always `str(StreamSpec)`.
 
     mhc::expand(x [..., C], streams n) -> [..., n, C]
     mhc::coefficients(streams [..., n, C], phi [rows, n*C], alpha [3], bias [rows], spec) -> pre, post, H
@@ -113,8 +114,8 @@ def _register() -> None:
     for schema, kernel in composite.items():
         DIALECT.define(schema, tags=tags)
         DIALECT.impl(schema.split("(", 1)[0], kernel, "CompositeImplicitAutograd")
-    KERNELS.define(coefficients, tags=tags)
-    KERNELS.impl("coefficients", _coefficients_opaque, "CompositeImplicitAutograd")
+    KERNELS.define(f"plain_{coefficients}", tags=tags)
+    KERNELS.impl("plain_coefficients", _coefficients_opaque, "CompositeImplicitAutograd")
 
     DIALECT.define("mark(Tensor x, Tensor[] params, str spec) -> Tensor", tags=tags)
     DIALECT.impl("mark", _mark, "CompositeExplicitAutograd")

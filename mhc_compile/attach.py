@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
 from mhc_compile.passes.ownership import OWNED
 from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import COMPILE, run_passes
+from mhc_compile.pipeline import compile_passes, run_passes
 from mhc_compile.traceable import compile_generation
 
 
@@ -48,8 +49,10 @@ def rewrite_with_parameters(
     context = Context(marks=[_append_parameters(gm, path, p) for path, p in made.items()])
     if options.debug == "numeric":
         context.inputs = [*inputs, *(t for p in made.values() for t in p.parameters())]
-    # The analysis holds nodes of this very graph: run it again over the graph with the new placeholders.
-    return made, run_passes(gm, context, COMPILE, options)
+    # The analysis holds nodes of this very graph: run it again over the graph with the new placeholders. It runs once,
+    # which no kernel is worth compiling for.
+    once = replace(options, kernels="none")
+    return made, run_passes(gm, context, compile_passes(once), once)
 
 
 def sites_of_owners(streams: Sequence[ResidualStream]) -> dict[str, dict[str, int]]:

@@ -19,7 +19,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, owners
 from mhc_compile.passes.base import Context, Mark, dotted
 from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import ANALYSIS, COMPILE, NATIVE, run_passes
+from mhc_compile.pipeline import ANALYSIS, compile_passes, native_passes, run_passes
 
 Compiled = Callable[..., Any]
 
@@ -70,9 +70,11 @@ class Backend:
     def _raise_native(self, gm: GraphModule, example_inputs: list[Any]) -> GraphModule | None:
         """The graph with the hyper-connections that its model writes out by hand in the dialect; None without any."""
         context = Context(inputs=list(example_inputs) if self.options.debug == "numeric" else [])
-        gm = run_passes(private_copy(gm, example_inputs), context, NATIVE, self.options)
+        gm = run_passes(private_copy(gm, example_inputs), context, native_passes(self.options), self.options)
         for text in dict.fromkeys(site.spec for site in context.native):
             self._check_options(StreamSpec.parse(text))
+        if context.native and (reason := frame.broke()) is not None:
+            warn("MHC310", reason)
         return gm if context.native else None
 
     def _compile_converted(self, gm: GraphModule, marks: list[Mark], example_inputs: list[Any]) -> Compiled:
@@ -83,7 +85,7 @@ class Backend:
         if self.options.debug == "numeric":
             context.inputs = inputs_at_start(gm, marks, example_inputs)
         try:
-            gm = run_passes(gm, context, COMPILE, self.options)
+            gm = run_passes(gm, context, compile_passes(self.options), self.options)
         except MHCError as error:
             reason = frame.broke()
             if reason is None or error.code not in ("MHC101", "MHC206"):
@@ -115,7 +117,7 @@ class Backend:
                 warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
                 return compile_inner(gm, example_inputs, self.options)
             if error.code == "MHC107":
-                warn("MHC308", f"{error.detail}, and no hyper-connections of a known convention")
+                warn("MHC308", f"{error.detail}, which no known convention of hyper-connections computes")
                 return compile_inner(gm, example_inputs, self.options)
             raise
         root = _root_of(context.streams)

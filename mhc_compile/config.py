@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.chain import Kind
 from mhc_compile.kernels.spec import Convention, StreamSpec
 
 Inner = Literal["inductor", "aot_eager", "eager"]
@@ -21,6 +22,10 @@ class Options:
     """What compiles the rewritten graph."""
     mode: str | None = None
     """Inductor's mode: `default`, `reduce-overhead`, `max-autotune`, ..."""
+    kernels: str = "auto"
+    """Which fused kernels may be used: `auto` (all under Inductor, none under the other inner compilers, which are for
+    looking at graphs), `all`, `none`, or kinds of chain separated by commas (`boundary,read`); with a minus before
+    each, all but those (`-leave`). Where no kernel exists plain PyTorch computes."""
     debug: Debug = False
     """True: verify the whole graph after each pass. `"numeric"`: also compare it before and after in float64."""
 
@@ -29,6 +34,7 @@ class Options:
             raise MHCError("MHC204", f"inner={self.inner!r}; known: {', '.join(get_args(Inner))}")
         if self.debug not in get_args(Debug):
             raise MHCError("MHC204", f"debug={self.debug!r}; known: False, True, 'numeric'")
+        _ = self.kinds
         if self.mode is not None:
             from torch._inductor import list_mode_options
 
@@ -37,6 +43,20 @@ class Options:
                 raise MHCError("MHC204", f"mode={self.mode!r}; known: {', '.join(known)}")
             if self.inner != "inductor":
                 raise MHCError("MHC204", f"mode={self.mode!r} is one of Inductor's, inner={self.inner!r} has none")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of chain that `kernels` allows."""
+        known: tuple[Kind, ...] = get_args(Kind)
+        if self.kernels in ("auto", "all", "none"):
+            every = self.kernels == "all" or (self.kernels == "auto" and self.inner == "inductor")
+            return known if every else ()
+        named = [name.strip() for name in self.kernels.split(",")]
+        without = [name.startswith("-") for name in named]
+        if {name.removeprefix("-") for name in named} - set(known) or len(set(without)) > 1:
+            names = ", ".join(known)
+            raise MHCError("MHC204", f"kernels={self.kernels!r}; known: auto, all, none, {names}; or all but -KIND")
+        return tuple(k for k in known if (f"-{k}" not in named if without[0] else k in named))
 
 
 STREAM_FIELDS = {f.name for f in fields(StreamSpec)}

@@ -134,6 +134,16 @@ TABLE: dict[str, Diagnostic] = {
         "the model's own streams are not fused",
         "nothing needs to be done: the inner compiler compiles the model as it is, without a gain from this package",
     ),
+    "MHC309": Diagnostic(
+        "no kernels can be compiled on this machine",
+        "plain PyTorch computes the streams, correctly and more slowly: install a C++ compiler (gcc or clang) that "
+        "torch.compile finds, or set CXX",
+    ),
+    "MHC310": Diagnostic(
+        "a graph break cuts through the model's hyper-connections",
+        "sites that lie in two graphs stay as they are: torch.compile(..., fullgraph=True) also captures sizes that "
+        "depend on data, or names what cannot be captured",
+    ),
     "MHC401": Diagnostic(
         "not a checkpoint folder",
         "give a local folder as transformers saves it: config.json beside model.safetensors, or beside "

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.config import Options
 from mhc_compile.passes.base import Context, Pass, describe
+from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.lower import Lower
 from mhc_compile.passes.native import Native
 from mhc_compile.passes.normalize import Normalize
@@ -26,8 +27,20 @@ TIMED = "mhc_compile.passes"
 
 ANALYSIS: tuple[Pass, ...] = (Normalize(), Residual())
 EXPORT: tuple[Pass, ...] = (*ANALYSIS, Widen())
-COMPILE: tuple[Pass, ...] = (*EXPORT, Lower())
-NATIVE: tuple[Pass, ...] = (Normalize(), Native(), Lower())
+
+
+def compile_passes(options: Options) -> tuple[Pass, ...]:
+    """What a converted model's graph goes through."""
+    return (*EXPORT, *_lowering(options))
+
+
+def native_passes(options: Options) -> tuple[Pass, ...]:
+    """What the graph of a model with hyper-connections of its own goes through."""
+    return (Normalize(), Native(), *_lowering(options))
+
+
+def _lowering(options: Options) -> tuple[Pass, ...]:
+    return (Fuse(options.kinds), Lower())
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.diagnostics import MHCError
 
@@ -161,3 +161,18 @@ def copy_meta(new: Node, old: Node) -> Node:
             new.meta[key] = old.meta[key]
     new.meta.setdefault("mhc_from", old.name)
     return new
+
+
+def switches_gradients(node: Node) -> bool:
+    """Whether `node` turns gradients on or off for what follows it."""
+    return node.op == "call_function" and op_name(node) == "_set_grad_enabled"
+
+
+def gradient_modes(graph: Graph) -> dict[Node, object]:
+    """Whether gradients are on at each node. `with` blocks leave them as they were: the last switch tells the first."""
+    on = next((n.args[0] for n in reversed(graph.nodes) if switches_gradients(n)), None)
+    found = {}
+    for node in graph.nodes:
+        on = node.args[0] if switches_gradients(node) else on
+        found[node] = on
+    return found

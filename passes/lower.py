@@ -18,7 +18,10 @@ from mhc_compile.passes.base import Context
 
 @dataclass(frozen=True)
 class Lower:
-    """Replaces `mhc::coefficients` by `mhc_kernels::coefficients`; the other dialect ops decompose as they are."""
+    """Replaces `mhc::coefficients` by `mhc_kernels::plain_coefficients`; the other dialect ops decompose as they are.
+
+    What `fuse` has turned into kernels is no dialect op any more.
+    """
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -29,7 +32,7 @@ class Lower:
         replaced = 0
         for node in gm.graph.nodes:
             if node.target is torch.ops.mhc.coefficients.default:
-                node.target = torch.ops.mhc_kernels.coefficients.default
+                node.target = torch.ops.mhc_kernels.plain_coefficients.default
                 replaced += 1
         context.notes.append(f"{replaced} sites: coefficients with an opaque Sinkhorn, the rest in plain PyTorch")
         return gm

@@ -39,10 +39,12 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
             if node.op in ("placeholder", "get_attr", "output") or autocast.switched_by(node):
                 continue
             known = value(node)
-            dialect = getattr(node.target, "namespace", "") in ("mhc", "mhc_kernels")
-            if dialect:
+            namespace = getattr(node.target, "namespace", "")
+            if namespace == "mhc" or node.target is torch.ops.mhc_kernels.plain_coefficients.default:
                 result = _dialect_value(node, after)
-            elif (known is None and "mhc_from" in node.meta) or (whole and _replayable(node)):
+            elif namespace == "mhc_kernels" or (known is None and "mhc_from" in node.meta):
+                result = _run(gm, node)
+            elif whole and _replayable(node):
                 result = _run(gm, node)
             else:
                 continue
@@ -121,7 +123,7 @@ def _dialect_value(node: Node, after: str) -> Any:
     operands: list[Any] = [value(a) if isinstance(a, Node) else a for a in node.args]
     x = operands[0]
     need(isinstance(x, torch.Tensor) and x.is_floating_point(), "its first operand is no floating-point tensor")
-    name = str(node.target).split(".")[1]
+    name = str(node.target).split(".")[1].removeprefix("plain_")
     wide = max(x.dtype, torch.float32, key=lambda d: d.itemsize)
     if name == "expand":
         return x.new_empty((*x.shape[:-1], operands[1], x.shape[-1]))

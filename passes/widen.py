@@ -21,7 +21,15 @@ from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import Context, Mark, copy_meta, erase_unused, op_name, shape
+from mhc_compile.passes.base import (
+    Context,
+    Mark,
+    copy_meta,
+    erase_unused,
+    gradient_modes,
+    shape,
+    switches_gradients,
+)
 from mhc_compile.passes.naming import pair_with_marks
 from mhc_compile.passes.perstream import apply_per_stream
 from mhc_compile.passes.residual import ResidualStream
@@ -137,19 +145,6 @@ class _Widening:
         if wanted is not None and self.gradients[v] != self.gradients.get(wanted, self.gradients[v]):
             at = place
             while at is not reader:
-                at, place = at.next, at.next if _switches_gradients(at) else place
+                at, place = at.next, at.next if switches_gradients(at) else place
         return place
 
-
-def _switches_gradients(node: Node) -> bool:
-    return node.op == "call_function" and op_name(node) == "_set_grad_enabled"
-
-
-def gradient_modes(graph: Graph) -> dict[Node, object]:
-    """Whether gradients are on at each node. `with` blocks leave them as they were: the last switch tells the first."""
-    on = next((n.args[0] for n in reversed(graph.nodes) if _switches_gradients(n)), None)
-    found = {}
-    for node in graph.nodes:
-        on = node.args[0] if _switches_gradients(node) else on
-        found[node] = on
-    return found

@@ -23,7 +23,7 @@ from mhc_compile.passes.base import Context, Mark, Pass, module_path, shape, sou
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.ownership import OWNED, is_owned
 from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import ANALYSIS, COMPILE, Observer, run_passes
+from mhc_compile.pipeline import ANALYSIS, Observer, compile_passes, run_passes
 
 
 def inspect(
@@ -62,7 +62,7 @@ def inspect(
             captured = capture(model, args, kwargs)
         marks = find_marks(captured.graph) if about["converted"] else _imagined(captured, spec, settings, watcher)
         watcher.begin(marks)
-        run_passes(captured.graph, Context(marks=marks), COMPILE, settings, watcher)
+        run_passes(captured.graph, Context(marks=marks), compile_passes(settings), settings, watcher)
     except MHCError as error:
         if error.code == "MHC507":
             raise

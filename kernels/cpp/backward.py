@@ -1,0 +1,293 @@
+"""C++ for the backward of a chain.
+
+Per block of TOKENS tokens: the streams X' again from X and y, the weights' gradients, the n x n arithmetic backwards,
+then the gradient G of X' (from X' itself, from h, from the projection and its norm), and from G those of X, y, post, H.
+phi's gradient is summed in float32, a sum for each thread, added in the threads' order: two runs are bit-equal.
+"""
+
+from __future__ import annotations
+
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.cpp.forward import (
+    FORWARD_ARGUMENTS,
+    MIX,
+    TAKE,
+    header,
+    load_tokens,
+    unpack,
+)
+from mhc_compile.kernels.signature import gradients_in, inputs, saved
+
+WEIGH = """\
+// d(loss)/d(weights) = <dh, X'[i]> of one token.
+static inline void weigh(const float* x, const streams_t* dh, float* dweights) {{
+  Lanes sum[N] = {{}};
+  for (int v = 0; v < V; ++v) {{
+    Lanes d = read(dh, v);
+    for (int i = 0; i < N; ++i) sum[i] += d * load(x + (i * V + v) * LANES);
+  }}
+  for (int i = 0; i < N; ++i) {{
+    float total = 0.0f;
+    for (int lane = 0; lane < LANES; ++lane) total += sum[i][lane];
+    dweights[i] = total;
+  }}
+}}
+"""
+
+GATHER = """\
+// G, the gradient of one token's X', but for the projection's part.
+static inline void gather({arguments}float* g) {{
+  for (int v = 0; v < V; ++v) {{{dh}
+    for (int i = 0; i < N; ++i) store(g + (i * V + v) * LANES, {value});
+  }}
+}}
+"""
+
+PROJECT_BACKWARD = """\
+constexpr int TILE_TOKENS = TOKENS;
+// G += phi.T @ du, dphi += outer(du, X') for TOKENS tokens; du [tokens][ROWS].
+static void project_backward(const float* x, const float* packed, const float* du, float* g, float* dphi) {{
+  for (int t0 = 0; t0 < TOKENS; t0 += TILE_TOKENS)
+    for (int64_t k = 0; k < N * V; ++k) {{
+      Lanes value[TILE_TOKENS], grad[TILE_TOKENS];
+      for (int t = 0; t < TILE_TOKENS; ++t) {{
+        value[t] = load(x + (t0 + t) * STRIDE + k * LANES);
+        grad[t] = load(g + (t0 + t) * STRIDE + k * LANES);
+      }}
+      for (int r = 0; r < ROWS; ++r) {{
+        Lanes p = load(packed + (k * ROWS + r) * LANES), sum = load(dphi + (k * ROWS + r) * LANES);
+        for (int t = 0; t < TILE_TOKENS; ++t) {{
+          const float d = du[(t0 + t) * ROWS + r];
+          grad[t] += d * p;
+          sum += d * value[t];
+        }}
+        store(dphi + (k * ROWS + r) * LANES, sum);
+      }}
+      for (int t = 0; t < TILE_TOKENS; ++t) store(g + (t0 + t) * STRIDE + k * LANES, grad[t]);
+    }}
+}}
+// The sum of all threads' [vector][row] sums, as phi lies.
+static void unpack(const float* partial, float* dphi, int thread, int threads) {{
+  for (int64_t k = thread; k < N * V; k += threads)
+    for (int r = 0; r < ROWS; ++r) {{
+      Lanes sum = all(0.0f);
+      for (int w = 0; w < threads; ++w) sum += load(partial + (((int64_t)w * N * V + k) * ROWS + r) * LANES);
+      write(dphi + (r * N + k / V) * (int64_t)C, k % V, sum);
+    }}
+}}
+"""
+
+MIX_BACKWARD = """\
+// One token: dX = H.T @ G, dy = post @ G, dH[i][j] = <G[i], X[j]>, dpost[i] = <G[i], y>.
+static inline void mix_backward(
+    const float* g, const streams_t* X, const branch_t* y, const float* post, const float* H, streams_t* dX,
+    branch_t* dy, float* dpost, float* dH) {{
+  Lanes with_x[N][N] = {{}}, with_y[N] = {{}};
+  for (int v = 0; v < V; ++v) {{
+    Lanes in[N], branch = read(y, v), grad[N], sum = all(0.0f);
+    for (int j = 0; j < N; ++j) in[j] = read(X + j * (int64_t)C, v);
+    for (int i = 0; i < N; ++i) {{
+      grad[i] = load(g + (i * V + v) * LANES);
+      sum += post[i] * grad[i];
+      with_y[i] += grad[i] * branch;
+      for (int j = 0; j < N; ++j) with_x[i][j] += grad[i] * in[j];
+    }}
+    write(dy, v, sum);
+    for (int j = 0; j < N; ++j) {{
+      sum = all(0.0f);
+      for (int i = 0; i < N; ++i) sum += H[i * N + j] * grad[i];
+      write(dX + j * (int64_t)C, v, sum);
+    }}
+  }}
+  for (int i = 0; i < N; ++i) {{
+    dpost[i] = 0.0f;
+    for (int lane = 0; lane < LANES; ++lane) dpost[i] += with_y[i][lane];
+    for (int j = 0; j < N; ++j) {{
+      dH[i * N + j] = 0.0f;
+      for (int lane = 0; lane < LANES; ++lane) dH[i * N + j] += with_x[i][j][lane];
+    }}
+  }}
+}}
+"""
+GIVE = """\
+static inline void give(const float* g, streams_t* dX) {{
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) write(dX + i * (int64_t)C, v, load(g + (i * V + v) * LANES));
+}}
+"""
+
+BACKWARD = """\
+extern "C" void backward(void** p, const int64_t* size, int threads) {{
+  const int64_t tokens = size[0], x_stride = size[1];
+{arguments}
+  const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
+{shared}
+  #pragma omp parallel num_threads(threads)
+  {{
+    const int thread = omp_get_thread_num();
+    float* x = scratch(TOKENS * STRIDE);
+    float* g = scratch(TOKENS * STRIDE);
+    memset(x, 0, TOKENS * STRIDE * 4);
+    memset(g, 0, TOKENS * STRIDE * 4);
+{prepare}
+    #pragma omp for schedule(static)
+    for (int64_t b = 0; b < blocks; ++b) {{
+      const int64_t first = b * TOKENS;
+      const int m = tokens - first < TOKENS ? tokens - first : TOKENS;
+      if (m < TOKENS) memset(x + m * STRIDE, 0, (TOKENS - m) * STRIDE * 4);  // or 0 * inf from the block before
+{body}
+    }}
+{collect}
+    free(x);
+    free(g);
+  }}
+{finish}}}
+"""
+
+_PREPARE = """\
+    pack(phi, packed, thread, omp_get_num_threads());
+    float* own = partial + (int64_t)thread * N * V * ROWS * LANES;
+    memset(own, 0, (int64_t)N * V * ROWS * LANES * 4);
+    Lanes dalpha[{alphas}] = {{}}, dbias[ROWS] = {{}};
+    #pragma omp barrier"""
+_COLLECT = """\
+    for (int k = 0; k < {alphas}; ++k) small[thread * SMALL + k] = total(dalpha[k]);
+    for (int r = 0; r < ROWS; ++r) small[thread * SMALL + {alphas} + r] = total(dbias[r]);
+    #pragma omp barrier
+    unpack(partial, d_phi, thread, omp_get_num_threads());"""
+_FINISH = """\
+  for (int k = 0; k < SMALL; ++k) {{
+    float sum = 0.0f;
+    for (int w = 0; w < threads; ++w) sum += small[w * SMALL + k];
+    (k < {alphas} ? d_alpha[k] : d_bias[k - {alphas}]) = sum;
+  }}
+  free(packed);
+  free(partial);
+  free(small);
+"""
+_SHARED = """\
+  constexpr int SMALL = ROWS + {alphas};
+  float* packed = scratch((int64_t)N * V * ROWS * LANES);
+  float* partial = scratch((int64_t)threads * N * V * ROWS * LANES);
+  float* small = scratch(threads * SMALL);
+  memset(small, 0, threads * SMALL * 4);"""
+TOTAL = """\
+static inline float total(Lanes v) {{
+  float sum = 0.0f;
+  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
+  return sum;
+}}
+"""
+
+BACKWARD_ARGUMENTS = {
+    **{k: v for k, v in FORWARD_ARGUMENTS.items() if not k.startswith("next") and k != "h"},
+    "z": "const float* z",
+    "d_next_X": "const streams_t* d_next_X", "d_h": "const streams_t* d_h", "d_next_pre": "const float* d_next_pre",
+    "d_next_post": "const float* d_next_post", "d_next_mix": "const float* d_next_H",
+    "d_X": "streams_t* d_X", "d_y": "branch_t* d_y", "d_post": "float* d_post", "d_mix": "float* d_H",
+    "d_pre": "float* d_pre", "d_phi": "float* d_phi", "d_alpha": "float* d_alpha", "d_bias": "float* d_bias",
+}  # fmt: skip
+
+
+def backward_source(chain: Chain, lanes: int) -> str:
+    """The whole C++ file of the chain's backward."""
+    alphas = 1 if chain.weights == "head" else 3
+    parts = [header(chain, lanes)]
+    parts.append(MIX.format(out_arg="", write="") if chain.mixes else TAKE.format())
+    if chain.collapses:
+        parts.append(WEIGH.format())
+    parts.append(_gather(chain))
+    parts.append(MIX_BACKWARD.format() if chain.mixes else GIVE.format())
+    if chain.projects:
+        parts += [PROJECT_BACKWARD.format(), TOTAL.format()]
+    names = (*saved(chain), *(f"d_{g}" for g in gradients_in(chain)), *(f"d_{i}" for i in inputs(chain)))
+    projects = chain.projects
+    parts.append(
+        BACKWARD.format(
+            arguments=unpack(names, BACKWARD_ARGUMENTS),
+            shared=_SHARED.format(alphas=alphas) if projects else "",
+            prepare=_PREPARE.format(alphas=alphas) if projects else "",
+            body=_body(chain),
+            collect=_COLLECT.format(alphas=alphas) if projects else "",
+            finish=_FINISH.format(alphas=alphas) if projects else "",
+        )
+    )
+    return "\n".join(parts)
+
+
+def _gather(chain: Chain) -> str:
+    arguments, terms = "", []
+    if chain.keeps_streams:
+        arguments += "const streams_t* dX, "
+        terms.append("read(dX + i * (int64_t)C, v)")
+    if chain.collapses:
+        arguments += "const streams_t* dh, const float* weights, "
+        terms.append("weights[i] * d")
+    if chain.projects:
+        arguments += "const float* x, float scale, "
+        terms.append("scale * load(x + (i * V + v) * LANES)")
+    dh = "\n    Lanes d = read(dh, v);" if chain.collapses else ""
+    return GATHER.format(arguments=arguments, dh=dh, value=" + ".join(terms))
+
+
+def _body(chain: Chain) -> str:
+    n = chain.stream.streams
+    lines = [load_tokens(chain, keeps=False)] if chain.mixes or chain.projects or chain.weights == "given" else []
+    if chain.projects:
+        lines[0] = lines[0].replace("      Lanes square[LANES] = {};\n", "").replace("square[t] = ", "")
+    weights = "weights + t * N"
+    if chain.weights in ("mean", "sum"):
+        value = f"{1 / n!r}f" if chain.weights == "mean" else "1.0f"
+        lines.append(f"      const float weights[N] = {{{', '.join([value] * n)}}};")
+        weights = "weights"
+    if chain.weights == "given":
+        weights = "pre + (first + t) * N"
+        lines.append(
+            "      for (int t = 0; t < m; ++t)\n"
+            "        weigh(x + t * STRIDE, d_h + (first + t) * C, d_pre + (first + t) * N);"
+        )
+    if chain.projects:
+        lines.append("""\
+      Lanes u[ROWS + 1], du[ROWS] = {};
+      tokens_to_lanes(z + first * (ROWS + 1), ROWS + 1, m, u);
+      Lanes s = inverse_rms(u[ROWS]);
+      Site found, d;
+      site(u, s, alpha, bias, found);""")
+        if chain.collapses:
+            lines.append("""\
+      float weights[TOKENS * N], dweights[TOKENS * N];
+      lanes_to_tokens(found.pre, N, m, weights, N);
+      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, d_h + (first + t) * C, dweights + t * N);
+      tokens_to_lanes(dweights, N, m, d.pre);""")
+        else:
+            lines.append("      tokens_to_lanes(d_next_pre + first * N, N, m, d.pre);")
+        if chain.weights == "site":
+            lines.append("""\
+      tokens_to_lanes(d_next_post + first * N, N, m, d.post);
+      tokens_to_lanes(d_next_H + first * N * N, N * N, m, &d.H[0][0]);""")
+        lines.append("""\
+      Lanes ds = site_backward(u, s, alpha, bias, d, du, dalpha, dbias);
+      Lanes scale = inverse_rms_backward(ds, s, u[ROWS]);
+      float du_of[TOKENS * ROWS] = {};
+      lanes_to_tokens(du, ROWS, m, du_of, ROWS);""")
+    gather = []
+    if chain.keeps_streams:
+        gather.append("d_next_X + (first + t) * N * C")
+    if chain.collapses:
+        gather += ["d_h + (first + t) * C", weights]
+    if chain.projects:
+        gather += ["x + t * STRIDE", "scale[t]"]
+    lines.append(f"      for (int t = 0; t < m; ++t) gather({', '.join(gather)}, g + t * STRIDE);")
+    if chain.projects:
+        lines.append("      project_backward(x, packed, du_of, g, own);")
+    if chain.mixes:
+        lines.append("""\
+      for (int t = 0; t < m; ++t) {
+        const int64_t token = first + t;
+        mix_backward(
+            g + t * STRIDE, X + token * x_stride, y + token * C, post + token * N, H + token * N * N,
+            d_X + token * N * C, d_y + token * C, d_post + token * N, d_H + token * N * N);
+      }""")
+    else:
+        lines.append("      for (int t = 0; t < m; ++t) give(g + t * STRIDE, d_X + (first + t) * N * C);")
+    return "\n".join(lines)

@@ -1,0 +1,284 @@
+"""C++ for the n x n arithmetic of a site, one token a lane: projections -> pre, post, H, and its backward.
+
+The equations are those of `mhc_compile.kernels.reference` (arXiv 2512.24880, Eq. 7-9), for the manifolds `sinkhorn`,
+`identity` and `unconstrained`. The backward runs Sinkhorn's iterations again and keeps them on the stack.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.reference import LOGIT_FLOOR, sinkhorn_axes, vanishing
+from mhc_compile.kernels.spec import StreamSpec
+
+# s is the inverse of the root mean square, from the sum of squares of all n*C values.
+RMS_INSIDE = """\
+static inline Lanes inverse_rms(Lanes squares) {{ return 1.0f / root(squares * {share!r}f + {eps!r}f); }}
+// d(loss)/d(value) = value * this, where ds is d(loss)/d(inverse_rms).
+static inline Lanes inverse_rms_backward(Lanes ds, Lanes s, Lanes squares) {{ return -{share!r}f * ds * s * s * s; }}
+"""
+RMS_OUTSIDE = """\
+static inline Lanes inverse_rms(Lanes squares) {{ return 1.0f / (root(squares * {share!r}f) + {eps!r}f); }}
+static inline Lanes inverse_rms_backward(Lanes ds, Lanes s, Lanes squares) {{
+  Lanes rms = root(squares * {share!r}f);
+  return choose(rms > 0.0f, -{share!r}f * ds * s * s / rms, all(0.0f));
+}}
+"""
+
+GATES = """\
+// The sigmoid of each of `count` logits u*s*alpha + bias, from row `first` on.
+static inline void gates(const Lanes* u, Lanes s, float alpha, const float* bias, int first, Lanes* out, int count) {
+  for (int j = 0; j < count; ++j) out[j] = sigmoid(u[first + j] * s * alpha + bias[first + j]);
+}
+// Gradients of one row's logit -> du, and what the row adds to ds, alpha and bias.
+static inline void row_backward(
+    int row, Lanes dlogit, const Lanes* u, Lanes s, float alpha, Lanes* du, Lanes& ds, Lanes& dalpha, Lanes* dbias) {
+  Lanes dz = dlogit * alpha;
+  dalpha += dlogit * u[row] * s;
+  dbias[row] += dlogit;
+  du[row] = dz * s;
+  ds += dz * u[row];
+}
+"""
+
+SINKHORN = """\
+struct Matrix {{ Lanes at[N][N]; }};
+
+static inline void start(Matrix& m) {{
+  for (int a = 0; a < N; ++a) {{
+    Lanes peak = {line_0};
+    for (int b = 1; b < N; ++b) peak = choose({line_b} > peak, {line_b}, peak);
+    {start}
+  }}
+}}
+// The sums along rows (axis 1) or columns (axis 0) by which a step divides.
+static inline void divisors(const Matrix& m, int axis, Lanes d[N]) {{
+  for (int a = 0; a < N; ++a) {{
+    Lanes total = axis ? m.at[a][0] : m.at[0][a];
+    for (int b = 1; b < N; ++b) total += axis ? m.at[a][b] : m.at[b][a];
+    d[a] = {divisor};
+  }}
+}}
+static inline void divide(Matrix& m, int axis, const Lanes d[N]) {{
+  for (int a = 0; a < N; ++a) {{
+    Lanes inverse = 1.0f / d[a];
+    for (int b = 0; b < N; ++b) (axis ? m.at[a][b] : m.at[b][a]) *= inverse;
+  }}
+}}
+constexpr int STEPS = {steps};
+static inline int axis_of(int step) {{ return {axis_of}; }}  // 0: columns sum to 1 after it
+
+static inline void sinkhorn(Matrix& m) {{
+  Lanes d[N];
+  start(m);
+  for (int step = 0; step < STEPS; ++step) {{
+    divisors(m, axis_of(step), d);
+    divide(m, axis_of(step), d);
+  }}
+}}
+// flow: d(loss)/d(H) in, d(loss)/d(logits) out, both in the published orientation.
+static void sinkhorn_backward(const Matrix& logits, Matrix& flow) {{
+  Matrix kept[STEPS + 1];
+  Lanes d[STEPS][N];
+  kept[0] = logits;
+  start(kept[0]);
+  for (int step = 0; step < STEPS; ++step) {{
+    kept[step + 1] = kept[step];
+    divisors(kept[step], axis_of(step), d[step]);
+    divide(kept[step + 1], axis_of(step), d[step]);
+  }}
+  for (int step = STEPS - 1; step >= 0; --step) {{
+    int axis = axis_of(step);
+    for (int a = 0; a < N; ++a) {{
+      Lanes common = all(0.0f);
+      for (int b = 0; b < N; ++b) {{
+        int i = axis ? a : b, j = axis ? b : a;{cut}
+        common += flow.at[i][j] * kept[step + 1].at[i][j];
+      }}{clamped}
+      Lanes inverse = 1.0f / d[step][a];
+      for (int b = 0; b < N; ++b) {{
+        Lanes& f = axis ? flow.at[a][b] : flow.at[b][a];
+        f = (f - common) * inverse;
+      }}
+    }}
+  }}
+{start_backward}}}
+"""
+
+START_SOFTMAX = """\
+Lanes total = all(0.0f);
+    for (int b = 0; b < N; ++b) {{ m.at[a][b] = exp(m.at[a][b] - peak); total += m.at[a][b]; }}
+    Lanes inverse = 1.0f / total;
+    for (int b = 0; b < N; ++b) m.at[a][b] = m.at[a][b] * inverse + {eps!r}f;"""
+START_COLUMNS = """\
+for (int b = 0; b < N; ++b) m.at[b][a] = exp(at_least(m.at[b][a] - peak, all({floor!r}f)));"""
+START_ROWS = """\
+for (int b = 0; b < N; ++b) m.at[a][b] = exp(m.at[a][b] - peak);"""
+
+START_SOFTMAX_BACKWARD = """\
+  for (int a = 0; a < N; ++a) {{
+    Lanes common = all(0.0f);
+    for (int b = 0; b < N; ++b) {{
+      kept[0].at[a][b] -= {eps!r}f;
+      common += flow.at[a][b] * kept[0].at[a][b];
+    }}
+    for (int b = 0; b < N; ++b) flow.at[a][b] = kept[0].at[a][b] * (flow.at[a][b] - common);
+  }}
+"""
+START_COLUMNS_BACKWARD = """\
+  for (int a = 0; a < N; ++a) {{
+    Lanes peak = logits.at[0][a];
+    for (int b = 1; b < N; ++b) peak = choose(logits.at[b][a] > peak, logits.at[b][a], peak);
+    for (int b = 0; b < N; ++b)
+      flow.at[b][a] = choose(logits.at[b][a] - peak < {floor!r}f, all(0.0f), flow.at[b][a] * kept[0].at[b][a]);
+  }}
+"""
+START_ROWS_BACKWARD = """\
+  for (int a = 0; a < N; ++a)
+    for (int b = 0; b < N; ++b) flow.at[a][b] *= kept[0].at[a][b];
+"""
+
+# u, s, alpha, bias -> H
+MIX = {
+    "sinkhorn": """\
+static inline void mix_logits(const Lanes* u, Lanes s, float alpha, const float* bias, Matrix& m) {{
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j) {{
+      int row = 2 * N + i * N + j;
+      m.at[i][j] = u[row] * s * alpha + bias[row];
+    }}
+}}
+static inline void mixing_matrix(const Lanes* u, Lanes s, float alpha, const float* bias, Lanes H[N][N]) {{
+  Matrix m;
+  mix_logits(u, s, alpha, bias, m);
+  sinkhorn(m);
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j) H[i][j] = m.at[{i}][{j}];
+}}
+static inline void mixing_matrix_backward(
+    const Lanes* u, Lanes s, float alpha, const float* bias, const Lanes dH[N][N], Lanes* du, Lanes& ds, Lanes& dalpha,
+    Lanes* dbias) {{
+  Matrix logits, flow;
+  mix_logits(u, s, alpha, bias, logits);
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j) flow.at[{i}][{j}] = dH[i][j];
+  sinkhorn_backward(logits, flow);
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j)
+      row_backward(2 * N + i * N + j, flow.at[i][j], u, s, alpha, du, ds, dalpha, dbias);
+}}
+""",
+    "unconstrained": """\
+static inline void mixing_matrix(const Lanes* u, Lanes s, float alpha, const float* bias, Lanes H[N][N]) {{
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j) {{
+      int row = 2 * N + {i} * N + {j};
+      H[i][j] = u[row] * s * alpha + bias[row];
+    }}
+}}
+static inline void mixing_matrix_backward(
+    const Lanes* u, Lanes s, float alpha, const float*, const Lanes dH[N][N], Lanes* du, Lanes& ds, Lanes& dalpha,
+    Lanes* dbias) {{
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j)
+      row_backward(2 * N + {i} * N + {j}, dH[i][j], u, s, alpha, du, ds, dalpha, dbias);
+}}
+""",
+    "identity": """\
+static inline void mixing_matrix(const Lanes*, Lanes, float, const float*, Lanes H[N][N]) {{
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j) H[i][j] = all(i == j);
+}}
+static inline void mixing_matrix_backward(
+    const Lanes*, Lanes, float, const float*, const Lanes (*)[N], Lanes*, Lanes&, Lanes&, Lanes*) {{}}
+""",
+}
+
+SITE = """\
+constexpr float PRE_EPS = {pre_eps!r}f, POST_SCALE = {post_scale!r}f;
+struct Site {{ Lanes pre[N], post[N], H[N][N]; }};
+
+static void site(const Lanes* u, Lanes s, const float* alpha, const float* bias, Site& out) {{
+  gates(u, s, alpha[0], bias, 0, out.pre, N);
+  gates(u, s, alpha[1], bias, N, out.post, N);
+  for (int j = 0; j < N; ++j) {{ out.pre[j] += PRE_EPS; out.post[j] *= POST_SCALE; }}
+  mixing_matrix(u, s, alpha[2], bias, out.H);
+}}
+// d: gradients of pre, post and H. Returns ds; adds to dalpha [3] and dbias [ROWS].
+static Lanes site_backward(
+    const Lanes* u, Lanes s, const float* alpha, const float* bias, const Site& d, Lanes* du, Lanes* dalpha,
+    Lanes* dbias) {{
+  Lanes ds = all(0.0f), g[N];
+  gates(u, s, alpha[0], bias, 0, g, N);
+  for (int j = 0; j < N; ++j)
+    row_backward(j, d.pre[j] * g[j] * (1.0f - g[j]), u, s, alpha[0], du, ds, dalpha[0], dbias);
+  gates(u, s, alpha[1], bias, N, g, N);
+  for (int j = 0; j < N; ++j)
+    row_backward(N + j, POST_SCALE * d.post[j] * g[j] * (1.0f - g[j]), u, s, alpha[1], du, ds, dalpha[1], dbias);
+  mixing_matrix_backward(u, s, alpha[2], bias, d.H, du, ds, dalpha[2], dbias);
+  return ds;
+}}
+"""
+HEAD = """\
+constexpr float PRE_EPS = {pre_eps!r}f;
+struct Site {{ Lanes pre[N]; }};
+
+static void site(const Lanes* u, Lanes s, const float* alpha, const float* bias, Site& out) {{
+  gates(u, s, alpha[0], bias, 0, out.pre, N);
+  for (int j = 0; j < N; ++j) out.pre[j] += PRE_EPS;
+}}
+static Lanes site_backward(
+    const Lanes* u, Lanes s, const float* alpha, const float* bias, const Site& d, Lanes* du, Lanes* dalpha,
+    Lanes* dbias) {{
+  Lanes ds = all(0.0f), g[N];
+  gates(u, s, alpha[0], bias, 0, g, N);
+  for (int j = 0; j < N; ++j)
+    row_backward(j, d.pre[j] * g[j] * (1.0f - g[j]), u, s, alpha[0], du, ds, dalpha[0], dbias);
+  return ds;
+}}
+"""
+
+
+def coefficients_source(chain: Chain) -> str:
+    """The functions `inverse_rms`, `site` and their backwards for the chain's convention and manifold."""
+    fields = chain.stream.convention.fields
+    share = 1.0 / (chain.stream.streams * chain.width)
+    rms = (RMS_INSIDE if fields.rms_inside else RMS_OUTSIDE).format(share=share, eps=fields.rms_eps)
+    if chain.weights == "head":
+        return rms + GATES + HEAD.format(pre_eps=fields.pre_eps)
+    i, j = ("j", "i") if fields.transposed else ("i", "j")
+    mix = MIX[chain.stream.manifold].format(i=i, j=j)
+    if chain.stream.manifold == "sinkhorn":
+        mix = _sinkhorn(chain.stream) + mix
+    return rms + GATES + mix + SITE.format(pre_eps=fields.pre_eps, post_scale=fields.post_scale)
+
+
+def _sinkhorn(spec: StreamSpec) -> str:
+    fields = spec.convention.fields
+    columns = fields.start == "exp_colmax"
+    start, start_backward = {
+        "softmax_eps": (START_SOFTMAX, START_SOFTMAX_BACKWARD),
+        "exp_colmax": (START_COLUMNS, START_COLUMNS_BACKWARD),
+        "exp_rowmax": (START_ROWS, START_ROWS_BACKWARD),
+    }[fields.start]
+    axes = [axis + 2 for axis in sinkhorn_axes(spec)]
+    eps, floor = fields.sinkhorn_eps, LOGIT_FLOOR
+    clamp = fields.divisor == "clamp"
+    small = vanishing(torch.float32)
+    return SINKHORN.format(
+        line_0="m.at[0][a]" if columns else "m.at[a][0]",
+        line_b="m.at[b][a]" if columns else "m.at[a][b]",
+        start=start.format(eps=eps, floor=floor),
+        start_backward=start_backward.format(eps=eps, floor=floor),
+        divisor={"plain": "total", "add_eps": f"total + {eps!r}f", "clamp": f"at_least(total, all({eps!r}f))"}[
+            fields.divisor
+        ],
+        steps=len(axes),
+        # Two columns steps in a row never occur: the axes alternate from the first one on.
+        axis_of=f"(step + {axes[0]}) % 2",
+        cut=f"\n        flow.at[i][j] = choose(kept[step].at[i][j] > {small!r}f, flow.at[i][j], all(0.0f));"
+        if clamp
+        else "",
+        clamped=f"\n      common = choose(d[step][a] > {eps!r}f, common, all(0.0f));" if clamp else "",
+    )

@@ -1,0 +1,76 @@
+"""Call generated C++ on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mhc_compile.kernels import signature
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.cpp.build import Direction, load
+from mhc_compile.kernels.cpp.memory import POOL
+
+FLOATS = (torch.float32, torch.bfloat16)
+# A backward keeps every step's matrix of LANES tokens on a thread's stack.
+MAX_STEPS_BYTES = 1 << 20
+
+
+def unsupported(chain: Chain) -> str | None:
+    """Why there is no generated C++ for `chain`; None where there is."""
+    if chain.streams_dtype not in FLOATS or (chain.mixes and chain.branch_dtype not in FLOATS):
+        return f"C++ kernels are for float32 and bfloat16, not {chain.streams_dtype}"
+    if chain.mixes and torch.promote_types(chain.streams_dtype, chain.branch_dtype) != chain.streams_dtype:
+        return f"a branch in {chain.branch_dtype} makes the streams change from {chain.streams_dtype}"
+    if chain.weights == "site":
+        spec = chain.stream
+        if spec.manifold not in ("sinkhorn", "identity", "unconstrained"):
+            return f"no C++ kernel for the manifold {spec.manifold}"
+        if spec.manifold == "sinkhorn" and not 1 <= spec.iterations <= MAX_STEPS_BYTES // (128 * spec.streams**2):
+            return f"no C++ kernel for {spec.iterations} Sinkhorn iterations"
+    return None
+
+
+def run(
+    chain: Chain, direction: Direction, values: Mapping[str, Tensor], wanted: tuple[str, ...], lead: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Run one direction on `values` (in the order of the signature) and return the `wanted` outputs by name."""
+    like = values["X"]
+    out = {
+        name: POOL.empty(
+            signature.shape(chain, name.removeprefix("d_"), lead), signature.dtype(chain, name.removeprefix("d_"))
+        )
+        for name in wanted
+    }
+    tokens = math.prod(lead)
+    if not tokens:
+        return {name: t.zero_() for name, t in out.items()}
+    stride = _token_stride(like)
+    held = [
+        v if k == "X" and stride is not None else v.to(signature.dtype(chain, k.removeprefix("d_"))).contiguous()
+        for k, v in values.items()
+    ]
+    pointers = [t.data_ptr() for t in (*held, *out.values())]
+    sizes = [tokens, chain.stream.streams * chain.width if stride is None else stride]
+    load(chain, direction)(
+        (ctypes.c_void_p * len(pointers))(*pointers),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
+
+
+def _token_stride(X: Tensor) -> int | None:
+    """Elements from one token's streams to the next, where X `[..., n, C]` has one such step; None where it has not."""
+    *lead, n, C = X.shape
+    if (C > 1 and X.stride(-1) != 1) or (n > 1 and X.stride(-2) != C):
+        return None
+    steps = [(size, X.stride(i)) for i, size in enumerate(lead) if size > 1]
+    for (_, outer), (size, inner) in itertools.pairwise(steps):
+        if outer != size * inner:
+            return None
+    return steps[-1][1] if steps else n * C

@@ -1,0 +1,204 @@
+"""Merge dialect ops into the largest chains that a kernel exists for.
+
+    distribute, coefficients, aggregate  ->  mhc_kernels.boundary   from one site to the next
+    coefficients, aggregate              ->  mhc_kernels.read       the first site, and behind a norm of each stream
+    distribute, reduce                   ->  mhc_kernels.leave      the exit
+    whatever is left alone               ->  its own kernel
+
+A chain is left to `lower` where no kernel exists for its device, dtype or manifold, where its parts are in different
+recompute blocks or gradient modes, or where it is switched off; the pass notes which and why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+import mhc_compile.kernels.fused  # noqa: F401  (registers the ops)
+from mhc_compile.kernels import providers, signature
+from mhc_compile.kernels.chain import Chain, Kind
+from mhc_compile.kernels.fused import op_of
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.passes.base import Context, copy_meta, gradient_modes, value
+
+DIALECT = torch.ops.mhc
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Replaces dialect ops by `mhc_kernels` ops; `kernels` names the kinds of chain that may be used."""
+
+    kernels: tuple[Kind, ...] = KINDS
+
+    name: ClassVar[str] = "fuse"
+    requires: ClassVar[tuple[str, ...]] = ("dialect",)
+    provides: ClassVar[tuple[str, ...]] = ("fused",)
+
+    def apply(self, gm: GraphModule, context: Context) -> GraphModule:
+        """Rewrite `gm` in place."""
+        work = _Fusing(gm.graph, self.kernels)
+        work.run()
+        context.notes += [f"{count} x {text}" for text, count in work.notes.items()]
+        return gm
+
+
+@dataclass
+class _Parts:
+    """The nodes of one chain; any may be missing."""
+
+    mix: Node | None = None
+    site: Node | None = None
+    weigh: Node | None = None
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [n for n in (self.mix, self.site, self.weigh) if n is not None]
+
+
+class _Fusing:
+    def __init__(self, graph: Graph, kernels: tuple[Kind, ...]) -> None:
+        self.graph = graph
+        self.kernels = kernels
+        self.modes = gradient_modes(graph)
+        self.notes: Counter[str] = Counter()
+
+    def run(self) -> None:
+        # Larger chains first: what they take is gone when the smaller ones look.
+        for node in list(self.graph.nodes):
+            if node.target is DIALECT.distribute.default:
+                self._mix(node)
+        for node in list(self.graph.nodes):
+            if node.target is DIALECT.coefficients.default:
+                self._site(_Parts(site=node, weigh=self._only_aggregate(node)), "read")
+        for node in list(self.graph.nodes):
+            if node.target is DIALECT.distribute.default:
+                self._replace("distribute", _Parts(mix=node), StreamSpec(streams=_streams(node)))
+            elif node.target is DIALECT.coefficients.default:
+                self._site(_Parts(site=node), "coefficients")
+            elif node.target is DIALECT.aggregate.default:
+                self._replace("aggregate", _Parts(weigh=node), StreamSpec(streams=_streams(node)))
+            elif node.target is DIALECT.reduce.default:
+                self._replace("reduce", _Parts(weigh=node), _spec(node))
+
+    def _mix(self, mix: Node) -> None:
+        site = next((u for u in mix.users if u.target is DIALECT.coefficients.default and u.args[0] is mix), None)
+        if site is not None:
+            weigh = self._only_aggregate(site)
+            if weigh is not None and weigh.args[0] is mix:
+                self._replace("boundary", _Parts(mix, site, weigh), _spec(site))
+            return
+        if len(mix.users) == 1 and next(iter(mix.users)).target is DIALECT.reduce.default:
+            exit_ = next(iter(mix.users))
+            self._replace("leave", _Parts(mix=mix, weigh=exit_), _spec(exit_))
+
+    def _site(self, parts: _Parts, kind: Kind) -> None:
+        assert parts.site is not None
+        if kind == "read" and (parts.weigh is None or parts.weigh.args[0] is not parts.site.args[0]):
+            return
+        self._replace(kind, parts, _spec(parts.site))
+
+    def _only_aggregate(self, site: Node) -> Node | None:
+        """The one reader of the site's `pre`."""
+        readers = [u for item in _items(site, 0) for u in item.users]
+        found = len(readers) == 1 and readers[0].target is DIALECT.aggregate.default
+        return readers[0] if found else None
+
+    def _replace(self, kind: Kind, parts: _Parts, spec: StreamSpec) -> None:
+        """Replace `parts` by one op, where a kernel may and can compute them."""
+        first, values = self._values(parts)
+        X, y = value(values["X"]), value(values["y"]) if "y" in values else None
+        chain = Chain(
+            kind=kind, stream=spec, width=int(X.shape[-1]), streams_dtype=X.dtype,
+            branch_dtype=X.dtype if y is None else y.dtype,
+        )  # fmt: skip
+        if reason := self._against(chain, parts, first, values):
+            self.notes[f"{kind} not fused: {reason}"] += 1
+            return
+        op = getattr(torch.ops.mhc_kernels, op_of(chain)).default
+        arguments = tuple(values[name] for name in signature.inputs(chain))
+        with self.graph.inserting_before(first):
+            fused = copy_meta(self.graph.call_function(op, (*arguments, str(spec))), parts.nodes[-1])
+            if site := first.meta.get("mhc_site"):
+                fused.meta["mhc_site"] = site
+            names = signature.outputs(chain)
+            items = {n: self._item(fused, i) if len(names) > 1 else fused for i, n in enumerate(names) if n != "z"}
+        self._redirect(parts, items)
+        self.notes[f"{op_of(chain)} in {chain.name}"] += 1
+
+    def _item(self, fused: Node, i: int) -> Node:
+        return copy_meta(self.graph.call_function(operator.getitem, (fused, i)), fused)
+
+    def _values(self, parts: _Parts) -> tuple[Node, dict[str, Any]]:
+        """Where the new op goes, and its arguments by name."""
+        values: dict[str, Any] = {}
+        if parts.weigh is not None:
+            values["X"] = parts.weigh.args[0]
+            if parts.weigh.target is DIALECT.aggregate.default:
+                values["pre"] = parts.weigh.args[1]
+            elif len(parts.weigh.args) > 2:
+                values["phi"], values["bias"], values["alpha"] = parts.weigh.args[2:]
+        if parts.site is not None:
+            values["X"], values["phi"], values["alpha"], values["bias"] = parts.site.args[:4]
+        if parts.mix is not None:
+            values["X"], values["y"], values["post"], values["mix"] = parts.mix.args
+        return parts.nodes[0], values
+
+    def _against(self, chain: Chain, parts: _Parts, first: Node, values: dict[str, Any]) -> str:
+        """Why the chain is not fused, nothing where it is."""
+        if chain.kind not in self.kernels:
+            return "switched off"
+        if len({self.modes[n] for n in parts.nodes}) > 1:
+            return "gradients are switched on or off inside it"
+        if len({n.meta.get("ac_graph_id") for n in parts.nodes}) > 1:
+            return "it crosses a recompute boundary"
+        if any(values[name] >= first for name in signature.inputs(chain)):
+            return "a parameter is computed inside it"
+        X = value(values["X"])
+        provider, reason = providers.choose(chain, X.device.type)
+        return reason if provider == "reference" else ""
+
+    def _redirect(self, parts: _Parts, items: dict[str, Node]) -> None:
+        """Give the readers of the old nodes the new ones and erase the old."""
+        if parts.site is not None:
+            for i, name in enumerate(("next_pre", "next_post", "next_mix")):
+                for old in _items(parts.site, i):
+                    if name in items:
+                        _take_place(items[name], old)
+        if parts.weigh is not None:
+            _take_place(items["h"], parts.weigh)
+            self.graph.erase_node(parts.weigh)
+        if parts.site is not None:
+            for old in list(parts.site.users):
+                self.graph.erase_node(old)
+            self.graph.erase_node(parts.site)
+        if parts.mix is not None:
+            if "next_X" in items:
+                _take_place(items["next_X"], parts.mix)
+            self.graph.erase_node(parts.mix)
+
+
+def _take_place(new: Node, old: Node) -> None:
+    if new is not old:
+        old.replace_all_uses_with(new)
+        new.meta.setdefault("example_value", value(old))
+
+
+def _items(node: Node, index: int) -> list[Node]:
+    return [u for u in node.users if u.target is operator.getitem and u.args[1] == index]
+
+
+def _streams(node: Node) -> int:
+    X = node.args[0]
+    assert isinstance(X, Node)
+    return int(value(X).shape[-2])
+
+
+def _spec(node: Node) -> StreamSpec:
+    """The specification that a site or an exit carries."""
+    return StreamSpec.parse(str(node.args[4 if node.target is DIALECT.coefficients.default else 1]))
