@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.fx import Node
+
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import is_tensor, refuse, shape
-from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.base import is_tensor, op_name, refuse, shape
+from mhc_compile.passes.dataflow import CASTS, Dataflow
+from mhc_compile.passes.sites import Site
 
 MAX_PUBLISHED_STREAMS = 16
 """The published systems carry 2 to 8."""
@@ -41,6 +44,26 @@ def multistream(flow: Dataflow) -> MHCError | None:
         return None
     last = wide[-1]
     return refuse("MHC107", f"{_streams(shape(last), plain)} streams of shape {list(shape(last))}", last)
+
+
+def side_by_side(flow: Dataflow, sites: list[Site]) -> MHCError | None:
+    """MHC107 if what a site adds is one vector of C channels times n weights: n streams in n*C channels of one value.
+
+    `x + flatten(y[..., None, :] * w[..., :, None])` is how the low-rank gated residual of Qwen4 writes to its streams.
+    """
+    for site in sites:
+        channels = shape(site.add)[-1]
+        for branch in site.branches:
+            node = branch
+            while op_name(node) in ("flatten", "view", "reshape", *CASTS) and isinstance(node.args[0], Node):
+                node = node.args[0]
+            factors = [shape(n)[-2:] for n in flow.inputs[node] if n in flow.hot and len(shape(n)) > 2]
+            if op_name(node) != "mul" or len(factors) != 2:
+                continue
+            (a, b), (c, d) = sorted(factors, key=lambda f: f[0] == 1)
+            if b == c == 1 and a != 1 and a * d == channels and a <= MAX_PUBLISHED_STREAMS:
+                return refuse("MHC107", f"{a} streams of {d} channels side by side, each with its weight", site.add)
+    return None
 
 
 def _streams(wide: tuple[Any, ...], plain: set[tuple[Any, ...]]) -> int:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile.passes.base import Context, module_calls, module_path, op_name, refuse, shape
 from mhc_compile.passes.dataflow import Dataflow, storage_root
-from mhc_compile.passes.multistream import multistream
+from mhc_compile.passes.multistream import multistream, side_by_side
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.sites import Site, SiteSearch, branch_mask
 
@@ -70,7 +70,7 @@ class StreamAnalysis:
     def streams(self) -> list[ResidualStream]:
         """All streams of the graph, in graph order."""
         sites = self.search.find()
-        if (already := multistream(self.flow)) is not None:
+        if (already := multistream(self.flow) or side_by_side(self.flow, sites)) is not None:
             raise already
         self._refuse_kept_adds(sites)
         streams = self._link(sites)
