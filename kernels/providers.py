@@ -2,103 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import cache, lru_cache
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import warn
-from mhc_compile.kernels import reference, signature
+from mhc_compile.kernels import plain
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.cpp import run as cpp
-from mhc_compile.kernels.cpp.build import Direction, load
 
 Provider = Literal["triton", "cpp", "reference"]
 Values = Mapping[str, Tensor]
+Run = Callable[[Chain, build.Direction, Values, tuple[str, ...], tuple[int, ...]], Values]
+RUN: dict[Provider, Run] = {"cpp": cpp.run, "reference": plain.run}
 
 
+@cache
 def choose(chain: Chain, device: str) -> tuple[Provider, str]:
     """The provider of `chain` on a type of device (`cpu`, `cuda`, ...), and why it is not a faster one (or nothing)."""
     if device == "cpu":
-        reason = cpp.unsupported(chain) or _no_compiler(chain)
+        reason = cpp.unsupported(chain) or ("no C++ compiler" if _no_compiler() else "")
         return ("reference", reason) if reason else ("cpp", "")
     return "reference", f"no kernels for {device}"
 
 
 @cache
-def _no_compiler(chain: Chain) -> str:
-    """Compile both directions; what stands against it, with one warning for the process."""
-    try:
-        load(chain, "forward")
-        load(chain, "backward")
-    except Exception as error:
-        _warn_once(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return "the C++ compiler failed"
-    return ""
+def _no_compiler() -> bool:
+    problem = build.compiler_problem()
+    if problem:
+        warn("MHC309", problem)  # once a process
+    return bool(problem)
 
 
-@lru_cache(maxsize=1)
-def _warn_once(detail: str) -> None:
-    warn("MHC309", detail)
+def prepare(chain: Chain, device: str) -> None:
+    """Begin to compile what will compute `chain`, so that its first call does not wait."""
+    if choose(chain, device)[0] == "cpp":
+        build.start(chain)
 
 
-def run(chain: Chain, direction: Direction, values: Values, wanted: tuple[str, ...], lead: tuple[int, ...]) -> Values:
+def run(
+    chain: Chain, direction: build.Direction, values: Values, wanted: tuple[str, ...], lead: tuple[int, ...]
+) -> Values:
     """Compute one direction with the provider of the streams' device. Results by name."""
     provider, _ = choose(chain, values["X"].device.type)
-    if provider == "cpp":
-        return cpp.run(chain, direction, values, wanted, lead)
-    compute = _forward if direction == "forward" else _backward
-    found = compute(chain, values)
-    return {name: found[name].contiguous() for name in wanted}
-
-
-def _forward(chain: Chain, values: Values) -> dict[str, Tensor]:
-    X, out = values["X"], {}
-    if chain.mixes:
-        X = reference.distribute(X, values["y"], values["post"], values["mix"])
-        out["next_X"] = X
-    if chain.weights == "given":
-        out["h"] = reference.aggregate(X, values["pre"])
-    elif chain.weights == "site":
-        pre, post, mix = reference.coefficients(X, values["phi"], values["alpha"], values["bias"], chain.stream)
-        out |= {"next_pre": pre, "next_post": post, "next_mix": mix, "h": reference.aggregate(X, pre)}
-    elif chain.weights != "none":
-        head = (values["phi"], values["bias"], values["alpha"]) if chain.weights == "head" else None
-        out["h"] = reference.reduce(X, chain.stream, head)
-    if chain.projects:
-        v = X.flatten(-2).to(signature.dtype(chain, "z"))
-        u = torch.nn.functional.linear(v, values["phi"].to(v.dtype))
-        out["z"] = torch.cat([u, v.square().sum(-1, keepdim=True)], -1)
-    # An output that is its input (a copy of n = 1 streams) would be an alias, which an op must not return.
-    return {name: t.clone() if t is values["X"] else t for name, t in out.items()}
-
-
-def _backward(chain: Chain, values: Values) -> dict[str, Tensor]:
-    with _autograd_inside_an_op(values["X"].device.type):
-        inputs = {name: values[name].detach().requires_grad_() for name in signature.inputs(chain)}
-        found = _forward(chain, inputs)
-        used = [name for name in signature.gradients_in(chain) if found[name].requires_grad]
-        gradients = torch.autograd.grad(
-            [found[name] for name in used],
-            list(inputs.values()),
-            [values[f"d_{name}"].to(found[name].dtype) for name in used],
-            allow_unused=True,
-        )
-    return {
-        f"d_{name}": torch.zeros_like(t) if g is None else g
-        for (name, t), g in zip(inputs.items(), gradients, strict=True)
-    }
-
-
-@contextmanager
-def _autograd_inside_an_op(device: str) -> Iterator[None]:
-    """Record gradients inside an op's kernel, where the dispatcher has switched autograd off."""
-    keys = ["AutogradFunctionality", f"Autograd{ {'cpu': 'CPU', 'cuda': 'CUDA', 'meta': 'Meta'}.get(device, 'Other') }"]
-    with ExitStack() as stack:
-        for key in [*keys, "ADInplaceOrView"]:
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))
-        stack.enter_context(torch.enable_grad())
-        yield
+    return RUN[provider](chain, direction, values, wanted, lead)

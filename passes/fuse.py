@@ -120,6 +120,7 @@ class _Fusing:
         if reason := self._against(chain, parts, first, values):
             self.notes[f"{kind} not fused: {reason}"] += 1
             return
+        providers.prepare(chain, X.device.type)
         op = getattr(torch.ops.mhc_kernels, op_of(chain)).default
         arguments = tuple(values[name] for name in signature.inputs(chain))
         with self.graph.inserting_before(first):

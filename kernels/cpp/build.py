@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import tempfile
+from concurrent.futures import Future
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import BoundedSemaphore, Thread
 from typing import Any, Literal
 
 from mhc_compile.kernels.cache import cache_dir, write_once
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.backward import backward_source
 from mhc_compile.kernels.cpp.forward import forward_source
+from mhc_compile.kernels.cpp.prelude import prelude
 
 Direction = Literal["forward", "backward"]
 # Multiplications and additions may fuse, as in the reference's matrix products; lane loops are unrolled into registers.
 FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-funroll-loops", "-w")
+
+_COMPILERS = BoundedSemaphore(os.cpu_count() or 1)
 
 
 @lru_cache(maxsize=1)
@@ -34,17 +40,53 @@ def source(chain: Chain, direction: Direction) -> str:
 
 
 @cache
+def compiler_problem() -> str:
+    """What keeps C++ from being compiled on this machine; nothing where a small file compiles and loads."""
+    try:
+        ctypes.CDLL(str(_build("probe", prelude(lanes()) + 'extern "C" int probe() { return omp_get_max_threads(); }')))
+    except Exception as error:  # whatever the machinery of torch.compile raises for a missing or broken compiler
+        first = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {first[0] if first else 'no compiler'}"
+    return ""
+
+
+def start(chain: Chain) -> None:
+    """Begin to compile both directions, beside whatever else is compiled meanwhile."""
+    _library(chain, "forward")
+    _library(chain, "backward")
+
+
 def load(chain: Chain, direction: Direction) -> Any:
-    """The compiled function, from the cache or compiled now. Raises what the compiler raises where there is none."""
+    """The compiled function: from the cache, or as soon as it is compiled."""
+    return getattr(_library(chain, direction).result(), direction)
+
+
+@cache
+def _library(chain: Chain, direction: Direction) -> Future[ctypes.CDLL]:
+    future: Future[ctypes.CDLL] = Future()
+
+    def work() -> None:
+        try:
+            with _COMPILERS:
+                path = _build(f"{chain.name}_{direction}", source(chain, direction))
+            future.set_result(ctypes.CDLL(str(path)))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+def _build(name: str, code: str) -> Path:
+    """The library of `code`, from the cache or compiled."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    code = source(chain, direction)
     options = CppTorchOptions(vec_isa=pick_vec_isa(), include_pytorch=False, extra_flags=FLAGS)
     command = CppBuilder(name="o", sources="i", BuildOption=options).get_command_line()
     key = hashlib.sha256(f"{command}\n{code}".encode()).hexdigest()[:16]
     directory = cache_dir()
-    library = directory / f"{chain.name}_{direction}_{key}.so"
+    library = directory / f"{name}_{key}.so"
     if not library.exists():
         text = library.with_suffix(".cpp")
         write_once(text, code)
@@ -52,4 +94,4 @@ def load(chain: Chain, direction: Direction) -> Any:
             builder = CppBuilder(name="kernel", sources=str(text), BuildOption=options, output_dir=work)
             builder.build()
             Path(builder.get_target_file_path()).replace(library)
-    return getattr(ctypes.CDLL(str(library)), direction)
+    return library
