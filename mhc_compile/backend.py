@@ -73,9 +73,10 @@ class Backend:
         gm = run_passes(private_copy(gm, example_inputs), context, native_passes(self.options), self.options)
         for text in dict.fromkeys(site.spec for site in context.native):
             self._check_options(StreamSpec.parse(text))
-        if context.native and (reason := frame.broke()) is not None:
+        reason = frame.broke() if context.native or context.cut else None
+        if reason is not None:
             warn("MHC310", reason)
-        return gm if context.native else None
+        return gm if context.native or reason is not None else None
 
     def _compile_converted(self, gm: GraphModule, marks: list[Mark], example_inputs: list[Any]) -> Compiled:
         _refuse_split_graphs()

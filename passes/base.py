@@ -35,6 +35,8 @@ class Context:
     streams: list[Any] = field(default_factory=list)
     native: list[Any] = field(default_factory=list)
     """The hand-written sites that the pass `native` raised, in graph order."""
+    cut: int = 0
+    """Hand-written sites of which the graph holds only the beginning."""
     inputs: list[Any] = field(default_factory=list)
     """Real values for the graph's placeholders, stream parameters at their start, when `debug="numeric"` needs them."""
     notes: list[str] = field(default_factory=list)

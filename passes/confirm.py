@@ -48,7 +48,7 @@ class Trial:
     def draw(self, node: Node, tail: tuple[int, ...], *, scale: float = 1.0, magnitudes: bool = False) -> None:
         """Give `node` a random value of its own tail (a parameter's shape, or behind the tokens)."""
         lead = () if node in self.flow.parametric else self.small
-        drawn = scale * torch.randn(*lead, *tail, generator=self.rng, dtype=torch.float64, device="cpu")
+        drawn = scale * torch.randn((*lead, *tail), generator=self.rng, dtype=torch.float64, device="cpu")
         if magnitudes:
             drawn *= torch.tensor(_MAGNITUDES, dtype=torch.float64, device="cpu").reshape(
                 *self.small, *(1 for _ in tail)

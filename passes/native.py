@@ -18,12 +18,21 @@ from torch.fx import GraphModule, Node
 import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import Context, copy_meta, erase_unused, is_tensor, module_path, op_name, shape, value
+from mhc_compile.passes.base import (
+    Context,
+    copy_meta,
+    erase_unused,
+    gradient_modes,
+    is_tensor,
+    module_path,
+    op_name,
+    shape,
+    value,
+)
 from mhc_compile.passes.confirm import Confirmed, confirm_exit, confirm_site, is_function
 from mhc_compile.passes.dataflow import CASTS, Dataflow
 from mhc_compile.passes.hyperconnections import NotApart, Proposal, cast_behind, local, proposals
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.passes.widen import gradient_modes
 
 MAX_EXITS = 8
 """Values computed from the last streams that are tried as their reduction."""
@@ -93,6 +102,7 @@ class _Raising:
     def analyse(self) -> None:
         """Confirm proposals, then what stands at both ends of the streams."""
         for p in proposals(self.flow):
+            self.context.cut += p.rows > p.n and p.branch is None
             try:
                 self._confirm(p)
             except NotApart as error:
@@ -117,10 +127,10 @@ class _Raising:
 
     def _find_entry(self, streams: Node) -> None:
         *tokens, n, hidden = shape(streams)
-        at: Any = streams
-        while isinstance(at, Node) and is_tensor(at) and shape(at) != (*tokens, hidden):
-            at = at.args[0] if at.args else None
-        if not isinstance(at, Node) or not is_tensor(at) or value(at).dtype != value(streams).dtype:
+        at = self.flow.dominators.get(streams)
+        while at is not None and not (is_tensor(at) and shape(at) == (*tokens, hidden)):
+            at = self.flow.dominators.get(at)
+        if at is None or value(at).dtype != value(streams).dtype:
             return
         apart = is_function(self.flow, streams, at, lambda x: reference.expand(x, n), (hidden,))
         if apart is not None:
