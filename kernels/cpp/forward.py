@@ -89,33 +89,28 @@ static inline Lanes take(const streams_t* X, float* x) {{
 """
 
 PROJECT = """\
-constexpr int TILE_TOKENS = 4, TILE_ROWS = {tile_rows}, TILE_VECTORS = 16;
-// u[row] = phi[row] . x for TOKENS tokens, one a lane. A tile of sums stays in registers over TILE_VECTORS vectors, and
-// while it is worked on, the streams of the next block, `ahead` (null behind the last), come nearer.
-static void project(const float* x, const float* packed, Lanes* u, const streams_t* ahead, int64_t ahead_stride) {{
+constexpr int TILE_ROWS = {tile_rows}, TILE_VECTORS = 16;
+// u[row] = phi[row] . x for TOKENS tokens, one a lane. A tile of sums stays in registers over TILE_VECTORS vectors.
+static void project(const float* x, const float* packed, Lanes* u) {{
   alignas(64) Lanes sum[ROWS][LANES];
   memset(sum, 0, sizeof sum);
   for (int k0 = 0; k0 < N * V; k0 += TILE_VECTORS) {{
     const int k1 = k0 + TILE_VECTORS < N * V ? k0 + TILE_VECTORS : N * V;
-    for (int t0 = 0; t0 < TOKENS; t0 += TILE_TOKENS)
-      for (int r0 = 0; r0 < ROWS; r0 += TILE_ROWS) {{
-        const int t_ahead = r0 / TILE_ROWS;
-        const streams_t* next = ahead && t_ahead < TILE_TOKENS ? ahead + (t0 + t_ahead) * ahead_stride : nullptr;
-        Lanes tile[TILE_ROWS][TILE_TOKENS];
-        for (int r = 0; r < TILE_ROWS; ++r)
-          for (int t = 0; t < TILE_TOKENS; ++t) tile[r][t] = sum[r0 + r][t0 + t];
-        for (int k = k0; k < k1; ++k) {{
-          if (next) __builtin_prefetch(next + k * LANES, 0, 2);
-          Lanes value[TILE_TOKENS];
-          for (int t = 0; t < TILE_TOKENS; ++t) value[t] = load(x + (t0 + t) * STRIDE + k * LANES);
-          for (int r = 0; r < TILE_ROWS; ++r) {{
-            Lanes p = load(packed + ((int64_t)k * ROWS + r0 + r) * LANES);
-            for (int t = 0; t < TILE_TOKENS; ++t) tile[r][t] += p * value[t];
-          }}
+    for (int r0 = 0; r0 < ROWS; r0 += TILE_ROWS) {{
+      Lanes tile[TILE_ROWS][TOKENS];
+      for (int r = 0; r < TILE_ROWS; ++r)
+        for (int t = 0; t < TOKENS; ++t) tile[r][t] = sum[r0 + r][t];
+      for (int k = k0; k < k1; ++k) {{
+        Lanes p[TILE_ROWS];
+        for (int r = 0; r < TILE_ROWS; ++r) p[r] = load(packed + ((int64_t)k * ROWS + r0 + r) * LANES);
+        for (int t = 0; t < TOKENS; ++t) {{
+          Lanes value = load(x + t * STRIDE + k * LANES);
+          for (int r = 0; r < TILE_ROWS; ++r) tile[r][t] += p[r] * value;
         }}
-        for (int r = 0; r < TILE_ROWS; ++r)
-          for (int t = 0; t < TILE_TOKENS; ++t) sum[r0 + r][t0 + t] = tile[r][t];
       }}
+      for (int r = 0; r < TILE_ROWS; ++r)
+        for (int t = 0; t < TOKENS; ++t) sum[r0 + r][t] = tile[r][t];
+    }}
   }}
   for (int r = 0; r < ROWS; ++r) u[r] = sums(sum[r]);
 }}
@@ -160,8 +155,8 @@ def block_tokens(lanes: int) -> int:
 
 
 def tile_rows(rows: int) -> int:
-    """The largest divisor of `rows` whose tile with 4 tokens fits the registers."""
-    return next(d for d in (6, 5, 4, 3, 2, 1) if rows % d == 0)
+    """The largest divisor of `rows` whose tile with a block's tokens fits the registers."""
+    return next(d for d in (3, 2, 1) if rows % d == 0)
 
 
 C_TYPES = {"torch.float32": "float", "torch.bfloat16": "bfloat16"}
@@ -265,7 +260,7 @@ def _body(chain: Chain) -> str:
     if chain.projects:
         lines.append("""\
       Lanes u[ROWS + 1];
-      project(x, packed, u, first + 2 * TOKENS <= tokens ? X + (first + TOKENS) * x_stride : nullptr, x_stride);
+      project(x, packed, u);
       u[ROWS] = sums(square);
       Site found;
       site(u, inverse_rms(u[ROWS]), alpha, bias, found);

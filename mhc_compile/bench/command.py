@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mhc_compile.bench import passes
+from mhc_compile.bench import boundary, passes
+from mhc_compile.bench.contest import chart
 
-BENCHMARKS = {"passes": passes}
+BENCHMARKS = {"boundary": boundary, "passes": passes}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,11 +22,13 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
         help="measure on this machine what the README states",
-        description="passes: the time of the rewriting passes for 12 to 96 layers, and their share of a whole compile.",
+        description="boundary: one fused site boundary against PyTorch and what else is installed. passes: the time of "
+        "the rewriting passes for 12 to 96 layers, and their share of a whole compile.",
     )
     parser.add_argument("name", choices=sorted(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="small sizes: checks that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the contenders as bars in FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,4 +40,7 @@ def run(args: argparse.Namespace) -> int:
     figures = BENCHMARKS[args.name].run(console, quick=args.quick)
     if args.json is not None:
         args.json.write_text(json.dumps({"name": args.name, "torch": torch.__version__, **figures}, indent=2) + "\n")
+    if args.png is not None and "groups" in figures:
+        chart(args.png, figures["groups"])
+        console.print(f"drawn in {args.png}")
     return 0
