@@ -1,0 +1,190 @@
+"""The generated C++ against the float64 reference, values and gradients, and the ways in which tensors come."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from chains import CHAINS, backward_values, error, exactly, name_of, random_gradients, random_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mhc_compile.kernels import plain, providers, signature
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.cpp import build, memory
+from mhc_compile.kernels.cpp import run as cpp
+from mhc_compile.kernels.spec import StreamSpec
+
+pytestmark = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler: plain PyTorch computes")
+SOME = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def forward(chain: Chain, inputs: dict[str, Tensor], lead: tuple[int, ...]) -> dict[str, Tensor]:
+    return dict(cpp.run(chain, "forward", inputs, signature.outputs(chain), lead))
+
+
+def both(chain: Chain, inputs: dict[str, Tensor], gradients: dict[str, Tensor], lead: tuple[int, ...]) -> list[Tensor]:
+    out = forward(chain, inputs, lead)
+    wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
+    grads = cpp.run(chain, "backward", backward_values(chain, inputs, out, gradients), wanted, lead)
+    return [*out.values(), *grads.values()]
+
+
+def tolerances(chain: Chain, inputs: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, float]:
+    """Twice the error of plain PyTorch in the chain's own dtypes, and a floor of a few roundings."""
+    lead = tuple(inputs["X"].shape[:-2])
+    exact_out, exact_grads = exactly(chain, inputs, gradients)
+    out = plain.run(chain, "forward", inputs, signature.outputs(chain), lead)
+    wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
+    grads = plain.run(chain, "backward", backward_values(chain, inputs, dict(out), gradients), wanted, lead)
+    half = torch.bfloat16 in (chain.streams_dtype, chain.branch_dtype)
+    floor = 2e-2 if half else 4e-6
+    return {
+        name: max(floor, 2 * error(found, exact))
+        for pairs, exacts in ((out, exact_out), (grads, exact_grads))
+        for name, exact in exacts.items()
+        for found in [pairs[name]]
+    }
+
+
+def check(chain: Chain, lead: tuple[int, ...], seed: int, scale: float = 1.0) -> None:
+    inputs, gradients = random_inputs(chain, lead, seed, scale), random_gradients(chain, lead, seed + 1)
+    exact_out, exact_grads = exactly(chain, inputs, gradients)
+    allowed = tolerances(chain, inputs, gradients)
+    out = forward(chain, inputs, lead)
+    wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
+    grads = cpp.run(chain, "backward", backward_values(chain, inputs, out, gradients), wanted, lead)
+    for found, exact in ((out, exact_out), (grads, exact_grads)):
+        for name, want in exact.items():
+            assert found[name].dtype == signature.dtype(chain, name.removeprefix("d_"))
+            assert error(found[name], want) <= allowed[name], name
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=name_of)
+def test_every_specification_equals_the_reference(chain: Chain) -> None:
+    assert providers.choose(chain, "cpu") == ("cpp", "")
+    check(chain, (37,), seed=0)
+
+
+@SOME
+@given(st.sampled_from(CHAINS), st.sampled_from([(1,), (7,), (8,), (2, 9), (3, 1, 5)]), st.integers(0, 99))
+def test_any_number_of_tokens(chain: Chain, lead: tuple[int, ...], seed: int) -> None:
+    check(chain, lead, seed)
+
+
+@SOME
+@given(st.sampled_from([c for c in CHAINS if c.weights == "site"]), st.integers(0, 99), st.sampled_from([30.0, 1e4]))
+def test_extreme_logits_stay_finite_and_the_last_axis_sums_to_one(chain: Chain, seed: int, scale: float) -> None:
+    inputs = random_inputs(chain, (13,), seed, scale)
+    out = forward(chain, inputs, (13,))
+    found = [*out.values()]
+    assert all(t.isfinite().all() for t in found)
+    grads = both(chain, inputs, random_gradients(chain, (13,), seed), (13,))
+    assert all(t.isfinite().all() for t in grads)
+    fields = chain.stream.convention.fields
+    if chain.stream.manifold == "sinkhorn":
+        last = {"columns_rows": -1, "rows_columns": -2, "columns_then_rows_columns": -2}[fields.order]
+        axis = -3 - last if fields.transposed else last
+        sums = out["next_mix"].sum(axis)
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=name_of)
+def test_every_output_is_written_and_two_runs_are_bit_equal(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = memory.Pool.empty
+
+    def poisoned(self: memory.Pool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return empty(self, shape, dtype).fill_(float("nan"))
+
+    inputs, gradients = random_inputs(chain, (29,), 0), random_gradients(chain, (29,), 1)
+    first = both(chain, inputs, gradients, (29,))
+    monkeypatch.setattr(memory.Pool, "empty", poisoned)
+    second = both(chain, inputs, gradients, (29,))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("chain", CHAINS[:6:5] + CHAINS[8:12], ids=name_of)
+def test_zero_tokens(chain: Chain) -> None:
+    inputs, gradients = random_inputs(chain, (2, 0), 0), random_gradients(chain, (2, 0), 1)
+    found = both(chain, inputs, gradients, (2, 0))
+    wanted = [signature.shape(chain, n, (2, 0)) for n in (*signature.outputs(chain), *signature.inputs(chain))]
+    assert [tuple(t.shape) for t in found] == wanted
+    assert all((t == 0).all() for t in found)  # parameters get a gradient of zero
+
+
+@pytest.mark.parametrize("chain", CHAINS[:6:5] + CHAINS[8:12], ids=name_of)
+def test_layouts_other_than_contiguous(chain: Chain) -> None:
+    inputs, gradients = random_inputs(chain, (6, 5), 0), random_gradients(chain, (6, 5), 1)
+    X = inputs["X"]
+    layouts = {
+        "sequence first": X.transpose(0, 1).contiguous().transpose(0, 1),
+        "every second token": torch.stack([X, X * 0], 2).flatten(1, 2)[:, ::2],
+        "channels apart": torch.stack([X, X * 0], -1)[..., 0],
+        "streams apart": X.transpose(-1, -2).contiguous().transpose(-1, -2),
+    }
+    expected = both(chain, inputs, gradients, (6, 5))
+    for name, layout in layouts.items():
+        assert torch.equal(layout, X)
+        found = both(chain, {**inputs, "X": layout}, gradients, (6, 5))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), name
+    spread = {
+        k: v[:1, :1].expand(v.shape) if v.dim() > 2 or k in ("y", "post", "pre") else v for k, v in inputs.items()
+    }
+    dense = {k: v.contiguous() for k, v in spread.items()}
+    for a, b in zip(both(chain, spread, gradients, (6, 5)), both(chain, dense, gradients, (6, 5)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Tokens 2^30 elements apart, on a sparse file: the third begins behind 2^31."""
+    chain = CHAINS[0]
+    n, C, step = chain.stream.streams, chain.width, 1 << 30
+    inputs, gradients = random_inputs(chain, (3,), 0), random_gradients(chain, (3,), 1)
+    with tempfile.TemporaryDirectory() as folder:
+        storage = torch.UntypedStorage.from_file(str(Path(folder) / "sparse"), True, 4 * (2 * step + n * C))
+        far = torch.empty(0).set_(storage, 0, (3, n, C), (step, C, 1))
+        far.copy_(inputs["X"])
+        found = both(chain, {**inputs, "X": far}, gradients, (3,))
+        del far, storage
+    expected = both(chain, inputs, gradients, (3,))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_number_of_threads_changes_sums_by_rounding_alone() -> None:
+    chain, threads = CHAINS[0], torch.get_num_threads()
+    inputs, gradients = random_inputs(chain, (100,), 0), random_gradients(chain, (100,), 1)
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(both(chain, inputs, gradients, (100,)))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        (Chain(kind="read", stream=StreamSpec(), width=8, streams_dtype=torch.float64), "float64"),
+        (Chain(kind="distribute", stream=StreamSpec(), width=8, streams_dtype=torch.bfloat16), "a branch in"),
+        (Chain(kind="read", stream=StreamSpec(manifold="kronecker"), width=8), "manifold kronecker"),
+        (Chain(kind="read", stream=StreamSpec(iterations=0), width=8), "0 Sinkhorn iterations"),
+        (Chain(kind="read", stream=StreamSpec(iterations=10**6), width=8), "1000000 Sinkhorn iterations"),
+    ],
+)
+def test_what_has_no_kernel_is_left_to_plain_pytorch(chain: Chain, reason: str) -> None:
+    provider, why = providers.choose(chain, "cpu")
+    assert provider == "reference"
+    assert reason in why
+
+
+def test_source_is_readable_and_says_what_it_is() -> None:
+    text = build.source(CHAINS[0], "forward")
+    assert "boundary_n4_c48_float32" in text
+    assert "convention=paper" in text
+    assert "constexpr int N = 4, C = 48, ROWS = 24;" in text
