@@ -89,6 +89,7 @@ class _Raising:
         self.context = context
         self.flow = Dataflow(gm.graph, is_owned)
         self.gradients = gradient_modes(gm.graph)
+        self.first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         self.found: list[Confirmed] = []
         self.entries: dict[Node, Node] = {}
         """What is expanded into n streams, by these streams."""
@@ -178,8 +179,8 @@ class _Raising:
         assert p.branch is not None
         assert c.following is not None
         X, dtype = self._now(p.streams), value(p.streams).dtype
+        phi, alpha, bias = self._parameters(c)
         with self.graph.inserting_before(p.read):
-            phi, alpha, bias = self._parameters(c)
             triple = self._call(torch.ops.mhc.coefficients.default, (X, phi, alpha, bias, spec), p.read)
             pre, post, mix = (self._call(operator.getitem, (triple, i), p.read) for i in range(3))
             wide, held = self._widened(X, dtype, p.read)
@@ -201,21 +202,26 @@ class _Raising:
         p = c.proposal
         phi, alpha, bias = c.parameters
         if shape(phi) != (p.rows, p.n * p.hidden):
-            phi = self._method("t", (phi,), p.read)
+            phi = self._early(torch.t, phi, p.read)
         if shape(alpha) == (2,):
             # Without a mixing matrix there is no third factor, and nothing reads this one.
-            alpha = self._call(torch.nn.functional.pad, (alpha, (0, 1)), p.read)
+            alpha = self._early(torch.nn.functional.pad, alpha, p.read, (0, 1))
         return phi, alpha, bias
 
     def _rewrite_exit(self, c: Confirmed) -> None:
         p = c.proposal
         fn, base, scale = c.parameters
-        with self.graph.inserting_before(p.read):
-            if shape(fn) != (p.n, p.n * p.hidden):
-                fn = self._method("t", (fn,), p.read)
-            if shape(scale) == ():
-                scale = self._method("reshape", (scale, 1), p.read)
+        if shape(fn) != (p.n, p.n * p.hidden):
+            fn = self._early(torch.t, fn, p.read)
+        if shape(scale) == ():
+            scale = self._early(torch.reshape, scale, p.read, (1,))
         self._reduce(p.streams, p.read, str(c.spec), fn, base, scale)
+
+    def _early(self, target: Callable[..., Any], parameter: Node, like: Node, *arguments: Any) -> Node:
+        """A form of `parameter`, in front of all else where possible: `fuse` wants it outside the chain."""
+        early = parameter.op == "placeholder" and self.gradients[self.first] == self.gradients[like]
+        with self.graph.inserting_before(self.first if early else like):
+            return self._call(target, (parameter, *arguments), like)
 
     def _reduce(self, streams: Node, out: Node, spec: str, *head: Node) -> None:
         with self.graph.inserting_before(out):
