@@ -34,7 +34,7 @@ class Pool:
             return torch.empty(shape, dtype=dtype)
         with self._lock:
             storage = self._take(size)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+        return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
     def _take(self, size: int) -> UntypedStorage:
         self._requests += 1

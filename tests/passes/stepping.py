@@ -15,6 +15,7 @@ from mhc_compile.config import Options
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, Pass, value
+from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.lower import Lower
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.ownership import OWNED
@@ -105,8 +106,8 @@ class Stepped:
     graph: GraphModule | None = None
 
 
-def stepped(model: nn.Module, spec: StreamSpec, *args: Any, **kwargs: Any) -> Stepped:
-    """All passes one by one, every graph run on real inputs."""
+def stepped(model: nn.Module, spec: StreamSpec, *args: Any, fuse: Fuse | None = None, **kwargs: Any) -> Stepped:
+    """All passes one by one (`fuse` where it is given, in the model's dtype), every graph run on real inputs."""
     found = captured(model, *args, **kwargs)
     gm, inputs = found.graph, found.inputs
     out = Stepped()
@@ -128,10 +129,15 @@ def stepped(model: nn.Module, spec: StreamSpec, *args: Any, **kwargs: Any) -> St
     start = [*inputs, *(p.detach().clone() for held in out.parameters.values() for p in held.parameters())]
     for i, held in enumerate(out.parameters.values()):
         randomise(held, i)
+        if fuse is not None:
+            held.float()
     inputs = [*inputs, *(p for held in out.parameters.values() for p in held.parameters())]
     gm = apply(Widen(), gm, context)
     record("widen")
     out.at_start = run(gm, start)
+    if fuse is not None:
+        gm = apply(fuse, gm, context)
+        record("fuse")
     gm = apply(Lower(), gm, context)
     record("lower")
     out.inputs, out.notes, out.graph = inputs, context.notes, gm
