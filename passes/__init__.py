@@ -1,1 +1,1 @@
-"""The compiler passes, one file each, in the order they run: normalize, residual, widen, lower."""
+"""The compiler passes, one file each, in the order they run: normalize, residual, widen (or native), fuse, lower."""

@@ -23,7 +23,7 @@ from mhc_compile.passes.base import Context, Mark, Pass, module_path, shape, sou
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.ownership import OWNED, is_owned
 from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import ANALYSIS, Observer, compile_passes, run_passes
+from mhc_compile.pipeline import ANALYSIS, Observer, compile_passes, native_passes, run_passes
 
 
 def inspect(
@@ -40,7 +40,8 @@ def inspect(
     streams are widened. `options` are the fields of `StreamSpec` that an unconverted model would be converted with.
 
     Raises `MHCError`: MHC204 for options, MHC209 without inputs, MHC507 for a layer that is not in the graph. A model
-    that cannot be converted raises nothing: `Inspection.refusal` and `.reach` say why.
+    that cannot be converted raises nothing: `Inspection.refusal` and `.reach` say why, and `.native` lists the
+    hyper-connections that a multi-stream model has of its own.
     """
     given, own = split_options(options)
     settings = Options(**own)
@@ -66,6 +67,11 @@ def inspect(
     except MHCError as error:
         if error.code == "MHC507":
             raise
+        if error.code == "MHC107":
+            own_streams, watcher = Context(), _Watcher(None)
+            run_passes(captured.graph, own_streams, native_passes(settings), settings, watcher)
+            sites = tuple(own_streams.native)
+            return Inspection(**about, passes=tuple(watcher.records), refusal=error, native=sites)
         found = reach(watcher.normalised) if watcher.normalised is not None else None
         return Inspection(**about, passes=tuple(watcher.records), refusal=error, reach=found)
     view = LayerView(layer, tuple(watcher.before), tuple(watcher.after)) if layer is not None else None

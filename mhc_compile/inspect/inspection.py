@@ -9,6 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.inspect.reach import Reach
+from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
 
 
@@ -78,6 +79,8 @@ class Inspection:
     """Why the model cannot be converted, or None."""
     reach: Reach | None = field(default=None)
     """For a refused model: how far the stream was followed."""
+    native: tuple[NativeSite, ...] = ()
+    """For a model with several streams already (MHC107): its own hyper-connections that the backend raises."""
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:

@@ -16,6 +16,7 @@ from mhc_compile.diagnostics import TABLE, MHCError
 from mhc_compile.inspect.fold import fold
 from mhc_compile.inspect.inspection import Inspection, LayerView, SiteReport, StreamReport
 from mhc_compile.inspect.reach import Reach
+from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
 
 MAX_NOTES = 4
@@ -25,6 +26,9 @@ MAX_NOTES = 4
 def render(found: Inspection) -> Iterator[RenderableType]:
     """The sections of the report, in order."""
     yield from _summary(found)
+    if found.native:
+        yield Text()
+        yield from _native(found.native)
     if found.refusal is not None:
         yield Text()
         yield from _refusal(found.refusal)
@@ -52,6 +56,13 @@ def _summary(found: Inspection) -> Iterator[RenderableType]:
         count = len(set(found.streams))
         streams = "1 stream" if count == 1 else f"{count} streams"
         yield Text(f"{streams}, {len(found.sites)} sites; the sites {verb} {found.added:,} parameters{share}")
+
+
+def _native(sites: Sequence[NativeSite]) -> Iterator[RenderableType]:
+    yield Text(f"hyper-connections of its own: {len(sites)} sites", style="bold")
+    for spec, count in Counter(site.spec for site in sites).items():
+        yield Text(f"  {count} x {spec}")
+    yield Text('  torch.compile(model, backend="mhc") compiles them as they are; `convert` is for residual models')
 
 
 def _stream(stream: StreamReport, calls: int) -> Iterator[RenderableType]:

@@ -113,3 +113,30 @@ def test_more_than_published_systems_have_are_no_streams() -> None:
 def test_nothing_wide_nothing_found() -> None:
     gm = normal(Heads("nowhere"), IDS)
     assert multistream(Dataflow(gm.graph, is_owned)) is None
+
+
+class SideBySide(nn.Module):
+    """n streams in n*C channels of one value: each layer reads a mean and adds its output n times, weighted."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.embed = nn.Embedding(11, n * WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.weights = nn.ModuleList(nn.Linear(n * WIDTH, n) for _ in range(3))
+        self.head = nn.Linear(n * WIDTH, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer, weights in zip(self.layers, self.weights, strict=True):
+            y = layer(x.unflatten(-1, (self.n, WIDTH)).mean(-2))
+            w = torch.sigmoid(weights(x))
+            x = x + (y.unsqueeze(-2) * w.unsqueeze(-1)).flatten(-2)
+        return self.head(x)
+
+
+def test_mhc107_for_streams_side_by_side_in_the_channels() -> None:
+    gm = normal(SideBySide(4), IDS)
+    with pytest.raises(MHCError, match="4 streams of 8 channels side by side") as caught:
+        Residual().apply(gm, Context())
+    assert caught.value.code == "MHC107"

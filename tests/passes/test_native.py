@@ -22,6 +22,7 @@ N, C, LAYERS = 3, 8, 2
 ITERATIONS = 4
 V4 = "streams=3 convention=deepseek_v4 manifold=sinkhorn iterations=4 exit=head"
 IDS = torch.arange(10).reshape(2, 5)
+Golden = Callable[[str], None]
 
 
 class Connection(nn.Module):
@@ -111,7 +112,7 @@ def specs(context: Context) -> list[str]:
     return [site.spec for site in context.native]
 
 
-def test_one_site(golden: Callable[[str], None]) -> None:
+def test_one_site(golden: Golden) -> None:
     model = Model(Connection)
     model.connections, model.layers = model.connections[:1], model.layers[:1]
     context, gm = raise_sites(model, IDS)

@@ -218,3 +218,17 @@ def test_convert_still_refuses_and_names_the_way() -> None:
     with pytest.raises(mhc_compile.MHCError, match=r"torch\.compile\(model, backend=\"mhc\"\)") as caught:
         mhc_compile.convert(model, streams=4, inner="eager", example_kwargs=inputs)
     assert caught.value.code == "MHC107"
+
+
+def test_inspect_lists_the_sites() -> None:
+    model, inputs = models.named("hy_v4")
+    found = mhc_compile.inspect(model, example_kwargs=inputs)
+    count, spec = SITES["hy_v4"]
+    assert found.refusal is not None
+    assert found.refusal.code == "MHC107"
+    assert [site.spec for site in found.native] == [spec] * count
+    assert found.native[1].name == "model.layers.0#1"
+    text = found.text()
+    assert f"hyper-connections of its own: {count} sites" in text
+    assert f"{count} x {spec}" in text
+    assert "native: 6 hand-written sites raised" in text
