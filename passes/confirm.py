@@ -30,7 +30,7 @@ _TOKENS = 6
 _MAGNITUDES = (1.0, 1e-1, 1e-2, 1e-3, 3.0, 1e-3)
 _DIVIDES = ("truediv", "div", "true_divide", "divide", "logsumexp", "normalize")
 
-Values = dict[Node, Tensor]
+Values = dict[Node, Any]
 
 
 class Trial:
@@ -42,7 +42,7 @@ class Trial:
         self.tokens = tokens
         self.small = (1,) * (len(tokens) - 2) + ((2, _TOKENS // 2) if len(tokens) > 1 else (_TOKENS,))
         self.rng = torch.Generator().manual_seed(0)
-        self.values: Values = {}
+        self.values: Values = {n: value(n).node.hint for n in region.numbers}
         self.inputs: list[Node] = []
 
     def draw(self, node: Node, tail: tuple[int, ...], *, scale: float = 1.0, magnitudes: bool = False) -> None:
@@ -130,6 +130,8 @@ class Confirmed:
     """The next streams."""
     nodes: list[Node]
     """What becomes unused when the site is rewritten."""
+    numbers: list[Node]
+    """Numbers of which the specification holds the present values."""
     rounded: dict[str, torch.dtype] = field(default_factory=dict)
     """The dtypes to which the model rounds `post` and `mix` before it mixes."""
 
@@ -157,8 +159,8 @@ def confirm_site(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec]) -> Co
             if error <= TOLERANCE:
                 rounded = _rounded(flow, p, region(flow, [following], [p.streams, p.branch]), trial)
                 following = cast_behind(following, value(p.streams).dtype)
-                nodes = region(flow, [p.read, following], [p.streams, p.branch]).nodes
-                return Confirmed(p, spec, (phi, alpha, bias), following, nodes, rounded)
+                whole = region(flow, [p.read, following], [p.streams, p.branch])
+                return Confirmed(p, spec, (phi, alpha, bias), following, whole.nodes, whole.numbers, rounded)
             if error < nearest:
                 nearest, why = error, f"no convention computes its numbers; nearest is '{spec}', {error:.1e} off"
     raise NotApart(why)
@@ -177,7 +179,7 @@ def confirm_exit(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec]) -> Co
         head = _matrix(trial, fn, p), trial.values[base], trial.values[scale].reshape(1)
         error = trial.error(p.read, reference.reduce(trial.values[p.streams], spec, head))
         if error <= TOLERANCE:
-            return Confirmed(p, spec, (fn, base, scale), None, apart.nodes)
+            return Confirmed(p, spec, (fn, base, scale), None, apart.nodes, apart.numbers)
         if error < nearest:
             nearest, why = error, f"no convention's exit computes its numbers; nearest is '{spec}', {error:.1e} off"
     raise NotApart(why)

@@ -67,6 +67,8 @@ class Region:
 
     nodes: list[Node]
     parameters: list[Node]
+    numbers: list[Node] = field(default_factory=list)
+    """Attributes of the model that Dynamo takes for variables: an eps under `dynamic=True`."""
 
 
 class NotApart(Exception):
@@ -224,10 +226,14 @@ def region(flow: Dataflow, outputs: list[Node], leaves: list[Node]) -> Region:
     """What computes `outputs` from `leaves`, parameters and constants. Raises `NotApart`."""
     found: set[Node] = set()
     parameters: set[Node] = set()
+    numbers: set[Node] = set()
     stack = [n for n in outputs if n not in leaves]
     while stack:
         node = stack.pop()
         if node in found or node in parameters:
+            continue
+        if isinstance(value(node), torch.SymFloat) and value(node).node.hint is not None:
+            numbers.add(node)
             continue
         if node in flow.parametric and node.op in ("placeholder", "get_attr"):
             parameters.add(node)
@@ -243,4 +249,4 @@ def region(flow: Dataflow, outputs: list[Node], leaves: list[Node]) -> Region:
         if storage_root(node) in flow.writes:
             raise NotApart(f"{node.name} is written in place")
     order = flow.index.__getitem__
-    return Region(sorted(found, key=order), sorted(parameters, key=order))
+    return Region(*(sorted(nodes, key=order) for nodes in (found, parameters, numbers)))

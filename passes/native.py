@@ -123,6 +123,8 @@ class _Raising:
             raise NotApart("a part of it runs without gradients")
         if any(n is other.following or n is other.proposal.read for other in self.found for n in done.nodes):
             raise NotApart("another site shares its values")
+        for n in done.numbers:
+            float(value(n))  # a guard: with another value the model is compiled again
         self.found.append(done)
         self.dead.update(done.nodes)
 

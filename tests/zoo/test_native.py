@@ -232,3 +232,38 @@ def test_inspect_lists_the_sites() -> None:
     assert f"hyper-connections of its own: {count} sites" in text
     assert f"{count} x {spec}" in text
     assert "native: 6 hand-written sites raised" in text
+
+
+def test_dynamic_shapes_and_an_eps_that_changes_afterwards() -> None:
+    model, inputs = far_from_start("hy_v4")
+    step = torch.compile(model, backend="mhc", dynamic=True, options={"inner": "eager"})
+    with torch.no_grad():
+        for length in (12, 7):
+            given = {**inputs, "input_ids": inputs["input_ids"][:, :length]}
+            got = logits_of(step(**given))
+            assert float(errors([got], [logits_of(model(**given))])[0]) < 1e-5
+        # Under dynamic=True Dynamo takes the eps for a variable: the specification holds it under a guard.
+        model.model.layers[0].attn_hc.hc_eps = 0.3
+        changed = logits_of(model(**given))
+        assert float(errors([changed], [got])[0]) > 1e-2
+        assert float(errors([logits_of(step(**given))], [changed])[0]) < 1e-5
+
+
+def test_checkpointed_layers_and_autocast() -> None:
+    model, inputs = far_from_start("deepseek_v4")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    step = torch.compile(model, backend="mhc", fullgraph=True, options={"inner": "aot_eager"})
+    both = []
+    for forward in (model, step):
+        loss_of(logits_of(forward(**inputs)), inputs).backward()
+        both.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    assert float(errors([both[1]], [both[0]])[0]) < 1e-5
+    model.gradient_checkpointing_disable()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got, want = logits_of(step(**inputs)), logits_of(model(**inputs))
+    with torch.no_grad():
+        exact = logits_of(model(**inputs))
+    assert got.dtype == want.dtype
+    assert float(errors([got], [exact])[0]) <= 2 * float(errors([want], [exact])[0])
