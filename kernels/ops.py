@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+import mhc_compile.kernels.fused  # noqa: F401  (registers the fused chains)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.sinkhorn import LIBRARY as KERNELS

@@ -1,4 +1,4 @@
-"""Fused chains in plain PyTorch: the provider for any device, dtype and manifold, and what the kernels are tested with."""
+"""Fused chains in plain PyTorch: the provider for any device, dtype and manifold; kernels are tested against it."""
 
 from __future__ import annotations
 

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mhc_compile.bench import boundary, passes
+from mhc_compile.bench import boundary, compile_time, native, passes, step
 from mhc_compile.bench.contest import chart
 
-BENCHMARKS = {"boundary": boundary, "passes": passes}
+BENCHMARKS = {
+    "boundary": boundary,
+    "compile-time": compile_time,
+    "native": native,
+    "passes": passes,
+    "step": step,
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,8 +28,10 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
         help="measure on this machine what the README states",
-        description="boundary: one fused site boundary against PyTorch and what else is installed. passes: the time of "
-        "the rewriting passes for 12 to 96 layers, and their share of a whole compile.",
+        description="boundary: one fused site boundary against PyTorch and what else is installed. step: a training "
+        "step of a converted Llama against the residual one. native: DeepSeek-V4's own hyper-connections. "
+        "compile-time: how long torch.compile takes for DeepSeek-V4. passes: the time of the rewriting passes for 12 "
+        "to 96 layers, and their share of a whole compile.",
     )
     parser.add_argument("name", choices=sorted(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="small sizes: checks that it runs")

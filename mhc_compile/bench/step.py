@@ -1,0 +1,74 @@
+"""A whole training step: a residual Llama under Inductor, and the same model converted to four streams."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from mhc_compile.bench.contest import Contender, contest, show
+from mhc_compile.convert import convert
+
+RESIDUAL = "residual, Inductor"
+
+
+def run(console: Console, *, quick: bool) -> dict[str, Any]:
+    """Measure forward, backward and optimizer; print the table and return all rows."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers, width, batch, length = (2, 64, 2, 16) if quick else (12, 768, 4, 512)
+    dtype = torch.float32
+    if device.type == "cuda" and not quick:
+        layers, width, batch, length, dtype = 12, 4096, 4, 2048, torch.bfloat16
+    torch.manual_seed(0)
+    base = llama(layers, width).to(device, dtype)
+    ids = torch.randint(0, base.config.vocab_size, (batch, length), device=device)
+    with torch.no_grad():
+        expected = base(ids, labels=ids, use_cache=False).loss.double()
+    contenders = [Contender(RESIDUAL, training(torch.compile(copy.deepcopy(base)), ids))]
+    for name, kernels in (("mHC, mhc-compile", "auto"), ("mHC, no fused kernels", "none")):
+        model = convert(copy.deepcopy(base), streams=4)
+        compiled = torch.compile(model, backend="mhc", options={"kernels": kernels})
+        contenders.append(Contender(name, training(compiled, ids)))
+    for c in contenders:
+        c.check = lambda loss: float((loss.double() - expected).abs() / expected)
+        c.tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    shape = f"{layers} layers, C={width}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
+    rows = contest(console, contenders, ours="mHC, mhc-compile", device=device, shape=shape, rounds=2 if quick else 7)
+    title = f"training step, {shape}"
+    groups = {title: show(console, title, rows)}
+    residual = next(r for r in rows if r.name == RESIDUAL)
+    ours = next(r for r in rows if r.name == "mHC, mhc-compile")
+    overhead = ours.median / residual.median - 1
+    console.print(f"four streams add {overhead:+.1%} to the step")
+    return {"groups": groups, "overhead": overhead, "parameters": sum(p.numel() for p in base.parameters())}
+
+
+def llama(layers: int, width: int) -> Any:
+    """A Llama of usual proportions with a small vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=layers, hidden_size=width, intermediate_size=width * 8 // 3 // 16 * 16,
+            num_attention_heads=max(1, width // 64), num_key_value_heads=max(1, width // 64), vocab_size=8192,
+        )
+    ).train()  # fmt: skip
+
+
+def training(model: nn.Module | Callable[..., Any], ids: Tensor) -> Callable[[], Tensor]:
+    """One step: forward, backward, AdamW. The learning rate is zero, so that every step computes the same loss."""
+    assert isinstance(model, nn.Module)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+
+    def step() -> Tensor:
+        loss: Tensor = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
