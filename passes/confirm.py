@@ -136,34 +136,81 @@ class Confirmed:
     """The dtypes to which the model rounds `post` and `mix` before it mixes."""
 
 
-def confirm_site(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec]) -> Confirmed:
-    """The site as a convention computes it; `hints` are tried first. Raises `NotApart` with the reason if none does."""
+@dataclass
+class Verdict:
+    """What a trial found: the specification, or None and how far off the nearest one is."""
+
+    spec: StreamSpec | None
+    why: str = ""
+    rounded: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+def confirm_site(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec], memory: dict[Any, Verdict]) -> Confirmed:
+    """The site as a convention computes it; `hints` are tried first. Raises `NotApart` with the reason if none does.
+
+    `memory` holds the verdicts on regions of this graph: layers are alike, and one trial serves them all.
+    """
     if p.branch is None or not p.following:
         raise NotApart("no value combines its streams with what its branch computes")
-    apart = region(flow, [p.read], [p.streams])
-    phi, alpha, bias = _roles(p, apart, (2, 3))
-    trial, nearest, why = None, math.inf, "none of its values is the next streams"
+    parameters = _roles(p, region(flow, [p.read], [p.streams]), (2, 3))
+    why = ""
     for following in p.following:
         try:
             both = region(flow, [p.read, following], [p.streams, p.branch])
-            if both.parameters != sorted((phi, alpha, bias), key=flow.index.__getitem__):
+            if both.parameters != sorted(parameters, key=flow.index.__getitem__):
                 raise NotApart(f"it reads {len(both.parameters)} parameters, not phi, alpha and bias")
-            trial = _site_trial(flow, p, both, (phi, alpha, bias))
+            key = _signature(p, both, parameters, following)
+            if key not in memory:
+                memory[key] = _judge(flow, p, following, both, parameters, hints)
         except NotApart as reason:
             why = str(reason)
             continue
-        for spec in specifications(p.n, p.rows, both, hints):
-            h, X = _reference(trial, p, (phi, alpha, bias), spec)
-            error = trial.error(p.read, h)
-            error = max(error, trial.error(following, X)) if error <= TOLERANCE else error
-            if error <= TOLERANCE:
-                rounded = _rounded(flow, p, region(flow, [following], [p.streams, p.branch]), trial)
-                following = cast_behind(following, value(p.streams).dtype)
-                whole = region(flow, [p.read, following], [p.streams, p.branch])
-                return Confirmed(p, spec, (phi, alpha, bias), following, whole.nodes, whole.numbers, rounded)
-            if error < nearest:
-                nearest, why = error, f"no convention computes its numbers; nearest is '{spec}', {error:.1e} off"
+        verdict = memory[key]
+        if verdict.spec is not None:
+            following = cast_behind(following, value(p.streams).dtype)
+            whole = region(flow, [p.read, following], [p.streams, p.branch])
+            return Confirmed(p, verdict.spec, parameters, following, whole.nodes, whole.numbers, verdict.rounded)
+        why = verdict.why
     raise NotApart(why)
+
+
+def _judge(
+    flow: Dataflow,
+    p: Proposal,
+    following: Node,
+    both: Region,
+    parameters: tuple[Node, Node, Node],
+    hints: Sequence[StreamSpec],
+) -> Verdict:
+    trial = _site_trial(flow, p, both, parameters)
+    nearest, why = math.inf, f"no convention has {p.rows} rows for {p.n} streams"
+    for spec in specifications(p.n, p.rows, both, hints):
+        h, X = _reference(trial, p, parameters, spec)
+        error = max(trial.error(p.read, h), trial.error(following, X))
+        if error <= TOLERANCE:
+            assert p.branch is not None
+            return Verdict(spec, "", _rounded(flow, p, region(flow, [following], [p.streams, p.branch]), trial))
+        if error < nearest:
+            nearest, why = error, f"no convention computes its numbers; nearest is '{spec}', {error:.1e} off"
+    return Verdict(None, why)
+
+
+def _signature(p: Proposal, both: Region, parameters: tuple[Node, Node, Node], following: Node) -> Any:
+    """Equal for two regions that compute the same from their leaves, operation by operation."""
+    leaves = (p.streams, p.branch, *parameters)
+    names: dict[Node, str] = {n: f"leaf{i}" for i, n in enumerate(leaves) if n is not None}
+    names |= {n: repr(value(n).node.hint) for n in both.numbers}
+    names |= {n: f"%{i}" for i, n in enumerate(both.nodes)}
+
+    def form(node: Node) -> str:
+        return f"{shape(node)} {value(node).dtype}" if is_tensor(node) else ""
+
+    def called(node: Node) -> str:
+        # What has no name is a size, which is read from the result.
+        return repr(torch.fx.map_arg((node.args, node.kwargs), lambda n: names.get(n, "size")))
+
+    lines = tuple((n.op, n.target, called(n), form(n)) for n in both.nodes)
+    return lines, tuple(form(n) for n in leaves if n is not None), names[p.read], names[following]
 
 
 def confirm_exit(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec]) -> Confirmed:

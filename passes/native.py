@@ -29,7 +29,7 @@ from mhc_compile.passes.base import (
     shape,
     value,
 )
-from mhc_compile.passes.confirm import Confirmed, confirm_exit, confirm_site, is_function
+from mhc_compile.passes.confirm import Confirmed, Verdict, confirm_exit, confirm_site, is_function
 from mhc_compile.passes.dataflow import CASTS, Dataflow
 from mhc_compile.passes.hyperconnections import NotApart, Proposal, cast_behind, local, proposals
 from mhc_compile.passes.ownership import is_owned
@@ -90,6 +90,7 @@ class _Raising:
         self.flow = Dataflow(gm.graph, is_owned)
         self.gradients = gradient_modes(gm.graph)
         self.first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+        self.memory: dict[Any, Verdict] = {}
         self.found: list[Confirmed] = []
         self.entries: dict[Node, Node] = {}
         """What is expanded into n streams, by these streams."""
@@ -118,7 +119,10 @@ class _Raising:
 
     def _confirm(self, p: Proposal) -> None:
         hints = list(dict.fromkeys(c.spec for c in reversed(self.found)))
-        done = (confirm_exit if p.rows == p.n else confirm_site)(self.flow, p, hints)
+        if p.rows == p.n:
+            done = confirm_exit(self.flow, p, hints)
+        else:
+            done = confirm_site(self.flow, p, hints, self.memory)
         if len({self.gradients[n] for n in done.nodes}) > 1:
             raise NotApart("a part of it runs without gradients")
         if any(n is other.following or n is other.proposal.read for other in self.found for n in done.nodes):

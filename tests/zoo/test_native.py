@@ -80,8 +80,8 @@ def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves, strict=True)]
 
 
-def errors(got: list[Tensor], want: list[Tensor]) -> Tensor:
-    """The root mean square error of each tensor as a share of its scale."""
+def errors(got: list[Tensor], want: list[Tensor], floor: float = 1e-6) -> Tensor:
+    """The root mean square error of each tensor as a share of its scale, or of `floor` times the largest."""
     assert [t.shape for t in got] == [t.shape for t in want]
     rms = torch.tensor(
         [
@@ -90,7 +90,7 @@ def errors(got: list[Tensor], want: list[Tensor]) -> Tensor:
         ]
     )
     # What a router gets through ties is zero up to rounding.
-    return rms[:, 0] / rms[:, 1].clamp(min=1e-6 * float(rms[:, 1].max()))
+    return rms[:, 0] / rms[:, 1].clamp(min=floor * float(rms[:, 1].max()))
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -125,8 +125,8 @@ def test_as_exact_as_the_eager_model(name: str, dtype: torch.dtype) -> None:
         exact = in_float64(found, model)
         model.to(dtype)
         compiled = torch.compile(model, backend="mhc", fullgraph=True, options={"inner": "eager"})
-        ours.append(errors(results(compiled, model, inputs, found), exact))
-        theirs.append(errors(results(model, model, inputs, found), exact))
+        ours.append(errors(results(compiled, model, inputs, found), exact, 1e-4))
+        theirs.append(errors(results(model, model, inputs, found), exact, 1e-4))
         assert len(dict(model.named_parameters())) == len(dict(models.named(name)[0].named_parameters()))
     a, b = torch.stack(ours), torch.stack(theirs)
     assert float(a[:, 0].square().mean().sqrt()) <= 2 * float(b[:, 0].square().mean().sqrt())
