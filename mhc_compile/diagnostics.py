@@ -201,7 +201,7 @@ TABLE: dict[str, Diagnostic] = {
         "use the version of mhc-compile that wrote the folder or a later one; if the folder was edited or damaged, "
         "copy it again",
     ),
-    "MHC415": Diagnostic("transformers is not installed", "pip install 'mhc-compile[hf]'"),
+    "MHC415": Diagnostic("transformers or accelerate is not installed", "pip install 'mhc-compile[hf]'"),
     "MHC501": Diagnostic(
         "no n-stream program to export",
         "convert the model first, mhc_compile.convert(model), and export a call that runs its converted part",

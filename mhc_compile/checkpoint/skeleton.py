@@ -18,8 +18,9 @@ from mhc_compile.parameters import names
 
 
 def transformers_module() -> ModuleType:
-    """The package. Raises MHC415 where it is not installed."""
+    """The package. Raises MHC415 where it, or accelerate, which its loaders need, is not installed."""
     try:
+        import accelerate  # noqa: F401
         import transformers
     except ImportError as error:
         raise MHCError("MHC415", str(error)) from error

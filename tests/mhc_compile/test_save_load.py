@@ -376,8 +376,9 @@ def test_an_owner_that_the_model_does_not_have(copied: Path) -> None:
         from_pretrained(copied, inner="eager")
 
 
-def test_without_transformers(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
+@pytest.mark.parametrize("missing", ["transformers", "accelerate"])
+def test_without_what_loading_needs(saved: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(MHCError, match="MHC415"):
         from_pretrained(saved)
 
