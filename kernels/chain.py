@@ -5,6 +5,7 @@ A chain reads the streams of a block of tokens once and does up to three things 
     mix       X' = H @ X + outer(post, y)                       the site before
     weights   pre, post, H of the next site, or another way to weigh the streams
     collapse  h = weights @ X'                                  what the next branch reads
+    norm      the branch's own RMSNorm or LayerNorm of h, where it begins with one
 
 `boundary`, all three in one, is the step from one site to the next: `(3n+1)C` of traffic in one pass instead of three
 (arXiv 2512.24880, Table 2 and section 4.3).
@@ -20,6 +21,7 @@ import torch
 from mhc_compile.kernels.spec import StreamSpec
 
 Weights = Literal["none", "given", "site", "head", "mean", "sum"]
+Norm = Literal["none", "rms", "layer"]
 Kind = Literal["distribute", "aggregate", "coefficients", "read", "boundary", "reduce", "leave"]
 
 
@@ -36,6 +38,9 @@ class Chain:
     """Of X, X' and h."""
     branch_dtype: torch.dtype = torch.float32
     """Of the branch output y."""
+    norm: Norm = "none"
+    """What h goes through before it is written, over C with a weight (`rms`), or a weight and a bias (`layer`)."""
+    norm_eps: float = 0.0
 
     @property
     def mixes(self) -> bool:
@@ -78,7 +83,8 @@ class Chain:
         dtypes = [str(self.streams_dtype).removeprefix("torch.")]
         if self.mixes and self.branch_dtype != self.streams_dtype:
             dtypes.append(str(self.branch_dtype).removeprefix("torch."))
-        return f"{self.kind}_n{self.stream.streams}_c{self.width}_{'_'.join(dtypes)}"
+        normed = "" if self.norm == "none" else f"_{self.norm}"
+        return f"{self.kind}{normed}_n{self.stream.streams}_c{self.width}_{'_'.join(dtypes)}"
 
     def bytes_moved(self, tokens: int, *, backward: bool = False) -> int:
         """What must travel between memory and processor: every stream, branch and coefficient value once, phi once.

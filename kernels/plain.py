@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mhc_compile.kernels import reference, signature
 from mhc_compile.kernels.chain import Chain
@@ -33,12 +34,23 @@ def _forward(chain: Chain, values: Values) -> dict[str, Tensor]:
     elif chain.weights != "none":
         head = (values["phi"], values["bias"], values["alpha"]) if chain.weights == "head" else None
         out["h"] = reference.reduce(X, chain.stream, head)
+    if chain.norm != "none":
+        out["h"] = _normed(chain, out["h"], values)
     if chain.projects:
         v = X.flatten(-2).to(signature.dtype(chain, "z"))
-        u = torch.nn.functional.linear(v, values["phi"].to(v.dtype))
+        u = F.linear(v, values["phi"].to(v.dtype))
         out["z"] = torch.cat([u, v.square().sum(-1, keepdim=True)], -1)
     # An output that is its input (a copy of n = 1 streams) would be an alias, which an op must not return.
     return {name: t.clone() if t is values["X"] else t for name, t in out.items()}
+
+
+def _normed(chain: Chain, h: Tensor, values: Values) -> Tensor:
+    # From h as it is stored.
+    wide, weight = h.to(signature.dtype(chain, "z")), values["norm_weight"]
+    if chain.norm == "rms":
+        return F.rms_norm(wide, (chain.width,), weight.to(wide.dtype), chain.norm_eps).to(h.dtype)
+    bias = values["norm_bias"].to(wide.dtype)
+    return F.layer_norm(wide, (chain.width,), weight.to(wide.dtype), bias, chain.norm_eps).to(h.dtype)
 
 
 def _backward(chain: Chain, values: Values) -> dict[str, Tensor]:

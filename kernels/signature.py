@@ -4,7 +4,8 @@
 the chain's dtypes, all else is float32 (float64 where one of them is).
 
     X [T, n, C]   y [T, C]   post [T, n]   mix [T, n, n]   pre [T, n]   phi [R, n*C]   alpha [3], of a head [1]
-    bias [R]   next_X [T, n, C]   h [T, C]   next_pre, next_post [T, n]   next_mix [T, n, n]
+    bias [R]   norm_weight, norm_bias [C]
+    next_X [T, n, C]   h [T, C]   next_pre, next_post [T, n]   next_mix [T, n, n]
     z [T, R + 1]  phi @ X before the norm, and the sum of squares: all that the backward needs of the coefficients
 """
 
@@ -24,6 +25,10 @@ def inputs(chain: Chain) -> tuple[str, ...]:
         names.append("pre")
     if chain.projects:
         names += ["phi", "alpha", "bias"]
+    if chain.norm != "none":
+        names.append("norm_weight")
+    if chain.norm == "layer":
+        names.append("norm_bias")
     return tuple(names)
 
 
@@ -71,6 +76,8 @@ def shape(chain: Chain, name: str, lead: tuple[int, ...]) -> tuple[int, ...]:
         "phi": (rows, n * chain.width),
         "alpha": (1 if chain.weights == "head" else 3,),
         "bias": (rows,),
+        "norm_weight": (chain.width,),
+        "norm_bias": (chain.width,),
     }
     return by_name[name]
 

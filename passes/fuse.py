@@ -3,6 +3,7 @@
     distribute, coefficients, aggregate  ->  mhc_kernels.boundary   from one site to the next
     coefficients, aggregate              ->  mhc_kernels.read       the first site, and behind a norm of each stream
     distribute, reduce                   ->  mhc_kernels.leave      the exit
+    ... aggregate, norm of the branch    ->  mhc_kernels.boundary_rms, read_layer, ...
     whatever is left alone               ->  its own kernel
 
 A chain is left to `lower` where no kernel exists for its device, dtype or manifold, where its parts are in different
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -25,6 +26,7 @@ from mhc_compile.kernels.chain import Chain, Kind
 from mhc_compile.kernels.fused import op_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, copy_meta, gradient_modes, value
+from mhc_compile.passes.norms import BranchNorm, match_norm
 
 DIALECT = torch.ops.mhc
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -55,10 +57,12 @@ class _Parts:
     mix: Node | None = None
     site: Node | None = None
     weigh: Node | None = None
+    norm: BranchNorm | None = None
 
     @property
     def nodes(self) -> list[Node]:
-        return [n for n in (self.mix, self.site, self.weigh) if n is not None]
+        normed = self.norm.nodes if self.norm else ()
+        return [n for n in (self.mix, self.site, self.weigh, *normed) if n is not None]
 
 
 class _Fusing:
@@ -110,27 +114,36 @@ class _Fusing:
         return readers[0] if found else None
 
     def _replace(self, kind: Kind, parts: _Parts, spec: StreamSpec) -> None:
-        """Replace `parts` by one op, where a kernel may and can compute them."""
+        """Replace `parts` by one op, where a kernel may and can compute them; with the branch's norm if possible."""
+        norm = match_norm(parts.weigh) if kind in ("read", "boundary") and parts.weigh is not None else None
+        if norm is not None and self._replaced(kind, replace(parts, norm=norm), spec, "its norm not fused into it"):
+            return
+        self._replaced(kind, parts, spec, "not fused")
+
+    def _replaced(self, kind: Kind, parts: _Parts, spec: StreamSpec, otherwise: str) -> bool:
         first, values = self._values(parts)
         X, y = value(values["X"]), value(values["y"]) if "y" in values else None
         chain = Chain(
             kind=kind, stream=spec, width=int(X.shape[-1]), streams_dtype=X.dtype,
             branch_dtype=X.dtype if y is None else y.dtype,
+            norm=parts.norm.kind if parts.norm else "none", norm_eps=parts.norm.eps if parts.norm else 0.0,
         )  # fmt: skip
         if reason := self._against(chain, parts, first, values):
-            self.notes[f"{kind} not fused: {reason}"] += 1
-            return
+            self.notes[f"{kind} {otherwise}: {reason}"] += 1
+            return False
         providers.prepare(chain, X.device.type)
         op = getattr(torch.ops.mhc_kernels, op_of(chain)).default
         arguments = tuple(values[name] for name in signature.inputs(chain))
         with self.graph.inserting_before(first):
-            fused = copy_meta(self.graph.call_function(op, (*arguments, str(spec))), parts.nodes[-1])
+            static = (str(spec), chain.norm_eps) if parts.norm else (str(spec),)
+            fused = copy_meta(self.graph.call_function(op, (*arguments, *static)), parts.nodes[-1])
             if site := first.meta.get("mhc_site"):
                 fused.meta["mhc_site"] = site
             names = signature.outputs(chain)
             items = {n: self._item(fused, i) if len(names) > 1 else fused for i, n in enumerate(names) if n != "z"}
         self._redirect(parts, items)
         self.notes[f"{op_of(chain)} in {chain.name}"] += 1
+        return True
 
     def _item(self, fused: Node, i: int) -> Node:
         return copy_meta(self.graph.call_function(operator.getitem, (fused, i)), fused)
@@ -148,6 +161,8 @@ class _Fusing:
             values["X"], values["phi"], values["alpha"], values["bias"] = parts.site.args[:4]
         if parts.mix is not None:
             values["X"], values["y"], values["post"], values["mix"] = parts.mix.args
+        if parts.norm is not None:
+            values["norm_weight"], values["norm_bias"] = parts.norm.weight, parts.norm.bias
         return parts.nodes[0], values
 
     def _against(self, chain: Chain, parts: _Parts, first: Node, values: dict[str, Any]) -> str:
@@ -172,8 +187,10 @@ class _Fusing:
                     if name in items:
                         _take_place(items[name], old)
         if parts.weigh is not None:
-            _take_place(items["h"], parts.weigh)
-            self.graph.erase_node(parts.weigh)
+            ends = parts.norm.nodes if parts.norm else ()
+            _take_place(items["h"], ends[-1] if ends else parts.weigh)
+            for old in (*reversed(ends), parts.weigh):
+                self.graph.erase_node(old)
         if parts.site is not None:
             for old in list(parts.site.users):
                 self.graph.erase_node(old)

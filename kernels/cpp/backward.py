@@ -12,15 +12,17 @@ from mhc_compile.kernels.cpp.forward import (
     FORWARD_ARGUMENTS,
     MIX,
     TAKE,
+    collapse_source,
     header,
     load_tokens,
     unpack,
 )
+from mhc_compile.kernels.cpp.norm import norm_source
 from mhc_compile.kernels.signature import gradients_in, inputs, saved
 
 WEIGH = """\
 // d(loss)/d(weights) = <dh, X'[i]> of one token.
-static inline void weigh(const float* x, const streams_t* dh, float* dweights) {{
+static inline void weigh(const float* x, const {dh_type}* dh, float* dweights) {{
   Lanes sum[N] = {{}};
   for (int v = 0; v < V; ++v) {{
     Lanes d = read(dh, v);
@@ -171,6 +173,20 @@ _SHARED = """\
   float* partial = scratch((int64_t)threads * N * V * ROWS * LANES);
   float* small = scratch(threads * SMALL);
   memset(small, 0, threads * SMALL * 4);"""
+# The gradients of the norm's weight and bias, one row of sums a thread.
+_NORM_SHARED = """
+  constexpr int64_t NORM = {count} * V * LANES;
+  float* sums = scratch(threads * NORM);
+  memset(sums, 0, threads * NORM * 4);"""
+_NORM_PREPARE = """
+    float* dh = scratch(TOKENS * V * LANES);
+    float* own_norm = sums + thread * NORM;"""
+_NORM_FINISH = """\
+  for (int w = 1; w < threads; ++w)
+    for (int64_t k = 0; k < NORM; ++k) sums[k] += sums[w * NORM + k];
+  for (int k = 0; k < C; ++k) {{ d_norm_weight[k] = sums[k];{bias} }}
+  free(sums);
+"""
 TOTAL = """\
 static inline float total(Lanes v) {{
   float sum = 0.0f;
@@ -184,6 +200,7 @@ BACKWARD_ARGUMENTS = {
     "z": "const float* z",
     "d_next_X": "const streams_t* d_next_X", "d_h": "const streams_t* d_h", "d_next_pre": "const float* d_next_pre",
     "d_next_post": "const float* d_next_post", "d_next_mix": "const float* d_next_H",
+    "d_norm_weight": "float* d_norm_weight", "d_norm_bias": "float* d_norm_bias",
     "d_X": "streams_t* d_X", "d_y": "branch_t* d_y", "d_post": "float* d_post", "d_mix": "float* d_H",
     "d_pre": "float* d_pre", "d_phi": "float* d_phi", "d_alpha": "float* d_alpha", "d_bias": "float* d_bias",
 }  # fmt: skip
@@ -194,24 +211,28 @@ def backward_source(chain: Chain, lanes: int) -> str:
     alphas = 1 if chain.weights == "head" else 3
     parts = [header(chain, lanes)]
     parts.append(MIX.format(out_arg="", write="") if chain.mixes else TAKE.format())
+    normed = chain.norm != "none"
+    if normed:
+        parts += [collapse_source(chain), norm_source(chain, backward=True)]
     if chain.collapses:
-        parts.append(WEIGH.format())
+        parts.append(WEIGH.format(dh_type="float" if normed else "streams_t"))
     parts.append(_gather(chain))
     parts.append(MIX_BACKWARD.format() if chain.mixes else GIVE.format())
     if chain.projects:
-        parts += [PROJECT_BACKWARD.format(), TOTAL.format()]
+        parts += [PROJECT_BACKWARD.format(), "" if normed else TOTAL.format()]
     names = (*saved(chain), *(f"d_{g}" for g in gradients_in(chain)), *(f"d_{i}" for i in inputs(chain)))
-    projects = chain.projects
-    parts.append(
-        BACKWARD.format(
-            arguments=unpack(names, BACKWARD_ARGUMENTS),
-            shared=_SHARED.format(alphas=alphas) if projects else "",
-            prepare=_PREPARE.format(alphas=alphas) if projects else "",
-            body=_body(chain),
-            collect=_COLLECT.format(alphas=alphas) if projects else "",
-            finish=_FINISH.format(alphas=alphas) if projects else "",
+    pieces = {
+        name: text.format(alphas=alphas) if chain.projects else ""
+        for name, text in (("shared", _SHARED), ("prepare", _PREPARE), ("collect", _COLLECT), ("finish", _FINISH))
+    }
+    if normed:
+        pieces["shared"] += _NORM_SHARED.format(count=2 if chain.norm == "layer" else 1)
+        pieces["prepare"] += _NORM_PREPARE.format()
+        pieces["collect"] += "\n    free(dh);"
+        pieces["finish"] += _NORM_FINISH.format(
+            bias=" d_norm_bias[k] = sums[V * LANES + k];" if chain.norm == "layer" else ""
         )
-    )
+    parts.append(BACKWARD.format(arguments=unpack(names, BACKWARD_ARGUMENTS), body=_body(chain), **pieces))
     return "\n".join(parts)
 
 
@@ -221,13 +242,18 @@ def _gather(chain: Chain) -> str:
         arguments += "const streams_t* dX, "
         terms.append("read(dX + i * (int64_t)C, v)")
     if chain.collapses:
-        arguments += "const streams_t* dh, const float* weights, "
+        arguments += f"const {'streams_t' if chain.norm == 'none' else 'float'}* dh, const float* weights, "
         terms.append("weights[i] * d")
     if chain.projects:
         arguments += "const float* x, float scale, "
         terms.append("scale * load(x + (i * V + v) * LANES)")
     dh = "\n    Lanes d = read(dh, v);" if chain.collapses else ""
     return GATHER.format(arguments=arguments, dh=dh, value=" + ".join(terms))
+
+
+def _dh(chain: Chain) -> str:
+    """One token's gradient of h: as it was given, or what the norm's backward made of it."""
+    return "d_h + (first + t) * C" if chain.norm == "none" else "dh + t * V * LANES"
 
 
 def _body(chain: Chain) -> str:
@@ -256,8 +282,17 @@ def _body(chain: Chain) -> str:
         if chain.collapses:
             lines.append("""\
       float weights[TOKENS * N], dweights[TOKENS * N];
-      lanes_to_tokens(found.pre, N, m, weights, N);
-      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, d_h + (first + t) * C, dweights + t * N);
+      lanes_to_tokens(found.pre, N, m, weights, N);""")
+            if chain.norm != "none":
+                bias = ", own_norm + V * LANES" if chain.norm == "layer" else ""
+                lines.append(f"""\
+      for (int t = 0; t < m; ++t) {{
+        float* row = dh + t * V * LANES;
+        collapse(x + t * STRIDE, weights + t * N, row);
+        normalise_backward(row, d_h + (first + t) * C, norm_weight, own_norm{bias});
+      }}""")
+            lines.append(f"""\
+      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, {_dh(chain)}, dweights + t * N);
       tokens_to_lanes(dweights, N, m, d.pre);""")
         else:
             lines.append("      tokens_to_lanes(d_next_pre + first * N, N, m, d.pre);")
@@ -274,7 +309,7 @@ def _body(chain: Chain) -> str:
     if chain.keeps_streams:
         gather.append("d_next_X + (first + t) * N * C")
     if chain.collapses:
-        gather += ["d_h + (first + t) * C", weights]
+        gather += [_dh(chain), weights]
     if chain.projects:
         gather += ["x + t * STRIDE", "scale[t]"]
     lines.append(f"      for (int t = 0; t < m; ++t) gather({', '.join(gather)}, g + t * STRIDE);")

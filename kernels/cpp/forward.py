@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.coefficients import coefficients_source
+from mhc_compile.kernels.cpp.norm import norm_source
 from mhc_compile.kernels.cpp.prelude import prelude
 
 HEADER = """\
@@ -117,11 +118,12 @@ static void project(const float* x, const float* packed, Lanes* u) {{
 """
 
 COLLAPSE = """\
-static inline void collapse(const float* x, const float* weights, streams_t* h) {{
+// h = weights @ X' of one token.
+static inline void collapse(const float* x, const float* weights, {h_type}* h) {{
   for (int v = 0; v < V; ++v) {{
     Lanes sum = weights[0] * load(x + v * LANES);
     for (int i = 1; i < N; ++i) sum += weights[i] * load(x + (i * V + v) * LANES);
-    write(h, v, sum);
+    {write}
   }}
 }}
 """
@@ -177,6 +179,7 @@ def header(chain: Chain, lanes: int) -> str:
 FORWARD_ARGUMENTS = {
     "X": "const streams_t* X", "y": "const branch_t* y", "post": "const float* post", "mix": "const float* H",
     "pre": "const float* pre", "phi": "const float* phi", "alpha": "const float* alpha", "bias": "const float* bias",
+    "norm_weight": "const float* norm_weight", "norm_bias": "const float* norm_bias",
     "next_X": "streams_t* next_X", "h": "streams_t* h", "next_pre": "float* next_pre",
     "next_post": "float* next_post", "next_mix": "float* next_H", "z": "float* z",
 }  # fmt: skip
@@ -210,7 +213,9 @@ def forward_source(chain: Chain, lanes: int) -> str:
     if chain.projects:
         parts.append(PROJECT.format(tile_rows=tile_rows(chain.rows)))
     if chain.collapses:
-        parts.append(COLLAPSE.format())
+        parts.append(collapse_source(chain))
+    if chain.norm != "none":
+        parts.append(norm_source(chain, backward=False))
     shared = []
     if keeps:
         large = f"tokens * N * C * (int64_t)sizeof(streams_t) > {STREAMING_BYTES}"
@@ -254,6 +259,13 @@ def load_tokens(chain: Chain, *, keeps: bool) -> str:
     return "\n".join(lines)
 
 
+def collapse_source(chain: Chain) -> str:
+    """The function `collapse`: into h itself, or into a row of floats that is still to be normalised."""
+    if chain.norm == "none":
+        return COLLAPSE.format(h_type="streams_t", write="write(h, v, sum);")
+    return COLLAPSE.format(h_type="float", write="store(h + v * LANES, sum);")
+
+
 def _body(chain: Chain) -> str:
     n = chain.stream.streams
     lines = [load_tokens(chain, keeps=chain.keeps_streams)]
@@ -283,5 +295,15 @@ def _body(chain: Chain) -> str:
         which = {"given": "pre + (first + t) * N", "mean": "weights", "sum": "weights"}.get(
             chain.weights, "weights + t * N"
         )
-        lines.append(f"      for (int t = 0; t < m; ++t) collapse(x + t * STRIDE, {which}, h + (first + t) * C);")
+        if chain.norm == "none":
+            lines.append(f"      for (int t = 0; t < m; ++t) collapse(x + t * STRIDE, {which}, h + (first + t) * C);")
+        else:
+            bias = ", norm_bias" if chain.norm == "layer" else ""
+            lines.append(
+                "      for (int t = 0; t < m; ++t) {\n"
+                "        alignas(64) float row[V * LANES];\n"
+                f"        collapse(x + t * STRIDE, {which}, row);\n"
+                f"        normalise(row, norm_weight{bias}, h + (first + t) * C);\n"
+                "      }"
+            )
     return "\n".join(lines)

@@ -21,6 +21,8 @@ CHAINS = [
     Chain(kind="boundary", stream=StreamSpec(streams=5, manifold="unconstrained"), width=20),
     Chain(kind="boundary", stream=StreamSpec(streams=6, convention=Convention.HY_V4, manifold="identity"), width=9),
     Chain(kind="boundary", stream=StreamSpec(streams=7), width=40, branch_dtype=torch.bfloat16),
+    Chain(kind="boundary", stream=StreamSpec(), width=36, norm="rms", norm_eps=1e-5),
+    Chain(kind="read", stream=StreamSpec(streams=3), width=21, norm="layer", norm_eps=1e-6, **BF16),
     Chain(kind="read", stream=V4, width=31),
     Chain(kind="coefficients", stream=V4, width=32),
     Chain(kind="distribute", stream=StreamSpec(), width=19, **BF16),

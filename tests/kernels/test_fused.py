@@ -14,8 +14,13 @@ from mhc_compile.kernels.spec import StreamSpec
 LEAD = (2, 5)
 
 
+def static(chain: Chain) -> tuple[object, ...]:
+    """What stands behind an op's tensors."""
+    return (str(chain.stream),) if chain.norm == "none" else (str(chain.stream), chain.norm_eps)
+
+
 def call(chain: Chain, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    out = getattr(torch.ops.mhc_kernels, op_of(chain))(*inputs.values(), str(chain.stream))
+    out = getattr(torch.ops.mhc_kernels, op_of(chain))(*inputs.values(), *static(chain))
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
 
@@ -23,7 +28,7 @@ def call(chain: Chain, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 def test_opcheck(chain: Chain) -> None:
     inputs = {k: v.requires_grad_() for k, v in random_inputs(chain, LEAD, 0).items()}
     op = getattr(torch.ops.mhc_kernels, op_of(chain)).default
-    torch.library.opcheck(op, (*inputs.values(), str(chain.stream)))
+    torch.library.opcheck(op, (*inputs.values(), *static(chain)))
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=name_of)
@@ -50,6 +55,8 @@ def test_the_reference_provider_is_exact_in_float64(name: str) -> None:
         width=6,
         streams_dtype=torch.float64,
         branch_dtype=torch.float64,
+        norm=prototype.norm,
+        norm_eps=1e-6 if prototype.norm != "none" else 0.0,
     )
     assert providers.choose(chain, "cpu")[0] == "reference"
     inputs = {k: v.requires_grad_() for k, v in random_inputs(chain, LEAD, 0).items()}

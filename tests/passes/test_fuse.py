@@ -28,9 +28,46 @@ def fused(model: nn.Module, *args: Any, spec: StreamSpec = SPEC, step: Fuse | No
 
 
 def ops(out: Stepped) -> list[str]:
+    """The stream ops in order; the norm that is fused into one is not told."""
     assert out.graph is not None
     targets = [str(n.target) for n in call_nodes(out.graph)]
-    return [t.split(".")[1] for t in targets if t.startswith(("mhc.", "mhc_kernels."))]
+    names = [t.split(".")[1] for t in targets if t.startswith(("mhc.", "mhc_kernels."))]
+    return [name.removesuffix("_layer").removesuffix("_rms") for name in names]
+
+
+def norms(out: Stepped) -> list[str]:
+    """The fused ops that end with a norm."""
+    assert out.graph is not None
+    names = [str(n.target).split(".")[1] for n in call_nodes(out.graph) if str(n.target).startswith("mhc_kernels.")]
+    return [name for name in names if name.endswith(("_layer", "_rms"))]
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"), [("layer", "layer"), ("rms", "rms"), ("rms_by_hand", "rms"), ("layer_by_hand", None)]
+)
+def test_the_norm_of_a_branch_is_fused_into_its_chain(norm: str, kind: str | None) -> None:
+    model, ids = toy(Recipe(layers=1, norm=norm))  # type: ignore[arg-type]
+    assert norms(fused(model, ids)) == ([] if kind is None else [f"read_{kind}", f"boundary_{kind}"])
+
+
+def test_a_norm_that_is_not_all_that_reads_stays_outside() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.head = nn.Linear(8, 11)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            x = x + self.layers[0](self.norms[0](x)) + self.layers[1](self.norms[1](x))
+            return self.head(x + self.layers[0](self.norms[0](x)))
+
+    torch.manual_seed(0)
+    out = fused(Two(), torch.arange(6).reshape(2, 3))
+    assert "read" in ops(out)
+    assert norms(out) == ["boundary_layer"]
 
 
 def test_a_stream_becomes_read_boundaries_and_leave(golden: Golden) -> None:
