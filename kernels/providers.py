@@ -17,6 +17,7 @@ from mhc_compile.kernels.cpp import run as cpp
 Provider = Literal["triton", "cpp", "reference"]
 Values = Mapping[str, Tensor]
 Run = Callable[[Chain, build.Direction, Values, tuple[str, ...], tuple[int, ...]], Values]
+SOURCE: dict[Provider, Callable[[Chain, build.Direction], str]] = {"cpp": build.source}
 RUN: dict[Provider, Run] = {"cpp": cpp.run, "reference": plain.run}
 
 
@@ -41,6 +42,14 @@ def prepare(chain: Chain, device: str) -> None:
     """Begin to compile what will compute `chain`, so that its first call does not wait."""
     if choose(chain, device)[0] == "cpp":
         build.start(chain)
+
+
+def source(chain: Chain, direction: build.Direction, device: str) -> str:
+    """The code generated for `chain`. Raises ValueError where it has none: plain PyTorch computes it."""
+    provider, reason = choose(chain, device)
+    if provider == "reference":
+        raise ValueError(f"{chain.name}: {reason}")
+    return SOURCE[provider](chain, direction)
 
 
 def run(

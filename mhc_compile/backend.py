@@ -15,9 +15,11 @@ from mhc_compile.attach import install, refuse_wrapped, rewrite_with_parameters
 from mhc_compile.capture import find_marks, private_copy
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
+from mhc_compile.kernels import providers
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, owners
 from mhc_compile.passes.base import Context, Mark, dotted
+from mhc_compile.passes.fuse import chains_of
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import ANALYSIS, compile_passes, native_passes, run_passes
 
@@ -182,7 +184,9 @@ def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequ
 
 
 def compile_inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
-    """Hand the rewritten graph to the inner compiler."""
+    """Hand the rewritten graph to the inner compiler; the kernels it calls are compiled meanwhile."""
+    for chain, device in chains_of(gm):
+        providers.prepare(chain, device)
     if options.inner == "eager":
         return gm.forward
     if options.inner == "aot_eager":

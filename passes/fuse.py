@@ -131,12 +131,12 @@ class _Fusing:
         if reason := self._against(chain, parts, first, values):
             self.notes[f"{kind} {otherwise}: {reason}"] += 1
             return False
-        providers.prepare(chain, X.device.type)
         op = getattr(torch.ops.mhc_kernels, op_of(chain)).default
         arguments = tuple(values[name] for name in signature.inputs(chain))
         with self.graph.inserting_before(first):
-            static = (str(spec), chain.norm_eps) if parts.norm else (str(spec),)
+            static: tuple[str, float] | tuple[str] = (str(spec), chain.norm_eps) if parts.norm else (str(spec),)
             fused = copy_meta(self.graph.call_function(op, (*arguments, *static)), parts.nodes[-1])
+            fused.meta["mhc_chain"] = chain
             if site := first.meta.get("mhc_site"):
                 fused.meta["mhc_site"] = site
             names = signature.outputs(chain)
@@ -175,8 +175,7 @@ class _Fusing:
             return "it crosses a recompute boundary"
         if any(values[name] >= first for name in signature.inputs(chain)):
             return "a parameter is computed inside it"
-        X = value(values["X"])
-        provider, reason = providers.choose(chain, X.device.type)
+        provider, reason = providers.choose(chain, device_of(values["X"]))
         return reason if provider == "reference" else ""
 
     def _redirect(self, parts: _Parts, items: dict[str, Node]) -> None:
@@ -199,6 +198,18 @@ class _Fusing:
             if "next_X" in items:
                 _take_place(items["next_X"], parts.mix)
             self.graph.erase_node(parts.mix)
+
+
+def device_of(X: Node) -> str:
+    """The type of device whose kernels compute on X; for a model without memory the one that this machine has."""
+    found = str(value(X).device.type)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if found == "meta" else found
+
+
+def chains_of(gm: GraphModule) -> dict[tuple[Chain, str], int]:
+    """The fused chains of a graph with the device that computes them, and how often each occurs."""
+    nodes = [n for n in gm.graph.nodes if "mhc_chain" in n.meta]
+    return dict(Counter((n.meta["mhc_chain"], device_of(n.args[0])) for n in nodes))
 
 
 def _take_place(new: Node, old: Node) -> None:

@@ -56,12 +56,15 @@ def _called(h: Node, call: Node) -> BranchNorm | None:
     dims = given["normalized_shape"]
     if given["input"] is not h or not isinstance(weight, Node) or len(dims) != 1:
         return None
-    if op_name(call) == "layer_norm":
-        eps = given.get("eps", 1e-5)
-        return BranchNorm("layer", float(eps), weight, bias, (call,)) if isinstance(bias, Node) else None
+    layer = op_name(call) == "layer_norm"
     eps = given.get("eps")
-    eps = torch.finfo(value(h).dtype).eps if eps is None else eps
-    return BranchNorm("rms", float(eps), weight, None, (call,))
+    if eps is None:
+        eps = 1e-5 if layer else torch.finfo(value(h).dtype).eps
+    if not isinstance(eps, float):  # a number that varies from call to call
+        return None
+    if layer:
+        return BranchNorm("layer", eps, weight, bias, (call,)) if isinstance(bias, Node) else None
+    return BranchNorm("rms", eps, weight, None, (call,))
 
 
 def _written_out(h: Node) -> BranchNorm | None:

@@ -42,9 +42,11 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
             namespace = getattr(node.target, "namespace", "")
             if namespace == "mhc" or node.target is torch.ops.mhc_kernels.plain_coefficients.default:
                 result = _dialect_value(node, after)
-            elif namespace == "mhc_kernels" or (known is None and "mhc_from" in node.meta):
-                result = _run(gm, node)
-            elif whole and _replayable(node):
+            elif (
+                namespace == "mhc_kernels"
+                or (known is None and "mhc_from" in node.meta)
+                or (whole and _replayable(node))
+            ):
                 result = _run(gm, node)
             else:
                 continue

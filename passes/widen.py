@@ -147,4 +147,3 @@ class _Widening:
             while at is not reader:
                 at, place = at.next, at.next if switches_gradients(at) else place
         return place
-

@@ -196,13 +196,13 @@ static inline void mixing_matrix_backward(
 }
 
 SITE = """\
-constexpr float PRE_EPS = {pre_eps!r}f, POST_SCALE = {post_scale!r}f;
+constexpr float PRE_EPS = {pre_eps!r}f, POST_SCALE = {post_scale!r}f, POST_EPS = {post_eps!r}f;
 struct Site {{ Lanes pre[N], post[N], H[N][N]; }};
 
 static void site(const Lanes* u, Lanes s, const float* alpha, const float* bias, Site& out) {{
   gates(u, s, alpha[0], bias, 0, out.pre, N);
   gates(u, s, alpha[1], bias, N, out.post, N);
-  for (int j = 0; j < N; ++j) {{ out.pre[j] += PRE_EPS; out.post[j] *= POST_SCALE; }}
+  for (int j = 0; j < N; ++j) {{ out.pre[j] += PRE_EPS; out.post[j] = out.post[j] * POST_SCALE + POST_EPS; }}
   mixing_matrix(u, s, alpha[2], bias, out.H);
 }}
 // d: gradients of pre, post and H. Returns ds; adds to dalpha [3] and dbias [ROWS].
@@ -251,7 +251,9 @@ def coefficients_source(chain: Chain) -> str:
     mix = MIX[chain.stream.manifold].format(i=i, j=j)
     if chain.stream.manifold == "sinkhorn":
         mix = _sinkhorn(chain.stream) + mix
-    return rms + GATES + mix + SITE.format(pre_eps=fields.pre_eps, post_scale=fields.post_scale)
+    return (
+        rms + GATES + mix + SITE.format(pre_eps=fields.pre_eps, post_scale=fields.post_scale, post_eps=fields.post_eps)
+    )
 
 
 def _sinkhorn(spec: StreamSpec) -> str:

@@ -43,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
     parser.add_argument("--layer", metavar="PATH", help="show this module's graph before and after: model.layers.0")
     parser.add_argument("--streams", metavar="N", type=int, help="number of streams to convert with (default 4)")
+    parser.add_argument("--kernels", action="store_true", help="print the generated code of the fused kernels, too")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
 
 
@@ -60,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     # Source lines are long: in a pipe or a file they are not broken at 80 characters.
     console.print(found) if console.is_terminal else print(found)
+    if args.kernels:
+        for kernel in found.kernels:
+            for direction in ("forward", "backward"):
+                print(f"\n===== {kernel.chain.name}, {direction} =====\n{kernel.source(direction)}")
     if args.html is not None:
         args.html.write_text(found.html(), encoding="utf-8")
         print(f"\nwritten to {args.html}")

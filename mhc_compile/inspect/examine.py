@@ -13,7 +13,7 @@ from mhc_compile.capture import Captured, capture, find_marks, private_copy
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.inspect.inspection import Inspection, LayerView, SiteReport, StreamReport
+from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, SiteReport, StreamReport
 from mhc_compile.inspect.layer import input_name, lines_of
 from mhc_compile.inspect.reach import reach
 from mhc_compile.inspect.topology import topology
@@ -21,6 +21,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import owners, stream_parameters
 from mhc_compile.passes.base import Context, Mark, Pass, module_path, shape, source_line, value
 from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.fuse import chains_of
 from mhc_compile.passes.ownership import OWNED, is_owned
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import ANALYSIS, Observer, compile_passes, native_passes, run_passes
@@ -71,13 +72,19 @@ def inspect(
             own_streams, watcher = Context(), _Watcher(None)
             run_passes(captured.graph, own_streams, native_passes(settings), settings, watcher)
             sites = tuple(own_streams.native)
+            about["kernels"] = watcher.kernels
             return Inspection(**about, passes=tuple(watcher.records), refusal=error, native=sites)
         found = reach(watcher.normalised) if watcher.normalised is not None else None
         return Inspection(**about, passes=tuple(watcher.records), refusal=error, reach=found)
     view = LayerView(layer, tuple(watcher.before), tuple(watcher.after)) if layer is not None else None
     head = sum(_head_size(m) for m in {m.owner: m for m in marks}.values())
     return Inspection(
-        **about, streams=watcher.streams(), head_parameters=head, passes=tuple(watcher.records), layer=view
+        **about,
+        streams=watcher.streams(),
+        head_parameters=head,
+        passes=tuple(watcher.records),
+        layer=view,
+        kernels=watcher.kernels,
     )
 
 
@@ -95,6 +102,7 @@ class _Watcher(Observer):
     def begin(self, marks: Sequence[Mark]) -> None:
         """Start over with the run that is reported."""
         self.records = []
+        self.kernels: tuple[KernelReport, ...] = ()
         self.marks = marks
         self.labels = {node: f"mhc.{name}" for m in marks for name, node in m.parameters.items()}
         self.found: list[tuple[ResidualStream, list[str]]] = []
@@ -109,6 +117,8 @@ class _Watcher(Observer):
         elif step.name == "residual":
             flow = Dataflow(gm.graph, is_owned)
             self.found = [(s, [topology(flow, s, site) for site in s.sites]) for s in context.streams]
+        elif step.name == "fuse":
+            self.kernels = tuple(KernelReport(chain, device, n) for (chain, device), n in chains_of(gm).items())
         elif step.name == "widen" and self.layer is not None:
             self.after = lines_of(gm, self.layer, self.labels)
         return gm

@@ -9,6 +9,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.inspect.reach import Reach
+from mhc_compile.kernels import providers
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.cpp.build import Direction
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
 
@@ -57,6 +60,21 @@ class LayerView:
 
 
 @dataclass(frozen=True)
+class KernelReport:
+    """One fused kernel that the compiled model calls."""
+
+    chain: Chain
+    device: str
+    """The type of device it is generated for."""
+    calls: int
+    """How often one forward calls it."""
+
+    def source(self, direction: Direction) -> str:
+        """The generated code of its `forward` or `backward`."""
+        return providers.source(self.chain, direction, self.device)
+
+
+@dataclass(frozen=True)
 class Inspection:
     """The streams of a model, what the passes did with them, or where they were lost.
 
@@ -81,6 +99,9 @@ class Inspection:
     """For a refused model: how far the stream was followed."""
     native: tuple[NativeSite, ...] = ()
     """For a model with several streams already (MHC107): its own hyper-connections that the backend raises."""
+
+    kernels: tuple[KernelReport, ...] = ()
+    """The fused kernels under Inductor."""
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:

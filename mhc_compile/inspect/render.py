@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mhc_compile.diagnostics import TABLE, MHCError
 from mhc_compile.inspect.fold import fold
-from mhc_compile.inspect.inspection import Inspection, LayerView, SiteReport, StreamReport
+from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, SiteReport, StreamReport
 from mhc_compile.inspect.reach import Reach
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
@@ -42,6 +42,9 @@ def render(found: Inspection) -> Iterator[RenderableType]:
         yield Text()
         yield _passes(found.passes)
         yield from _notes(found.passes)
+    if found.kernels:
+        yield Text()
+        yield _kernels(found.kernels)
     if found.layer is not None:
         yield Text()
         yield from _layer(found.layer)
@@ -116,6 +119,14 @@ def _notes(records: Sequence[Record]) -> Iterator[RenderableType]:
             yield Text(f"  {r.name}: {label}" + (f" ({len(same)} times)" if len(same) > 1 else ""))
         if len(folded) > MAX_NOTES:
             yield Text(f"  {r.name}: {len(folded) - MAX_NOTES} more notes")
+
+
+def _kernels(kernels: Sequence[KernelReport]) -> RenderableType:
+    table = _table("fused kernel", "calls", "device", "bytes a token", numbers=("calls", "bytes"))
+    for k in kernels:
+        moved = k.chain.bytes_moved(1024) // 1024
+        table.add_row(*map(Text, (k.chain.name, str(k.calls), k.device, f"{moved:,}")))
+    return table
 
 
 def _layer(view: LayerView) -> Iterator[RenderableType]:

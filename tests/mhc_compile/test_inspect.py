@@ -252,7 +252,7 @@ def test_ninety_six_layers_are_two_lines() -> None:
         found = mhc_compile.inspect(Deep(), torch.randn(2, 3, HIDDEN))
     text = str(found)
     assert "#0-95" in text  # one module's forward holds them all
-    assert len(text.splitlines()) < 20
+    assert len(text.splitlines()) < 30
 
 
 def test_terminal_page_and_text_say_the_same() -> None:
@@ -332,3 +332,28 @@ def test_command_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     made.save_pretrained(tmp_path / "resnet")
     assert run(str(tmp_path / "resnet")) == 1
     assert "refused: MHC10" in capsys.readouterr().out
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def test_the_kernels_are_named_and_their_code_is_printed() -> None:
+    found = mhc_compile.inspect(Three(), torch.randn(2, 3, HIDDEN))
+    names = {kernel.chain.kind: kernel for kernel in found.kernels}
+    assert set(names) == {"read", "boundary", "leave"}
+    assert names["boundary"].calls == 2
+    assert "boundary_n4" in str(found)
+    code = names["boundary"].source("backward")
+    assert 'extern "C" void backward' in code
+
+
+def test_no_kernels_where_none_are_wanted() -> None:
+    assert mhc_compile.inspect(Three(), torch.randn(2, 3, HIDDEN), kernels="none").kernels == ()
