@@ -13,17 +13,22 @@ from mhc_compile.kernels import plain
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.cpp import run as cpp
+from mhc_compile.kernels.triton import build as triton_build
+from mhc_compile.kernels.triton import run as triton
 
 Provider = Literal["triton", "cpp", "reference"]
 Values = Mapping[str, Tensor]
 Run = Callable[[Chain, build.Direction, Values, tuple[str, ...], tuple[int, ...]], Values]
-SOURCE: dict[Provider, Callable[[Chain, build.Direction], str]] = {"cpp": build.source}
-RUN: dict[Provider, Run] = {"cpp": cpp.run, "reference": plain.run}
+SOURCE: dict[Provider, Callable[[Chain, build.Direction], str]] = {"cpp": build.source, "triton": triton_build.source}
+RUN: dict[Provider, Run] = {"cpp": cpp.run, "triton": triton.run, "reference": plain.run}
 
 
 @cache
 def choose(chain: Chain, device: str) -> tuple[Provider, str]:
     """The provider of `chain` on a type of device (`cpu`, `cuda`, ...), and why it is not a faster one (or nothing)."""
+    if device == "cuda" or (device == "cpu" and triton.interprets()):
+        reason = triton.unsupported(chain) or ""
+        return ("reference", reason) if reason else ("triton", "")
     if device == "cpu":
         reason = cpp.unsupported(chain) or ("no C++ compiler" if _no_compiler() else "")
         return ("reference", reason) if reason else ("cpp", "")

@@ -17,6 +17,7 @@ from mhc_compile.kernels.spec import StreamSpec
 
 # Values a token that the backward of Sinkhorn keeps in registers, besides the matrix and the gradient it works on.
 KEPT_VALUES = 64
+SUMS = {-2: "Columns sum to 1 afterwards.", -1: "Rows sum to 1 afterwards."}
 
 
 def entries(n: int, name: str) -> list[str]:
@@ -24,9 +25,10 @@ def entries(n: int, name: str) -> list[str]:
     return [f"{name}_{i}{j}" for i in range(n) for j in range(n)]
 
 
-def matrix(n: int, name: str) -> str:
-    """The entries as arguments, results or targets of a function."""
-    return ", ".join(entries(n, name))
+def matrix(n: int, *names: str) -> str:
+    """The entries of matrices as arguments, results or targets of a function; a single one is a tuple too."""
+    found = [entry for name in names for entry in entries(n, name)]
+    return ", ".join(found) if len(found) > 1 else f"{found[0]},"
 
 
 def line(n: int, name: str, axis: int, a: int) -> list[str]:
@@ -34,9 +36,11 @@ def line(n: int, name: str, axis: int, a: int) -> list[str]:
     return [f"{name}_{a}{b}" if axis == -1 else f"{name}_{b}{a}" for b in range(n)]
 
 
-def function(name: str, arguments: str, body: list[str], results: str) -> str:
+def function(name: str, arguments: str, body: list[str], results: str, says: str = "") -> str:
     """A Triton function."""
-    return "\n".join(["@triton.jit", f"def {name}({arguments}):", *(f"    {b}" for b in body), f"    return {results}\n"])
+    doc = [f"    # {says}"] if says else []
+    lines = ["@triton.jit", f"def {name}({arguments}):", *doc, *(f"    {b}" for b in body)]
+    return "\n".join([*lines, f"    return {results}\n"])
 
 
 def inverse_rms(chain: Chain) -> str:
@@ -67,8 +71,8 @@ def sinkhorn_source(spec: StreamSpec, *, backward: bool) -> str:
     first, second = axes[0], -3 - axes[0]
     parts = [
         function("start", m, list(_start(spec)), m),
-        function("first_step", m, list(_step(spec, first)), m),
-        function("second_step", m, list(_step(spec, second)), m),
+        function("first_step", m, list(_step(spec, first)), m, SUMS[first]),
+        function("second_step", m, list(_step(spec, second)), m, SUMS[second]),
     ]
     pairs, odd = divmod(len(axes), 2)
     iterate = f"{m} = second_step(*first_step({m}))"
@@ -77,7 +81,7 @@ def sinkhorn_source(spec: StreamSpec, *, backward: bool) -> str:
         body += [f"{m} = first_step({m})"] * odd
         return "\n\n".join([*parts, function("sinkhorn", m, body, m)])
     f = matrix(n, "f")
-    both = f"{m}, {f}"
+    both = matrix(n, "m", "f")
     parts += [
         function("first_step_backward", both, list(_step_backward(spec, first)), f),
         function("second_step_backward", both, list(_step_backward(spec, second)), f),
@@ -90,7 +94,7 @@ def sinkhorn_source(spec: StreamSpec, *, backward: bool) -> str:
 def _walk_back(spec: StreamSpec, pairs: int, odd: int) -> Iterator[str]:
     """From the last iterate to the logits, `m` being the logits and `f` the gradient of H, later of the logits."""
     n = spec.streams
-    m, f, logits = matrix(n, "m"), matrix(n, "f"), matrix(n, "logit")
+    m, f, both, logits = matrix(n, "m"), matrix(n, "f"), matrix(n, "m", "f"), matrix(n, "logit")
     segments = min(pairs, max(1, KEPT_VALUES // (n * n)))
     starts = [pairs * k // segments for k in range(segments)] if pairs else [0]
     ends = [*starts[1:], pairs]
@@ -105,17 +109,16 @@ def _walk_back(spec: StreamSpec, pairs: int, odd: int) -> Iterator[str]:
         yield f"{m} = {kept[-1]}"
         yield f"for _ in range({pairs - starts[-1]}):"
         yield f"    {m} = second_step(*first_step({m}))"
-        yield f"{f} = first_step_backward({m}, {f})"
+        yield f"{f} = first_step_backward({both})"
     for k in reversed(range(len(starts))) if pairs else []:
         yield f"for back in range({ends[k] - starts[k]}):"
         yield f"    {m} = {kept[k]}"
         yield f"    for _ in range({ends[k] - starts[k] - 1} - back):"
         yield f"        {m} = second_step(*first_step({m}))"
-        between = matrix(n, "between")
-        yield f"    {between} = first_step({m})"
-        yield f"    {f} = second_step_backward({between}, {f})"
-        yield f"    {f} = first_step_backward({m}, {f})"
-    yield f"{f} = start_backward({logits}, {f})"
+        yield f"    {matrix(n, 'between')} = first_step({m})"
+        yield f"    {f} = second_step_backward({matrix(n, 'between', 'f')})"
+        yield f"    {f} = first_step_backward({both})"
+    yield f"{f} = start_backward({matrix(n, 'logit', 'f')})"
 
 
 def _nested(function: str, values: list[str]) -> str:

@@ -1,0 +1,190 @@
+"""Triton for the backward of a chain: one kernel over blocks of tokens, and one for phi's gradient.
+
+`backward`: the weights' gradients <dh, X'> in a first loop over the columns; the n x n arithmetic backwards; then G,
+the gradient of X' (from X' itself, from h, from the projection and its norm), and from G those of X, y, post and H. X'
+is computed again from X and y. `phi_gradient` forms du.T @ X' over fixed ranges of tokens, whose partial sums are added
+in their order: two runs are bit-equal.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.signature import gradients_in, inputs, saved
+from mhc_compile.kernels.triton import text
+from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
+from mhc_compile.kernels.triton.forward import logit
+
+
+def backward_source(chain: Chain) -> str:
+    """The whole Python file of the chain's backward: the kernels `backward` and `phi_gradient` and what they call."""
+    parts = [text.header(chain, "backward")]
+    if chain.projects and chain.streams_dtype == torch.bfloat16:
+        parts.append(text.DOT_STREAMS)
+    if functions := site_functions(chain, backward=True):
+        parts.append(functions)
+    body = [*text.token_lines(), *text.site_lines(chain)]
+    if chain.projects:
+        if chain.collapses:
+            body += _weigh(chain)
+        body += _site_backward(chain)
+        body += text.site_lines(chain)  # again: kept, they would fill the registers that Sinkhorn needs
+    parts.append(text.kernel("backward", backward_pointers(chain), ("tokens", "x_stride"), body + _gradients(chain)))
+    if chain.projects:
+        pointers = ("X", *(("y", "post", "mix") if chain.mixes else ()), "du", "partial")
+        parts.append(text.kernel("phi_gradient", pointers, ("tokens", "per_split", "x_stride"), _phi_gradient(chain)))
+    return "\n\n".join(parts)
+
+
+def backward_pointers(chain: Chain) -> tuple[str, ...]:
+    """The kernel's tensors: the signature's, and in place of the parameters' gradients what these are summed from."""
+    given = (*saved(chain), *(f"d_{name}" for name in gradients_in(chain)))
+    taken = tuple(f"d_{name}" for name in inputs(chain) if name not in ("phi", "alpha", "bias"))
+    return (*given, *taken, *(("dlogits", "du", "sums") if chain.projects else ()))
+
+
+def _weigh(chain: Chain) -> list[str]:
+    """The gradients `dw_i` of the weights."""
+    n = chain.stream.streams
+    lines = [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
+    body = [*text.stream_lines(chain), f"dh = {text.load('d_h + at_y')}"]
+    body += [f"dw_{i} += tl.sum(dh * x_{i}, 1)" for i in range(n)]
+    return lines + text.loop(chain, body)
+
+
+def _site_backward(chain: Chain) -> list[str]:
+    """du [tokens, rows], the weights `w_i` and `scale`: X' times it is the gradient that comes through the norm."""
+    n, rows, fields = chain.stream.streams, chain.rows, chain.stream.convention.fields
+    lines = [
+        f"squares = tl.load(z + token * {rows + 1} + {rows}, live, other=0.0)",
+        "s = inverse_rms(squares)",
+    ]
+    for i in range(n):
+        lines.append(f"gate = tl.sigmoid({logit(chain, i)})")
+        if chain.collapses:
+            lines.append(f"w_{i} = gate{f' + {fields.pre_eps!r}' if fields.pre_eps else ''}")
+        else:
+            lines.append(f"dw_{i} = tl.load(d_next_pre + token * {n} + {i}, live, other=0.0)")
+        lines.append(_keep(chain, i, f"dw_{i} * gate * (1.0 - gate)"))
+    if chain.weights == "site":
+        for i in range(n):
+            lines.append(f"gate = tl.sigmoid({logit(chain, n + i)})")
+            given = f"tl.load(d_next_post + token * {n} + {i}, live, other=0.0)"
+            lines.append(_keep(chain, n + i, f"{fields.post_scale!r} * {given} * gate * (1.0 - gate)"))
+        lines += _mix_backward(chain)
+    inside = f"live[:, None] & (row < {rows})[None, :]"
+    which = "row * 0" if chain.weights == "head" else f"tl.where(row < {n}, 0, tl.where(row < {2 * n}, 1, 2))"
+    return [
+        *lines,
+        # Threads read now what others of the program have written: all rows in one tile.
+        "tl.debug_barrier()",
+        f"row = tl.arange(0, {text.padded_rows(chain)})",
+        f"dlogit = tl.load(dlogits + token[:, None] * {rows} + row[None, :], {inside}, other=0.0)",
+        f"u = tl.load(z + token[:, None] * {rows + 1} + row[None, :], {inside}, other=0.0)",
+        f"du_tile = dlogit * tl.load(alpha + {which})[None, :]",
+        "ds = tl.sum(du_tile * u, 1)",
+        "scale = inverse_rms_backward(ds, s, squares)",
+        "du_tile = du_tile * s[:, None]",
+        f"tl.store(du + token[:, None] * {rows} + row[None, :], du_tile, {inside})",
+        # What this block of tokens adds to the gradients of bias and, row by row, of alpha.
+        f"block = tl.program_id(0).to(tl.int64) * {2 * rows} + row",
+        f"tl.store(sums + block, tl.sum(dlogit, 0), row < {rows})",
+        f"tl.store(sums + block + {rows}, tl.sum(dlogit * u * s[:, None], 0), row < {rows})",
+    ]
+
+
+def _keep(chain: Chain, row: int, vector: str) -> str:
+    return f"tl.store(dlogits + token * {chain.rows} + {row}, {vector}, live)"
+
+
+def _mix_backward(chain: Chain) -> list[str]:
+    if chain.stream.manifold == "identity":
+        return []
+    n = chain.stream.streams
+    row_of = mix_row(chain)
+    at = {row_of(i, j): i * n + j for i in range(n) for j in range(n)}
+    # f: the gradient of H in the published orientation, which is the one of phi's rows.
+    lines = [
+        f"{name} = tl.load(d_next_mix + token * {n * n} + {at[2 * n + k]}, live, other=0.0)"
+        for k, name in enumerate(entries(n, "f"))
+    ]
+    if chain.stream.manifold == "sinkhorn":
+        lines += [f"{name} = {logit(chain, 2 * n + k)}" for k, name in enumerate(entries(n, "m"))]
+        lines.append(f"{matrix(n, 'f')} = sinkhorn_backward({matrix(n, 'm', 'f')})")
+    return lines + [_keep(chain, 2 * n + k, name) for k, name in enumerate(entries(n, "f"))]
+
+
+def _gradients(chain: Chain) -> list[str]:
+    """G, and from it the gradients of the inputs."""
+    n, given = chain.stream.streams, chain.weights == "given"
+    lines: list[str] = []
+    if given:
+        lines += [f"w_{i} = tl.load(pre + token * {n} + {i}, live, other=0.0)" for i in range(n)]
+        lines += [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
+    if chain.mixes:
+        lines += [f"dpost_{i} = tl.zeros([BT, BK], tl.float32)" for i in range(n)]
+        lines += [f"{name} = tl.zeros([BT, BK], tl.float32)" for name in entries(n, "dH")]
+    body = text.stream_lines(chain) if chain.mixes or chain.projects or given else []
+    if chain.collapses:
+        body.append(f"dh = {text.load('d_h + at_y')}")
+    for i in range(n):
+        body.append(f"g = {_gradient_of_stream(chain, i)}")
+        if chain.projects:
+            body.append(f"p = {text.phi_tile(chain, i, rows_first=True)}")
+            body.append("g = tl.dot(du_tile, p, g, input_precision=PRECISION)")
+        if given:
+            body.append(f"dw_{i} += tl.sum(dh * x_{i}, 1)")
+        if not chain.mixes:
+            body.append(f"tl.store(d_X + at + {i * chain.width}, g, inside)")
+            continue
+        plus = "=" if i == 0 else "+="
+        body.append(f"dpost_{i} += g * branch")
+        body += [f"dH_{i}{j} += g * in_{j}" for j in range(n)]
+        body.append(f"dy {plus} post_{i}[:, None] * g")
+        body += [f"dx_{j} {plus} H_{i}{j}[:, None] * g" for j in range(n)]
+    if chain.mixes:
+        body.append("tl.store(d_y + at_y, dy, inside)")
+        body += [f"tl.store(d_X + at + {j * chain.width}, dx_{j}, inside)" for j in range(n)]
+    lines += text.loop(chain, body, backwards=chain.projects)
+    if given:
+        lines += [f"tl.store(d_pre + token * {n} + {i}, dw_{i}, live)" for i in range(n)]
+    if chain.mixes:
+        lines += [f"tl.store(d_post + token * {n} + {i}, tl.sum(dpost_{i}, 1), live)" for i in range(n)]
+        for k, name in enumerate(entries(n, "dH")):
+            lines.append(f"tl.store(d_mix + token * {n * n} + {k}, tl.sum({name}, 1), live)")
+    return lines
+
+
+def _gradient_of_stream(chain: Chain, i: int) -> str:
+    """G of stream i but for the projection's part."""
+    terms = []
+    if chain.keeps_streams:
+        terms.append(text.load(f"d_next_X + at + {i * chain.width}"))
+    if chain.collapses:
+        constant = {"mean": f"{1 / chain.stream.streams!r}", "sum": "1.0"}.get(chain.weights)
+        terms.append(f"{constant or f'w_{i}[:, None]'} * dh")
+    if chain.projects:
+        terms.append(f"scale[:, None] * x_{i}")
+    return " + ".join(terms)
+
+
+def _phi_gradient(chain: Chain) -> list[str]:
+    """One program a block of columns and range of tokens: partial [splits, rows, n*C]."""
+    n, rows, width, pad = chain.stream.streams, chain.rows, chain.width, text.padded_rows(chain)
+    body = ["token = t0 + tl.arange(0, BT)", "live = token < tokens", *text.site_lines(chain)]
+    body += [*text.column_lines(chain)[1:], *text.stream_lines(chain)]
+    there = f"live[:, None] & (row < {rows})[None, :]"
+    body.append(f"d = tl.load(du + token[:, None] * {rows} + row[None, :], {there}, other=0.0)")
+    body += [text.add_dot(chain, f"tl.trans(x_{i})", "d", f"sum_{i}") for i in range(n)]
+    return [
+        "c = tl.program_id(0) * BK + tl.arange(0, BK)",
+        f"row = tl.arange(0, {pad})",
+        "first = tl.program_id(1).to(tl.int64) * per_split",
+        *(f"sum_{i} = tl.zeros([BK, {pad}], tl.float32)" for i in range(n)),
+        "for t0 in range(first, first + per_split, BT):",
+        *text.indent(body, 1),
+        f"out = partial + tl.program_id(1).to(tl.int64) * {rows * n * width} + row[None, :] * {n * width} + c[:, None]",
+        f"there = (c < {width})[:, None] & (row < {rows})[None, :]",
+        *(f"tl.store(out + {i * width}, sum_{i}, there)" for i in range(n)),
+    ]

@@ -1,0 +1,86 @@
+"""How a kernel's work is cut: tokens and columns of a tile, warps, stages. Fixed by default, measured where asked.
+
+More tokens a block read phi less often, fewer leave the streams in the level-2 cache until they are weighed. Every
+choice gives a fixed order of additions, but two choices give two orders: results are bit-equal for one choice alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from mhc_compile.kernels.cache import cache_dir
+from mhc_compile.kernels.chain import Chain
+
+# Partial sums of phi's gradient: more fill a GPU better, each costs the size of phi in memory.
+MAX_SPLITS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """One way to cut a kernel's work."""
+
+    tokens: int
+    """BT; of `phi_gradient` the tokens of one step."""
+    columns: int
+    """BK."""
+    warps: int
+    stages: int = 2
+    """Depth of the software pipeline of loads."""
+
+
+def default(chain: Chain, kernel: str) -> Blocks:
+    """The choice without measuring, compiled without spilled registers for n = 4 on sm_80, sm_90 and sm_100."""
+    if kernel == "phi_gradient":
+        return Blocks(tokens=16, columns=64, warps=4)
+    if not chain.projects:  # tokens alone are shared out: small blocks fill the GPU
+        return Blocks(tokens=4, columns=256, warps=4)
+    if kernel == "forward":
+        return Blocks(tokens=64, columns=32, warps=4)
+    return Blocks(tokens=16, columns=32, warps=4)
+
+
+def candidates(chain: Chain, kernel: str) -> list[Blocks]:
+    """What measuring tries, the default first."""
+    tokens = (16, 32, 64) if chain.projects or kernel == "phi_gradient" else (2, 4, 8)
+    columns = (32, 64, 128) if chain.projects or kernel == "phi_gradient" else (128, 256, 512)
+    tried = [
+        Blocks(tokens=t, columns=c, warps=w, stages=s)
+        for t in tokens
+        for c in columns
+        for w in (4, 8)
+        for s in (2, 3)
+        if 512 <= t * c <= 4096
+    ]
+    first = default(chain, kernel)
+    return [first, *(b for b in tried if b != first)]
+
+
+def autotunes() -> bool:
+    """Whether `MHC_COMPILE_AUTOTUNE=1` asks for measuring."""
+    return os.environ.get("MHC_COMPILE_AUTOTUNE", "0") == "1"
+
+
+def fastest(key: str, choices: list[Blocks], seconds: Callable[[Blocks], float]) -> Blocks:
+    """The choice with the least `seconds`, found once for `key` and kept in the cache directory.
+
+    A choice for which `seconds` raises RuntimeError (too much shared memory, say) is left out; the first one is taken
+    where all do.
+    """
+    path = cache_dir() / f"{key}.blocks.json"
+    if path.exists():
+        return Blocks(**json.loads(path.read_text(encoding="utf-8")))
+    best, least = choices[0], float("inf")
+    for choice in choices:
+        try:
+            took = seconds(choice)
+        except RuntimeError:
+            continue
+        if took < least:
+            best, least = choice, took
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(asdict(best)), encoding="utf-8")
+    part.replace(path)
+    return best

@@ -1,0 +1,126 @@
+"""Triton for the forward of a chain: one kernel, one block of tokens a program.
+
+The first loop over the columns mixes the streams, writes them and projects them on phi; the coefficients are computed
+with a vector of tokens for every entry; the second loop weighs the streams, which the first has left in the caches.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.signature import inputs, outputs
+from mhc_compile.kernels.triton import text
+from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
+
+
+def forward_source(chain: Chain) -> str:
+    """The whole Python file of the chain's forward: the kernel `forward` and what it calls."""
+    parts = [text.header(chain, "forward")]
+    if chain.projects and chain.streams_dtype == torch.bfloat16:
+        parts.append(text.DOT_STREAMS)
+    if functions := site_functions(chain, backward=False):
+        parts.append(functions)
+    body = [*text.token_lines(), *text.site_lines(chain), *_weights_known_before(chain)]
+    body += _with_coefficients(chain) if chain.projects else _in_one_pass(chain)
+    parts.append(text.kernel("forward", (*inputs(chain), *outputs(chain)), ("tokens", "x_stride"), body))
+    return "\n\n".join(parts)
+
+
+def _weights_known_before(chain: Chain) -> list[str]:
+    """`w_i` of chains that need not look at the streams for them."""
+    n = chain.stream.streams
+    if chain.weights == "given":
+        return [f"w_{i} = tl.load(pre + token * {n} + {i}, live, other=0.0)[:, None]" for i in range(n)]
+    if chain.weights in ("mean", "sum"):
+        return [f"w_{i} = {1 / n if chain.weights == 'mean' else 1.0!r}" for i in range(n)]
+    return []
+
+
+def _write_streams(chain: Chain) -> list[str]:
+    if not chain.keeps_streams:
+        return []
+    return [f"tl.store(next_X + at + {i * chain.width}, x_{i}, inside)" for i in range(chain.stream.streams)]
+
+
+def _collapse(chain: Chain) -> list[str]:
+    total = " + ".join(f"w_{i} * x_{i}" for i in range(chain.stream.streams))
+    return [f"tl.store(h + at_y, {total}, inside)"]
+
+
+def _in_one_pass(chain: Chain) -> list[str]:
+    body = [*text.stream_lines(chain), *_write_streams(chain)]
+    return text.loop(chain, body + (_collapse(chain) if chain.collapses else []))
+
+
+def _with_coefficients(chain: Chain) -> list[str]:
+    n, rows = chain.stream.streams, chain.rows
+    # What is read again goes last from the caches, what is read once first.
+    again = not chain.keeps_streams and chain.collapses
+    project = [*text.stream_lines(chain, "" if again else "evict_first"), *_write_streams(chain)]
+    for i in range(n):
+        project.append(f"squares += tl.sum(x_{i} * x_{i}, 1)")
+        project.append(f"p = {text.phi_tile(chain, i, rows_first=False)}")
+        project.append(text.add_dot(chain, f"x_{i}", "p", "u"))
+    lines = [
+        f"row = tl.arange(0, {text.padded_rows(chain)})",
+        f"u = tl.zeros([BT, {text.padded_rows(chain)}], tl.float32)",
+        "squares = tl.zeros([BT], tl.float32)",
+        *text.loop(chain, project),
+        f"tl.store(z + token[:, None] * {rows + 1} + row[None, :], u, live[:, None] & (row < {rows})[None, :])",
+        f"tl.store(z + token * {rows + 1} + {rows}, squares, live)",
+        # Threads read now what others of the program have written: z with a token a lane, and the streams.
+        "tl.debug_barrier()",
+        *coefficient_lines(chain),
+    ]
+    if chain.kind == "coefficients":
+        lines += [f"tl.store(next_pre + token * {n} + {i}, w_{i}, live)" for i in range(n)]
+    if chain.weights == "site":
+        lines += _write_post_and_mix(chain)
+    if not chain.collapses:
+        return lines
+    lines += [f"w_{i} = w_{i}[:, None]" for i in range(n)]
+    if not chain.keeps_streams:
+        return lines + text.loop(chain, [*text.stream_lines(chain), *_collapse(chain)], backwards=True)
+    again_lines = [
+        f"x_{i} = {text.load(f'next_X + at + {i * chain.width}', 'evict_first')}" for i in range(n)
+    ]  # fmt: skip
+    return lines + text.loop(chain, [*again_lines, *_collapse(chain)], backwards=True)
+
+
+def coefficient_lines(chain: Chain) -> list[str]:
+    """`w_i`, and where Sinkhorn makes the mixing matrix, its entries `m_ij` in the published orientation."""
+    n, fields = chain.stream.streams, chain.stream.convention.fields
+    eps = f" + {fields.pre_eps!r}" if fields.pre_eps else ""
+    lines = ["s = inverse_rms(squares)", *(f"w_{i} = tl.sigmoid({logit(chain, i)}){eps}" for i in range(n))]
+    if chain.weights == "site" and chain.stream.manifold == "sinkhorn":
+        lines += [f"{name} = {logit(chain, 2 * n + k)}" for k, name in enumerate(entries(n, "m"))]
+        lines.append(f"{matrix(n, 'm')} = sinkhorn({matrix(n, 'm')})")
+    return lines
+
+
+def logit(chain: Chain, row: int) -> str:
+    """One row's logit from z as it lies in memory, a vector of tokens."""
+    which = 0 if chain.weights == "head" else min(row // chain.stream.streams, 2)
+    u = f"tl.load(z + token * {chain.rows + 1} + {row}, live, other=0.0)"
+    return f"{u} * s * tl.load(alpha + {which}) + tl.load(bias + {row})"
+
+
+def _write_post_and_mix(chain: Chain) -> list[str]:
+    n, fields = chain.stream.streams, chain.stream.convention.fields
+    eps = f" + {fields.post_eps!r}" if fields.post_eps else ""
+    lines = []
+    for i in range(n):
+        value = f"{fields.post_scale!r} * tl.sigmoid({logit(chain, n + i)}){eps}"
+        lines.append(f"tl.store(next_post + token * {n} + {i}, {value}, live)")
+    source = mix_row(chain)
+    for i in range(n):
+        for j in range(n):
+            if chain.stream.manifold == "sinkhorn":
+                entry = f"m_{j}{i}" if fields.transposed else f"m_{i}{j}"
+            elif chain.stream.manifold == "unconstrained":
+                entry = logit(chain, source(i, j))
+            else:
+                entry = f"tl.full([BT], {float(i == j)!r}, tl.float32)"
+            lines.append(f"tl.store(next_mix + token * {n * n} + {i * n + j}, {entry}, live)")
+    return lines

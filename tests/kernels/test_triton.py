@@ -1,0 +1,134 @@
+"""The generated Triton: under the interpreter against the float64 reference, and its text and structure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chains import CHAINS, name_of
+
+from mhc_compile.kernels import providers
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.triton import blocks, build
+from mhc_compile.kernels.triton import run as triton_run
+
+needs_triton = pytest.mark.skipif(
+    triton_run.unsupported(Chain(kind="boundary", stream=StreamSpec(), width=8)) is not None,
+    reason="Triton is not installed",
+)
+SUPPORTED = [c for c in CHAINS if c.norm == "none"]
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "MHC_COMPILE_CACHE_DIR": str(tmp_path_factory.mktemp("generated")),
+    }
+    worker = Path(__file__).with_name("triton_worker.py")
+    found = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+@needs_triton
+def test_values_and_gradients_are_those_of_the_reference(interpreted: list[dict[str, Any]]) -> None:
+    assert len(interpreted) == 1 + len(SUPPORTED) + 3
+    for row in interpreted[1:]:
+        half = "float16" in row["name"]
+        # The interpreter cuts bfloat16 off instead of rounding it: twice the error of a rounding.
+        floor = 1.2e-2 if half else 4e-6
+        for name, (found, plain) in row["errors"].items():
+            assert found <= max(floor, 2 * plain), f"{row['name']}: {name} {found} against {plain}"
+
+
+@needs_triton
+def test_outputs_are_written_whole_whatever_comes_in(interpreted: list[dict[str, Any]]) -> None:
+    rows = [row for row in interpreted[1:] if row["seen"]]
+    assert len(rows) > 10
+    for row in rows:
+        assert row["seen"] == dict.fromkeys(row["seen"], True), row["name"]
+        assert len(row["seen"]) == 5
+
+
+@needs_triton
+def test_ops_arrive_there_and_a_float_is_the_sum_of_its_parts(interpreted: list[dict[str, Any]]) -> None:
+    assert interpreted[0] == {"through the op": True, "three parts": True}
+
+
+@pytest.mark.parametrize("chain", SUPPORTED, ids=name_of)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_text_is_python_with_a_real_loop(chain: Chain, direction: build.Direction) -> None:
+    text = build.source(chain, direction)
+    compile(text, chain.name, "exec")
+    assert f"def {direction}(" in text
+    assert "atomic" not in text
+    more = replace(chain, stream=replace(chain.stream, iterations=10 * chain.stream.iterations))
+    assert len(build.source(more, direction).splitlines()) <= len(text.splitlines()) * 1.5
+    if chain.weights == "site" and chain.stream.manifold == "sinkhorn":
+        assert ("def sinkhorn(" if direction == "forward" else "def sinkhorn_backward(") in text
+
+
+def test_gpus_get_triton_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = Chain(kind="boundary", stream=StreamSpec(), width=24)
+    providers.choose.cache_clear()
+    try:
+        found = providers.choose(chain, "cuda")
+        assert found == (("triton", "") if triton_run.unsupported(chain) is None else ("reference", found[1]))
+        providers.choose.cache_clear()
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert providers.choose(chain, "cuda") == ("reference", "Triton is not installed")
+    finally:
+        providers.choose.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        (Chain(kind="read", stream=StreamSpec(manifold="kronecker"), width=8), "manifold"),
+        (Chain(kind="read", stream=StreamSpec(iterations=0), width=8), "iteration"),
+        (Chain(kind="read", stream=StreamSpec(), width=8, streams_dtype=torch.float64), "float64"),
+        (Chain(kind="boundary", stream=StreamSpec(), width=8, streams_dtype=torch.bfloat16), "change"),
+        (Chain(kind="read", stream=StreamSpec(), width=8, norm="rms"), "norm"),
+    ],
+)
+def test_what_has_no_kernel_says_why(chain: Chain, reason: str) -> None:
+    assert reason in (triton_run.unsupported(chain) or "")
+
+
+def test_measured_blocks_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "cache_dir", lambda: tmp_path)
+    chain = Chain(kind="boundary", stream=StreamSpec(), width=64)
+    choices = blocks.candidates(chain, "forward")
+    assert choices[0] == blocks.default(chain, "forward")
+    assert len(set(choices)) == len(choices) > 8
+    asked: list[blocks.Blocks] = []
+
+    def seconds(choice: blocks.Blocks) -> float:
+        asked.append(choice)
+        if choice == choices[3]:
+            raise RuntimeError("out of shared memory")
+        return 1.0 if choice == choices[5] else 2.0
+
+    assert blocks.fastest("key", choices, seconds) == choices[5]
+    assert asked == choices
+    assert blocks.fastest("key", choices, seconds) == choices[5]
+    assert asked == choices  # not measured again
+
+
+def test_measuring_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MHC_COMPILE_AUTOTUNE", raising=False)
+    assert not blocks.autotunes()
+    monkeypatch.setenv("MHC_COMPILE_AUTOTUNE", "1")
+    assert blocks.autotunes()

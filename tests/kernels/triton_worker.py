@@ -1,0 +1,126 @@
+"""Run generated Triton under its interpreter on CPU tensors, in a process of its own: it must be asked for at import.
+
+Prints one line of JSON a chain: errors against the float64 reference with those of plain PyTorch, and what else was seen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import triton as tt
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parent))
+from chains import BF16, CHAINS, V4, backward_values, error, exactly, name_of, random_gradients, random_inputs
+from torch import Tensor
+
+from mhc_compile.kernels import fused, plain, providers, signature  # noqa: F401  (the ops)
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.spec import Convention, StreamSpec
+from mhc_compile.kernels.triton import build
+from mhc_compile.kernels.triton import run as triton
+
+HALF = {"streams_dtype": torch.float16, "branch_dtype": torch.float16}
+MORE = [
+    Chain(kind="boundary", stream=StreamSpec(iterations=1), width=50, **HALF),
+    Chain(kind="boundary", stream=StreamSpec(convention=Convention.DEEPSEEK_V4), width=24, **BF16),
+    Chain(kind="leave", stream=V4, width=18, **BF16),
+]
+TRIED = [chain for chain in CHAINS if triton.unsupported(chain) is None] + MORE
+LEAD = (3, 7)  # 21 tokens: more than one block of the backward, and a ragged one
+Values = dict[str, Tensor]
+
+
+def both(chain: Chain, inputs: Values, gradients: Values, lead: tuple[int, ...]) -> tuple[Values, Values]:
+    out = triton.run(chain, "forward", inputs, signature.outputs(chain), lead)
+    wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
+    return out, triton.run(chain, "backward", backward_values(chain, inputs, out, gradients), wanted, lead)
+
+
+def errors(chain: Chain) -> dict[str, tuple[float, float]]:
+    inputs, gradients = random_inputs(chain, LEAD, 0), random_gradients(chain, LEAD, 1)
+    exact_out, exact_grads = exactly(chain, inputs, gradients)
+    out, grads = both(chain, inputs, gradients, LEAD)
+    plain_out = plain.run(chain, "forward", inputs, signature.outputs(chain), LEAD)
+    values = backward_values(chain, inputs, dict(plain_out), gradients)
+    plain_grads = plain.run(chain, "backward", values, tuple(exact_grads), LEAD)
+    return {
+        name: (error(found[name], exact), error(theirs[name], exact))
+        for found, theirs, exacts in ((out, plain_out, exact_out), (grads, plain_grads, exact_grads))
+        for name, exact in exacts.items()
+    }
+
+
+def poisoned(chain: Chain) -> dict[str, bool]:
+    """With every new tensor full of NaN: nothing is left of it, two runs are bit-equal, strides do not matter."""
+    inputs, gradients = random_inputs(chain, LEAD, 2), random_gradients(chain, LEAD, 3)
+    first = both(chain, inputs, gradients, LEAD)
+    fresh = Tensor.new_empty
+    Tensor.new_empty = lambda like, *a, **k: fresh(like, *a, **k).fill_(torch.nan)  # type: ignore[method-assign]
+    try:
+        second = both(chain, inputs, gradients, LEAD)
+        # Not contiguous: every second value of a larger tensor, and streams that are expanded over the batch.
+        apart = {k: torch.stack([v, v], -1)[..., 0] for k, v in inputs.items()}
+        third = both(chain, apart, {k: torch.stack([v, v], -1)[..., 0] for k, v in gradients.items()}, LEAD)
+        wide = {**inputs, "X": inputs["X"][:1].expand(LEAD[0], *inputs["X"].shape[1:])}
+        expanded = both(chain, wide, gradients, LEAD)
+    finally:
+        Tensor.new_empty = fresh  # type: ignore[method-assign]
+    same = both(chain, {**wide, "X": wide["X"].contiguous()}, gradients, LEAD)
+    none = both(chain, random_inputs(chain, (0, 4), 4), random_gradients(chain, (0, 4), 5), (0, 4))
+    return {
+        "finite": all(bool(t.isfinite().all()) for part in second for t in part.values()),
+        "bit-equal": equal(first, second),
+        "strided": equal(first, third),
+        "expanded": equal(expanded, same),
+        "no tokens": all(not t.any() for part in none for t in part.values()),
+    }
+
+
+def equal(left: tuple[Values, Values], right: tuple[Values, Values]) -> bool:
+    return all(torch.equal(a[k], b[k]) for a, b in zip(left, right, strict=True) for k in a)
+
+
+def through_the_op() -> bool:
+    """The registered op and its gradient arrive at Triton."""
+    chain = next(c for c in TRIED if c.kind == "read")
+    inputs = random_inputs(chain, LEAD, 6)
+    leaves = [t.clone().requires_grad_() for t in inputs.values()]
+    h, *_ = torch.ops.mhc_kernels.read(*leaves, str(chain.stream))
+    h.sum().backward()
+    gradients = {n: torch.zeros_like(t) for n, t in random_gradients(chain, LEAD, 7).items()}
+    gradients["d_h"] += 1.0
+    out, grads = both(chain, inputs, gradients, LEAD)
+    same = all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, grads.values(), strict=True))
+    return providers.choose(chain, "cpu")[0] == "triton" and torch.equal(h, out["h"]) and same
+
+
+split = build.load(next(c for c in TRIED if c.projects and c.streams_dtype == torch.bfloat16), "forward").parts
+
+
+@tt.jit
+def add_parts(x, out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    high, middle, low = split(tl.load(x + tl.arange(0, COUNT)))
+    tl.store(out + tl.arange(0, COUNT), high.to(tl.float32) + (middle.to(tl.float32) + low.to(tl.float32)))
+
+
+def three_parts() -> bool:
+    """A float32 number is the sum of the three bfloat16 that tensor cores multiply by."""
+    x = torch.randn(1024)
+    out = torch.full_like(x, torch.nan)
+    add_parts[(1,)](x, out, COUNT=1024)
+    return torch.equal(x, out)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(json.dumps({"through the op": through_the_op(), "three parts": three_parts()}))
+    for chain in TRIED:
+        seen = poisoned(chain) if chain.stream.streams <= 4 else {}  # more streams take the interpreter long
+        print(json.dumps({"name": name_of(chain), "errors": errors(chain), "seen": seen}), flush=True)
