@@ -152,8 +152,8 @@ extern "C" void forward(void** p, const int64_t* size, int threads) {{
 
 
 def block_tokens(lanes: int) -> int:
-    """Tokens a block: as many as have a lane, at most 8, whose streams then fit the cache beside phi."""
-    return min(8, lanes)
+    """Tokens a block: their streams fit the cache beside phi, and their sums with `tile_rows` the registers."""
+    return 8 if lanes >= 16 else 4
 
 
 def tile_rows(rows: int) -> int:

@@ -16,7 +16,7 @@ OURS = "mhc-compile"
 
 
 class Sites(nn.Module):
-    """Hugging Face's hyper-connection modules around small MLPs, wired as its decoder layer does."""
+    """Hugging Face's hyper-connection modules around small MLPs (hidden size C / 8), wired as in its layers."""
 
     def __init__(self, sites: int, width: int) -> None:
         from transformers import DeepseekV4Config
@@ -26,7 +26,7 @@ class Sites(nn.Module):
         config = DeepseekV4Config(hidden_size=width, hc_mult=4, num_hidden_layers=1)
         self.connections = nn.ModuleList(DeepseekV4HyperConnection(config) for _ in range(sites))
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.RMSNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            nn.Sequential(nn.RMSNorm(width), nn.Linear(width, width // 8), nn.SiLU(), nn.Linear(width // 8, width))
             for _ in range(sites)
         )
         for connection in self.connections:

@@ -37,7 +37,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
         c.check = lambda loss: float((loss.double() - expected).abs() / expected)
         c.tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     shape = f"{layers} layers, C={width}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
-    rows = contest(console, contenders, ours="mHC, mhc-compile", device=device, shape=shape, rounds=2 if quick else 7)
+    rows = contest(console, contenders, ours="mHC, mhc-compile", device=device, shape=shape, rounds=2 if quick else 5)
     title = f"training step, {shape}"
     groups = {title: show(console, title, rows)}
     residual = next(r for r in rows if r.name == RESIDUAL)

@@ -153,6 +153,18 @@ def test_offsets_beyond_32_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_machines_with_shorter_vectors(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "lanes", lambda: lanes)
+    build._library.cache_clear()
+    try:
+        for chain in (CHAINS[1], CHAINS[4], CHAINS[8]):
+            assert f"constexpr int LANES = {lanes};" in build.source(chain, "forward")
+            check(chain, (13,), seed=0)
+    finally:
+        build._library.cache_clear()
+
+
 def test_the_number_of_threads_changes_sums_by_rounding_alone() -> None:
     chain, threads = CHAINS[0], torch.get_num_threads()
     inputs, gradients = random_inputs(chain, (100,), 0), random_gradients(chain, (100,), 1)
