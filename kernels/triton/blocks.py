@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import torch
+
 from mhc_compile.kernels.cache import cache_dir
 from mhc_compile.kernels.chain import Chain
 
@@ -32,14 +34,14 @@ class Blocks:
 
 
 def default(chain: Chain, kernel: str) -> Blocks:
-    """The choice without measuring, compiled without spilled registers for n = 4 on sm_80, sm_90 and sm_100."""
+    """The choice without measuring, compiled without spilled registers for n = 4 on sm_90."""
     if kernel == "phi_gradient":
         return Blocks(tokens=16, columns=64, warps=4)
     if not chain.projects:  # tokens alone are shared out: small blocks fill the GPU
         return Blocks(tokens=4, columns=256, warps=4)
     if kernel == "forward":
-        return Blocks(tokens=64, columns=32, warps=4)
-    return Blocks(tokens=16, columns=32, warps=4)
+        return Blocks(tokens=64, columns=32, warps=8)
+    return Blocks(tokens=16, columns=32, warps=4 if chain.streams_dtype == torch.float32 else 8)
 
 
 def candidates(chain: Chain, kernel: str) -> list[Blocks]:

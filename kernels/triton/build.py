@@ -53,11 +53,12 @@ def load(chain: Chain, direction: Direction) -> ModuleType:
 def precision(chain: Chain, kernel: Kernel, backend: str) -> str:
     """How float32 products are formed on tensor cores: as three TF32 products on NVIDIA, in float32 elsewhere.
 
-    What the backward adds to a gradient that is rounded to half precision is one TF32 product.
+    What the backward adds to a gradient that is rounded to half precision is one TF32 product; to a float32 gradient it
+    is added without tensor cores, whose layout would leave too few registers.
     """
-    if backend != "cuda":
+    if backend != "cuda" or (kernel == "backward" and chain.streams_dtype == torch.float32):
         return "ieee"
-    return "tf32" if kernel == "backward" and chain.streams_dtype != torch.float32 else "tf32x3"
+    return "tf32" if kernel == "backward" else "tf32x3"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from chains import CHAINS, name_of
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.traffic import table
 from mhc_compile.kernels.triton import blocks, build
 from mhc_compile.kernels.triton import run as triton_run
 
@@ -86,7 +87,7 @@ def test_gpus_get_triton_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         found = providers.choose(chain, "cuda")
         assert found == (("triton", "") if triton_run.unsupported(chain) is None else ("reference", found[1]))
         providers.choose.cache_clear()
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
         assert providers.choose(chain, "cuda") == ("reference", "Triton is not installed")
     finally:
         providers.choose.cache_clear()
@@ -132,3 +133,9 @@ def test_measuring_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert not blocks.autotunes()
     monkeypatch.setenv("MHC_COMPILE_AUTOTUNE", "1")
     assert blocks.autotunes()
+
+
+def test_a_boundary_moves_ten_values_a_token_forward_and_fifteen_backward() -> None:
+    row = next(line for line in table(4096).splitlines() if line.startswith("boundary")).split()
+    assert 10.0 <= float(row[1]) < 10.2
+    assert 15.0 <= float(row[2]) < 15.2

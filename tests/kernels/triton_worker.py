@@ -1,6 +1,6 @@
 """Run generated Triton under its interpreter on CPU tensors, in a process of its own: it must be asked for at import.
 
-Prints one line of JSON a chain: errors against the float64 reference with those of plain PyTorch, and what else was seen.
+Prints a line of JSON a chain: errors against the float64 reference with those of plain PyTorch, and what else was seen.
 """
 
 from __future__ import annotations
