@@ -1,6 +1,6 @@
 """Memory traffic of the fused boundary on paper: `python -m mhc_compile.kernels.traffic [width] [streams]`.
 
-The model is `Chain.bytes_moved` (arXiv 2512.24880, Table 2); a kernel that finds the streams in the level-2 cache when it
+The model is `Chain.bytes_moved` (arXiv 2512.24880, Table 2); a kernel that finds the streams in a cache when it
 weighs them moves this much, one that does not reads `n * C` values a token once more.
 """
 
