@@ -38,7 +38,7 @@ def default(chain: Chain, kernel: str) -> Blocks:
     if kernel == "phi_gradient":
         return Blocks(tokens=16, columns=64, warps=4)
     if not chain.projects:  # tokens alone are shared out: small blocks fill the GPU
-        return Blocks(tokens=4, columns=256, warps=4)
+        return Blocks(tokens=4, columns=128 if kernel == "backward" else 256, warps=4)
     if kernel == "forward":
         return Blocks(tokens=64, columns=32, warps=8)
     return Blocks(tokens=16, columns=32, warps=4 if chain.streams_dtype == torch.float32 else 8)
