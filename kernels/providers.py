@@ -43,6 +43,15 @@ def _no_compiler() -> bool:
     return bool(problem)
 
 
+def look_for_compilers(device: str) -> None:
+    """Find out what this machine can compile, which takes a second in a new process and is kept.
+
+    `choose` does so by itself; called before, it does not count as time of the pass that asks first.
+    """
+    if device == "cpu" and not triton.interprets():
+        _no_compiler()
+
+
 def prepare(chain: Chain, device: str) -> None:
     """Begin to compile what will compute `chain`, so that its first call does not wait."""
     if choose(chain, device)[0] == "cpp":

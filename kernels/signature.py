@@ -11,7 +11,10 @@ the chain's dtypes, all else is float32 (float64 where one of them is).
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+from torch import Tensor
 
 from mhc_compile.kernels.chain import Chain
 
@@ -89,3 +92,15 @@ def dtype(chain: Chain, name: str) -> torch.dtype:
     if name == "y":
         return chain.branch_dtype
     return torch.float64 if torch.float64 in (chain.streams_dtype, chain.branch_dtype) else torch.float32
+
+
+def token_stride(X: Tensor) -> int | None:
+    """Elements from one token's streams to the next, where X `[..., n, C]` has one such step; None where it has not."""
+    *lead, n, C = X.shape
+    if (C > 1 and X.stride(-1) != 1) or (n > 1 and X.stride(-2) != C):
+        return None
+    steps = [(size, X.stride(i)) for i, size in enumerate(lead) if size > 1]
+    for (_, outer), (size, inner) in itertools.pairwise(steps):
+        if outer != size * inner:
+            return None
+    return steps[-1][1] if steps else n * C

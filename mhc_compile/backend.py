@@ -87,6 +87,8 @@ class Backend:
         context = Context(marks=marks)
         if self.options.debug == "numeric":
             context.inputs = inputs_at_start(gm, marks, example_inputs)
+        if self.options.kinds:
+            providers.look_for_compilers(_device(example_inputs))
         try:
             gm = run_passes(gm, context, compile_passes(self.options), self.options)
         except MHCError as error:
@@ -136,6 +138,10 @@ class Backend:
             return gm(*inputs, *(t for path in made for t in held[path].parameters()))
 
         return first_call
+
+
+def _device(inputs: Sequence[Any]) -> str:
+    return next((t.device.type for t in inputs if isinstance(t, Tensor)), "cpu")
 
 
 def _root_of(streams: Sequence[ResidualStream]) -> nn.Module:

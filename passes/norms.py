@@ -54,7 +54,8 @@ def _called(h: Node, call: Node) -> BranchNorm | None:
     given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
     weight, bias = given.get("weight"), given.get("bias")
     dims = given["normalized_shape"]
-    if given["input"] is not h or not isinstance(weight, Node) or len(dims) != 1:
+    over_one = isinstance(dims, (tuple, list)) and len(dims) == 1
+    if given["input"] is not h or not isinstance(weight, Node) or not over_one:
         return None
     layer = op_name(call) == "layer_norm"
     eps = given.get("eps")

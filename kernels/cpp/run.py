@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 from collections.abc import Mapping
 
@@ -49,7 +48,7 @@ def run(
     tokens = math.prod(lead)
     if not tokens:
         return {name: t.zero_() for name, t in out.items()}
-    stride = _token_stride(like)
+    stride = signature.token_stride(like)
     held = [
         v if k == "X" and stride is not None else v.to(signature.dtype(chain, k.removeprefix("d_"))).contiguous()
         for k, v in values.items()
@@ -62,15 +61,3 @@ def run(
         ctypes.c_int(torch.get_num_threads()),
     )
     return out
-
-
-def _token_stride(X: Tensor) -> int | None:
-    """Elements from one token's streams to the next, where X `[..., n, C]` has one such step; None where it has not."""
-    *lead, n, C = X.shape
-    if (C > 1 and X.stride(-1) != 1) or (n > 1 and X.stride(-2) != C):
-        return None
-    steps = [(size, X.stride(i)) for i, size in enumerate(lead) if size > 1]
-    for (_, outer), (size, inner) in itertools.pairwise(steps):
-        if outer != size * inner:
-            return None
-    return steps[-1][1] if steps else n * C

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -65,7 +64,7 @@ def run(
     if not tokens:
         return {name: t.zero_() for name, t in out.items()}
     held = {name: t if name == "X" else _plain(chain, name, t) for name, t in values.items()}
-    stride = _token_stride(like)
+    stride = signature.token_stride(like)
     if stride is None:
         held["X"], stride = like.contiguous(), chain.stream.streams * chain.width
     if direction == "forward":
@@ -166,15 +165,3 @@ def _measured(chain: Chain, kernel: Kernel, device: str, call: _Call) -> Blocks:
         return float(do_bench(lambda: _start(chain, kernel, values, call.tokens, call.numbers, blocks)))
 
     return fastest(f"{chain.name}_{kernel}_{key}", candidates(chain, kernel), milliseconds)
-
-
-def _token_stride(X: Tensor) -> int | None:
-    """Elements from one token's streams to the next, where X `[..., n, C]` has one such step; None where it has not."""
-    *lead, n, C = X.shape
-    if (C > 1 and X.stride(-1) != 1) or (n > 1 and X.stride(-2) != C):
-        return None
-    steps = [(size, X.stride(i)) for i, size in enumerate(lead) if size > 1]
-    for (_, outer), (size, inner) in itertools.pairwise(steps):
-        if outer != size * inner:
-            return None
-    return steps[-1][1] if steps else n * C

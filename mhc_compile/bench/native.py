@@ -29,6 +29,7 @@ class Sites(nn.Module):
             nn.Sequential(nn.RMSNorm(width), nn.Linear(width, width // 8), nn.SiLU(), nn.Linear(width // 8, width))
             for _ in range(sites)
         )
+        connection: Any
         for connection in self.connections:
             nn.init.normal_(connection.fn, std=0.02)
             nn.init.normal_(connection.base, std=0.5)
