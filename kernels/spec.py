@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from mhc_compile.diagnostics import MHCError
 
@@ -102,6 +102,8 @@ class StreamSpec:
     exit: Exit = "mean"
     """`mean`, `sum`, or `head`: a learned sigmoid head (DeepSeek-V4)."""
 
+    _text: ClassVar[str]
+
     def __post_init__(self) -> None:
         n = self.streams
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_STREAMS:
@@ -122,6 +124,9 @@ class StreamSpec:
             raise MHCError("MHC204", f"iterations={self.iterations!r}")
         if self.exit not in get_args(Exit):
             raise MHCError("MHC204", f"exit={self.exit!r}; known: {', '.join(get_args(Exit))}")
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        text = " ".join(f"{name}={v.value if isinstance(v, Enum) else v}" for name, v in values)
+        object.__setattr__(self, "_text", text)  # made once: Dynamo reads it where it could not trace the making
 
     @property
     def mix_rows(self) -> int:
@@ -141,9 +146,7 @@ class StreamSpec:
         return 2 * self.streams + self.mix_rows
 
     def __str__(self) -> str:
-        return " ".join(
-            f"{f.name}={v.value if isinstance(v := getattr(self, f.name), Enum) else v}" for f in fields(self)
-        )
+        return self._text
 
     @classmethod
     def parse(cls, text: str) -> StreamSpec:

@@ -76,3 +76,26 @@ def test_a_head_needs_its_parameters() -> None:
     torch.testing.assert_close(
         functions.reduce(torch.ones(2, N, C), spec, head()), reference.reduce(torch.ones(2, N, C), spec, head())
     )
+
+
+def test_compiled_in_one_graph_and_exported() -> None:
+    spec = StreamSpec(streams=N)
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sites = torch.nn.ParameterList(p.detach() for site in parameters(spec, 2) for p in site)
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = list(self.sites)
+            X = functions.expand(x, N)
+            h, post, mix = functions.read(X, *p[:3], spec)
+            X, h, post, mix = functions.boundary(X, torch.tanh(h), post, mix, *p[3:], spec)
+            return functions.leave(X, torch.tanh(h), post, mix, spec)
+
+    model, x = Two(), torch.randn(3, 5, C, generator=torch.Generator().manual_seed(2))
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).dtype == torch.float32
