@@ -1,0 +1,85 @@
+"""Checkpoint folders to convert: made by transformers, converted once, and copies to damage."""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from mhc_compile import convert_folder
+
+torch.set_num_threads(1)
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 0}
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    match name:
+        case "llama":
+            return LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
+        case "llama-bf16-tied":
+            return LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)).to(torch.bfloat16).eval()
+        case "gpt2":
+            return GPT2LMHeadModel(GPT2Config(**GPT2, eos_token_id=0)).eval()
+        case "t5":
+            return T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0)).eval()
+        case _:
+            # On disk every expert has names of its own; in memory they are merged.
+            return MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=4)).eval()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in three shards, with companions of every kind."""
+    folder = tmp_path_factory.mktemp("original") / "llama"
+    make("llama").save_pretrained(folder, max_shard_size="30KB")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "extra").mkdir()
+    (folder / "extra" / "template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert_folder(original, tmp_path_factory.mktemp("converted") / "llama", streams=2).folder
+
+
+@pytest.fixture
+def copied(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "copied"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def assert_same_tree(left: Path, right: Path) -> None:
+    assert {p.relative_to(left) for p in left.rglob("*")} == {p.relative_to(right) for p in right.rglob("*")}
+    for path in left.rglob("*"):
+        if path.is_file():
+            assert filecmp.cmp(path, right / path.relative_to(left), shallow=False), path
