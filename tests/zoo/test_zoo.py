@@ -10,6 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from expected import expected_sites
 from sweep import logits_of, loss_of
 from torch import nn
 
@@ -66,7 +67,7 @@ def error_of(got: torch.Tensor, reference: torch.Tensor) -> float:
 def check(name: str) -> None:
     """Equal logits, every site, trained streams, and a state dict that carries them."""
     model, inputs = models.named(name)
-    expected = models.expected_sites(name, model)
+    expected = expected_sites(name, model)
     with torch.no_grad():
         before = logits_of(model(**inputs))
     mhc_compile.convert(model, streams=4, inner="eager", example_kwargs=inputs)
