@@ -57,8 +57,10 @@ def side_by_side(flow: Dataflow, sites: list[Site]) -> MHCError | None:
             node = branch
             while op_name(node) in ("flatten", "view", "reshape", *CASTS) and isinstance(node.args[0], Node):
                 node = node.args[0]
+            if op_name(node) != "mul":
+                continue
             factors = [shape(n)[-2:] for n in flow.inputs[node] if n in flow.hot and len(shape(n)) > 2]
-            if op_name(node) != "mul" or len(factors) != 2:
+            if len(factors) != 2:
                 continue
             (a, b), (c, d) = sorted(factors, key=lambda f: f[0] == 1)
             if b == c == 1 and a != 1 and a * d == channels and a <= MAX_PUBLISHED_STREAMS:

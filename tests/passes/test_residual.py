@@ -560,3 +560,23 @@ class Chunked(Layers):
 def test_mhc108_where_the_stream_goes_on_in_parts() -> None:
     error = refusal(Wrapper(Chunked()), IDS)
     assert error.code == "MHC108"
+
+
+class Assigned(Layers):
+    """Branches whose rows are written one language at a time, as the adapters of xmod do."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+            y = torch.zeros_like(x)
+            for language in range(2):
+                rows = ids[:, 0] == language
+                y[rows] = layer(x[rows])
+            x = x + F.dropout(y, 0.0)
+        return self.head(x)
+
+
+def test_branches_that_are_written_row_by_row() -> None:
+    _, (stream,) = analysed(Assigned(), IDS)
+    assert len(stream.sites) == 6
