@@ -13,7 +13,7 @@ A chain reads the streams of a block of tokens once and does up to three things 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -114,6 +114,11 @@ class Chain:
         return tokens * self.width * (mix + project + collapse)
 
 
-def of_dtypes(chain: Chain, streams: torch.dtype, branch: torch.dtype) -> Chain:
-    """`chain` with other dtypes."""
-    return replace(chain, streams_dtype=streams, branch_dtype=branch)
+def dtypes_against(chain: Chain, known: tuple[torch.dtype, ...]) -> str:
+    """Why a target whose kernels are for streams and branches of the `known` dtypes has none; nothing where it has."""
+    if chain.streams_dtype not in known or (chain.mixes and chain.branch_dtype not in known):
+        names = ", ".join(str(t).removeprefix("torch.") for t in known)
+        return f"kernels are for {names}, not {chain.streams_dtype} streams and {chain.branch_dtype} branches"
+    if chain.mixes and torch.promote_types(chain.streams_dtype, chain.branch_dtype) != chain.streams_dtype:
+        return f"a branch in {chain.branch_dtype} makes the streams change from {chain.streams_dtype}"
+    return ""

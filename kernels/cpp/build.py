@@ -70,7 +70,7 @@ def _library(chain: Chain, direction: Direction) -> Future[ctypes.CDLL]:
             with _COMPILERS:
                 path = _build(f"{chain.name}_{direction}", source(chain, direction))
             future.set_result(ctypes.CDLL(str(path)))
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, who waits for the kernel gets it, and does not wait for ever
             future.set_exception(error)
 
     Thread(target=work, daemon=True).start()

@@ -40,6 +40,15 @@ static inline void row_backward(
   du[row] = dz * s;
   ds += dz * u[row];
 }
+// The same for the N logits from row `first` on whose sigmoids, times `scale`, have the gradients d.
+static inline void gates_backward(
+    const Lanes* u, Lanes s, float alpha, const float* bias, int first, float scale, const Lanes* d, Lanes* du,
+    Lanes& ds, Lanes& dalpha, Lanes* dbias) {
+  Lanes g[N];
+  gates(u, s, alpha, bias, first, g, N);
+  for (int j = 0; j < N; ++j)
+    row_backward(first + j, scale * d[j] * g[j] * (1.0f - g[j]), u, s, alpha, du, ds, dalpha, dbias);
+}
 """
 
 SINKHORN = """\
@@ -209,13 +218,9 @@ static void site(const Lanes* u, Lanes s, const float* alpha, const float* bias,
 static Lanes site_backward(
     const Lanes* u, Lanes s, const float* alpha, const float* bias, const Site& d, Lanes* du, Lanes* dalpha,
     Lanes* dbias) {{
-  Lanes ds = all(0.0f), g[N];
-  gates(u, s, alpha[0], bias, 0, g, N);
-  for (int j = 0; j < N; ++j)
-    row_backward(j, d.pre[j] * g[j] * (1.0f - g[j]), u, s, alpha[0], du, ds, dalpha[0], dbias);
-  gates(u, s, alpha[1], bias, N, g, N);
-  for (int j = 0; j < N; ++j)
-    row_backward(N + j, POST_SCALE * d.post[j] * g[j] * (1.0f - g[j]), u, s, alpha[1], du, ds, dalpha[1], dbias);
+  Lanes ds = all(0.0f);
+  gates_backward(u, s, alpha[0], bias, 0, 1.0f, d.pre, du, ds, dalpha[0], dbias);
+  gates_backward(u, s, alpha[1], bias, N, POST_SCALE, d.post, du, ds, dalpha[1], dbias);
   mixing_matrix_backward(u, s, alpha[2], bias, d.H, du, ds, dalpha[2], dbias);
   return ds;
 }}
@@ -231,10 +236,8 @@ static void site(const Lanes* u, Lanes s, const float* alpha, const float* bias,
 static Lanes site_backward(
     const Lanes* u, Lanes s, const float* alpha, const float* bias, const Site& d, Lanes* du, Lanes* dalpha,
     Lanes* dbias) {{
-  Lanes ds = all(0.0f), g[N];
-  gates(u, s, alpha[0], bias, 0, g, N);
-  for (int j = 0; j < N; ++j)
-    row_backward(j, d.pre[j] * g[j] * (1.0f - g[j]), u, s, alpha[0], du, ds, dalpha[0], dbias);
+  Lanes ds = all(0.0f);
+  gates_backward(u, s, alpha[0], bias, 0, 1.0f, d.pre, du, ds, dalpha[0], dbias);
   return ds;
 }}
 """

@@ -32,9 +32,8 @@ class Pool:
         size = math.prod(shape) * dtype.itemsize
         if size < SMALLEST:
             return torch.empty(shape, dtype=dtype)
-        with self._lock:
-            storage = self._take(size)
-        return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+        with self._lock:  # until a tensor holds the block: before that, another thread would find it free
+            return torch.empty(0, dtype=dtype).set_(self._take(size)).view(shape)
 
     def _take(self, size: int) -> UntypedStorage:
         self._requests += 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.kernels import signature
-from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.chain import Chain, dtypes_against
 from mhc_compile.kernels.cpp.build import Direction, load
 from mhc_compile.kernels.cpp.memory import POOL
 
@@ -21,10 +21,8 @@ MAX_STEPS_BYTES = 1 << 20
 
 def unsupported(chain: Chain) -> str | None:
     """Why there is no generated C++ for `chain`; None where there is."""
-    if chain.streams_dtype not in FLOATS or (chain.mixes and chain.branch_dtype not in FLOATS):
-        return f"C++ kernels are for float32 and bfloat16, not {chain.streams_dtype}"
-    if chain.mixes and torch.promote_types(chain.streams_dtype, chain.branch_dtype) != chain.streams_dtype:
-        return f"a branch in {chain.branch_dtype} makes the streams change from {chain.streams_dtype}"
+    if reason := dtypes_against(chain, FLOATS):
+        return f"C++: {reason}"
     if chain.weights == "site":
         spec = chain.stream
         if spec.manifold not in ("sinkhorn", "identity", "unconstrained"):

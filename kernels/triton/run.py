@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.kernels import signature
-from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.chain import Chain, dtypes_against
 from mhc_compile.kernels.triton.blocks import MAX_SPLITS, Blocks, autotunes, candidates, default, fastest
 from mhc_compile.kernels.triton.build import Direction, Kernel, load, pointers, precision, source
 
@@ -25,10 +25,8 @@ def unsupported(chain: Chain) -> str | None:
     """Why there is no generated Triton for `chain`; None where there is."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if chain.streams_dtype not in FLOATS or (chain.mixes and chain.branch_dtype not in FLOATS):
-        return f"Triton kernels are for float32, bfloat16 and float16, not {chain.streams_dtype}"
-    if chain.mixes and torch.promote_types(chain.streams_dtype, chain.branch_dtype) != chain.streams_dtype:
-        return f"a branch in {chain.branch_dtype} makes the streams change from {chain.streams_dtype}"
+    if reason := dtypes_against(chain, FLOATS):
+        return f"Triton: {reason}"
     if chain.weights == "site":
         spec = chain.stream
         if spec.manifold not in ("sinkhorn", "identity", "unconstrained"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from threading import Thread
+from time import sleep
+
 import torch
 
 from mhc_compile.kernels.cpp.memory import PATIENCE, SMALLEST, Pool
@@ -51,3 +54,22 @@ def test_blocks_not_asked_for_are_given_back() -> None:
     for _ in range(2 * PATIENCE):
         pool.empty(other, torch.float32)
     assert len(pool._blocks) == 1
+
+
+def test_threads_never_share_a_block() -> None:
+    pool, wrong = Pool(), []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            mine = pool.empty(LARGE, torch.float32)
+            mine[:8] = number
+            sleep(0)  # lets the others in
+            if not (mine[:8] == number).all():
+                wrong.append(number)
+
+    threads = [Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -37,6 +37,11 @@ def test_command_writes_all_figures(tmp_path: Path) -> None:
     assert figures["compile"]["passes"] < figures["compile"]["total"]
 
 
+def test_nothing_to_draw_is_wrong_usage(tmp_path: Path) -> None:
+    assert main(["bench", "passes", "--quick", "--png", str(tmp_path / "bars.png")]) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_benchmark_is_wrong_usage() -> None:
     with pytest.raises(SystemExit) as stop:
         main(["bench", "nothing"])
