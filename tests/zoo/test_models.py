@@ -31,6 +31,6 @@ def test_every_architecture_runs() -> None:
             model, inputs = models.named(name)
             with torch.no_grad():
                 assert logits_of(model(**inputs)).isfinite().all(), name
-        except Exception:
+        except Exception:  # whatever the model raises: which ones do is what is tested
             failed.add(name)
     assert failed == BROKEN
