@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from threading import Thread
 from time import sleep
 
@@ -60,7 +61,7 @@ def test_threads_never_share_a_block() -> None:
     pool, wrong = Pool(), []
 
     def work(number: int) -> None:
-        for _ in range(200):
+        for _ in range(500):
             mine = pool.empty(LARGE, torch.float32)
             mine[:8] = number
             sleep(0)  # lets the others in
@@ -68,8 +69,13 @@ def test_threads_never_share_a_block() -> None:
                 wrong.append(number)
 
     threads = [Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert wrong == []
