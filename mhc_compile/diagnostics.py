@@ -99,6 +99,7 @@ TABLE: dict[str, Diagnostic] = {
         "shard each stream owner as a whole: fully_shard(owner) on the converted model, or FSDP with "
         "use_orig_params=True",
     ),
+    "MHC220": Diagnostic("invalid memory", "see `mhc_compile.MemorySettings` for the fields, presets and their values"),
     "MHC301": Diagnostic(
         "the converted model was compiled without backend 'mhc'",
         'call torch.compile(model, backend="mhc"), or run the model uncompiled',

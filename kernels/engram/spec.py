@@ -1,0 +1,118 @@
+"""What one memory computes, as values that ops carry as text: how ids become rows, and how rows enter the streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar, Self
+
+from mhc_compile.diagnostics import MHCError
+
+
+class _Text:
+    """`field=value ...` and back. The text is made once: Dynamo reads it where it could not trace the making."""
+
+    _text: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        object.__setattr__(self, "_text", " ".join(f"{name}={_plain(v)}" for name, v in values))
+
+    def __str__(self) -> str:
+        return self._text
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The inverse of `str`. Raises `MHCError` MHC220 for text that is not `field=value ...` of all fields."""
+        return _parsed(cls, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashSpec(_Text):
+    """How one layer hashes n-grams of ids (arXiv 2601.07372, section 2): int64 with wraparound.
+
+    For order k and head j: `mix_k = XOR_{i<k} x[t-i] * multipliers[i]`, `row = mix_k mod moduli[k, j] + offset`, offsets
+    being the exclusive cumulative sums of `moduli`, order-major, then head.
+    """
+
+    multipliers: tuple[int, ...]
+    """m, one a position of the n-gram: N of them, for the orders 2..N."""
+    moduli: tuple[int, ...]
+    """p, of all orders and heads, order-major: (N - 1) * K of them."""
+    fill: int
+    """The id that stands where an n-gram reaches back too far."""
+
+    def __post_init__(self) -> None:
+        if len(self.multipliers) < 2 or not self.moduli or len(self.moduli) % (len(self.multipliers) - 1):
+            detail = f"{len(self.moduli)} moduli for {len(self.multipliers)} multipliers"
+            raise MHCError("MHC220", detail)
+        if min(self.moduli) < 1:
+            raise MHCError("MHC220", f"modulus {min(self.moduli)}")
+        super().__post_init__()
+
+    @property
+    def order(self) -> int:
+        """N, the longest n-gram."""
+        return len(self.multipliers)
+
+    @property
+    def heads(self) -> int:
+        """K, heads an order."""
+        return len(self.moduli) // (self.order - 1)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The first row of every order and head."""
+        found, at = [], 0
+        for modulus in self.moduli:
+            found.append(at)
+            at += modulus
+        return tuple(found)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table that can be hit."""
+        return sum(self.moduli)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionSpec(_Text):
+    """How a memory enters the streams (arXiv 2601.07372, section 3; `math` of the gate and of the convolution)."""
+
+    dilation: int = 0
+    """Of the causal depthwise convolution: N, the longest n-gram. 0: no convolution."""
+    taps: int = 4
+    """Of the convolution's kernel."""
+    signed_root: bool = True
+    """`sign(s) * sqrt(max(|s|, 1e-6))` under the sigmoid, as released systems do; False: `s` itself, as in the paper."""
+    eps: float = 1e-6
+    """Of the three RMS norms, under the root."""
+
+    @property
+    def history(self) -> int:
+        """Earlier tokens that the convolution reads: (taps - 1) * dilation."""
+        return (self.taps - 1) * self.dilation
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(int(value)) if isinstance(value, bool) else repr(value)
+
+
+@lru_cache(maxsize=256)
+def _parsed(cls: Any, text: str) -> Any:
+    parts = dict(part.split("=", 1) for part in text.split() if "=" in part)
+    known = {f.name: f.type for f in fields(cls)}
+    if set(parts) != set(known):
+        raise MHCError("MHC220", f"{text!r} does not name {', '.join(known)}")
+    read: dict[str, Any] = {
+        "tuple[int, ...]": lambda v: tuple(int(x) for x in v.split(",")),
+        "int": int,
+        "float": float,
+        "bool": lambda v: bool(int(v)),
+    }
+    try:
+        return cls(**{name: read[str(kind)](parts[name]) for name, kind in known.items()})
+    except ValueError as error:
+        raise MHCError("MHC220", f"{text!r}: {error}") from None
