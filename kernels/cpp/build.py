@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cache, lru_cache
 from pathlib import Path
@@ -43,7 +44,8 @@ def source(chain: Chain, direction: Direction) -> str:
 def compiler_problem() -> str:
     """What keeps C++ from being compiled on this machine; nothing where a small file compiles and loads."""
     try:
-        ctypes.CDLL(str(_build("probe", prelude(lanes()) + 'extern "C" int probe() { return omp_get_max_threads(); }')))
+        probe = 'extern "C" int probe() { return omp_get_max_threads(); }'
+        ctypes.CDLL(str(compiled("probe", prelude(lanes()) + probe)))
     except Exception as error:  # whatever the machinery of torch.compile raises for a missing or broken compiler
         first = str(error).strip().splitlines()
         return f"{type(error).__name__}: {first[0] if first else 'no compiler'}"
@@ -63,12 +65,17 @@ def load(chain: Chain, direction: Direction) -> Any:
 
 @cache
 def _library(chain: Chain, direction: Direction) -> Future[ctypes.CDLL]:
+    return begin(f"{chain.name}_{direction}", lambda: source(chain, direction))
+
+
+def begin(name: str, code: Callable[[], str]) -> Future[ctypes.CDLL]:
+    """Begin to make and compile `code`, as many at a time as there are cores. The future raises what goes wrong."""
     future: Future[ctypes.CDLL] = Future()
 
     def work() -> None:
         try:
             with _COMPILERS:
-                path = _build(f"{chain.name}_{direction}", source(chain, direction))
+                path = compiled(name, code())
             future.set_result(ctypes.CDLL(str(path)))
         except BaseException as error:  # whatever it is, who waits for the kernel gets it, and does not wait for ever
             future.set_exception(error)
@@ -77,8 +84,8 @@ def _library(chain: Chain, direction: Direction) -> Future[ctypes.CDLL]:
     return future
 
 
-def _build(name: str, code: str) -> Path:
-    """The library of `code`, from the cache or compiled."""
+def compiled(name: str, code: str) -> Path:
+    """The library of `code`, from the cache or compiled. Raises what the machinery of `torch.compile` raises."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 

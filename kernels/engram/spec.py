@@ -31,8 +31,8 @@ class _Text:
 class HashSpec(_Text):
     """How one layer hashes n-grams of ids (arXiv 2601.07372, section 2): int64 with wraparound.
 
-    For order k and head j: `mix_k = XOR_{i<k} x[t-i] * multipliers[i]`, `row = mix_k mod moduli[k, j] + offset`, offsets
-    being the exclusive cumulative sums of `moduli`, order-major, then head.
+    For order k and head j: `mix_k = XOR_{i<k} x[t-i] * multipliers[i]`, `row = mix_k mod moduli[k, j] + offset`, where
+    the offsets are the exclusive cumulative sums of `moduli`, order-major, then head.
     """
 
     multipliers: tuple[int, ...]
@@ -84,7 +84,7 @@ class FusionSpec(_Text):
     taps: int = 4
     """Of the convolution's kernel."""
     signed_root: bool = True
-    """`sign(s) * sqrt(max(|s|, 1e-6))` under the sigmoid, as released systems do; False: `s` itself, as in the paper."""
+    """`sign(s) * sqrt(max(|s|, 1e-6))` under the sigmoid, as released systems do; False: `s`, as in the paper."""
     eps: float = 1e-6
     """Of the three RMS norms, under the root."""
 
