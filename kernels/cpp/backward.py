@@ -187,14 +187,6 @@ _NORM_FINISH = """\
   for (int k = 0; k < C; ++k) {{ d_norm_weight[k] = sums[k];{bias} }}
   free(sums);
 """
-TOTAL = """\
-static inline float total(Lanes v) {{
-  float sum = 0.0f;
-  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
-  return sum;
-}}
-"""
-
 BACKWARD_ARGUMENTS = {
     **{k: v for k, v in FORWARD_ARGUMENTS.items() if not k.startswith("next") and k != "h"},
     "z": "const float* z",
@@ -219,7 +211,7 @@ def backward_source(chain: Chain, lanes: int) -> str:
     parts.append(_gather(chain))
     parts.append(MIX_BACKWARD.format() if chain.mixes else GIVE.format())
     if chain.projects:
-        parts += [PROJECT_BACKWARD.format(), "" if normed else TOTAL.format()]
+        parts.append(PROJECT_BACKWARD.format())
     names = (*saved(chain), *(f"d_{g}" for g in gradients_in(chain)), *(f"d_{i}" for i in inputs(chain)))
     pieces = {
         name: text.format(alphas=alphas) if chain.projects else ""

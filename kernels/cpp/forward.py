@@ -9,7 +9,7 @@ from __future__ import annotations
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.coefficients import coefficients_source
 from mhc_compile.kernels.cpp.norm import norm_source
-from mhc_compile.kernels.cpp.prelude import prelude
+from mhc_compile.kernels.cpp.prelude import ROWS, prelude
 
 HEADER = """\
 // {name}: {spec}
@@ -17,21 +17,11 @@ HEADER = """\
 {prelude}
 constexpr int N = {n}, C = {width}, ROWS = {rows};  // streams, hidden size, rows of phi (pre | post | mix)
 constexpr int TOKENS = {tokens};                        // tokens a block
-constexpr int V = (C + LANES - 1) / LANES;           // vectors a stream
-constexpr int REST = C % LANES;                      // values in the last of them where they do not fill it
-// Floats a token takes in a block: one vector more than its values, or tokens would compete for the same cache sets.
+{access}// Floats a token takes in a block: one vector more than its values, or tokens would compete for the same cache sets.
 constexpr int64_t STRIDE = (N * V + 1) * LANES;
 typedef {streams} streams_t;
 typedef {branch} branch_t;
 
-template <typename T> static inline Lanes read(const T* row, int v) {{
-  return REST && v == V - 1 ? load_part(row + v * LANES, REST) : load(row + v * LANES);
-}}
-template <typename T> static inline void write(T* row, int v, Lanes x) {{
-  if (REST && v == V - 1) store_part(row + v * LANES, x, REST);
-  else store(row + v * LANES, x);
-}}
-static float* scratch(int64_t floats) {{ return (float*)aligned_alloc(64, (floats * 4 + 63) / 64 * 64); }}
 // n values a token -> one vector of tokens each, and back. Lanes of tokens that are not there hold zero.
 static inline void tokens_to_lanes(const float* values, int count, int m, Lanes* out) {{
   for (int j = 0; j < count; ++j) {{
@@ -161,14 +151,14 @@ def tile_rows(rows: int) -> int:
     return next(d for d in (3, 2, 1) if rows % d == 0)
 
 
-C_TYPES = {"torch.float32": "float", "torch.bfloat16": "bfloat16"}
+C_TYPES = {"torch.float32": "float", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
 
 
 def header(chain: Chain, lanes: int) -> str:
     """What forward and backward share."""
     text = HEADER.format(
-        name=chain.name, spec=chain.stream, prelude=prelude(lanes), n=chain.stream.streams, width=chain.width,
-        rows=chain.rows, tokens=block_tokens(lanes),
+        name=chain.name, spec=chain.stream, prelude=prelude(lanes), access=ROWS,
+        n=chain.stream.streams, width=chain.width, rows=chain.rows, tokens=block_tokens(lanes),
         streams=C_TYPES[str(chain.streams_dtype)], branch=C_TYPES[str(chain.branch_dtype)],
     )  # fmt: skip
     if chain.projects:

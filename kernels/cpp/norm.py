@@ -11,11 +11,6 @@ static inline Lanes within(Lanes x, int v) {{
     for (int lane = REST; lane < LANES; ++lane) x[lane] = 0.0f;
   return x;
 }}
-static inline float total(Lanes v) {{
-  float sum = 0.0f;
-  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
-  return sum;
-}}
 // The mean that is taken off and the inverse of the root mean square of what is left.
 struct Statistics {{ float mean, inverse; }};
 static inline Statistics statistics(const float* row) {{

@@ -100,6 +100,25 @@ static inline Lanes root(Lanes x) {
 }
 """)
 
+# Rows of C values, for text in which `constexpr int C` stands before it.
+ROWS = """\
+constexpr int V = (C + LANES - 1) / LANES;           // vectors a row
+constexpr int REST = C % LANES;                      // values in the last of them where they do not fill it
+template <typename T> static inline Lanes read(const T* row, int v) {
+  return REST && v == V - 1 ? load_part(row + v * LANES, REST) : load(row + v * LANES);
+}
+template <typename T> static inline void write(T* row, int v, Lanes x) {
+  if (REST && v == V - 1) store_part(row + v * LANES, x, REST);
+  else store(row + v * LANES, x);
+}
+static inline float total(Lanes v) {
+  float sum = 0.0f;
+  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
+  return sum;
+}
+static float* scratch(int64_t floats) { return (float*)aligned_alloc(64, (floats * 4 + 63) / 64 * 64); }
+"""
+
 
 def prelude(lanes: int) -> str:
     """The common source for vectors of `lanes` floats."""
