@@ -54,7 +54,7 @@ def _normed(chain: Chain, h: Tensor, values: Values) -> Tensor:
 
 
 def _backward(chain: Chain, values: Values) -> dict[str, Tensor]:
-    with _autograd_inside_an_op(values["X"].device.type):
+    with autograd_inside_an_op(values["X"].device.type):
         inputs = {name: values[name].detach().requires_grad_() for name in signature.inputs(chain)}
         found = _forward(chain, inputs)
         used = [name for name in signature.gradients_in(chain) if found[name].requires_grad]
@@ -71,7 +71,7 @@ def _backward(chain: Chain, values: Values) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _autograd_inside_an_op(device: str) -> Iterator[None]:
+def autograd_inside_an_op(device: str) -> Iterator[None]:
     """Record gradients inside an op's kernel, where the dispatcher has switched autograd off."""
     keys = ["AutogradFunctionality", f"Autograd{ {'cpu': 'CPU', 'cuda': 'CUDA', 'meta': 'Meta'}.get(device, 'Other') }"]
     with ExitStack() as stack:
