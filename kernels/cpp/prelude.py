@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from string import Template
 
+from mhc_compile.kernels.cpp.halves import halves
+
 PRELUDE = Template("""\
 #include <cstdint>
 #include <cstring>
@@ -47,7 +49,7 @@ static inline void store(bfloat16* p, Lanes v) {
   Halves h = __builtin_convertvector(((Ints)rounded(v, p) >> 16) & 0xffff, Halves);
   memcpy(p, &h, sizeof h);
 }
-// Past the caches, for results larger than they are: a line that is only written need not be read first.
+$halves// Past the caches, for results larger than they are: a line that is only written need not be read first.
 static inline void stream(float* p, Lanes v) {
 #if defined(__AVX512F__) && $lanes == 16
   _mm512_stream_ps(p, (__m512)v);
@@ -57,7 +59,7 @@ static inline void stream(float* p, Lanes v) {
   store(p, v);
 #endif
 }
-static inline void stream(bfloat16* p, Lanes v) { store(p, v); }
+template <typename T> static inline void stream(T* p, Lanes v) { store(p, v); }
 // The first `count` of a vector's values, the others zero: the end of a row whose width is no multiple of LANES.
 template <typename T> static inline Lanes load_part(const T* p, int count) {
   T part[LANES] = {};
@@ -124,4 +126,4 @@ def prelude(lanes: int) -> str:
     """The common source for vectors of `lanes` floats."""
     even = ", ".join(str(2 * i) for i in range(lanes))
     odd = ", ".join(str(2 * i + 1) for i in range(lanes))
-    return PRELUDE.substitute(lanes=lanes, even=even, odd=odd)
+    return PRELUDE.substitute(lanes=lanes, even=even, odd=odd, halves=halves(lanes))

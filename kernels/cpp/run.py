@@ -14,7 +14,7 @@ from mhc_compile.kernels.chain import Chain, dtypes_against
 from mhc_compile.kernels.cpp.build import Direction, load
 from mhc_compile.kernels.cpp.memory import POOL
 
-FLOATS = (torch.float32, torch.bfloat16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A backward keeps every step's matrix of LANES tokens on a thread's stack.
 MAX_STEPS_BYTES = 1 << 20
 

@@ -10,6 +10,7 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import Convention, StreamSpec
 
 BF16 = {"streams_dtype": torch.bfloat16, "branch_dtype": torch.bfloat16}
+F16 = {"streams_dtype": torch.float16, "branch_dtype": torch.float16}
 V4 = StreamSpec(convention=Convention.DEEPSEEK_V4, exit="head")
 # Each is compiled once: C below, at and behind a vector's width, every n, every convention, manifold and dtype.
 CHAINS = [
@@ -31,6 +32,8 @@ CHAINS = [
     Chain(kind="reduce", stream=StreamSpec(exit="sum"), width=23),
     Chain(kind="leave", stream=StreamSpec(streams=2), width=32),
     Chain(kind="leave", stream=V4, width=15),
+    Chain(kind="boundary", stream=V4, width=35, norm="layer", norm_eps=1e-5, **F16),
+    Chain(kind="distribute", stream=StreamSpec(), width=37, **F16),
 ]
 
 

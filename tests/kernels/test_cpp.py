@@ -19,6 +19,7 @@ from mhc_compile.kernels.cpp import run as cpp
 from mhc_compile.kernels.spec import StreamSpec
 
 pytestmark = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler: plain PyTorch computes")
+HALF = next(c for c in CHAINS if c.kind == "distribute" and c.streams_dtype == torch.float16)
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -40,8 +41,8 @@ def tolerances(chain: Chain, inputs: dict[str, Tensor], gradients: dict[str, Ten
     out = plain.run(chain, "forward", inputs, signature.outputs(chain), lead)
     wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
     grads = plain.run(chain, "backward", backward_values(chain, inputs, dict(out), gradients), wanted, lead)
-    half = torch.bfloat16 in (chain.streams_dtype, chain.branch_dtype)
-    floor = 2e-2 if half else 4e-6
+    floors = {torch.float32: 4e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
+    floor = max(floors[chain.streams_dtype], floors[chain.branch_dtype])
     return {
         name: max(floor, 2 * error(found, exact))
         for pairs, exacts in ((out, exact_out), (grads, exact_grads))
@@ -158,11 +159,68 @@ def test_machines_with_shorter_vectors(lanes: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build, "lanes", lambda: lanes)
     build._library.cache_clear()
     try:
-        for chain in (CHAINS[1], CHAINS[4], CHAINS[8]):
+        for chain in (CHAINS[1], CHAINS[4], CHAINS[8], HALF):
             assert f"constexpr int LANES = {lanes};" in build.source(chain, "forward")
             check(chain, (13,), seed=0)
     finally:
         build._library.cache_clear()
+
+
+def equal_bits(found: Tensor, exact: Tensor) -> bool:
+    """Whether every value is the same, signs of zeros too; one NaN is as good as another."""
+    same = found.view(torch.int16) == exact.view(torch.int16)
+    return bool((same | (found.isnan() & exact.isnan())).all())
+
+
+def every_float16() -> Tensor:
+    return torch.arange(1 << 16).to(torch.uint16).view(torch.float16)
+
+
+def check_conversions() -> None:
+    """Every float16 is read, and what lies between two of them or beyond is rounded, as PyTorch's casts do it."""
+    zero, n, C = torch.zeros, HALF.stream.streams, HALF.width
+    halves = every_float16()
+    fill = C - len(halves) % C
+    y = torch.cat([halves, halves[:fill]]).view(-1, C)
+    lead = (len(y),)
+    inputs = {"X": zero(*lead, n, C).half(), "y": y, "post": torch.ones(*lead, n), "mix": zero(*lead, n, n)}
+    assert equal_bits(forward(HALF, inputs, lead)["next_X"], (y[:, None] + 0.0).expand(*lead, n, C).contiguous())
+
+    numbers = halves[halves.isfinite()].float().unique()
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    beyond = torch.tensor([0.0, -0.0, 65519.996, 65520.0, 1e5, 3e38, -65519.996, -65520.0, torch.inf, -torch.inf])
+    tiny = torch.tensor([2.0**-25, 2.0**-26, 1e-40, -(2.0**-25), torch.nan])
+    steps = [torch.nextafter(middle, torch.full((), to)) for to in (torch.inf, -torch.inf)]
+    values = torch.cat([numbers, middle, *steps, beyond, tiny])
+    post = torch.cat([values, values[: -len(values) % n]]).view(-1, n)
+    lead = (len(post),)
+    one = torch.ones(*lead, C).half()
+    inputs = {"X": zero(*lead, n, C).half(), "y": one, "post": post, "mix": zero(*lead, n, n)}
+    want = (post + 0.0).half()[..., None].expand(*lead, n, C).contiguous()
+    assert want.isinf().any()
+    assert equal_bits(forward(HALF, inputs, lead)["next_X"], want)
+
+
+@pytest.mark.parametrize("flags", [(), ("-U__F16C__",)], ids=["the machine's own", "by arithmetic"])
+@pytest.mark.parametrize("lanes", sorted({4, 8, build.lanes()}))
+def test_float16_is_converted_as_pytorch_casts(
+    lanes: int, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "lanes", lambda: lanes)
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    build._library.cache_clear()
+    try:
+        check_conversions()
+    finally:
+        build._library.cache_clear()
+
+
+def test_gradients_too_large_for_float16_are_infinite_as_a_cast_makes_them() -> None:
+    inputs, gradients = random_inputs(HALF, (9,), 0), random_gradients(HALF, (9,), 1)
+    gradients["d_next_X"] = torch.full_like(gradients["d_next_X"], 6e4)
+    inputs["post"] = torch.full_like(inputs["post"], 0.3)  # the sum of four: 72000
+    *_, dy, _, _ = both(HALF, inputs, gradients, (9,))
+    assert (dy == torch.inf).all()
 
 
 def test_the_number_of_threads_changes_sums_by_rounding_alone() -> None:
