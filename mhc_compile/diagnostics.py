@@ -100,6 +100,42 @@ TABLE: dict[str, Diagnostic] = {
         "use_orig_params=True",
     ),
     "MHC220": Diagnostic("invalid memory", "see `mhc_compile.MemorySettings` for the fields, presets and their values"),
+    "MHC221": Diagnostic(
+        "ids outside the vocabulary",
+        "the memory knows the ids of the tokenizer it was made with: encode the text with that one, and leave out ids "
+        "that were added to the model since",
+    ),
+    "MHC222": Diagnostic(
+        "the tokenizer is not the one that the memory was made with",
+        "use the tokenizer saved beside the checkpoint: with another one the memory's rows mean other words",
+    ),
+    "MHC223": Diagnostic(
+        "the table does not fit",
+        "give the table the rows, width, dtype and hash that the memory was made with, and values of that size",
+    ),
+    "MHC224": Diagnostic(
+        "the table's file is damaged",
+        "copy or download the table's folder again, all of its files from one source; nothing in them is executed",
+    ),
+    "MHC225": Diagnostic(
+        "no token ids in the graph",
+        "a memory looks n-grams of ids up: call the model with input_ids, not with embeddings made elsewhere",
+    ),
+    "MHC226": Diagnostic("no such layer for a memory", "name layers by their 0-based index or their module path"),
+    "MHC227": Diagnostic(
+        "gradients of a table pile up",
+        "nothing takes them: train with mhc_compile.TableAdamW and a group of mhc_compile.table_groups(model, lr), or set "
+        "table.trainable = False",
+    ),
+    "MHC228": Diagnostic(
+        "this table cannot be trained",
+        "float8 and mapped tables are for inference: train a float32 or bfloat16 table on the device or in host memory",
+    ),
+    "MHC229": Diagnostic(
+        "the cache lacks the memory's state",
+        "fill the cache by this model from its first token on, under torch.no_grad(), and generate without assistants "
+        "that take tokens back",
+    ),
     "MHC301": Diagnostic(
         "the converted model was compiled without backend 'mhc'",
         'call torch.compile(model, backend="mhc"), or run the model uncompiled',

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Self
 
 from mhc_compile.diagnostics import MHCError
 
+_BEYOND = 1 << 63
+
 
 class _Text:
     """`field=value ...` and back. The text is made once: Dynamo reads it where it could not trace the making."""
@@ -24,7 +26,8 @@ class _Text:
     @classmethod
     def parse(cls, text: str) -> Self:
         """The inverse of `str`. Raises `MHCError` MHC220 for text that is not `field=value ...` of all fields."""
-        return _parsed(cls, text)
+        kind: Any = cls
+        return _parsed(kind, text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,8 @@ class HashSpec(_Text):
             raise MHCError("MHC220", detail)
         if min(self.moduli) < 1:
             raise MHCError("MHC220", f"modulus {min(self.moduli)}")
+        if sum(self.moduli) >= _BEYOND or any(not -_BEYOND <= x < _BEYOND for x in (*self.multipliers, self.fill)):
+            raise MHCError("MHC220", "rows, multipliers and fill must fit in 64 bits")
         super().__post_init__()
 
     @property
