@@ -1,0 +1,88 @@
+"""Gradients of tables: a few rows with values, summed over duplicates and over backward passes in a fixed order."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhc_compile.diagnostics import warn
+
+PATIENCE = 32
+"""Backward passes whose gradients may pile up before a warning."""
+
+
+class RowGradient(NamedTuple):
+    """`rows` `[r]` int64, ascending and all different, and the gradient of each: `values` `[r, width]` float32."""
+
+    rows: Tensor
+    values: Tensor
+
+
+def coalesce(rows: Tensor, values: Tensor) -> RowGradient:
+    """`rows` `[m]` with duplicates and `values` `[m, width]` -> the sums, in float32.
+
+    Duplicates are added in the order in which they are given, so results are equal bit by bit from run to run.
+    """
+    found, inverse = torch.unique(rows, return_inverse=True)
+    values = values.to(torch.float32)
+    if values.device.type == "cpu":
+        sums = torch.zeros(len(found), values.shape[-1]).index_add_(0, inverse, values)
+    else:
+        # index_add_ adds with atomics there; this one sorts.
+        sums = torch.ops.aten.embedding_dense_backward(values, inverse, len(found), -1, False)
+    return RowGradient(found, sums)
+
+
+def merge(parts: list[RowGradient]) -> RowGradient:
+    """The sum of several gradients, on the device of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    device = parts[0].rows.device
+    return coalesce(torch.cat([p.rows.to(device) for p in parts]), torch.cat([p.values.to(device) for p in parts]))
+
+
+class PendingGradient:
+    """What backward passes left and no optimizer has taken yet. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._parts: list[RowGradient] = []
+        self._passes = 0
+
+    def add(self, rows: Tensor, values: Tensor, name: str = "") -> None:
+        """Add a backward pass's `rows` `[m]` and `values` `[m, width]`; both are copied.
+
+        Warns with MHC227, once until the gradient is taken, when `PATIENCE` passes have come together.
+        """
+        part = coalesce(rows, values)
+        with self._lock:
+            self._parts.append(part)
+            # Each row is merged a logarithmic number of times, however many passes come together.
+            while len(self._parts) > 1 and len(self._parts[-1].rows) >= len(self._parts[-2].rows):
+                self._parts[-2:] = [merge(self._parts[-2:])]
+            self._passes += 1
+            impatient = self._passes == PATIENCE
+        if impatient:
+            warn("MHC227", f"{name}: {PATIENCE} backward passes")
+
+    def peek(self) -> RowGradient | None:
+        """The sum so far, or None; it stays."""
+        with self._lock:
+            if len(self._parts) > 1:
+                self._parts = [merge(self._parts)]
+            return self._parts[0] if self._parts else None
+
+    def take(self) -> RowGradient | None:
+        """The sum so far, or None; nothing is left."""
+        with self._lock:
+            parts, self._parts, self._passes = self._parts, [], 0
+        return merge(parts) if parts else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        PendingGradient.__init__(self)  # a copy begins without
