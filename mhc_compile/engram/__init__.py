@@ -1,0 +1,1 @@
+"""Engram memories of a model: settings, compressed vocabularies, parameters."""
