@@ -1,1 +1,1 @@
-"""Engram memories of a model: settings, compressed vocabularies, parameters."""
+"""Engram memories of a model: compressed vocabularies, parameters, tables in files, their optimizer."""
