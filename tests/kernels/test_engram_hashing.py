@@ -113,6 +113,26 @@ def test_every_token_is_written_by_any_number_of_threads(threads: int) -> None:
     assert torch.equal(columns, hashing.rows(ids.int(), far, before.int(), PUBLISHED))
 
 
+@needs_compiler
+@pytest.mark.parametrize("floats", [4, 8, 16])
+def test_vectors_of_any_width_hash_alike(floats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_cpp, "lanes", lambda: floats)
+    rows_cpp._library.cache_clear()
+    rows_cpp._function.cache_clear()
+    try:
+        spec = HashSpec(multipliers=PUBLISHED.multipliers, moduli=(646403, 3, 8191, 2**40 + 15, 97, 646411), fill=2)
+        ids, far, before = (
+            torch.randint(-(2**62), 2**62, (2, 99)),
+            torch.randint(0, 4, (2, 99)),
+            torch.ones(2, 2).long(),
+        )
+        assert f"LANES = {floats // 2}," in rows_cpp.source(spec.order, spec.heads)
+        assert torch.equal(rows_cpp.run(ids, far, before, spec), hashing.rows(ids, far, before, spec))
+    finally:
+        rows_cpp._library.cache_clear()
+        rows_cpp._function.cache_clear()
+
+
 def reach_by_hand(
     ids: list[int], mask: list[int] | None, positions: list[int] | None, carried: int | None, eos: int
 ) -> list[int]:
