@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from mhc_compile.bench.contest import Contender, contest, distance, show
+from mhc_compile.bench.contest import Contender, contest, distance, say, show
+from mhc_compile.bench.gpu_contenders import Package, Work, select
 from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import StreamSpec
@@ -28,9 +31,12 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     inputs = random_inputs(chain, tokens, device)
     shape = f"{tokens} tokens, n=4, C={width}, {str(dtype).removeprefix('torch.')}"
     rounds = 3 if quick else 15
+    packages, left_out = select(device)
+    for line in left_out:
+        say(console, line)
     groups = {}
     for title, backward in ((f"boundary forward, {shape}", False), (f"boundary forward and backward, {shape}", True)):
-        contenders = _contenders(chain, inputs, tokens, backward=backward)
+        contenders = _contenders(chain, inputs, tokens, packages, backward=backward)
         rows = contest(console, contenders, ours=OURS, device=device, shape=shape, rounds=rounds)
         groups[title] = show(console, title, rows)
     return {"groups": groups}
@@ -69,15 +75,32 @@ def plain(chain: Chain) -> Boundary:
     return boundary
 
 
-def _contenders(chain: Chain, inputs: list[Tensor], tokens: int, *, backward: bool) -> list[Contender]:
-    exact_inputs = [v.double().requires_grad_() for v in inputs]
-    outputs = plain(chain)(*exact_inputs)
+def _exactly(chain: Chain, inputs: Sequence[Tensor], gradients: Sequence[Tensor], *, backward: bool) -> list[Tensor]:
+    """The outputs, or the gradients of the inputs, in float64."""
+    leaves = [v.double().requires_grad_(backward) for v in inputs]
+    outputs = plain(chain)(*leaves)
+    if not backward:
+        return list(outputs)
+    return list(torch.autograd.grad(outputs, leaves, [g.double() for g in gradients]))
+
+
+def _contenders(
+    chain: Chain,
+    inputs: list[Tensor],
+    tokens: int,
+    packages: Sequence[tuple[Package, SimpleNamespace]],
+    *,
+    backward: bool,
+) -> list[Contender]:
     rng = torch.Generator().manual_seed(1)
-    dtypes = [signature.dtype(chain, name) for name in signature.outputs(chain)[:4]]
-    gradients = [torch.randn(o.shape, generator=rng).to(o.device, t) for o, t in zip(outputs, dtypes, strict=True)]
-    exact = [o.detach() for o in outputs]
-    if backward:
-        exact = list(torch.autograd.grad(outputs, exact_inputs, [g.double() for g in gradients]))
+    names, wanted = signature.inputs(chain), signature.outputs(chain)[:4]
+    gradients = [
+        torch.randn(signature.shape(chain, name, (tokens,)), generator=rng).to(
+            inputs[0].device, signature.dtype(chain, name)
+        )
+        for name in wanted
+    ]
+    exact = _exactly(chain, inputs, gradients, backward=backward)
     leaves = [v.clone().requires_grad_(backward) for v in inputs]
     moved = chain.bytes_moved(tokens) + (chain.bytes_moved(tokens, backward=True) if backward else 0)
     tolerance = 1e-4 if chain.streams_dtype == torch.float32 else 3e-2
@@ -91,6 +114,18 @@ def _contenders(chain: Chain, inputs: list[Tensor], tokens: int, *, backward: bo
 
         return Contender(name, work, moved, lambda found: distance(found, exact), tolerance)
 
+    def other(package: Package, api: SimpleNamespace) -> Contender:
+        given, wanted_gradients = (dict(zip(*pair, strict=True)) for pair in ((names, inputs), (wanted, gradients)))
+        work = Work(package, api, given, wanted_gradients, backward=backward)
+        its_own = replace(chain, stream=replace(chain.stream, convention=package.convention))
+        seen = work.inputs()
+        exact = _exactly(its_own, [seen[name] for name in names], gradients, backward=backward)
+        read = names if backward else wanted
+        return Contender(
+            package.name, work.run, moved, lambda found: distance(work.read(found, read), exact), tolerance,
+            optional=True, prepare=work.prepare,
+        )  # fmt: skip
+
     found = [
         contender(OURS, ours(chain)),
         contender("Inductor", torch.compile(plain(chain))),
@@ -99,7 +134,7 @@ def _contenders(chain: Chain, inputs: list[Tensor], tokens: int, *, backward: bo
     found.append(Contender("copy", _copy(inputs[0], moved), moved))
     if importlib.util.find_spec("hyper_connections"):
         found.append(_hyper_connections(chain, inputs[0], backward=backward))
-    return found
+    return found + [other(package, api) for package, api in packages]
 
 
 def _copy(like: Tensor, moved: int) -> Callable[[], Tensor]:

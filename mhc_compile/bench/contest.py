@@ -31,6 +31,10 @@ class Contender:
     """The error of a result relative to the scale of the float64 reference; None: other equations, not compared."""
     tolerance: float = 1e-4
     """What `check` may return."""
+    optional: bool = False
+    """Of another package: where it raises or fails its check it is left out with a line, instead of stopping all."""
+    prepare: Callable[[], None] | None = None
+    """Called before every run and not timed: makes again what a run consumes."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +57,36 @@ class Row:
 def contest(
     console: Console, contenders: Sequence[Contender], *, ours: str, device: torch.device, shape: str, rounds: int
 ) -> list[Row]:
-    """Check every contender, then time them in turn, `rounds` times. Raises MHC110 for one that computes wrongly."""
+    """Check every contender, then time them in turn, `rounds` times.
+
+    Raises MHC110 for one that computes wrongly. An optional one that does, or raises, is left out with a line.
+    """
     errors: dict[str, float | None] = {}
+    able: list[Contender] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("checking", total=len(contenders))
         for c in contenders:
             progress.update(task, description=f"checking {c.name}")
-            result = c.run()  # compiles
-            errors[c.name] = None if c.check is None else c.check(result)
-            if c.check is not None and not errors[c.name] <= c.tolerance:  # type: ignore[operator]
-                raise MHCError("MHC110", f"{c.name} is off by {errors[c.name]:.3g} of its scale: no figures")
-            del result
-            for _ in range(2):  # an optimizer's first steps differ from those behind them
-                c.run()
+            try:
+                errors[c.name] = _checked(c)
+                able.append(c)
+            except Exception as error:  # whatever another package raises
+                if not c.optional:
+                    raise
+                say(console, f"{c.name}: left out: {reason(error)}")
             progress.advance(task)
-        seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+        seconds: dict[str, list[float]] = {c.name: [] for c in able}
         task = progress.add_task("measuring", total=rounds)
         for _ in range(rounds):
-            for c in contenders:
+            for c in able:
+                if c.prepare is not None:
+                    c.prepare()
                 seconds[c.name].append(_time(c.run, device))
             progress.advance(task)
     rate = copy_rate(device)
     best = statistics.median(seconds[ours])
     rows = []
-    for c in contenders:
+    for c in able:
         median = statistics.median(seconds[c.name])
         fraction = None if c.bytes is None else c.bytes / rate / median
         rows.append(
@@ -86,6 +96,32 @@ def contest(
             )
         )  # fmt: skip
     return rows
+
+
+def _checked(c: Contender) -> float | None:
+    """Its error, from the run that compiles it, and two runs more. Raises MHC110 where it computes wrongly."""
+    error = None
+    for first in (True, False, False):  # an optimizer's first steps differ from those behind them
+        if c.prepare is not None:
+            c.prepare()
+        result = c.run()
+        if first and c.check is not None:
+            error = c.check(result)
+            if not error <= c.tolerance:
+                raise MHCError("MHC110", f"{c.name} is off by {error:.3g} of its scale: no figures")
+        del result
+    return error
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def say(console: Console, text: str) -> None:
+    """Print one line as it is."""
+    console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:

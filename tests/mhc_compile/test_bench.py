@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mhc_compile.bench import passes
+from mhc_compile.bench import boundary, passes
+from mhc_compile.bench.gpu_contenders import PACKAGES, Package, Work, select
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels import signature
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.spec import StreamSpec
 
 
 def test_time_of_the_passes_is_part_of_dynamos_own_account() -> None:
@@ -46,3 +55,163 @@ def test_unknown_benchmark_is_wrong_usage() -> None:
     with pytest.raises(SystemExit) as stop:
         main(["bench", "nothing"])
     assert stop.value.code == 2
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")  # what is refused before the GPU is asked is refused without one
+LIGER, TILE, ENGINE = PACKAGES
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the path of modules."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def only(path: str) -> Package:
+    """A package of the one function `path`."""
+    return replace(LIGER, name="Other", distribution="no-such-distribution", functions=(path,), versions="3")
+
+
+def test_packages_that_cannot_run_are_named_with_the_reason(installed: Path) -> None:
+    (installed / "raises_at_import.py").write_text('raise OSError("libcuda.so.1: cannot open\\nmany more lines")\n')
+    (installed / "other_version.py").write_text("def newer(): ...\n")
+    for path, device, line in (
+        ("never_installed.f", GPU, "Other: not installed"),
+        ("raises_at_import.f", CPU, "Other: needs a GPU"),
+        (
+            "raises_at_import.f", GPU,
+            "Other: an unknown version does not load (wanted: 3): OSError: libcuda.so.1: cannot open",
+        ),
+        (
+            "other_version.f", GPU,
+            "Other: an unknown version does not load (wanted: 3): "
+            "AttributeError: module 'other_version' has no attribute 'f'",
+        ),
+    ):  # fmt: skip
+        assert select(device, [only(path)]) == ([], [line])
+
+
+def test_a_package_that_loads_is_selected_with_its_functions(installed: Path) -> None:
+    (installed / "third_version.py").write_text("def f(): return 3\n")
+    [(package, api)], left_out = select(GPU, [only("never_installed.f"), only("third_version.f")])
+    assert (package.functions, api.f()) == (("third_version.f",), 3)
+    assert left_out == ["Other: not installed"]
+
+
+def test_without_a_gpu_every_package_is_named_in_a_line() -> None:
+    found, left_out = select(CPU)
+    assert found == []
+    assert [line.partition(":")[0] for line in left_out] == ["Liger-Kernel", "TileKernels", "TransformerEngine"]
+
+
+# What the packages' documentation says that their functions compute, here for tensors of any dtype: not their kernels.
+
+
+def sinkhorn(logits: Tensor) -> Tensor:
+    eps = 1e-6
+    H = logits.softmax(-1) + eps
+    for axis in (-2, *(-1, -2) * 19):
+        H = H / (H.sum(axis, keepdim=True) + eps)
+    return H
+
+
+def normalised(X: Tensor, eps: float) -> Tensor:
+    return X * torch.rsqrt(X.square().mean(-1, keepdim=True) + eps)
+
+
+def liger_coeffs(
+    x: Tensor, phi: Tensor, b: Tensor, a_pre: Tensor, a_post: Tensor, a_res: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[-2]
+    pre, post, res = (normalised(x.flatten(-2), 1e-6) @ phi).split([n, n, n * n], -1)
+    b_pre, b_post, b_res = b.split([n, n, n * n])
+    mixed = (res * a_res + b_res).unflatten(-1, (n, n))
+    return torch.sigmoid(pre * a_pre + b_pre), 2 * torch.sigmoid(post * a_post + b_post), sinkhorn(mixed)
+
+
+def tile_pre(
+    residual: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, post_mult_value: float, sinkhorn_repeat: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    assert sinkhorn_repeat == 20
+    pre, post, comb = liger_coeffs(residual, fn.t(), base, *scale)
+    return ((pre + 1e-6)[..., None] * residual).sum(-2), (post[..., None] * (post_mult_value / 2), comb)
+
+
+def engine_pre(x: Tensor, phi: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[-1]
+    scale = alpha.repeat_interleave(torch.tensor([n, n, n * n]))
+    z = normalised(x.flatten(-2), torch.finfo(torch.float32).eps) @ phi.t() * scale + beta[0]
+    H = z[..., 2 * n :].unflatten(-1, (n, n)).exp()
+    for axis in (-1, -2) * 20:
+        H = H / H.sum(axis, keepdim=True)
+    return (x @ z[..., :n, None].sigmoid())[..., 0], 2 * z[..., n : 2 * n].sigmoid(), H
+
+
+def engine_post(f: Tensor, bias: None, post: Tensor, x: Tensor, res: Tensor, n: int) -> Tensor:
+    assert (bias, n) == (None, x.shape[-1])
+    return f[..., None] @ post[..., None, :] + x @ res
+
+
+DOCUMENTED = {
+    LIGER.name: SimpleNamespace(
+        liger_mhc_coeffs=liger_coeffs,
+        liger_mhc_pre=lambda x, pre: (pre[..., None] * x).sum(-2),
+        liger_mhc_post_res=lambda x, f, post, res: res @ x + post[..., None] * f[..., None, :],
+    ),
+    TILE.name: SimpleNamespace(
+        mhc_pre=tile_pre,
+        mhc_post=lambda y, x, post, comb: torch.einsum("abmn,abmc->abnc", comb, x) + post * y[..., None, :],
+    ),
+    ENGINE.name: SimpleNamespace(mhc_fused_expand_combine=engine_post, mhc_generate_mix_and_aggregate=engine_pre),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("backward", [False, True])
+def test_layouts_and_documented_equations_give_the_conventions_results(package: Package, backward: bool) -> None:
+    chain = Chain(kind="boundary", stream=StreamSpec(convention=package.convention), width=6)
+    names, wanted = signature.inputs(chain), signature.outputs(chain)[:4]
+    inputs = [v.double() for v in boundary.random_inputs(chain, 5, CPU)]
+    inputs[names.index("phi")] *= 40  # where the order of rows and columns matters, after 20 iterations, too
+    gradients = [torch.randn(signature.shape(chain, name, (5,))).double() for name in wanted]
+    work = Work(
+        package, DOCUMENTED[package.name], dict(zip(names, inputs, strict=True)),
+        dict(zip(wanted, gradients, strict=True)), backward=backward,
+    )  # fmt: skip
+    assert all(torch.equal(work.inputs()[name], v) for name, v in zip(names, inputs, strict=True))
+    exact = boundary._exactly(chain, inputs, gradients, backward=backward)
+    allowed = 1e-5 if package is ENGINE else 1e-10  # its eps under the root is another one
+    for _ in range(2):
+        work.prepare()
+        for found, want in zip(work.read(work.run(), names if backward else wanted), exact, strict=True):
+            torch.testing.assert_close(found, want, rtol=allowed, atol=allowed)
+
+
+class SumInPlace(torch.autograd.Function):
+    """A sum of the streams whose backward adds to the gradient that their storage holds."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor) -> Tensor:
+        ctx.save_for_backward(X)
+        return X.sum(-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        (X,) = ctx.saved_tensors
+        X.untyped_storage().held.add_(gradient[..., None, :])
+        del X.untyped_storage().held
+
+
+def test_a_gradient_that_is_added_to_in_place_is_new_in_every_run() -> None:
+    def steps(api: SimpleNamespace, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        X = 2 * v["X"]
+        return {"next_X": X, "h": SumInPlace.apply(X)}
+
+    package = replace(LIGER, theirs=dict, ours=dict, boundary=steps, gradient_attribute="held")
+    gradients = {"next_X": torch.ones(5, 4, 6), "h": torch.ones(5, 6)}
+    work = Work(package, SimpleNamespace(), {"X": torch.randn(5, 4, 6)}, gradients, backward=True)
+    for _ in range(3):
+        work.prepare()
+        assert torch.equal(work.run()["X"], torch.full((5, 4, 6), 4.0))
+    assert torch.equal(gradients["next_X"], torch.ones(5, 4, 6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from mhc_compile.bench.contest import Contender, chart, contest, copy_rate, distance, show
+from mhc_compile.bench.gpu_contenders import PACKAGES
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
 
@@ -47,6 +49,31 @@ def test_no_figure_for_a_contender_that_computes_wrongly() -> None:
             contest(QUIET, [adder("right"), adder("wrong one", wrong)], ours="right", device=CPU, shape="", rounds=1)
 
 
+def test_another_package_that_raises_or_computes_wrongly_is_left_out_with_a_line() -> None:
+    def fails() -> None:
+        raise RuntimeError("no kernel image [sm_70]\nand many more lines")
+
+    out = io.StringIO()
+    others = [Contender("broken", fails, optional=True), replace(adder("wrong one", 1e-3), optional=True)]
+    rows = contest(
+        Console(file=out, width=20), [*others, adder("a")], ours="a", device=CPU, shape="", rounds=1
+    )  # fmt: skip
+    assert [r.name for r in rows] == ["a"]
+    lines = [line for line in out.getvalue().splitlines() if "left out" in line]
+    assert lines[0] == "broken: left out: RuntimeError: no kernel image [sm_70]"
+    assert lines[1].startswith("wrong one: left out: MHCError: MHC110")
+    assert len(lines) == 2
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        contest(QUIET, [Contender("broken", fails), adder("a")], ours="a", device=CPU, shape="", rounds=1)
+
+
+def test_what_a_run_consumes_is_made_again_before_every_run() -> None:
+    log: list[str] = []
+    consuming = replace(adder("a", log=log), prepare=lambda: log.append("prepare"))
+    contest(QUIET, [consuming], ours="a", device=CPU, shape="", rounds=2)
+    assert log == ["prepare", "a"] * 5
+
+
 def test_copying_has_a_rate() -> None:
     assert copy_rate(CPU, 1 << 20) > 0
 
@@ -63,7 +90,7 @@ def test_table_and_chart(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["boundary", "native", "step", "compile-time"])
-def test_commands_write_rows(name: str, tmp_path: Path) -> None:
+def test_commands_write_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, image = tmp_path / "rows.json", tmp_path / "rows.png"
     assert main(["bench", name, "--quick", "--json", str(file), "--png", str(image)]) == 0
     figures = json.loads(file.read_text())
@@ -72,3 +99,6 @@ def test_commands_write_rows(name: str, tmp_path: Path) -> None:
         assert {"name", "device", "shape", "median", "low", "high", "ratio", "bytes", "fraction"} <= set(rows[0])
         assert any(row["ratio"] == 1 for row in rows)
     assert image.exists()
+    if name == "boundary":
+        named, printed = {row["name"] for row in rows}, capsys.readouterr().out
+        assert all(package.name in named or f"{package.name}: " in printed for package in PACKAGES)

@@ -1,0 +1,272 @@
+"""The mHC kernels of other packages on a GPU: the boundary's work by calls of their public functions alone.
+
+Each has layouts of its own, made before anything is timed. Its results are compared with the reference of the
+convention that has its equations:
+
+    Liger-Kernel       `liger`; phi in the streams' dtype, as it recommends, and the reference takes that phi
+    TileKernels 1      `deepseek_v4`; bfloat16 and n = 4, from compute capability 9.0 on
+    TransformerEngine  `paper`, its matrix transposed (rows first of the one are columns first of the other), but for
+                       the eps under the root, 1.2e-7 instead of 1e-6; n = 4, products in TF32 as by default
+
+A package that cannot run is named with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from mhc_compile.bench.contest import reason
+from mhc_compile.kernels.spec import Convention
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """Another package's mHC functions."""
+
+    name: str
+    distribution: str
+    """As it is installed."""
+    functions: tuple[str, ...]
+    """What is called, by dotted names."""
+    versions: str
+    """Which have these functions."""
+    convention: Convention
+    """Ours that has its equations."""
+    theirs: Callable[[Values], Values]
+    """Our inputs, or our outputs or their gradients, in its layouts."""
+    ours: Callable[[Values], Values]
+    """The inverse."""
+    boundary: Callable[[SimpleNamespace, Values], Values]
+    """Its functions and the inputs in its layouts -> the outputs in its layouts."""
+    capability: tuple[int, int] = (0, 0)
+    """The least compute capability of the GPU."""
+    gradient_attribute: str = ""
+    """Under which the streams' storage must carry their gradient, to which its backward adds in place."""
+
+
+def select(
+    device: torch.device, packages: Sequence[Package] | None = None
+) -> tuple[list[tuple[Package, SimpleNamespace]], list[str]]:
+    """The packages that can run on `device` with their functions, and a line for each of the others."""
+    found, left_out = [], []
+    for package in PACKAGES if packages is None else packages:
+        api, why = _functions(package, device)
+        if why:
+            left_out.append(f"{package.name}: {why}")
+        else:
+            found.append((package, api))
+    return found, left_out
+
+
+def _functions(package: Package, device: torch.device) -> tuple[SimpleNamespace, str]:
+    """The functions by name; or why there are none."""
+    api = SimpleNamespace()
+    if importlib.util.find_spec(package.functions[0].partition(".")[0]) is None:
+        return api, "not installed"
+    if device.type != "cuda":
+        return api, "needs a GPU"
+    for path in package.functions:
+        module, _, name = path.rpartition(".")
+        try:
+            setattr(api, name, getattr(importlib.import_module(module), name))
+        except Exception as error:  # whatever a package raises that misses something, or is another version
+            return api, f"{_version(package)} does not load (wanted: {package.versions}): {reason(error)}"
+    if package.capability > (0, 0) and torch.cuda.get_device_capability(device) < package.capability:
+        return api, f"needs compute capability {'.'.join(map(str, package.capability))}"
+    return api, ""
+
+
+def _version(package: Package) -> str:
+    try:
+        return version(package.distribution)
+    except PackageNotFoundError:
+        return "an unknown version"
+
+
+class Work:
+    """One package doing the boundary's work on inputs, and from gradients, that come in our layouts."""
+
+    def __init__(
+        self, package: Package, api: SimpleNamespace, inputs: Values, gradients: Values, *, backward: bool
+    ) -> None:
+        self._package, self._api, self._backward = package, api, backward
+        self._inputs = {k: v.detach().requires_grad_(backward) for k, v in package.theirs(inputs).items()}
+        self._gradients = package.theirs(gradients)
+        self._consumed: Tensor | None = None
+        if backward and package.gradient_attribute:
+            self._consumed = self._gradients["next_X"]
+            self._gradients["next_X"] = self._consumed.clone()
+
+    def inputs(self) -> Values:
+        """The inputs in our layouts, with the values that the package gets."""
+        return self._package.ours({k: v.detach() for k, v in self._inputs.items()})
+
+    def prepare(self) -> None:
+        """Make again what the last run has overwritten."""
+        if self._consumed is not None:
+            self._gradients["next_X"].copy_(self._consumed)
+
+    def run(self) -> Values:
+        """The outputs, or with a backward the inputs' gradients, in the package's layouts."""
+        if not self._backward:
+            with torch.no_grad():
+                return self._package.boundary(self._api, self._inputs)
+        out = self._package.boundary(self._api, self._inputs)
+        if self._consumed is not None:
+            setattr(out["next_X"].untyped_storage(), self._package.gradient_attribute, self._gradients["next_X"])
+        found = torch.autograd.grad(
+            list(out.values()), list(self._inputs.values()), [self._gradients[name] for name in out]
+        )
+        return dict(zip(self._inputs, found, strict=True))
+
+    def read(self, found: Values, names: Sequence[str]) -> list[Tensor]:
+        """What `run` returned, by `names` and in our layouts."""
+        ours = self._package.ours(found)
+        return [ours[name] for name in names]
+
+
+def _each(values: Values, how: Mapping[str, Callable[[Tensor], Tensor]]) -> Values:
+    return {name: how[name](v) if name in how else v for name, v in values.items()}
+
+
+# Liger-Kernel: streams [T, n, C] as ours, phi [n*C, rows], three scalars for alpha, X' = mix @ X.
+
+
+def _to_liger(values: Values) -> Values:
+    found = dict(values)
+    if "phi" in values:
+        found["phi"] = values["phi"].t().to(values["X"].dtype).contiguous()
+        found |= {f"alpha_{k}": a.clone() for k, a in enumerate(found.pop("alpha"))}
+    return found
+
+
+def _from_liger(values: Values) -> Values:
+    found = dict(values)
+    if "phi" in values:
+        found["phi"] = values["phi"].t()
+        found["alpha"] = torch.stack([found.pop(f"alpha_{k}") for k in range(3)])
+    return found
+
+
+def _liger(api: SimpleNamespace, v: Values) -> Values:
+    X = api.liger_mhc_post_res(v["X"], v["y"], v["post"], v["mix"])
+    pre, post, mix = api.liger_mhc_coeffs(X, v["phi"], v["bias"], v["alpha_0"], v["alpha_1"], v["alpha_2"])
+    return {"next_X": X, "h": api.liger_mhc_pre(X, pre), "next_post": post, "next_mix": mix}
+
+
+# TileKernels: streams [1, T, n, C], post [1, T, n, 1], X'[j] = sum of mix[i, j] X[i].
+
+
+def _to_tile(values: Values) -> Values:
+    return _each(
+        values,
+        {
+            **dict.fromkeys(("X", "y", "next_X", "h"), lambda v: v[None]),
+            **dict.fromkeys(("post", "next_post"), lambda v: v[None, ..., None]),
+            **dict.fromkeys(("mix", "next_mix"), lambda v: v.mT.contiguous()[None]),
+        },
+    )
+
+
+def _from_tile(values: Values) -> Values:
+    return _each(
+        values,
+        {
+            **dict.fromkeys(("X", "y", "next_X", "h"), lambda v: v[0]),
+            **dict.fromkeys(("post", "next_post"), lambda v: v[0, ..., 0]),
+            **dict.fromkeys(("mix", "next_mix"), lambda v: v[0].mT),
+        },
+    )
+
+
+def _tile(api: SimpleNamespace, v: Values) -> Values:
+    X = api.mhc_post(v["y"], v["X"], v["post"], v["mix"])
+    h, (post, mix) = api.mhc_pre(X, v["phi"], v["alpha"], v["bias"], post_mult_value=2.0, sinkhorn_repeat=20)
+    return {"next_X": X, "h": h, "next_post": post, "next_mix": mix}
+
+
+# TransformerEngine: streams [T, 1, C, n] with the n values of a channel together, as in phi's columns, bias [1, rows],
+# X'[j] = sum of mix[i, j] X[i].
+
+
+def _matrix_transposed(rows: Tensor, n: int) -> Tensor:
+    """Rows (or values) pre | post | mix with those of the n x n matrix in the transpose's order."""
+    mix = rows[2 * n :].unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)
+    return torch.cat([rows[: 2 * n], mix])
+
+
+def _streams(rows: int) -> int:
+    """n, where phi has n*n + 2n rows."""
+    return round((rows + 1) ** 0.5) - 1
+
+
+def _to_engine(values: Values) -> Values:
+    def phi(v: Tensor) -> Tensor:
+        n = _streams(len(v))
+        return _matrix_transposed(v, n).unflatten(1, (n, -1)).transpose(1, 2).flatten(1).contiguous()
+
+    return _each(
+        values,
+        {
+            **dict.fromkeys(("X", "next_X"), lambda v: v.mT.contiguous()[:, None]),
+            **dict.fromkeys(("y", "h", "post", "next_post"), lambda v: v[:, None]),
+            **dict.fromkeys(("mix", "next_mix"), lambda v: v.mT.contiguous()[:, None]),
+            "phi": phi,
+            "bias": lambda v: _matrix_transposed(v, _streams(len(v)))[None],
+        },
+    )
+
+
+def _from_engine(values: Values) -> Values:
+    def phi(v: Tensor) -> Tensor:
+        n = _streams(len(v))
+        return _matrix_transposed(v, n).unflatten(1, (-1, n)).transpose(1, 2).flatten(1)
+
+    return _each(
+        values,
+        {
+            **dict.fromkeys(("X", "next_X", "mix", "next_mix"), lambda v: v[:, 0].mT),
+            **dict.fromkeys(("y", "h", "post", "next_post"), lambda v: v[:, 0]),
+            "phi": phi,
+            "bias": lambda v: _matrix_transposed(v[0], _streams(v.shape[1])),
+        },
+    )
+
+
+def _engine(api: SimpleNamespace, v: Values) -> Values:
+    X = api.mhc_fused_expand_combine(v["y"], None, v["post"], v["X"], v["mix"], v["X"].shape[-1])
+    h, post, mix = api.mhc_generate_mix_and_aggregate(X, v["phi"], v["alpha"], v["bias"])
+    return {"next_X": X, "h": h, "next_post": post, "next_mix": mix}
+
+
+_LIGER = "liger_kernel.transformers.functional."
+_TILE = "tile_kernels.modeling.mhc."
+_ENGINE = "transformer_engine.pytorch.triton.mhc."
+PACKAGES = (
+    Package(
+        name="Liger-Kernel", distribution="liger-kernel", versions="0.8",
+        functions=(_LIGER + "liger_mhc_coeffs", _LIGER + "liger_mhc_pre", _LIGER + "liger_mhc_post_res"),
+        convention=Convention.LIGER, theirs=_to_liger, ours=_from_liger, boundary=_liger,
+    ),
+    Package(
+        name="TileKernels", distribution="tile-kernels", versions="1.0; 2 has neither the projection nor gradients",
+        functions=(_TILE + "mhc_pre", _TILE + "ops.mhc_post"),
+        convention=Convention.DEEPSEEK_V4, theirs=_to_tile, ours=_from_tile, boundary=_tile,
+        capability=(9, 0), gradient_attribute="grad_from_mhc_post",
+    ),
+    Package(
+        name="TransformerEngine", distribution="transformer-engine", versions="2.19",
+        functions=(_ENGINE + "mhc_fused_expand_combine", _ENGINE + "mhc_generate_mix_and_aggregate"),
+        convention=Convention.PAPER, theirs=_to_engine, ours=_from_engine, boundary=_engine,
+    ),
+)  # fmt: skip
