@@ -10,10 +10,11 @@ always `str(StreamSpec)`.
     mhc::aggregate(streams, pre [..., n]) -> [..., C]
     mhc::distribute(streams, branch [..., C], post [..., n], mix [..., n, n]) -> [..., n, C]
     mhc::reduce(streams, spec, fn=None, base=None, scale=None) -> [..., C]
-    mhc::mark(x, params, spec) -> like x
+    mhc::mark(x, params, spec, given, names) -> like x
 
 `mark` shows the backend `mhc` a converted model and is removed by it. Running it raises MHCError MHC301: the model was
-compiled by something else, which would silently compute the residual network.
+compiled by something else, which would silently compute the residual network. `given` is what an owner with a memory
+brings of its call, by the comma-separated `names`: masks, positions, carried state, anchors of its tables.
 """
 
 from __future__ import annotations
@@ -84,21 +85,22 @@ def _reduce(
         return reference.reduce(streams, parse_spec(spec), head)
 
 
-def _mark(x: Tensor, params: list[Tensor], spec: str) -> NoReturn:  # noqa: ARG001
+def _mark(x: Tensor, params: list[Tensor], spec: str, given: list[Tensor], names: str) -> NoReturn:  # noqa: ARG001
     raise MHCError("MHC301", f"streams of {spec!r}")
 
 
-def _mark_fake(x: Tensor, params: list[Tensor], spec: str) -> Tensor:  # noqa: ARG001
+def _mark_fake(x: Tensor, params: list[Tensor], spec: str, given: list[Tensor], names: str) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
 
 
-def _mark_save(ctx: Any, inputs: tuple[Tensor, list[Tensor], str], output: Tensor) -> None:  # noqa: ARG001
+def _mark_save(ctx: Any, inputs: tuple[Tensor, list[Tensor], str, list[Tensor], str], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs[1])
+    ctx.given = len(inputs[3])
 
 
-def _mark_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor], None]:
+def _mark_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor], None, list[None], None]:
     """For tracing alone: the forward raises before any gradient flows."""
-    return grad, [torch.zeros_like(p) for p in ctx.saved_tensors], None
+    return grad, [torch.zeros_like(p) for p in ctx.saved_tensors], None, [None] * ctx.given, None
 
 
 def _register() -> None:
@@ -118,7 +120,7 @@ def _register() -> None:
     KERNELS.define(f"plain_{coefficients}", tags=tags)
     KERNELS.impl("plain_coefficients", _coefficients_opaque, "CompositeImplicitAutograd")
 
-    DIALECT.define("mark(Tensor x, Tensor[] params, str spec) -> Tensor", tags=tags)
+    DIALECT.define("mark(Tensor x, Tensor[] params, str spec, Tensor[] given, str names) -> Tensor", tags=tags)
     DIALECT.impl("mark", _mark, "CompositeExplicitAutograd")
     torch.library.register_fake("mhc::mark", _mark_fake, lib=DIALECT)
     torch.library.register_autograd("mhc::mark", _mark_backward, setup_context=_mark_save, lib=DIALECT)

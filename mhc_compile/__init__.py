@@ -5,8 +5,10 @@ from mhc_compile.checkpoint.saving import save_pretrained
 from mhc_compile.config import Options
 from mhc_compile.convert import convert, convert_folder, to_residual
 from mhc_compile.diagnostics import MHCError, MHCWarning
+from mhc_compile.engram.optimizer import TableAdamW, table_groups
 from mhc_compile.export import export, to_mlir
 from mhc_compile.inspect import Inspection, inspect
+from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.parameters import parameter_groups, stream_parameters
 
@@ -15,8 +17,10 @@ __all__ = [
     "Inspection",
     "MHCError",
     "MHCWarning",
+    "MemorySettings",
     "Options",
     "StreamSpec",
+    "TableAdamW",
     "convert",
     "convert_folder",
     "export",
@@ -25,6 +29,7 @@ __all__ = [
     "parameter_groups",
     "save_pretrained",
     "stream_parameters",
+    "table_groups",
     "to_mlir",
     "to_residual",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers mhc::mark)
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram import carry
 from mhc_compile.parameters import active_parameters
 from mhc_compile.traceable import install_recorders, leave_fast_path, skip_input_gradients
 
@@ -86,17 +87,29 @@ def armed_class(base: type) -> type:
         return _armed[base]
     owner_class: Any = base
     base_forward = owner_class.forward
+    names = tuple(inspect.signature(base_forward).parameters)[1:]
 
-    def traced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _mark(self, args, kwargs)
-        return base_forward(self, *args, **kwargs)
+    def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        parameters = active_parameters(self.mhc)
+        if parameters.memory is None:
+            args, kwargs = _mark(self, args, kwargs, {})
+            return base_forward(self, *args, **kwargs)
+        arguments = carry.call_arguments(names, args, kwargs)
+        state = carry.state_of(parameters, arguments)
+        args, kwargs = _mark(self, args, kwargs, carry.given_of(parameters, arguments, state))
+        output = base_forward(self, *args, **kwargs)
+        carry.keep(output, arguments, state)
+        return output
 
     @functools.wraps(base_forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_armed(self):
             return base_forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return traced(self, *args, **kwargs)
+        held = active_parameters(self.mhc)
+        if held.memory is not None:
+            carry.refuse_ids(held, _arguments(self, args, kwargs))
         return _call_compiled(self, traced, args, kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
@@ -125,18 +138,25 @@ def _new_armed(base: type) -> Any:
     return cls.__new__(cls)
 
 
-def _mark(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the first tensor argument through `mhc::mark`."""
+def _mark(
+    owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass the first tensor argument through `mhc::mark`, with what the call brings for a memory."""
     _refuse_unmarkable(owner, args, kwargs)
-    state = active_parameters(owner.mhc)
-    parameters = list(state.parameters())
+    held = active_parameters(owner.mhc)
+    carried = (list(held.in_graph().values()), held.signature, list(given.values()), ",".join(given))
     for i, argument in enumerate(args):
         if _holds_tensor(argument):
-            return (*args[:i], _marked(argument, parameters, state.signature), *args[i + 1 :]), kwargs
+            return (*args[:i], _marked(argument, carried), *args[i + 1 :]), kwargs
     for name, argument in kwargs.items():
         if _holds_tensor(argument):
-            return args, {**kwargs, name: _marked(argument, parameters, state.signature)}
+            return args, {**kwargs, name: _marked(argument, carried)}
     raise AssertionError
+
+
+def _arguments(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = tuple(inspect.signature(type(owner)._mhc_base.forward).parameters)[1:]
+    return carry.call_arguments(names, args, kwargs)
 
 
 def _refuse_unmarkable(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,18 +174,18 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _marked(value: Any, parameters: list[nn.Parameter], signature: str) -> Any:
+def _marked(value: Any, carried: tuple[Any, ...]) -> Any:
     """`value` with the first tensor in it marked."""
     if isinstance(value, Tensor):
-        return torch.ops.mhc.mark(value, parameters, signature)
+        return torch.ops.mhc.mark(value, *carried)
     if isinstance(value, dict):
         key = next(k for k, part in value.items() if _holds_tensor(part))
-        return {**value, key: _marked(value[key], parameters, signature)}
+        return {**value, key: _marked(value[key], carried)}
     at = next(i for i, part in enumerate(value) if _holds_tensor(part))
-    return type(value)([*value[:at], _marked(value[at], parameters, signature), *value[at + 1 :]])
+    return type(value)([*value[:at], _marked(value[at], carried), *value[at + 1 :]])
 
 
-def _call_compiled(owner: nn.Module, traced: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if owner not in _compiled:
         _compiled[owner] = _compile(owner, traced), torch._dynamo.config._make_closure_patcher(**tracing_config())
     run, configure = _compiled[owner]
@@ -177,7 +197,10 @@ def _call_compiled(owner: nn.Module, traced: Callable[..., Any], args: tuple[Any
             raise error.inner_exception from None
         raise
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        _refuse_unmarkable(owner, args, kwargs)  # raised inside the trace, it is one more break to Dynamo
+        # Raised inside the trace, these are breaks to Dynamo like any other.
+        _refuse_unmarkable(owner, args, kwargs)
+        if active_parameters(owner.mhc).memory is not None:
+            carry.refuse_foreign_cache(_arguments(owner, args, kwargs))
         hidden = (skip_input_gradients(owner), install_recorders(owner))
         if not any(hidden):
             raise graph_break_error(owner, error) from error

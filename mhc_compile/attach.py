@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mhc_compile.adapters import give_to_adapters
@@ -15,6 +16,8 @@ from mhc_compile.arm import arm, refuse_unarmable
 from mhc_compile.checkpoint.saving import save_with_streams
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram import carry
+from mhc_compile.engram.request import MemoryRequest
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
@@ -33,22 +36,26 @@ def rewrite_with_parameters(
     inputs: Sequence[Any],
     *,
     scratch: bool = False,
+    memory: MemoryRequest | None = None,
 ) -> tuple[dict[str, StreamParameters], GraphModule]:
     """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is left as it is.
 
-    Returns what `install` takes, and the graph with a placeholder for each parameter behind those it had. Raises what
-    a pass refuses, and MHC207 as `install` does.
+    Returns what `install` takes, and the graph with a placeholder for each of `graph_inputs` behind those it had. A
+    memory goes to the last owner: the decoder. Raises what a pass refuses, and MHC207 as `install` does.
     """
     made: dict[str, StreamParameters] = {}
     # An inference tensor could never be trained.
     with torch.inference_mode(False):
         for path, sites in sites_of_owners(streams).items():
             refuse_unarmable(_owner(root, path), path)
-            device = value(next(s for s in streams if s.owner == path).exit).device
-            made[path] = StreamParameters(spec, sites, options=options, scratch=scratch, device=device)
+            stream = [s for s in streams if s.owner == path][-1]
+            device = value(stream.exit).device
+            last = path == streams[-1].owner
+            held = {} if memory is None or not last else memory.of(stream.entry, list(sites))
+            made[path] = StreamParameters(spec, sites, options=options, scratch=scratch, device=device, **held)
     context = Context(marks=[_append_parameters(gm, path, p) for path, p in made.items()])
     if options.debug == "numeric":
-        context.inputs = [*inputs, *(t for p in made.values() for t in p.parameters())]
+        context.inputs = [*inputs, *(t for p in made.values() for t in graph_inputs(p).values())]
     # The analysis holds nodes of this very graph: run it again over the graph with the new placeholders. It runs once,
     # which no kernel is worth compiling for.
     once = replace(options, kernels="none")
@@ -75,6 +82,8 @@ def install(root: nn.Module, made: Mapping[str, StreamParameters]) -> None:
         owner = root.get_submodule(path)
         owner.add_module("mhc", parameters)
         arm(owner)
+    if any(p.memory is not None for p in made.values()):
+        carry.follow_caches()
     give_to_adapters(root)
     compile_generation(root)
     save_with_streams(root)
@@ -102,15 +111,22 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise MHCError("MHC303", "it is wrapped in DDP or FSDP, which do not know parameters made now")
 
 
+def graph_inputs(parameters: StreamParameters) -> dict[str, Tensor]:
+    """What every graph of an owner takes beside the model's own inputs, by name."""
+    given = {} if parameters.memory is None else carry.given_of(parameters, {}, {})
+    return {**parameters.in_graph(), **given}
+
+
 def _append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:
-    """Append a placeholder for each stream parameter to the graph's inputs; returns the mark that names them."""
+    """Append a placeholder for each of `graph_inputs` to the graph's inputs; returns the mark that names them."""
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     fake = next(m for n in gm.graph.nodes if (m := getattr(n.meta.get("example_value"), "fake_mode", None)))
     nodes = {}
-    for name, p in parameters.named_parameters():
+    for name, p in graph_inputs(parameters).items():
         with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(f"mhc_{owner}_{name}".replace(".", "_").replace("#", "_"))
+            last = gm.graph.placeholder(re.sub(r"\W", "_", f"mhc_{owner}_{name}"))
         last.meta["example_value"] = fake.from_tensor(p, static_shapes=True)
         last.meta[OWNED] = True
         nodes[name] = last
-    return Mark(owner, str(parameters.spec), nodes)
+    held = {name: nodes.pop(name) for name in parameters.in_graph()}
+    return Mark(owner, str(parameters.spec), held, given=nodes, memory=parameters.memory)

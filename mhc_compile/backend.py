@@ -11,13 +11,13 @@ from torch.fx import GraphModule
 
 from mhc_compile import frame
 from mhc_compile.arm import graph_break
-from mhc_compile.attach import install, refuse_wrapped, rewrite_with_parameters
+from mhc_compile.attach import graph_inputs, install, refuse_wrapped, rewrite_with_parameters
 from mhc_compile.capture import find_marks, private_copy
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.parameters import StreamParameters, owners
+from mhc_compile.parameters import StreamParameters, added_by_memory, owners
 from mhc_compile.passes.base import Context, Mark, dotted
 from mhc_compile.passes.fuse import chains_of
 from mhc_compile.passes.residual import ResidualStream
@@ -135,7 +135,7 @@ class Backend:
                 install(root, made)
                 warn("MHC302", f"{sum(len(p.sites) for p in made.values())} sites")
             held = owners(root)  # not what was made: an adapter may have its own
-            return gm(*inputs, *(t for path in made for t in held[path].parameters()))
+            return gm(*inputs, *(t for path in made for t in graph_inputs(held[path]).values()))
 
         return first_call
 
@@ -186,6 +186,9 @@ def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequ
         for name, p in StreamParameters(spec, sites).named_parameters():
             at = position[mark.parameters[name]]
             inputs[at] = p.detach().to(inputs[at].device)
+        for name in added_by_memory(mark.parameters):
+            at = position[mark.parameters[name]]
+            inputs[at] = torch.zeros_like(inputs[at])
     return inputs
 
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.arm import graph_break_error, tracing_config
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.passes.base import Mark, module_path
 from mhc_compile.passes.ownership import OWNED, is_owned
 
@@ -48,11 +49,18 @@ def find_marks(gm: GraphModule) -> list[Mark]:
     marks = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in (torch.ops.mhc.mark, torch.ops.mhc.mark.default):
-            _, parameters, signature = node.args
+            _, parameters, signature, given, names = node.args
             known = json.loads(signature)
-            assert len(known["names"]) == len(parameters)
-            by_name = dict(zip(known["names"], parameters, strict=True))
-            marks.append(Mark(module_path(node), known["spec"], by_name, node))
+            marks.append(
+                Mark(
+                    owner=module_path(node),
+                    spec=known["spec"],
+                    parameters=dict(zip(known["names"], parameters, strict=True)),
+                    given=dict(zip(names.split(",") if names else (), given, strict=True)),
+                    memory=Memory.parse(known["memory"]) if "memory" in known else None,
+                    node=node,
+                )
+            )
     return marks
 
 

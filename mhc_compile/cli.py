@@ -13,8 +13,11 @@ from mhc_compile.convert import command as convert
 from mhc_compile.demo import command as demo
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.inspect import command as inspect
+from mhc_compile.plan import command as plan
 
-COMMANDS: dict[str, ModuleType] = {"convert": convert, "inspect": inspect, "demo": demo, "bench": bench}
+COMMANDS: dict[str, ModuleType] = {
+    "convert": convert, "inspect": inspect, "plan": plan, "demo": demo, "bench": bench
+}  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""
 _EPILOG = """\
 mhc-compile COMMAND --help explains a command, with examples.

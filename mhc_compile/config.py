@@ -24,8 +24,8 @@ class Options:
     """Inductor's mode: `default`, `reduce-overhead`, `max-autotune`, ..."""
     kernels: str = "auto"
     """Which fused kernels may be used: `auto` (all under Inductor, none under the other inner compilers, which are for
-    looking at graphs), `all`, `none`, or kinds of chain separated by commas (`boundary,read`); with a minus before
-    each, all but those (`-leave`). Where no kernel exists plain PyTorch computes."""
+    looking at graphs), `all`, `none`, or kinds of chain and `engram` separated by commas (`boundary,read`); with a
+    minus before each, all but those (`-leave`). Where no kernel exists plain PyTorch computes."""
     debug: Debug = False
     """True: verify the whole graph after each pass. `"numeric"`: also compare it before and after in float64."""
 
@@ -45,9 +45,9 @@ class Options:
                 raise MHCError("MHC204", f"mode={self.mode!r} is one of Inductor's, inner={self.inner!r} has none")
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of chain that `kernels` allows."""
-        known: tuple[Kind, ...] = get_args(Kind)
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of chain that `kernels` allows, and `engram`, the kernels of memories."""
+        known: tuple[str, ...] = (*get_args(Kind), "engram")
         if self.kernels in ("auto", "all", "none"):
             every = self.kernels == "all" or (self.kernels == "auto" and self.inner == "inductor")
             return known if every else ()

@@ -124,8 +124,8 @@ TABLE: dict[str, Diagnostic] = {
     "MHC226": Diagnostic("no such layer for a memory", "name layers by their 0-based index or their module path"),
     "MHC227": Diagnostic(
         "gradients of a table pile up",
-        "nothing takes them: train with mhc_compile.TableAdamW and a group of mhc_compile.table_groups(model, lr), or set "
-        "table.trainable = False",
+        "nothing takes them: train with mhc_compile.TableAdamW and a group of mhc_compile.table_groups(model, lr), or "
+        "set table.trainable = False",
     ),
     "MHC228": Diagnostic(
         "this table cannot be trained",

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.config import Options
+from mhc_compile.engram.parameters import ROOT as MEMORIES
+from mhc_compile.engram.parameters import Start, layer_values, new_table
+from mhc_compile.kernels.engram.memory import Memory
+from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import start_head, start_site
 
@@ -19,6 +23,9 @@ class StreamParameters(nn.Module):
 
     Each site's parameters sit in modules nested by its name: `layers.3#0` -> `mhc.layers.3#0.phi`. With the exit
     `head` there are also `head.fn` [n, n*C], `head.base` [n] and `head.scale` [1].
+
+    With a `memory` its layers' parameters (`mhc_compile.engram.parameters`) lie at `engram.<layer>`, each with its
+    `table`, and `engram.compression` [V] where ids are compressed.
 
     `sites` maps each site's name, in the order of the stream, to C.
     """
@@ -31,9 +38,14 @@ class StreamParameters(nn.Module):
         options: Options | None = None,
         scratch: bool = False,
         device: torch.device | str | None = None,
+        memory: Memory | None = None,
+        compression: Tensor | None = None,
+        memory_start: Start = "zero",
+        tables_on: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.memory = memory
         self.sites = dict(sites)
         self.options = options or Options()
         for index, (name, hidden) in enumerate(self.sites.items()):
@@ -42,10 +54,14 @@ class StreamParameters(nn.Module):
         if spec.exit == "head":
             values = start_head(spec, next(iter(self.sites.values())), scratch=scratch)
             self._place("head", dict(zip(("fn", "base", "scale"), values, strict=True)), device)
+        if memory is not None:
+            self._place_memory(memory, compression, memory_start, device, tables_on or device)
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
-        self.signature = json.dumps({"spec": str(spec), "names": [n for n, _ in self.named_parameters()]})
+        held = {} if memory is None else {"memory": memory.plain()}
+        self.hidden = next(iter(self.sites.values()))
+        self.signature = json.dumps({"spec": str(spec), "names": list(self.in_graph()), **held})
 
-    def _place(self, path: str, values: Mapping[str, Tensor], device: torch.device | str | None) -> None:
+    def _place(self, path: str, values: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:
         module: nn.Module = self
         for part in path.split("."):
             if part not in module._modules:
@@ -53,6 +69,50 @@ class StreamParameters(nn.Module):
             module = module.get_submodule(part)
         for name, tensor in values.items():
             module.register_parameter(name, nn.Parameter(tensor.to(device)))
+        return module
+
+    def _place_memory(
+        self,
+        memory: Memory,
+        compression: Tensor | None,
+        start: Start,
+        device: torch.device | str | None,
+        tables_on: torch.device | str | None,
+    ) -> None:
+        hidden = next(iter(self.sites.values()))
+        for layer in memory.layers:
+            values = layer_values(memory, self.spec.streams, hidden, start=start, device=device)
+            place = self._place(f"{MEMORIES}.{layer.layer}", values, device)
+            place.add_module("table", new_table(memory, layer, tables_on))
+        # What a traced call reads (`mhc_compile.engram.carry`).
+        self.memory_layers = tuple(m.layer for m in memory.layers)
+        self.memory_order, self.memory_fill = memory.layers[0].hash.order, memory.layers[0].hash.fill
+        self.memory_history = memory.fusion.history if memory.fusion.dilation else 0
+        if memory.compressed:
+            wanted = torch.empty(memory.vocab, dtype=torch.int64, device=device)
+            held = wanted if compression is None else compression.to(device)
+            self.get_submodule(MEMORIES).register_buffer("compression", held)
+
+    def in_graph(self) -> dict[str, nn.Parameter]:
+        """The parameters that go into graphs by name: all but the rows of tables, which are looked up."""
+        return {name: p for name, p in self.named_parameters() if ".table." not in name}
+
+    def kept(self) -> dict[str, Tensor]:
+        """What checkpoints keep in the streams' own file: all but tables, which have files of their own."""
+        buffers = {name: t for name, t in self.named_buffers() if ".table." not in name}
+        return {**self.in_graph(), **buffers}
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """In which a memory's parameters and its carried state are kept."""
+        found = self.get_parameter(f"{MEMORIES}.{self.memory_layers[0]}.key")
+        return found.dtype
+
+    def table(self, layer: str) -> MemoryTable:
+        """The table of the memory at `layer`."""
+        found = self.get_submodule(f"{MEMORIES}.{layer}.table")
+        assert isinstance(found, MemoryTable)
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StreamParameters:
         # `model.to(torch.bfloat16)` moves these parameters but leaves them in float32: so are coefficients computed.
@@ -68,8 +128,9 @@ class StreamParameters(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """The specification and the number of sites."""
-        return f"{self.spec}, {len(self.sites)} sites"
+        """The specification, the number of sites, and the layers with a memory."""
+        layers = "" if self.memory is None else f", memory at {', '.join(m.layer for m in self.memory.layers)}"
+        return f"{self.spec}, {len(self.sites)} sites{layers}"
 
 
 def active_parameters(state: nn.Module) -> StreamParameters:
@@ -124,12 +185,17 @@ def owners(model: nn.Module) -> dict[str, StreamParameters]:
 
 
 def at_start(parameters: StreamParameters) -> bool:
-    """Whether every value is still what the function-preserving start gave it."""
+    """Whether every value is still what the function-preserving start gave it; of a memory, what it adds is zero."""
     fresh = StreamParameters(parameters.spec, parameters.sites)
-    return all(
-        torch.equal(p.detach().cpu().float(), q.detach())
-        for p, q in zip(parameters.parameters(), fresh.parameters(), strict=True)
+    held = parameters.in_graph()
+    return not any(held[name].any() for name in added_by_memory(held)) and all(
+        torch.equal(held[name].detach().cpu().float(), q.detach()) for name, q in fresh.named_parameters()
     )
+
+
+def added_by_memory(parameters: Iterable[str]) -> list[str]:
+    """The parameters without which a memory adds nothing: W_V, and the convolution."""
+    return [name for name in parameters if name.startswith(f"{MEMORIES}.") and name.endswith((".value", ".conv"))]
 
 
 def names(items: Iterable[str]) -> str:

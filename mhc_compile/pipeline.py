@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.config import Options
 from mhc_compile.passes.base import Context, Pass, describe
+from mhc_compile.passes.engram import Engram
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.lower import Lower
 from mhc_compile.passes.native import Native
@@ -26,12 +27,12 @@ log = logging.getLogger("mhc_compile")
 TIMED = "mhc_compile.passes"
 
 ANALYSIS: tuple[Pass, ...] = (Normalize(), Residual())
-EXPORT: tuple[Pass, ...] = (*ANALYSIS, Widen())
+EXPORT: tuple[Pass, ...] = (*ANALYSIS, Widen(), Engram(plain=True))
 
 
 def compile_passes(options: Options) -> tuple[Pass, ...]:
     """What a converted model's graph goes through."""
-    return (*EXPORT, *_lowering(options))
+    return (*ANALYSIS, Widen(), Engram(), *_lowering(options))
 
 
 def native_passes(options: Options) -> tuple[Pass, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.engram.memory import Memory
 
 
 @dataclass
@@ -23,6 +24,10 @@ class Mark:
     """The owner's `StreamSpec` as text."""
     parameters: dict[str, Node]
     """Placeholder (or attribute) node of every stream parameter by name relative to the owner's `mhc` module."""
+    given: dict[str, Node] = field(default_factory=dict)
+    """What an owner with a memory brings of its call, by name (`mhc_compile.engram.carry`)."""
+    memory: Memory | None = None
+    """The owner's memories."""
     node: Node | None = None
     """The `mhc::mark` itself, which `widen` removes; None where there is none (export, the first call of a model)."""
 
@@ -33,6 +38,8 @@ class Context:
 
     marks: list[Mark] = field(default_factory=list)
     streams: list[Any] = field(default_factory=list)
+    widened: list[Any] = field(default_factory=list)
+    """The streams that `widen` rewrote, with their marks, in graph order."""
     native: list[Any] = field(default_factory=list)
     """The hand-written sites that the pass `native` raised, in graph order."""
     cut: int = 0
@@ -152,7 +159,8 @@ def erase_unused(gm: GraphModule) -> None:
     FX's own dead-code elimination takes in-place methods (`scatter_`, `index_add_`) for pure and drops them.
     """
     for node in reversed(gm.graph.nodes):
-        if not node.users and (node.op == "get_attr" or "mhc_from" in node.meta):
+        writes = node.op == "call_method" and str(node.target).endswith("_")
+        if not node.users and not writes and (node.op == "get_attr" or "mhc_from" in node.meta):
             gm.graph.erase_node(node)
 
 

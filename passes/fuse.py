@@ -26,17 +26,22 @@ from mhc_compile.kernels.chain import Chain, Kind
 from mhc_compile.kernels.fused import op_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, copy_meta, gradient_modes, value
+from mhc_compile.passes.memories import MEMORIES, fuse_memories
 from mhc_compile.passes.norms import BranchNorm, match_norm
 
 DIALECT = torch.ops.mhc
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KERNELS: tuple[str, ...] = (*get_args(Kind), MEMORIES)
+"""What may be switched off: the kinds of chain, and the kernels of memories."""
 
 
 @dataclass(frozen=True)
 class Fuse:
-    """Replaces dialect ops by `mhc_kernels` ops; `kernels` names the kinds of chain that may be used."""
+    """Replaces dialect ops by `mhc_kernels` ops; `kernels` names the kinds of chain that may be used.
 
-    kernels: tuple[Kind, ...] = KINDS
+    With `engram` among them memories get their kernels, too.
+    """
+
+    kernels: tuple[str, ...] = KERNELS
 
     name: ClassVar[str] = "fuse"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -47,6 +52,8 @@ class Fuse:
         work = _Fusing(gm.graph, self.kernels)
         work.run()
         context.notes += [f"{count} x {text}" for text, count in work.notes.items()]
+        if MEMORIES in self.kernels:
+            context.notes += fuse_memories(gm.graph)
         return gm
 
 
@@ -66,7 +73,7 @@ class _Parts:
 
 
 class _Fusing:
-    def __init__(self, graph: Graph, kernels: tuple[Kind, ...]) -> None:
+    def __init__(self, graph: Graph, kernels: tuple[str, ...]) -> None:
         self.graph = graph
         self.kernels = kernels
         self.modes = gradient_modes(graph)

@@ -43,7 +43,7 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
             if namespace == "mhc" or node.target is torch.ops.mhc_kernels.plain_coefficients.default:
                 result = _dialect_value(node, after)
             elif (
-                namespace == "mhc_kernels"
+                namespace in ("mhc_kernels", "engram", "engram_kernels")
                 or (known is None and "mhc_from" in node.meta)
                 or (whole and _replayable(node))
             ):

@@ -37,6 +37,17 @@ from mhc_compile.passes.sites import Site
 
 
 @dataclass(frozen=True)
+class Widened:
+    """What passes behind `widen` may know of a stream that it rewrote."""
+
+    mark: Mark
+    entry: Node
+    """What was the stream's first value, which `mhc.expand` reads."""
+    reads: dict[str, Node]
+    """The `mhc.coefficients` of every site by the site's name."""
+
+
+@dataclass(frozen=True)
 class Widen:
     """Rewrites every stream of `context.streams` with the parameters of its owner's mark. Raises MHC206."""
 
@@ -47,7 +58,9 @@ class Widen:
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
         for stream, mark in pair_with_marks(context.streams, context.marks):
-            _Widening(gm.graph, stream, mark).run()
+            work = _Widening(gm.graph, stream, mark)
+            work.run()
+            context.widened.append(Widened(mark, stream.entry, work.reads))
         for mark in context.marks:
             if mark.node is not None:
                 mark.node.replace_all_uses_with(mark.node.args[0])  # type: ignore[arg-type]
@@ -67,6 +80,7 @@ class _Widening:
         self.gradients = gradient_modes(graph)
         self.wide: dict[Node, Node] = {}
         """The n-stream form of every stream value."""
+        self.reads: dict[str, Node] = {}
 
     def run(self) -> None:
         stream = self.stream
@@ -113,6 +127,7 @@ class _Widening:
             arguments = (self.wide[site.carry], branch, post, mix)
             new = self._call(torch.ops.mhc.distribute.default, arguments, site.add)
         new.meta["mhc_site"] = triple.meta["mhc_site"] = site.name
+        self.reads[site.name] = triple
         self.wide[site.add] = new
 
     def _reduce_for(self, v: Node, readers: list[Node]) -> None:

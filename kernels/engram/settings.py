@@ -89,6 +89,8 @@ class MemorySettings:
                 raise MHCError("MHC220", f"{name}={value!r}; known: {', '.join(map(str, known))}")
         if not isinstance(self.eps, float) or not 0 < self.eps < 1:
             raise MHCError("MHC220", f"eps={self.eps!r}; a number between 0 and 1")
+        if self.resets_after_eos and self.fill != "eos":
+            raise MHCError("MHC220", "resets_after_eos=True needs fill='eos'")
         if not isinstance(self.name, str):
             raise MHCError("MHC220", f"name={self.name!r}; a text")
         if not isinstance(self.layers, (tuple, list)) or not self.layers or len(set(self.layers)) < len(self.layers):

@@ -12,7 +12,7 @@ for the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -38,6 +38,15 @@ START_BLOCK = 1 << 14
 def row_bytes(width: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Bytes of a row's planes: its weight and, for float8, its scales."""
     return (width, 4 * blocks(width)) if dtype == FP8 else (width * dtype.itemsize,)
+
+
+def drawn_rows(rows: int, width: int, seed: int, deviation: float) -> Iterator[Tensor]:
+    """The rows of a table at its start, N(0, `deviation`), float32 on the CPU, block by block."""
+    generator = torch.Generator()
+    for number, begin in enumerate(range(0, rows, START_BLOCK)):
+        generator.manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
+        size = (min(START_BLOCK, rows - begin), width)
+        yield torch.empty(size, device="cpu").normal_(0.0, deviation, generator=generator)
 
 
 class MemoryTable(nn.Module):
@@ -177,7 +186,11 @@ class MemoryTable(nn.Module):
 
     def _typed(self, planes: Planes) -> list[Tensor]:
         dtypes = (self.dtype, torch.float32)
-        return [torch.from_numpy(p).view(dtype) for p, dtype in zip(planes, dtypes, strict=False)]
+        # Flat between the two views: an array without rows has odd strides.
+        return [
+            torch.from_numpy(p.reshape(-1)).view(dtype).view(len(p), p.shape[1] // dtype.itemsize)
+            for p, dtype in zip(planes, dtypes, strict=False)
+        ]
 
     def _load(self, rows: Rows) -> Planes:
         return self._source().read(rows)
@@ -249,12 +262,10 @@ class MemoryTable(nn.Module):
 
     def start(self, seed: int, deviation: float = 0.02) -> MemoryTable:
         """Draw all rows from N(0, `deviation`): the same for a seed on every device, in every storage."""
-        generator = torch.Generator()
-        for number, begin in enumerate(range(0, self.rows, START_BLOCK)):
-            generator.manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
-            size = (min(START_BLOCK, self.rows - begin), self.width)
-            block = torch.empty(size, device="cpu").normal_(0.0, deviation, generator=generator)
+        begin = 0
+        for block in drawn_rows(self.rows, self.width, seed, deviation):
             self.fill(begin, block if self.weight.is_meta else block.to(self.weight.device))
+            begin += len(block)
         return self
 
     # What modules do.

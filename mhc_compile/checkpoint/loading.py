@@ -17,8 +17,10 @@ from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.shards import Shard, sha256
 from mhc_compile.checkpoint.skeleton import model_class, refuse_misfits, transformers_module
 from mhc_compile.checkpoint.source import VARIANT, Checkpoint, open_checkpoint
+from mhc_compile.checkpoint.tables import check_tokenizer, read_tables
 from mhc_compile.config import OPTION_FIELDS, STREAM_FIELDS, Options
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.engram.tables import Storage
 from mhc_compile.parameters import StreamParameters, names
 
 _REFUSED = {
@@ -27,20 +29,35 @@ _REFUSED = {
 }  # fmt: skip
 
 
-def from_pretrained(folder: str | os.PathLike[str], *, inner: str | None = None, **kwargs: Any) -> nn.Module:
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    *,
+    inner: str | None = None,
+    tables: Storage = "device",
+    hot_rows: int = 0,
+    **kwargs: Any,
+) -> nn.Module:
     """The converted model of a folder that `convert_folder` or `save_pretrained` wrote, in eval mode.
 
     `inner`, `mode` and `debug` are those of `convert`: how the model is compiled is not part of the folder. All other
     keywords (`dtype`, `device_map`, `attn_implementation`, ...) are those of transformers' `from_pretrained`. Stream
     parameters keep their own precision, and lie on the device of their owner.
 
+    `tables` says where the rows of memories go: to the model's `device`, to the `host`'s memory, or nowhere: `mapped`
+    reads those that are looked up from the folder's files, which must stay. `hot_rows` bounds a cache of rows in front
+    of the latter two.
+
     Raises `MHCError`: MHC204 for a keyword that is refused, MHC304 for one that the folder has settled, MHC401 to 407
-    for a folder that cannot be read, MHC410 for one that is not converted, MHC414 for an `mhc.json` that does not fit.
+    for a folder that cannot be read, MHC410 for one that is not converted, MHC414 for an `mhc.json` that does not fit,
+    MHC222 to 224 for a tokenizer or a table that is not the memory's.
     """
     path = Path(folder)
     options = _options({**kwargs, **({} if inner is None else {"inner": inner})})
     checkpoint, manifest = open_converted(path)
     made = read_streams(checkpoint, manifest, options)
+    for owner, parameters in made.items():
+        check_tokenizer(path, parameters)
+        read_tables(path, owner, parameters, storage=tables, hot_rows=hot_rows)
     model = _load_base(checkpoint, {k: v for k, v in kwargs.items() if k not in OPTION_FIELDS})
     for owner, parameters in made.items():
         try:
@@ -72,16 +89,19 @@ def streams_shard(checkpoint: Checkpoint, manifest: Manifest) -> Shard:
 
 
 def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -> dict[str, StreamParameters]:
-    """The stream parameters by owner. Raises MHC414 where the shard is not the one that `mhc.json` describes."""
+    """The stream parameters by owner, tables of memories without rows.
+
+    Raises MHC414 where the shard is not the one that `mhc.json` describes.
+    """
     shard = streams_shard(checkpoint, manifest)
     made: dict[str, StreamParameters] = {}
     # Only shapes: what mhc.json says is compared with the file before anything of that size is made.
     with torch.device("meta"):
         for path, owner in manifest.owners.items():
-            made[path] = StreamParameters(owner.spec, owner.sites, options=options)
-    wanted = {f"{prefix(path)}{name}": p.shape for path, made_ in made.items() for name, p in made_.named_parameters()}
-    held = {name: torch.Size(tensor.shape) for name, tensor in shard.tensors.items()}
-    if wrong := sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name)):
+            made[path] = StreamParameters(owner.spec, owner.sites, options=options, memory=owner.memory)
+    wanted = {f"{prefix(path)}{name}": p.shape for path, held in made.items() for name, p in held.kept().items()}
+    stored = {name: torch.Size(tensor.shape) for name, tensor in shard.tensors.items()}
+    if wrong := sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)):
         raise MHCError("MHC414", f"{shard.path} and mhc.json differ in {names(wrong)}")
     digest = manifest.sha256.get(manifest.streams_file)
     if digest is not None and digest != sha256(shard.path):
@@ -89,9 +109,9 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
     with safe_open(shard.path, framework="pt") as file:
         for path, parameters in made.items():
             values: dict[str, Tensor] = {
-                name: file.get_tensor(f"{prefix(path)}{name}").clone() for name, _ in parameters.named_parameters()
+                name: file.get_tensor(f"{prefix(path)}{name}").clone() for name in parameters.kept()
             }
-            parameters.load_state_dict(values, assign=True)
+            parameters.load_state_dict(values, assign=True, strict=False)
     return made
 
 

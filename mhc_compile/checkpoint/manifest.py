@@ -11,11 +11,13 @@ from typing import Any
 
 from mhc_compile.checkpoint.shards import write_text
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.parameters import StreamParameters
 
 NAME = "mhc.json"
-FORMAT = 1
-"""Raised when an older reader could not make sense of the file."""
+FORMAT = 2
+"""Raised when an older reader could not make sense of the file: 2 has memories, folders without are written as 1."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,17 @@ class Owner:
     spec: StreamSpec
     sites: dict[str, int]
     """The sites' names, in the order of the stream, with C."""
+    memory: Memory | None = None
+
+    @classmethod
+    def of(cls, parameters: StreamParameters) -> Owner:
+        """What a manifest says of an owner's parameters."""
+        return cls(parameters.spec, parameters.sites, parameters.memory)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        memory = {} if self.memory is None else {"memory": self.memory.plain()}
+        return {"spec": _plain(self.spec), "sites": self.sites, **memory}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +58,10 @@ class Manifest:
         from mhc_compile import __version__
 
         content = {
-            "format": FORMAT,
+            "format": FORMAT if any(o.memory for o in self.owners.values()) else 1,
             "mhc_compile": __version__,
             "architecture": self.architecture,
-            "owners": {path: {"spec": _plain(o.spec), "sites": o.sites} for path, o in self.owners.items()},
+            "owners": {path: o.plain() for path, o in self.owners.items()},
             "streams_file": self.streams_file,
             "sha256": self.sha256,
         }
@@ -75,7 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise MHCError("MHC414", f"{path} has format {content['format']}, this version reads up to {FORMAT}")
     try:
         return _parse(content)
-    except (KeyError, TypeError, MHCError) as error:
+    except (KeyError, TypeError, ValueError, MHCError) as error:
         raise MHCError("MHC414", f"{path}: {error}") from error
 
 
@@ -103,8 +116,11 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
     sites = {_site(name): _positive(hidden) for name, hidden in _mapping(entry["sites"]).items()}
     if not sites:
         raise TypeError("an owner without sites")
+    memory = Memory.parse(_mapping(entry["memory"])) if "memory" in entry else None
+    if memory is not None and (unknown := {m.site for m in memory.layers} - set(sites)):
+        raise TypeError(f"a memory at {sorted(unknown)}, which are no sites")
     # An unknown field is a TypeError of the dataclass.
-    return Owner(StreamSpec(**_mapping(entry["spec"])), sites)
+    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

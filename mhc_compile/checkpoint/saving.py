@@ -30,6 +30,7 @@ from mhc_compile.checkpoint.source import (
     variant_name,
 )
 from mhc_compile.checkpoint.staging import check_target, staged, sync_folder
+from mhc_compile.checkpoint.tables import TABLES, write_tables
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import StreamParameters, names, owners
 
@@ -120,7 +121,7 @@ def _split(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The residual model's weights and the streams' parameters, out of one state dict."""
     everything = dict(model.state_dict() if state_dict is None else state_dict)
-    wanted = [f"{prefix(owner)}{name}" for owner, p in held.items() for name, _ in p.named_parameters()]
+    wanted = [f"{prefix(owner)}{name}" for owner, p in held.items() for name in p.kept()]
     if lost := [name for name in wanted if name not in everything]:
         raise MHCError("MHC404", f"the state dict lacks stream parameters: {names(lost)}")
     streams = {name: everything.pop(name) for name in wanted}
@@ -162,6 +163,7 @@ def _add_streams(folder: Path, held: Mapping[str, StreamParameters], streams: Ma
         files[name] = read_shard(shard.path.rename(folder / name))
     digest = write_shard(folder / streams_file, streams)
     files[streams_file] = read_shard(folder / streams_file)
+    write_tables(folder, held)
     index = folder / variant_name(INDEX, VARIANT)
     index.unlink(missing_ok=True)
     write_text(index, index_text(saved.metadata, files))
@@ -172,7 +174,7 @@ def _add_streams(folder: Path, held: Mapping[str, StreamParameters], streams: Ma
     Manifest(
         # As transformers wrote it: FSDP2 renames the class.
         architecture=saved.config["architectures"][0],
-        owners={path: Owner(p.spec, p.sites) for path, p in held.items()},
+        owners={path: Owner.of(p) for path, p in held.items()},
         streams_file=streams_file,
         sha256={streams_file: digest},
     ).write(folder)
@@ -183,7 +185,8 @@ def _move_in(finished: Path, folder: Path) -> None:
     try:
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
-        for old in (*folder.glob(f"model.{VARIANT}*.safetensors"), folder / variant_name(INDEX, VARIANT)):
+        weights = (f"model.{VARIANT}*.safetensors", TABLES)
+        for old in (*(p for name in weights for p in folder.glob(name)), folder / variant_name(INDEX, VARIANT)):
             old.unlink(missing_ok=True)
         for path in sorted(finished.iterdir(), key=lambda p: p.name == MANIFEST):
             path.replace(folder / path.name)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mhc_compile.convert.folder import Converted, Form, convert_folder
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.engram.settings import PRESETS, MemorySettings
 from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, Manifold
 
 NAME = "convert"
@@ -28,6 +30,8 @@ examples:
       four streams at every residual site, the paper's equations
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --streams 2 --convention deepseek_v4
       two streams, DeepSeek-V4's equations and its learned head at the exit
+  mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --engram v41 --engram-layers 1,14 --engram-rows 50000
+      and n-gram memories at the entry of two layers, which add nothing until they are trained
   mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-again --to residual
       the original weights bit by bit, as long as the streams were not trained
 
@@ -62,10 +66,18 @@ def add_parser(subparsers: Any) -> None:
         "--exit", choices=get_args(Exit), help="how the streams become one again (default: the convention's)"
     )
 
+    parser.add_argument("--engram", choices=sorted(PRESETS), help="add n-gram memories as this system has them")
+    parser.add_argument(
+        "--engram-layers", metavar="L", help="layers with a memory: 0-based indices or module paths, by commas"
+    )
+    parser.add_argument("--engram-rows", metavar="N", type=int, help="rows a head (default: the preset's millions)")
+
 
 def run(args: argparse.Namespace) -> int:
     """Convert as the arguments say. Raises `MHCError` as `convert_folder` does."""
     options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    if (memory := _memory(args)) is not None:
+        options["engram"] = memory
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -81,6 +93,20 @@ def run(args: argparse.Namespace) -> int:
     if done.left_out:
         print(f"left out: {', '.join(map(str, done.left_out))}", file=sys.stderr)
     return 0
+
+
+def _memory(args: argparse.Namespace) -> MemorySettings | None:
+    """The settings that the arguments describe. Raises MHC220 for those that are not possible."""
+    changes: dict[str, Any] = {}
+    if args.engram_layers is not None:
+        changes["layers"] = tuple(int(x) if x.isdigit() else x for x in args.engram_layers.split(","))
+    if args.engram_rows is not None:
+        changes["rows_per_head"] = args.engram_rows
+    if args.engram is None:
+        if changes:
+            raise MHCError("MHC220", "--engram-layers and --engram-rows need --engram", way_out="add --engram v41")
+        return None
+    return MemorySettings.preset(args.engram, **changes)
 
 
 def _summary(done: Converted, form: Form) -> str:

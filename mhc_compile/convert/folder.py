@@ -24,9 +24,13 @@ from mhc_compile.checkpoint.source import (
     variant_name,
 )
 from mhc_compile.checkpoint.staging import check_target, staged
+from mhc_compile.checkpoint.tables import read_tokenizer, write_tables
 from mhc_compile.config import STREAM_FIELDS, Options, split_options, stream_spec
 from mhc_compile.convert.memory import convert
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.parameters import tables as tables_of
+from mhc_compile.engram.request import requested
+from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.parameters import StreamParameters, at_start, owners
 
 Form = Literal["mhc", "residual"]
@@ -53,6 +57,7 @@ def convert_folder(
     *,
     to: Form = "mhc",
     progress: Progress | None = None,
+    engram: str | MemorySettings | None = None,
     **options: Any,
 ) -> Converted:
     """Convert a folder that transformers saved into a new one; `source` is only read.
@@ -61,6 +66,9 @@ def convert_folder(
     start, become a further shard; `config.json`, the tokenizer and the like are copied. Load the result with
     `mhc_compile.from_pretrained`; a plain `from_pretrained` of it raises. `target` appears when everything in it is
     on the disk, or not at all.
+
+    `engram`, a preset's name or `MemorySettings`, adds memories as `convert` does, with the folder's own tokenizer
+    where ids are to be compressed. Their tables are files of their own, written a block at a time.
 
     `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`). With
     `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
@@ -75,8 +83,10 @@ def convert_folder(
     _check_options(options, to)
     try:
         if to == "residual":
+            if engram is not None:
+                raise MHCError("MHC204", "engram has no meaning for to='residual'", way_out="leave it out")
             return _to_residual(Path(source), Path(target), progress or _silent)
-        return _to_streams(Path(source), Path(target), options, progress or _silent)
+        return _to_streams(Path(source), Path(target), {**options, "engram": engram}, progress or _silent)
     except OSError as error:
         raise MHCError("MHC413", str(error)) from error
 
@@ -87,9 +97,13 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     checkpoint = open_checkpoint(source)
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "finding the streams")
-    model = convert(skeleton(checkpoint), **options)
+    model = skeleton(checkpoint)
+    memory = requested(options["engram"], lambda: read_tokenizer(source), model, tables_on="meta")
+    model = convert(model, **{**options, "engram": memory})
     made = owners(model)
-    streams = {f"{prefix(owner)}{name}": p for owner, held in made.items() for name, p in held.named_parameters()}
+    tables = sum(t.weight.nbytes for held in made.values() for _, t in tables_of(held))
+    check_target(target, source, size=checkpoint.size + tables)
+    streams = {f"{prefix(owner)}{name}": t for owner, held in made.items() for name, t in held.kept().items()}
     if taken := streams.keys() & {name for shard in checkpoint.shards for name in shard.tensors}:
         raise MHCError("MHC207", f"a weight is named {min(taken)}")
     *base_names, streams_file = shard_names(len(checkpoint.shards) + 1, VARIANT)
@@ -98,11 +112,14 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
         files, sha256 = _copy(checkpoint, checkpoint.shards, base_names, staging, progress, refuse_nonfinite=True)
         sha256[streams_file] = write_shard(staging / streams_file, streams)
         files[streams_file] = read_shard(staging / streams_file)
+        if tables:
+            progress(checkpoint.size, checkpoint.size, "writing tables")
+            write_tables(staging, made)
         write_text(staging / variant_name(INDEX, VARIANT), index_text(metadata, files))
         left = _copy_companions(checkpoint, staging)
         Manifest(
             architecture=type(model).__name__,
-            owners={owner: Owner(p.spec, p.sites) for owner, p in made.items()},
+            owners={owner: Owner.of(p) for owner, p in made.items()},
             streams_file=streams_file,
             sha256=sha256,
         ).write(staging)
@@ -119,7 +136,7 @@ def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
     refuse_trained(made)
     added = streams_shard(checkpoint, manifest)
     shards = [shard for shard in checkpoint.shards if shard is not added]
-    parameters = sum(p.numel() for held in made.values() for p in held.parameters())
+    parameters = sum(t.numel() for held in made.values() for t in held.kept().values())
     with staged(target) as staging:
         files, sha256 = _copy(checkpoint, shards, shard_names(len(shards)), staging, progress)
         for shard, digest in zip(shards, sha256.values(), strict=True):

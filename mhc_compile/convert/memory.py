@@ -14,6 +14,9 @@ from mhc_compile.capture import Captured, capture
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.parameters import Start
+from mhc_compile.engram.request import MemoryRequest, requested
+from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.residual import ResidualStream
@@ -27,6 +30,9 @@ def convert(
     *example_args: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     scratch: bool = False,
+    engram: str | MemorySettings | MemoryRequest | None = None,
+    tokenizer: Any = None,
+    engram_start: Start = "zero",
     **options: Any,
 ) -> Model:
     """Turn a residual model into its n-stream form, in place; returns the model.
@@ -39,11 +45,17 @@ def convert(
     `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`) and of `Options`
     (`inner`, `mode`, `debug`).
 
+    With `engram`, a preset's name or `MemorySettings`, hashed n-gram memories are added at the entry of its layers
+    (arXiv 2601.07372), in float32 tables on the model's device; of an encoder and a decoder the decoder gets them. Ids
+    are compressed as `tokenizer` tells, which stands for the settings' `compress`; without one they are taken as they
+    are. With `engram_start="zero"` the function is unchanged, with `"paper"` W_V starts at random.
+
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options or a model converted
     already, MHC303 for one that is compiled or wrapped. A refused model is left as it was.
     """
     stream, own = split_options(options)
     spec, settings = stream_spec(stream), Options(**own)
+    memory = requested(engram, tokenizer, model, start=engram_start)
     refuse_wrapped(model)
     root = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
     if owners(root):
@@ -52,7 +64,9 @@ def convert(
     if not args and not kwargs:
         args, kwargs = (), example_inputs(root)
     found = find_streams(root, args, kwargs, settings)
-    made, _ = rewrite_with_parameters(root, found.graph, found.streams, spec, settings, found.inputs, scratch=scratch)
+    made, _ = rewrite_with_parameters(
+        root, found.graph, found.streams, spec, settings, found.inputs, scratch=scratch, memory=memory
+    )
     install(root, made)
     return model
 

@@ -90,7 +90,7 @@ class Compression:
 
     def plain(self) -> dict[str, Any]:
         """What a checkpoint keeps as JSON."""
-        return {"size": self.size, "pad": self.pad, "eos": self.eos, "sha256": self.sha256}
+        return {"ids": len(self.table), "size": self.size, "pad": self.pad, "eos": self.eos, "sha256": self.sha256}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Self:

@@ -325,7 +325,7 @@ def test_a_bad_specification_has_its_code_through_an_op() -> None:
 
 
 def marked(x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.mhc.mark(x, [w, w.sin()], str(StreamSpec())) * 2
+    return torch.ops.mhc.mark(x, [w, w.sin()], str(StreamSpec()), [], "") * 2
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", None])
@@ -361,7 +361,7 @@ def test_mark_has_a_fake_and_a_gradient_for_tracing() -> None:
     with FakeTensorMode() as mode:
         fake = marked(mode.from_tensor(x), mode.from_tensor(w))
         assert (fake.shape, fake.dtype) == (x.shape, x.dtype)
-    meta = torch.ops.mhc.mark(x.detach().to("meta"), [], str(StreamSpec()))
+    meta = torch.ops.mhc.mark(x.detach().to("meta"), [], str(StreamSpec()), [], "")
     assert meta.device.type == "meta"
 
     def joint(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:

@@ -174,14 +174,14 @@ def test_no_chain_crosses_a_recompute_boundary() -> None:
 
 def test_without_a_compiler_everything_stays_plain_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "compiler_problem", lambda: "CppCompileError: no g++")
-    for cached in (providers.choose, providers._no_compiler):
+    for cached in (providers.choose, providers.no_compiler):
         cached.cache_clear()
     model, ids = toy(Recipe(layers=2))
     try:
         with pytest.warns(UserWarning, match="MHC309") as caught:
             out = fused(model, ids)
     finally:
-        for cached in (providers.choose, providers._no_compiler):
+        for cached in (providers.choose, providers.no_compiler):
             cached.cache_clear()
     assert len([w for w in caught if "MHC309" in str(w.message)]) == 1
     assert "plain_coefficients" in ops(out)

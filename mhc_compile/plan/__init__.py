@@ -1,0 +1,1 @@
+"""On paper, without weights: how to spend a budget of parameters."""

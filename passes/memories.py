@@ -1,0 +1,49 @@
+"""Part of `fuse`: give the ops of memories their kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch.fx import Graph, Node
+
+import mhc_compile.kernels.engram.gather
+import mhc_compile.kernels.engram.hash_ops
+import mhc_compile.kernels.engram.ops  # noqa: F401  (these register the ops)
+from mhc_compile.passes.base import copy_meta, value
+
+ENGRAM = torch.ops.engram
+KERNELS = torch.ops.engram_kernels
+MEMORIES = "engram"
+"""The name by which the option `kernels` switches these on and off."""
+
+
+def fuse_memories(graph: Graph) -> list[str]:
+    """Replace `engram` ops by `engram_kernels` ops, a gate and what it lets in by one; returns notes."""
+    notes: Counter[str] = Counter()
+    for node in list(graph.nodes):
+        if node.target is ENGRAM.inject.default and _is_remembered(node):
+            X, gate, fact, *_, spec = node.args
+            keys, query_gain, key_gain = gate.args[1:4]
+            with graph.inserting_before(node):
+                arguments = (X, keys, fact, query_gain, key_gain, spec)
+                new = copy_meta(graph.call_function(KERNELS.remember.default, arguments), node)
+            new.meta["example_value"] = value(node)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            graph.erase_node(gate)
+            notes["memory's gate and sum in one kernel"] += 1
+    for node in graph.nodes:
+        for name in ("rows", "gate", "inject"):
+            if node.target is getattr(ENGRAM, name).default:
+                node.target = getattr(KERNELS, name).default
+                notes[f"memory's {name} in a kernel"] += 1
+    return [f"{count} x {text}" for text, count in notes.items()]
+
+
+def _is_remembered(inject: Node) -> bool:
+    """Whether nothing but the sum without a convolution reads the gate."""
+    X, gate, _, _, _, conv, _ = inject.args
+    if conv is not None or not isinstance(gate, Node):
+        return False
+    return gate.target is ENGRAM.gate.default and gate.args[0] is X and len(gate.users) == 1

@@ -1,0 +1,65 @@
+"""Find the token ids of a stream: the indices of the embedding that it begins with."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from mhc_compile.passes.base import is_tensor, op_name, refuse, shape, value
+from mhc_compile.passes.dataflow import EMBEDDINGS
+from mhc_compile.passes.ownership import is_owned
+
+
+def token_ids(entry: Node, vocab: int) -> Node:
+    """The ids [B, S] whose embeddings become the stream at `entry`: of several, of the table that fits `vocab` best.
+
+    Raises MHC225 where there are none.
+    """
+    found = embedded(entry)
+    return min(found, key=lambda ids: (abs(found[ids] - vocab), ids))
+
+
+def embedded(entry: Node) -> dict[Node, int]:
+    """The ids [B, S] of every embedding of what a caller passes in, on the way to `entry`, with the table's rows.
+
+    Raises MHC225 where there are none.
+    """
+    found: dict[Node, int] = {}
+    seen, queue = {entry}, [entry]
+    while queue:
+        node = queue.pop()
+        ids = _ids(node)
+        if ids is not None and len(shape(ids[0])) == len(shape(entry)) - 1 == 2:
+            found.setdefault(*ids)
+        for source in node.all_input_nodes:
+            if source not in seen and not (source.op == "placeholder" and is_owned(source)):
+                seen.add(source)
+                queue.append(source)
+    if not found:
+        raise refuse("MHC225", f"{entry.name} is made from no embedding of ids that the caller passes in", entry)
+    return found
+
+
+def _ids(node: Node) -> tuple[Node, int] | None:
+    """The indices and the number of rows, where `node` embeds what a caller passes in."""
+    if op_name(node) not in EMBEDDINGS:
+        return None
+    tensors = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Node) and is_tensor(a)]
+    ids = next((a for a in tensors if not value(a).is_floating_point()), None)
+    table = next((a for a in tensors if value(a).is_floating_point()), None)
+    if ids is None or table is None or value(ids).dtype == torch.bool or not _passed_in(ids):
+        return None
+    return ids, int(value(table).shape[0])
+
+
+def _passed_in(ids: Node) -> bool:
+    """Whether a caller's tensor reaches `ids`."""
+    seen, queue = {ids}, [ids]
+    while queue:
+        node = queue.pop()
+        if node.op == "placeholder" and not is_owned(node) and is_tensor(node):
+            return True
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        queue += new
+    return False

@@ -1,0 +1,38 @@
+"""Tiny models with memories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhc_compile import convert
+from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.parameters import owners
+
+PRESETS = ("paper", "v41", "qwen_ple")
+
+
+def small(preset: str, **fields: Any) -> MemorySettings:
+    """A preset with tables of a few hundred rows, at the first two layers."""
+    return MemorySettings.preset(preset, **{"rows_per_head": 97, "row_width": 4, "layers": (0, 1), **fields})
+
+
+def with_memory(model: Any, preset: str = "paper", *, inner: str = "eager", **fields: Any) -> Any:
+    """The model converted, its memory far from its start."""
+    model = convert(model, engram=small(preset, **fields), inner=inner)
+    shake_memory(model)
+    return model
+
+
+def shake_memory(model: nn.Module, seed: int = 1) -> None:
+    """Random values for all that a memory adds."""
+    rng = torch.Generator().manual_seed(seed)
+    for held in owners(model).values():
+        with torch.no_grad():
+            for name, p in held.in_graph().items():
+                if name.startswith("engram."):
+                    p.copy_(torch.randn(p.shape, generator=rng) * 0.5)
+            for layer in held.memory_layers if held.memory else ():
+                held.table(layer).start(seed, 1.0)
