@@ -37,6 +37,7 @@ class HotRows:
         self._tags = np.full((self.sets, self.ways), -1, np.int64)
         self._used = np.zeros((self.sets, self.ways), np.int64)
         self._kept: Planes = [np.empty((self.sets * self.ways, n), np.uint8) for n in self.row_bytes]
+        self._turn = np.zeros(self.sets, np.int64)
         self._now = self._era = 0
         self.hits = self.asked = 0
 
@@ -101,24 +102,23 @@ class HotRows:
         return place
 
     def _insert(self, rows: Rows, loaded: Planes) -> None:
-        fresh = np.flatnonzero(self._find(rows) < 0)  # another thread may have been faster
-        sets = self._set_of(rows[fresh])
-        order = np.argsort(sets, kind="stable")
-        fresh, sets = fresh[order], sets[order]
-        begins = np.flatnonzero(np.diff(sets, prepend=-1))
-        group = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(sets)))
-        rank = np.arange(len(sets)) - begins[group]
-        oldest = np.argsort(self._used[sets[begins]], axis=1, kind="stable")
-        fits = rank < self.ways
-        fresh, sets = fresh[fits], sets[fits]
-        way = oldest[group[fits], rank[fits]]
-        # What this call has used stays: rows that come in together would push each other out.
-        idle = self._used[sets, way] < self._now
-        fresh, place = fresh[idle], (sets * self.ways + way)[idle]
-        self._tags.reshape(-1)[place] = rows[fresh]
-        self._used.reshape(-1)[place] = self._now
-        for kept, part in zip(self._kept, loaded, strict=True):
-            kept[place] = part[fresh]
+        left = np.flatnonzero(self._find(rows) < 0)  # another thread may have been faster
+        sets = self._set_of(rows)
+        for _ in range(self.ways):
+            if not len(left):
+                return
+            # One row of each set a round: the one that was written last.
+            self._turn[sets[left]] = left
+            mine = self._turn[sets[left]] == left
+            now, left = left[mine], left[~mine]
+            way = self._used.take(sets[now], axis=0).argmin(1)
+            # What this call has used stays: rows that come in together would push each other out.
+            idle = self._used[sets[now], way] < self._now
+            now, place = now[idle], (sets[now] * self.ways + way)[idle]
+            self._tags.reshape(-1)[place] = rows[now]
+            self._used.reshape(-1)[place] = self._now
+            for kept, part in zip(self._kept, loaded, strict=True):
+                kept[place] = part.take(now, axis=0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"capacity": self.capacity, "row_bytes": self.row_bytes}

@@ -15,6 +15,9 @@ from queue import SimpleQueue
 
 from mhc_compile.kernels.engram.lanes import Lookup
 
+INDUCTOR = {"reorder_for_locality": False}
+"""Options of Inductor for graphs with `prefetch`: in inference it moves an op to where its result is used, so that a
+prefetch would begin behind what it was to run beside."""
 KEPT = 64
 """Lookups that may wait to be claimed; the oldest is dropped for one more."""
 

@@ -22,8 +22,8 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.hot import Planes, Rows
 
 # Rows a thread reads at a time: page faults of a disk are waited for side by side.
-PIECE = 4096
-READERS = 8
+PIECE = 1024
+READERS = 16
 
 
 class Source(Protocol):

@@ -54,8 +54,9 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     """The file's header. Raises MHC403 for a file that is cut short or is not of this format."""
     try:
-        # The library compares the header with the length of the file; no tensor is read.
-        with safe_open(path, framework="pt"), path.open("rb") as file:
+        # The library compares the header with the length of the file; no tensor is read. As "pt" it would map the file
+        # as memory of this process, which a limit on that may forbid.
+        with safe_open(path, framework="np"), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length))
     except SafetensorError as error:

@@ -272,7 +272,7 @@ def _write_shard(
 def _read_header(path: Path) -> dict[str, Any]:
     try:
         shard = read_shard(path)
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             said: dict[str, str] = file.metadata() or {}
         if said.get("format") != FORMAT:
             raise MHCError("MHC224", f"{path} is not a file of a table (format {said.get('format')!r})")
@@ -296,7 +296,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path) -> None:
     shard = read_shard(path)
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="np") as file:
         said: dict[str, str] = file.metadata()
     with path.open("rb") as raw:
         for name, info in shard.tensors.items():
