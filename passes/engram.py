@@ -66,6 +66,8 @@ class _Inserting:
         self.ids = token_ids(widened.entry, memory.vocab)
         self.last = max(self.ids, *self.given.values(), *self.parameters.values())
         """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
+        self.like = widened.entry
+        """Whose module and source line the nodes inserted now get."""
         self.kept: dict[str, Node] = {}
         """What every tensor of the state becomes."""
 
@@ -133,6 +135,7 @@ class _Inserting:
         place = self._behind(max(X, self.last))
         if self.modes.get(X) != self.modes.get(site):
             place, readers = site, [u for u in readers if u >= site]
+        self.like = site
         with self.graph.inserting_before(place):
             new = self._memory(m, X, look_up(), reach)
         for u in readers:
@@ -188,10 +191,10 @@ class _Inserting:
         return self.last
 
     def _call(self, target: Callable[..., Any], *args: Any) -> Node:
-        return copy_meta(self.graph.call_function(target, args), self.widened.entry)
+        return copy_meta(self.graph.call_function(target, args), self.like)
 
     def _method(self, name: str, *args: Any) -> Node:
-        return copy_meta(self.graph.call_method(name, args), self.widened.entry)
+        return copy_meta(self.graph.call_method(name, args), self.like)
 
     def _behind(self, node: Node) -> Node:
         place = node.next

@@ -29,14 +29,15 @@ def embedded(entry: Node) -> dict[Node, int]:
     while queue:
         node = queue.pop()
         ids = _ids(node)
-        if ids is not None and len(shape(ids[0])) == len(shape(entry)) - 1 == 2:
+        if ids is not None and shape(ids[0]) == shape(entry)[:-1] and len(shape(entry)) == 3:
             found.setdefault(*ids)
         for source in node.all_input_nodes:
             if source not in seen and not (source.op == "placeholder" and is_owned(source)):
                 seen.add(source)
                 queue.append(source)
     if not found:
-        raise refuse("MHC225", f"{entry.name} is made from no embedding of ids that the caller passes in", entry)
+        detail = f"{entry.name} {list(shape(entry))} is made from no embedding of ids [batch, sequence] passed in"
+        raise refuse("MHC225", detail, entry)
     return found
 
 

@@ -262,7 +262,7 @@ class Layer(nn.Module):
     def streams(self, X: Tensor, memory: "Memory", sites: "Sites") -> Tensor:
         """The same on n streams `[..., n, C]`."""
         style, mask = self.recipe.style, memory.mask
-        X = self.wide_rescale(X)
+        X = sites.enter(self.wide_rescale(X))
         h, post, H = sites.read(X)
         if style in ("parallel", "tree"):
             embedded = memory.first
@@ -311,6 +311,10 @@ class Sites:
 
     def __init__(self, spec: StreamSpec, parameters: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
         self.spec, self.parameters, self.taken = spec, parameters, 0
+
+    def enter(self, X: Tensor) -> Tensor:
+        """What a layer's first site reads and carries on, from what there is in front of it."""
+        return X
 
     def read(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.taken += 1

@@ -1,0 +1,179 @@
+"""Inserting memories: the graph, and that it computes what the equations say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from goldens import graph_text
+from stepping import CHECKED, captured, randomise, run
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from toys import ONE_BY_ONE, Recipe, Sites, toy
+
+from mhc_compile.attach import _append_parameters, graph_inputs, sites_of_owners
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.request import MemoryRequest
+from mhc_compile.kernels.engram import fusion, hashing
+from mhc_compile.kernels.engram.memory import LayerMemory
+from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.parameters import StreamParameters
+from mhc_compile.passes.base import Context, call_nodes, op_name
+from mhc_compile.passes.engram import Engram
+from mhc_compile.passes.memories import fuse_memories
+from mhc_compile.passes.widen import Widen
+from mhc_compile.pipeline import ANALYSIS, run_passes
+
+Golden = Callable[[str], None]
+SPEC = StreamSpec(streams=3)
+
+
+def settings(preset: str, *layers: int) -> MemorySettings:
+    return MemorySettings.preset(preset, rows_per_head=31, row_width=2, heads=2, layers=layers)
+
+
+@dataclass
+class Inserted:
+    """A toy's graph with memories, what it takes, and what it gave without them."""
+
+    graph: GraphModule
+    inputs: list[Any]
+    held: StreamParameters
+    sites: list[str]
+    without: list[Tensor]
+
+
+def inserted(model: nn.Module, ids: Tensor, chosen: MemorySettings, *, plain: bool = False) -> Inserted:
+    """The passes up to `engram`, every parameter random and in float64."""
+    found, context = captured(model, ids), Context()
+    gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
+    ((owner, sites),) = sites_of_owners(context.streams).items()
+    request = MemoryRequest(settings=chosen, fill=0, compression=None, start="zero")
+    held = randomise(StreamParameters(SPEC, sites, **request.of(context.streams[0].entry, list(sites))), 1)
+    for layer in held.memory_layers:
+        held.table(layer).start(5, 1.0)
+    context.marks = [_append_parameters(gm, owner, held)]
+    inputs = [*found.inputs, *graph_inputs(held).values()]
+    order = [site.name for site in context.streams[0].sites]
+    gm = _step(Widen(), gm, context)
+    without = run(gm, inputs)
+    return Inserted(_step(Engram(plain=plain), gm, context), inputs, held, order, without)
+
+
+def _step(step: Any, gm: GraphModule, context: Context) -> GraphModule:
+    from mhc_compile.pipeline import Observer
+
+    gm = Observer().run(step, gm, context, CHECKED)
+    gm.recompile()
+    return gm
+
+
+class Remembering(Sites):
+    """Adds the memories, by the equations, at the entry of their layers."""
+
+    def __init__(self, out: Inserted, ids: Tensor) -> None:
+        each = ((out.held.get_parameter(f"{s}.{p}").detach() for p in ("phi", "alpha", "bias")) for s in out.sites)
+        super().__init__(SPEC, (tuple(values) for values in each))  # type: ignore[arg-type]
+        self.held, self.ids, self.layer = out.held, ids, -1
+
+    def enter(self, X: Tensor) -> Tensor:
+        self.layer += 1
+        assert self.held.memory is not None
+        mine = [m for m in self.held.memory.layers if m.layer.endswith(str(self.layer))]
+        return by_hand(self.held, mine[0], X, self.ids) if mine else X
+
+
+def by_hand(held: StreamParameters, mine: LayerMemory, X: Tensor, ids: Tensor) -> Tensor:
+    memory = held.memory
+    assert memory is not None
+    p = {name: t.detach() for name, t in held.get_submodule(f"engram.{mine.layer}").named_parameters(recurse=False)}
+    reach = hashing.reach(ids, None, None, None)
+    rows = hashing.rows(ids, reach, None, mine.hash)
+    e = held.table(mine.layer).weight.detach()[rows].flatten(-2).double()
+    offset = memory.settings.gain_offset
+    keys = (e @ p["key"].T).unflatten(-1, (SPEC.streams, -1))
+    gate = fusion.gate(X, keys, p["query_gain"] + offset, p["key_gain"] + offset, memory.fusion)
+    more = (p["conv_gain"] + offset, p["conv"]) if memory.fusion.dilation else (None, None)
+    return fusion.inject(X, gate, e @ p["value"].T, reach, *more, memory.fusion)
+
+
+def check(recipe: Recipe, chosen: MemorySettings) -> Inserted:
+    model, ids = toy(recipe)
+    ids = ids.repeat(1, 3)  # long enough for n-grams and for the convolution's second tap
+    out = inserted(model, ids, chosen)
+    with torch.no_grad():
+        wanted = model.streams(ids, Remembering(out, ids))
+    for found, right in zip(run(out.graph, out.inputs), wanted, strict=True):
+        assert float((found - right).abs().max() / right.abs().max()) < 1e-12
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(out.without, wanted, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("preset", ["paper", "v41", "qwen_ple"])
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 1)], ids=str)
+def test_presets_and_layers(preset: str, layers: tuple[int, ...]) -> None:
+    check(Recipe(), settings(preset, *layers))
+
+
+TOKENS_FIRST = [r for r in ONE_BY_ONE if r.layout in ("bsc", "flat_feed") and r.layers > 1 and not r.shared]
+
+
+@pytest.mark.parametrize("recipe", TOKENS_FIRST, ids=str)
+def test_every_topology(recipe: Recipe) -> None:
+    check(recipe, settings("paper", 1))
+
+
+@pytest.mark.parametrize("preset", ["paper", "v41"])
+def test_kernels_take_the_places_of_the_ops(preset: str) -> None:
+    model, ids = toy(Recipe())
+    out = inserted(model, ids, settings(preset, 0))
+    before = run(out.graph, out.inputs)
+    notes = fuse_memories(out.graph.graph)
+    names = {str(n.target) for n in call_nodes(out.graph) if "engram" in str(n.target)}
+    fused = {"engram_kernels.gate.default", "engram_kernels.inject.default"}
+    assert {n for n in names if n.startswith("engram_kernels")} - {"engram_kernels.gather.default"} == {
+        "engram_kernels.rows.default", *(fused if preset == "paper" else {"engram_kernels.remember.default"})
+    }  # fmt: skip
+    assert len(notes) == (3 if preset == "paper" else 2)
+    for a, b in zip(run(out.graph, out.inputs), before, strict=True):
+        assert float((a - b).abs().max()) < 1e-12
+
+
+def test_plain_programs_read_the_table_as_an_embedding() -> None:
+    model, ids = toy(Recipe())
+    ours, plain = (inserted(model, ids, settings("paper", 1), plain=p) for p in (False, True))
+    for a, b in zip(run(ours.graph, ours.inputs), run(plain.graph, plain.inputs), strict=True):
+        assert torch.equal(a, b)
+    assert not [n for n in call_nodes(plain.graph) if "engram_kernels" in str(n.target)]
+
+
+def test_look_ups_come_before_the_first_layer() -> None:
+    model, ids = toy(Recipe())
+    out = inserted(model, ids, settings("v41", 1))
+    names = [op_name(n) for n in call_nodes(out.graph)]
+    assert names.index("reach") < names.index("rows") < names.index("embedding") < names.index("coefficients")
+
+
+@pytest.mark.parametrize("layout", ["sbc", "flat"])
+def test_streams_that_are_not_batch_by_sequence_are_refused(layout: Any) -> None:
+    model, ids = toy(Recipe(layout=layout))
+    with pytest.raises(MHCError, match="MHC225"):
+        inserted(model, ids, settings("v41", 0))
+
+
+def test_models_without_ids_are_refused() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().eval()
+    with pytest.raises(MHCError, match="MHC225"):
+        inserted(model, torch.randn(2, 3, 8, dtype=torch.float64), settings("v41", 0))
+
+
+def test_memory_with_a_convolution(golden: Golden) -> None:
+    model, ids = toy(Recipe(layers=1, style="single"))
+    text = graph_text(inserted(model, ids, settings("paper", 0)).graph)
+    golden(re.sub(r"_\d+_float32_near, \d+,", "_HANDLE_float32_near, HANDLE,", text))
