@@ -75,7 +75,8 @@ class CudaLane:
             self._ids = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             self._ids.copy_(rows, non_blocking=True)
             rows.record_stream(self._stream)
-            self._arrived = self._stream.record_event()
+            self._arrived = torch.cuda.Event(blocking=True)  # the worker sleeps instead of spinning
+            self._arrived.record(self._stream)
 
     def ids(self) -> Tensor:
         """The pinned copy, when it is complete."""

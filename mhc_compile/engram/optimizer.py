@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.distributed import average_gradient
 from mhc_compile.kernels.engram.registry import tables
 from mhc_compile.kernels.engram.tables import MemoryTable
 
@@ -35,13 +37,20 @@ class TableAdamW(torch.optim.AdamW):
     every step this is Adam.
 
     Moments are float32 `[rows, width]`, made at a table's first step where its weight lies; the update is computed in
-    float32 and rounded once for bfloat16 rows. `lr`, `betas`, `eps` and `maximize` are those of the group. Raises
-    MHC204 for `amsgrad` or a weight decay in a table group, MHC223 for parameters that are no table's weight there,
-    and for weights of tables in other groups.
+    float32 and rounded once for bfloat16 rows. DDP does not see tables: with a `process_group` (its own, or
+    `torch.distributed.group.WORLD`) their gradients are averaged over it at each step; without, the processes' tables
+    drift apart. `lr`, `betas`, `eps` and `maximize` are those of the group. Raises MHC204 for `amsgrad` or a weight
+    decay in a table group, MHC223 for parameters that are no table's weight there, and for weights of tables in other
+    groups.
     """
 
-    def __init__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+    process_group: dist.ProcessGroup | None = None
+
+    def __init__(
+        self, params: Iterable[Any], *args: Any, process_group: dist.ProcessGroup | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(params, *args, **kwargs)
+        self.process_group = process_group
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with the tables' groups checked."""
@@ -93,6 +102,8 @@ class TableAdamW(torch.optim.AdamW):
 
     def _step_table(self, table: MemoryTable, group: dict[str, Any]) -> None:
         found = table.take_gradient()
+        if self.process_group is not None:
+            found = average_gradient(found, table.width, table.anchor.device, self.process_group)
         if found is None:
             return
         weight = table.weight

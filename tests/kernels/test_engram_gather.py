@@ -1,15 +1,11 @@
-"""Lookups as ops: values, gradients and their side effect, in eager mode and under the compilers; prefetching."""
+"""Lookups as ops: values, gradients and their side effect, in eager mode and under the compilers."""
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import re
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhc_compile.diagnostics import MHCWarning
-from mhc_compile.kernels.engram import gather, lanes, prefetch
+from mhc_compile.kernels.engram import gather
 from mhc_compile.kernels.engram.gradient import PATIENCE, PendingGradient, RowGradient, coalesce, merge
-from mhc_compile.kernels.engram.lanes import Lookup
 from mhc_compile.kernels.engram.tables import MemoryTable
 
 ops = torch.ops.engram_kernels
@@ -131,12 +126,11 @@ def test_reentrant_checkpointing() -> None:
     agree(t, loss, by_weight("recomputed", t, args))
 
 
-@pytest.fixture
-def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 # The partitioner and its common subexpression elimination are Inductor's in "aot_eager_decomp_partition", too.
@@ -149,6 +143,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(("form", "storage", "backend"), COMPILED)
 def test_compiled(form: str, storage: str, backend: str, own_cache: None) -> None:
+    torch._dynamo.reset()
     t = table(storage)
     compiled = torch.compile(FORMS[form](t), backend=backend, fullgraph=True)
     args = inputs(t)
@@ -322,150 +317,6 @@ def test_gradients_that_nobody_takes() -> None:
     found = t.take_gradient()
     assert found is not None
     assert found.values.sum().item() == (PATIENCE + 5) * rows.numel() * WIDTH
-
-
-# Prefetching.
-
-
-def test_prefetched_rows_are_read_once_and_by_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    t = table("host")
-    readers: list[str] = []
-    plain_read = t._read
-    t._read = lambda rows: (readers.append(threading.current_thread().name), plain_read(rows))[1]
-    rows, a, _ = inputs(t)
-    ticket = ops.prefetch(rows, t.handle)
-    found = ops.collect(ticket, rows, a, t.handle, WIDTH)
-    assert torch.equal(found, t.weight[rows].flatten(-2))
-    assert readers == ["mhc-prefetch"]
-    # A ticket is good once: what is recomputed reads by itself.
-    assert torch.equal(ops.collect(ticket, rows, a, t.handle, WIDTH), found)
-    assert readers == ["mhc-prefetch", threading.current_thread().name]
-
-
-def test_tickets_that_are_out_of_date() -> None:
-    t, other = table("host"), table("host")
-    rows, a, _ = inputs(t)
-    ticket = ops.prefetch(rows, t.handle)
-    t.fill(0, torch.randn(ROWS, WIDTH))
-    assert torch.equal(ops.collect(ticket, rows, a, t.handle, WIDTH), t.weight[rows].flatten(-2))
-    ticket = ops.prefetch(rows, t.handle)
-    other.fill(0, torch.randn(ROWS, WIDTH))
-    found = ops.collect(ticket, rows, other.anchor, other.handle, WIDTH)
-    assert torch.equal(found, other.weight[rows].flatten(-2))
-    ticket = ops.prefetch(rows, t.handle)
-    assert ops.collect(ticket, rows[:1], a, t.handle, WIDTH).shape == (1, 5, HEADS * WIDTH)
-    assert int(ops.prefetch(rows, table().handle)) == 0
-
-
-def test_ids_that_change_after_the_prefetch() -> None:
-    t = table("host")
-    rows, a, _ = inputs(t)
-    before = rows.clone()
-    hold = threading.Event()
-    prefetch.desk().submit(Waiting(hold), "nobody")  # the worker is busy
-    ticket = ops.prefetch(rows, t.handle)
-    rows.zero_()
-    hold.set()
-    assert torch.equal(ops.collect(ticket, rows, a, t.handle, WIDTH), t.weight[before].flatten(-2))
-
-
-class Waiting(Lookup):
-    """Work that lasts until it is told."""
-
-    def __init__(self, hold: threading.Event) -> None:
-        self.hold = hold
-
-    def run(self) -> Lookup:
-        self.hold.wait(30)
-        return self
-
-
-def test_lookups_that_nobody_collects() -> None:
-    t = table("host")
-    rows, a, _ = inputs(t)
-    first = ops.prefetch(rows, t.handle)
-    for _ in range(prefetch.KEPT):
-        ops.prefetch(rows, t.handle)
-    assert len(prefetch.desk()) == prefetch.KEPT
-    assert prefetch.desk().claim(int(first), t._key(rows)) is None
-    assert torch.equal(ops.collect(first, rows, a, t.handle, WIDTH), t.weight[rows].flatten(-2))
-
-
-def test_errors_of_the_worker_reach_the_caller() -> None:
-    t = table("host")
-    rows = torch.tensor([[0, ROWS]])
-    ticket = ops.prefetch(rows, t.handle)
-    with pytest.raises(IndexError, match=f"{ROWS} rows"):
-        ops.collect(ticket, rows, t.anchor, t.handle, WIDTH)
-    rows = rows - 1 + 1 - ROWS // 2 * torch.tensor([0, 1])
-    ticket = ops.prefetch(rows, t.handle)  # the worker is still there
-    assert torch.equal(ops.collect(ticket, rows, t.anchor, t.handle, WIDTH), t.weight[rows].flatten(-2))
-
-
-def _in_child(t: MemoryTable, rows: Tensor, out: Any) -> None:
-    ticket = ops.prefetch(rows, t.handle)
-    out.put(ops.collect(ticket, rows, t.anchor, t.handle, WIDTH).detach().numpy())
-
-
-def test_a_forked_process_has_a_worker_of_its_own() -> None:
-    t = table("host")
-    rows = torch.randint(0, ROWS, (3, 2))
-    ops.collect(ops.prefetch(rows, t.handle), rows, t.anchor, t.handle, WIDTH)
-    context = multiprocessing.get_context("fork")
-    out = context.Queue()
-    child = context.Process(target=_in_child, args=(t, rows, out))
-    child.start()
-    assert np.array_equal(out.get(timeout=60), t.weight[rows].flatten(-2).numpy())
-    child.join(60)
-
-
-def test_a_lane_moves_ids_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps of a lookup in their order, as a device with transfers sees them."""
-    seen: list[str] = []
-
-    class Traced(lanes.HostLane):
-        def send_ids(self, rows: Tensor) -> None:
-            seen.append(f"send_ids {threading.current_thread().name}")
-            super().send_ids(rows)
-
-        def ids(self) -> Tensor:
-            seen.append(f"ids {threading.current_thread().name}")
-            return super().ids()
-
-        def send(self, tensors: list[Tensor]) -> None:
-            seen.append(f"send {threading.current_thread().name}")
-            super().send(tensors)
-
-        def receive(self) -> list[Tensor]:
-            seen.append(f"receive {threading.current_thread().name}")
-            return super().receive()
-
-    monkeypatch.setattr(lanes, "lane_for", lambda _: Traced())
-    t = table("host")
-    rows, a, _ = inputs(t)
-    ops.collect(ops.prefetch(rows, t.handle), rows, a, t.handle, WIDTH)
-    main = threading.current_thread().name
-    assert seen == [f"send_ids {main}", "ids mhc-prefetch", "send mhc-prefetch", f"receive {main}"]
-
-
-def test_inductor_keeps_a_prefetch_early(own_cache: None) -> None:
-    t = table("host")
-    weights = [torch.randn(16, 16) for _ in range(3)]
-    out = torch.randn(HEADS * WIDTH, 16)
-
-    def run(rows: Tensor, a: Tensor, x: Tensor) -> Tensor:
-        ticket = ops.prefetch(rows, t.handle)
-        for w in weights:
-            x = torch.tanh(x @ w)
-        return x + ops.collect(ticket, rows, a, t.handle, WIDTH) @ out
-
-    args = (torch.randint(0, ROWS, (7, HEADS)), t.anchor, torch.randn(7, 16))
-    compiled = torch.compile(run, fullgraph=True, options=dict(prefetch.INDUCTOR))
-    with torch.no_grad():
-        found, (code,) = torch._inductor.utils.run_and_get_code(compiled, *args)
-        assert torch.allclose(found, run(*args), atol=1e-5)
-    order = re.findall(r"= torch\.ops\.engram_kernels\.(\w+)\.default\(|extern_kernels\.(mm)\(", code)
-    assert ["".join(o) for o in order][:5] == ["prefetch", "mm", "mm", "mm", "collect"]
 
 
 def test_a_model_that_is_gone_leaves_nothing() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,3 +255,44 @@ def test_training_learns() -> None:
         chosen.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
+
+
+# Two processes with batches of their own, one of them without rows in the second step, against one with both.
+RANK = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from mhc_compile.engram.optimizer import TableAdamW, table_groups
+from mhc_compile.kernels.engram.tables import MemoryTable
+
+rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+model = nn.ModuleList([MemoryTable(30, 4).start(0, 1.0)])
+chosen = TableAdamW(table_groups(model, 0.01), process_group=dist.group.WORLD)
+for step in range(4):
+    rows = torch.randint(0, 30, (2, 6, 3), generator=torch.Generator().manual_seed(step))
+    if not (rank and step == 1):
+        model[0](rows[rank]).square().sum().backward()
+    chosen.step()
+torch.save(model[0].weight.detach(), out)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_train_one_table(tmp_path: Path) -> None:
+    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(n), str(tmp_path / "store"), str(out)])
+        for n, out in enumerate(outs)
+    ]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    found = [torch.load(out) for out in outs]
+    assert torch.equal(*found)
+    table = MemoryTable(ROWS, WIDTH).start(0, 1.0)
+    chosen = TableAdamW(table_groups(table, 0.01))
+    for number in range(4):
+        rows = torch.randint(0, ROWS, (2, 6, 3), generator=torch.Generator().manual_seed(number))
+        (table(rows[:1] if number == 1 else rows).square().sum() / 2).backward()
+        chosen.step()
+    torch.testing.assert_close(found[0], table.weight.data, rtol=1e-4, atol=1e-5)
