@@ -15,22 +15,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import mhc_compile.kernels.engram.gather
-import mhc_compile.kernels.engram.hash_ops
-import mhc_compile.kernels.engram.ops  # noqa: F401  (these register the ops)
+import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.engram.memory import LayerMemory, Memory
-from mhc_compile.passes.base import Context, copy_meta, gradient_modes, value
+from mhc_compile.passes.base import Context, gradient_modes, value
+from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.tokens import token_ids
 from mhc_compile.passes.widen import Widened
-
-ENGRAM = torch.ops.engram
-KERNELS = torch.ops.engram_kernels
-_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -56,20 +51,13 @@ class Engram:
         return gm
 
 
-class _Inserting:
+class _Inserting(Lookups):
     """The memories of one stream."""
 
     def __init__(self, graph: Graph, widened: Widened, memory: Memory, *, plain: bool) -> None:
-        self.graph, self.widened, self.memory, self.plain = graph, widened, memory, plain
-        self.given, self.parameters = widened.mark.given, widened.mark.parameters
+        super().__init__(graph, widened, token_ids(widened.entry, memory.vocab), plain=plain)
+        self.memory = memory
         self.modes = gradient_modes(graph)
-        self.ids = token_ids(widened.entry, memory.vocab)
-        self.last = max(self.ids, *self.given.values(), *self.parameters.values())
-        """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
-        self.like = widened.entry
-        """Whose module and source line the nodes inserted now get."""
-        self.kept: dict[str, Node] = {}
-        """What every tensor of the state becomes."""
 
     def run(self) -> None:
         layers = [m for m in self.memory.layers if m.site in self.widened.reads]
@@ -79,7 +67,8 @@ class _Inserting:
         rows = {}
         for m in layers:
             rows[m.layer] = self._early(ENGRAM.rows.default, ids, reach, before, str(m.hash))
-        early = {m.layer: self._look_up(m, rows[m.layer]) for m in layers}
+        width = self.memory.settings.row_width
+        early = {m.layer: self._look_up(m.layer, rows[m.layer], width) for m in layers}
         for m in layers:
             self._fuse(m, early[m.layer], reach)
         self._keep()
@@ -88,42 +77,13 @@ class _Inserting:
 
     def _tokens(self) -> tuple[Node, Node, Node | None]:
         """Compressed ids [B, S], reach [B, S], and the carried compressed ids [B, N-1]."""
-        given = self.given
         ids = self.ids
         if self.memory.compressed:
             inside = self._early(torch.clamp, ids, 0)
-            compressed = self._early(operator.getitem, given["compression"], inside)
+            compressed = self._early(operator.getitem, self.given["compression"], inside)
             ids = self._early(torch.where, self._early(operator.lt, ids, 0), ids, compressed)
         eos = self.memory.layers[0].hash.fill if self.memory.settings.resets_after_eos else -1
-        optional = (given.get("attention_mask"), given.get("position_ids"), given.get("state.reach"))
-        reach = self._early(ENGRAM.reach.default, ids, *optional, eos)
-        before = given.get("state.ids")
-        if before is not None:
-            self._keep_end("state.ids", self._early(torch.cat, (before, ids), 1))
-            following = self._early(operator.add, self._early(operator.getitem, reach, (_ALL, -1)), 1)
-            # A document ends with its end-of-text token, and in front of padding.
-            for tensor, end in ((ids, eos), (given.get("attention_mask"), 0)):
-                if tensor is not None and end >= 0:
-                    last = self._early(operator.getitem, tensor, (_ALL, -1))
-                    following = self._early(operator.mul, following, self._early(operator.ne, last, end))
-            self.kept["state.reach"] = following
-        return ids, reach, before
-
-    def _look_up(self, m: LayerMemory, rows: Node) -> Callable[[], Node]:
-        """Begin to fetch the rows; returns what gives the node of their values, inserted where it is called."""
-        width = self.memory.settings.row_width
-        if self.plain:
-            weight = self.given[f"weight:{m.layer}"]
-            found = self._early(torch.nn.functional.embedding, rows, weight)
-            flat = self._early(torch.flatten, found, -2)
-            return lambda: flat
-        name = next(n for n in self.given if n.startswith(f"table:{m.layer}:"))
-        anchor, handle, far = self.given[name], int(name.split(":")[2]), name.endswith(":far")
-        dtype = torch.float32 if name.split(":")[3] == "float32" else torch.bfloat16
-        if not far:
-            return lambda: self._call(KERNELS.gather.default, rows, anchor, handle, width, dtype)
-        ticket = self._early(KERNELS.prefetch.default, rows, handle)
-        return lambda: self._call(KERNELS.collect.default, ticket, rows, anchor, handle, width, dtype)
+        return ids, *self._documents(ids, eos, "state")
 
     # --- at the layer --------------------------------------------------------------------------------------------
 
@@ -167,37 +127,3 @@ class _Inserting:
     def _gain(self, held: Node) -> Node:
         offset = self.memory.settings.gain_offset
         return self._call(operator.add, held, offset) if offset else held
-
-    # --- state ---------------------------------------------------------------------------------------------------
-
-    def _keep_end(self, name: str, whole: Node) -> None:
-        """The state becomes the end of `whole`."""
-        with self.graph.inserting_before(self._behind(whole)):
-            end = self._call(operator.getitem, whole, (_ALL, slice(-value(self.given[name]).shape[1], None)))
-            self.kept[name] = self._method("detach", end)
-
-    def _keep(self) -> None:
-        """Write the state, once everything has read it."""
-        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
-        with self.graph.inserting_before(output):
-            for name, new in self.kept.items():
-                self._method("copy_", self.given[name], new)
-
-    # --- nodes ---------------------------------------------------------------------------------------------------
-
-    def _early(self, target: Callable[..., Any], *args: Any) -> Node:
-        with self.graph.inserting_before(self._behind(self.last)):
-            self.last = self._call(target, *args)
-        return self.last
-
-    def _call(self, target: Callable[..., Any], *args: Any) -> Node:
-        return copy_meta(self.graph.call_function(target, args), self.like)
-
-    def _method(self, name: str, *args: Any) -> Node:
-        return copy_meta(self.graph.call_method(name, args), self.like)
-
-    def _behind(self, node: Node) -> Node:
-        place = node.next
-        while place.op == "placeholder":
-            place = place.next
-        return place

@@ -1,0 +1,103 @@
+"""What the passes that look up hashes of token ids have in common: reach, rows, carried state, and where nodes go."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+import mhc_compile.kernels.engram.gather
+import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (these register the ops)
+from mhc_compile.passes.base import copy_meta, value
+from mhc_compile.passes.widen import Widened
+
+ENGRAM = torch.ops.engram
+KERNELS = torch.ops.engram_kernels
+_ALL = slice(None)
+
+
+class Lookups:
+    """Inserts look-ups for the owner of one stream, whose token ids are `ids`.
+
+    `plain`: rows are read by PyTorch's embedding, for programs that run without this package.
+    """
+
+    def __init__(self, graph: Graph, widened: Widened, ids: Node, *, plain: bool) -> None:
+        self.graph, self.widened, self.ids, self.plain = graph, widened, ids, plain
+        self.given, self.parameters = widened.mark.given, widened.mark.parameters
+        self.last = max(ids, *self.given.values(), *self.parameters.values())
+        """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
+        self.like = widened.entry
+        """Whose module and source line the nodes inserted now get."""
+        self.kept: dict[str, Node] = {}
+        """What every tensor of the state becomes."""
+
+    # --- early in the graph: ids, rows ---------------------------------------------------------------------------
+
+    def _documents(self, ids: Node, eos: int, state: str) -> tuple[Node, Node | None]:
+        """Reach [B, S] of `ids`, and the ids in front of them that `state` carries; it will carry on the last."""
+        given = self.given
+        optional = (given.get("attention_mask"), given.get("position_ids"), given.get(f"{state}.reach"))
+        reach = self._early(ENGRAM.reach.default, ids, *optional, eos)
+        before = given.get(f"{state}.ids")
+        if before is not None:
+            self._keep_end(f"{state}.ids", self._early(torch.cat, (before, ids), 1))
+            following = self._early(operator.add, self._early(operator.getitem, reach, (_ALL, -1)), 1)
+            # A document ends with its end-of-text token, and in front of padding.
+            for tensor, end in ((ids, eos), (given.get("attention_mask"), 0)):
+                if tensor is not None and end >= 0:
+                    last = self._early(operator.getitem, tensor, (_ALL, -1))
+                    following = self._early(operator.mul, following, self._early(operator.ne, last, end))
+            self.kept[f"{state}.reach"] = following
+        return reach, before
+
+    def _look_up(self, table: str, rows: Node, width: int) -> Callable[[], Node]:
+        """Begin to fetch the rows; returns what gives the node of their values, inserted where it is called."""
+        if self.plain:
+            found = self._early(torch.nn.functional.embedding, rows, self.given[f"weight:{table}"])
+            flat = self._early(torch.flatten, found, -2)
+            return lambda: flat
+        name = next(n for n in self.given if n.startswith(f"table:{table}:"))
+        anchor, handle, far = self.given[name], int(name.split(":")[2]), name.endswith(":far")
+        dtype = torch.float32 if name.split(":")[3] == "float32" else torch.bfloat16
+        if not far:
+            return lambda: self._call(KERNELS.gather.default, rows, anchor, handle, width, dtype)
+        ticket = self._early(KERNELS.prefetch.default, rows, handle)
+        return lambda: self._call(KERNELS.collect.default, ticket, rows, anchor, handle, width, dtype)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def _keep_end(self, name: str, whole: Node) -> None:
+        """The state becomes the end of `whole`."""
+        with self.graph.inserting_before(self._behind(whole)):
+            end = self._call(operator.getitem, whole, (_ALL, slice(-value(self.given[name]).shape[1], None)))
+            self.kept[name] = self._method("detach", end)
+
+    def _keep(self) -> None:
+        """Write the state, once everything has read it."""
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        with self.graph.inserting_before(output):
+            for name, new in self.kept.items():
+                self._method("copy_", self.given[name], new)
+
+    # --- nodes ---------------------------------------------------------------------------------------------------
+
+    def _early(self, target: Callable[..., Any], *args: Any) -> Node:
+        with self.graph.inserting_before(self._behind(self.last)):
+            self.last = self._call(target, *args)
+        return self.last
+
+    def _call(self, target: Callable[..., Any], *args: Any) -> Node:
+        return copy_meta(self.graph.call_function(target, args), self.like)
+
+    def _method(self, name: str, *args: Any) -> Node:
+        return copy_meta(self.graph.call_method(name, args), self.like)
+
+    def _behind(self, node: Node) -> Node:
+        place = node.next
+        while place.op == "placeholder":
+            place = place.next
+        return place
