@@ -127,6 +127,7 @@ class MemoryTable(nn.Module):
 
     @trainable.setter
     def trainable(self, wanted: bool) -> None:
+        """Switch gradients of the lookups to come on or off."""
         if wanted and not self._can_train:
             raise MHCError("MHC228", f"{self}")
         self.anchor.requires_grad_(wanted)

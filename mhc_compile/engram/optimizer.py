@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,14 +72,8 @@ class TableAdamW(torch.optim.AdamW):
                 raise MHCError("MHC204", "tables are trained without weight_decay and amsgrad")
         super().add_param_group(group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of everything that has a gradient."""
         dense: Any = torch.optim.AdamW.step
         # An AdamW made before has wrapped that function with the step hooks, which run around this one already.
