@@ -2,11 +2,14 @@
 
     engram::reach(ids [B, S], mask [B, T >= S]?, positions [B or 1, S]?, carried [B]?, eos) -> [B, S] int64
     engram::rows(ids [B, S], reach [B, S], before [B, N - 1]?, hash_spec) -> [B, S, H] int64
+    engram::over_rows(ids [B, S], reach [B, S], before [B, n - 1]?, spec) -> [B, S, H] int64
     engram_kernels::rows(ids, reach, before, hash_spec)
+    engram_kernels::over_rows(ids, reach, before, spec)
 
-Those of `engram` are composite: they decompose into the plain PyTorch of `mhc_compile.kernels.engram.hashing`. That of
-`engram_kernels` is opaque to every compiler: C++ on a CPU, Triton on a GPU, plain PyTorch elsewhere. No gradients.
-Spec texts that cannot be read raise `MHCError` MHC220.
+Those of `engram` are composite: they decompose into the plain PyTorch of `mhc_compile.kernels.engram.hashing` and
+`overencoding`, whose `spec` is `str(OverEncodingSpec)`. Those of `engram_kernels` are opaque to every compiler: C++ on
+a CPU, for `rows` Triton on a GPU, plain PyTorch elsewhere. No gradients. Spec texts that cannot be read raise
+`MHCError` MHC220.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from torch import Tensor
 
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.cpp import build
-from mhc_compile.kernels.engram import hashing, rows_cpp, rows_triton
-from mhc_compile.kernels.engram.spec import HashSpec
+from mhc_compile.kernels.engram import hashing, over_cpp, overencoding, rows_cpp, rows_triton
+from mhc_compile.kernels.engram.spec import HashSpec, OverEncodingSpec
 from mhc_compile.kernels.triton.run import interprets
 
 DIALECT = torch.library.Library("engram", "FRAGMENT")
@@ -61,6 +64,19 @@ def _rows_fake(ids: Tensor, reach: Tensor, before: Tensor | None, hash_spec: str
     return ids.new_empty((*ids.shape, len(HashSpec.parse(hash_spec).moduli)), dtype=torch.int64)
 
 
+def _over_rows(ids: Tensor, reach: Tensor, before: Tensor | None, spec: str) -> Tensor:
+    return overencoding.rows(ids, reach, before, OverEncodingSpec.parse(spec))
+
+
+def _over_rows_opaque(ids: Tensor, reach: Tensor, before: Tensor | None, spec: str) -> Tensor:
+    run = over_cpp.run if provider(ids.device.type) == "cpp" else overencoding.rows
+    return run(ids, reach, before, OverEncodingSpec.parse(spec))
+
+
+def _over_rows_fake(ids: Tensor, reach: Tensor, before: Tensor | None, spec: str) -> Tensor:  # noqa: ARG001
+    return ids.new_empty((*ids.shape, len(OverEncodingSpec.parse(spec).moduli)), dtype=torch.int64)
+
+
 def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     rows = "rows(Tensor ids, Tensor reach, Tensor? before, str hash_spec) -> Tensor"
@@ -71,6 +87,12 @@ def _register() -> None:
     KERNELS.define(rows, tags=tags)
     KERNELS.impl("rows", _rows_opaque, "CompositeExplicitAutograd")
     torch.library.register_fake("engram_kernels::rows", _rows_fake, lib=KERNELS)
+    over_rows = "over_rows(Tensor ids, Tensor reach, Tensor? before, str spec) -> Tensor"
+    DIALECT.define(over_rows, tags=tags)
+    DIALECT.impl("over_rows", _over_rows, "CompositeImplicitAutograd")
+    KERNELS.define(over_rows, tags=tags)
+    KERNELS.impl("over_rows", _over_rows_opaque, "CompositeExplicitAutograd")
+    torch.library.register_fake("engram_kernels::over_rows", _over_rows_fake, lib=KERNELS)
 
 
 _register()

@@ -10,39 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverEncodingSpec:
-    """Sizes of the tables. Raises `MHCError` MHC220 for those that cannot hash n-grams of the vocabulary."""
-
-    vocab: int
-    """V, the base."""
-    order: int = 3
-    """n, the longest n-gram."""
-    moduli: tuple[int, ...]
-    """m_ij, order-major: distinct, and coprime with V, or the earlier tokens of an n-gram would not tell rows apart."""
-
-    def __post_init__(self) -> None:
-        if self.vocab < 1 or self.order < 2 or not self.moduli or len(self.moduli) % (self.order - 1):
-            raise MHCError("MHC220", f"{len(self.moduli)} tables for orders 2 to {self.order} of {self.vocab} ids")
-        if min(self.moduli) < 1 or len(set(self.moduli)) < len(self.moduli):
-            raise MHCError("MHC220", f"moduli {self.moduli} are not positive and distinct")
-        if common := [m for m in self.moduli if math.gcd(m, self.vocab) != 1]:
-            raise MHCError("MHC220", f"modulus {common[0]} has a divisor in common with {self.vocab}")
-        if max(self.moduli) * self.vocab >= 1 << 63:  # (m - 1) * V + V - 1 is the largest number on the way
-            raise MHCError("MHC220", f"modulus {max(self.moduli)} is too large for {self.vocab} ids in 64 bits")
-
-    @property
-    def heads(self) -> int:
-        """k, tables an order."""
-        return len(self.moduli) // (self.order - 1)
+from mhc_compile.kernels.engram.spec import OverEncodingSpec
 
 
 def overencoding_spec(vocab: int, rows: int, *, order: int = 3, heads: int = 1) -> OverEncodingSpec:
@@ -58,14 +31,27 @@ def overencoding_spec(vocab: int, rows: int, *, order: int = 3, heads: int = 1) 
     return OverEncodingSpec(vocab=vocab, order=order, moduli=tuple(found))
 
 
-def indices(ids: Tensor, reach: Tensor | None, spec: OverEncodingSpec) -> Tensor:
+def indices(ids: Tensor, reach: Tensor | None, spec: OverEncodingSpec, before: Tensor | None = None) -> Tensor:
     """`h_i mod m_ij` of every token and table: [B, S, H] int64.
 
-    `ids` [B, S] from 0 to V - 1 (`hashing.check_ids`). Left of the call, and of the token's document where `reach`
-    [B, S] is given (`hashing.reach`), an n-gram holds zeros. Reduced at every step, nothing exceeds `m * V`.
+    `ids` [B, S] from 0 to V - 1 (`hashing.check_ids`), `before` [B, n - 1] the ids in front of the call (None: nothing
+    is). Left of that, and of the token's document where `reach` [B, S] is given (`hashing.reach`), an n-gram holds
+    zeros. Reduced at every step, nothing exceeds `m * V`.
     """
+    return torch.stack(_numbers(ids, reach, before, spec), -1)
+
+
+def rows(ids: Tensor, reach: Tensor, before: Tensor | None, spec: OverEncodingSpec) -> Tensor:
+    """As `indices`, of the one table that holds the rows of all, each behind those of the one before."""
+    found = zip(_numbers(ids, reach, before, spec), spec.offsets, strict=True)
+    return torch.stack([number + offset for number, offset in found], -1)
+
+
+def _numbers(ids: Tensor, reach: Tensor | None, before: Tensor | None, spec: OverEncodingSpec) -> list[Tensor]:
     S, ids = ids.shape[1], ids.long()
-    held = torch.cat([ids.new_zeros(ids.shape[0], spec.order - 1), ids], 1)
+    if before is None:
+        before = ids.new_zeros(ids.shape[0], spec.order - 1)
+    held = torch.cat([before, ids], 1)
     earlier = [held[:, spec.order - 1 - i : spec.order - 1 - i + S] for i in range(spec.order)]
     if reach is not None:
         earlier = [torch.where(reach >= i, x, 0) for i, x in enumerate(earlier)]
@@ -78,7 +64,7 @@ def indices(ids: Tensor, reach: Tensor | None, spec: OverEncodingSpec) -> Tensor
             for x in reversed(earlier[:length]):  # from the oldest token, as Horner does
                 number = torch.remainder(number * spec.vocab + x, modulus)
             found.append(number)
-    return torch.stack(found, -1)
+    return found
 
 
 def embed(
@@ -91,7 +77,7 @@ def embed(
 ) -> Tensor:
     """OE(x) [B, S, C] of `embedding` [V, C], `tables` [m_ij, C/(n k)] and `projections` [C/(n k), C]."""
     found = embedding[ids]
-    rows = indices(ids, reach, spec)
+    numbers = indices(ids, reach, spec)
     for j, (table, projection) in enumerate(zip(tables, projections, strict=True)):
-        found = found + table[rows[..., j]] @ projection
+        found = found + table[numbers[..., j]] @ projection
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar, Self
@@ -30,8 +31,28 @@ class _Text:
         return _parsed(kind, text)
 
 
+class _Hashed(_Text):
+    """Hashes into one table that holds the rows of every order and head, one after the other."""
+
+    moduli: tuple[int, ...]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The first row of every order and head."""
+        found, at = [], 0
+        for modulus in self.moduli:
+            found.append(at)
+            at += modulus
+        return tuple(found)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table that can be hit."""
+        return sum(self.moduli)
+
+
 @dataclass(frozen=True, kw_only=True)
-class HashSpec(_Text):
+class HashSpec(_Hashed):
     """How one layer hashes n-grams of ids (arXiv 2601.07372, section 2): int64 with wraparound.
 
     For order k and head j: `mix_k = XOR_{i<k} x[t-i] * multipliers[i]`, `row = mix_k mod moduli[k, j] + offset`, where
@@ -65,19 +86,36 @@ class HashSpec(_Text):
         """K, heads an order."""
         return len(self.moduli) // (self.order - 1)
 
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """The first row of every order and head."""
-        found, at = [], 0
-        for modulus in self.moduli:
-            found.append(at)
-            at += modulus
-        return tuple(found)
+
+@dataclass(frozen=True, kw_only=True)
+class OverEncodingSpec(_Hashed):
+    """How Over-Encoding hashes n-grams of ids (arXiv 2501.16975): as numbers to the base V, modulo the tables' sizes.
+
+    Raises `MHCError` MHC220 for sizes that cannot hash n-grams of the vocabulary.
+    """
+
+    vocab: int
+    """V, the base."""
+    order: int = 3
+    """n, the longest n-gram."""
+    moduli: tuple[int, ...]
+    """m_ij, order-major: distinct, and coprime with V, or the earlier tokens of an n-gram would not tell rows apart."""
+
+    def __post_init__(self) -> None:
+        if self.vocab < 1 or self.order < 2 or not self.moduli or len(self.moduli) % (self.order - 1):
+            raise MHCError("MHC220", f"{len(self.moduli)} tables for orders 2 to {self.order} of {self.vocab} ids")
+        if min(self.moduli) < 1 or len(set(self.moduli)) < len(self.moduli):
+            raise MHCError("MHC220", f"moduli {self.moduli} are not positive and distinct")
+        if common := [m for m in self.moduli if math.gcd(m, self.vocab) != 1]:
+            raise MHCError("MHC220", f"modulus {common[0]} has a divisor in common with {self.vocab}")
+        if max(self.moduli) * self.vocab >= _BEYOND:  # (m - 1) * V + V - 1 is the largest number on the way
+            raise MHCError("MHC220", f"modulus {max(self.moduli)} is too large for {self.vocab} ids in 64 bits")
+        super().__post_init__()
 
     @property
-    def rows(self) -> int:
-        """Rows of the table that can be hit."""
-        return sum(self.moduli)
+    def heads(self) -> int:
+        """k, tables an order."""
+        return len(self.moduli) // (self.order - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram import hashing
-from mhc_compile.kernels.engram.overencoding import OverEncodingSpec, embed, indices, overencoding_spec
+from mhc_compile.kernels.engram import hash_ops, hashing, overencoding
+from mhc_compile.kernels.engram.overencoding import embed, indices, overencoding_spec
+from mhc_compile.kernels.engram.overencoding_settings import OverEncoding, OverEncodingSettings, over_encoding_of
+from mhc_compile.kernels.engram.spec import OverEncodingSpec
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -65,6 +68,70 @@ def test_the_sum_of_embeddings() -> None:
         for t in range(6):
             parts = (tables[j][rows[b, t, j]] @ projections[j] for j in range(4))
             torch.testing.assert_close(found[b, t], sum(parts, embedding[ids[b, t]]))
+
+
+OPS = [torch.ops.engram.over_rows, torch.ops.engram_kernels.over_rows]
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize(("order", "heads", "rows"), [(2, 1, 3), (3, 2, 2**40), (5, 3, 101)], ids=str)
+def test_rows_of_one_table(op: Any, order: int, heads: int, rows: int) -> None:
+    spec = overencoding_spec(2**17 - 1, rows, order=order, heads=heads)
+    ids, reach = torch.randint(0, spec.vocab, (3, 700)), torch.randint(0, order + 2, (3, 700))
+    offsets = torch.tensor(spec.offsets)
+    assert torch.equal(op(ids, reach, None, str(spec)), indices(ids, reach, spec) + offsets)
+    assert int(op(ids, reach, None, str(spec)).max()) < spec.rows == sum(spec.moduli)
+    assert op(ids[:, :0], reach[:, :0], None, str(spec)).shape == (3, 0, len(spec.moduli))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_rows_go_on_from_the_ids_before(op: Any) -> None:
+    spec = overencoding_spec(11, 23, order=4, heads=2)
+    ids = torch.randint(0, 11, (2, 9))
+    reach = hashing.reach(ids, None, None, None, 3)
+    whole, before, found = op(ids, reach, None, str(spec)), torch.zeros(2, 3, dtype=torch.int64), []
+    for part, far in zip(ids.split([1, 4, 2, 2], 1), reach.split([1, 4, 2, 2], 1), strict=True):
+        found.append(op(part.int(), far, before, str(spec)))
+        before = torch.cat([before, part], 1)[:, -3:]
+    assert torch.equal(torch.cat(found, 1), whole)
+
+
+def test_the_op_is_known_to_compilers() -> None:
+    spec = overencoding_spec(11, 23, order=3)
+    ids = torch.randint(0, 11, (2, 5))
+    for before in (None, torch.randint(0, 11, (2, 2))):
+        torch.library.opcheck(OPS[1], (ids, hashing.reach(ids, None, None, None), before, str(spec)))
+
+
+def test_without_a_compiler_plain_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = overencoding_spec(11, 23, order=3)
+    ids = torch.randint(0, 11, (2, 5))
+    reach = hashing.reach(ids, None, None, None)
+    wanted = OPS[1](ids, reach, None, str(spec))
+    monkeypatch.setattr(hash_ops, "provider", lambda _: "reference")
+    calls = []
+    monkeypatch.setattr(overencoding, "rows", lambda *a, f=overencoding.rows: (calls.append(a), f(*a))[1])
+    assert torch.equal(OPS[1](ids, reach, None, str(spec)), wanted)
+    assert len(calls) == 1
+
+
+def test_specifications_are_text_and_back() -> None:
+    over = over_encoding_of(OverEncodingSettings(order=3, heads=2, rows=100), vocab=64, hidden=32)
+    assert OverEncodingSpec.parse(str(over.hash)) == over.hash
+    assert OverEncoding.parse(over.plain()) == over
+    assert over.hash.moduli == (101, 103, 105, 107)
+    assert over.width == 5  # of 32 / 6
+
+
+@pytest.mark.parametrize("wrong", [{"order": 1}, {"heads": 0}, {"rows": 1}, {"rows": 2.5}, {"order": True}], ids=str)
+def test_settings_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(MHCError, match=f"MHC220.*{next(iter(wrong))}="):
+        OverEncodingSettings(**wrong)
+
+
+def test_more_tables_than_channels_are_refused() -> None:
+    with pytest.raises(MHCError, match=r"MHC220.*7 channels"):
+        over_encoding_of(OverEncodingSettings(heads=3, rows=100), vocab=64, hidden=7)
 
 
 @pytest.mark.parametrize(
