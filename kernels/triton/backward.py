@@ -1,9 +1,9 @@
 """Triton for the backward of a chain: one kernel over blocks of tokens, and one for phi's gradient.
 
-`backward`: the weights' gradients <dh, X'> in a first loop over the columns; the n x n arithmetic backwards; then G,
-the gradient of X' (from X' itself, from h, from the projection and its norm), and from G those of X, y, post and H. X'
-is computed again from X and y. `phi_gradient` forms du.T @ X' over fixed ranges of tokens, whose partial sums are added
-in their order: two runs are bit-equal.
+`backward`: the weights' gradients <dh, X'> in a first loop over the columns (of LayerNorm in a second, after its mean);
+the n x n arithmetic backwards; then G, the gradient of X' (from X' itself, from h, from the projection and its norm),
+and from G those of X, y, post and H. X' is computed again from X and y. `phi_gradient` forms du.T @ X' over fixed
+ranges of tokens, whose partial sums are added in their order: two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ import torch
 
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.signature import gradients_in, inputs, saved
-from mhc_compile.kernels.triton import text
+from mhc_compile.kernels.triton import norm, text
 from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
 from mhc_compile.kernels.triton.forward import logit
+
+PARAMETERS = ("phi", "alpha", "bias", "norm_weight", "norm_bias")
+
+# A matrix instruction leaves two neighbours of a row to a thread: their sum is half the registers, and no exchange.
+PAIRS = """\
+@triton.jit
+def pairs(x):
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), 2)
+"""
 
 
 def backward_source(chain: Chain) -> str:
@@ -22,14 +31,17 @@ def backward_source(chain: Chain) -> str:
     parts = [text.header(chain, "backward")]
     if chain.projects and chain.streams_dtype == torch.bfloat16:
         parts.append(text.DOT_STREAMS)
+    if _adds_pairs(chain):
+        parts.append(PAIRS)
     if functions := site_functions(chain, backward=True):
         parts.append(functions)
     body = [*text.token_lines(), *text.site_lines(chain)]
     if chain.projects:
         if chain.collapses:
-            body += _weigh(chain)
+            body += _weigh(chain) if chain.norm == "none" else [*_weights(chain), *norm.weigh(chain)]
         body += _site_backward(chain)
-        body += text.site_lines(chain)  # again: kept, they would fill the registers that Sinkhorn needs
+        # Again: kept, they would fill the registers that Sinkhorn needs.
+        body += [*text.site_lines(chain), *(_weights(chain) if chain.collapses else [])]
     parts.append(text.kernel("backward", backward_pointers(chain), ("tokens", "x_stride"), body + _gradients(chain)))
     if chain.projects:
         pointers = ("X", *(("y", "post", "mix") if chain.mixes else ()), "du", "partial")
@@ -40,8 +52,9 @@ def backward_source(chain: Chain) -> str:
 def backward_pointers(chain: Chain) -> tuple[str, ...]:
     """The kernel's tensors: the signature's, and in place of the parameters' gradients what these are summed from."""
     given = (*saved(chain), *(f"d_{name}" for name in gradients_in(chain)))
-    taken = tuple(f"d_{name}" for name in inputs(chain) if name not in ("phi", "alpha", "bias"))
-    return (*given, *taken, *(("dlogits", "du", "sums") if chain.projects else ()))
+    taken = tuple(f"d_{name}" for name in inputs(chain) if name not in PARAMETERS)
+    extra = (*(("dlogits", "du", "sums") if chain.projects else ()), *(("norm_sums",) if chain.norm != "none" else ()))
+    return (*given, *taken, *extra)
 
 
 def _weigh(chain: Chain) -> list[str]:
@@ -53,18 +66,25 @@ def _weigh(chain: Chain) -> list[str]:
     return lines + text.loop(chain, body)
 
 
+def _inverse_rms(chain: Chain) -> list[str]:
+    at = f"token * {chain.rows + 1} + {chain.rows}"
+    return [f"squares = tl.load(z + {at}, live, other=0.0)", "s = inverse_rms(squares)"]
+
+
+def _weights(chain: Chain) -> list[str]:
+    """`w_i`, from z."""
+    n, eps = chain.stream.streams, chain.stream.convention.fields.pre_eps
+    weights = [f"w_{i} = tl.sigmoid({logit(chain, i)}){f' + {eps!r}' if eps else ''}" for i in range(n)]
+    return [*_inverse_rms(chain), *weights]
+
+
 def _site_backward(chain: Chain) -> list[str]:
-    """du [tokens, rows], the weights `w_i` and `scale`: X' times it is the gradient that comes through the norm."""
+    """From `dw_i` du [tokens, rows] and `scale`: X' times it is the gradient that comes through the norm."""
     n, rows, fields = chain.stream.streams, chain.rows, chain.stream.convention.fields
-    lines = [
-        f"squares = tl.load(z + token * {rows + 1} + {rows}, live, other=0.0)",
-        "s = inverse_rms(squares)",
-    ]
+    lines = _inverse_rms(chain)
     for i in range(n):
         lines.append(f"gate = tl.sigmoid({logit(chain, i)})")
-        if chain.collapses:
-            lines.append(f"w_{i} = gate{f' + {fields.pre_eps!r}' if fields.pre_eps else ''}")
-        else:
+        if not chain.collapses:
             lines.append(f"dw_{i} = tl.load(d_next_pre + token * {n} + {i}, live, other=0.0)")
         lines.append(_keep(chain, i, f"dw_{i} * gate * (1.0 - gate)"))
     if chain.weights == "site":
@@ -122,11 +142,14 @@ def _gradients(chain: Chain) -> list[str]:
     if given:
         lines += [f"w_{i} = tl.load(pre + token * {n} + {i}, live, other=0.0)" for i in range(n)]
         lines += [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
+    sums, add = ("BK // 2", "pairs({})") if _adds_pairs(chain) else ("BK", "{}")
     if chain.mixes:
-        lines += [f"dpost_{i} = tl.zeros([BT, BK], tl.float32)" for i in range(n)]
-        lines += [f"{name} = tl.zeros([BT, BK], tl.float32)" for name in entries(n, "dH")]
+        lines += [f"dpost_{i} = tl.zeros([BT, {sums}], tl.float32)" for i in range(n)]
+        lines += [f"{name} = tl.zeros([BT, {sums}], tl.float32)" for name in entries(n, "dH")]
     body = text.stream_lines(chain) if chain.mixes or chain.projects or given else []
-    if chain.collapses:
+    if chain.norm != "none":
+        body += norm.gradient(chain)
+    elif chain.collapses:
         body.append(f"dh = {text.load('d_h + at_y')}")
     for i in range(n):
         body.append(f"g = {_gradient_of_stream(chain, i)}")
@@ -139,8 +162,8 @@ def _gradients(chain: Chain) -> list[str]:
             body.append(f"tl.store(d_X + at + {i * chain.width}, g, inside)")
             continue
         plus = "=" if i == 0 else "+="
-        body.append(f"dpost_{i} += g * branch")
-        body += [f"dH_{i}{j} += g * in_{j}" for j in range(n)]
+        body.append(f"dpost_{i} += {add.format('g * branch')}")
+        body += [f"dH_{i}{j} += {add.format(f'g * in_{j}')}" for j in range(n)]
         body.append(f"dy {plus} post_{i}[:, None] * g")
         body += [f"dx_{j} {plus} H_{i}{j}[:, None] * g" for j in range(n)]
     if chain.mixes:
@@ -154,6 +177,11 @@ def _gradients(chain: Chain) -> list[str]:
         for k, name in enumerate(entries(n, "dH")):
             lines.append(f"tl.store(d_mix + token * {n * n} + {k}, tl.sum({name}, 1), live)")
     return lines
+
+
+def _adds_pairs(chain: Chain) -> bool:
+    """Whether the gradients of post and H are summed in the layout of a matrix instruction, to which they are many."""
+    return chain.mixes and chain.projects and chain.streams_dtype != torch.float32
 
 
 def _gradient_of_stream(chain: Chain, i: int) -> str:

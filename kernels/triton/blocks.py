@@ -33,18 +33,40 @@ class Blocks:
     """Depth of the software pipeline of loads."""
 
 
-def default(chain: Chain, kernel: str) -> Blocks:
-    """The choice without measuring, compiled without spilled registers for n = 4 on sm_90."""
+def _cut(tokens: int, columns: int, warps: int) -> Blocks:
+    return Blocks(tokens=tokens, columns=columns, warps=warps)
+
+
+# Of chains with a projection, by kernel and family of GPUs: for streams in float32, for streams in half precision.
+# At n = 4 no value leaves the registers for memory, with or without a norm; tests compile them all.
+_CUTS = {
+    ("forward", "sm_80"): (_cut(32, 32, 8), _cut(32, 32, 8)),
+    ("forward", "sm_90"): (_cut(64, 32, 8), _cut(64, 32, 8)),
+    ("forward", "gfx"): (_cut(64, 32, 8), _cut(64, 32, 8)),
+    ("backward", "sm_80"): (_cut(16, 16, 8), _cut(16, 32, 8)),
+    ("backward", "sm_90"): (_cut(16, 16, 8), _cut(16, 32, 8)),
+    ("backward", "gfx"): (_cut(16, 16, 4), _cut(16, 16, 4)),
+}
+
+
+def default(chain: Chain, kernel: str, arch: int | str) -> Blocks:
+    """The choice without measuring, for an architecture (80, 90, ... of NVIDIA's, "gfx942", ... of AMD's)."""
     if kernel == "phi_gradient":
-        return Blocks(tokens=16, columns=64, warps=4)
+        return _cut(16, 64, 4)
     if not chain.projects:  # tokens alone are shared out: small blocks fill the GPU
-        return Blocks(tokens=4, columns=128 if kernel == "backward" else 256, warps=4)
-    if kernel == "forward":
-        return Blocks(tokens=64, columns=32, warps=8)
-    return Blocks(tokens=16, columns=32, warps=4 if chain.streams_dtype == torch.float32 else 8)
+        return _cut(4, 128 if kernel == "backward" else 256, 4)
+    of_float32, of_half = _CUTS[kernel, _family(arch)]
+    return of_float32 if chain.streams_dtype == torch.float32 else of_half
 
 
-def candidates(chain: Chain, kernel: str) -> list[Blocks]:
+def _family(arch: int | str) -> str:
+    if isinstance(arch, str):
+        return "gfx"
+    # From 9.0 on matrix instructions take their operands from shared memory, but not on consumers' GPUs.
+    return "sm_90" if 90 <= arch < 120 else "sm_80"
+
+
+def candidates(chain: Chain, kernel: str, arch: int | str) -> list[Blocks]:
     """What measuring tries, the default first."""
     tokens = (16, 32, 64) if chain.projects or kernel == "phi_gradient" else (2, 4, 8)
     columns = (32, 64, 128) if chain.projects or kernel == "phi_gradient" else (128, 256, 512)
@@ -56,7 +78,7 @@ def candidates(chain: Chain, kernel: str) -> list[Blocks]:
         for s in (2, 3)
         if 512 <= t * c <= 4096
     ]
-    first = default(chain, kernel)
+    first = default(chain, kernel, arch)
     return [first, *(b for b in tried if b != first)]
 
 

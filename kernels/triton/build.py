@@ -38,8 +38,12 @@ def load(chain: Chain, direction: Direction) -> ModuleType:
 
     Under `TRITON_INTERPRET=1` they run on CPU tensors. Raises ImportError where there is no Triton.
     """
-    code = source(chain, direction)
-    name = f"{chain.name}_{direction}_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
+    return module_of(f"{chain.name}_{direction}", source(chain, direction))
+
+
+def module_of(name: str, code: str) -> ModuleType:
+    """The module of any generated file, from the cache directory. Raises ImportError where there is no Triton."""
+    name = f"{name}_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
     path = cache_dir() / f"{name}.py"
     write_once(path, code)
     spec = importlib.util.spec_from_file_location(f"mhc_compile_generated.{name}", path)
@@ -91,10 +95,6 @@ def compile_for(
 
     Raises ImportError without Triton and what its compiler raises.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     fn = getattr(load(chain, "forward" if kernel == "forward" else "backward"), kernel)
     constants = {"BT": blocks.tokens, "BK": blocks.columns, "PRECISION": precision(chain, kernel, backend)}
     names = pointers(chain, kernel)
@@ -106,6 +106,26 @@ def compile_for(
     aligned = [i for i, name in enumerate(fn.arg_names) if name in names]
     if chain.stream.streams * chain.width % 16 == 0:
         aligned.append(fn.arg_names.index("x_stride"))
+    return compile_kernel(fn, types, constants, aligned, backend, arch, blocks)
+
+
+def compile_kernel(
+    fn: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    aligned: list[int],
+    backend: Literal["cuda", "hip"],
+    arch: int | str,
+    blocks: Blocks,
+) -> Compiled:
+    """Compile any kernel for an architecture; `aligned` are the arguments that are multiples of 16.
+
+    Raises ImportError without Triton and what its compiler raises.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     compiled = triton.compile(
         ASTSource(fn, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}),
         target=GPUTarget(backend, arch, 64 if backend == "hip" else 32),
@@ -125,6 +145,6 @@ def pointers(chain: Chain, kernel: Kernel) -> tuple[str, ...]:
 
 def dtype_of(chain: Chain, name: str) -> torch.dtype:
     """The dtype of a kernel's tensor."""
-    if name in ("dlogits", "du", "sums", "partial"):
+    if name in ("dlogits", "du", "sums", "norm_sums", "partial"):
         return torch.float32
     return signature.dtype(chain, name.removeprefix("d_"))

@@ -2,6 +2,7 @@
 
 The first loop over the columns mixes the streams, writes them and projects them on phi; the coefficients are computed
 with a vector of tokens for every entry; the second loop weighs the streams, which the first has left in the caches.
+Where the branch begins with a norm, one more loop (of LayerNorm two) goes over the h that the second has written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.signature import inputs, outputs
-from mhc_compile.kernels.triton import text
+from mhc_compile.kernels.triton import norm, text
 from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
 
 
@@ -44,8 +45,8 @@ def _write_streams(chain: Chain) -> list[str]:
 
 
 def _collapse(chain: Chain) -> list[str]:
-    total = " + ".join(f"w_{i} * x_{i}" for i in range(chain.stream.streams))
-    return [f"tl.store(h + at_y, {total}, inside)"]
+    lines = [f"hidden = {norm.weighed(chain, 'w_{}')}", "tl.store(h + at_y, hidden, inside)"]
+    return lines if chain.norm == "none" else [*lines, *norm.add_up(chain)]
 
 
 def _in_one_pass(chain: Chain) -> list[str]:
@@ -80,12 +81,12 @@ def _with_coefficients(chain: Chain) -> list[str]:
     if not chain.collapses:
         return lines
     lines += [f"w_{i} = w_{i}[:, None]" for i in range(n)]
-    if not chain.keeps_streams:
-        return lines + text.loop(chain, [*text.stream_lines(chain), *_collapse(chain)], backwards=True)
-    again_lines = [
-        f"x_{i} = {text.load(f'next_X + at + {i * chain.width}', 'evict_first')}" for i in range(n)
-    ]  # fmt: skip
-    return lines + text.loop(chain, [*again_lines, *_collapse(chain)], backwards=True)
+    if chain.keeps_streams:
+        streams = [f"x_{i} = {text.load(f'next_X + at + {i * chain.width}', 'evict_first')}" for i in range(n)]
+    else:
+        streams = text.stream_lines(chain)
+    weigh = text.loop(chain, [*streams, *_collapse(chain)], backwards=True)
+    return [*lines, *weigh] if chain.norm == "none" else [*lines, norm.START, *weigh, *norm.normalise(chain)]
 
 
 def coefficient_lines(chain: Chain) -> list[str]:

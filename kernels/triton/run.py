@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain, dtypes_against
+from mhc_compile.kernels.triton import norm
 from mhc_compile.kernels.triton.blocks import MAX_SPLITS, Blocks, autotunes, candidates, default, fastest
 from mhc_compile.kernels.triton.build import Direction, Kernel, load, pointers, precision, source
 
@@ -33,8 +34,8 @@ def unsupported(chain: Chain) -> str | None:
             return f"no Triton kernel for the manifold {spec.manifold}"
         if spec.manifold == "sinkhorn" and spec.iterations < 1:
             return "no Triton kernel without a Sinkhorn iteration"
-    if chain.norm != "none":
-        return "the branch's norm stays outside of Triton kernels"
+    if chain.norm != "none" and chain.kind not in ("read", "boundary"):
+        return f"no Triton kernel for {chain.kind} with a norm"
     if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
         return "Triton kernels are for GPUs of compute capability 8.0 and later"
     return None
@@ -84,15 +85,17 @@ def _backward(
         return out
     n, rows, like = chain.stream.streams, chain.rows, held["z"]
     values["dlogits"], values["du"] = like.new_empty(tokens, rows), like.new_empty(tokens, rows)
-    block = _blocks(chain, "backward", values, tokens, numbers).tokens
-    values["sums"] = like.new_empty(-(-tokens // block), 2, rows)
+    values |= _sums(chain, values, tokens, _blocks(chain, "backward", values, tokens, numbers))
     _launch(chain, "backward", values, tokens, numbers)
     biases, per_row = values["sums"].sum(0)
     out["d_bias"].copy_(biases)
     groups = (per_row,) if chain.weights == "head" else (per_row[:n], per_row[n : 2 * n], per_row[2 * n :])
     out["d_alpha"].copy_(torch.stack([group.sum() for group in groups]))
+    if chain.norm != "none":
+        for name, gradient in zip(("d_norm_weight", "d_norm_bias"), values["norm_sums"].sum(0), strict=False):
+            out[name].copy_(gradient)
     # Each program adds up a fixed range of tokens; the ranges' sums are added in one order.
-    step = default(chain, "phi_gradient").tokens * 16
+    step = default(chain, "phi_gradient", _arch(like.device)).tokens * 16
     splits = min(MAX_SPLITS, -(-tokens // step))
     per_split = -(-tokens // (splits * step)) * step
     splits = -(-tokens // per_split)
@@ -100,6 +103,15 @@ def _backward(
     _launch(chain, "phi_gradient", values, tokens, {"per_split": per_split, **numbers})
     torch.sum(values["partial"], 0, out=out["d_phi"])
     return out
+
+
+def _sums(chain: Chain, values: dict[str, Tensor], tokens: int, blocks: Blocks) -> dict[str, Tensor]:
+    """What each block of tokens adds to the gradients of the parameters but phi; the rows are added in their order."""
+    like, programs = values["z"], -(-tokens // blocks.tokens)
+    sums = {"sums": like.new_empty(programs, 2, chain.rows)}
+    if chain.norm != "none":
+        sums["norm_sums"] = like.new_empty(programs, norm.gradients(chain), chain.width)
+    return sums
 
 
 def _launch(chain: Chain, kernel: Kernel, values: dict[str, Tensor], tokens: int, numbers: dict[str, int]) -> None:
@@ -130,36 +142,39 @@ def _start(
         )
 
 
+_MEASURED: dict[tuple[Chain, Kernel, str], Blocks] = {}
+
+
 def _blocks(chain: Chain, kernel: Kernel, values: dict[str, Tensor], tokens: int, numbers: dict[str, int]) -> Blocks:
-    if not autotunes() or values["X"].device.type != "cuda":
-        return default(chain, kernel)
-    return _measured(chain, kernel, torch.cuda.get_device_name(values["X"].device), _Call(values, tokens, numbers))
+    device = values["X"].device
+    if not autotunes() or device.type != "cuda":
+        return default(chain, kernel, _arch(device))
+    key = (chain, kernel, torch.cuda.get_device_name(device))
+    if key not in _MEASURED:
+        _MEASURED[key] = _measure(chain, kernel, key[2], values, tokens, numbers)
+    return _MEASURED[key]
 
 
-class _Call:
-    """A call to measure with: equal to every other, so that a choice is made once a chain, kernel and device."""
-
-    def __init__(self, values: dict[str, Tensor], tokens: int, numbers: dict[str, int]) -> None:
-        self.values, self.tokens, self.numbers = values, tokens, numbers
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Call)
-
-    def __hash__(self) -> int:
-        return 0
+@cache
+def _arch(device: torch.device) -> int | str:
+    if device.type != "cuda":  # the interpreter: any will do
+        return 90
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
-@lru_cache(maxsize=1024)
-def _measured(chain: Chain, kernel: Kernel, device: str, call: _Call) -> Blocks:
+def _measure(
+    chain: Chain, kernel: Kernel, device: str, values: dict[str, Tensor], tokens: int, numbers: dict[str, int]
+) -> Blocks:
     from triton.testing import do_bench
 
     text = source(chain, "forward" if kernel == "forward" else "backward")
     key = hashlib.sha256(f"{text}\n{device}".encode()).hexdigest()[:16]
 
     def milliseconds(blocks: Blocks) -> float:
-        values = dict(call.values)
-        if kernel == "backward" and chain.projects:
-            values["sums"] = values["z"].new_empty(-(-call.tokens // blocks.tokens), 2, chain.rows)
-        return float(do_bench(lambda: _start(chain, kernel, values, call.tokens, call.numbers, blocks)))
+        own = {**values, **(_sums(chain, values, tokens, blocks) if kernel == "backward" and chain.projects else {})}
+        return float(do_bench(lambda: _start(chain, kernel, own, tokens, numbers, blocks)))
 
-    return fastest(f"{chain.name}_{kernel}_{key}", candidates(chain, kernel), milliseconds)
+    return fastest(f"{chain.name}_{kernel}_{key}", candidates(chain, kernel, _arch(values["X"].device)), milliseconds)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chains import BF16, CHAINS, V4, backward_values, error, exactly, name_of, random_gradients, random_inputs
 from torch import Tensor
 
-from mhc_compile.kernels import fused, plain, providers, signature  # noqa: F401  (the ops)
+from mhc_compile.kernels import fused, plain, providers, signature
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.kernels.triton import build
@@ -29,6 +29,12 @@ MORE = [
     Chain(kind="boundary", stream=StreamSpec(iterations=1), width=50, **HALF),
     Chain(kind="boundary", stream=StreamSpec(convention=Convention.DEEPSEEK_V4), width=24, **BF16),
     Chain(kind="leave", stream=V4, width=18, **BF16),
+    # Norms without an eps, too: tokens that fill up a block are zero, and an inverse of nothing must not spread.
+    Chain(kind="boundary", stream=StreamSpec(), width=45, norm="layer", norm_eps=1e-5),
+    Chain(kind="boundary", stream=StreamSpec(streams=2), width=50, norm="layer", **HALF),
+    Chain(kind="boundary", stream=StreamSpec(streams=3, convention=Convention.LIGER), width=40, norm="rms", **BF16),
+    Chain(kind="read", stream=StreamSpec(streams=1), width=34, norm="rms", norm_eps=1e-6, **HALF),
+    Chain(kind="read", stream=StreamSpec(streams=5, manifold="identity"), width=70, norm="rms"),
 ]
 TRIED = [chain for chain in CHAINS if triton.unsupported(chain) is None] + MORE
 LEAD = (3, 7)  # 21 tokens: more than one block of the backward, and a ragged one
@@ -41,8 +47,9 @@ def both(chain: Chain, inputs: Values, gradients: Values, lead: tuple[int, ...])
     return out, triton.run(chain, "backward", backward_values(chain, inputs, out, gradients), wanted, lead)
 
 
-def errors(chain: Chain) -> dict[str, tuple[float, float]]:
+def errors(chain: Chain, offset: float = 0.0) -> dict[str, tuple[float, float]]:
     inputs, gradients = random_inputs(chain, LEAD, 0), random_gradients(chain, LEAD, 1)
+    inputs["X"] += offset
     exact_out, exact_grads = exactly(chain, inputs, gradients)
     out, grads = both(chain, inputs, gradients, LEAD)
     plain_out = plain.run(chain, "forward", inputs, signature.outputs(chain), LEAD)
@@ -85,12 +92,13 @@ def equal(left: tuple[Values, Values], right: tuple[Values, Values]) -> bool:
     return all(torch.equal(a[k], b[k]) for a, b in zip(left, right, strict=True) for k in a)
 
 
-def through_the_op() -> bool:
+def through_the_op(norm: str) -> bool:
     """The registered op and its gradient arrive at Triton."""
-    chain = next(c for c in TRIED if c.kind == "read")
+    chain = next(c for c in TRIED if c.kind == "read" and c.norm == norm)
     inputs = random_inputs(chain, LEAD, 6)
     leaves = [t.clone().requires_grad_() for t in inputs.values()]
-    h, *_ = torch.ops.mhc_kernels.read(*leaves, str(chain.stream))
+    static = (str(chain.stream),) if norm == "none" else (str(chain.stream), chain.norm_eps)
+    h, *_ = getattr(torch.ops.mhc_kernels, fused.op_of(chain))(*leaves, *static)
     h.sum().backward()
     gradients = {n: torch.zeros_like(t) for n, t in random_gradients(chain, LEAD, 7).items()}
     gradients["d_h"] += 1.0
@@ -116,11 +124,18 @@ def three_parts() -> bool:
     return torch.equal(x, out)
 
 
+def large_mean() -> dict[str, tuple[float, float]]:
+    """LayerNorm of streams that are far from zero."""
+    return errors(Chain(kind="read", stream=StreamSpec(streams=2), width=40, norm="layer", norm_eps=1e-5), 300.0)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(json.dumps({"through the op": through_the_op(), "three parts": three_parts()}))
+    ops = all(through_the_op(norm) for norm in ("none", "rms", "layer"))
+    first = {"through the op": ops, "three parts": three_parts(), "large mean": large_mean()}
+    print(json.dumps(first), flush=True)
     for chain in TRIED:
         seen = poisoned(chain) if chain.stream.streams <= 4 else {}  # more streams take the interpreter long
         print(json.dumps({"name": name_of(chain), "errors": errors(chain), "seen": seen}), flush=True)
