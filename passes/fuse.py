@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 import mhc_compile.kernels.fused  # noqa: F401  (registers the ops)
 from mhc_compile.kernels import providers, signature
 from mhc_compile.kernels.chain import Chain, Kind
+from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.fused import op_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, copy_meta, gradient_modes, value
@@ -213,8 +214,8 @@ def device_of(X: Node) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if found == "meta" else found
 
 
-def chains_of(gm: GraphModule) -> dict[tuple[Chain, str], int]:
-    """The fused chains of a graph with the device that computes them, and how often each occurs."""
+def chains_of(gm: GraphModule) -> dict[tuple[Chain | Entry, str], int]:
+    """The fused kernels of a graph with the device that computes them, and how often each occurs."""
     nodes = [n for n in gm.graph.nodes if "mhc_chain" in n.meta]
     return dict(Counter((n.meta["mhc_chain"], device_of(n.args[0])) for n in nodes))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-import mhc_compile.kernels.engram.gather
-import mhc_compile.kernels.engram.hash_ops
-import mhc_compile.kernels.engram.ops  # noqa: F401  (these register the ops)
+import mhc_compile.kernels.engram.gather  # noqa: F401  (registers its ops)
+from mhc_compile.kernels.engram import hash_ops
+from mhc_compile.kernels.engram.entry import Entry
+from mhc_compile.kernels.engram.ops import entry_of
+from mhc_compile.kernels.engram.spec import HashSpec
 from mhc_compile.passes.base import copy_meta, value
 
 ENGRAM = torch.ops.engram
@@ -29,6 +32,7 @@ def fuse_memories(graph: Graph) -> list[str]:
                 arguments = (X, keys, fact, query_gain, key_gain, spec)
                 new = copy_meta(graph.call_function(KERNELS.remember.default, arguments), node)
             new.meta["example_value"] = value(node)
+            new.meta["mhc_chain"] = entry_of("remember", value(X), spec, keys=value(keys), value=value(fact))
             node.replace_all_uses_with(new)
             graph.erase_node(node)
             graph.erase_node(gate)
@@ -38,7 +42,28 @@ def fuse_memories(graph: Graph) -> list[str]:
             if node.target is getattr(ENGRAM, name).default:
                 node.target = getattr(KERNELS, name).default
                 notes[f"memory's {name} in a kernel"] += 1
+                if name != "rows":
+                    node.meta["mhc_chain"] = _entry(node, name)
+        # Other devices have no kernel, and their compilers do well with a chain of whole numbers.
+        if node.target is ENGRAM.over_rows.default and value(node.args[0]).device.type in ("cpu", "meta"):
+            node.target = KERNELS.over_rows.default
+            notes["over-encoding's rows in a kernel"] += 1
     return [f"{count} x {text}" for text, count in notes.items()]
+
+
+def prepare_hashes(graph: Graph) -> None:
+    """Begin to compile what hashes n-grams in this graph."""
+    for node in graph.nodes:
+        if node.target is KERNELS.rows.default:
+            hash_ops.prepare(HashSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
+
+
+def _entry(node: Node, name: str) -> Entry:
+    arguments: tuple[Any, ...] = node.args
+    X, second, third, *_, conv, spec = arguments
+    if name == "gate":
+        return entry_of("gate", value(X), spec, keys=value(second))
+    return entry_of("inject" if conv is not None else "add", value(X), spec, value=value(third))
 
 
 def _is_remembered(inject: Node) -> bool:

@@ -14,6 +14,8 @@ from mhc_compile.passes.base import op_name
 
 TOLERANCE = 1e-5
 """Of the largest output: the start of eps conventions drifts by 1e-6 a site."""
+KEEPS = "mhc_keeps_state"
+"""Node metadata of what a pass writes into the state of cached calls, which is no result to be compared."""
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -21,8 +23,8 @@ class Float64Interpreter(Interpreter):
     """Runs a graph with every floating-point value in float64, casts included, and dropout off."""
 
     def run_node(self, n: Node) -> Any:
-        """One node; dropout and marks pass their operand on, `scaled_dot_product_attention` drops nothing."""
-        if op_name(n) in ("dropout", "mark") and n.op == "call_function":
+        """One node; dropout, marks and writes of state pass their operand on, `scaled_dot_product_attention` drops nothing."""
+        if n.meta.get(KEEPS) or (op_name(n) in ("dropout", "mark") and n.op == "call_function"):
             return self.fetch_args_kwargs_from_env(n)[0][0]
         if op_name(n) in ("_enter_autocast", "_exit_autocast"):
             return None

@@ -11,7 +11,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule
 
-from mhc_compile.passes.base import Context
+from mhc_compile.passes.base import Context, erase_unused
 
 DIALECTS = ("mhc", "mhc_kernels", "engram", "engram_kernels")
 """Namespaces of ops that exist only where this package is imported."""
@@ -39,6 +39,7 @@ class Decompose:
             if node.op == "call_function" and isinstance(op, OpOverload) and op.namespace in DIALECTS:
                 node.target = kernels.setdefault(op, _kernel(op))
                 replaced += 1
+        erase_unused(gm)
         context.notes.append(f"{replaced} ops decomposed")
         return gm
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from mhc_compile.capture import Captured, capture, find_marks, private_copy
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, SiteReport, StreamReport
+from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, MemoryReport, SiteReport, StreamReport
 from mhc_compile.inspect.layer import input_name, lines_of
 from mhc_compile.inspect.reach import reach
 from mhc_compile.inspect.topology import topology
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.parameters import owners, stream_parameters
+from mhc_compile.parameters import StreamParameters, owners
 from mhc_compile.passes.base import Context, Mark, Pass, module_path, shape, source_line, value
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.fuse import chains_of
@@ -52,11 +52,13 @@ def inspect(
     args, kwargs = example_args, dict(example_kwargs or {})
     if not args and not kwargs:
         kwargs = example_inputs(model)
-    held = stream_parameters(model).values()
+    held = owners(model)
+    ours = {id(p) for parameters in held.values() for p in parameters.parameters()}
     about: dict[str, Any] = {
         "model": type(model).__name__,
-        "converted": bool(owners(model)),
-        "parameters": sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in held),
+        "converted": bool(held),
+        "parameters": sum(p.numel() for p in model.parameters() if id(p) not in ours),
+        "memories": tuple(m for path, parameters in held.items() for m in _memories(path, parameters)),
     }
     watcher = _Watcher(layer)
     try:
@@ -86,6 +88,21 @@ def inspect(
         layer=view,
         kernels=watcher.kernels,
     )
+
+
+def _memories(owner: str, parameters: StreamParameters) -> Iterator[MemoryReport]:
+    if parameters.memory is None:
+        return
+    for m in parameters.memory.layers:
+        table = parameters.table(m.layer)
+        held = (p.numel() for name, p in parameters.in_graph().items() if name.startswith(f"engram.{m.layer}."))
+        yield MemoryReport(
+            layer=f"{owner}.{m.layer}".strip("."),
+            orders=f"2..{m.hash.order} x {m.hash.heads}",
+            table=table.extra_repr(),
+            rows=table.rows * table.width,
+            parameters=sum(held),
+        )
 
 
 class _Watcher(Observer):

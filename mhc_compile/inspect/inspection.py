@@ -12,6 +12,8 @@ from mhc_compile.inspect.reach import Reach
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.build import Direction
+from mhc_compile.kernels.engram import providers as memories
+from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
 
@@ -51,6 +53,22 @@ class StreamReport:
 
 
 @dataclass(frozen=True)
+class MemoryReport:
+    """The memory at the entry of one layer."""
+
+    layer: str
+    """The layer's full module path."""
+    orders: str
+    """Which n-grams it knows, by how many hashes each: `2..3 x 8`."""
+    table: str
+    """Rows, width, dtype and storage of its table, and the hit rate of its cache."""
+    rows: int
+    """Elements of the table."""
+    parameters: int
+    """Elements of everything else."""
+
+
+@dataclass(frozen=True)
 class LayerView:
     """The graph of one module before and after `widen`, one line a node."""
 
@@ -63,7 +81,7 @@ class LayerView:
 class KernelReport:
     """One fused kernel that the compiled model calls."""
 
-    chain: Chain
+    chain: Chain | Entry
     device: str
     """The type of device it is generated for."""
     calls: int
@@ -71,6 +89,8 @@ class KernelReport:
 
     def source(self, direction: Direction) -> str:
         """The generated code of its `forward` or `backward`."""
+        if isinstance(self.chain, Entry):
+            return memories.source(self.chain, direction, self.device)
         return providers.source(self.chain, direction, self.device)
 
 
@@ -88,6 +108,7 @@ class Inspection:
     parameters: int
     """Elements of the model's own parameters."""
     streams: tuple[StreamReport, ...] = ()
+    memories: tuple[MemoryReport, ...] = ()
     head_parameters: int = 0
     """Elements of the learned exits (`exit="head"`)."""
     passes: tuple[Record, ...] = ()

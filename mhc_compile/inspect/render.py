@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mhc_compile.diagnostics import TABLE, MHCError
 from mhc_compile.inspect.fold import fold
-from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, SiteReport, StreamReport
+from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, MemoryReport, SiteReport, StreamReport
 from mhc_compile.inspect.reach import Reach
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
@@ -38,6 +38,9 @@ def render(found: Inspection) -> Iterator[RenderableType]:
     for stream, calls in Counter(found.streams).items():
         yield Text()
         yield from _stream(stream, calls)
+    if found.memories:
+        yield Text()
+        yield _memories(found.memories)
     if found.passes:
         yield Text()
         yield _passes(found.passes)
@@ -91,6 +94,14 @@ def _stream(stream: StreamReport, calls: int) -> Iterator[RenderableType]:
             )
         )
     yield Padding(table, (0, 0, 0, 2))
+
+
+def _memories(memories: Sequence[MemoryReport]) -> RenderableType:
+    numbers = ("elements", "parameters")
+    table = _table("memory", "n-grams", "table", *numbers, numbers=numbers)
+    for m in memories:
+        table.add_row(*map(Text, (m.layer, m.orders, m.table, f"{m.rows:,}", f"{m.parameters:,}")))
+    return table
 
 
 def _alike(site: SiteReport) -> tuple[object, ...]:

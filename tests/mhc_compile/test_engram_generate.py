@@ -14,7 +14,6 @@ from transformers import DynamicCache, StaticCache
 
 from mhc_compile import MHCError
 
-
 SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True},
