@@ -30,13 +30,14 @@ def choose(chain: Chain, device: str) -> tuple[Provider, str]:
         reason = triton.unsupported(chain) or ""
         return ("reference", reason) if reason else ("triton", "")
     if device == "cpu":
-        reason = cpp.unsupported(chain) or ("no C++ compiler" if _no_compiler() else "")
+        reason = cpp.unsupported(chain) or ("no C++ compiler" if no_compiler() else "")
         return ("reference", reason) if reason else ("cpp", "")
     return "reference", f"no kernels for {device}"
 
 
 @cache
-def _no_compiler() -> bool:
+def no_compiler() -> bool:
+    """Whether this machine compiles no C++, which is said once a process."""
     problem = build.compiler_problem()
     if problem:
         warn("MHC309", problem)  # once a process
@@ -49,7 +50,7 @@ def look_for_compilers(device: str) -> None:
     `choose` does so by itself; called before, it does not count as time of the pass that asks first.
     """
     if device == "cpu" and not triton.interprets():
-        _no_compiler()
+        no_compiler()
 
 
 def prepare(chain: Chain, device: str) -> None:

@@ -67,11 +67,17 @@ def indent(lines: list[str], by: int) -> list[str]:
     return ["    " * by + text if text else text for text in lines]
 
 
-def kernel(name: str, pointers: tuple[str, ...], numbers: tuple[str, ...], body: list[str]) -> str:
+def kernel(
+    name: str,
+    pointers: tuple[str, ...],
+    numbers: tuple[str, ...],
+    body: list[str],
+    constants: tuple[str, ...] = ("BT", "BK", "PRECISION"),
+) -> str:
     """A kernel's text. `x_stride` alone is looked at for alignment: another number of tokens compiles nothing new."""
     fixed = ", ".join(f'"{number}"' for number in numbers if number != "x_stride")
     arguments = ["    " + ", ".join(pointers) + ",", "    " + ", ".join(numbers) + ","]
-    arguments.append("    BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,")
+    arguments.append("    " + " ".join(f"{each}: tl.constexpr," for each in constants))
     return "\n".join(
         [f"@triton.jit(do_not_specialize=[{fixed}])", f"def {name}(", *arguments, "):", *indent(body, 1), ""]
     )
