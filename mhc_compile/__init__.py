@@ -8,6 +8,7 @@ from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.engram.optimizer import TableAdamW, table_groups
 from mhc_compile.export import export, to_mlir
 from mhc_compile.inspect import Inspection, inspect
+from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.parameters import parameter_groups, stream_parameters
@@ -19,6 +20,7 @@ __all__ = [
     "MHCWarning",
     "MemorySettings",
     "Options",
+    "OverEncodingSettings",
     "StreamSpec",
     "TableAdamW",
     "convert",

@@ -91,7 +91,7 @@ def armed_class(base: type) -> type:
 
     def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
         parameters = active_parameters(self.mhc)
-        if parameters.memory is None:
+        if not parameters.reads_ids:
             args, kwargs = _mark(self, args, kwargs, {})
             return base_forward(self, *args, **kwargs)
         arguments = carry.call_arguments(names, args, kwargs)
@@ -108,7 +108,7 @@ def armed_class(base: type) -> type:
         if torch.compiler.is_dynamo_compiling():
             return traced(self, *args, **kwargs)
         held = active_parameters(self.mhc)
-        if held.memory is not None:
+        if held.reads_ids:
             carry.refuse_ids(held, _arguments(self, args, kwargs))
         return _call_compiled(self, traced, args, kwargs)
 
@@ -141,7 +141,7 @@ def _new_armed(base: type) -> Any:
 def _mark(
     owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the first tensor argument through `mhc::mark`, with what the call brings for a memory."""
+    """Pass the first tensor argument through `mhc::mark`, with what the call brings for look-ups."""
     _refuse_unmarkable(owner, args, kwargs)
     held = active_parameters(owner.mhc)
     carried = (list(held.in_graph().values()), held.signature, list(given.values()), ",".join(given))
@@ -199,7 +199,7 @@ def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...]
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
         # Raised inside the trace, these are breaks to Dynamo like any other.
         _refuse_unmarkable(owner, args, kwargs)
-        if active_parameters(owner.mhc).memory is not None:
+        if active_parameters(owner.mhc).reads_ids:
             carry.refuse_foreign_cache(_arguments(owner, args, kwargs))
         hidden = (skip_input_gradients(owner), install_recorders(owner))
         if not any(hidden):

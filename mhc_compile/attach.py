@@ -17,7 +17,7 @@ from mhc_compile.checkpoint.saving import save_with_streams
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram import carry
-from mhc_compile.engram.request import MemoryRequest
+from mhc_compile.engram.request import Request
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
@@ -36,12 +36,12 @@ def rewrite_with_parameters(
     inputs: Sequence[Any],
     *,
     scratch: bool = False,
-    memory: MemoryRequest | None = None,
+    requests: Sequence[Request] = (),
 ) -> tuple[dict[str, StreamParameters], GraphModule]:
     """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is left as it is.
 
-    Returns what `install` takes, and the graph with a placeholder for each of `graph_inputs` behind those it had. A
-    memory goes to the last owner: the decoder. Raises what a pass refuses, and MHC207 as `install` does.
+    Returns what `install` takes, and the graph with a placeholder for each of `graph_inputs` behind those it had. What
+    `requests` add goes to the last owner: the decoder. Raises what a pass refuses, and MHC207 as `install` does.
     """
     made: dict[str, StreamParameters] = {}
     # An inference tensor could never be trained.
@@ -50,8 +50,9 @@ def rewrite_with_parameters(
             refuse_unarmable(_owner(root, path), path)
             stream = [s for s in streams if s.owner == path][-1]
             device = value(stream.exit).device
-            last = path == streams[-1].owner
-            held = {} if memory is None or not last else memory.of(stream.entry, list(sites))
+            held: dict[str, Any] = {}
+            for request in requests if path == streams[-1].owner else ():
+                held |= request.of(stream.entry, list(sites))
             made[path] = StreamParameters(spec, sites, options=options, scratch=scratch, device=device, **held)
     context = Context(marks=[_append_parameters(gm, path, p) for path, p in made.items()])
     if options.debug == "numeric":
@@ -82,7 +83,7 @@ def install(root: nn.Module, made: Mapping[str, StreamParameters]) -> None:
         owner = root.get_submodule(path)
         owner.add_module("mhc", parameters)
         arm(owner)
-    if any(p.memory is not None for p in made.values()):
+    if any(p.reads_ids for p in made.values()):
         carry.follow_caches()
     give_to_adapters(root)
     compile_generation(root)
@@ -113,8 +114,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 def graph_inputs(parameters: StreamParameters) -> dict[str, Tensor]:
     """What every graph of an owner takes beside the model's own inputs, by name."""
-    given = {} if parameters.memory is None else carry.given_of(parameters, {}, {})
-    return {**parameters.in_graph(), **given}
+    return {**parameters.in_graph(), **carry.given_of(parameters, {}, {})}
 
 
 def _append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:
@@ -129,4 +129,4 @@ def _append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters
         last.meta[OWNED] = True
         nodes[name] = last
     held = {name: nodes.pop(name) for name in parameters.in_graph()}
-    return Mark(owner, str(parameters.spec), held, given=nodes, memory=parameters.memory)
+    return Mark(owner, str(parameters.spec), held, given=nodes, memory=parameters.memory, over=parameters.over)

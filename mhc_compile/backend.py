@@ -16,10 +16,14 @@ from mhc_compile.capture import find_marks, private_copy
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.kernels import providers
+from mhc_compile.kernels.engram import prefetch
+from mhc_compile.kernels.engram import providers as memories
+from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.parameters import StreamParameters, added_by_memory, owners
+from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
 from mhc_compile.passes.base import Context, Mark, dotted
 from mhc_compile.passes.fuse import chains_of
+from mhc_compile.passes.memories import prepare_hashes
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import ANALYSIS, compile_passes, native_passes, run_passes
 
@@ -186,7 +190,7 @@ def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequ
         for name, p in StreamParameters(spec, sites).named_parameters():
             at = position[mark.parameters[name]]
             inputs[at] = p.detach().to(inputs[at].device)
-        for name in added_by_memory(mark.parameters):
+        for name in added_by_lookups(mark.parameters):
             at = position[mark.parameters[name]]
             inputs[at] = torch.zeros_like(inputs[at])
     return inputs
@@ -195,7 +199,11 @@ def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequ
 def compile_inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
     """Hand the rewritten graph to the inner compiler; the kernels it calls are compiled meanwhile."""
     for chain, device in chains_of(gm):
-        providers.prepare(chain, device)
+        if isinstance(chain, Entry):
+            memories.prepare(chain, device)
+        else:
+            providers.prepare(chain, device)
+    prepare_hashes(gm.graph)
     if options.inner == "eager":
         return gm.forward
     if options.inner == "aot_eager":
@@ -203,8 +211,14 @@ def compile_inner(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(options.mode) if options.mode else {}
+    patches = {**(list_mode_options(options.mode) if options.mode else {}), **inductor_options(gm)}
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def inductor_options(gm: GraphModule) -> dict[str, Any]:
+    """What the graph's ops want of Inductor."""
+    begins = any(n.target is torch.ops.engram_kernels.prefetch.default for n in gm.graph.nodes)
+    return dict(prefetch.INDUCTOR) if begins else {}
 
 
 def _warn_of_frozen_streams(gm: GraphModule, marks: list[Mark], inputs: list[Any]) -> None:

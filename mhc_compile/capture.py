@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from mhc_compile.arm import graph_break_error, tracing_config
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
+from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.passes.base import Mark, module_path
 from mhc_compile.passes.ownership import OWNED, is_owned
 
@@ -58,6 +59,7 @@ def find_marks(gm: GraphModule) -> list[Mark]:
                     parameters=dict(zip(known["names"], parameters, strict=True)),
                     given=dict(zip(names.split(",") if names else (), given, strict=True)),
                     memory=Memory.parse(known["memory"]) if "memory" in known else None,
+                    over=OverEncoding.parse(known["over"]) if "over" in known else None,
                     node=node,
                 )
             )

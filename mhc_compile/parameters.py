@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.config import Options
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.optimizer import table_groups
 from mhc_compile.engram.parameters import ROOT as MEMORIES
 from mhc_compile.engram.parameters import Start, layer_values, new_table
 from mhc_compile.kernels.engram.memory import Memory
+from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import start_head, start_site
+from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
+from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
 
 class StreamParameters(nn.Module):
@@ -25,7 +30,7 @@ class StreamParameters(nn.Module):
     `head` there are also `head.fn` [n, n*C], `head.base` [n] and `head.scale` [1].
 
     With a `memory` its layers' parameters (`mhc_compile.engram.parameters`) lie at `engram.<layer>`, each with its
-    `table`, and `engram.compression` [V] where ids are compressed.
+    `table`, and `engram.compression` [V] where ids are compressed. With `over`, `over_encoding` holds W and a table.
 
     `sites` maps each site's name, in the order of the stream, to C.
     """
@@ -41,11 +46,15 @@ class StreamParameters(nn.Module):
         memory: Memory | None = None,
         compression: Tensor | None = None,
         memory_start: Start = "zero",
+        over: OverEncoding | None = None,
         tables_on: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.memory = memory
+        self.over = over
+        self.table_places: dict[str, str] = {}
+        """Where every table lies, by what names it: its layer, or `over-encoding`."""
         self.sites = dict(sites)
         self.options = options or Options()
         for index, (name, hidden) in enumerate(self.sites.items()):
@@ -56,9 +65,11 @@ class StreamParameters(nn.Module):
             self._place("head", dict(zip(("fn", "base", "scale"), values, strict=True)), device)
         if memory is not None:
             self._place_memory(memory, compression, memory_start, device, tables_on or device)
+        if over is not None:
+            self._place_over_encoding(over, device, tables_on or device)
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
-        held = {} if memory is None else {"memory": memory.plain()}
-        self.hidden = next(iter(self.sites.values()))
+        held = {name: x.plain() for name, x in (("memory", memory), ("over", over)) if x is not None}
+        self.hidden = next(iter(self.sites.values()), 0)
         self.signature = json.dumps({"spec": str(spec), "names": list(self.in_graph()), **held})
 
     def _place(self, path: str, values: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:
@@ -83,7 +94,8 @@ class StreamParameters(nn.Module):
         for layer in memory.layers:
             values = layer_values(memory, self.spec.streams, hidden, start=start, device=device)
             place = self._place(f"{MEMORIES}.{layer.layer}", values, device)
-            place.add_module("table", new_table(memory, layer, tables_on))
+            place.add_module("table", new_table(layer.rows, memory.settings.row_width, tables_on))
+            self.table_places[layer.layer] = f"{MEMORIES}.{layer.layer}"
         # What a traced call reads (`mhc_compile.engram.carry`).
         self.memory_layers = tuple(m.layer for m in memory.layers)
         self.memory_order, self.memory_fill = memory.layers[0].hash.order, memory.layers[0].hash.fill
@@ -92,6 +104,27 @@ class StreamParameters(nn.Module):
             wanted = torch.empty(memory.vocab, dtype=torch.int64, device=device)
             held = wanted if compression is None else compression.to(device)
             self.get_submodule(MEMORIES).register_buffer("compression", held)
+
+    def _place_over_encoding(
+        self, over: OverEncoding, device: torch.device | str | None, tables_on: torch.device | str | None
+    ) -> None:
+        """W = 0: the function is unchanged, and W gets a gradient because the rows are random."""
+        values = {"projection": torch.zeros(over.hidden, len(over.hash.moduli) * over.width)}
+        place = self._place(OVER_ENCODING, values, device)
+        place.add_module("table", new_table(over.hash.rows, over.width, tables_on))
+        self.table_places[OVER_TABLE] = OVER_ENCODING
+        self.over_order = over.hash.order  # which a traced call reads
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether calls look n-grams of token ids up."""
+        return self.memory is not None or self.over is not None
+
+    @property
+    def vocab(self) -> int:
+        """V: ids at or above it are refused where they are looked up."""
+        known = [self.memory.vocab] if self.memory is not None else []
+        return min(known if self.over is None else [*known, self.over.hash.vocab])
 
     def in_graph(self) -> dict[str, nn.Parameter]:
         """The parameters that go into graphs by name: all but the rows of tables, which are looked up."""
@@ -108,9 +141,9 @@ class StreamParameters(nn.Module):
         found = self.get_parameter(f"{MEMORIES}.{self.memory_layers[0]}.key")
         return found.dtype
 
-    def table(self, layer: str) -> MemoryTable:
-        """The table of the memory at `layer`."""
-        found = self.get_submodule(f"{MEMORIES}.{layer}.table")
+    def table(self, name: str) -> MemoryTable:
+        """The table of the memory at the layer `name`, or that of the over-encoding (see `table_places`)."""
+        found = self.get_submodule(f"{self.table_places[name]}.table")
         assert isinstance(found, MemoryTable)
         return found
 
@@ -128,9 +161,10 @@ class StreamParameters(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """The specification, the number of sites, and the layers with a memory."""
+        """The specification, the number of sites, the layers with a memory, and the over-encoding."""
         layers = "" if self.memory is None else f", memory at {', '.join(m.layer for m in self.memory.layers)}"
-        return f"{self.spec}, {len(self.sites)} sites{layers}"
+        over = "" if self.over is None else f", over-encoding of n-grams up to {self.over.hash.order}"
+        return f"{self.spec}, {len(self.sites)} sites{layers}{over}"
 
 
 def active_parameters(state: nn.Module) -> StreamParameters:
@@ -148,16 +182,20 @@ def active_parameters(state: nn.Module) -> StreamParameters:
 
 
 def stream_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of all streams of `model` by their full names: those in use, where PEFT keeps several."""
-    ours = {id(p) for held in owners(model).values() for p in held.parameters()}
+    """The parameters of all streams of `model` by their full names: those in use, where PEFT keeps several.
+
+    Those of memories are among them, the rows of their tables are not: see `mhc_compile.table_groups`.
+    """
+    ours = {id(p) for held in owners(model).values() for p in held.in_graph().values()}
     return {name: p for name, p in model.named_parameters() if id(p) in ours}
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float = 0.01, lr: float | None = None) -> list[dict[str, Any]]:
     """Optimizer groups: no weight decay on `alpha` and `bias` of the sites, on the head, and on vectors of the model.
 
-    `weight_decay` applies to everything of two and more dimensions, `phi` included. Without `lr` the optimizer's own
-    learning rate is used.
+    `weight_decay` applies to everything of two and more dimensions, `phi` and the projections of rows included. Without
+    `lr` the optimizer's own learning rate is used. Tables are a group of their own with 5 x `lr`, for
+    `mhc_compile.TableAdamW`; MHC204 where there are some and no `lr`.
     """
     ours = stream_parameters(model)
     decayed: list[nn.Parameter] = []
@@ -165,12 +203,16 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.01, lr: float 
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        is_coefficient = name in ours and not name.endswith(".phi")
+        is_coefficient = name in ours and not name.endswith((".phi", ".key", ".value", ".projection"))
         (free if is_coefficient or p.ndim < 2 else decayed).append(p)
+    rows = table_groups(model, 1.0 if lr is None else lr)
+    if rows and lr is None:
+        raise MHCError("MHC204", "tables are trained with 5 x lr", way_out="parameter_groups(model, lr=...)")
     extra = {} if lr is None else {"lr": lr}
     return [
         {"params": decayed, "weight_decay": weight_decay, **extra},
         {"params": free, "weight_decay": 0.0, **extra},
+        *rows,
     ]
 
 
@@ -185,17 +227,18 @@ def owners(model: nn.Module) -> dict[str, StreamParameters]:
 
 
 def at_start(parameters: StreamParameters) -> bool:
-    """Whether every value is still what the function-preserving start gave it; of a memory, what it adds is zero."""
+    """Whether every value is still what the function-preserving start gave it; what look-ups add is zero."""
     fresh = StreamParameters(parameters.spec, parameters.sites)
     held = parameters.in_graph()
-    return not any(held[name].any() for name in added_by_memory(held)) and all(
+    return not any(held[name].any() for name in added_by_lookups(held)) and all(
         torch.equal(held[name].detach().cpu().float(), q.detach()) for name, q in fresh.named_parameters()
     )
 
 
-def added_by_memory(parameters: Iterable[str]) -> list[str]:
-    """The parameters without which a memory adds nothing: W_V, and the convolution."""
-    return [name for name in parameters if name.startswith(f"{MEMORIES}.") and name.endswith((".value", ".conv"))]
+def added_by_lookups(parameters: Iterable[str]) -> list[str]:
+    """The parameters without which look-ups add nothing: a memory's W_V and convolution, the over-encoding's W."""
+    ends = {MEMORIES: (".value", ".conv"), OVER_ENCODING: (".projection",)}
+    return [name for name in parameters if name.endswith(ends.get(name.split(".")[0], ()))]
 
 
 def names(items: Iterable[str]) -> str:

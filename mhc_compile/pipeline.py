@@ -19,6 +19,7 @@ from mhc_compile.passes.lower import Lower
 from mhc_compile.passes.native import Native
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.numeric import compare, run_float64
+from mhc_compile.passes.overencoding import OverEncode
 from mhc_compile.passes.residual import Residual
 from mhc_compile.passes.verify import verify
 from mhc_compile.passes.widen import Widen
@@ -27,12 +28,12 @@ log = logging.getLogger("mhc_compile")
 TIMED = "mhc_compile.passes"
 
 ANALYSIS: tuple[Pass, ...] = (Normalize(), Residual())
-EXPORT: tuple[Pass, ...] = (*ANALYSIS, Widen(), Engram(plain=True))
+EXPORT: tuple[Pass, ...] = (*ANALYSIS, Widen(), OverEncode(plain=True), Engram(plain=True))
 
 
 def compile_passes(options: Options) -> tuple[Pass, ...]:
     """What a converted model's graph goes through."""
-    return (*ANALYSIS, Widen(), Engram(), *_lowering(options))
+    return (*ANALYSIS, Widen(), OverEncode(), Engram(), *_lowering(options))
 
 
 def native_passes(options: Options) -> tuple[Pass, ...]:

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
+from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 
 
 @dataclass
@@ -25,9 +26,11 @@ class Mark:
     parameters: dict[str, Node]
     """Placeholder (or attribute) node of every stream parameter by name relative to the owner's `mhc` module."""
     given: dict[str, Node] = field(default_factory=dict)
-    """What an owner with a memory brings of its call, by name (`mhc_compile.engram.carry`)."""
+    """What an owner that looks ids up brings of its call, by name (`mhc_compile.engram.carry`)."""
     memory: Memory | None = None
     """The owner's memories."""
+    over: OverEncoding | None = None
+    """The over-encoding of the owner's embedding."""
     node: Node | None = None
     """The `mhc::mark` itself, which `widen` removes; None where there is none (export, the first call of a model)."""
 

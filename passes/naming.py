@@ -29,8 +29,7 @@ def pair_with_marks(streams: list[ResidualStream], marks: list[Mark]) -> list[tu
 
 def sites_of(mark: Mark) -> set[str]:
     """The site names a mark holds parameters for."""
-    held = (name for name in mark.parameters if not name.startswith("engram."))
-    return {name.rsplit(".", 1)[0] for name in held} - {"head"}
+    return {name.rsplit(".", 1)[0] for name in mark.parameters if name.endswith((".phi", ".alpha", ".bias"))}
 
 
 def _mark_for(stream: ResidualStream, marks: list[Mark]) -> Mark | None:

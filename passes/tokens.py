@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.fx import Node
 
@@ -10,13 +12,31 @@ from mhc_compile.passes.dataflow import EMBEDDINGS
 from mhc_compile.passes.ownership import is_owned
 
 
-def token_ids(entry: Node, vocab: int) -> Node:
-    """The ids [B, S] whose embeddings become the stream at `entry`: of several, of the table that fits `vocab` best.
+@dataclass(frozen=True)
+class Embedding:
+    """An embedding of what a caller passes in."""
 
-    Raises MHC225 where there are none.
+    node: Node
+    """[B, S, C]."""
+    ids: Node
+    """[B, S]."""
+    rows: int
+    """Of its table."""
+
+
+def token_ids(entry: Node, vocab: int) -> Node:
+    """The ids [B, S] of `token_embedding`."""
+    return token_embedding(entry, vocab).ids
+
+
+def token_embedding(entry: Node, vocab: int | None = None) -> Embedding:
+    """The embedding that becomes the stream at `entry`: of several, the one whose table fits `vocab` best.
+
+    Without `vocab` it is the largest. Raises MHC225 where there are none.
     """
-    found = embedded(entry)
-    return min(found, key=lambda ids: (abs(found[ids] - vocab), ids))
+    found = _embeddings(entry)
+    wanted = max(e.rows for e in found) if vocab is None else vocab
+    return min(found, key=lambda e: (abs(e.rows - wanted), e.ids, e.node))
 
 
 def embedded(entry: Node) -> dict[Node, int]:
@@ -24,13 +44,17 @@ def embedded(entry: Node) -> dict[Node, int]:
 
     Raises MHC225 where there are none.
     """
-    found: dict[Node, int] = {}
+    return {e.ids: e.rows for e in reversed(_embeddings(entry))}
+
+
+def _embeddings(entry: Node) -> list[Embedding]:
+    found: list[Embedding] = []
     seen, queue = {entry}, [entry]
     while queue:
         node = queue.pop()
         ids = _ids(node)
-        if ids is not None and shape(ids[0]) == shape(entry)[:-1] and len(shape(entry)) == 3:
-            found.setdefault(*ids)
+        if ids is not None and shape(ids[0]) == shape(entry)[:-1] and len(shape(entry)) == len(shape(node)) == 3:
+            found.append(Embedding(node, *ids))
         for source in node.all_input_nodes:
             if source not in seen and not (source.op == "placeholder" and is_owned(source)):
                 seen.add(source)

@@ -98,7 +98,9 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
     # Only shapes: what mhc.json says is compared with the file before anything of that size is made.
     with torch.device("meta"):
         for path, owner in manifest.owners.items():
-            made[path] = StreamParameters(owner.spec, owner.sites, options=options, memory=owner.memory)
+            made[path] = StreamParameters(
+                owner.spec, owner.sites, options=options, memory=owner.memory, over=owner.over
+            )
     wanted = {f"{prefix(path)}{name}": p.shape for path, held in made.items() for name, p in held.kept().items()}
     stored = {name: torch.Size(tensor.shape) for name, tensor in shard.tensors.items()}
     if wrong := sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)):

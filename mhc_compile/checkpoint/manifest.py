@@ -12,12 +12,13 @@ from typing import Any
 from mhc_compile.checkpoint.shards import write_text
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
+from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 
 NAME = "mhc.json"
 FORMAT = 2
-"""Raised when an older reader could not make sense of the file: 2 has memories, folders without are written as 1."""
+"""Raised when an older reader could not make sense of the file: 2 has look-ups, folders without are written as 1."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,18 @@ class Owner:
     sites: dict[str, int]
     """The sites' names, in the order of the stream, with C."""
     memory: Memory | None = None
+    over: OverEncoding | None = None
 
     @classmethod
     def of(cls, parameters: StreamParameters) -> Owner:
         """What a manifest says of an owner's parameters."""
-        return cls(parameters.spec, parameters.sites, parameters.memory)
+        return cls(parameters.spec, parameters.sites, parameters.memory, parameters.over)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
-        memory = {} if self.memory is None else {"memory": self.memory.plain()}
-        return {"spec": _plain(self.spec), "sites": self.sites, **memory}
+        more = {"memory": self.memory, "over_encoding": self.over}
+        held = {name: x.plain() for name, x in more.items() if x is not None}
+        return {"spec": _plain(self.spec), "sites": self.sites, **held}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class Manifest:
         from mhc_compile import __version__
 
         content = {
-            "format": FORMAT if any(o.memory for o in self.owners.values()) else 1,
+            "format": FORMAT if any(o.memory or o.over for o in self.owners.values()) else 1,
             "mhc_compile": __version__,
             "architecture": self.architecture,
             "owners": {path: o.plain() for path, o in self.owners.items()},
@@ -119,8 +122,9 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
     memory = Memory.parse(_mapping(entry["memory"])) if "memory" in entry else None
     if memory is not None and (unknown := {m.site for m in memory.layers} - set(sites)):
         raise TypeError(f"a memory at {sorted(unknown)}, which are no sites")
+    over = OverEncoding.parse(_mapping(entry["over_encoding"])) if "over_encoding" in entry else None
     # An unknown field is a TypeError of the dataclass.
-    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory)
+    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory, over)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -185,7 +185,7 @@ def _move_in(finished: Path, folder: Path) -> None:
     try:
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
-        weights = (f"model.{VARIANT}*.safetensors", TABLES)
+        weights = (f"model.{VARIANT}*.safetensors", *TABLES)
         for old in (*(p for name in weights for p in folder.glob(name)), folder / variant_name(INDEX, VARIANT)):
             old.unlink(missing_ok=True)
         for path in sorted(finished.iterdir(), key=lambda p: p.name == MANIFEST):

@@ -1,42 +1,41 @@
-"""The tables of memories beside a converted checkpoint: files of their own, because they outgrow everything else."""
+"""The tables beside a converted checkpoint: files of their own, because they outgrow everything else."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.compression import TABLE, Compression
 from mhc_compile.engram.files import open_table, row_blocks, write_rows
 from mhc_compile.engram.parameters import DEVIATION, ROOT, new_seed
-from mhc_compile.kernels.engram.memory import LayerMemory
 from mhc_compile.kernels.engram.tables import MemoryTable, Storage, drawn_rows
 from mhc_compile.parameters import StreamParameters
+from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
 TOKENIZER = "tokenizer.json"
-TABLES = "engram.*.safetensors"
+TABLES = ("engram.*.safetensors", f"{OVER_TABLE}*.safetensors")
 """Every file of a table."""
 
 
 def write_tables(folder: Path, held: Mapping[str, StreamParameters]) -> None:
     """Write every table of the owners into `folder`; those on the meta device at their start, a block at a time."""
     for owner, parameters in held.items():
-        for layer in layers_of(parameters):
-            table = parameters.table(layer.layer)
+        for name, hash_spec in hash_specs(parameters).items():
+            table = parameters.table(name)
             is_meta = table.storage != "mapped" and table.weight.is_meta
             write_rows(
                 folder,
-                table_name(owner, layer.layer),
+                table_name(owner, name),
                 _start(table) if is_meta else row_blocks(table),
                 rows=table.rows,
                 width=table.width,
                 dtype=table.dtype,
-                hash_spec=str(layer.hash),
+                hash_spec=hash_spec,
             )
 
 
@@ -46,15 +45,22 @@ def read_tables(
     """Put the tables of `folder` into the places of those of `parameters`.
 
     `mapped` leaves the rows on the disk, the others read them in pieces. Raises MHC204 for an unknown storage, MHC223
-    for a table that does not fit the memory, MHC224 for damaged files.
+    for a table that does not fit the owner, MHC224 for damaged files.
     """
     if storage not in get_args(Storage):
         raise MHCError("MHC204", f"tables={storage!r}; known: {', '.join(get_args(Storage))}")
-    for layer in layers_of(parameters):
-        place = parameters.get_submodule(f"{ROOT}.{layer.layer}")
-        width = parameters.table(layer.layer).width
-        name = table_name(owner, layer.layer)
-        mapped = open_table(folder, name, rows=layer.rows, width=width, hash_spec=str(layer.hash), hot_rows=hot_rows)
+    for name, hash_spec in hash_specs(parameters).items():
+        place = parameters.get_submodule(parameters.table_places[name])
+        made, file_name = parameters.table(name), table_name(owner, name)
+        mapped = open_table(
+            folder,
+            file_name,
+            rows=made.rows,
+            width=made.width,
+            hash_spec=hash_spec,
+            hot_rows=hot_rows,
+            verify=storage != "mapped",  # else every row would be read
+        )
         place.add_module("table", mapped if storage == "mapped" else _in_memory(mapped, storage, hot_rows))
 
 
@@ -68,8 +74,12 @@ def check_tokenizer(folder: Path, parameters: StreamParameters) -> None:
     Compression.from_tensors({TABLE: table[:known].cpu()}, memory.compression).check(read_tokenizer(folder))
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer. Raises MHC222 where it has none that can be read."""
+def read_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer. Raises MHC222 where it has none that can be read, MHC415 without the package."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MHCError("MHC415", str(error)) from error
     path = folder / TOKENIZER
     if not path.is_file():
         way_out = "save the tokenizer into the folder (tokenizer.save_pretrained), or choose compress=False"
@@ -80,14 +90,16 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise MHCError("MHC222", f"{path}: {error}") from error
 
 
-def layers_of(parameters: StreamParameters) -> tuple[LayerMemory, ...]:
-    """The memories of an owner, none where it has none."""
-    return () if parameters.memory is None else parameters.memory.layers
+def hash_specs(parameters: StreamParameters) -> dict[str, str]:
+    """How the rows of each of an owner's tables are hashed, by the table's name (`StreamParameters.table_places`)."""
+    found = {} if parameters.memory is None else {m.layer: str(m.hash) for m in parameters.memory.layers}
+    return found if parameters.over is None else {**found, OVER_TABLE: str(parameters.over.hash)}
 
 
-def table_name(owner: str, layer: str) -> str:
+def table_name(owner: str, name: str) -> str:
     """What the files of one table begin with."""
-    return re.sub(r"[^\w.-]", "_", ".".join(part for part in ("engram", owner, layer) if part))
+    parts = (OVER_TABLE, owner) if name == OVER_TABLE else ("engram", owner, name)
+    return re.sub(r"[^\w.-]", "_", ".".join(part for part in parts if part))
 
 
 def _start(table: MemoryTable) -> Iterator[tuple[Tensor, None]]:

@@ -29,7 +29,8 @@ from mhc_compile.config import STREAM_FIELDS, Options, split_options, stream_spe
 from mhc_compile.convert.memory import convert
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.parameters import tables as tables_of
-from mhc_compile.engram.request import requested
+from mhc_compile.engram.request import over_requested, requested
+from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.parameters import StreamParameters, at_start, owners
 
@@ -58,6 +59,7 @@ def convert_folder(
     to: Form = "mhc",
     progress: Progress | None = None,
     engram: str | MemorySettings | None = None,
+    over_encoding: str | OverEncodingSettings | None = None,
     **options: Any,
 ) -> Converted:
     """Convert a folder that transformers saved into a new one; `source` is only read.
@@ -68,7 +70,8 @@ def convert_folder(
     on the disk, or not at all.
 
     `engram`, a preset's name or `MemorySettings`, adds memories as `convert` does, with the folder's own tokenizer
-    where ids are to be compressed. Their tables are files of their own, written a block at a time.
+    where ids are to be compressed; `over_encoding` adds embeddings of n-grams as `convert` does. Their tables are files
+    of their own, written a block at a time.
 
     `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`). With
     `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
@@ -83,10 +86,12 @@ def convert_folder(
     _check_options(options, to)
     try:
         if to == "residual":
-            if engram is not None:
-                raise MHCError("MHC204", "engram has no meaning for to='residual'", way_out="leave it out")
+            for name, value in (("engram", engram), ("over_encoding", over_encoding)):
+                if value is not None:
+                    raise MHCError("MHC204", f"{name} has no meaning for to='residual'", way_out="leave it out")
             return _to_residual(Path(source), Path(target), progress or _silent)
-        return _to_streams(Path(source), Path(target), {**options, "engram": engram}, progress or _silent)
+        options |= {"engram": engram, "over_encoding": over_encoding}
+        return _to_streams(Path(source), Path(target), options, progress or _silent)
     except OSError as error:
         raise MHCError("MHC413", str(error)) from error
 
@@ -99,7 +104,8 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     progress(0, checkpoint.size, "finding the streams")
     model = skeleton(checkpoint)
     memory = requested(options["engram"], lambda: read_tokenizer(source), model, tables_on="meta")
-    model = convert(model, **{**options, "engram": memory})
+    over = over_requested(options["over_encoding"], tables_on="meta")
+    model = convert(model, **{**options, "engram": memory, "over_encoding": over})
     made = owners(model)
     tables = sum(t.weight.nbytes for held in made.values() for _, t in tables_of(held))
     check_target(target, source, size=checkpoint.size + tables)

@@ -15,7 +15,8 @@ from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.parameters import Start
-from mhc_compile.engram.request import MemoryRequest, requested
+from mhc_compile.engram.request import MemoryRequest, OverEncodingRequest, over_requested, requested
+from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
@@ -33,6 +34,7 @@ def convert(
     engram: str | MemorySettings | MemoryRequest | None = None,
     tokenizer: Any = None,
     engram_start: Start = "zero",
+    over_encoding: str | OverEncodingSettings | OverEncodingRequest | None = None,
     **options: Any,
 ) -> Model:
     """Turn a residual model into its n-stream form, in place; returns the model.
@@ -50,12 +52,16 @@ def convert(
     are compressed as `tokenizer` tells, which stands for the settings' `compress`; without one they are taken as they
     are. With `engram_start="zero"` the function is unchanged, with `"paper"` W_V starts at random.
 
+    With `over_encoding`, `"default"` or `OverEncodingSettings`, embeddings of n-grams are added to those of tokens
+    (arXiv 2501.16975): random rows of a float32 table, through a projection that is 0 at the start. Of an encoder and a
+    decoder the decoder gets them.
+
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options or a model converted
     already, MHC303 for one that is compiled or wrapped. A refused model is left as it was.
     """
     stream, own = split_options(options)
     spec, settings = stream_spec(stream), Options(**own)
-    memory = requested(engram, tokenizer, model, start=engram_start)
+    requests = (requested(engram, tokenizer, model, start=engram_start), over_requested(over_encoding))
     refuse_wrapped(model)
     root = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
     if owners(root):
@@ -65,7 +71,14 @@ def convert(
         args, kwargs = (), example_inputs(root)
     found = find_streams(root, args, kwargs, settings)
     made, _ = rewrite_with_parameters(
-        root, found.graph, found.streams, spec, settings, found.inputs, scratch=scratch, memory=memory
+        root,
+        found.graph,
+        found.streams,
+        spec,
+        settings,
+        found.inputs,
+        scratch=scratch,
+        requests=[r for r in requests if r is not None],
     )
     install(root, made)
     return model

@@ -1,13 +1,15 @@
-"""What a call of an owner with memories brings into its graph beside parameters, and what a cached call carries on.
+"""What a call of an owner that looks ids up brings into its graph beside parameters, and what a cached call carries on.
 
 By name, in the order in which `mhc::mark` gets them:
 
     attention_mask, position_ids     of the call, where they are two-dimensional
     compression                      the projection of ids [V]
-    table:<layer>:<handle>:<dtype>:near|far    the anchor of a table; far: not on the model's device
-    weight:<layer>                   a table's rows, for programs that run without this package
+    table:<name>:<handle>:<dtype>:near|far    the anchor of a table; far: not on the model's device
+    weight:<name>                    a table's rows, for programs that run without this package
     state.ids [B, N-1], state.reach [B], state.gate:<layer> [B, P, n], state.value:<layer> [B, P, C]
+    state.over.ids [B, n-1], state.over.reach [B]
 
+Tables are named by a memory's layer, or `over-encoding`.
 The state lies in the cache that transformers hands from call to call, as `cache.mhc_memory`, and follows what is done
 to it: beams are reordered, batches repeated and selected. Dynamo traces this module.
 """
@@ -52,16 +54,17 @@ def given_of(parameters: Any, arguments: Mapping[str, Any], state: Mapping[str, 
         value = arguments.get(name)
         if isinstance(value, Tensor) and value.ndim == 2:
             found[name] = value
-    if parameters.memory.compressed:
+    if parameters.memory is not None and parameters.memory.compressed:
         found["compression"] = parameters.get_submodule(ROOT).compression
-    for layer in parameters.memory_layers:
-        table = parameters.table(layer)
+    for name in parameters.table_places:
+        table = parameters.table(name)
         place = "near" if table.storage == "device" else "far"
         dtype = "float32" if table.dtype == torch.float32 else "bfloat16"
-        found[f"table:{layer}:{table.handle}:{dtype}:{place}"] = table.anchor
+        if not torch.compiler.is_exporting():  # an exported program has no look-up of ours
+            found[f"table:{name}:{table.handle}:{dtype}:{place}"] = table.anchor
         weight = getattr(table, "weight", None)
         if weight is not None and table.dtype.itemsize > 1:
-            found[f"weight:{layer}"] = weight
+            found[f"weight:{name}"] = weight
     for name in state:
         found[f"state.{name}"] = state[name]
     return found
@@ -90,7 +93,7 @@ def refuse_ids(parameters: Any, arguments: Mapping[str, Any]) -> None:
     """Raise MHC221 for ids outside the vocabulary; on a CPU, where looking at them makes nothing wait."""
     ids = ids_of(arguments)
     if ids is not None and ids.device.type == "cpu":
-        check_ids(ids, parameters.memory.vocab)
+        check_ids(ids, parameters.vocab)
 
 
 def refuse_foreign_cache(arguments: Mapping[str, Any]) -> None:
@@ -124,17 +127,19 @@ def new_state(parameters: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor
     ids = ids_of(arguments)
     if ids is None:
         return {}
-    batch, device, past = ids.shape[0], ids.device, parameters.memory_history
-    before = (batch, parameters.memory_order - 1)
-    state = {
-        "ids": torch.full(before, parameters.memory_fill, dtype=torch.int64, device=device),
-        "reach": torch.zeros(batch, dtype=torch.int64, device=device),
-    }
-    if past:
+    batch, device = ids.shape[0], ids.device
+    state: dict[str, Tensor] = {}
+    if parameters.memory is not None:
+        before, past = (batch, parameters.memory_order - 1), parameters.memory_history
+        state["ids"] = torch.full(before, parameters.memory_fill, dtype=torch.int64, device=device)
+        state["reach"] = torch.zeros(batch, dtype=torch.int64, device=device)
         streams, hidden, dtype = parameters.spec.streams, parameters.hidden, parameters.memory_dtype
-        for layer in parameters.memory_layers:
+        for layer in parameters.memory_layers if past else ():
             state[f"gate:{layer}"] = torch.zeros(batch, past, streams, dtype=dtype, device=device)
             state[f"value:{layer}"] = torch.zeros(batch, past, hidden, dtype=dtype, device=device)
+    if parameters.over is not None:
+        state["over.ids"] = torch.zeros(batch, parameters.over_order - 1, dtype=torch.int64, device=device)
+        state["over.reach"] = torch.zeros(batch, dtype=torch.int64, device=device)
     return state
 
 

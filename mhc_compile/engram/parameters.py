@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram.memory import LayerMemory, Memory
+from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.tables import MemoryTable
 
 Start = Literal["zero", "paper"]
@@ -43,9 +43,9 @@ def layer_values(
     return values
 
 
-def new_table(memory: Memory, layer: LayerMemory, device: torch.device | str | None) -> MemoryTable:
-    """A float32 table of the layer's size, its rows at their start; on the meta device without any."""
-    table = MemoryTable(layer.rows, memory.settings.row_width, device=device)
+def new_table(rows: int, width: int, device: torch.device | str | None) -> MemoryTable:
+    """A float32 table, its rows at their start; on the meta device without any."""
+    table = MemoryTable(rows, width, device=device)
     return table if table.weight.is_meta else table.start(new_seed(), DEVIATION)
 
 

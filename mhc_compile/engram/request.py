@@ -1,11 +1,11 @@
-"""What a user asks of `convert`: a memory, for a model whose layers are not known yet."""
+"""What a user asks of `convert`: a memory, an over-encoding, for a model whose layers are not known yet."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,8 +15,33 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.compression import Compression
 from mhc_compile.engram.parameters import Start
 from mhc_compile.kernels.engram.memory import memory_of
+from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings, over_encoding_of
 from mhc_compile.kernels.engram.settings import MemorySettings
-from mhc_compile.passes.tokens import embedded
+from mhc_compile.passes.base import shape
+from mhc_compile.passes.tokens import embedded, token_embedding
+
+
+class Request(Protocol):
+    """Something to be made for the owner whose stream is found."""
+
+    def of(self, entry: Node, sites: Sequence[str]) -> dict[str, Any]:
+        """What `StreamParameters` takes of it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverEncodingRequest:
+    """An over-encoding of the embedding whose sum the stream begins with."""
+
+    settings: OverEncodingSettings
+    tables_on: str | None = None
+    """As in `MemoryRequest`."""
+
+    def of(self, entry: Node, sites: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
+        """What `StreamParameters` takes of it. Raises MHC220 and 225 where the embedding is too narrow or none."""
+        found = token_embedding(entry)
+        over = over_encoding_of(self.settings, vocab=found.rows, hidden=int(shape(found.node)[-1]))
+        return {"over": over, "tables_on": self.tables_on}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +98,18 @@ def requested(
     return MemoryRequest(
         settings=settings, fill=_fill(settings, model), compression=compression, start=start, tables_on=tables_on
     )
+
+
+def over_requested(
+    wanted: str | OverEncodingSettings | OverEncodingRequest | None, *, tables_on: str | None = None
+) -> OverEncodingRequest | None:
+    """The request that `convert`'s argument `over_encoding` makes. Raises MHC220 for what is none."""
+    if wanted is None or isinstance(wanted, OverEncodingRequest):
+        return wanted
+    settings = OverEncodingSettings() if wanted == "default" else wanted
+    if not isinstance(settings, OverEncodingSettings):
+        raise MHCError("MHC220", f"over_encoding={wanted!r}; 'default' or OverEncodingSettings")
+    return OverEncodingRequest(settings=settings, tables_on=tables_on)
 
 
 def _fill(settings: MemorySettings, model: nn.Module) -> int:

@@ -1,0 +1,82 @@
+"""Add the embeddings of n-grams to those of tokens (Over-Encoding, arXiv 2501.16975).
+
+    reach  = engram.reach(ids, mask, positions, ...)      where documents begin
+    rows   = engram.over_rows(ids, reach, before, hash)   of all orders and heads, in one table
+    e      = the rows of the table
+    E'     = E + W e                                      what everything reads that has read the embedding E
+
+A cached call carries the last ids on, and how far the document reaches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
+from mhc_compile.passes.base import Context, module_stack, refuse, value
+from mhc_compile.passes.lookups import ENGRAM, Lookups
+from mhc_compile.passes.tokens import token_embedding
+
+ROOT = "over_encoding"
+"""The module among the owner's parameters that holds `projection` [C, H * D], all W_ij side by side, and the table."""
+TABLE = "over-encoding"
+"""What names the table among what the owner gives. No layer of a model, whose memory might be meant, has a hyphen."""
+STATE = "state.over"
+_NO_EOS = -1
+
+
+@dataclass(frozen=True)
+class OverEncode:
+    """Adds the n-grams of every widened stream's owner that has some. Raises MHC225 where it embeds no token ids.
+
+    `plain`: rows are read by PyTorch's embedding, for programs that run without this package.
+    """
+
+    plain: bool = False
+
+    name: ClassVar[str] = "overencoding"
+    requires: ClassVar[tuple[str, ...]] = ("dialect",)
+    provides: ClassVar[tuple[str, ...]] = ()
+
+    def apply(self, gm: GraphModule, context: Context) -> GraphModule:
+        """Rewrite `gm` in place."""
+        done: set[Node] = set()
+        for widened in context.widened:
+            over = widened.mark.over
+            if over is None:
+                continue
+            found = token_embedding(widened.entry, over.hash.vocab)
+            # Where it lies outside, calls of the owner alone would not find it.
+            if widened.mark.owner not in module_stack(found.node):
+                raise refuse("MHC225", f"{widened.mark.owner}, which holds the stream, is given embeddings", found.node)
+            if found.node in done:
+                continue
+            done.add(found.node)
+            _Encoding(gm.graph, widened, found.ids, plain=self.plain).run(found.node, over)
+            context.notes.append(f"over-encoding of n-grams up to {over.hash.order} at {found.node.name}")
+        return gm
+
+
+class _Encoding(Lookups):
+    """The n-grams of one embedding."""
+
+    def run(self, embedding: Node, over: OverEncoding) -> None:
+        """Give all readers of `embedding` the sum."""
+        self.like = embedding
+        readers = list(embedding.users)
+        reach, before = self._documents(self.ids, _NO_EOS, STATE)
+        rows = self._early(ENGRAM.over_rows.default, self.ids, reach, before, str(over.hash))
+        look_up = self._look_up(TABLE, rows, over.width)
+        with self.graph.inserting_before(self._behind(max(embedding, self.last))):
+            dtype = value(embedding).dtype
+            found = self._method("to", look_up(), dtype)
+            weight = self._method("to", self.parameters[f"{ROOT}.projection"], dtype)
+            added = self._call(torch.nn.functional.linear, found, weight)
+            total = self._call(torch.add, embedding, added)
+        for reader in readers:
+            reader.replace_input_with(embedding, total)
+        self._keep()
