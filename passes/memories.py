@@ -12,7 +12,7 @@ import mhc_compile.kernels.engram.gather  # noqa: F401  (registers its ops)
 from mhc_compile.kernels.engram import hash_ops
 from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.engram.ops import entry_of
-from mhc_compile.kernels.engram.spec import HashSpec
+from mhc_compile.kernels.engram.spec import HashSpec, OverEncodingSpec
 from mhc_compile.passes.base import copy_meta, value
 
 ENGRAM = torch.ops.engram
@@ -56,6 +56,8 @@ def prepare_hashes(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target is KERNELS.rows.default:
             hash_ops.prepare(HashSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
+        elif node.target is KERNELS.over_rows.default:
+            hash_ops.prepare(OverEncodingSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
 
 
 def _entry(node: Node, name: str) -> Entry:

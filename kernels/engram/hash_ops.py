@@ -42,10 +42,10 @@ def provider(device: str) -> providers.Provider:
     return "reference" if build.compiler_problem() else "cpp"
 
 
-def prepare(spec: HashSpec, device: str) -> None:
+def prepare(spec: HashSpec | OverEncodingSpec, device: str) -> None:
     """Begin to compile what will hash like `spec` on a type of device, so that the first call does not wait."""
     if provider(device) == "cpp":
-        rows_cpp.start(spec)
+        over_cpp.start() if isinstance(spec, OverEncodingSpec) else rows_cpp.start(spec)
 
 
 def _reach(ids: Tensor, mask: Tensor | None, positions: Tensor | None, carried: Tensor | None, eos: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mhc_compile.convert.folder import Converted, Form, convert_folder
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import PRESETS, MemorySettings
 from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, Manifold
 
@@ -32,6 +34,8 @@ examples:
       two streams, DeepSeek-V4's equations and its learned head at the exit
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --engram v41 --engram-layers 1,14 --engram-rows 50000
       and n-gram memories at the entry of two layers, which add nothing until they are trained
+  mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --over-encoding order=3,heads=4,rows=50000
+      and embeddings of n-grams beside those of tokens, which add nothing until they are trained
   mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-again --to residual
       the original weights bit by bit, as long as the streams were not trained
 
@@ -71,6 +75,11 @@ def add_parser(subparsers: Any) -> None:
         "--engram-layers", metavar="L", help="layers with a memory: 0-based indices or module paths, by commas"
     )
     parser.add_argument("--engram-rows", metavar="N", type=int, help="rows a head (default: the preset's millions)")
+    parser.add_argument(
+        "--over-encoding",
+        metavar="FIELDS",
+        help="add embeddings of n-grams: default, or fields such as order=3,heads=4,rows=50000",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
     if (memory := _memory(args)) is not None:
         options["engram"] = memory
+    if args.over_encoding is not None:
+        options["over_encoding"] = _over_encoding(args.over_encoding)
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -107,6 +118,16 @@ def _memory(args: argparse.Namespace) -> MemorySettings | None:
             raise MHCError("MHC220", "--engram-layers and --engram-rows need --engram", way_out="add --engram v41")
         return None
     return MemorySettings.preset(args.engram, **changes)
+
+
+def _over_encoding(text: str) -> OverEncodingSettings:
+    """The settings written as `field=number,...`. Raises MHC220 for other text."""
+    parts = [] if text == "default" else [part.partition("=") for part in text.split(",")]
+    known = {f.name for f in fields(OverEncodingSettings)}
+    if wrong := [name for name, _, number in parts if name not in known or not number.isdigit()]:
+        detail = f"--over-encoding: {wrong[0]!r} with no number; fields: {', '.join(sorted(known))}"
+        raise MHCError("MHC220", detail, way_out="--over-encoding order=3,heads=4,rows=50000, or default")
+    return OverEncodingSettings(**{name: int(number) for name, _, number in parts})
 
 
 def _summary(done: Converted, form: Form) -> str:

@@ -95,7 +95,10 @@ def _model(path: Path) -> tuple[nn.Module, bool]:
         return model, False
     owners = read_manifest(path).owners
     try:
-        install(model, {p: StreamParameters(o.spec, o.sites, device="meta", memory=o.memory) for p, o in owners.items()})
+        held = {
+            p: StreamParameters(o.spec, o.sites, device="meta", memory=o.memory, over=o.over) for p, o in owners.items()
+        }
+        install(model, held)
     except AttributeError as error:
         raise MHCError("MHC414", f"{path / NAME}: {error}") from error
     return model, True
