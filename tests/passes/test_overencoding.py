@@ -1,0 +1,225 @@
+"""Adding embeddings of n-grams: the graph, and that it computes what the equation says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from goldens import graph_text
+from stepping import CHECKED, captured, randomise, run
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from toys import VOCAB, WIDTH, Recipe, Sites, toy
+
+from mhc_compile.attach import _append_parameters, graph_inputs, sites_of_owners
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.request import MemoryRequest, OverEncodingRequest
+from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
+from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.parameters import StreamParameters
+from mhc_compile.passes.base import Context, call_nodes, op_name
+from mhc_compile.passes.memories import fuse_memories
+from mhc_compile.passes.overencoding import OverEncode
+from mhc_compile.passes.widen import Widen
+from mhc_compile.pipeline import ANALYSIS, EXPORT, Observer, compile_passes, run_passes
+
+Golden = Callable[[str], None]
+SPEC = StreamSpec(streams=3)
+REQUEST = OverEncodingRequest(settings=OverEncodingSettings(order=3, heads=1, rows=31))
+
+
+@dataclass
+class Inserted:
+    """A toy's graph with n-grams, what it takes, and what it gave without them."""
+
+    graph: GraphModule
+    inputs: list[Any]
+    held: StreamParameters
+    sites: list[str]
+    without: list[Tensor]
+
+
+def inserted(model: nn.Module, ids: Tensor, *, plain: bool = False) -> Inserted:
+    """The passes up to `overencoding`, every parameter random and in float64."""
+    found, context = captured(model, ids), Context()
+    gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
+    ((owner, sites),) = sites_of_owners(context.streams).items()
+    held = StreamParameters(SPEC, sites, **REQUEST.of(context.streams[0].entry, list(sites)))
+    held = randomise(held, 1)
+    held.table("over-encoding").start(5, 1.0)
+    context.marks = [_append_parameters(gm, owner, held)]
+    inputs = [*found.inputs, *graph_inputs(held).values()]
+    order = [site.name for site in context.streams[0].sites]
+    gm = step(Widen(), gm, context)
+    without = run(gm, inputs)
+    return Inserted(step(OverEncode(plain=plain), gm, context), inputs, held, order, without)
+
+
+def step(work: Any, gm: GraphModule, context: Context) -> GraphModule:
+    gm = Observer().run(work, gm, context, CHECKED)
+    gm.recompile()
+    return gm
+
+
+def by_hand(held: StreamParameters, embedding: Tensor, ids: Tensor) -> Tensor:
+    """The equation, in Python's numbers."""
+    over = held.over
+    assert over is not None
+    table = held.table("over-encoding").weight.detach().double()
+    W = held.get_parameter("over_encoding.projection").detach()
+    out = embedding.clone()
+    for b, row in enumerate(ids.tolist()):
+        for t in range(len(row)):
+            first = 0
+            for j, m in enumerate(over.hash.moduli):
+                number = sum(row[t - s] * VOCAB**s for s in range(2 + j) if s <= t)
+                columns = slice(j * over.width, (j + 1) * over.width)
+                out[b, t] += W[:, columns] @ table[first + number % m]
+                first += m
+    return out
+
+
+def check(recipe: Recipe) -> Inserted:
+    model, ids = toy(recipe)
+    ids = ids.repeat(1, 2)  # longer than an n-gram
+    out = inserted(model, ids)
+    found = run(out.graph, out.inputs)
+    each = ((out.held.get_parameter(f"{s}.{p}").detach() for p in ("phi", "alpha", "bias")) for s in out.sites)
+    model.embed.register_forward_hook(lambda _, args, result: by_hand(out.held, result, args[0]))
+    with torch.no_grad():
+        wanted = model.streams(ids, Sites(SPEC, (tuple(values) for values in each)))  # type: ignore[misc]
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < 1e-12
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(out.without, wanted, strict=True))
+    return out
+
+
+# Every reader of the embedding gets the sum: the stream, branches, later layers, and what looks at the input.
+READERS = [
+    Recipe(),
+    Recipe(style="post", hidden_states=True),
+    Recipe(style="tree"),
+    Recipe(carry="rescaled"),
+    Recipe(carry="imul"),
+    Recipe(layout="flat_feed"),
+    Recipe(extra="embedding_in_branch"),
+    Recipe(extra="embedding_in_stream"),
+    Recipe(extra="clone"),
+]
+
+
+@pytest.mark.parametrize("recipe", READERS, ids=str)
+def test_whatever_reads_the_embedding(recipe: Recipe) -> None:
+    out = check(recipe)
+    (embedding,) = [n for n in call_nodes(out.graph) if op_name(n) == "embedding"]
+    assert [op_name(reader) for reader in embedding.users] == ["add"]
+
+
+def test_the_graph(golden: Golden) -> None:
+    model, ids = toy(Recipe(layers=1, style="single"))
+    text = graph_text(inserted(model, ids).graph)
+    golden(re.sub(r"_\d+_float32_near, \d+,", "_HANDLE_float32_near, HANDLE,", text))
+
+
+def test_plain_programs_read_the_table_as_an_embedding() -> None:
+    model, ids = toy(Recipe())
+    ours, plain = (inserted(model, ids, plain=p) for p in (False, True))
+    for a, b in zip(run(ours.graph, ours.inputs), run(plain.graph, plain.inputs), strict=True):
+        assert torch.equal(a, b)
+    assert not [n for n in call_nodes(plain.graph) if "engram_kernels" in str(n.target)]
+
+
+def test_the_kernel_takes_the_place_of_the_op() -> None:
+    model, ids = toy(Recipe())
+    out = inserted(model, ids)
+    before = run(out.graph, out.inputs)
+    assert fuse_memories(out.graph.graph) == ["1 x over-encoding's rows in a kernel"]
+    assert all(torch.equal(a, b) for a, b in zip(run(out.graph, out.inputs), before, strict=True))
+
+
+class Tied(nn.Module):
+    """The head reads the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return (x + self.layer(torch.tanh(x))) @ self.embed.weight.T
+
+
+def test_a_tied_head_reads_the_weight() -> None:
+    out = inserted(Tied().double(), torch.randint(0, VOCAB, (2, 3)))
+    (head,) = [n for n in call_nodes(out.graph) if op_name(n) == "matmul"]
+    assert "weight" in str(head.args[1].args)  # type: ignore[union-attr]
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(run(out.graph, out.inputs), out.without, strict=True))
+
+
+def test_graphs_without_n_grams_stay_as_they_are() -> None:
+    model, ids = toy(Recipe())
+    found, context = captured(model, ids), Context()
+    gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
+    ((owner, sites),) = sites_of_owners(context.streams).items()
+    context.marks = [_append_parameters(gm, owner, StreamParameters(SPEC, sites))]
+    gm = step(Widen(), gm, context)
+    before = graph_text(gm)
+    assert graph_text(step(OverEncode(), gm, context)) == before
+
+
+def test_the_memory_of_a_model_with_both_reads_the_same_ids() -> None:
+    model, ids = toy(Recipe())
+    found, context = captured(model, ids), Context()
+    run_passes(found.graph, context, ANALYSIS, CHECKED)
+    ((owner, sites),) = sites_of_owners(context.streams).items()
+    chosen = MemorySettings.preset("v41", rows_per_head=31, row_width=2, heads=2, layers=(0,))
+    memory = MemoryRequest(settings=chosen, fill=0, compression=None, start="zero")
+    entry = context.streams[0].entry
+    held = StreamParameters(SPEC, sites, **(memory.of(entry, list(sites)) | REQUEST.of(entry, list(sites))))
+    assert set(held.table_places) == {"layers.0", "over-encoding"}
+    assert held.vocab == VOCAB
+    for passes in (compile_passes(CHECKED), EXPORT):
+        copy, context = captured(model, ids).graph, Context()
+        context.marks = [_append_parameters(copy, owner, held)]
+        copy = run_passes(copy, context, passes, CHECKED)
+        names = [op_name(n) for n in call_nodes(copy)]
+        assert names.count("over_rows") == names.count("rows") == 1
+
+
+class Given(nn.Module):
+    """Embeds outside of what holds the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.body = nn.Sequential(nn.LayerNorm(WIDTH), *(Part() for _ in range(2)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.body(self.embed(ids))
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(torch.tanh(x))
+
+
+def test_an_owner_that_is_given_embeddings_is_refused() -> None:
+    with pytest.raises(MHCError, match=r"MHC225.*body, which holds the stream, is given embeddings") as caught:
+        inserted(Given().double(), torch.randint(0, VOCAB, (2, 3)))
+    assert caught.value.module == "embed"
+
+
+@pytest.mark.parametrize("layout", ["sbc", "flat"])
+def test_streams_that_are_not_batch_by_sequence_are_refused(layout: Any) -> None:
+    model, ids = toy(Recipe(layout=layout))
+    with pytest.raises(MHCError, match="MHC225"):
+        inserted(model, ids)
