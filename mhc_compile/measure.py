@@ -20,8 +20,12 @@ from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, module_path
-from mhc_compile.pipeline import EXPORT, run_passes
+from mhc_compile.passes.fuse import Fuse
+from mhc_compile.passes.lower import Lower
+from mhc_compile.pipeline import compile_passes, run_passes
 
+WIDENING = tuple(step for step in compile_passes(Options()) if not isinstance(step, (Fuse, Lower)))
+"""What a graph goes through before kernels hide the equations."""
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
@@ -61,9 +65,9 @@ def measure_streams(model: nn.Module, batch: Batch) -> dict[str, StreamMeasures]
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if not owners(model):
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
-    with _evaluating(model):
-        captured = capture(model, *_call(batch))
-        graph = run_passes(captured.graph, Context(marks=find_marks(captured.graph)), EXPORT, Options())
+    with evaluating(model):
+        captured = capture(model, *arguments_of(batch))
+        graph = run_passes(captured.graph, Context(marks=find_marks(captured.graph)), WIDENING, Options())
         watch = _StreamInterpreter(graph)
         watch.run(*captured.inputs)
     return watch.measures()
@@ -91,14 +95,15 @@ def separation(X: Tensor) -> Tensor:
     return spread / torch.linalg.vector_norm(mean.squeeze(-2), dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def _call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments of the call that `batch` describes."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return ((batch,) if isinstance(batch, Tensor) else tuple(batch)), {}
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

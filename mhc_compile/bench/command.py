@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mhc_compile.bench import boundary, compile_time, native, passes, step
+from mhc_compile.bench import boundary, compile_time, engram, native, passes, step
 from mhc_compile.bench.contest import chart
 
 BENCHMARKS = {
     "boundary": boundary,
     "compile-time": compile_time,
+    "engram": engram,
     "native": native,
     "passes": passes,
     "step": step,
@@ -31,7 +32,8 @@ def add_parser(subparsers: Any) -> None:
         description="boundary: one fused site boundary against PyTorch and what else is installed. step: a training "
         "step of a converted Llama against the residual one. native: DeepSeek-V4's own hyper-connections. "
         "compile-time: how long torch.compile takes for DeepSeek-V4. passes: the time of the rewriting passes for 12 "
-        "to 96 layers, and their share of a whole compile.",
+        "to 96 layers, and their share of a whole compile. engram: hashing n-grams, gathering rows, and what both "
+        "add to a training step.",
     )
     parser.add_argument("name", choices=sorted(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="small sizes: checks that it runs")

@@ -6,19 +6,18 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from mhc_compile.demo import memory_report
 from mhc_compile.demo.experiment import Outcome, run_experiment
+from mhc_compile.demo.memory import run_memory
 from mhc_compile.demo.output import ENTRIES, OutputFolder
 from mhc_compile.demo.report import draw, numbers, reading, samples, table
 from mhc_compile.demo.settings import FULL, QUICK, DemoError, settings_for
-from mhc_compile.demo.training import LEAST_STEPS
+from mhc_compile.demo.training import LEAST_STEPS, threads
 
 _NEEDED = ("transformers", "tokenizers", "matplotlib")
 
@@ -30,7 +29,8 @@ def add_parser(subparsers: Any) -> None:
         help="train a small Llama, convert it, and train both forms side by side on real text",
         description="Trains a small residual Llama on the sources of Python's standard library, converts its "
         "checkpoint to 4 streams (the loss does not change), goes on training both on the same batches, and compares "
-        "losses, times and streams. Nothing is downloaded.",
+        "losses, times and streams. Then it adds a memory of n-grams, trains with and without it on equal batches, and "
+        "shows what the memory took in. Nothing is downloaded.",
     )
     parser.add_argument("--quick", action="store_true", help="a smaller model without Inductor: under a minute")
     parser.add_argument(
@@ -39,6 +39,10 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("mhc-demo"), metavar="DIR", help="default: ./mhc-demo")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the batches and the samples")
+    parser.add_argument(
+        "--seeds", type=_count, metavar="N",
+        help=f"repetitions of the training with and without a memory (default {FULL.seeds}, quick {QUICK.seeds})",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -49,38 +53,41 @@ def _steps(text: str) -> int:
     return steps
 
 
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration. Returns 0, or 1 where it cannot run here; raises MHC412 for a folder of someone else."""
     begin = time.perf_counter()
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         return _refused(f"the demo needs {', '.join(missing)}: pip install 'mhc-compile[demo]'")
-    settings = settings_for(quick=args.quick, steps=args.steps, seed=args.seed)
+    settings = settings_for(quick=args.quick, steps=args.steps, seed=args.seed, seeds=args.seeds)
     out = OutputFolder(args.out)
     results: dict[str, Any] = {"state": "did not finish"}
     try:
         console = Console()
-        with _threads(settings.threads):
+        with threads(settings.threads):
             outcome = run_experiment(settings, out, console)
-        _write(outcome, out)
-        results = {"state": "finished", "seconds": time.perf_counter() - begin, **numbers(outcome)}
+            _write(outcome, out)
+            _show(outcome, console)
+            memory = run_memory(settings, out, console, outcome)
+        shown = memory_report.text(memory)
+        (out / "memory.txt").write_text(shown, encoding="utf-8")
+        seconds = time.perf_counter() - begin
+        held = {**numbers(outcome), "memory": memory_report.numbers(memory)}
+        results = {"state": "finished", "seconds": seconds, **held}
     except DemoError as error:
         return _refused(str(error))
     finally:
         # Whatever was written so far is on record, so that the next run may replace it.
         out.record(results)
-    _show(outcome, out, console, results["seconds"])
+    memory_report.show(memory, console)
+    console.print()
+    console.print(f"In {out.path}: {', '.join(ENTRIES)}. {seconds:.0f} s in all.", highlight=False)
     return 0
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Torch on `count` threads, and on its own number again afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _write(outcome: Outcome, out: OutputFolder) -> None:
@@ -89,14 +96,13 @@ def _write(outcome: Outcome, out: OutputFolder) -> None:
     draw(outcome, out / "curves.png")
 
 
-def _show(outcome: Outcome, out: OutputFolder, console: Console, seconds: float) -> None:
+def _show(outcome: Outcome, console: Console) -> None:
     console.print()
     console.print(table(outcome))
     console.print(reading(outcome), highlight=False)
     console.print()
     console.print(samples(outcome), markup=False, highlight=False)
     console.print()
-    console.print(f"In {out.path}: {', '.join(ENTRIES)}. {seconds:.0f} s in all.", highlight=False)
 
 
 def _refused(reason: str) -> int:

@@ -25,7 +25,7 @@ from mhc_compile.inspect import inspect
 from mhc_compile.measure import StreamMeasures, measure_streams
 
 PROMPT = "def read("
-_SECOND_PEAK = 0.5
+SECOND_PEAK = 0.5
 """The second phase starts from a trained model: half the learning rate."""
 
 
@@ -34,6 +34,7 @@ class Outcome:
     """Everything that was measured, for the report."""
 
     settings: Settings
+    corpus: Corpus
     first: list[float]
     """Training losses of the residual model before the conversion."""
     residual: Contender
@@ -54,13 +55,13 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
 
     logging.disable_progress_bar()  # ours are shown
     torch.manual_seed(settings.seed)
-    with _stage(console, "Reading the standard library and training a tokenizer on it"):
+    with stage(console, "Reading the standard library and training a tokenizer on it"):
         corpus = build_corpus(settings)
     console.print(
         f"  {corpus.files} files, {corpus.size / 1e6:.1f} MB, {len(corpus.train):,} tokens to train on, "
         f"{len(corpus.held_out):,} held out"
     )
-    model = _residual_model(settings, corpus)
+    model = residual_model(settings, corpus)
     residual = contender("residual", model, backend="residual", inner=settings.inner)
     held = held_out_batches(corpus, settings)
     _train(console, "Training a residual Llama", [residual], corpus, settings, phase=0)
@@ -68,11 +69,11 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
     residual_compile = residual.seconds[0]
     _save(model, corpus, out / "residual")
 
-    with _stage(console, f"Converting the folder to {settings.streams} streams"):
+    with stage(console, f"Converting the folder to {settings.streams} streams"):
         converted = _converted(out / "residual", out / "mhc", settings)
     streams = contender(f"mHC, {settings.streams} streams", converted, backend="mhc", inner=settings.inner)
     residual = renewed(residual)
-    with _stage(console, "Held-out loss of both"):
+    with stage(console, "Held-out loss of both"):
         begin = time.perf_counter()
         streams.held_out(held[:1])
         streams_compile = time.perf_counter() - begin
@@ -84,18 +85,19 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
     _train(console, "Training both on the same batches", [residual, streams], corpus, settings, phase=1)
     streams_compile += streams.seconds[0]
     _save(converted, corpus, out / "mhc-trained")
-    with _stage(console, "Held-out loss of both, the state of the streams, samples"):
+    with stage(console, "Held-out loss of both, the state of the streams, samples"):
         after = residual.held_out(held), streams.held_out(held)
         measures_after = _only(measure_streams(converted, example))
         samples = _sample(model, corpus, settings), _sample(converted, corpus, settings)
         inspection = inspect(converted).text()
     return Outcome(
-        settings, first, residual, streams, before, after, measures_before, measures_after, samples, inspection,
+        settings, corpus, first, residual, streams, before, after, measures_before, measures_after, samples, inspection,
         (residual_compile, streams_compile),
     )  # fmt: skip
 
 
-def _residual_model(settings: Settings, corpus: Corpus) -> nn.Module:
+def residual_model(settings: Settings, corpus: Corpus) -> nn.Module:
+    """A small Llama at its random start."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -131,8 +133,8 @@ def _train(
     console: Console, text: str, contenders: list[Contender], corpus: Corpus, settings: Settings, *, phase: int
 ) -> None:
     batches = training_batches(corpus, settings, stream=phase)
-    peak = settings.learning_rate * (_SECOND_PEAK if phase else 1.0)
-    with _bar(console) as progress:
+    peak = settings.learning_rate * (SECOND_PEAK if phase else 1.0)
+    with bar(console) as progress:
         task = progress.add_task(text, total=len(batches), loss="compiling")
 
         def tick() -> None:
@@ -164,7 +166,7 @@ def _only(found: dict[str, StreamMeasures]) -> StreamMeasures:
 
 
 @contextmanager
-def _stage(console: Console, text: str) -> Iterator[None]:
+def stage(console: Console, text: str) -> Iterator[None]:
     """A stage without steps to count: a spinner, then one line with its duration."""
     begin = time.perf_counter()
     with console.status(text):
@@ -172,6 +174,7 @@ def _stage(console: Console, text: str) -> Iterator[None]:
     console.print(f"{text}: {time.perf_counter() - begin:.1f} s")
 
 
-def _bar(console: Console) -> Progress:
+def bar(console: Console) -> Progress:
+    """A bar of steps with a text `loss` behind it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     return Progress(*columns, TimeElapsedColumn(), console=console)

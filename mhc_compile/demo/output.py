@@ -10,8 +10,8 @@ from mhc_compile.diagnostics import MHCError
 
 RESULTS = "results.json"
 _MADE_BY = "mhc-compile demo"
-CHECKPOINTS = ("residual", "mhc", "mhc-trained")
-ENTRIES = (*CHECKPOINTS, "curves.png", "samples.txt", "inspection.txt", RESULTS)
+CHECKPOINTS = ("residual", "mhc", "mhc-trained", "mhc-memory")
+ENTRIES = (*CHECKPOINTS, "curves.png", "samples.txt", "inspection.txt", "memory.txt", RESULTS)
 
 
 class OutputFolder:

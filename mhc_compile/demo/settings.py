@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mhc_compile.config import Inner
+from mhc_compile.kernels.engram.settings import MemorySettings
 
 
 class DemoError(Exception):
@@ -32,23 +33,40 @@ class Settings:
     inner: Inner
     """What compiles both contenders."""
     learning_rate: float
+    memory: MemorySettings
+    """What is added to the converted model in the second part."""
+    memory_steps: int
+    """Optimizer steps with and without it."""
+    seeds: int
+    """Of the second part's repetitions."""
+    hot_rows: int
+    """Of each table, kept in memory when it is read from its file."""
     threads: int = 1
     """Of torch. Threads wait for one another at every operation of a model this small, worst on a busy machine."""
     streams: int = 4
     seed: int = 0
 
 
+def _memory(*layers: int) -> MemorySettings:
+    """N-grams of two and three tokens, tables of 131,072 rows or a few more."""
+    return MemorySettings.preset("paper", heads=4, rows_per_head=16_384, row_width=16, layers=layers)
+
+
 FULL = Settings(
     layers=4, hidden=128, heads=4, vocabulary=2048, length=128, batch=8, steps=300, text_bytes=6_000_000,
-    held_out_batches=16, sampled_tokens=80, inner="inductor", learning_rate=4e-3,
+    held_out_batches=16, sampled_tokens=80, inner="inductor", learning_rate=4e-3, memory=_memory(0, 2),
+    memory_steps=120, seeds=3, hot_rows=8192,
 )  # fmt: skip
 QUICK = Settings(
     layers=2, hidden=96, heads=3, vocabulary=1024, length=96, batch=8, steps=100, text_bytes=1_500_000,
-    held_out_batches=8, sampled_tokens=40, inner="eager", learning_rate=5e-3,
+    held_out_batches=8, sampled_tokens=40, inner="eager", learning_rate=5e-3, memory=_memory(0, 1),
+    memory_steps=100, seeds=1, hot_rows=8192,
 )  # fmt: skip
 
 
-def settings_for(*, quick: bool, steps: int | None, seed: int) -> Settings:
+def settings_for(*, quick: bool, steps: int | None, seed: int, seeds: int | None = None) -> Settings:
     """The settings that the command's arguments ask for."""
     chosen = QUICK if quick else FULL
-    return replace(chosen, seed=seed, steps=chosen.steps if steps is None else steps)
+    steps = chosen.steps if steps is None else steps
+    memory_steps = min(chosen.memory_steps, steps)
+    return replace(chosen, seed=seed, steps=steps, memory_steps=memory_steps, seeds=seeds or chosen.seeds)

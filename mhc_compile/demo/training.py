@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.config import Inner
+from mhc_compile.engram.optimizer import RATIO, TableAdamW
 from mhc_compile.parameters import parameter_groups
 
 WARM_UP_STEPS = 2
@@ -39,7 +41,7 @@ class Contender:
     def step(self, batch: Tensor, learning_rate: float) -> None:
         """Take one optimizer step and time it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * (RATIO if group["table"] else 1.0)
         begin = time.perf_counter()
         loss = self.program(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -65,14 +67,18 @@ def contender(name: str, model: nn.Module, *, backend: str, inner: Inner) -> Con
         program = torch.compile(model, backend="mhc", options={"inner": inner}, dynamic=False)
     else:
         program = torch.compile(model, backend=inner, dynamic=False)
-    groups = parameter_groups(model, weight_decay=0.05)
-    return Contender(name, model, program, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True))
+    return Contender(name, model, program, _optimizer(model))
 
 
 def renewed(old: Contender) -> Contender:
     """The same model and program with a fresh optimizer and no history."""
-    groups = parameter_groups(old.model, weight_decay=0.05)
-    return Contender(old.name, old.model, old.program, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True))
+    return Contender(old.name, old.model, old.program, _optimizer(old.model))
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW; every step sets the learning rate."""
+    groups = parameter_groups(model, weight_decay=0.05, lr=0.0)
+    return TableAdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -91,6 +97,17 @@ def train(contenders: Sequence[Contender], batches: Sequence[Tensor], peak: floa
         for one in contenders if i % 2 == 0 else reversed(contenders):
             one.step(batch, rate)
         tick()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch on `count` threads, and on its own number again afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

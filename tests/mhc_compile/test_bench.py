@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from memories import with_memory
+from rich.console import Console
+from tiny_models import ids, llama
 from torch import Tensor
 
-from mhc_compile.bench import boundary, passes
+from mhc_compile.bench import boundary, engram, engram_step, passes
 from mhc_compile.bench.gpu_contenders import PACKAGES, Package, Work, select
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.spec import StreamSpec
 
 
@@ -215,3 +219,62 @@ def test_a_gradient_that_is_added_to_in_place_is_new_in_every_run() -> None:
         work.prepare()
         assert torch.equal(work.run()["X"], torch.full((5, 4, 6), 4.0))
     assert torch.equal(gradients["next_X"], torch.ones(5, 4, 6))
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def test_hashes_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    title, rows = engram.hash_contest(quiet(), "v41", 64, CPU, rounds=2)
+    assert title.endswith("64 tokens")
+    assert [(r.name, r.error) for r in rows] == [
+        (name, 0.0) for name in (engram.OURS, engram.COPY, "Inductor", "eager")
+    ]
+    assert rows[0].bytes == 64 * 8 * (2 + 24), "an id, its reach, and 24 rows"
+    hashing = engram.hashing.rows
+    monkeypatch.setattr(engram.hashing, "rows", lambda *inputs: hashing(*inputs) + 1)
+    with pytest.raises(MHCError, match=f"MHC110.*{engram.OURS}"):
+        engram.hash_contest(quiet(), "paper", 64, CPU, rounds=2)
+
+
+def test_gathering_is_compared_and_some_rows_are_hot() -> None:
+    _, rows, rates = engram.gather_contest(quiet(), CPU, quick=True)
+    assert list(rates) == [r.name for r in rows] == ["in memory", "mapped", "mapped, 512 hot rows"]
+    assert {r.error for r in rows} == {0.0}
+    memory, other = (MemoryTable(8, 2, trainable=False).start(seed) for seed in (0, 1))
+    calls = [torch.arange(8)]
+    contender = engram._gathering("other", other, calls, [memory(calls[0])], 0)
+    assert contender.check is not None
+    assert contender.check(None) > contender.tolerance
+
+
+def test_calls_follow_zipfs_law() -> None:
+    first, second = engram.zipf_calls(1000, 5000, 2, CPU)
+    counts = torch.bincount(first, minlength=1000).sort(descending=True).values
+    assert counts[0] > 5 * counts[9] > 0
+    assert first.mode().values == second.mode().values
+    assert not torch.equal(first, second)
+
+
+def test_a_step_with_its_rows_given_computes_the_same_without_a_look_up(tmp_path: Path) -> None:
+    model = with_memory(llama())
+    model.save_pretrained(tmp_path / "model")
+    batches = [ids(seed=0), ids(seed=1)]
+    steps = engram_step.contenders(tmp_path / "model", batches, "eager")
+    losses = {name: [float(step()) for _ in batches] for name, step in steps.items()}
+    assert losses[engram_step.MAPPED] == losses[engram_step.FIXED] == losses[engram_step.TRAINED]
+    given, mapped = losses[engram_step.GIVEN], losses[engram_step.MAPPED]
+    assert given[0] == mapped[0]
+    assert given[1] != mapped[1], "the rows are the first batch's"
+    assert all(len(step.seconds) == 2 for step in steps.values())
+
+
+@pytest.mark.slow
+def test_all_of_a_memory_is_measured_and_drawn(tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "figures.json"), "--png", str(tmp_path / "bars.png")]
+    assert main(["bench", "engram", "--quick", *files]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [len(rows) for rows in figures["groups"].values()] == [4, 4, 3, 4]
+    assert set(figures["added_share"]) == {engram_step.MAPPED, engram_step.FIXED, engram_step.TRAINED}
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")

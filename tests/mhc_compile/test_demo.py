@@ -13,6 +13,7 @@ import torch
 
 import mhc_compile
 from mhc_compile.demo import command
+from mhc_compile.demo.memory import LEAST_SEEN
 from mhc_compile.demo.output import ENTRIES, RESULTS, OutputFolder
 from mhc_compile.demo.settings import QUICK, settings_for
 from mhc_compile.demo.text import build_corpus, held_out_batches, training_batches
@@ -70,6 +71,30 @@ def test_the_streams_separate_and_keep_their_gain(finished: tuple[Path, dict[str
         assert all(gain == pytest.approx(1, abs=0.05) for gain in measured["composite_gain"].values())
 
 
+def test_the_memory_leaves_the_loss_alone_and_then_lowers_it(finished: tuple[Path, dict[str, Any]]) -> None:
+    found, held = finished[1]["memory"], finished[1]["held_out"]
+    assert found["relative_change_by_adding"] < 1e-6
+    (seed,) = found["seeds"]
+    assert seed["at_start"]["with"] == pytest.approx(held["at_conversion"]["streams"], rel=1e-6)
+    assert seed["at_end"]["without"] == pytest.approx(held["at_end"]["streams"], rel=1e-4), "the same batches"
+    assert seed["difference"] == pytest.approx(seed["at_end"]["with"] - seed["at_end"]["without"])
+    assert seed["difference"] < -0.03
+
+
+def test_what_the_memory_holds_is_shown(finished: tuple[Path, dict[str, Any]]) -> None:
+    found = finished[1]["memory"]
+    assert list(found["gates"]) == [f"model.layers.{i}" for i in range(2)]
+    for rows in found["gates"].values():
+        gates = [row["gate"] for row in rows]
+        assert 1 > gates[0] > 0.6
+        assert gates == sorted(gates, reverse=True)
+        assert all(row["seen"] >= LEAST_SEEN for row in rows)
+    assert found["mapped"]["relative_change"] < 1e-6
+    for used in found["mapped"]["tables"]:
+        assert 0.02 < used["hit_rate"] < 1
+        assert used["hot_rows"] <= QUICK.hot_rows < used["rows"]
+
+
 def test_what_is_in_the_folder(finished: tuple[Path, dict[str, Any]]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,13 +108,14 @@ def test_what_is_in_the_folder(finished: tuple[Path, dict[str, Any]]) -> None:
     assert f"{2 * QUICK.layers} sites" in (out / "inspection.txt").read_text()
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "samples.txt").read_text().count("def read(") == 2
+    assert "model.layers.1" in (out / "memory.txt").read_text()
     tokenizer = AutoTokenizer.from_pretrained(out / "residual", local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(out / "residual", local_files_only=True)
     assert model.config.vocab_size == len(tokenizer) == QUICK.vocabulary
 
 
 def test_the_converted_checkpoints_load(finished: tuple[Path, dict[str, Any]]) -> None:
-    for name, fresh in (("mhc", True), ("mhc-trained", False)):
+    for name, fresh in (("mhc", True), ("mhc-trained", False), ("mhc-memory", False)):
         model = mhc_compile.from_pretrained(finished[0] / name, inner="eager")
         assert [at_start(p) for p in owners(model).values()] == [fresh]
 
@@ -155,6 +181,10 @@ def test_too_few_steps_and_the_default_arguments(capsys: pytest.CaptureFixture[s
     assert (args.out, args.quick) == (Path("mhc-demo"), False)
     chosen = settings_for(quick=args.quick, steps=args.steps, seed=args.seed)
     assert (chosen.steps, chosen.seed, chosen.inner) == (7, 3, "inductor")
+    assert (chosen.memory_steps, chosen.seeds) == (7, 3)
+    assert settings_for(quick=True, steps=None, seed=0, seeds=2).seeds == 2
+    with pytest.raises(SystemExit):
+        arguments("--seeds", "0")
 
 
 def test_a_missing_package_is_named(

@@ -1,0 +1,68 @@
+"""How far the gates of a model's memories open, token by token: what the model makes of what it looked up.
+
+The model's forward is captured, rewritten as for compiling, and interpreted node by node in eval mode without
+gradients, so the figures are those of the equations themselves, whatever compiles the model elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from mhc_compile.capture import capture, find_marks
+from mhc_compile.config import Options
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.measure import WIDENING, Batch, arguments_of, evaluating
+from mhc_compile.parameters import owners
+from mhc_compile.passes.base import Context, Mark
+from mhc_compile.pipeline import run_passes
+
+
+def gate_values(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The gates `a` of every memory layer, by the layer's module path: `[B, S, n]`, in (0, 1).
+
+    A gate is how much of what was looked up for a token enters each of the n streams (arXiv 2601.07372, section 3).
+    Of a layer that one forward runs several times, the calls follow each other in the first dimension.
+
+    `batch` holds the inputs of one forward call: a tensor, positional inputs in a sequence, or keyword inputs in a
+    mapping. Tables may lie anywhere. Raises MHC410 for a model without memories, and what `convert` raises for a
+    forward that cannot be captured in one graph.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    if not any(held.memory for held in owners(model).values()):
+        raise MHCError("MHC410", f"{type(model).__name__} holds no memory", way_out="convert(model, engram=...)")
+    with evaluating(model):
+        captured = capture(model, *arguments_of(batch))
+        marks = find_marks(captured.graph)
+        watch = _GateInterpreter(run_passes(captured.graph, Context(marks=marks), WIDENING, Options()), marks)
+        watch.run(*captured.inputs)
+    return {layer: torch.cat(calls) for layer, calls in watch.gates.items()}
+
+
+class _GateInterpreter(Interpreter):
+    """Runs a graph with its memories inserted and keeps every gate."""
+
+    def __init__(self, graph: GraphModule, marks: Sequence[Mark]) -> None:
+        super().__init__(graph)
+        self.gates: dict[str, list[Tensor]] = {}
+        self._layers: dict[Node, str] = {}
+        """The layer of each memory by the parameter that no other gate reads."""
+        for mark in marks:
+            for m in () if mark.memory is None else mark.memory.layers:
+                path = f"{mark.owner}.{m.layer}".strip(".")
+                self._layers[mark.parameters[f"engram.{m.layer}.key_gain"]] = path
+
+    def run_node(self, n: Node) -> Any:
+        """One node; of a gate the result is kept."""
+        out = super().run_node(n)
+        if n.target is torch.ops.engram.gate.default:
+            gain = n.args[3]
+            assert isinstance(gain, Node)
+            if gain not in self._layers:  # stored as what is added to 1
+                gain = next(above for above in gain.all_input_nodes if above in self._layers)
+            self.gates.setdefault(self._layers[gain], []).append(out)
+        return out
