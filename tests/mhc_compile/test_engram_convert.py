@@ -197,6 +197,17 @@ def test_documents_do_not_see_each_other() -> None:
         assert close(a[:, 4:], alone, 1e-5)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_lengths_share_one_graph(preset: str) -> None:
+    model = with_memory(llama(eos_token_id=5, num_hidden_layers=1), preset, layers=(0,))
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for length in (8, 9, 10, 12, 20):
+            model(ids(2, length), use_cache=False)
+    # One for the first length, one for all others.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_exported_programs_read_the_table_as_a_parameter() -> None:
     model = with_memory(llama())
     program = export(model, ids(), example_kwargs={"use_cache": False})
