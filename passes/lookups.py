@@ -11,7 +11,9 @@ from torch.fx import Graph, Node
 
 import mhc_compile.kernels.engram.gather
 import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (these register the ops)
+from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import copy_meta, value
+from mhc_compile.passes.numeric import KEEPS
 from mhc_compile.passes.widen import Widened
 
 ENGRAM = torch.ops.engram
@@ -57,6 +59,9 @@ class Lookups:
     def _look_up(self, table: str, rows: Node, width: int) -> Callable[[], Node]:
         """Begin to fetch the rows; returns what gives the node of their values, inserted where it is called."""
         if self.plain:
+            if f"weight:{table}" not in self.given:
+                detail = f"the rows of {table} are no float32 or bfloat16 tensor in memory"
+                raise MHCError("MHC504", detail, way_out='load the folder with tables="device"')
             found = self._early(torch.nn.functional.embedding, rows, self.given[f"weight:{table}"])
             flat = self._early(torch.flatten, found, -2)
             return lambda: flat
@@ -81,7 +86,7 @@ class Lookups:
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         with self.graph.inserting_before(output):
             for name, new in self.kept.items():
-                self._method("copy_", self.given[name], new)
+                self._method("copy_", self.given[name], new).meta[KEEPS] = True
 
     # --- nodes ---------------------------------------------------------------------------------------------------
 
