@@ -141,12 +141,14 @@ def test_the_examples_of_the_help_are_right(original: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen3-0.6B").symlink_to(original)
     lines = [ln.strip() for ln in command._EXAMPLES.splitlines() if ln.strip().startswith("mhc-compile")]
-    assert len(lines) == 3
+    assert len(lines) == 5
     for i, line in enumerate(lines):
         words = shlex.split(line)
+        if "--engram" in words:  # gigabytes: see test_engram_folder.py
+            continue
+        if Path(words[3]).exists():
+            Path(words[3]).rename(tmp_path / f"earlier-{i}")
         assert main(words[1:]) == 0
-        if i == 0:
-            (tmp_path / "Qwen3-0.6B-mhc").rename(tmp_path / "first")
     code = [ln.strip() for ln in command._EXAMPLES.splitlines() if ln.strip().startswith("model")]
     exec("\n".join(code), {"mhc_compile": mhc_compile})
     assert (tmp_path / "trained" / "mhc.json").is_file()
