@@ -331,7 +331,7 @@ DAMAGE: dict[str, tuple[Any, str, str]] = {
     "no mhc.json": (lambda f: (f / "mhc.json").unlink(), "MHC402", "mhc.json is missing"),
     "mhc.json not JSON": (lambda f: (f / "mhc.json").write_text("{"), "MHC414", "is not JSON"),
     "mhc.json of nothing": (lambda f: (f / "mhc.json").write_text("{}"), "MHC414", "no format"),
-    "a later format": (lambda f: edit(f, format=2), "MHC414", "format 2"),
+    "a later format": (lambda f: edit(f, format=3), "MHC414", "format 3"),
     "no owners": (lambda f: edit(f, owners={}), "MHC414", "no owners"),
     "no sites": (lambda f: edit(f, owners=owner(sites={})), "MHC414", "without sites"),
     "a site without a name": (lambda f: edit(f, owners=owner(sites={"": 32})), "MHC414", "not a site's name"),
