@@ -19,8 +19,6 @@ brings of its call, by the comma-separated `names`: masks, positions, carried st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +27,7 @@ from torch import Tensor
 import mhc_compile.kernels.fused  # noqa: F401  (registers the fused chains)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import reference
+from mhc_compile.kernels.autocast import without_autocast
 from mhc_compile.kernels.sinkhorn import LIBRARY as KERNELS
 from mhc_compile.kernels.sinkhorn import parse_spec
 from mhc_compile.kernels.spec import StreamSpec
@@ -38,28 +37,17 @@ DIALECT = torch.library.Library("mhc", "DEF")
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-@contextmanager
-def _without_autocast(x: Tensor) -> Iterator[None]:
-    """Autocast off for the device of `x`, where the device has one (`meta` has none)."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        yield
-        return
-    with torch.autocast(device, enabled=False):
-        yield
-
-
 def _expand(x: Tensor, streams: int) -> Tensor:
     return reference.expand(x, streams)
 
 
 def _coefficients(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: str) -> Three:
-    with _without_autocast(streams):
+    with without_autocast(streams):
         return reference.coefficients(streams, phi, alpha, bias, parse_spec(spec))
 
 
 def _coefficients_opaque(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: str) -> Three:
-    with _without_autocast(streams):
+    with without_autocast(streams):
         return reference.coefficients(streams, phi, alpha, bias, parse_spec(spec), sinkhorn=_opaque_sinkhorn)
 
 
@@ -68,12 +56,12 @@ def _opaque_sinkhorn(logits: Tensor, spec: StreamSpec) -> Tensor:
 
 
 def _aggregate(streams: Tensor, pre: Tensor) -> Tensor:
-    with _without_autocast(streams):
+    with without_autocast(streams):
         return reference.aggregate(streams, pre)
 
 
 def _distribute(streams: Tensor, branch: Tensor, post: Tensor, mix: Tensor) -> Tensor:
-    with _without_autocast(streams):
+    with without_autocast(streams):
         return reference.distribute(streams, branch, post, mix)
 
 
@@ -81,7 +69,7 @@ def _reduce(
     streams: Tensor, spec: str, fn: Tensor | None = None, base: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
     head = None if fn is None or base is None or scale is None else (fn, base, scale)
-    with _without_autocast(streams):
+    with without_autocast(streams):
         return reference.reduce(streams, parse_spec(spec), head)
 
 

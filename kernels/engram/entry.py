@@ -67,6 +67,8 @@ class Entry:
     """Of X and X'."""
     keys_dtype: torch.dtype = torch.float32
     value_dtype: torch.dtype = torch.float32
+    joins: bool = False
+    """Of a gate whose streams go on to an `inject`: its backward adds the gradient of X' to that of X."""
 
     @property
     def gates(self) -> bool:
@@ -87,7 +89,7 @@ class Entry:
     def name(self) -> str:
         """A name for generated functions: `remember_n4_c1024_float32`."""
         dtypes = dict.fromkeys(str(t).removeprefix("torch.") for t in self.dtypes())
-        return f"{self.kind}_n{self.streams}_c{self.width}_{'_'.join(dtypes)}"
+        return f"{self.kind}{'_joined' if self.joins else ''}_n{self.streams}_c{self.width}_{'_'.join(dtypes)}"
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of X, keys and value, as far as it has them."""
@@ -99,13 +101,15 @@ class Entry:
         names = _INPUTS[self.kind]
         if direction == "forward":
             return names
-        return (*(names if self.gates else names[1:]), f"d_{self.outputs('forward')[0]}")
+        joined = ("d_next_X",) if self.joins else ()
+        return (*(names if self.gates else names[1:]), *joined, f"d_{self.outputs('forward')[0]}")
 
     def outputs(self, direction: Direction) -> tuple[str, ...]:
         """What one direction writes, in order."""
         if direction == "forward":
             return ("next_X",) if self.adds else ("a",)
-        return tuple(f"d_{name}" for name in self.arguments("backward")[:-1] if name != "reach")
+        given = self.arguments("backward")
+        return tuple(f"d_{name}" for name in given if name != "reach" and not name.startswith("d_"))
 
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         """The shape of a value."""
@@ -144,5 +148,5 @@ class Entry:
         if not backward:
             moved += (X if self.adds and not self.gates else 0) + (X if self.adds else 0)
         else:
-            moved += (X if self.adds else 0) + value + (X + keys if self.gates else 0)
+            moved += (X if self.adds or self.joins else 0) + value + (X + keys if self.gates else 0)
         return tokens * self.width * moved

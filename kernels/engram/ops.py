@@ -7,10 +7,15 @@ with autocast off. `spec` is always `str(FusionSpec)`.
     engram::inject(X [B, S, n, C], a [B, P' + S, n], value [B, P' + S, C], reach [B, S]?, conv_gain [n, C]?,
                    conv [n, C, taps]?, spec) -> like X
 
-`engram_kernels::gate`, `inject` and `remember(X, keys, value, query_gain, key_gain, spec)`, which is a gate and an
-inject without history and convolution in one, are opaque to every compiler, with fakes and gradients that are ops
-again. What computes a call is chosen by its device (`mhc_compile.kernels.engram.providers`). Gradients of gradients
-raise NotImplementedError. The hashing ops come with these (`mhc_compile.kernels.engram.hash_ops`).
+`engram_kernels::gate` and `inject` are the same, opaque to every compiler, with fakes and gradients that are ops again;
+so are a gate and an inject in one, without history, `remember` without a convolution, too:
+
+    engram_kernels::remember(X, keys, value, query_gain, key_gain, spec) -> X'
+    engram_kernels::recall(X, keys, value, query_gain, key_gain, reach?, conv_gain, conv, spec) -> X', a
+
+They add the gradient of X' to that of X where they form it, not in a pass of its own. What computes a call is chosen by
+its device (`mhc_compile.kernels.engram.providers`). Gradients of gradients raise NotImplementedError. The hashing ops
+come with these (`mhc_compile.kernels.engram.hash_ops`).
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ KERNELS = torch.library.Library("engram_kernels", "FRAGMENT")
 _GATE = "Tensor X, Tensor keys, Tensor query_gain, Tensor key_gain, str spec"
 _INJECT = "Tensor X, Tensor a, Tensor value, Tensor? reach, Tensor? conv_gain, Tensor? conv, str spec"
 _FLOW = "Tensor a, Tensor value, Tensor? reach, Tensor? conv_gain, Tensor? conv, Tensor flow, str spec"
+_RECALL = "Tensor X, Tensor keys, Tensor value, Tensor query_gain, Tensor key_gain, "
+_RECALL += "Tensor? reach, Tensor conv_gain, Tensor conv, str spec"
 _REMEMBER = "Tensor X, Tensor keys, Tensor value, Tensor query_gain, Tensor key_gain, str spec"
 Optional = Tensor | None
 Op = Callable[..., Any]
@@ -42,20 +49,25 @@ Op = Callable[..., Any]
 _FAR = torch.iinfo(torch.int64).max
 
 
-def entry_of(op: str, streams: Tensor, spec: str, *, keys: Optional = None, value: Optional = None) -> Entry:
-    """The fused step that computes one call of an op; `op` is a kind (`inject` without a convolution: `add`).
+def entry_of(
+    kind: Kind, streams: Tensor, spec: str, *, keys: Optional = None, value: Optional = None, joins: bool = False
+) -> Entry:
+    """The fused step that computes a call: `remember` one of its kind, `inject` without a convolution an `add`.
 
-    The tensors may be fake: shapes and dtypes are looked at alone.
+    `recall` is a gate that joins and an `inject`. The tensors may be fake: shapes and dtypes are looked at alone.
     """
     dtypes = [t.dtype if t is not None else torch.float32 for t in (streams, keys, value)]
-    return _entry(op, int(streams.shape[-2]), int(streams.shape[-1]), spec, *dtypes)
+    return _entry(kind, int(streams.shape[-2]), int(streams.shape[-1]), spec, *dtypes, joins)
 
 
 @lru_cache(maxsize=1024)
-def _entry(kind: Kind, n: int, C: int, spec: str, X: torch.dtype, keys: torch.dtype, value: torch.dtype) -> Entry:
+def _entry(
+    kind: Kind, n: int, C: int, spec: str, X: torch.dtype, keys: torch.dtype, value: torch.dtype, joins: bool
+) -> Entry:
     return Entry(
-        kind=kind, streams=n, width=C, spec=FusionSpec.parse(spec), streams_dtype=X, keys_dtype=keys, value_dtype=value
-    )
+        kind=kind, streams=n, width=C, spec=FusionSpec.parse(spec),
+        streams_dtype=X, keys_dtype=keys, value_dtype=value, joins=joins,
+    )  # fmt: skip
 
 
 def _gate_dialect(X: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor, spec: str) -> Tensor:
@@ -147,6 +159,24 @@ def _inject_backward(
     return tuple(_run(entry_of("inject", flow, spec, value=value), "backward", tensors, sizes))
 
 
+def _recall(
+    X: Tensor, keys: Tensor, value: Tensor, query_gain: Tensor, key_gain: Tensor,
+    reach: Optional, conv_gain: Tensor, conv: Tensor, spec: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    a = _gate(X, keys, query_gain, key_gain, spec)
+    return _inject(X, a, value, reach, conv_gain, conv, spec), a
+
+
+def _recall_backward(
+    X: Tensor, keys: Tensor, value: Tensor, query_gain: Tensor, key_gain: Tensor,
+    reach: Optional, conv_gain: Tensor, conv: Tensor, a: Tensor, flow: Tensor, flow_a: Tensor, spec: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    d_a, d_value, *d_conv = _inject_backward(a, value, reach, conv_gain, conv, flow, spec)
+    entry = entry_of("gate", X, spec, keys=keys, joins=True)
+    d_X, d_keys, *d_gains = _flat(entry, "backward", X, keys, query_gain, key_gain, flow, d_a.add_(flow_a))
+    return (d_X, d_keys, d_value, *d_gains, *d_conv)
+
+
 # Fakes: contiguous, values and streams in their own dtypes, all else in the one of the arithmetic.
 
 
@@ -187,6 +217,16 @@ def _inject_backward_fake(
     return (*_wide(dtypes, a), *_like(value), *_wide(dtypes, *gains))
 
 
+def _recall_fake(X: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return _like(X)[0], X.new_empty(X.shape[:-1], dtype=compute_dtype(X.dtype, keys.dtype))
+
+
+def _recall_backward_fake(X: Tensor, keys: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    query_gain, key_gain, _, conv_gain, conv, *_ = rest
+    gates, convolved = (X.dtype, keys.dtype), (X.dtype, value.dtype)
+    return (*_like(X, keys, value), *_wide(gates, query_gain, key_gain), *_wide(convolved, conv_gain, conv))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     *tensors, ctx.spec = inputs
     ctx.save_for_backward(*tensors)
@@ -214,6 +254,19 @@ def _differentiate_inject(ctx: Any, flow: Tensor) -> tuple[Tensor | None, ...]:
     return flow, d_a.to(a.dtype), d_value, None, *gains, None
 
 
+def _save_recall(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.spec = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate_recall(ctx: Any, flow: Tensor, flow_a: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, a = ctx.saved_tensors
+    found = torch.ops.engram_kernels.recall_backward(*tensors, a, flow, flow_a, ctx.spec)
+    floats = [t for i, t in enumerate(tensors) if i != 5]
+    given = [g.to(t.dtype) for g, t in zip(found, floats, strict=True)]
+    return (*given[:5], None, *given[5:], None)
+
+
 def _no_second_order(ctx: Any, *gradients: Tensor) -> NoReturn:
     raise NotImplementedError("fused kernels have no second derivative; the ops engram::* have PyTorch's")
 
@@ -238,6 +291,9 @@ def _register() -> None:
         f"remember({_REMEMBER}) -> Tensor": (_remember, _streams_fake),
         f"remember_backward({_REMEMBER.replace('str', 'Tensor flow, str')}) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)": (_remember_backward, _remember_backward_fake),
+        f"recall({_RECALL}) -> (Tensor, Tensor)": (_recall, _recall_fake),
+        f"recall_backward({_RECALL.replace('str', 'Tensor a, Tensor flow, Tensor flow_a, str')}) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)": (_recall_backward, _recall_backward_fake),
         f"inject({_INJECT}) -> Tensor": (_inject, _streams_fake),
         f"inject_backward({_FLOW}) -> (Tensor, Tensor, Tensor, Tensor)": (_inject_backward, _inject_backward_fake),
     }  # fmt: skip
@@ -250,6 +306,7 @@ def _register() -> None:
     gradients: dict[str, tuple[Op, Op]] = {
         "gate": (_differentiate(ops.gate_backward), _save),
         "remember": (_differentiate(ops.remember_backward), _save),
+        "recall": (_differentiate_recall, _save_recall),
         "inject": (_differentiate_inject, _save_inject),
     }
     for name, (differentiate, save) in gradients.items():

@@ -18,12 +18,14 @@ def run(entry: Entry, direction: Direction, values: Mapping[str, Tensor], sizes:
         (name,) = entry.outputs("forward")
         return {name: _forward(entry, values).to(entry.dtype(name)).contiguous()}
     names = [name.removeprefix("d_") for name in entry.outputs("backward")]
-    (given,) = (values[name] for name in values if name.startswith("d_"))
+    given = values[f"d_{entry.outputs('forward')[0]}"]
     with autograd_inside_an_op(given.device.type):
         leaves = {name: values[name].detach().requires_grad_() for name in names}
         start = {"X": given.new_zeros(entry.shape("X", sizes))} if "X" not in leaves else {}
         out = _forward(entry, {**values, **start, **leaves})
         found = torch.autograd.grad(out, list(leaves.values()), given.to(out.dtype))
+    if entry.joins:
+        found = (found[0] + values["d_next_X"], *found[1:])
     return {f"d_{name}": g.to(entry.dtype(name)).contiguous() for name, g in zip(names, found, strict=True)}
 
 

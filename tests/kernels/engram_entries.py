@@ -19,6 +19,7 @@ ENTRIES = [
     Entry(kind="inject", streams=3, width=33, spec=FusionSpec(dilation=3), streams_dtype=BF16, value_dtype=BF16),
     Entry(kind="add", streams=2, width=20, spec=FusionSpec(), value_dtype=BF16),
     Entry(kind="gate", streams=5, width=31, spec=FusionSpec(signed_root=False), streams_dtype=F16),
+    Entry(kind="gate", streams=4, width=21, spec=FusionSpec(), joins=True),
     Entry(kind="remember", streams=6, width=32, spec=FusionSpec()),
     Entry(
         kind="remember", streams=7, width=18, spec=FusionSpec(eps=1e-5),
@@ -55,10 +56,10 @@ def random_inputs(entry: Entry, sizes: Sizes, seed: int, scale: float = 1.0) -> 
 
 
 def random_flow(entry: Entry, sizes: Sizes, seed: int) -> Values:
-    """The gradient of the output, by name."""
-    name = entry.outputs("forward")[0]
-    value = torch.randn(entry.shape(name, sizes), generator=torch.Generator().manual_seed(seed))
-    return {f"d_{name}": value.to(entry.dtype(name))}
+    """Gradients of outputs, by name."""
+    rng = torch.Generator().manual_seed(seed)
+    names = [name for name in entry.arguments("backward") if name.startswith("d_")]
+    return {name: torch.randn(entry.shape(name, sizes), generator=rng).to(entry.dtype(name)) for name in names}
 
 
 def backward_values(entry: Entry, inputs: Values, flow: Values) -> Values:

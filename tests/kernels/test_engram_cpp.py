@@ -148,7 +148,7 @@ def test_extreme_values_stay_finite(entry: Entry, scale: float) -> None:
 
 
 def test_scores_about_the_floor_of_the_signed_root() -> None:
-    entry, scores = ENTRIES[6], torch.tensor([-1e-3, -2e-6, -5e-7, 0.0, 5e-7, 2e-6, 1e-3])
+    entry, scores = ENTRIES[7], torch.tensor([-1e-3, -2e-6, -5e-7, 0.0, 5e-7, 2e-6, 1e-3])
     n, C, sizes = entry.streams, entry.width, Sizes(1, len(scores))
     inputs, flow = random_inputs(entry, sizes, 0), random_flow(entry, sizes, 1)
     for name, column in (("X", 0), ("keys", 1)):
@@ -174,7 +174,7 @@ def test_machines_with_shorter_vectors(lanes: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build, "lanes", lambda: lanes)
     cpp._library.cache_clear()
     try:
-        for entry in (ENTRIES[3], ENTRIES[6]):
+        for entry in (ENTRIES[3], ENTRIES[7]):
             assert f"constexpr int LANES = {lanes};" in cpp.source(entry, "forward")
             check(entry, sizes_of(entry, 1, 13), seed=0)
     finally:
@@ -201,3 +201,5 @@ def test_nothing_travels_that_need_not() -> None:
 
     assert [values(kind, backward=False) for kind in ("gate", "add", "inject", "remember")] == [8, 9, 9, 13]
     assert [values(kind, backward=True) for kind in ("gate", "add", "inject", "remember")] == [16, 6, 6, 22]
+    joined = Entry(kind="gate", streams=4, width=64, spec=FusionSpec(), joins=True)
+    assert joined.bytes_moved(10, backward=True) == 20 * 10 * 64 * 4

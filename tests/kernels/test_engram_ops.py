@@ -36,9 +36,11 @@ def calls(dtype: torch.dtype = torch.float32, tokens: int = 6) -> dict[str, tupl
     t = tensors(dtype, tokens)
     reach = torch.arange(tokens).expand(2, -1) % 4
     inject = (t["X"], t["a"], t["value"])
+    remember = (t["X"], t["keys"], t["value"][:, SPEC.history :], t["query_gain"], t["key_gain"], TEXT)
     return {
         "gate": (t["X"], t["keys"], t["query_gain"], t["key_gain"], TEXT),
-        "remember": (t["X"], t["keys"], t["value"][:, SPEC.history :], t["query_gain"], t["key_gain"], TEXT),
+        "remember": remember,
+        "recall": (*remember[:-1], reach, t["conv_gain"], t["conv"], TEXT),
         "inject": (*inject, reach, t["conv_gain"], t["conv"], TEXT),
         "inject everywhere": (*inject, None, t["conv_gain"], t["conv"], TEXT),
         "inject values": (*inject, None, None, None, TEXT),
@@ -53,14 +55,13 @@ def opaque(name: str) -> Any:
 
 
 def dialect(name: str) -> Any:
-    if name != "remember":
-        return getattr(torch.ops.engram, name.split()[0])
-
-    def remember(X: Tensor, keys: Tensor, value: Tensor, query: Tensor, key: Tensor, spec: str) -> Tensor:
+    def remember(X: Tensor, keys: Tensor, value: Tensor, query: Tensor, key: Tensor, *rest: Any) -> Any:
+        *convolution, spec = rest
         a = torch.ops.engram.gate(X, keys, query, key, spec)
-        return torch.ops.engram.inject(X, a, value, None, None, None, spec)
+        out = torch.ops.engram.inject(X, a, value, *(convolution or (None, None, None)), spec)
+        return (out, a) if convolution else out
 
-    return remember
+    return remember if name in ("remember", "recall") else getattr(torch.ops.engram, name.split()[0])
 
 
 def leaves_of(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
@@ -71,11 +72,13 @@ def leaves_of(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]
 
 
 def results(op: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """Output, and gradients of all that has one."""
+    """Outputs, and gradients of all that has one."""
     made, leaves = leaves_of(arguments)
     out = op(*made)
-    flow = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, flow)]
+    out = out if isinstance(out, tuple) else (out,)
+    rng = torch.Generator().manual_seed(1)
+    flow = [torch.randn(o.shape, generator=rng).to(o.dtype) for o in out]
+    return [*(o.detach() for o in out), *torch.autograd.grad(out, leaves, flow)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,7 +110,7 @@ def test_parameters_in_half_precision_get_gradients_of_their_own_dtype() -> None
     for name in NAMES:
         wide = calls()[name]
         narrow = [t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() else t for t in wide]
-        streams = 3 if name == "remember" else 2 if name == "gate" else 1
+        streams = 3 if name in ("remember", "recall") else 2 if name == "gate" else 1
         arguments = (*wide[:streams], *narrow[streams:])
         if name.startswith("inject"):
             arguments = (*arguments[:2], wide[2], *arguments[3:])
@@ -119,7 +122,9 @@ def test_parameters_in_half_precision_get_gradients_of_their_own_dtype() -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_gradients_are_refused(name: str) -> None:
     made, leaves = leaves_of(calls()[name])
-    first = torch.autograd.grad(opaque(name)(*made).square().sum(), leaves[1], create_graph=True)[0]
+    out = opaque(name)(*made)
+    out = out[0] if isinstance(out, tuple) else out
+    first = torch.autograd.grad(out.square().sum(), leaves[1], create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(first.sum(), leaves[1])
 
@@ -137,6 +142,7 @@ def test_autocast_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_with_dynamic_tokens(backend: str) -> None:
     def step(X: Tensor, keys: Tensor, value: Tensor, history: Tensor, *gains: Tensor) -> Tensor:
+        X, _ = KERNELS.recall(X, keys, value, *gains[:2], None, *gains[2:], TEXT)
         a = KERNELS.gate(X, keys, *gains[:2], TEXT)
         rows, gates = torch.cat([history, value], 1), torch.cat([history[..., :2], a], 1)
         return 2 * KERNELS.inject(X, gates, rows, None, *gains[2:], TEXT)

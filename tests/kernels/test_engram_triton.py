@@ -84,10 +84,11 @@ def test_what_has_no_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     providers.choose.cache_clear()
 
 
-def entry_of(kind: Literal["gate"], width: int, dtype: torch.dtype) -> Entry:
+def entry_of(kind: str, width: int, dtype: torch.dtype) -> Entry:
+    plain: Any = kind.removeprefix("joined ")
     return Entry(
-        kind=kind, streams=4, width=width, spec=FusionSpec(dilation=3),
-        streams_dtype=dtype, keys_dtype=dtype, value_dtype=dtype,
+        kind=plain, streams=4, width=width, spec=FusionSpec(dilation=3),
+        streams_dtype=dtype, keys_dtype=dtype, value_dtype=dtype, joins=plain != kind,
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def _own_caches(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 @pytest.mark.usefixtures("_own_caches")
 @pytest.mark.parametrize("kind", ["remember", "inject"])
-def test_it_compiles_for_sm_90_with_64_bit_offsets(kind: Literal["gate"]) -> None:
+def test_it_compiles_for_sm_90_with_64_bit_offsets(kind: str) -> None:
     entry = entry_of(kind, 1280, torch.bfloat16)
     for direction in DIRECTIONS:
         kernel = {"inject": {"backward": "walk"}}.get(kind, {}).get(direction, direction)
@@ -121,9 +122,9 @@ def test_it_compiles_for_sm_90_with_64_bit_offsets(kind: Literal["gate"]) -> Non
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}{t[1]}")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [1280, 4096, 7168])
-@pytest.mark.parametrize("kind", ["gate", "add", "inject", "remember"])
+@pytest.mark.parametrize("kind", ["gate", "joined gate", "add", "inject", "remember"])
 def test_every_target_compiles_and_keeps_its_values_in_registers(
-    kind: Literal["gate"], width: int, dtype: torch.dtype, target: Target
+    kind: str, width: int, dtype: torch.dtype, target: Target
 ) -> None:
     entry = entry_of(kind, width, dtype)
     for direction in DIRECTIONS:

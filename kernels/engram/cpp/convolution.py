@@ -75,6 +75,7 @@ extern "C" void forward(void** p, const int64_t* size, int threads) {{
   const int64_t batch = size[0], tokens = size[1], before = size[2], x_stride = size[3];
 {arguments}
   const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
+  threads = least(threads, batch * blocks);  // a token alone is not worth waking others
   float* packed = scratch(WEIGHTS);
   const bool streaming = past_caches(next_X, batch * tokens * N * C);
   #pragma omp parallel num_threads(threads)
@@ -179,6 +180,7 @@ extern "C" void backward(void** p, const int64_t* size, int threads) {{
   const int64_t batch = size[0], tokens = size[1], before = size[2], rows = before + tokens;
 {arguments}
   const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+  threads = least(threads, batch * blocks);  // a token alone is not worth waking others
   float* packed = scratch(WEIGHTS);
   float* partial = scratch(threads * WEIGHTS);
   #pragma omp parallel num_threads(threads)

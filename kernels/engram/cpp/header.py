@@ -15,6 +15,7 @@ constexpr int N = {n}, C = {width};  // streams, hidden size
 typedef {keys} keys_t;
 typedef {value} value_t;
 constexpr bool GATES = {gates}, ADDS = {adds};  // whether gates are computed, whether X' is written
+constexpr bool JOINS = {joins};                  // whether the gradient of X' is added to that of X
 constexpr int TAPS = {taps}, DILATION = {dilation}, HISTORY = (TAPS - 1) * DILATION;
 constexpr float EPS = {eps}f;
 
@@ -41,7 +42,8 @@ def header(entry: Entry, lanes: int) -> str:
     return HEADER.format(
         name=entry.name, spec=entry.spec, prelude=prelude(lanes), access=ROWS, n=entry.streams, width=entry.width,
         streams=streams, keys=keys, value=value, gates=str(entry.gates).lower(), adds=str(entry.adds).lower(),
-        taps=entry.spec.taps, dilation=entry.spec.dilation, eps=float(entry.spec.eps), large=STREAMING_BYTES,
+        joins=str(entry.joins).lower(), taps=entry.spec.taps, dilation=entry.spec.dilation,
+        eps=float(entry.spec.eps), large=STREAMING_BYTES,
     )  # fmt: skip
 
 

@@ -71,6 +71,7 @@ FORWARD = """\
 extern "C" void forward(void** p, const int64_t* size, int threads) {{
   const int64_t tokens = size[0] * size[1], length = size[1], before = size[2], x_stride = size[3];
 {arguments}
+  threads = threads < tokens ? threads : tokens;
   float* product = scratch(N * V * LANES);
   if constexpr (GATES) multiply(query_gain, key_gain, product);
   const bool streaming = ADDS && past_caches(next_X, tokens * N * C);
@@ -103,6 +104,7 @@ extern "C" void backward(void** p, const int64_t* size, int threads) {{
   const int64_t tokens = size[0] * size[1], length = size[1], before = size[2], x_stride = size[3];
 {arguments}
   constexpr int64_t ALL = (int64_t)N * V * LANES;
+  threads = threads < tokens ? threads : tokens;
   float* product = scratch(ALL);
   float* sums = scratch(threads * ALL);
   if constexpr (GATES) multiply(query_gain, key_gain, product);
@@ -136,7 +138,7 @@ extern "C" void backward(void** p, const int64_t* size, int threads) {{
         Lanes memory = all(0.0f);
         for (int i = 0; i < N; ++i) {{
           const int64_t of = at + i * (int64_t)C;
-          Lanes flow = ADDS ? read(d_next_X + of, c) : all(0.0f);
+          Lanes flow = ADDS || JOINS ? read(d_next_X + of, c) : all(0.0f);
           memory += gate[i] * flow;
           if constexpr (GATES) {{
             Lanes X = read(x + i * (int64_t)C, c), K = read(keys + of, c), p = load(product + (i * V + c) * LANES);

@@ -120,9 +120,11 @@ def _flow_back(entry: Entry) -> list[str]:
     lines = ["memory = tl.zeros([BT, BK], tl.float32)"] if entry.adds else []
     for i in range(entry.streams):
         flow = ""
-        if entry.adds:
-            lines += [f"g = {load(f'd_next_X + at + {i * C}')}", f"memory += a_{i}[:, None] * g"]
+        if entry.adds or entry.joins:
+            lines.append(f"g = {load(f'd_next_X + at + {i * C}')}")
             flow = "g + "
+        if entry.adds:
+            lines.append(f"memory += a_{i}[:, None] * g")
         if entry.gates:
             lines += [
                 *_stream(entry, i),
