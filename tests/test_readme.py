@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,12 +42,32 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=64, **sizes))
 
 
+def tokenizer() -> Tokenizer:
+    return Tokenizer(models.BPE(vocab={token: i for i, token in enumerate("_aAbBcCdD")}, merges=[], unk_token="_"))
+
+
+# The tables of the README's memories are as large as they should be, the model here has two layers.
+SMALLER = {
+    "50_000": "50",
+    "50000": "50",
+    "layers=(1, 14)": "layers=(0, 1)",
+    "--engram-layers 1,14": "--engram-layers 0,1",
+}
+
+
+def smaller(code: str) -> str:
+    for large, small in SMALLER.items():
+        code = code.replace(large, small)
+    return code
+
+
 def run_python(code: str) -> None:
     namespace = {
         "torch": torch,
         "mhc_compile": __import__("mhc_compile"),
         "model": llama(),
         "my_module": Residual(),
+        "tokenizer": tokenizer(),
         "ids": torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0)),
     }
     # Snippets that go on from `model` mean a converted one.
@@ -76,7 +97,8 @@ def test_code_and_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     llama().save_pretrained("CKPT_DIR")
     torch._dynamo.reset()
     pythons = shells = 0
-    for language, code in BLOCKS:
+    tokenizer().save("CKPT_DIR/tokenizer.json")
+    for language, code in ((language, smaller(code)) for language, code in BLOCKS):
         if language == "python":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
