@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers the ops)
-from mhc_compile.passes.base import Context
+from mhc_compile.passes.base import Context, erase_unused
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,6 @@ class Lower:
             if node.target is torch.ops.mhc.coefficients.default:
                 node.target = torch.ops.mhc_kernels.plain_coefficients.default
                 replaced += 1
+        erase_unused(gm)
         context.notes.append(f"{replaced} sites: coefficients with an opaque Sinkhorn, the rest in plain PyTorch")
         return gm

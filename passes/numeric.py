@@ -23,7 +23,7 @@ class Float64Interpreter(Interpreter):
     """Runs a graph with every floating-point value in float64, casts included, and dropout off."""
 
     def run_node(self, n: Node) -> Any:
-        """One node; dropout, marks and writes of state pass their operand on, `scaled_dot_product_attention` drops nothing."""
+        """One node; dropout, marks and writes of state pass their operand on, attention drops nothing."""
         if n.meta.get(KEEPS) or (op_name(n) in ("dropout", "mark") and n.op == "call_function"):
             return self.fetch_args_kwargs_from_env(n)[0][0]
         if op_name(n) in ("_enter_autocast", "_exit_autocast"):

@@ -17,7 +17,7 @@ HEADER = """\
 {prelude}
 constexpr int N = {n}, C = {width}, ROWS = {rows};  // streams, hidden size, rows of phi (pre | post | mix)
 constexpr int TOKENS = {tokens};                        // tokens a block
-{access}// Floats a token takes in a block: one vector more than its values, or tokens would compete for the same cache sets.
+{access}// Floats a token takes in a block: one vector more than its values, or tokens would compete for cache sets.
 constexpr int64_t STRIDE = (N * V + 1) * LANES;
 typedef {streams} streams_t;
 typedef {branch} branch_t;

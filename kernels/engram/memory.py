@@ -56,7 +56,9 @@ class Memory:
     @classmethod
     def parse(cls, held: Mapping[str, Any]) -> Memory:
         """The inverse of `plain`. Raises MHC220, KeyError or TypeError for what is no memory."""
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(held["settings"]).items()}
+        settings: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in dict(held["settings"]).items()
+        }
         layers = tuple(
             LayerMemory(
                 layer=str(m["layer"]), site=str(m["site"]), hash=HashSpec.parse(str(m["hash"])), rows=int(m["rows"])

@@ -174,9 +174,9 @@ def test_machines_with_shorter_vectors(lanes: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build, "lanes", lambda: lanes)
     cpp._library.cache_clear()
     try:
-        for entry in (ENTRIES[3], ENTRIES[7]):
-            assert f"constexpr int LANES = {lanes};" in cpp.source(entry, "forward")
-            check(entry, sizes_of(entry, 1, 13), seed=0)
+        entry = ENTRIES[3 if lanes == 4 else 7]
+        assert f"constexpr int LANES = {lanes};" in cpp.source(entry, "forward")
+        check(entry, sizes_of(entry, 1, 13), seed=0)
     finally:
         cpp._library.cache_clear()
 

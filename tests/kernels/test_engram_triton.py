@@ -53,7 +53,7 @@ def test_values_and_gradients_are_those_of_the_reference(interpreted: list[dict[
 @needs_triton
 def test_outputs_are_written_whole_whatever_comes_in(interpreted: list[dict[str, Any]]) -> None:
     rows = [row for row in interpreted[1:] if row["seen"]]
-    assert len(rows) > 6
+    assert len(rows) > 5
     for row in rows:
         assert row["seen"] == dict.fromkeys(("finite", "bit-equal", "strided", "no tokens"), True), row["name"]
 
