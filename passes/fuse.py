@@ -216,8 +216,12 @@ def device_of(X: Node) -> str:
 
 def chains_of(gm: GraphModule) -> dict[tuple[Chain | Entry, str], int]:
     """The fused kernels of a graph with the device that computes them, and how often each occurs."""
-    nodes = [n for n in gm.graph.nodes if "mhc_chain" in n.meta]
-    return dict(Counter((n.meta["mhc_chain"], device_of(n.args[0])) for n in nodes))
+    found: Counter[tuple[Chain | Entry, str]] = Counter()
+    for n in gm.graph.nodes:
+        held = n.meta.get("mhc_chain", ())
+        for chain in held if isinstance(held, tuple) else (held,):
+            found[chain, device_of(n.args[0])] += 1
+    return dict(found)
 
 
 def _take_place(new: Node, old: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from typing import Any
 
@@ -25,18 +26,9 @@ def fuse_memories(graph: Graph) -> list[str]:
     """Replace `engram` ops by `engram_kernels` ops, a gate and what it lets in by one; returns notes."""
     notes: Counter[str] = Counter()
     for node in list(graph.nodes):
-        if node.target is ENGRAM.inject.default and _is_remembered(node):
-            X, gate, fact, *_, spec = node.args
-            keys, query_gain, key_gain = gate.args[1:4]
-            with graph.inserting_before(node):
-                arguments = (X, keys, fact, query_gain, key_gain, spec)
-                new = copy_meta(graph.call_function(KERNELS.remember.default, arguments), node)
-            new.meta["example_value"] = value(node)
-            new.meta["mhc_chain"] = entry_of("remember", value(X), spec, keys=value(keys), value=value(fact))
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
-            graph.erase_node(gate)
-            notes["memory's gate and sum in one kernel"] += 1
+        if node.target is ENGRAM.inject.default and _reads_its_own_gate(node):
+            _merge(graph, node)
+            notes["memory's gate and what it lets in, in one kernel"] += 1
     for node in graph.nodes:
         for name in ("rows", "gate", "inject"):
             if node.target is getattr(ENGRAM, name).default:
@@ -68,9 +60,28 @@ def _entry(node: Node, name: str) -> Entry:
     return entry_of("inject" if conv is not None else "add", value(X), spec, value=value(third))
 
 
-def _is_remembered(inject: Node) -> bool:
-    """Whether nothing but the sum without a convolution reads the gate."""
-    X, gate, _, _, _, conv, _ = inject.args
-    if conv is not None or not isinstance(gate, Node):
-        return False
-    return gate.target is ENGRAM.gate.default and gate.args[0] is X and len(gate.users) == 1
+def _merge(graph: Graph, inject: Node) -> None:
+    """One op for `inject` and the gate that it reads."""
+    arguments: tuple[Any, ...] = inject.args
+    X, gate, fact, reach, conv_gain, conv, spec = arguments
+    keys, query_gain, key_gain = gate.args[1:4]
+    given = (X, keys, fact, query_gain, key_gain)
+    with graph.inserting_before(inject):
+        if conv is None:
+            new = copy_meta(graph.call_function(KERNELS.remember.default, (*given, spec)), inject)
+            new.meta["mhc_chain"] = entry_of("remember", value(X), spec, keys=value(keys), value=value(fact))
+        else:
+            both = graph.call_function(KERNELS.recall.default, (*given, reach, conv_gain, conv, spec))
+            first = entry_of("gate", value(X), spec, keys=value(keys), joins=True)
+            copy_meta(both, inject).meta["mhc_chain"] = (first, entry_of("inject", value(X), spec, value=value(fact)))
+            new = copy_meta(graph.call_function(operator.getitem, (both, 0)), inject)
+    new.meta["example_value"] = value(inject)
+    inject.replace_all_uses_with(new)
+    graph.erase_node(inject)
+    graph.erase_node(gate)
+
+
+def _reads_its_own_gate(inject: Node) -> bool:
+    """Whether nothing else reads the gate, and no history stands in front of it."""
+    X, gate = inject.args[:2]
+    return isinstance(gate, Node) and gate.target is ENGRAM.gate.default and gate.args[0] is X and len(gate.users) == 1

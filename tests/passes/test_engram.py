@@ -135,11 +135,11 @@ def test_kernels_take_the_places_of_the_ops(preset: str) -> None:
     before = run(out.graph, out.inputs)
     notes = fuse_memories(out.graph.graph)
     names = {str(n.target) for n in call_nodes(out.graph) if "engram" in str(n.target)}
-    fused = {"engram_kernels.gate.default", "engram_kernels.inject.default"}
     assert {n for n in names if n.startswith("engram_kernels")} - {"engram_kernels.gather.default"} == {
-        "engram_kernels.rows.default", *(fused if preset == "paper" else {"engram_kernels.remember.default"})
-    }  # fmt: skip
-    assert len(notes) == (3 if preset == "paper" else 2)
+        "engram_kernels.rows.default",
+        f"engram_kernels.{'recall' if preset == 'paper' else 'remember'}.default",
+    }
+    assert len(notes) == 2
     for a, b in zip(run(out.graph, out.inputs), before, strict=True):
         assert float((a - b).abs().max()) < 1e-12
 
