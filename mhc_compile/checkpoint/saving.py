@@ -47,12 +47,14 @@ def save_pretrained(
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     variant: str | None = None,
+    table_dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> None:
     """Save a converted Hugging Face model: transformers' files as `variant="mhc"`, the streams' shard, and `mhc.json`.
 
     The same as the model's own `save_pretrained`, whose arguments it takes. A folder with other files in it (a
-    trainer's) is added to; an earlier save there is replaced. Load it with `mhc_compile.from_pretrained`.
+    trainer's) is added to; an earlier save there is replaced. Load it with `mhc_compile.from_pretrained`. The tables of
+    memories are written in `table_dtype` where it is given: bfloat16, or float8_e4m3fn for inference.
 
     Raises `MHCError`: MHC204 for an argument that would lose the streams, MHC405 for a model that is not from
     transformers, MHC410 for one that is not converted, MHC412 or 413 where the folder cannot be written.
@@ -86,7 +88,7 @@ def save_pretrained(
     target = check_target(target)
     with staged(target) as staging:
         base_save(model, staging, state_dict=base, variant=VARIANT, **kwargs)
-        _add_streams(staging, held, streams)
+        _add_streams(staging, held, streams, table_dtype)
     if occupied:
         _move_in(target, folder)
 
@@ -154,7 +156,12 @@ def _refuse_residual_weights(folder: Path) -> None:
         )
 
 
-def _add_streams(folder: Path, held: Mapping[str, StreamParameters], streams: Mapping[str, Tensor]) -> None:
+def _add_streams(
+    folder: Path,
+    held: Mapping[str, StreamParameters],
+    streams: Mapping[str, Tensor],
+    table_dtype: torch.dtype | None,
+) -> None:
     """Number transformers' weight files anew, with the streams' as the last."""
     saved = open_checkpoint(folder, variant=VARIANT)
     *base_names, streams_file = shard_names(len(saved.shards) + 1, VARIANT)
@@ -163,7 +170,7 @@ def _add_streams(folder: Path, held: Mapping[str, StreamParameters], streams: Ma
         files[name] = read_shard(shard.path.rename(folder / name))
     digest = write_shard(folder / streams_file, streams)
     files[streams_file] = read_shard(folder / streams_file)
-    write_tables(folder, held)
+    write_tables(folder, held, dtype=table_dtype)
     index = folder / variant_name(INDEX, VARIANT)
     index.unlink(missing_ok=True)
     write_text(index, index_text(saved.metadata, files))

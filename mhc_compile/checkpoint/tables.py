@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
@@ -22,8 +23,11 @@ TABLES = ("engram.*.safetensors", f"{OVER_TABLE}*.safetensors")
 """Every file of a table."""
 
 
-def write_tables(folder: Path, held: Mapping[str, StreamParameters]) -> None:
-    """Write every table of the owners into `folder`; those on the meta device at their start, a block at a time."""
+def write_tables(folder: Path, held: Mapping[str, StreamParameters], *, dtype: torch.dtype | None = None) -> None:
+    """Write every table of the owners into `folder`; those on the meta device at their start, a block at a time.
+
+    `dtype` narrows the rows: bfloat16, or float8_e4m3fn with a scale for every 32 channels.
+    """
     for owner, parameters in held.items():
         for name, hash_spec in hash_specs(parameters).items():
             table = parameters.table(name)
@@ -34,7 +38,7 @@ def write_tables(folder: Path, held: Mapping[str, StreamParameters]) -> None:
                 _start(table) if is_meta else row_blocks(table),
                 rows=table.rows,
                 width=table.width,
-                dtype=table.dtype,
+                dtype=dtype or table.dtype,
                 hash_spec=hash_spec,
             )
 

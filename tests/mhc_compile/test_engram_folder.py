@@ -92,6 +92,20 @@ def test_mapped_models_are_saved_again(trained: tuple[Path, torch.Tensor], tmp_p
         assert torch.equal(from_pretrained(tmp_path / "again", inner="eager")(ids()).logits, wanted)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.01), (torch.float8_e4m3fn, 0.1)], ids=str)
+def test_narrow_rows(trained: tuple[Path, torch.Tensor], tmp_path: Path, dtype: torch.dtype, error: float) -> None:
+    folder, wanted = trained
+    model: Any = from_pretrained(folder, inner="eager")
+    model.save_pretrained(tmp_path / "narrow", table_dtype=dtype)
+    for storage in ("device", "host", "mapped"):
+        narrow = from_pretrained(tmp_path / "narrow", inner="eager", tables=storage)
+        assert tables(narrow)[0].dtype == dtype
+        with torch.no_grad():
+            found = narrow(ids()).logits
+        assert not torch.equal(found, wanted)
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < error
+
+
 def test_back_to_residual(converted: Path, trained: tuple[Path, torch.Tensor], source: Path, tmp_path: Path) -> None:
     convert_folder(converted, tmp_path / "residual", to="residual")
     assert (tmp_path / "residual" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

@@ -205,7 +205,8 @@ def test_passes_print_with_their_options() -> None:
         deep: bool = False
 
     assert describe(Optional(size=5)) == "optional{size=5 deep=False}"
-    assert [p.name for p in compile_passes(Options())] == ["normalize", "residual", "widen", "fuse", "lower"]
+    names = ["normalize", "residual", "widen", "overencoding", "engram", "fuse", "lower"]
+    assert [p.name for p in compile_passes(Options())] == names
 
 
 def test_a_pass_that_misses_what_it_requires_does_not_run() -> None:

@@ -1,7 +1,7 @@
 """Fusing: the largest chains that a kernel exists for, the same values, and a note for every chain left alone."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from toys import ONE_BY_ONE, Recipe, toy
 
 from mhc_compile.kernels import providers
+from mhc_compile.kernels.chain import Kind
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import call_nodes
-from mhc_compile.passes.fuse import KINDS, Fuse
+from mhc_compile.passes.fuse import Fuse
 
 Golden = Callable[[str], None]
 SPEC = StreamSpec(streams=3)
@@ -103,6 +104,9 @@ def test_hidden_states_keep_the_streams() -> None:
     found = ops(fused(model, ids))
     assert found.count("boundary") == 3
     assert "reduce" in found
+
+
+KINDS = get_args(Kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
