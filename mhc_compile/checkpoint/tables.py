@@ -86,7 +86,8 @@ def read_tokenizer(folder: Path) -> Any:
         raise MHCError("MHC415", str(error)) from error
     path = folder / TOKENIZER
     if not path.is_file():
-        way_out = "save the tokenizer into the folder (tokenizer.save_pretrained), or choose compress=False"
+        way_out = "save the tokenizer into the folder (tokenizer.save_pretrained), or take ids as they are: in Python, "
+        way_out += "convert_folder(..., engram=MemorySettings.preset(..., compress=False))"
         raise MHCError("MHC222", f"{path} is missing", way_out=way_out)
     try:
         return Tokenizer.from_file(str(path))

@@ -44,8 +44,16 @@ def layer_values(
 
 
 def new_table(rows: int, width: int, device: torch.device | str | None) -> MemoryTable:
-    """A float32 table, its rows at their start; on the meta device without any."""
-    table = MemoryTable(rows, width, device=device)
+    """A float32 table, its rows at their start; on the meta device without any.
+
+    Raises MHC223 where there is not enough memory for it.
+    """
+    try:
+        table = MemoryTable(rows, width, device=device)
+    except (RuntimeError, MemoryError) as error:
+        detail = f"{rows:,} rows of {width} float32 are {rows * width / 2**28:.1f} GiB, more than can be allocated"
+        way_out = "choose fewer rows_per_head, or convert a folder, which writes tables to the disk piece by piece"
+        raise MHCError("MHC223", detail, way_out=way_out) from error
     return table if table.weight.is_meta else table.start(new_seed(), DEVIATION)
 
 

@@ -250,6 +250,7 @@ def test_refusals() -> None:
         ({"tokenizer": tokenizer()}, "MHC220"),
         ({"engram": small("v41"), "engram_start": "warm"}, "MHC220"),
         ({"engram": small("v41", layers=(7,))}, "MHC226"),
+        ({"engram": small("v41", rows_per_head=1 << 40)}, "MHC223"),
         ({"engram": small("v41", layers=("model.layers.0",))}, "MHC226"),
     ):
         with pytest.raises(MHCError, match=code):
