@@ -23,6 +23,7 @@ from mhc_compile.capture import find_marks
 from mhc_compile.config import Options
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError, warn
+from mhc_compile.engram import carry
 from mhc_compile.export.decompose import Decompose, leftovers
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, op_name
@@ -105,6 +106,7 @@ def _rewriting() -> Iterator[None]:
     with (
         torch._dynamo.config.patch(tracing_config()),
         mock.patch.object(torch_export, "_export_to_torch_ir", captured_and_rewritten),
+        mock.patch.object(carry, "EXPORTING", [True]),
     ):
         yield
 
