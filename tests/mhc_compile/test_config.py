@@ -6,20 +6,20 @@ import pytest
 
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.fuse import KINDS
+from mhc_compile.passes.fuse import KERNELS
 
 
 @pytest.mark.parametrize(
     ("kernels", "inner", "kinds"),
     [
-        ("auto", "inductor", KINDS),
+        ("auto", "inductor", KERNELS),
         ("auto", "eager", ()),
         ("auto", "aot_eager", ()),
-        ("all", "eager", KINDS),
+        ("all", "eager", KERNELS),
         ("none", "inductor", ()),
         ("boundary, read", "inductor", ("read", "boundary")),
-        ("-leave,-reduce", "inductor", tuple(k for k in KINDS if k not in ("leave", "reduce"))),
-        ("boundary", "eager", ("boundary",)),
+        ("-leave,-reduce", "inductor", tuple(k for k in KERNELS if k not in ("leave", "reduce"))),
+        ("boundary,engram", "eager", ("boundary", "engram")),
     ],
 )
 def test_kernels(kernels: str, inner: str, kinds: tuple[str, ...]) -> None:
