@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Node
@@ -34,7 +35,9 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
     mode = _fake_mode(gm)
     if mode is None:
         return
-    with mode, torch.no_grad(), _Autocast() as autocast:
+    # Without Python's dispatcher, which Dynamo traces with too, some operations (padding; products in torch 2.11) fix the
+    # sizes that are dynamic, and every length of a sequence would be compiled anew.
+    with mode, enable_python_dispatcher(), torch.no_grad(), _Autocast() as autocast:
         for node in gm.graph.nodes:
             if node.op in ("placeholder", "get_attr", "output") or autocast.switched_by(node):
                 continue

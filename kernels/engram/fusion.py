@@ -57,10 +57,7 @@ def inject(
     memory = a.to(dtype).unsqueeze(-1) * value.to(dtype).unsqueeze(-2)
     added = memory[:, before:]
     if conv is not None and conv_gain is not None:
-        normed = _rms_norm(memory, spec.eps) * conv_gain.to(dtype)
-        # Not F.pad: traced with a dynamic number of tokens, it fixes that number.
-        nothing = normed.new_zeros(normed.shape[0], spec.history, *normed.shape[2:])
-        normed = torch.cat([nothing, normed], 1)
+        normed = F.pad(_rms_norm(memory, spec.eps) * conv_gain.to(dtype), (0, 0, 0, 0, spec.history, 0))
         convolved = torch.zeros_like(added)
         for tap in range(spec.taps):
             offset = (spec.taps - 1 - tap) * spec.dilation

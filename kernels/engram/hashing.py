@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.spec import HashSpec
@@ -104,5 +105,4 @@ def _held(ids: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
 
 def _later(x: Tensor) -> Tensor:
     """`x` [B, S - 1] one token later: [B, S], False for the first."""
-    # Not F.pad: traced with a dynamic number of tokens, it fixes that number.
-    return torch.cat([x.new_zeros(x.shape[0], 1), x], 1)
+    return F.pad(x, (1, 0), value=False)

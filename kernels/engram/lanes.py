@@ -125,7 +125,7 @@ class Lookup:
         """Read the rows. An error is kept for `result`."""
         try:
             self._run()
-        except Exception as error:
+        except Exception as error:  # whatever reading a table raises: the worker lives on, and who asked gets it
             self._error = error
         finally:
             self._done.set()

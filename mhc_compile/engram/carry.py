@@ -29,7 +29,7 @@ from mhc_compile.engram.parameters import ROOT
 from mhc_compile.kernels.engram.hashing import check_ids
 
 STATE = "mhc_memory"
-EXPORTING = [False]
+EXPORTING = False
 """Whether `mhc_compile.export` is tracing: torch 2.11 says so of every trace."""
 CACHES = ("past_key_values", "cache_params")
 """What transformers calls the argument and the output that hold a cache."""
@@ -62,7 +62,7 @@ def given_of(parameters: Any, arguments: Mapping[str, Any], state: Mapping[str, 
         table = parameters.table(name)
         place = "near" if table.storage == "device" else "far"
         dtype = "float32" if table.dtype == torch.float32 else "bfloat16"
-        if not EXPORTING[0]:  # an exported program has no look-up of ours
+        if not EXPORTING:  # an exported program has no look-up of ours
             found[f"table:{name}:{table.handle}:{dtype}:{place}"] = table.anchor
         weight = getattr(table, "weight", None)
         if weight is not None and table.dtype.itemsize > 1:

@@ -106,7 +106,7 @@ def _rewriting() -> Iterator[None]:
     with (
         torch._dynamo.config.patch(tracing_config()),
         mock.patch.object(torch_export, "_export_to_torch_ir", captured_and_rewritten),
-        mock.patch.object(carry, "EXPORTING", [True]),
+        mock.patch.object(carry, "EXPORTING", True),
     ):
         yield
 
