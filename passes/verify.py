@@ -35,8 +35,8 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
     mode = _fake_mode(gm)
     if mode is None:
         return
-    # Without Python's dispatcher, which Dynamo traces with too, some operations (padding; products in torch 2.11) fix the
-    # sizes that are dynamic, and every length of a sequence would be compiled anew.
+    # Without Python's dispatcher, which Dynamo traces with too, some operations (padding; products in torch 2.11) fix
+    # the sizes that are dynamic, and every length of a sequence would be compiled anew.
     with mode, enable_python_dispatcher(), torch.no_grad(), _Autocast() as autocast:
         for node in gm.graph.nodes:
             if node.op in ("placeholder", "get_attr", "output") or autocast.switched_by(node):

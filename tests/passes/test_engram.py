@@ -4,73 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from goldens import graph_text
-from stepping import CHECKED, captured, randomise, run
+from inserting import SPEC, Inserted, insert
+from stepping import run
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from toys import ONE_BY_ONE, Recipe, Sites, toy
 
-from mhc_compile.attach import _append_parameters, graph_inputs, sites_of_owners
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.request import MemoryRequest
 from mhc_compile.kernels.engram import fusion, hashing
 from mhc_compile.kernels.engram.memory import LayerMemory
 from mhc_compile.kernels.engram.settings import MemorySettings
-from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
-from mhc_compile.passes.base import Context, call_nodes, op_name
+from mhc_compile.passes.base import call_nodes, op_name
 from mhc_compile.passes.engram import Engram
 from mhc_compile.passes.memories import fuse_memories
-from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import ANALYSIS, run_passes
 
 Golden = Callable[[str], None]
-SPEC = StreamSpec(streams=3)
 
 
 def settings(preset: str, *layers: int) -> MemorySettings:
     return MemorySettings.preset(preset, rows_per_head=31, row_width=2, heads=2, layers=layers)
 
 
-@dataclass
-class Inserted:
-    """A toy's graph with memories, what it takes, and what it gave without them."""
-
-    graph: GraphModule
-    inputs: list[Any]
-    held: StreamParameters
-    sites: list[str]
-    without: list[Tensor]
-
-
 def inserted(model: nn.Module, ids: Tensor, chosen: MemorySettings, *, plain: bool = False) -> Inserted:
-    """The passes up to `engram`, every parameter random and in float64."""
-    found, context = captured(model, ids), Context()
-    gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
-    ((owner, sites),) = sites_of_owners(context.streams).items()
+    """The passes up to `engram`."""
     request = MemoryRequest(settings=chosen, fill=0, compression=None, start="zero")
-    held = randomise(StreamParameters(SPEC, sites, **request.of(context.streams[0].entry, list(sites))), 1)
-    for layer in held.memory_layers:
-        held.table(layer).start(5, 1.0)
-    context.marks = [_append_parameters(gm, owner, held)]
-    inputs = [*found.inputs, *graph_inputs(held).values()]
-    order = [site.name for site in context.streams[0].sites]
-    gm = _step(Widen(), gm, context)
-    without = run(gm, inputs)
-    return Inserted(_step(Engram(plain=plain), gm, context), inputs, held, order, without)
-
-
-def _step(step: Any, gm: GraphModule, context: Context) -> GraphModule:
-    from mhc_compile.pipeline import Observer
-
-    gm = Observer().run(step, gm, context, CHECKED)
-    gm.recompile()
-    return gm
+    return insert(Engram(plain=plain), request, model, ids)
 
 
 class Remembering(Sites):

@@ -4,66 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from goldens import graph_text
-from stepping import CHECKED, captured, randomise, run
+from inserting import SPEC, Inserted, insert, step
+from stepping import CHECKED, captured, run
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from toys import VOCAB, WIDTH, Recipe, Sites, toy
 
-from mhc_compile.attach import _append_parameters, graph_inputs, sites_of_owners
+from mhc_compile.attach import _append_parameters, sites_of_owners
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.request import MemoryRequest, OverEncodingRequest
 from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import MemorySettings
-from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, op_name
 from mhc_compile.passes.memories import fuse_memories
 from mhc_compile.passes.overencoding import OverEncode
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import ANALYSIS, EXPORT, Observer, compile_passes, run_passes
+from mhc_compile.pipeline import ANALYSIS, EXPORT, compile_passes, run_passes
 
 Golden = Callable[[str], None]
-SPEC = StreamSpec(streams=3)
 REQUEST = OverEncodingRequest(settings=OverEncodingSettings(order=3, heads=1, rows=31))
 
 
-@dataclass
-class Inserted:
-    """A toy's graph with n-grams, what it takes, and what it gave without them."""
-
-    graph: GraphModule
-    inputs: list[Any]
-    held: StreamParameters
-    sites: list[str]
-    without: list[Tensor]
-
-
 def inserted(model: nn.Module, ids: Tensor, *, plain: bool = False) -> Inserted:
-    """The passes up to `overencoding`, every parameter random and in float64."""
-    found, context = captured(model, ids), Context()
-    gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
-    ((owner, sites),) = sites_of_owners(context.streams).items()
-    held = StreamParameters(SPEC, sites, **REQUEST.of(context.streams[0].entry, list(sites)))
-    held = randomise(held, 1)
-    held.table("over-encoding").start(5, 1.0)
-    context.marks = [_append_parameters(gm, owner, held)]
-    inputs = [*found.inputs, *graph_inputs(held).values()]
-    order = [site.name for site in context.streams[0].sites]
-    gm = step(Widen(), gm, context)
-    without = run(gm, inputs)
-    return Inserted(step(OverEncode(plain=plain), gm, context), inputs, held, order, without)
-
-
-def step(work: Any, gm: GraphModule, context: Context) -> GraphModule:
-    gm = Observer().run(work, gm, context, CHECKED)
-    gm.recompile()
-    return gm
+    """The passes up to `overencoding`."""
+    return insert(OverEncode(plain=plain), REQUEST, model, ids)
 
 
 def by_hand(held: StreamParameters, embedding: Tensor, ids: Tensor) -> Tensor:
