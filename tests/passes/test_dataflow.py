@@ -5,11 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given, settings
+from recipes import recipes
 from stepping import captured, normal
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
-from toys import recipes, toy
+from toys import toy
 
 from mhc_compile.passes.base import is_tensor, op_name, value
 from mhc_compile.passes.dataflow import (

@@ -10,9 +10,10 @@ import pytest
 import torch
 from goldens import graph_text
 from inserting import SPEC, Inserted, insert
+from recipes import ONE_BY_ONE, Recipe
 from stepping import run
 from torch import Tensor, nn
-from toys import ONE_BY_ONE, Recipe, Sites, toy
+from toys import Sites, toy
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.request import MemoryRequest

@@ -5,9 +5,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from recipes import ONE_BY_ONE, Recipe
 from stepping import Stepped, stepped
 from torch import Tensor, nn
-from toys import ONE_BY_ONE, Recipe, toy
+from toys import toy
 
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.chain import Kind

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import torch
 from goldens import graph_text
+from recipes import Recipe
 from stepping import apply, normal, stepped
 from torch import nn
-from toys import Recipe, toy
+from toys import toy
 
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, call_nodes

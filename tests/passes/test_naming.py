@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from goldens import Printer
+from recipes import Recipe
 from stepping import add_parameters, analysed
 from torch import Tensor, nn
-from toys import Recipe, toy
+from toys import toy
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import StreamSpec

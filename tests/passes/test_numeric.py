@@ -5,11 +5,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from recipes import Recipe
 from stepping import captured, run
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
-from toys import Recipe, toy
+from toys import toy
 
 import mhc_compile
 from mhc_compile.config import Options

@@ -10,9 +10,10 @@ import pytest
 import torch
 from goldens import graph_text
 from inserting import SPEC, Inserted, insert, step
+from recipes import Recipe
 from stepping import CHECKED, captured, run
 from torch import Tensor, nn
-from toys import VOCAB, WIDTH, Recipe, Sites, toy
+from toys import VOCAB, WIDTH, Sites, toy
 
 from mhc_compile.attach import _append_parameters, sites_of_owners
 from mhc_compile.diagnostics import MHCError

@@ -6,10 +6,11 @@ import pytest
 import torch
 from goldens import graph_text, streams_text
 from layers import IDS, TOKENS, WIDTH, Layers
+from recipes import Recipe
 from stepping import analysed, captured, site_names, stepped
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import Layer, Memory, Recipe, toy
+from toys import Layer, Memory, toy
 
 from mhc_compile.kernels.spec import StreamSpec
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from goldens import graph_text, streams_text
+from recipes import Recipe
 from stepping import analysed, normal, stepped
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import Recipe, toy
+from toys import toy
 
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, is_tensor, op_name, source_line

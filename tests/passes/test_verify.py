@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from recipes import Recipe
 from stepping import CHECKED, add_parameters, analysed, captured, normal, stepped
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from toys import Recipe, toy
+from toys import toy
 
 from mhc_compile.attach import sites_of_owners
 from mhc_compile.config import Options

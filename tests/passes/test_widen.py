@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipes import ONE_BY_ONE, Recipe, recipes
 from stepping import Stepped, add_parameters, analysed, captured, run, sites_in_order, stepped
 from torch import Tensor, nn
-from toys import ONE_BY_ONE, Recipe, Sites, recipes, toy
+from toys import Sites, toy
 
 from mhc_compile.attach import sites_of_owners
 from mhc_compile.diagnostics import MHCError
