@@ -17,7 +17,8 @@ class Diagnostic:
     way_out: str
 
 
-# 1xx: the graph, 2xx: parameters and configuration, 3xx: the backend, 4xx: checkpoint folders, 5xx: export and tools.
+# 1xx: the graph, 2xx: parameters and configuration, 3xx: the backend, 4xx: checkpoint folders, 5xx: export and tools,
+# 6xx: training and plans.
 TABLE: dict[str, Diagnostic] = {
     "MHC101": Diagnostic(
         "no residual stream",
@@ -265,6 +266,18 @@ TABLE: dict[str, Diagnostic] = {
     "MHC508": Diagnostic(
         "no model to inspect",
         "name a Hugging Face checkpoint folder or its config.json, of an architecture that transformers itself has",
+    ),
+    "MHC620": Diagnostic(
+        "the model cannot be cut into these stages",
+        "choose at most as many stages as there are sites (two a layer), and a number of sites for each of them",
+    ),
+    "MHC621": Diagnostic(
+        "a value would cross between stages that cannot be sent",
+        "choose other cuts (parallel.balance names the sites of every stage), or fewer stages",
+    ),
+    "MHC622": Diagnostic(
+        "weights of this stage are missing",
+        "copy or download the folder again; every tensor of the model must be in it, as transformers saves it",
     ),
 }
 

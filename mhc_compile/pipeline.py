@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch._dynamo.utils import dynamo_timed
@@ -132,10 +133,12 @@ def run_passes(
     passes: tuple[Pass, ...],
     options: Options,
     observer: Observer | None = None,
+    *,
+    provided: Iterable[str] = (),
 ) -> GraphModule:
-    """Run `passes` over `gm` (a private copy) in order; each pass must find what it requires."""
+    """Run `passes` over `gm` (a private copy) in order; each finds what it requires: `provided`, or made before."""
     observer = observer or Observer()
-    provided: set[str] = set()
+    provided = set(provided)
     # Shown by `torch._dynamo.utils.compile_times()` beside the compiler's own phases.
     with dynamo_timed(TIMED):
         for step in passes:

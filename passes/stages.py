@@ -1,0 +1,235 @@
+"""Split a rewritten graph into pipeline stages at sites; what crosses is the n-stream state.
+
+    piece k = the slice of the graph between what crosses cut k and what crosses cut k + 1
+
+A value that does not depend on the streams (rotary tables, masks, positions, hashes of token ids, a memory's rows) is
+computed again in every piece that reads it, and a parameter that several pieces read (a tied embedding) is an input of
+each of them: their gradients must be summed. What depends on the streams is computed in one piece: a site's own nodes
+in the piece of the site, everything else as late as its readers allow. Beside the streams, cuts are crossed by what
+later branches read of earlier ones (the values of the first layer, the output of an encoder).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.passes.base import is_tensor, op_name, refuse, switches_gradients, value
+
+DIALECT = torch.ops.mhc
+_VIEWS = ("getitem", "view", "reshape", "transpose", "select", "narrow", "unsqueeze", "squeeze", "permute", "expand")
+_RANDOM = ("rand", "randn", "rand_like", "randn_like", "bernoulli", "multinomial", "normal_", "uniform_", "bernoulli_")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One pipeline stage, or a part of one, as a graph of its own."""
+
+    graph: GraphModule
+    """Its placeholders: what crosses into it, then those of the whole graph that it reads, in their order."""
+    sites: tuple[int, ...]
+    """Its sites, counted from 0 in the order of the whole graph."""
+    crosses_in: tuple[str, ...]
+    """Names, in the whole graph, of the values that it is given; the names of its first placeholders."""
+    crosses_out: tuple[str, ...]
+    """Names of the values that it gives; empty for the last piece, whose outputs are those of the graph."""
+
+
+def sites(graph: Graph) -> list[Node]:
+    """The coefficients of every site, in the order of the stream."""
+    return [n for n in graph.nodes if n.target is DIALECT.coefficients.default]
+
+
+def cut(gm: GraphModule, starts: Sequence[int]) -> list[Piece]:
+    """Cut the dialect graph `gm` in front of the sites numbered `starts` (ascending, from 1 up); `gm` is not changed.
+
+    Raises MHC620 for cuts that are none, and MHC621 where a value would cross that cannot be sent with a gradient.
+    """
+    count = len(sites(gm.graph))
+    bounds = [0, *starts, count]
+    if any(a >= b for a, b in pairwise(bounds)):
+        raise MHCError("MHC620", f"{len(starts) + 1} parts of {count} sites, beginning at {bounds[:-1]}")
+    place = places(gm.graph, starts)
+    crossing = [_crossing(place, k) for k in range(1, len(starts) + 1)]
+    for node in {n for nodes in crossing for n in nodes}:
+        if not is_tensor(node) or not value(node).is_floating_point():
+            raise refuse("MHC621", f"{op_name(node)} gives no floating-point tensor", node)
+    outputs = _outputs(gm.graph)
+    ends = [*crossing, outputs]
+    pieces = []
+    for k, (inside, out) in enumerate(zip([[], *crossing], ends, strict=True)):
+        pieces.append(
+            Piece(
+                graph=_slice(gm, inside, out),
+                sites=tuple(range(bounds[k], bounds[k + 1])),
+                crosses_in=tuple(n.name for n in inside),
+                crosses_out=tuple(n.name for n in out) if k < len(starts) else (),
+            )
+        )
+    return pieces
+
+
+def balanced(costs: Sequence[float], count: int) -> list[int]:
+    """Where to cut `costs` (one a site) into `count` runs so that the dearest run is as cheap as can be.
+
+    Returns the first site of every run but the first. Raises MHC620 for more runs than sites.
+    """
+    if count > len(costs):
+        raise MHCError("MHC620", f"{count} stages for {len(costs)} sites")
+    total = [0.0, *accumulate(costs)]
+    best = [[float("inf")] * (len(costs) + 1) for _ in range(count + 1)]
+    cut_at = [[0] * (len(costs) + 1) for _ in range(count + 1)]
+    best[0][0] = 0.0
+    for k in range(1, count + 1):
+        for end in range(k, len(costs) + 1):
+            for begin in range(k - 1, end):
+                found = max(best[k - 1][begin], total[end] - total[begin])
+                if found < best[k][end]:
+                    best[k][end], cut_at[k][end] = found, begin
+    starts, end = [], len(costs)
+    for k in range(count, 0, -1):
+        end = cut_at[k][end]
+        starts.append(end)
+    return starts[::-1][1:]
+
+
+def places(graph: Graph, starts: Sequence[int]) -> dict[Node, int]:
+    """The piece of every node that depends on the streams. Other nodes belong to whichever piece reads them."""
+    at = {triple: sum(i >= s for s in starts) for i, triple in enumerate(sites(graph))}
+    anchored = dict(at)
+    for node in graph.nodes:
+        if node.target is DIALECT.distribute.default:
+            post = node.args[2]
+            assert isinstance(post, Node)
+            triple = post.args[0]
+            assert isinstance(triple, Node)
+            anchored[node] = at[triple]
+    found: dict[Node, int] = {}
+    depends = _depending(graph)
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            found[node] = len(starts)
+        elif node in depends:
+            found[node] = anchored.get(node, min((found[u] for u in node.users), default=len(starts)))
+    return found
+
+
+def _depending(graph: Graph) -> set[Node]:
+    """The nodes that need the streams, or draw at random, which no two pieces would do alike."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.target is DIALECT.expand.default or is_random(node) or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def is_random(node: Node) -> bool:
+    """Whether `node` draws random numbers: an active dropout, a generator."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = op_name(node)
+    if "dropout" in name:
+        return dropout_of(node) > 0
+    return name in _RANDOM
+
+
+def dropout_of(node: Node) -> float:
+    """The probability with which an operation named like a dropout drops; 0 where it is not training."""
+    p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    return float(p) if training else 0.0  # type: ignore[arg-type]
+
+
+def _crossing(place: dict[Node, int], k: int) -> list[Node]:
+    """What is computed in front of cut k and read behind it, in the order of the graph."""
+    found = [n for n, at in place.items() if n.op != "output" and at < k and any(place[u] >= k for u in n.users)]
+    return sorted(found)
+
+
+def _outputs(graph: Graph) -> list[Node]:
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return output.all_input_nodes
+
+
+def _slice(gm: GraphModule, inside: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
+    """The part of the graph that computes `outputs` from `inside` and the placeholders."""
+    needed = _needed(gm.graph, inside, outputs)
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in inside:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = {k: v for k, v in node.meta.items() if k in ("example_value", "val")}
+    for node in gm.graph.nodes:
+        if node.op != "output" and node not in copies and (node in needed or _is_region(node)):
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[n] for n in outputs))
+    _drop_empty_regions(graph)
+    return GraphModule(gm, graph)
+
+
+def _needed(graph: Graph, inside: Sequence[Node], outputs: Sequence[Node]) -> set[Node]:
+    stop = set(inside)
+    needed: set[Node] = set()
+
+    def need(node: Node) -> None:
+        stack = [node]
+        while stack:
+            n = stack.pop()
+            if n not in needed and n not in stop:
+                needed.add(n)
+                stack += n.all_input_nodes
+
+    for node in outputs:
+        need(node)
+    writers = [n for n in graph.nodes if _writes(n)]
+    # What is written into a needed value is needed, and what that reads.
+    while new := [w for w in writers if w not in needed and _base(w.args[0]) in needed]:
+        for writer in new:
+            need(writer)
+    return needed
+
+
+def _writes(node: Node) -> bool:
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return node.op == "call_function" and (node.target is operator.setitem or _in_place(node))
+
+
+def _in_place(node: Node) -> bool:
+    name = op_name(node)
+    return name.endswith("_") and not name.endswith("__") and not name.startswith("_")
+
+
+def _base(node: object) -> Node | None:
+    """The tensor of which `node` is a view."""
+    while isinstance(node, Node) and op_name(node) in _VIEWS and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node if isinstance(node, Node) else None
+
+
+def _is_region(node: Node) -> bool:
+    return switches_gradients(node) or op_name(node) in ("_enter_autocast", "_exit_autocast")
+
+
+def _drop_empty_regions(graph: Graph) -> None:
+    """Erase what switches gradients or autocast for no node."""
+    changed = True
+    while changed:
+        changed = False
+        for node in list(graph.nodes):
+            after = node.next
+            if switches_gradients(node) and switches_gradients(after):  # which says again what holds
+                graph.erase_node(node)
+                changed = True
+            elif op_name(node) == "_enter_autocast" and op_name(after) == "_exit_autocast" and after.args[0] is node:
+                graph.erase_node(after)
+                graph.erase_node(node)
+                changed = True
