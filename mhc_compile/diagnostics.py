@@ -267,6 +267,19 @@ TABLE: dict[str, Diagnostic] = {
         "no model to inspect",
         "name a Hugging Face checkpoint folder or its config.json, of an architecture that transformers itself has",
     ),
+    "MHC600": Diagnostic("no recipe", "name a TOML file: `mhc-compile train --fields` lists its sections and fields"),
+    "MHC601": Diagnostic(
+        "unknown field in the recipe", "`mhc-compile train --fields` lists every section and field with its meaning"
+    ),
+    "MHC602": Diagnostic(
+        "the recipe's values do not fit", "`mhc-compile train --fields` says what every field may be"
+    ),
+    "MHC604": Diagnostic(
+        "the schedule cannot run so",
+        "change parallel.schedule, parallel.stages_per_rank, or the microbatches a step: "
+        "train.batch / replicas / train.microbatch",
+    ),
+    "MHC606": Diagnostic("tensorboard is not installed", "pip install 'mhc-compile[train]'"),
     "MHC620": Diagnostic(
         "the model cannot be cut into these stages",
         "choose at most as many stages as there are sites (two a layer), and a number of sites for each of them",

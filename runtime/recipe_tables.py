@@ -1,0 +1,231 @@
+"""The tables of a recipe: every field typed, described and checked by itself."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mhc_compile.config import Inner, Options, stream_spec
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.spec import Exit, Manifold, StreamSpec
+
+ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
+ConventionName = Literal["paper", "deepseek_v4", "glm5_next", "megatron_main", "liger", "hy_v4"]
+_SIZE = re.compile(r"\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTable:
+    """`[model]`: what is trained."""
+
+    folder: str
+    """A checkpoint folder: residual (its streams are added as it is read) or converted; with `start = "scratch"` only
+    its config.json and tokenizer are read."""
+    start: Literal["checkpoint", "scratch"] = "checkpoint"
+    """Whether training goes on from the folder's weights or begins with random ones."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the graph computes. Weights and their moments are kept in float32 either way."""
+    inner: Inner = "inductor"
+    """What compiles the stages."""
+    kernels: str = "auto"
+    """Which fused kernels may be used, as in mhc_compile's options."""
+
+    def __post_init__(self) -> None:
+        Options(inner=self.inner, kernels=self.kernels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamsTable:
+    """`[mhc]`: the streams that a residual folder gets, or a model from scratch."""
+
+    streams: int = 4
+    """n, 1 to 8."""
+    convention: ConventionName = "paper"
+    """Whose equations."""
+    manifold: Manifold | None = None
+    """What the mixing matrix may be; left out, the convention's."""
+    iterations: int = 20
+    """Sinkhorn iterations."""
+    exit: Exit | None = None
+    """How the streams become one again; left out, the convention's."""
+
+    def __post_init__(self) -> None:
+        _ = self.spec
+
+    @property
+    def spec(self) -> StreamSpec:
+        """As the compiler takes it."""
+        return stream_spec({name: value for name, value in asdict(self).items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTable:
+    """`[data]`: folders that `mhc-compile data` has written."""
+
+    folder: str
+    """Tokens to train on."""
+    validation: str | None = None
+    """Tokens to evaluate on."""
+    sequence: int
+    """S: tokens a sequence."""
+    seed: int = 0
+    """Of the order of sequences."""
+    workers: int = 0
+    """Processes a rank that read ahead; 0: the rank itself reads."""
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, sequence=1, seed=0, workers=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTable:
+    """`[train]`: how long, how much at a time, and how the weights move."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch: int
+    """Sequences a step, over all ranks."""
+    microbatch: int
+    """Sequences that a stage computes at a time; gradients of a step's microbatches add up."""
+    lr: float
+    """The highest learning rate. Tables of memories have 5 times it."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: int = 0
+    """Steps over which the learning rate rises linearly from 0 to `lr`."""
+    final: float = 0.1
+    """Where cosine and linear end, as a part of `lr`."""
+    weight_decay: float = 0.1
+    """Of matrices; vectors, coefficients of streams and tables have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW's moments."""
+    clip: float = 1.0
+    """The largest norm of all gradients together, tables included; 0: no clipping."""
+    seed: int = 0
+    """Of random weights and dropout."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: none."""
+    evaluate_batches: int = 8
+    """Batches of the size of a step that an evaluation reads; every evaluation reads the same."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN, an infinity or an exploding loss does: stop with the step's data saved, or skip the step."""
+    explode: float = 0.0
+    """A loss above this multiple of its running median explodes; 0: none does."""
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, steps=1, batch=1, microbatch=1, warmup=0, clip=0, seed=0, weight_decay=0)
+        _at_least("train", self, evaluate_every=0, evaluate_batches=1)
+        require(self.lr > 0, "train.lr", self.lr, "greater than 0")
+        require(self.warmup <= self.steps, "train.warmup", self.warmup, f"at most train.steps = {self.steps}")
+        require(0 <= self.final <= 1, "train.final", self.final, "from 0 to 1")
+        require(all(0 <= b < 1 for b in self.betas), "train.betas", list(self.betas), "from 0, below 1")
+        require(self.explode == 0 or self.explode > 1, "train.explode", self.explode, "0, or greater than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelTable:
+    """`[parallel]`: how the run is spread. There are stages x data x engram ranks."""
+
+    stages: int = 1
+    """Ranks a pipeline."""
+    data: int = 1
+    """Replicas of the pipeline, each with its share of every batch."""
+    engram: int = 1
+    """Ranks over which the rows of tables are spread; they are replicas for everything else."""
+    schedule: ScheduleName = "1f1b"
+    """The order of forward and backward passes; `zbv` and `dualpipev` have two stages a rank, in the shape of a V."""
+    stages_per_rank: int = 1
+    """Stages a rank: 1 for `1f1b`, 2 for `zbv` and `dualpipev`, 2 or more for `interleaved1f1b`."""
+    mode: Literal["replicate", "fsdp"] = "replicate"
+    """Whether replicas hold whole parameters or a shard of each."""
+    balance: Literal["model", "measure"] | tuple[int, ...] = "model"
+    """Where stages are cut: by the cost model, by a measurement, or by the number of sites of every stage."""
+    timeout: float = 600.0
+    """Seconds after which a peer that does not answer counts as lost."""
+
+    def __post_init__(self) -> None:
+        _at_least("parallel", self, stages=1, data=1, engram=1, stages_per_rank=1)
+        require(self.timeout > 0, "parallel.timeout", self.timeout, "greater than 0")
+        if isinstance(self.balance, tuple):
+            fits = len(self.balance) == self.stage_count and all(b >= 1 for b in self.balance)
+            what = f"{self.stage_count} numbers of at least 1, one a stage"
+            require(fits, "parallel.balance", list(self.balance), what)
+
+    @property
+    def stage_count(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.stages * self.stages_per_rank
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same stages."""
+        return self.data * self.engram
+
+    @property
+    def world(self) -> int:
+        """Ranks of the run."""
+        return self.stages * self.replicas
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeTable:
+    """`[recompute]`: what the backward pass computes again instead of keeping it."""
+
+    blocks: Literal["off", "auto", "stage"] | int | str = "off"
+    """`off`; `auto`: the blocks that keep least; `stage`: one block a stage; sites a block; or the memory that the
+    streams of a stage may keep (`2GiB`)."""
+
+    def __post_init__(self) -> None:
+        b = self.blocks
+        fits = b >= 1 if isinstance(b, int) else b in ("off", "auto", "stage") or _SIZE.fullmatch(b) is not None
+        require(fits, "recompute.blocks", b, "off, auto, stage, a number of at least 1, or a size such as 2GiB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointTable:
+    """`[checkpoint]`: where the run goes on after a stop."""
+
+    folder: str
+    """Written by this run; one that holds a checkpoint of the same run is gone on from."""
+    every: int
+    """Steps between checkpoints; 0: one at the end."""
+    keep: int = 2
+    """How many of the newest stay."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", self, every=0, keep=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsTable:
+    """`[metrics]`: what is written down on the way."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    probes_every: int = 0
+    """Steps between measurements of stream separation and composite gain, by layer; 0: none."""
+    tensorboard: bool = False
+    """Whether the same goes to TensorBoard's files."""
+    folder: str | None = None
+    """Left out: checkpoint.folder."""
+
+    def __post_init__(self) -> None:
+        _at_least("metrics", self, every=1, probes_every=0)
+
+
+def _at_least(section: str, table: object, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(table, name)
+        require(value >= bound, f"{section}.{name}", value, f"at least {bound}")
+
+
+def require(fits: bool, name: str, value: Any, wanted: str) -> None:
+    """Raises MHC602 unless it `fits`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        fits = False
+    if not fits:
+        raise MHCError("MHC602", f"{name} = {value}; wanted: {wanted}")
