@@ -1,0 +1,242 @@
+"""The figures of a run as it goes on: a line of `metrics.jsonl` a step logged, TensorBoard scalars, a progress bar.
+
+One rank of a job writes and shows them. A run that is killed at any moment leaves a file of whole lines but for the
+last one; the run that continues it from a checkpoint drops what the checkpoint does not know of, so that the file has
+every step once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from io import RawIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from mhc_compile.diagnostics import MHCError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FILE = "metrics.jsonl"
+EVENTS = "tensorboard"
+"""The folder of TensorBoard's event files, beside the file of lines."""
+_FIRST = ("step", "loss", "evaluation_loss", "lr", "grad_norm", "tokens_per_second", "seconds")
+_SHOWN = {"loss": "loss {:.4f}", "evaluation_loss": "evaluation {:.4f}", "lr": "lr {:.2e}",
+          "grad_norm": "gradient {:.3g}", "tokens_per_second": "{:,.0f} tokens/s"}  # fmt: skip
+_REFRESH = 0.1
+"""Seconds between two drawings of the bar, at least."""
+
+
+class Metrics:
+    """Writes what is measured in a training run and shows how far it is; a context manager that closes itself.
+
+    `folder`: where `metrics.jsonl` and `tensorboard/` lie; made if missing. `total_steps`: of the whole run.
+    `start`: the steps that the checkpoint this run continues had taken, 0 for a new run; lines of later steps are
+    dropped. `shows`: whether this rank writes and shows; on any other all methods do nothing. `console`: where to show,
+    standard output by default: a bar on a terminal, a plain line for every step logged elsewhere.
+
+    Raises MHC606 on every rank if `tensorboard` is asked for and not installed, and MHC413 where the folder cannot be
+    written; so do the methods.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        start: int = 0,
+        shows: bool = True,
+        tensorboard: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        writer = _tensorboard() if tensorboard else None
+        self.shows = shows
+        self._lines: RawIOBase | None = None
+        self._events: SummaryWriter | None = None
+        self._bar: Progress | None = None
+        self._total, self._step = total_steps, start
+        self._logged = start if start else -1  # a new run may be evaluated at step 0
+        self._clock = clock
+        self._drawn = -math.inf
+        if not shows:
+            return
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._path = path = folder / FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            drop_after(path, start)
+            # Without a buffer: a line is one write, and nothing is left over that closing would have to write.
+            self._lines = path.open("ab", buffering=0)
+            if writer is not None:
+                self._events = writer(str(folder / EVENTS), purge_step=start + 1)
+        except OSError as error:
+            raise MHCError("MHC413", f"{path}: {error}") from error
+        if self._console.is_terminal:
+            self._bar, self._task = _bar(self._console, total_steps, start)
+        self._begin = clock()
+        self._tokens = self._steps = 0
+        self._seconds = 0.0
+
+    def progress(self, step: int, loss: float, tokens: int) -> None:
+        """After every step: its number (the first is 1), its loss, and the tokens that all ranks took in it."""
+        if not self.shows:
+            return
+        now = self._clock()
+        self._seconds += now - self._begin
+        self._begin = now
+        self._step = step
+        self._tokens += tokens
+        self._steps += 1
+        # A thread that draws would be alive when the loader's workers fork: the bar moves with the steps instead.
+        if self._bar is not None and now - self._drawn >= _REFRESH:
+            self._drawn = now
+            rate = self._tokens / max(self._seconds, 1e-9)
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
+            self._bar.refresh()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line for `step` and show it; a step is logged once.
+
+        To `values` (`loss`, `lr`, `grad_norm`, `evaluation_loss`, probes) are added `tokens_per_second` and `seconds`,
+        a step's mean since the last line. Between `progress` and `log` of one step the clock stands still: evaluate and
+        probe there. A figure that is not finite is null in the file.
+        """
+        if not self.shows:
+            return
+        assert step > self._logged, f"step {step} after {self._logged}"
+        assert self._lines is not None
+        timing = {}
+        if self._steps:
+            timing = {
+                "tokens_per_second": self._tokens / max(self._seconds, 1e-9),
+                "seconds": self._seconds / self._steps,
+            }
+        given = {**timing, **values}
+        ordered = {name: float(given[name]) for name in (*_FIRST, *given) if name in given}
+        line = {name: value if math.isfinite(value) else None for name, value in ordered.items()}
+        text = json.dumps({"step": step, **line}, allow_nan=False) + "\n"
+        try:
+            if self._lines.write(text.encode()) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._events is not None:
+                for name, value in ordered.items():
+                    self._events.add_scalar(name, value, step)
+                self._events.flush()
+        except OSError as error:
+            raise MHCError("MHC413", f"{self._path}: {error}") from error
+        self._logged = step
+        self.say(self._text(step, ordered))
+        self._tokens = self._steps = 0
+        self._seconds = 0.0
+        self._begin = self._clock()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self.shows:
+            self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        """End the bar and close the files; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._step)
+            self._bar.stop()
+            self._bar = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+        self.shows = False
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _text(self, step: int, values: Mapping[str, float]) -> str:
+        shown = [form.format(values[name]) for name, form in _SHOWN.items() if name in values]
+        if "composite_gain/forward_max" in values:
+            shown.append(f"composite gain {values['composite_gain/forward_max']:.4f}")
+        if values.get("seconds") and self._bar is None and step < self._total:
+            shown.append(f"{_duration(values['seconds'] * (self._total - step))} left")
+        return "  ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *shown])
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step` from a file of metrics, and a line that a killed run did not finish.
+
+    The file is replaced as a whole, or not touched if there is nothing to drop; it need not exist.
+    """
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line for line in text.splitlines(keepends=True) if _is_up_to(line, step))
+    if kept == text:
+        return
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as out:
+        out.write(kept)
+        out.flush()
+        os.fsync(out.fileno())
+    unfinished.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of metrics as dictionaries, without one that a killed run did not finish."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if _is_up_to(line, math.inf)]
+
+
+def _is_up_to(line: str, step: float) -> bool:
+    if not line.endswith("\n"):
+        return False
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and isinstance(found.get("step"), int) and found["step"] <= step
+
+
+def _tensorboard() -> type[SummaryWriter]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MHCError("MHC606", str(error)) from error
+    return SummaryWriter
+
+
+def _bar(console: Console, total: int, start: int) -> tuple[Progress, TaskID]:
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[rate]} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,
+    )
+    bar.start()
+    task = bar.add_task("training", total=total, completed=start, loss="-", rate="-")
+    bar.refresh()
+    return bar, task
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
