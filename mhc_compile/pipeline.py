@@ -34,15 +34,16 @@ EXPORT: tuple[Pass, ...] = (*ANALYSIS, Widen(), OverEncode(plain=True), Engram(p
 
 def compile_passes(options: Options) -> tuple[Pass, ...]:
     """What a converted model's graph goes through."""
-    return (*ANALYSIS, Widen(), OverEncode(), Engram(), *_lowering(options))
+    return (*ANALYSIS, Widen(), OverEncode(), Engram(), *lowering(options))
 
 
 def native_passes(options: Options) -> tuple[Pass, ...]:
     """What the graph of a model with hyper-connections of its own goes through."""
-    return (Normalize(), Native(), *_lowering(options))
+    return (Normalize(), Native(), *lowering(options))
 
 
-def _lowering(options: Options) -> tuple[Pass, ...]:
+def lowering(options: Options) -> tuple[Pass, ...]:
+    """What turns the dialect into kernels and plain PyTorch."""
     return (Fuse(options.kinds), Lower())
 
 

@@ -46,8 +46,10 @@ def sites(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.target is DIALECT.coefficients.default]
 
 
-def cut(gm: GraphModule, starts: Sequence[int]) -> list[Piece]:
+def cut(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = ()) -> list[Piece]:
     """Cut the dialect graph `gm` in front of the sites numbered `starts` (ascending, from 1 up); `gm` is not changed.
+
+    `given` names the placeholders that hold streams, where the graph is a piece itself.
 
     Raises MHC620 for cuts that are none, and MHC621 where a value would cross that cannot be sent with a gradient.
     """
@@ -55,7 +57,7 @@ def cut(gm: GraphModule, starts: Sequence[int]) -> list[Piece]:
     bounds = [0, *starts, count]
     if any(a >= b for a, b in pairwise(bounds)):
         raise MHCError("MHC620", f"{len(starts) + 1} parts of {count} sites, beginning at {bounds[:-1]}")
-    place = places(gm.graph, starts)
+    place = places(gm.graph, starts, given)
     crossing = [_crossing(place, k) for k in range(1, len(starts) + 1)]
     for node in {n for nodes in crossing for n in nodes}:
         if not is_tensor(node) or not value(node).is_floating_point():
@@ -99,7 +101,7 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
     return starts[::-1][1:]
 
 
-def places(graph: Graph, starts: Sequence[int]) -> dict[Node, int]:
+def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> dict[Node, int]:
     """The piece of every node that depends on the streams. Other nodes belong to whichever piece reads them."""
     at = {triple: sum(i >= s for s in starts) for i, triple in enumerate(sites(graph))}
     anchored = dict(at)
@@ -111,7 +113,7 @@ def places(graph: Graph, starts: Sequence[int]) -> dict[Node, int]:
             assert isinstance(triple, Node)
             anchored[node] = at[triple]
     found: dict[Node, int] = {}
-    depends = _depending(graph)
+    depends = _depending(graph, given)
     for node in reversed(graph.nodes):
         if node.op == "output":
             found[node] = len(starts)
@@ -120,11 +122,12 @@ def places(graph: Graph, starts: Sequence[int]) -> dict[Node, int]:
     return found
 
 
-def _depending(graph: Graph) -> set[Node]:
+def _depending(graph: Graph, given: Sequence[str]) -> set[Node]:
     """The nodes that need the streams, or draw at random, which no two pieces would do alike."""
     found: set[Node] = set()
     for node in graph.nodes:
-        if node.target is DIALECT.expand.default or is_random(node) or any(n in found for n in node.all_input_nodes):
+        begins = node.target is DIALECT.expand.default or node.name in given or is_random(node)
+        if begins or any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
 
@@ -148,8 +151,8 @@ def dropout_of(node: Node) -> float:
 
 def _crossing(place: dict[Node, int], k: int) -> list[Node]:
     """What is computed in front of cut k and read behind it, in the order of the graph."""
-    found = [n for n, at in place.items() if n.op != "output" and at < k and any(place[u] >= k for u in n.users)]
-    return sorted(found)
+    inner = (n for n in place if n.op not in ("placeholder", "output"))
+    return sorted(n for n in inner if place[n] < k and any(place[u] >= k for u in n.users))
 
 
 def _outputs(graph: Graph) -> list[Node]:

@@ -1,0 +1,324 @@
+"""Pipeline stages: parts of a program as modules, with parameters under the names they have in the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from mhc_compile.config import Options
+from mhc_compile.kernels.engram.memory import layers_of
+from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.passes.base import value
+from mhc_compile.passes.stages import Piece, cut, sites
+from mhc_compile.runtime.program import IDS, Program
+from mhc_compile.runtime.unit import Compiled, Crossing, Given, Held, Source, Unit, resolve
+
+Units = Literal["stage", "blocks"]
+TableFactory = Callable[[int, int, torch.dtype, str], MemoryTable]
+"""Makes a table of so many rows of such a width, dtype and storage on the meta device."""
+
+
+class Stage(nn.Module):
+    """One pipeline stage.
+
+    Parameters lie in modules nested by their names in the model, floating-point ones as float32 masters; the graph
+    computes in the model's own dtypes. They are on the meta device until `materialise`. A stage is one compiled unit,
+    or with `units="blocks"` a chain of them, cut where recompute blocks (without recompute: layers) begin, for FSDP to
+    wrap: `stage.units` holds them.
+
+    `forward(*crossing, **inputs)`: what crosses from the stage before, and the inputs that the model's forward takes,
+    by name; the first stage gets the token ids as its one positional argument. Returns what crosses to the next stage,
+    a tuple of `[b, S, n, C]` and of what else later branches read, or the logits `[b, S, V]` of the last one.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        piece: Piece,
+        *,
+        index: int,
+        count: int,
+        options: Options,
+        tied: frozenset[str],
+        device: torch.device | str,
+        units: Units,
+        split: bool,
+        make_table: TableFactory,
+    ) -> None:
+        super().__init__()
+        self.index, self.count, self.options = index, count, options
+        self.device = torch.device(device)
+        self.piece = piece
+        self.tied = tied
+        """Names of its parameters that other stages hold as well: their gradients must be summed."""
+        self.tables: dict[str, MemoryTable] = {}
+        """The tables of its memories by their names in the model."""
+        self._program = program
+        self._make_table = make_table
+        self._blocked = units == "blocks"
+        pieces = cut(piece.graph, _unit_starts(piece), piece.crosses_in) if self._blocked else [piece]
+        users = Counter(name for p in pieces for name in _placeholders(p))
+        self._sources: dict[str, Source] = {}
+        """Where each placeholder comes from, by its name."""
+        shared: dict[str, Compiled] = {}
+        made = []
+        for p in pieces:
+            unit = Unit(self._pointed(p), options, split=split, shared=shared)
+            for name in _placeholders(p):
+                own = self._blocked and users[name] == 1 and program.names.get(name) not in tied
+                if name not in self._sources:
+                    self._sources[name] = self._source(name, _node(p, name), unit if own else self)
+            unit.sources = tuple(
+                Crossing(name) if name in p.crosses_in else self._sources[name] for name in _placeholders(p)
+            )
+            made.append(unit)
+        # In a plain list units are no submodules: the parameters are the stage's own.
+        self.units: Sequence[Unit] = nn.ModuleList(made) if self._blocked else made  # type: ignore[assignment]
+
+    @property
+    def graph(self) -> GraphModule:
+        """The whole stage in the dialect."""
+        return self.piece.graph
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites' names, relative to the stream's owner, in the order of the stream."""
+        return [str(n.meta["mhc_site"]) for n in sites(self.graph.graph)]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the model's inputs that it reads."""
+        return tuple(self._program.inputs[name] for name in _placeholders(self.piece) if name in self._program.inputs)
+
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """What its positional arguments look like, on the meta device."""
+        if self.index == 0:
+            ids = next(name for name, given in self._program.inputs.items() if given == IDS)
+            return (_meta(value(next(n for n in self._program.graph.graph.nodes if n.name == ids))),)
+        return tuple(_meta(value(_node(self.piece, name))) for name in self.piece.crosses_in)
+
+    @property
+    def example_outputs(self) -> tuple[Tensor, ...]:
+        """What it returns looks like, on the meta device."""
+        output = next(n for n in reversed(self.graph.graph.nodes) if n.op == "output")
+        return tuple(_meta(value(n)) for n in output.args[0])  # type: ignore[union-attr, arg-type]
+
+    def forward(self, *crossing: Tensor, **inputs: Tensor) -> Any:
+        """See the class."""
+        carried, inputs = self._named(crossing, inputs)
+        for unit in self.units:
+            out = unit(carried, inputs)
+            carried |= dict(zip(unit.piece.crosses_out or self.piece.crosses_out, out, strict=False))
+        if self.index == self.count - 1:
+            return out[0]
+        # What only passes through would otherwise be given back as it came.
+        through = set(self.piece.crosses_in)
+        return tuple(carried[n].clone() if n in through else carried[n] for n in self.piece.crosses_out)
+
+    def arguments(self, *crossing: Tensor, **inputs: Tensor) -> list[Tensor]:
+        """The values of the placeholders of `graph`, in their order, for a call with these arguments."""
+        carried, inputs = self._named(crossing, inputs)
+        return [resolve(self._sources[name], carried, inputs) for name in _placeholders(self.piece)]
+
+    def _named(
+        self, crossing: Sequence[Tensor], inputs: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self.index == 0:
+            return {}, {IDS: crossing[0], **inputs} if crossing else inputs
+        return dict(zip(self.piece.crosses_in, crossing, strict=True)), inputs
+
+    # --- parameters ----------------------------------------------------------------------------------------------
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module, under the names of the unsplit model."""
+        for name, p in super().named_parameters("", recurse, remove_duplicate):
+            plain = name.split(".", 2)[2] if self._blocked and name.startswith("units.") else name
+            yield f"{prefix}.{plain}" if prefix else plain, p
+
+    def materialise(self) -> None:
+        """Give parameters on the meta device memory on the stage's; their values are not set."""
+        self._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t)
+
+    def prepare(self, **inputs: Tensor) -> None:
+        """Compile now, for the mode the stage is in, instead of at the first call."""
+        for unit in self.units:
+            piece = unit.piece
+            crossing = [s.name for s in unit.sources if isinstance(s, Crossing)]
+            zeros = {name: _zeros(value(_node(piece, name)), self.device) for name in crossing}
+            unit.compiled(unit.arguments(zeros, inputs))
+
+    # --- deferred weight gradients, early recomputation ------------------------------------------------------------
+
+    def dw_builder(self) -> Callable[[], None]:
+        """For `PipelineStage`: what the backward that has just run left for the weights, to be run once."""
+        left = [work for unit in self.units for f in unit.functions for work in f.deferred]
+        for unit in self.units:
+            for f in unit.functions:
+                f.deferred.clear()
+
+        def run() -> None:
+            for work in left:
+                work()
+
+        return run
+
+    def begin_recompute(self) -> None:
+        """Recompute what the next backward needs first, before the gradient of its output is there."""
+        for unit in self.units:
+            for f in unit.functions:
+                f.begin_recompute()
+
+    # --- how it is made ---------------------------------------------------------------------------------------------
+
+    def _pointed(self, piece: Piece) -> Piece:
+        """`piece` with look-ups in this stage's own tables."""
+        for node in piece.graph.graph.nodes:
+            position = _HANDLE.get(node.target)
+            if position is None:
+                continue
+            name = self._program.tables.get(node.args[position])
+            if name is not None:
+                node.update_arg(position, self._table(name).handle)
+        piece.graph.recompile()
+        return piece
+
+    def _table(self, name: str) -> MemoryTable:
+        if name not in self.tables:
+            hollow = self._program.model.get_submodule(name)
+            assert isinstance(hollow, MemoryTable)
+            table = self._make_table(hollow.rows, hollow.width, hollow.dtype, hollow.storage)
+            _parent(self, name).add_module(name.rpartition(".")[2], table)
+            self.tables[name] = table
+        return self.tables[name]
+
+    def _source(self, placeholder: str, node: Node, root: nn.Module) -> Source:
+        """Where a placeholder's values come from; a parameter or buffer is registered at its path under `root`."""
+        if placeholder in self._program.inputs:
+            return Given(self._program.inputs[placeholder])
+        if placeholder not in self._program.names:
+            return Crossing(placeholder)
+        name = self._program.names[placeholder]
+        table, _, attribute = name.rpartition(".")
+        if table in self.tables:
+            return Held(self.tables[table], attribute, value(node).dtype)
+        parent = _parent(root, name)
+        if name in self._program.parameters:
+            like = self._program.parameters[name]
+            dtype = torch.float32 if like.is_floating_point() else like.dtype
+            empty = torch.empty(like.shape, dtype=dtype, device="meta")
+            parent.register_parameter(attribute, nn.Parameter(empty, requires_grad=like.requires_grad))
+        else:
+            held = self._program.buffers[name].to(self.device, copy=True)
+            parent.register_buffer(attribute, held, persistent=False)
+        return Held(parent, attribute, value(node).dtype)
+
+
+_HANDLE = {
+    torch.ops.engram_kernels.gather.default: 2,
+    torch.ops.engram_kernels.prefetch.default: 1,
+    torch.ops.engram_kernels.collect.default: 3,
+}
+"""Where an operation carries the number of its table."""
+
+
+def build_stages(
+    program: Program,
+    starts: Sequence[int],
+    *,
+    indices: Sequence[int],
+    options: Options,
+    device: torch.device | str = "cpu",
+    units: Units = "stage",
+    split: bool = False,
+    make_table: TableFactory | None = None,
+) -> list[Stage]:
+    """The stages numbered `indices` of the program cut in front of the sites `starts`, on the meta device.
+
+    Parameters that several of these stages hold are one and the same once `materialise_all` has run. Raises MHC620 and
+    MHC621 as `mhc_compile.passes.stages.cut`.
+    """
+    pieces = cut(program.graph, starts)
+    shared = tied(program, pieces)
+    return [
+        Stage(
+            program, pieces[i], index=i, count=len(pieces), options=options,
+            tied=frozenset(name for name, held in shared.items() if i in held),
+            device=device, units=units, split=split, make_table=make_table or plain_table,
+        )
+        for i in indices
+    ]  # fmt: skip
+
+
+def tied(program: Program, pieces: Sequence[Piece]) -> dict[str, tuple[int, ...]]:
+    """The trained parameters that several stages hold, with those stages, in the order of the model's parameters."""
+    held = [{program.names.get(name, "") for name in _placeholders(p)} for p in pieces]
+    users = {
+        name: tuple(i for i, names in enumerate(held) if name in names)
+        for name, p in program.parameters.items()
+        if p.requires_grad
+    }
+    return {name: found for name, found in users.items() if len(found) > 1}
+
+
+def materialise_all(stages: Sequence[Stage]) -> None:
+    """Give the stages of one rank memory; a parameter that two of them hold becomes one."""
+    first: dict[str, nn.Parameter] = {}
+    for stage in stages:
+        stage.materialise()
+        for name in stage.tied:
+            parent, attribute = _parent(stage, name), name.rpartition(".")[2]
+            if name in first:
+                parent._parameters[attribute] = first[name]
+            else:
+                first[name] = parent._parameters[attribute]  # type: ignore[assignment]
+
+
+def plain_table(rows: int, width: int, dtype: torch.dtype, storage: str) -> MemoryTable:
+    """A table that one rank holds as a whole."""
+    return MemoryTable(rows, width, dtype=dtype, storage=storage, device="meta")  # type: ignore[arg-type]
+
+
+def _unit_starts(piece: Piece) -> list[int]:
+    """The sites of a stage, counted in it, with which its units but the first begin."""
+    names = [str(n.meta["mhc_site"]) for n in sites(piece.graph.graph)]
+    first = set(layers_of(names).values())
+    return [i for i, name in enumerate(names) if i and name in first]
+
+
+def _parent(root: nn.Module, name: str) -> nn.Module:
+    """The module that is to hold `name`, made where it is missing."""
+    module = root
+    for part in name.split(".")[:-1]:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    return module
+
+
+def _placeholders(piece: Piece) -> list[str]:
+    return [n.name for n in piece.graph.graph.nodes if n.op == "placeholder"]
+
+
+def _node(piece: Piece, name: str) -> Node:
+    return next(n for n in piece.graph.graph.nodes if n.name == name)
+
+
+def _meta(fake: Any) -> Tensor:
+    return torch.empty(tuple(int(d) for d in fake.shape), dtype=fake.dtype, device="meta")
+
+
+def _zeros(fake: Any, device: torch.device) -> Tensor:
+    return torch.zeros(tuple(int(d) for d in fake.shape), dtype=fake.dtype, device=device)
+
+
+def by_name(stages: Sequence[Stage]) -> Mapping[str, nn.Parameter]:
+    """The parameters of several stages by name, tied ones once."""
+    return {name: p for stage in stages for name, p in stage.named_parameters()}
