@@ -280,6 +280,28 @@ TABLE: dict[str, Diagnostic] = {
         "train.batch / replicas / train.microbatch",
     ),
     "MHC606": Diagnostic("tensorboard is not installed", "pip install 'mhc-compile[train]'"),
+    "MHC615": Diagnostic(
+        "a checkpoint of the run is missing or damaged",
+        "copy the folder again from where it was whole, or remove it: the run then goes on from the one before it",
+    ),
+    "MHC616": Diagnostic(
+        "a checkpoint could not be saved",
+        "make room where [checkpoint].folder lies: what was saved before is whole, and the next save is tried again",
+    ),
+    "MHC617": Diagnostic(
+        "the checkpoint belongs to another model or other data",
+        "give the recipe that the checkpoint was made with, or another [checkpoint].folder to begin a new run; to train "
+        "these weights on, export them and name the result as [model].folder",
+    ),
+    "MHC618": Diagnostic(
+        "the loss or its gradient is not finite, or explodes",
+        "look at the step's tokens and figures in the folder named; a lower train.lr, a longer train.warmup or "
+        'train.clip often helps, and train.on_nonfinite = "skip" leaves such steps out',
+    ),
+    "MHC619": Diagnostic(
+        "the folder of checkpoints cannot be used",
+        "wait for the other run to end, or name another [checkpoint].folder where you may write",
+    ),
     "MHC620": Diagnostic(
         "the model cannot be cut into these stages",
         "choose at most as many stages as there are sites (two a layer), and a number of sites for each of them",

@@ -1,0 +1,1 @@
+"""Checkpoints of training runs: torch.distributed.checkpoint over safetensors and JSON."""

@@ -1,0 +1,229 @@
+"""Save and load the state of a run: while it goes on, whole or not at all, for any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mhc_compile.diagnostics import MHCError, warn
+from mhc_compile.runtime.checkpoint.folder import RunFolder
+from mhc_compile.runtime.checkpoint.format import Description, read_description, verify_file
+from mhc_compile.runtime.checkpoint.pieces import LoadPlanner, Piece, SavePlanner, Stager, piece_of
+from mhc_compile.runtime.checkpoint.storage import Reader, Writer, random_name
+
+T = TypeVar("T")
+State = dict[str, Any]
+"""`model`, `optimizer` and `tables`: this rank's Tensors, DTensors and `Piece`s by name. `progress`: plain JSON, the
+first rank's is kept. `random`: plain JSON of this rank, or absent."""
+SECTIONS = ("model", "optimizer", "tables")
+
+# One process without a group is meant here, and not worth torch's warning at every save.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class Checkpoints:
+    """The checkpoints of a run in `folder`, which all ranks see; every method is called by all ranks, in one order.
+
+    `every`: optimizer steps between two (`due`); `keep`: how many whole ones stay; `asynchronous`: `save` returns when
+    the values are copied, and they are written while training goes on. `timeout` (seconds) bounds every exchange
+    between ranks. Ranks talk over a gloo group of their own, so a save does not wait for training's messages.
+
+    A save that the file system refuses (a full disk) warns with MHC616 when the next one begins or in `wait`: what was
+    saved before stays, the unfinished folder goes, training goes on, and the next save is tried. `close` raises MHC616
+    if the last save of the run failed.
+
+    The constructor raises MHC619 on all ranks where another run writes to `folder`.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, every: int = 0, keep: int = 2, asynchronous: bool = True, timeout: float = 600.0
+    ) -> None:
+        self.folder = RunFolder(Path(folder))
+        self.every, self.keep, self.asynchronous = every, keep, asynchronous
+        self._parallel = dist.is_available() and dist.is_initialized()
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self._parallel else None
+        self.rank = dist.get_rank() if self._parallel else 0
+        self.world = dist.get_world_size() if self._parallel else 1
+        self._pending: tuple[int, Future[Any]] | None = None
+        self._saved: int | None = None
+        self._failed: str | None = None
+        self._agree(self.folder.claim)
+
+    def due(self, step: int) -> bool:
+        """Whether the recipe asks for a checkpoint after `step` optimizer steps."""
+        return self.every > 0 and step % self.every == 0
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint, the same on all ranks; None where there is none."""
+        steps = self._agree(self.folder.steps)
+        return steps[-1] if steps else None
+
+    def save(self, step: int, state: State) -> None:
+        """Save `state` as the checkpoint of `step`; a second call for the same step does nothing."""
+        self.wait()
+        if step == self._saved:
+            return
+        self._failed = None
+        pieces: dict[str, Any] = _pieces(state)
+        if self.rank == 0:
+            self.folder.discard(step)
+        writer = Writer(
+            self.folder.partial(step),
+            step=step,
+            rank=self.rank,
+            world=self.world,
+            # A copy: it is written while training changes the original.
+            progress=json.loads(json.dumps(state.get("progress", {}), allow_nan=False)),
+            random=state.get("random"),
+            publish=lambda: self.folder.publish(step, self.keep),
+        )
+        given: dict[str, Any] = {
+            "storage_writer": writer,
+            "planner": SavePlanner(),
+            "process_group": self._group,
+            "no_dist": not self._parallel,
+        }
+        if self.asynchronous:
+            future: Any = dcp.async_save(pieces, async_stager=Stager(), **given)
+            self._pending = (step, future)
+        else:
+            self._finish(step, lambda: dcp.save(pieces, **given))
+
+    def wait(self) -> None:
+        """Return when the save that is being written is done."""
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            self._finish(step, future.result)
+
+    def close(self) -> None:
+        """Wait, and let other runs have the folder. Raises MHC616 if the last save failed."""
+        try:
+            self.wait()
+        finally:
+            if self.rank == 0:
+                self.folder.release()
+        if self._failed is not None:
+            raise MHCError("MHC616", self._failed)
+
+    def open(self) -> Description | None:
+        """What the newest checkpoint holds, every byte of it checked against its hashes; None where there is none.
+
+        The ranks share the reading. Raises MHC615 on all of them where anything is missing or damaged.
+        """
+        step = self.latest()
+        if step is None:
+            return None
+        folder = self.folder.whole(step)
+
+        def check() -> Description:
+            description = read_description(folder)
+            if description.step != step:
+                raise MHCError("MHC615", f"{folder} holds step {description.step}")
+            for name in sorted(description.files)[self.rank :: self.world]:
+                verify_file(folder, description, name)
+            return description
+
+        return self._together(check)
+
+    def load(self, state: State) -> int:
+        """Fill the tensors of `state`, in place, from the newest checkpoint; returns its step.
+
+        `state["progress"]` and, where as many ranks wrote it, `state["random"]` become what was saved; `random` is None
+        otherwise. Names and shapes must be there (`mhc_compile.runtime.state.restore` checks them). Raises MHC615 where
+        there is no checkpoint or it is damaged.
+        """
+        description = self.open()
+        if description is None:
+            raise MHCError("MHC615", f"{self.folder.path} holds no whole checkpoint")
+        folder = self.folder.whole(description.step)
+        pieces: dict[str, Any] = _pieces(state)
+        try:
+            dcp.load(
+                pieces,
+                storage_reader=Reader(folder, description),
+                planner=LoadPlanner(),
+                process_group=self._group,
+                no_dist=not self._parallel,
+            )
+        except (CheckpointException, OSError, SafetensorError) as error:
+            raise _coded("MHC615", error) from error
+        own = folder / random_name(self.rank)
+        same = description.world == self.world and own.name in description.files
+        state["random"] = json.loads(own.read_bytes()) if same else None
+        state["progress"] = description.progress
+        self._saved = description.step
+        return description.step
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank."""
+        if not self._parallel:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def _finish(self, step: int, result: Callable[[], Any]) -> None:
+        try:
+            result()
+        except (CheckpointException, OSError) as error:
+            coded = _coded("MHC616", error)
+            if self.rank == 0:
+                self.folder.discard(step)
+                warn("MHC616", coded.detail, stacklevel=3)
+            self._failed = coded.detail
+        else:
+            self._saved = step
+
+    def _agree(self, fn: Callable[[], T]) -> T:
+        """What `fn` gives on the first rank, on all of them; its coded error, too."""
+        answer: list[Any] = [None]
+        if self.rank == 0:
+            answer = [_attempt(fn)]
+        if self._parallel:
+            dist.broadcast_object_list(answer, src=0, group=self._group)
+        return _unwrap(answer)
+
+    def _together(self, fn: Callable[[], T]) -> T:
+        """What `fn` gives here; the first coded error that it raises on any rank, on all of them."""
+        found = self.gather(_attempt(fn))
+        _unwrap(found)
+        return _unwrap([found[self.rank]])
+
+
+def _pieces(state: Mapping[str, Any]) -> dict[str, Piece]:
+    return {f"{section}/{name}": piece_of(t) for section in SECTIONS for name, t in state.get(section, {}).items()}
+
+
+def _attempt(fn: Callable[[], Any]) -> Any:
+    try:
+        return fn()
+    except MHCError as error:
+        return error
+
+
+def _unwrap(answers: list[Any]) -> Any:
+    for answer in answers:
+        if isinstance(answer, MHCError):
+            raise answer
+    return answers[0]
+
+
+def _coded(code: str, error: BaseException) -> MHCError:
+    """`error` as a coded one where the file system or a damaged file caused it; raises it otherwise."""
+    causes = [error]
+    if isinstance(error, CheckpointException):
+        causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise error
+    return MHCError(code, "; ".join(sorted({str(cause) for cause in causes})))
