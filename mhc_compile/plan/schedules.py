@@ -1,0 +1,214 @@
+"""What every rank of a pipeline does in a step, in order: taken from torch's own schedule classes.
+
+    1f1b              one stage a rank; a rank waits for its sends and receives together, as `Schedule1F1B` runs
+    interleaved1f1b   two or more stages a rank, rank r holding r, r + P, ... (arXiv 2104.04473)
+    zbv               two stages a rank in a V; backward passes split into inputs' and weights' (arXiv 2401.10241)
+    dualpipev         the same V; a forward and a backward of one rank run as one action (arXiv 2412.19437)
+
+No process group is needed: the classes compute the order of all ranks from the numbers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+from unittest import mock
+
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import schedules as torch_schedules
+
+from mhc_compile.diagnostics import MHCError
+
+ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
+_CLASSES = {
+    "1f1b": torch_schedules.Schedule1F1B,
+    "interleaved1f1b": torch_schedules.ScheduleInterleaved1F1B,
+    "zbv": torch_schedules.ScheduleZBVZeroBubble,
+    "dualpipev": torch_schedules.ScheduleDualPipeV,
+}
+
+Pass = Literal["forward", "backward", "input", "weight"]
+"""`backward` is `input` (gradients of what came in) and `weight` (gradients of parameters) in one."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass of one stage over one microbatch."""
+
+    kind: Pass
+    stage: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The streams of one microbatch from `stage` to the next stage, or their gradients to the one before."""
+
+    backward: bool
+    stage: int
+    microbatch: int
+
+    @property
+    def target(self) -> int:
+        """The stage that receives it."""
+        return self.stage - 1 if self.backward else self.stage + 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """Compute; two works are a forward and a backward that may overlap."""
+
+    works: tuple[Work, ...]
+
+
+@dataclass(frozen=True)
+class Post:
+    """Begin sending or receiving, and go on."""
+
+    transfers: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Go on when these have arrived, or have been taken."""
+
+    transfers: tuple[Transfer, ...]
+
+
+Action = Run | Post | Wait
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The actions of every rank in one step."""
+
+    name: ScheduleName
+    microbatches: int
+    ranks: tuple[tuple[Action, ...], ...]
+    owner: tuple[int, ...]
+    """The rank of every stage."""
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages that each rank holds."""
+        return len(self.owner) // len(self.ranks)
+
+    def works(self, rank: int) -> Iterator[Work]:
+        """What the rank computes, in order."""
+        for action in self.ranks[rank]:
+            if isinstance(action, Run):
+                yield from action.works
+
+
+def schedule(name: ScheduleName, *, ranks: int, stages_per_rank: int, microbatches: int) -> Schedule:
+    """The schedule called `name` for so many pipeline ranks, stages a rank and microbatches a step.
+
+    Raises MHC642 where torch's class refuses the numbers.
+    """
+    if name not in SCHEDULES:
+        raise MHCError("MHC642", f"no schedule {name!r}; known: {', '.join(SCHEDULES)}")
+    count = ranks * stages_per_rank
+    if (name == "1f1b") != (stages_per_rank == 1) or min(ranks, stages_per_rank, microbatches) < 1:
+        raise MHCError("MHC642", f"{name} with {stages_per_rank} stages on each of {ranks} ranks")
+    # The classes read these numbers of their stages and nothing else until a step runs.
+    stage = mock.create_autospec(PipelineStage, instance=True)
+    stage.configure_mock(group_rank=0, group_size=ranks, num_stages=count, submod=None)
+    try:
+        made: Any = _CLASSES[name](stage if name == "1f1b" else [stage] * stages_per_rank, microbatches)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise MHCError("MHC642", f"{name}, {ranks} ranks, {microbatches} microbatches: {error}") from error
+    if name == "1f1b":
+        lists = [tuple(_one_forward_one_backward(r, ranks, microbatches)) for r in range(ranks)]
+        return Schedule(name, microbatches, tuple(lists), tuple(range(ranks)))
+    owner = tuple(int(made.stage_index_to_group_rank[s]) for s in range(count))
+    lists = [tuple(_with_transfers(made.pipeline_order_with_comms[r], owner, r)) for r in range(ranks)]
+    return Schedule(name, microbatches, tuple(lists), owner)
+
+
+def _one_forward_one_backward(rank: int, ranks: int, microbatches: int) -> Iterator[Action]:
+    """What `Schedule1F1B` does step by step, its waits included."""
+
+    def forward(m: int) -> Run:
+        return Run((Work("forward", rank, m),))
+
+    def backward(m: int) -> Run:
+        return Run((Work("backward", rank, m),))
+
+    def moved(gradients: bool, stage: int, m: int) -> tuple[Transfer, ...]:
+        inside = 0 < stage < ranks if gradients else 0 <= stage < ranks - 1
+        return (Transfer(gradients, stage, m),) if inside else ()
+
+    def exchange(*transfers: tuple[Transfer, ...]) -> Iterator[Action]:
+        if together := tuple(t for some in transfers for t in some):
+            yield Post(together)
+            yield Wait(together)
+
+    ahead = min(microbatches, ranks - rank)
+    sent: tuple[Transfer, ...] = ()
+    for m in range(ahead):
+        yield from exchange(moved(False, rank - 1, m))
+        yield forward(m)
+        if sent:
+            yield Wait(sent)
+        sent = moved(False, rank, m)
+        if m < ahead - 1 and sent:
+            yield Post(sent)
+    for m in range(microbatches):
+        done = ahead + m
+        if done <= microbatches:  # the last forward's result and the first gradient travel together
+            yield from exchange(moved(False, rank, done - 1), moved(True, rank + 1, m))
+        else:
+            yield from exchange(moved(True, rank + 1, m))
+        yield backward(m)
+        gradient = moved(True, rank, m)
+        if done < microbatches:
+            yield from exchange(gradient, moved(False, rank - 1, done))
+            yield forward(done)
+        elif gradient:
+            if done > microbatches:
+                yield Wait(moved(True, rank, m - 1))
+            yield Post(gradient)
+    if last := moved(True, rank, microbatches - 1):
+        yield Wait(last)
+
+
+_PASSES: dict[str, Pass] = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
+
+
+def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> Iterator[Action]:
+    """torch's actions with communication, as its runtime performs them: a pass waits for what it reads, not for sends."""
+    sent: list[Transfer] = []
+    for action in actions:
+        name = action.computation_type.value
+        if name in ("UNSHARD", "RESHARD", "REDUCE_GRAD"):
+            continue  # what FSDP gathers and reduces is counted for the whole step
+        if name.startswith(("SEND", "RECV")):
+            gradients = name.endswith("_B")
+            source = action.stage_index
+            if name.startswith("RECV"):
+                source += 1 if gradients else -1
+            transfer = Transfer(gradients, source, action.microbatch_index)
+            if name.startswith("SEND"):
+                sent.append(transfer)
+            yield Post((transfer,))
+            continue
+        parts = action.sub_actions if name == "OVERLAP_F_B" else (action,)
+        works = tuple(Work(_PASSES[a.computation_type.value], a.stage_index, a.microbatch_index) for a in parts)
+        if needed := tuple(t for w in works if (t := needs(w, owner, rank)) is not None):
+            yield Wait(needed)
+        yield Run(works)
+    if sent:
+        yield Wait(tuple(sent))
+
+
+def needs(work: Work, owner: Sequence[int], rank: int) -> Transfer | None:
+    """What must arrive from another rank before `work` can run on `rank`."""
+    if work.kind == "weight":
+        return None
+    backward = work.kind != "forward"
+    source = work.stage + (1 if backward else -1)
+    if not 0 <= source < len(owner) or owner[source] == rank:
+        return None
+    return Transfer(backward, source, work.microbatch)
