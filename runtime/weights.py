@@ -1,0 +1,200 @@
+"""Values of stages: drawn from a seed, or read from a checkpoint folder, each stage its own tensors alone."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mhc_compile.checkpoint.loading import open_converted
+from mhc_compile.checkpoint.manifest import is_converted
+from mhc_compile.checkpoint.saving import prefix
+from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
+from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
+from mhc_compile.checkpoint.tables import hash_specs, table_name
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.files import open_table, row_blocks
+from mhc_compile.engram.parameters import DEVIATION, ROOT, layer_values
+from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.kernels.start import start_head, start_site
+from mhc_compile.parameters import StreamParameters, names, owners
+from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
+from mhc_compile.runtime.program import Program
+from mhc_compile.runtime.stage import Stage
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Set `parameter` to the whole `value`, of which a sharded one (DTensor) keeps its own part. No communication."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            whole = value.to(parameter.device, parameter.dtype)
+            own = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(own.to_local())
+        else:
+            parameter.copy_(value)
+
+
+def initialise(stages: Sequence[Stage], program: Program, seed: int) -> None:
+    """Draw every value as the model's own code starts it, streams and memories as for a model trained from scratch.
+
+    What a parameter becomes depends on `seed` and its module's name, not on how the model is cut. Raises MHC622 for a
+    parameter to which the model's code gives no value.
+    """
+    for stage in stages:
+        for path, held in _by_module(stage).items():
+            values = _start_of_streams(program, path, seed, scratch=True)
+            if values is None:
+                values = _start_of_module(program, path, seed)
+            for name, p in held.items():
+                assign(p, values[name])
+        for name, table in stage.tables.items():
+            table.start(_number(seed, name), DEVIATION)
+
+
+def load_folder(stages: Sequence[Stage], program: Program, folder: Path, seed: int) -> None:
+    """Read the stages' own tensors from a converted folder, or from a residual one: streams then start at what keeps
+    its function, memories at zero and their rows as `seed` draws them.
+
+    Raises MHC401 to 407 and 414 for a folder that cannot be read, MHC404 for a tensor of another shape, and MHC622 for
+    tensors that are not there.
+    """
+    converted = is_converted(folder)
+    checkpoint = open_converted(folder)[0] if converted else open_checkpoint(folder)
+    files = {name: shard.path for shard in checkpoint.shards for name in shard.tensors}
+    missing = []
+    for stage in stages:
+        for path, held in _by_module(stage).items():
+            start = None if converted else _start_of_streams(program, path, seed, scratch=False)
+            for name, p in held.items():
+                full = f"{path}.{name}" if path else name
+                if start is not None:
+                    assign(p, start[name])
+                elif full in files:
+                    with safe_open(files[full], framework="pt") as file:
+                        _assign_checked(p, file.get_tensor(full), full)
+                else:
+                    missing.append((full, p))
+    if missing:
+        _load_renamed(missing, checkpoint)
+    for stage in stages:
+        for name, table in stage.tables.items():
+            if converted:
+                _read_table(folder, program, name, table)
+            else:
+                table.start(_number(seed, name), DEVIATION)
+
+
+def _by_module(stage: Stage) -> dict[str, dict[str, nn.Parameter]]:
+    """The stage's parameters by the path of their module and their name in it, those of tables left out."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for name, p in stage.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        if path not in stage.tables:
+            found.setdefault(path, {})[attribute] = p
+    return found
+
+
+def _number(seed: int, name: str) -> int:
+    """A seed for `name` that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+def _start_of_module(program: Program, path: str, seed: int) -> dict[str, Tensor]:
+    """What the model's own code gives the parameters of one module."""
+    hollow = program.model.get_submodule(path)
+    module = copy.copy(hollow)
+    module._parameters = {
+        name: None if p is None else nn.Parameter(torch.full(p.shape, torch.nan, device="cpu"))
+        for name, p in hollow._parameters.items()
+    }
+    draw = getattr(program.model, "_init_weights", None)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(_number(seed, path))
+        if draw is not None:
+            draw(module)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    found = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    if unset := [name for name, value in found.items() if value.isnan().any()]:
+        way_out = "save a checkpoint with transformers' own start, and train with model.start = 'checkpoint'"
+        raise MHCError("MHC622", f"nothing starts {path}.{unset[0]}", module=path, way_out=way_out)
+    return found
+
+
+def _start_of_streams(program: Program, path: str, seed: int, *, scratch: bool) -> dict[str, Tensor] | None:
+    """The start of the stream parameters at `path`; None for a path that is not below a stream owner's `mhc`."""
+    for owner, held in owners(program.model).items():
+        root = prefix(owner)
+        if f"{path}.".startswith(root):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_number(seed, path))
+                return _stream_values(held, path.removeprefix(root), scratch=scratch)
+    return None
+
+
+def _stream_values(held: StreamParameters, place: str, *, scratch: bool) -> dict[str, Tensor]:
+    hidden = held.hidden
+    if place in held.sites:
+        index = list(held.sites).index(place)
+        values = start_site(held.spec, index, held.sites[place], scratch=scratch)
+        return dict(zip(("phi", "alpha", "bias"), values, strict=True))
+    if place == "head":
+        return dict(zip(("fn", "base", "scale"), start_head(held.spec, hidden, scratch=scratch), strict=True))
+    if place == OVER_ENCODING:
+        return {"projection": torch.zeros(held.get_submodule(OVER_ENCODING).get_parameter("projection").shape)}
+    assert held.memory is not None
+    assert place.startswith(f"{ROOT}.")
+    start = "paper" if scratch else "zero"
+    return layer_values(held.memory, held.spec.streams, hidden, start=start, device="cpu")  # type: ignore[arg-type]
+
+
+def _assign_checked(parameter: nn.Parameter, value: Tensor, name: str) -> None:
+    if value.shape != parameter.shape:
+        raise MHCError("MHC404", f"{name} is {list(value.shape)}, the configuration wants {list(parameter.shape)}")
+    assign(parameter, value)
+
+
+def _load_renamed(missing: Sequence[tuple[str, nn.Parameter]], checkpoint: Checkpoint) -> None:
+    """Let transformers load the whole model, for a folder whose tensors it renames or merges (experts)."""
+    transformers = transformers_module()
+    cls = model_class(checkpoint.config)
+    with quiet(transformers):
+        model, report = cls.from_pretrained(
+            checkpoint.folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    loaded = dict(model.named_parameters())
+    absent = {*report["missing_keys"], *(name for name, _ in missing if name not in loaded)}
+    if lost := sorted(name for name, _ in missing if name in absent):
+        raise MHCError("MHC622", f"{checkpoint.folder} has no {names(lost)}")
+    for name, p in missing:
+        _assign_checked(p, loaded[name].detach(), name)
+
+
+def _read_table(folder: Path, program: Program, name: str, table: MemoryTable) -> None:
+    """Fill a table, or the rows of it that this rank holds, from the folder's files."""
+    for (owner, place), hash_spec in _tables_of(owners(program.model)):
+        held = owners(program.model)[owner]
+        if name == f"{prefix(owner)}{held.table_places[place]}.table":
+            mapped = open_table(
+                folder, table_name(owner, place), rows=table.rows, width=table.width, hash_spec=hash_spec, verify=False
+            )
+            first = 0
+            for values, scale in row_blocks(mapped):
+                table.fill(first, values, scale)
+                first += len(values)
+
+
+def _tables_of(held: Mapping[str, StreamParameters]) -> Iterator[tuple[tuple[str, str], str]]:
+    for owner, parameters in held.items():
+        for place, hash_spec in hash_specs(parameters).items():
+            yield (owner, place), hash_spec
