@@ -1,4 +1,4 @@
-"""What happens when the loss is not finite or explodes: stop with the step's data on the disk, or leave the step out."""
+"""What happens when the loss is not finite or explodes: stop with the step's data on the disk, or skip the step."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.engram.sharded import ShardedTable
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.parameters import names
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints, State
@@ -136,7 +137,7 @@ def _piece(value: Tensor, table: MemoryTable | None) -> Piece:
     """This rank's part of a tensor; those of a table's weight and moments are runs of rows."""
     if table is None or value.ndim == 0:
         return piece_of(value)
-    first = getattr(table, "first_row", 0)
+    first = table.begin if isinstance(table, ShardedTable) else 0
     return Piece(value, (first, *(0 for _ in value.shape[1:])), (table.rows, *value.shape[1:]))
 
 

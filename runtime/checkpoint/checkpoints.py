@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.runtime.checkpoint.folder import RunFolder
@@ -94,10 +95,10 @@ class Checkpoints:
             "no_dist": not self._parallel,
         }
         if self.asynchronous:
-            future: Any = dcp.async_save(pieces, async_stager=Stager(), **given)
+            future: Any = async_save(pieces, async_stager=Stager(), **given)
             self._pending = (step, future)
         else:
-            self._finish(step, lambda: dcp.save(pieces, **given))
+            self._finish(step, lambda: save(pieces, **given))
 
     def wait(self) -> None:
         """Return when the save that is being written is done."""
@@ -148,7 +149,7 @@ class Checkpoints:
         folder = self.folder.whole(description.step)
         pieces: dict[str, Any] = _pieces(state)
         try:
-            dcp.load(
+            load(
                 pieces,
                 storage_reader=Reader(folder, description),
                 planner=LoadPlanner(),
@@ -225,5 +226,5 @@ def _coded(code: str, error: BaseException) -> MHCError:
         causes = [cause for cause, _ in error.failures.values()]
     for cause in causes:
         if not isinstance(cause, (OSError, SafetensorError)):
-            raise error
+            raise RuntimeError(str(error)) from error  # CheckpointException is no Exception
     return MHCError(code, "; ".join(sorted({str(cause) for cause in causes})))

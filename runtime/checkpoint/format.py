@@ -5,8 +5,9 @@
       rank-00000.safetensors     the parts that one rank wrote
       rank-00000.json            that rank's random states
 
-Tensors are named `model/NAME`, `optimizer/NAME.exp_avg`, `tables/NAME.weight`, after the parameters of the model that is
-not split. Nothing in the folder is unpickled: torch.distributed.checkpoint's own metadata file, a pickle, is not used.
+Tensors are named `model/NAME`, `optimizer/NAME.exp_avg`, `tables/NAME.weight`, after the parameters of the model as it
+is before it is split. Nothing in the folder is unpickled: torch.distributed.checkpoint's own metadata file, which is a
+pickle, is not used.
 """
 
 from __future__ import annotations
@@ -125,11 +126,9 @@ def verify_file(folder: Path, description: Description, name: str) -> None:
     except MHCError as error:
         raise error if error.code == "MHC615" else MHCError("MHC615", error.detail) from error
     for tensor_name, tensor in description.tensors.items():
-        for chunk in tensor.chunks:
-            info = held.get(chunk_key(tensor_name, chunk.offsets)) if chunk.file == name else None
-            if chunk.file == name and (
-                info is None or (DTYPES.get(info.dtype), info.shape) != (tensor.dtype, chunk.shape)
-            ):
+        for chunk in (c for c in tensor.chunks if c.file == name):
+            info = held.get(chunk_key(tensor_name, chunk.offsets))
+            if info is None or (DTYPES.get(info.dtype), info.shape) != (tensor.dtype, chunk.shape):
                 raise MHCError("MHC615", f"{path} does not hold the part of {tensor_name} that {NAME} names")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -140,6 +140,6 @@ class LoadPlanner(DefaultLoadPlanner):
         """Where the values go."""
         return self.state_dict[index.fqn].tensor
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: ARG002
         """Refuse: torch's own planner unpickles them, and a checkpoint of ours holds none."""
         raise AssertionError(f"{read_item.dest_index.fqn}: bytes in a checkpoint of tensors")
