@@ -22,17 +22,24 @@ class RowGradient(NamedTuple):
     values: Tensor
 
 
+def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The different ones of `rows` `[m]`, ascending, and the place of each of the m among them."""
+    if rows.device.type == "cpu":
+        # torch.unique of two threads that share a core with others takes a hundred times as long.
+        found, inverse = np.unique(rows.numpy(), return_inverse=True)
+        return torch.from_numpy(found), torch.from_numpy(inverse)
+    return torch.unique(rows, return_inverse=True)
+
+
 def coalesce(rows: Tensor, values: Tensor) -> RowGradient:
     """`rows` `[m]` with duplicates and `values` `[m, width]` -> the sums, in float32.
 
     Duplicates are added in the order in which they are given, so results are equal bit by bit from run to run.
     """
     values = values.to(torch.float32)
+    found, inverse = distinct(rows)
     if values.device.type == "cpu":
-        # torch.unique of two threads that share a core with others takes a hundred times as long.
-        found, inverse = (torch.from_numpy(a) for a in np.unique(rows.numpy(), return_inverse=True))
         return RowGradient(found, torch.zeros(len(found), values.shape[-1]).index_add_(0, inverse, values))
-    found, inverse = torch.unique(rows, return_inverse=True)
     # index_add_ adds with atomics there; this one sorts.
     return RowGradient(found, torch.ops.aten.embedding_dense_backward(values, inverse, len(found), -1, False))
 
@@ -56,7 +63,8 @@ class PendingGradient:
     def add(self, rows: Tensor, values: Tensor, name: str = "") -> None:
         """Add a backward pass's `rows` `[m]` and `values` `[m, width]`; both are copied.
 
-        Warns with MHC227, once until the gradient is taken, when `PATIENCE` passes have come together.
+        Warns of the table `name` with MHC227, once until the gradient is taken, when `PATIENCE` passes have come
+        together; never without a name.
         """
         part = coalesce(rows, values)
         with self._lock:
@@ -65,7 +73,7 @@ class PendingGradient:
             while len(self._parts) > 1 and len(self._parts[-1].rows) >= len(self._parts[-2].rows):
                 self._parts[-2:] = [merge(self._parts[-2:])]
             self._passes += 1
-            impatient = self._passes == PATIENCE
+            impatient = bool(name) and self._passes == PATIENCE
         if impatient:
             warn("MHC227", f"{name}: {PATIENCE} backward passes")
 
@@ -81,6 +89,11 @@ class PendingGradient:
         with self._lock:
             parts, self._parts, self._passes = self._parts, [], 0
         return merge(parts) if parts else None
+
+    def clear(self) -> None:
+        """Leave nothing."""
+        with self._lock:
+            self._parts, self._passes = [], 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

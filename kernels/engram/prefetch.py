@@ -12,6 +12,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from mhc_compile.kernels.engram.lanes import Lookup
 
@@ -22,13 +26,20 @@ KEPT = 64
 """Lookups that may wait to be claimed; the oldest is dropped for one more."""
 
 
+class Answer(Protocol):
+    """What a ticket stands for."""
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The values in `dtype`; waits for them."""
+
+
 class Desk:
     """The lookups under way in this process, and the thread that runs them, one after the other."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._queue: SimpleQueue[Lookup] = SimpleQueue()
-        self._open: OrderedDict[int, tuple[Hashable, Lookup]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[Hashable, Answer]] = OrderedDict()
         self._numbers = itertools.count(1)
         self._worker: threading.Thread | None = None
 
@@ -38,14 +49,20 @@ class Desk:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="mhc-prefetch", daemon=True)
                 self._worker.start()
-            ticket = next(self._numbers)
-            self._open[ticket] = (key, lookup)
-            while len(self._open) > KEPT:
-                self._open.popitem(last=False)
+        ticket = self.keep(lookup, key)
         self._queue.put(lookup)
         return ticket
 
-    def claim(self, ticket: int, key: Hashable) -> Lookup | None:
+    def keep(self, answer: Answer, key: Hashable) -> int:
+        """A ticket for what is under way already."""
+        with self._lock:
+            ticket = next(self._numbers)
+            self._open[ticket] = (key, answer)
+            while len(self._open) > KEPT:
+                self._open.popitem(last=False)
+        return ticket
+
+    def claim(self, ticket: int, key: Hashable) -> Answer | None:
         """The lookup of a ticket if it is good for `key`; a ticket is good once."""
         with self._lock:
             held = self._open.pop(ticket, None)

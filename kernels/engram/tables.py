@@ -40,13 +40,22 @@ def row_bytes(width: int, dtype: torch.dtype) -> tuple[int, ...]:
     return (width, 4 * blocks(width)) if dtype == FP8 else (width * dtype.itemsize,)
 
 
-def drawn_rows(rows: int, width: int, seed: int, deviation: float) -> Iterator[Tensor]:
-    """The rows of a table at its start, N(0, `deviation`), float32 on the CPU, block by block."""
+def drawn_rows(
+    rows: int, width: int, seed: int, deviation: float, begin: int = 0, end: int | None = None
+) -> Iterator[Tensor]:
+    """The rows of a table at its start, N(0, `deviation`), float32 on the CPU, block by block.
+
+    Only those from `begin` to before `end`, where these are given: the same values as in the whole.
+    """
+    end = rows if end is None else end
     generator = torch.Generator()
-    for number, begin in enumerate(range(0, rows, START_BLOCK)):
+    for number in range(begin // START_BLOCK, -(-end // START_BLOCK) if begin < end else 0):
+        first = number * START_BLOCK
         generator.manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
-        size = (min(START_BLOCK, rows - begin), width)
-        yield torch.empty(size, device="cpu").normal_(0.0, deviation, generator=generator)
+        # A block is drawn whole: fewer numbers would not be the first of it.
+        size = (min(START_BLOCK, rows - first), width)
+        block = torch.empty(size, device="cpu").normal_(0.0, deviation, generator=generator)
+        yield block[max(begin - first, 0) : end - first]
 
 
 class MemoryTable(nn.Module):
@@ -66,6 +75,8 @@ class MemoryTable(nn.Module):
     anchor: Tensor
     weight: nn.Parameter
     scale: nn.Parameter
+    rank, size = 0, 1
+    """Which of how many processes that share the rows this one is."""
 
     def __init__(
         self,
@@ -91,6 +102,10 @@ class MemoryTable(nn.Module):
             raise MHCError("MHC223", f"{rows} rows of {sizes} bytes from {files and (files.rows, files.row_bytes)}")
         self.rows, self.width, self.dtype, self.storage = rows, width, dtype, storage
         self.handle = enroll(self)
+        self.early = storage != "device"
+        """Whether graphs that are captured from now on begin a look-up as soon as they know its rows."""
+        self.has_optimizer = False
+        """Whether an optimizer will take the gradients, however many backward passes a step has."""
         self._pending = PendingGradient()
         self._files = files
         self.hot = HotRows(hot_rows, sizes) if hot_rows and storage != "device" else None
@@ -105,11 +120,26 @@ class MemoryTable(nn.Module):
         """Parameters on `device`, or on the CPU for a host table."""
         if self.storage == "host" and device.type != "meta":
             device = torch.device("cpu")
-        values = {"weight": torch.empty(self.rows, self.width, dtype=self.dtype, device=device)}
+        values = {"weight": torch.empty(self.held, self.width, dtype=self.dtype, device=device)}
         if self.dtype == FP8:
-            values["scale"] = torch.empty(self.rows, blocks(self.width), device=device)
+            values["scale"] = torch.empty(self.held, blocks(self.width), device=device)
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+    @property
+    def begin(self) -> int:
+        """The first row that lies here."""
+        return 0
+
+    @property
+    def end(self) -> int:
+        """Behind the last row that lies here."""
+        return self.rows
+
+    @property
+    def held(self) -> int:
+        """Rows that lie here: `weight` has so many."""
+        return self.end - self.begin
 
     @property
     def result_dtype(self) -> torch.dtype:
@@ -163,7 +193,7 @@ class MemoryTable(nn.Module):
         return self.gather(rows, dtype) if lookup is None else lookup.result(dtype)
 
     def _lookup(self, rows: Tensor) -> Lookup:
-        return Lookup(rows, self.rows, self.width, self._read, self._finish)
+        return Lookup(rows, self.held, self.width, self._read, self._finish)
 
     def _key(self, rows: Tensor) -> tuple[object, ...]:
         return (self.handle, self._state(), tuple(rows.shape), rows.device)
@@ -220,12 +250,17 @@ class MemoryTable(nn.Module):
         """Add the gradient of one lookup: `values` `[m, width]` of the m `rows` (any shape). Raises MHC228."""
         if not self._can_train:
             raise MHCError("MHC228", f"{self}")
-        self._pending.add(rows.reshape(-1), values, str(self))
+        self._pending.add(rows.reshape(-1), values, "" if self.has_optimizer else str(self))
 
     def take_gradient(self) -> RowGradient | None:
-        """`gradient`, which is None afterwards."""
+        """`gradient`, which is None afterwards; its rows are those of `weight`."""
         self.anchor.grad = None
         return self._pending.take()
+
+    def drop_gradient(self) -> None:
+        """Make `gradient` None."""
+        self.anchor.grad = None
+        self._pending.clear()
 
     # Values.
 
@@ -233,8 +268,9 @@ class MemoryTable(nn.Module):
     def fill(self, start: int, values: Tensor, scale: Tensor | None = None) -> MemoryTable:
         """Set the rows from `start` on to `values` `[r, width]`; float8 tables take floats, or float8 with its `scale`.
 
-        A table on the meta device is made at its first `fill`: on the CPU, or on the device of `values` where its
-        storage is `device`. Raises MHC223 for what does not fit and MHC228 for a mapped table.
+        Of a sharded table, those that lie here. A table on the meta device is made at its first `fill`: on the CPU, or
+        on the device of `values` where its storage is `device`. Raises MHC223 for what does not fit and MHC228 for a
+        mapped table.
         """
         if self.storage == "mapped":
             raise MHCError("MHC228", f"{self}")
@@ -242,29 +278,40 @@ class MemoryTable(nn.Module):
             raise MHCError("MHC223", f"{list(values.shape)} at row {start} of {self}")
         if self.weight.is_meta:
             self.to_empty(device=values.device)
+        first, last = max(start, self.begin), min(start + len(values), self.end)
+        if first >= last:
+            return self
+        values = values[first - start : last - start]
+        here = slice(first - self.begin, last - self.begin)
         if self.dtype == FP8 and scale is None:
             values, scale = quantise(values)
-        self.weight[start : start + len(values)] = values.to(self.weight.device)
+        elif scale is not None:
+            scale = scale[first - start : last - start]
+        self.weight[here] = values.to(self.weight.device)
         if scale is not None:
-            self.scale[start : start + len(values)] = scale.to(self.scale.device)
+            self.scale[here] = scale.to(self.scale.device)
         return self
 
     def block(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
         """The rows from `begin` to before `end` as they lie, on the CPU, and the scales of float8 ones.
 
-        Raises MHC223 for a table on the meta device.
+        Raises MHC223 for a table on the meta device, and for rows that do not lie here.
         """
+        if not self.begin <= begin <= end <= self.end:
+            way_out = "ask the rank that holds these rows for them"
+            detail = f"rows {begin} to {end}; those from {self.begin} to {self.end} of {self} lie here"
+            raise MHCError("MHC223", detail, way_out=way_out)
         if self._files is not None:
             planes = self._typed(self._files.read(np.arange(begin, end)))
         else:
             self._filled()
-            planes = [p[begin:end].detach().cpu() for _, p in self.named_parameters()]
+            planes = [p[begin - self.begin : end - self.begin].detach().cpu() for _, p in self.named_parameters()]
         return planes[0], planes[1] if len(planes) > 1 else None
 
     def start(self, seed: int, deviation: float = 0.02) -> MemoryTable:
         """Draw all rows from N(0, `deviation`): the same for a seed on every device, in every storage."""
-        begin = 0
-        for block in drawn_rows(self.rows, self.width, seed, deviation):
+        begin = self.begin
+        for block in drawn_rows(self.rows, self.width, seed, deviation, self.begin, self.end):
             self.fill(begin, block if self.weight.is_meta else block.to(self.weight.device))
             begin += len(block)
         return self
@@ -310,7 +357,7 @@ class MemoryTable(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # float8 as bytes: torch's pickles do not know the dtype.
         held = {n: p.detach().view(torch.uint8) if p.dtype == FP8 else p for n, p in self.named_parameters()}
-        return {**self.__dict__, "_parameters": held, "handle": 0, "_hot_state": None}
+        return {**self.__dict__, "_parameters": held, "handle": 0, "_hot_state": None, "has_optimizer": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = state["_parameters"]

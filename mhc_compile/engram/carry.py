@@ -4,7 +4,7 @@ By name, in the order in which `mhc::mark` gets them:
 
     attention_mask, position_ids     of the call, where they are two-dimensional
     compression                      the projection of ids [V]
-    table:<name>:<handle>:<dtype>:near|far    the anchor of a table; far: not on the model's device
+    table:<name>:<handle>:<dtype>:near|far    the anchor of a table; far: looked up ahead
     weight:<name>                    a table's rows, for programs that run without this package
     state.ids [B, N-1], state.reach [B], state.gate:<layer> [B, P, n], state.value:<layer> [B, P, C]
     state.over.ids [B, n-1], state.over.reach [B]
@@ -60,7 +60,7 @@ def given_of(parameters: Any, arguments: Mapping[str, Any], state: Mapping[str, 
         found["compression"] = parameters.get_submodule(ROOT).compression
     for name in parameters.table_places:
         table = parameters.table(name)
-        place = "near" if table.storage == "device" else "far"
+        place = "far" if table.early else "near"
         dtype = "float32" if table.dtype == torch.float32 else "bfloat16"
         if not EXPORTING:  # an exported program has no look-up of ours
             found[f"table:{name}:{table.handle}:{dtype}:{place}"] = table.anchor

@@ -11,19 +11,22 @@ from mhc_compile.kernels.engram.gradient import RowGradient, merge
 def average_gradient(
     found: RowGradient | None, width: int, device: torch.device, group: dist.ProcessGroup
 ) -> RowGradient | None:
-    """The mean over the processes of `group`, the same bit by bit on all of them; None where no process has rows.
+    """The mean over the processes of `group`, the same bit by bit on all of them; None where no process has a gradient.
 
     A collective: every process calls it for the same tables in the same order, with None where its own batch left no
     gradient. `device` is the one that the group communicates on.
     """
+    has = found is not None
     if found is None:
         found = RowGradient(torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, width, device=device))
-    count = torch.tensor([len(found.rows)], device=device)
+    # Of a sharded table a process may have a gradient that touches none of its rows.
+    count = torch.tensor([len(found.rows) if has else -1], device=device)
     counts = [torch.empty_like(count) for _ in range(group.size())]
     dist.all_gather(counts, count, group=group)
-    sizes = [int(c) for c in counts]
-    if not max(sizes):
+    said = [int(c) for c in counts]
+    if max(said) < 0:
         return None
+    sizes = [max(n, 0) for n in said]
     rows = torch.zeros(max(sizes), dtype=torch.int64, device=device)
     values = torch.zeros(max(sizes), width, device=device)
     rows[: len(found.rows)], values[: len(found.rows)] = found.rows.to(device), found.values.to(device)

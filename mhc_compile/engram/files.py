@@ -196,6 +196,26 @@ def open_table(
     return MemoryTable(info.rows, info.width, dtype=info.dtype, storage="mapped", files=mapped, hot_rows=hot_rows)
 
 
+def fill_rows(table: MemoryTable, folder: str | os.PathLike[str], name: str = NAME, *, hash_spec: str) -> MemoryTable:
+    """Fill `table` from the files of a folder: the rows that lie here (`table.begin` to `table.end`), no others read.
+
+    Of ranks that share a table, each verifies the sha256 of its part of the files, so that together they read all.
+    Raises MHC223 for files of another table, MHC224 for damaged ones, and MHC228 for float8 rows where the table has
+    others.
+    """
+    mapped = open_table(folder, name, rows=table.rows, width=table.width, hash_spec=hash_spec)
+    if FP8 in (mapped.dtype, table.dtype) and mapped.dtype != table.dtype:
+        raise MHCError("MHC228", f"{folder} holds {mapped.dtype} rows")
+    for file in read_info(folder, name).files[table.rank :: table.size]:
+        _verify(file.path)
+    step = max(1, BLOCK_BYTES // (4 * table.width))
+    if not table.held:
+        table.fill(0, torch.empty(0, table.width))  # made
+    for begin in range(table.begin, table.end, step):
+        table.fill(begin, *mapped.block(begin, min(begin + step, table.end)))
+    return table
+
+
 class _Feed:
     """Pieces of any size, handed out in other sizes, as the planes of rows in `dtype`."""
 

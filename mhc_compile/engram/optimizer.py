@@ -71,6 +71,10 @@ class TableAdamW(torch.optim.AdamW):
             if group["weight_decay"] or group.get("amsgrad", self.defaults["amsgrad"]):
                 raise MHCError("MHC204", "tables are trained without weight_decay and amsgrad")
         super().add_param_group(group)
+        if group["table"]:
+            known = _tables()
+            for weight in self.param_groups[-1]["params"]:
+                _of(weight, known).has_optimizer = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -92,7 +96,7 @@ class TableAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if group.get("table"):
                 for weight in group["params"]:
-                    _of(weight, known).take_gradient()
+                    _of(weight, known).drop_gradient()
 
     def _step_table(self, table: MemoryTable, group: dict[str, Any]) -> None:
         found = table.take_gradient()
@@ -107,7 +111,7 @@ class TableAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros(weight.shape, **like)
             state["exp_avg_sq"] = torch.zeros(weight.shape, **like)
-            state["row_step"] = torch.zeros(table.rows, dtype=torch.int32, device=weight.device)
+            state["row_step"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         state["step"] += 1
         rows, gradient = found.rows.to(weight.device), found.values.to(weight.device)
         lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]

@@ -1,0 +1,66 @@
+"""Tables of memories in a distributed run: cut by rows over the ranks of a group, their look-ups begun early."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mhc_compile.kernels.engram.sharded import ShardedTable
+from mhc_compile.kernels.engram.tables import MemoryTable, Storage
+from mhc_compile.runtime.stage import TableFactory, plain_table
+
+
+def table_factory(group: dist.ProcessGroup | None) -> TableFactory:
+    """What `build_stages(make_table=...)` makes tables with: sharded over `group`, in one piece where that is one rank.
+
+    All ranks of the group call what is returned for the same tables in the same order: MHC630 where they differ,
+    MHC228 for mapped ones.
+    """
+    if group is None or group.size() == 1:
+        return plain_table
+
+    def make(rows: int, width: int, dtype: torch.dtype, storage: str) -> MemoryTable:
+        return ShardedTable(rows, width, group, dtype=dtype, storage=cast("Storage", storage), device="meta")
+
+    return make
+
+
+def look_up_early(model: nn.Module) -> None:
+    """Let graphs that are captured from `model` from now on begin look-ups as soon as they know the rows.
+
+    For tables on the compute device that will be sharded: their rows then travel while the layers in front of the
+    memory compute.
+    """
+    for table in _tables(model).values():
+        table.early = True
+
+
+def shard_tables(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Replace every table of `model` by one that is sharded over `group`, with this rank's rows of it.
+
+    The rows of tables on the meta device are not set. A collective; make optimizers, and compile, afterwards. Raises
+    MHC630 where the ranks' models differ, and MHC228 for mapped tables.
+    """
+    for path, table in _tables(model).items():
+        empty = table.storage == "mapped" or table.weight.is_meta
+        made = ShardedTable(
+            table.rows,
+            table.width,
+            group,
+            dtype=table.dtype,
+            storage=table.storage,
+            device=table.anchor.device,
+            trainable=table.trainable,
+            hot_rows=table.hot.capacity if table.hot else 0,
+        )
+        if not empty:
+            made.fill(made.begin, *table.block(made.begin, made.end))
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent).add_module(name, made)
+
+
+def _tables(model: nn.Module) -> dict[str, MemoryTable]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, MemoryTable)}
