@@ -314,6 +314,14 @@ TABLE: dict[str, Diagnostic] = {
         "weights of this stage are missing",
         "copy or download the folder again; every tensor of the model must be in it, as transformers saves it",
     ),
+    "MHC630": Diagnostic(
+        "the ranks of a group have different tables",
+        "start all ranks with one recipe, one seed and the same files: each holds other rows of the same tables",
+    ),
+    "MHC631": Diagnostic(
+        "a look-up in a sharded table failed on another rank",
+        "see what that rank itself says; all ranks must run the same graphs on microbatches of the same shapes",
+    ),
 }
 
 
