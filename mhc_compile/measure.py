@@ -6,9 +6,9 @@ gradients, so the figures are those of the equations themselves, whatever compil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mhc_compile.capture import capture, find_marks
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
-from mhc_compile.passes.base import Context, module_path
+from mhc_compile.passes.base import Context, module_path, switches_gradients
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.lower import Lower
 from mhc_compile.pipeline import compile_passes, run_passes
@@ -51,6 +51,8 @@ class StreamMeasures:
     """Names of the sites in the order of the stream."""
     separation: tuple[float, ...]
     """After each site, the root mean square of the streams' deviation from their mean, relative to that mean."""
+    gains: tuple[float, ...]
+    """Of each site's own H, the largest row or column sum of `|H|` over all tokens."""
     gain: CompositeGain
     """Of all sites together."""
 
@@ -68,9 +70,9 @@ def measure_streams(model: nn.Module, batch: Batch) -> dict[str, StreamMeasures]
     with evaluating(model):
         captured = capture(model, *arguments_of(batch))
         graph = run_passes(captured.graph, Context(marks=find_marks(captured.graph)), WIDENING, Options())
-        watch = _StreamInterpreter(graph)
+        watch = StreamInterpreter(graph)
         watch.run(*captured.inputs)
-    return watch.measures()
+    return summarise(watch.parts)
 
 
 def stream_separation(model: nn.Module, batch: Batch) -> dict[str, float]:
@@ -116,53 +118,90 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass
-class _Call:
-    """What one pass through one stream showed."""
+class StreamPart:
+    """What a part of one pass through one stream showed; its tensors are float64."""
 
-    owner: str
-    sites: list[str]
-    separations: list[Tensor]
-    composite: Tensor
-    """`H_l ... H_1` per token, `[..., n, n]` in float64."""
+    begins: bool
+    """Whether the stream's expand lies in this part; otherwise an earlier part holds what came before."""
+    owner: str | None = None
+    """Module path of the stream's owner; None as long as no site was seen."""
+    sites: list[str] = field(default_factory=list)
+    separations: list[Tensor] = field(default_factory=list)
+    """Of every site, by token `[...]`."""
+    gains: list[float] = field(default_factory=list)
+    composite: Tensor | None = None
+    """`H_l ... H_1` of the part's sites by token, `[..., n, n]`."""
+
+    def add(self, owner: str, site: str, mix: Tensor, X: Tensor) -> None:
+        """Record a site: its mix H `[..., n, n]` and the streams behind it, `[..., n, C]`."""
+        H = mix.double()
+        self.owner = owner
+        self.sites.append(site)
+        self.separations.append(separation(X))
+        self.gains.append(max(float(H.abs().sum(dim).max()) for dim in (-1, -2)))
+        self.composite = H if self.composite is None else H @ self.composite
+
+    def continued(self, later: StreamPart) -> StreamPart:
+        """This part and the `later` one that goes on from it, as one."""
+        composites = [c for c in (later.composite, self.composite) if c is not None]
+        return StreamPart(
+            self.begins,
+            self.owner or later.owner,
+            self.sites + later.sites,
+            self.separations + later.separations,
+            self.gains + later.gains,
+            composites[0] @ composites[1] if len(composites) == 2 else next(iter(composites), None),
+        )
 
 
-class _StreamInterpreter(Interpreter):
-    """Runs a widened graph and follows each stream from its expand through its sites."""
+class StreamInterpreter(Interpreter):
+    """Runs a widened graph, or a part of one, and follows each stream through its sites.
 
-    def __init__(self, graph: GraphModule) -> None:
+    A stream begins with its expand, or, in a part, with one of the placeholders named in `carried`: what earlier parts
+    computed, the streams among it.
+    """
+
+    def __init__(self, graph: GraphModule, carried: Collection[str] = ()) -> None:
         super().__init__(graph)
-        self.calls: dict[Node, _Call] = {}
+        self._carried = frozenset(carried)
+        self._parts: dict[Node, StreamPart] = {}
+        """By where the stream begins in this graph, in the order of the graph."""
         self._begin: dict[Node, Node] = {}
-        """The expand of the stream that each distribute belongs to."""
+        """Where the stream of each distribute begins."""
+        self._shapes: dict[Node, torch.Size] = {}
+        """Of what is carried: streams have the shape of the streams behind them."""
+
+    @property
+    def parts(self) -> list[StreamPart]:
+        """What the streams showed in the run, in the order of the graph."""
+        return list(self._parts.values())
 
     def run_node(self, n: Node) -> Any:
-        """One node; a distribute is recorded with its mix."""
+        """One node; a distribute is recorded with its mix. Gradients stay as they are, off."""
+        if switches_gradients(n):
+            return None
         out = super().run_node(n)
-        if n.target is torch.ops.mhc.distribute.default:
+        if n.op == "placeholder" and n.name in self._carried:
+            self._shapes[n] = out.shape
+        elif n.target is torch.ops.mhc.expand.default:
+            self._parts[n] = StreamPart(begins=True)
+        elif n.target is torch.ops.mhc.distribute.default:
             carry, _, _, mix = n.args
             assert isinstance(carry, Node)
             assert isinstance(mix, Node)
-            self._record(n, self._expand_above(carry), self.env[mix].double(), out)
+            self._begin[n] = begin = self._above(carry, out.shape)
+            part = self._parts.setdefault(begin, StreamPart(begins=False))
+            name = str(n.meta["mhc_site"])
+            owner = module_path(n).removesuffix(name.rpartition("#")[0]).strip(".")
+            part.add(owner, name, self.env[mix], out)
         return out
 
-    def _record(self, node: Node, begin: Node, mix: Tensor, X: Tensor) -> None:
-        self._begin[node] = begin
-        name = str(node.meta["mhc_site"])
-        if begin not in self.calls:
-            owner = module_path(node).removesuffix(name.rpartition("#")[0]).strip(".")
-            self.calls[begin] = _Call(owner, [name], [separation(X)], mix)
-            return
-        call = self.calls[begin]
-        call.sites.append(name)
-        call.separations.append(separation(X))
-        call.composite = mix @ call.composite
-
-    def _expand_above(self, node: Node) -> Node:
-        """The expand whose streams reach `node` through earlier sites and what lies between them."""
+    def _above(self, node: Node, shape: torch.Size) -> Node:
+        """Where the streams begin that reach `node` through earlier sites and what lies between them."""
         queue, seen = [node], {node}
         while queue:
             above = queue.pop(0)
-            if above.target is torch.ops.mhc.expand.default:
+            if above.target is torch.ops.mhc.expand.default or self._shapes.get(above) == shape:
                 return above
             if above in self._begin:
                 return self._begin[above]
@@ -172,21 +211,39 @@ class _StreamInterpreter(Interpreter):
                     queue.append(operand)
         raise AssertionError(f"{node.name} carries no stream")
 
-    def measures(self) -> dict[str, StreamMeasures]:
-        """What the calls of every owner showed together, in the order of the graph."""
-        by_owner: dict[str, list[_Call]] = {}
-        for call in self.calls.values():
+
+def summarise(parts: Sequence[StreamPart]) -> dict[str, StreamMeasures]:
+    """The measures by owner from the parts of a whole forward, in its order.
+
+    A part that does not begin its stream goes on from the last one of its owner.
+    """
+    calls: list[StreamPart] = []
+    for part in parts:
+        before = None if part.begins else _last_of(part.owner, calls)
+        if before is None:
+            calls.append(part)
+        else:
+            calls[before] = calls[before].continued(part)
+    by_owner: dict[str, list[StreamPart]] = {}
+    for call in calls:
+        if call.owner is not None:
             by_owner.setdefault(call.owner, []).append(call)
-        return {owner: _summary(calls) for owner, calls in by_owner.items()}
+    return {owner: _summary(found) for owner, found in by_owner.items()}
 
 
-def _summary(calls: list[_Call]) -> StreamMeasures:
+def _last_of(owner: str | None, calls: Sequence[StreamPart]) -> int | None:
+    return next((i for i in reversed(range(len(calls))) if calls[i].owner in (owner, None)), None)
+
+
+def _summary(calls: list[StreamPart]) -> StreamMeasures:
     first = calls[0]
+    composites = [c.composite.abs() for c in calls if c.composite is not None]
     separations = [torch.cat([c.separations[i].flatten() for c in calls]) for i in range(len(first.sites))]
-    gains = [torch.cat([c.composite.abs().sum(dim).amax(-1).flatten() for c in calls]) for dim in (-1, -2)]
-    (forward_mean, forward_max), (backward_mean, backward_max) = [(float(g.mean()), float(g.max())) for g in gains]
+    sums = [torch.cat([c.sum(dim).amax(-1).flatten() for c in composites]) for dim in (-1, -2)]
+    (forward_mean, forward_max), (backward_mean, backward_max) = [(float(g.mean()), float(g.max())) for g in sums]
     return StreamMeasures(
         tuple(first.sites),
         tuple(float(s.mean()) for s in separations),
+        tuple(max(c.gains[i] for c in calls) for i in range(len(first.sites))),
         CompositeGain(forward_mean, forward_max, backward_mean, backward_max),
     )

@@ -177,7 +177,7 @@ def test_a_full_disk_is_a_coded_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     metrics = Metrics(tmp_path, total_steps=1, console=console())
-    metrics._lines = Path("/dev/full").open("ab", buffering=0)
+    metrics._lines = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
     with pytest.raises(MHCError, match=r"MHC413.*No space"):
         metrics.log(1, {"loss": 1.0})
     metrics.close()
