@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.fx import GraphModule
 
 from mhc_compile import frame
@@ -28,6 +30,7 @@ from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import ANALYSIS, compile_passes, native_passes, run_passes
 
 Compiled = Callable[..., Any]
+BackwardCompiler = Callable[..., Any]
 
 
 def mhc(
@@ -196,8 +199,18 @@ def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequ
     return inputs
 
 
-def compile_inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
-    """Hand the rewritten graph to the inner compiler; the kernels it calls are compiled meanwhile."""
+def compile_inner(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    *,
+    backward: BackwardCompiler | None = None,
+) -> Compiled:
+    """Hand the rewritten graph to the inner compiler; the kernels it calls are compiled meanwhile.
+
+    `backward(gm, example_inputs, compile)` compiles the backward graph instead, with the inner compiler's `compile`,
+    at once rather than at the first backward.
+    """
     for chain, device in chains_of(gm):
         if isinstance(chain, Entry):
             memories.prepare(chain, device)
@@ -206,13 +219,41 @@ def compile_inner(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     prepare_hashes(gm.graph)
     if options.inner == "eager":
         return gm.forward
-    if options.inner == "aot_eager":
-        return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    with functorch_config.patch(OWN_BACKWARD if backward else {}):
+        if options.inner == "aot_eager":
+            from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
-    patches = {**(list_mode_options(options.mode) if options.mode else {}), **inductor_options(gm)}
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+            own = partial(backward, compile=boxed_nop) if backward else None
+            return aot_eager(gm, list(example_inputs), bw_compiler=own)
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+        patches = {**(list_mode_options(options.mode) if options.mode else {}), **inductor_options(gm)}
+        if backward:
+            patches["triton.cudagraphs"] = False  # a recorded backward could not leave a part of itself for later
+        inner = partial(_backward_apart, backward) if backward else compile_fx_inner
+        return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)  # type: ignore[return-value, arg-type]
+
+
+OWN_BACKWARD = {
+    "force_non_lazy_backward_lowering": True,
+    # What several compiled functions read must not be written over by the first.
+    "donated_buffer": False,
+    # Only what Inductor itself returns can be written to this cache.
+    "enable_autograd_cache": False,
+    "enable_remote_autograd_cache": False,
+}
+"""How AOTAutograd is to work where the backward is not one compiled function."""
+
+
+def _backward_apart(backward: BackwardCompiler, gm: GraphModule, inputs: Sequence[Any], *args: Any, **kw: Any) -> Any:
+    """`compile_fx_inner` with a backward compiler of ours."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    if not kw.get("is_backward"):
+        return compile_fx_inner(gm, inputs, *args, **kw)
+    del kw["static_input_idxs"]  # of the whole graph
+    return backward(gm, inputs, lambda part, given: compile_fx_inner(part, given, *args, **kw))
 
 
 def inductor_options(gm: GraphModule) -> dict[str, Any]:
