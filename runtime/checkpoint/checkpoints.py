@@ -62,7 +62,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the recipe asks for a checkpoint after `step` optimizer steps."""
-        return self.every > 0 and step % self.every == 0
+        return self.every > 0 and step > 0 and step % self.every == 0
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint, the same on all ranks; None where there is none."""
