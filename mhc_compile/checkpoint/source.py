@@ -58,7 +58,7 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
             raise MHCError("MHC402", f"{path} is missing")
         raise MHCError("MHC401", f"{folder} holds neither config.json nor {weights}")
     config = read_json(path)
-    _refuse_config(path, config)
+    refuse_config(path, config)
     # transformers prefers the single file where there are both.
     if (folder / weights).is_file():
         return Checkpoint(folder, config, (read_shard(folder / weights),), None, {})
@@ -156,7 +156,7 @@ def _read_index(path: Path) -> tuple[tuple[Shard, ...], dict[str, Any]]:
     return tuple(shards.values()), metadata
 
 
-def _refuse_config(path: Path, config: Mapping[str, Any]) -> None:
+def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
     """Raises MHC405 or 406 for what cannot be loaded as plain data in plain precision."""
     for key, value in _items(config):
         if key == "auto_map" and value:

@@ -1,0 +1,245 @@
+"""The processes of a run: who is where in the mesh, the groups they talk in, and what a lost one ends in."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.runtime.recipe_tables import ParallelTable
+
+DIMS = ("pipe", "data", "engram")
+"""Of the mesh, outermost first: rank = (pipe * data + data index) * engram + engram index."""
+PATIENCE = 3600.0
+"""Seconds that ranks wait for each other where compiling or writing takes its time, at least."""
+_LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|broken pipe|pair closure|not connected", re.I)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others of the run."""
+
+    parallel: ParallelTable
+    rank: int
+    device: torch.device
+    mesh: DeviceMesh
+    """Of `DIMS`."""
+    replica_mesh: DeviceMesh
+    """Of one dimension: the ranks that hold the same stages."""
+    patient: dist.ProcessGroup
+    """All ranks, on the CPU, with a timeout long enough to compile or to write a checkpoint in."""
+    watch: Watch
+    _made: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Ranks of the run."""
+        return self.parallel.world
+
+    @property
+    def pipe(self) -> int:
+        """This rank's place in its pipeline."""
+        return self.rank // self.parallel.replicas
+
+    @property
+    def replica(self) -> int:
+        """Which share of every batch it takes: data index * engram + engram index."""
+        return self.rank % self.parallel.replicas
+
+    @property
+    def pipe_group(self) -> dist.ProcessGroup:
+        """The ranks of this pipeline, in its order."""
+        return self.mesh.get_group("pipe")
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same stages and the same rows of tables."""
+        return self.mesh.get_group("data")
+
+    @property
+    def engram_group(self) -> dist.ProcessGroup:
+        """The ranks over which the rows of this rank's tables are spread."""
+        return self.mesh.get_group("engram")
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same stages, by `replica`."""
+        return self.replica_mesh.get_group()
+
+    def pipe_ranks(self, pipes: Sequence[int]) -> dist.ProcessGroup:
+        """The ranks at the places `pipes` of this pipeline; called by all of them in the same order."""
+        return _group(
+            tuple(p * self.parallel.replicas + self.replica for p in sorted(pipes)), self.parallel, self._made
+        )
+
+    def meet(self) -> None:
+        """Wait until all ranks are here, for as long as compiling may take."""
+        dist.barrier(group=self.patient)
+
+    @contextmanager
+    def doing(self, action: str, step: int | None = None) -> Iterator[None]:
+        """Name what is being done, for messages. Raises MHC605 where it fails because a peer is lost."""
+        begin = time.monotonic()
+        with self.watch.over(action, step):
+            try:
+                yield
+            except MHCError:
+                raise
+            except Exception as error:  # only those that say that a peer is lost are changed
+                if not is_lost(error):
+                    raise
+                raise lost(self.rank, self.size, action, step, time.monotonic() - begin, error) from error
+
+
+@contextmanager
+def launch(parallel: ParallelTable) -> Iterator[World]:
+    """Join the run, as torchrun's environment says or alone without one; leave it at the end.
+
+    Raises MHC603 where the number of processes is not that of the recipe, before anything else happens, and MHC605
+    where the others do not come.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    check_world(parallel, world_size)
+    device = _device(local)
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+    timeout = timedelta(seconds=parallel.timeout)
+    try:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        detail = f"rank {rank} of {world_size}: joining the run failed: {_first_line(error)}"
+        raise MHCError("MHC605", detail) from error
+    watch = Watch(rank, world_size, parallel.timeout)
+    try:
+        yield _world(parallel, rank, device, watch)
+    finally:
+        watch.close()
+        # Leaving waits for nobody: a rank that failed must not wait for those that have not.
+        dist.destroy_process_group()
+
+
+def check_world(parallel: ParallelTable, world_size: int) -> None:
+    """Raises MHC603 unless the recipe is for so many processes."""
+    if world_size != parallel.world:
+        p = parallel
+        detail = (
+            f"{world_size} processes; parallel.stages x data x engram = {p.stages} x {p.data} x {p.engram} = {p.world}"
+        )
+        way_out = f"torchrun --nproc-per-node {p.world} -m mhc_compile train ..., or change [parallel]"
+        raise MHCError("MHC603", detail, way_out=way_out)
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, says that a peer did not answer or is gone."""
+    while error is not None:
+        if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+            return True
+        if isinstance(error, RuntimeError | ValueError) and _LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def lost(rank: int, size: int, action: str, step: int | None, seconds: float, error: BaseException) -> MHCError:
+    """MHC605 for an error of a collective or a message."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    where = action if step is None else f"step {step}, {action}"
+    return MHCError("MHC605", f"rank {rank} of {size}, {where}, after {seconds:.1f} s: {_first_line(error)}")
+
+
+class Watch:
+    """Ends this process where an action hangs without an error of its own.
+
+    gloo gives up by itself once its timeout has passed; what blocks a thread elsewhere (a driver, a library that waits
+    for a lost peer) is ended here a little later: a coded message, and exit code 1 without clean-up, because the thread
+    that hangs cannot be asked to.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size = rank, size
+        self.timeout = 1.25 * timeout + 5
+        self._now: tuple[float, str, int | None] | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, name="mhc-watch", daemon=True).start()
+
+    @contextmanager
+    def over(self, action: str, step: int | None) -> Iterator[None]:
+        """Watch what is done here. An action inside another has the time for itself; then the outer one begins anew."""
+        outer = self._now
+        self._now = (time.monotonic(), action, step)
+        try:
+            yield
+        finally:
+            self._now = outer and (time.monotonic(), *outer[1:])
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        while not self._closed.wait(min(1.0, self.timeout / 10)):
+            now = self._now
+            if now is not None and time.monotonic() - now[0] > self.timeout:
+                error = TimeoutError("no answer, and no error either")
+                print(lost(self.rank, self.size, now[1], now[2], time.monotonic() - now[0], error), file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
+
+
+def _world(parallel: ParallelTable, rank: int, device: torch.device, watch: Watch) -> World:
+    shape = (parallel.stages, parallel.data, parallel.engram)
+    ranks = torch.arange(parallel.world, dtype=torch.int).view(shape)
+    at = (ranks == rank).nonzero()[0].tolist()
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    lines = []
+    for dim in range(len(DIMS)):
+        index: list[int | slice] = [*at]
+        index[dim] = slice(None)
+        lines.append(_group(tuple(ranks[tuple(index)].tolist()), parallel, made))
+    replicas = tuple(ranks[at[0]].flatten().tolist())
+    mesh = DeviceMesh.from_group(lines, device.type, mesh=ranks, mesh_dim_names=DIMS)
+    same = DeviceMesh.from_group(_group(replicas, parallel, made), device.type, mesh_dim_names=("replica",))
+    long = timedelta(seconds=max(PATIENCE, parallel.timeout))
+    patient = dist.new_group(backend="gloo", timeout=long, group_desc="patient")
+    return World(parallel, rank, device, mesh, same, patient, watch, made)
+
+
+def _group(
+    ranks: tuple[int, ...], parallel: ParallelTable, made: dict[tuple[int, ...], dist.ProcessGroup]
+) -> dist.ProcessGroup:
+    """The group of `ranks`, made by its members alone when first asked for."""
+    if ranks not in made:
+        timeout = timedelta(seconds=parallel.timeout)
+        group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        made[ranks] = group
+    return made[ranks]
+
+
+def _device(local: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local >= torch.cuda.device_count():
+        detail = f"local rank {local} has no GPU of its own: this machine has {torch.cuda.device_count()}"
+        raise MHCError("MHC603", detail, way_out='a process for every GPU; CUDA_VISIBLE_DEVICES="" trains on CPUs')
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,153 @@
+"""The recipe's model without its weights: parameters that take no memory, buffers with their values, streams added."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mhc_compile.attach import install
+from mhc_compile.checkpoint.loading import open_converted, read_streams
+from mhc_compile.checkpoint.manifest import is_converted
+from mhc_compile.checkpoint.skeleton import model_class, quiet, skeleton, transformers_module
+from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint, read_json, refuse_config
+from mhc_compile.checkpoint.tables import check_tokenizer, read_tokenizer
+from mhc_compile.config import Options
+from mhc_compile.convert.memory import convert
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.request import requested
+from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.recipe_tables import StreamsTable
+
+
+def hollow_model(recipe: Recipe) -> nn.Module:
+    """The converted model of `recipe.model.folder`, to be captured and never run.
+
+    Its parameters are zeros that take no memory, in `recipe.model.dtype` but for those of the streams, which are
+    float32; rows of tables are on the meta device. Buffers have the values that the model's own code, or the folder,
+    gives them.
+
+    Raises MHC401 to 407 and 414 for a folder that cannot be read, MHC404 for weights that do not fit, MHC602 for
+    tables of the recipe that a converted folder has settled or that need a memory where there is none, MHC222 for a
+    tokenizer that is not the memory's, and what `convert` raises for a model that cannot be converted.
+    """
+    folder = Path(recipe.model.folder)
+    dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
+    options = Options(inner=recipe.model.inner, kernels=recipe.model.kernels)
+    scratch = recipe.model.start == "scratch"
+    if not scratch and is_converted(folder):
+        model = _converted(recipe, folder, dtype, options)
+    else:
+        if scratch:
+            model = _build(_config(folder), folder, dtype)
+        else:
+            checkpoint = open_checkpoint(folder)
+            skeleton(checkpoint)  # refuses weights that do not fit
+            model = _build(checkpoint.config, folder, dtype)
+            _read_buffers(model, checkpoint)
+        _hollow(model)
+        spec = (recipe.mhc or StreamsTable()).spec
+        start: Any = "paper" if scratch else "zero"
+        memory = requested(recipe.memory, lambda: read_tokenizer(folder), model, start=start, tables_on="meta")
+        streams = {name: getattr(spec, name) for name in ("streams", "convention", "manifold", "iterations", "exit")}
+        model = convert(model, scratch=scratch, engram=memory, inner=options.inner, kernels=options.kernels, **streams)
+    if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
+        detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
+        raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory]")
+    return model
+
+
+def _converted(recipe: Recipe, folder: Path, dtype: torch.dtype, options: Options) -> nn.Module:
+    for name, table in (("mhc", recipe.mhc), ("memory", recipe.memory)):
+        if table is not None:
+            raise MHCError("MHC602", f"[{name}] for {folder}, which is converted", way_out=f"leave [{name}] out")
+    checkpoint, manifest = open_converted(folder)
+    made = read_streams(checkpoint, manifest, options)
+    model = _build(checkpoint.config, folder, dtype)
+    _read_buffers(model, checkpoint)
+    for owner, parameters in made.items():
+        check_tokenizer(folder, parameters)
+        try:
+            model.get_submodule(owner)
+        except AttributeError as error:
+            raise MHCError("MHC414", f"{folder}: {type(model).__name__} has no module {owner!r}") from error
+    install(_hollow(model), made)
+    return model
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration in a folder without weights. Raises MHC401, 402, 405 or 406."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MHCError("MHC401", f"{path} is missing")
+    config = read_json(path)
+    refuse_config(path, config)
+    return config
+
+
+def _build(content: dict[str, Any], folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The residual model with parameters on the meta device and buffers with their values. Raises MHC405."""
+    transformers = transformers_module()
+    cls = model_class(content)
+    with quiet(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            with torch.device("meta"):
+                model: nn.Module = cls._from_config(config, dtype=dtype)
+        except Exception as error:  # whatever a class in transformers raises for values it cannot work with
+            raise MHCError("MHC405", f"{cls.__name__} cannot be built from {folder}: {error}") from error
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    precise = [re.compile(rf"(^|\.){part}(\.|$)") for part in strict]
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and any(pattern.search(name) for pattern in precise):
+            p.data = p.data.float()
+    for name, module in model.named_modules():
+        _fill_buffers(model, name, module)
+    return model
+
+
+def _fill_buffers(model: Any, path: str, module: nn.Module) -> None:
+    """Give the module's own buffers, on the meta device, what the model's code starts them with. Raises MHC622."""
+    empty = {name: t for name, t in module._buffers.items() if t is not None and t.is_meta}
+    if not empty:
+        return
+    found: list[dict[str, Tensor]] = []
+    for fill in (0, 1):  # what is not set shows: it differs
+        module._buffers.update({name: torch.full(t.shape, fill, dtype=t.dtype) for name, t in empty.items()})
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model._init_weights(module)  # as transformers' from_pretrained does, which builds on the meta device, too
+        found.append({name: t for name, t in module._buffers.items() if name in empty and t is not None})
+    for name, t in found[0].items():
+        if not torch.equal(t, found[1][name]):
+            way_out = "please report the model: its code gives this buffer no value when it is built without weights"
+            raise MHCError("MHC622", f"nothing starts {path}.{name}", module=path, way_out=way_out)
+
+
+def _read_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Set the buffers that checkpoints hold. Raises MHC402 where the folder lacks one."""
+    kept = {name: t for name, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
+    files = {name: shard.path for shard in checkpoint.shards for name in shard.tensors}
+    for name, buffer in kept.items():
+        if name not in files:
+            raise MHCError("MHC402", f"{checkpoint.folder} holds no {name}")
+        with safe_open(files[name], framework="pt") as file:
+            buffer.copy_(file.get_tensor(name))
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """Put one zero, seen at every index, into every parameter's place: tracing cannot mix real and meta tensors."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays tied
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                if p not in made:
+                    zero = torch.zeros((), dtype=p.dtype).expand(p.shape)
+                    made[p] = nn.Parameter(zero, requires_grad=p.requires_grad)
+                module._parameters[name] = made[p]
+    return model

@@ -1,0 +1,116 @@
+"""Which rank holds which stages, and torch's schedules over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.nn import functional as F
+
+from mhc_compile.runtime.launch import World
+from mhc_compile.runtime.recipe_tables import ParallelTable
+from mhc_compile.runtime.stage import Stage
+
+_SCHEDULES: dict[str, Any] = {
+    "interleaved1f1b": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+V_SHAPED = ("zbv", "dualpipev")
+"""Those with the first and the last stage on one rank."""
+
+
+def local_stages(parallel: ParallelTable, pipe: int) -> list[int]:
+    """The stages of the rank at the place `pipe` of its pipeline, in ascending order."""
+    if parallel.schedule in V_SHAPED:
+        return [pipe, 2 * parallel.stages - 1 - pipe]
+    return [pipe + round_ * parallel.stages for round_ in range(parallel.stages_per_rank)]
+
+
+def place_of(parallel: ParallelTable, stage: int) -> int:
+    """The place in the pipeline of the rank that holds a stage."""
+    return next(p for p in range(parallel.stages) if stage in local_stages(parallel, p))
+
+
+class Pipeline:
+    """This rank's stages under the recipe's schedule.
+
+    `step` runs the forward and backward passes of one optimizer step and leaves gradients; they are the sum over the
+    microbatches, of a loss that is a mean over all tokens of this replica.
+    """
+
+    def __init__(self, stages: Sequence[Stage], world: World, microbatches: int) -> None:
+        parallel = world.parallel
+        self.stages, self.world, self.microbatches = list(stages), world, microbatches
+        self.has_first = stages[0].index == 0
+        self.has_last = any(s.index == s.count - 1 for s in stages)
+        made = [
+            _PipelineStage(
+                s,
+                s.index,
+                s.count,
+                world.device,
+                input_args=tuple(map(_learning, s.example_inputs)),
+                output_args=tuple(map(_learning, s.example_outputs)),
+                group=world.pipe_group,
+                # Without one torch would split a backward pass by walking the graph of autograd, of which a compiled
+                # stage is one node.
+                dw_builder=s.dw_builder if parallel.schedule in V_SHAPED else None,
+            )
+            for s in stages
+        ]
+        common: dict[str, Any] = {"n_microbatches": microbatches, "loss_fn": self._loss, "scale_grads": False}
+        self.schedule: _PipelineSchedule
+        if parallel.schedule == "1f1b":
+            self.schedule = Schedule1F1B(made[0], **common)
+        else:
+            self.schedule = _SCHEDULES[parallel.schedule](made, **common)
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Run one step on this replica's share: `input_ids` and `labels` `[b, S]`, and other inputs of the model.
+
+        Returns the share's mean loss, a float32 scalar, on the ranks with the last stage, and 0 on the others.
+        """
+        losses: list[Tensor] = []
+        inputs = {name: t for name, t in batch.items() if name != "labels"}
+        first = (inputs["input_ids"],) if self.has_first else ()
+        target = {"target": batch["labels"], "losses": losses} if self.has_last else {}
+        self.schedule.step(*first, **target, return_outputs=False, **inputs)
+        total = torch.zeros((), device=self.world.device)
+        for loss in losses:
+            total += loss.detach()
+        return total
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The share of one microbatch in the mean over all of the replica's tokens."""
+        return cross_entropy(logits, labels) / (labels.numel() * self.microbatches)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over tokens, in float32: `logits` `[b, S, V]`, `labels` `[b, S]`, the next token of each."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
+class _PipelineStage(PipelineStage):
+    """Also in a group of one and with two neighbouring stages on a rank under torch 2.11 and gloo.
+
+    torch 2.11 warms connections up by messages between neighbours, to a rank itself as well, which gloo refuses.
+    """
+
+    def _get_init_p2p_neighbors_ops(self) -> list[torch.distributed.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+def _learning(example: Tensor) -> Tensor:
+    """`example` as it crosses in training: with a gradient to come back where it can have one."""
+    return example.requires_grad_(example.is_floating_point())
