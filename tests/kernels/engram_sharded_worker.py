@@ -1,6 +1,7 @@
-"""One rank of a group that shares tables: runs every check, and writes what it found for the test to compare.
+"""One of four ranks that share tables: in groups of 2 and 3, and two of 2 inside two of 2. Runs every check, and writes
+what it found for the test to compare.
 
-    python engram_sharded_worker.py RANK RANKS STORE OUT FOLDER
+    python engram_sharded_worker.py RANK STORE OUT FOLDER
 
 FOLDER holds a table `table` of files. What is expected is computed here by tables in one piece, which every rank has.
 """
@@ -30,6 +31,7 @@ from mhc_compile.runtime.tables import look_up_early, shard_tables, table_factor
 
 ops = torch.ops.engram_kernels
 WIDTH, HEADS = 6, 3
+MEMBERS = [[0, 1], [1, 2, 3]]
 KINDS = [("device", torch.float32), ("device", torch.bfloat16), ("host", torch.float32), ("host", FP8)]
 
 
@@ -47,11 +49,25 @@ def code(call: Callable[[], Any]) -> str:
 
 
 class Rank:
-    """This process: number `rank` of `size`."""
+    """This process in a group."""
 
-    def __init__(self, rank: int, size: int, folder: str) -> None:
-        self.rank, self.size, self.folder = rank, size, folder
-        self.group = dist.new_group(list(range(size)))  # type: ignore[attr-defined]
+    def __init__(self, group: dist.ProcessGroup, folder: str) -> None:
+        self.group, self.folder = group, folder
+        self.rank, self.size = group.rank(), group.size()
+
+    def run(self) -> dict[str, Any]:
+        """Every check."""
+        self.lookups()
+        self.tickets()
+        runs = [(self.gradients(), self.training()) for _ in range(2)]
+        self.compiled()
+        self.values()
+        self.modules()
+        gradients = [[*first, *second] for first, second in zip(runs[0][0], runs[1][0], strict=True)]
+        equal = all(torch.equal(r, s) and torch.equal(v, w) for r, v, s, w in gradients) and all(
+            torch.equal(weight, runs[1][1][name]) for name, weight in runs[0][1].items()
+        )
+        return {"equal runs": equal, "errors": self.errors()}
 
     def table(self, rows: int, width: int = WIDTH, **options: Any) -> ShardedTable:
         return ShardedTable(rows, width, self.group, **options).start(3, 1.0)
@@ -225,13 +241,13 @@ class Rank:
         made = table_factory(self.group)(20, WIDTH, torch.bfloat16, "host")
         assert isinstance(made, ShardedTable)
         assert (made.weight.is_meta, made.storage, made.dtype) == (True, "host", torch.bfloat16)
-        for alone in (None, dist.new_subgroups(1)[0]):
-            assert type(table_factory(alone)(20, WIDTH, torch.float32, "device")) is MemoryTable
+        assert type(table_factory(None)(20, WIDTH, torch.float32, "device")) is MemoryTable
 
     def errors(self) -> dict[str, str]:
         """The code on this rank of what goes wrong on one of them; the group is good for more afterwards."""
         first, last = self.rank == 0, self.rank == self.size - 1
         table, other = self.table(20), self.table(20)
+        hollow = ShardedTable(20, WIDTH, self.group, device="meta")
         found = {
             "sizes": code(lambda: ShardedTable(20 + last, WIDTH, self.group)),
             "seeds": code(lambda: table.start(1 + last)),
@@ -240,61 +256,60 @@ class Rank:
             "negative": code(lambda: table(torch.tensor([[3, -1 if first else 4]]))),
             "another table": code(lambda: (other if last else table)(torch.tensor([[3]]))),
             "another purpose": code(lambda: table.take_gradient() if last else table(torch.tensor([[3]]))),
-            "hollow": code(lambda: ShardedTable(20, WIDTH, self.group, device="meta").gather(torch.tensor([[3]]), torch.float32)),
+            "hollow": code(lambda: hollow.gather(torch.tensor([[3]]), torch.float32)),
             "copied": code(table.__getstate__),
             "float8": code(lambda: ShardedTable(20, WIDTH, self.group, dtype=FP8, trainable=True)),
         }  # fmt: skip
         table(torch.tensor([[3, 4]]))
         return found
 
-    def replicas(self) -> Tensor | None:
-        """Two ranks that share rows, twice: the mean over tokens of all four is what one process computes."""
-        if self.size != 4:
-            return None
-        pairs = [dist.new_group(p) for p in ([0, 1], [2, 3])], [dist.new_group(p) for p in ([0, 2], [1, 3])]  # type: ignore[attr-defined]
-        shards, data = pairs[0][self.rank // 2], pairs[1][self.rank % 2]
-        table, whole = ShardedTable(40, WIDTH, shards).start(3, 1.0), MemoryTable(40, WIDTH).start(3, 1.0)
-        ours, plain = TableAdamW(table_groups(table, 0.01), process_group=data), TableAdamW(table_groups(whole, 0.01))
-        for step in range(4):
-            # In the second step no token hits the rows of the second shard, in the third two ranks have no gradient.
-            asked = drawn(20 if step == 1 else 40, (4, 6, 2), step)
-            heard = 2 if step == 2 else 4
-            whole(asked[:heard]).square().mean(dim=(1, 2)).sum().div(4).backward()
-            if self.rank < heard:
-                table(asked[self.rank]).square().mean().backward()
-            else:
-                table(asked[self.rank])
-            ours.step()
-            plain.step()
-        torch.testing.assert_close(table.weight, whole.weight[table.begin : table.end], rtol=1e-5, atol=1e-6)
-        assert ours.state[table.weight]["step"] == 4
-        assert torch.equal(
-            ours.state[table.weight]["row_step"], plain.state[whole.weight]["row_step"][table.begin : table.end]
-        )
-        return table.weight.detach().clone()
+
+def replicas(rank: int) -> Tensor:
+    """Two ranks that share rows, twice: the mean over tokens of all four is what one process computes."""
+    shards, data = (
+        groups(*pairs)[number]
+        for pairs, number in zip(([[0, 1], [2, 3]], [[0, 2], [1, 3]]), (rank // 2, rank % 2), strict=True)
+    )
+    table, whole = ShardedTable(40, WIDTH, shards).start(3, 1.0), MemoryTable(40, WIDTH).start(3, 1.0)
+    ours, plain = TableAdamW(table_groups(table, 0.01), process_group=data), TableAdamW(table_groups(whole, 0.01))
+    for step in range(4):
+        # In the second step no token hits the rows of the second shard, in the third two ranks have no gradient.
+        asked = drawn(20 if step == 1 else 40, (4, 6, 2), step)
+        heard = 2 if step == 2 else 4
+        whole(asked[:heard]).square().mean(dim=(1, 2)).sum().div(4).backward()
+        if rank < heard:
+            table(asked[rank]).square().mean().backward()
+        else:
+            table(asked[rank])
+        ours.step()
+        plain.step()
+    torch.testing.assert_close(table.weight, whole.weight[table.begin : table.end], rtol=1e-5, atol=1e-6)
+    state, wanted = ours.state[table.weight], plain.state[whole.weight]
+    assert state["step"] == 4
+    assert torch.equal(state["row_step"], wanted["row_step"][table.begin : table.end])
+    return table.weight.detach().clone()
+
+
+def groups(*members: list[int]) -> list[dist.ProcessGroup]:
+    """A group of each list, made by all ranks."""
+    return [dist.new_group(m) for m in members]  # type: ignore[attr-defined]
 
 
 def main() -> None:
-    rank, size, store, out, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    rank = int(sys.argv[1])
+    store, out, folder = sys.argv[2:]
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=4, timeout=timedelta(seconds=60)
     )
-    here = Rank(rank, size, folder)
-    found: dict[str, Any] = {"replicas": here.replicas()}
-    if size < 4:
-        here.lookups()
-        here.tickets()
-        runs = [(here.gradients(), here.training()) for _ in range(2)]
-        here.compiled()
-        here.values()
-        here.modules()
-        gradients = [[*first, *second] for first, second in zip(runs[0][0], runs[1][0], strict=True)]
-        found["equal runs"] = all(torch.equal(r, s) and torch.equal(v, w) for r, v, s, w in gradients) and all(
-            torch.equal(weight, runs[1][1][name]) for name, weight in runs[0][1].items()
-        )
-        found["errors"] = here.errors()
+    found: dict[str, Any] = {"replicas": replicas(rank)}
+    for members, group in zip(MEMBERS, groups(*MEMBERS), strict=True):
+        if rank in members:
+            found[f"{len(members)}"] = Rank(group, folder).run()
+    (single,) = groups([0])
+    if rank == 0:
+        assert type(table_factory(single)(20, WIDTH, torch.float32, "device")) is MemoryTable
     torch.save(found, Path(out))
     dist.barrier()
     dist.destroy_process_group()

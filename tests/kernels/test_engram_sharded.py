@@ -17,13 +17,15 @@ from mhc_compile.kernels.engram.tables import MemoryTable, drawn_rows
 WORKER = Path(__file__).parent / "engram_sharded_worker.py"
 
 
-def run(folder: Path, size: int) -> list[dict[str, Any]]:
-    """What every rank found; what it compares itself ends it with a traceback."""
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of four ranks found; what they compare themselves ends them with a traceback."""
+    folder = tmp_path_factory.mktemp("ranks")
     write_files(folder, "table", MemoryTable(40, 6).start(9, 1.0), hash_spec="h", shard_bytes=300)
-    outs = [folder / f"{rank}.pt" for rank in range(size)]
+    outs = [folder / f"{rank}.pt" for rank in range(4)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(n), str(size), str(folder / "store"), str(out), str(folder)],
+            [sys.executable, str(WORKER), str(n), str(folder / "store"), str(out), str(folder)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
@@ -31,15 +33,15 @@ def run(folder: Path, size: int) -> list[dict[str, Any]]:
         for n, out in enumerate(outs)
     ]
     told = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, "\n\n".join(told)
+    assert [rank.returncode for rank in ranks] == [0] * 4, "\n\n".join(told)
     return [torch.load(out) for out in outs]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_share_tables(tmp_path: Path, size: int) -> None:
-    found = run(tmp_path, size)
-    assert all(f["equal runs"] for f in found)
-    errors = [f["errors"] for f in found]
+def test_ranks_share_tables(found: list[dict[str, Any]], size: int) -> None:
+    held = [f[f"{size}"] for f in found if f"{size}" in f]
+    assert all(h["equal runs"] for h in held)
+    errors = [h["errors"] for h in held]
     everywhere = {
         "sizes": "MHC630",
         "seeds": "MHC630",
@@ -56,8 +58,8 @@ def test_ranks_share_tables(tmp_path: Path, size: int) -> None:
     assert [e["negative"] for e in errors] == ["IndexError"] + ["MHC631"] * (size - 1)
 
 
-def test_shards_inside_replicas(tmp_path: Path) -> None:
-    weights = [f["replicas"] for f in run(tmp_path, 4)]
+def test_shards_inside_replicas(found: list[dict[str, Any]]) -> None:
+    weights = [f["replicas"] for f in found]
     assert torch.equal(weights[0], weights[2])  # the replicas of a shard do not drift apart
     assert torch.equal(weights[1], weights[3])
     assert not torch.equal(weights[0], weights[1])
