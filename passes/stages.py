@@ -118,7 +118,11 @@ def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> di
         if node.op == "output":
             found[node] = len(starts)
         elif node in depends:
-            found[node] = anchored.get(node, min((found[u] for u in node.users), default=len(starts)))
+            # What writes into a value belongs to those who read that value afterwards; what nobody reads, to none.
+            readers = [*node.users, *(_readers(node) if _writes(node) else ())]
+            later = [found[u] for u in readers if u in found]
+            if node in anchored or later:
+                found[node] = anchored.get(node, min(later, default=0))
     return found
 
 
@@ -152,7 +156,7 @@ def dropout_of(node: Node) -> float:
 def _crossing(place: dict[Node, int], k: int) -> list[Node]:
     """What is computed in front of cut k and read behind it, in the order of the graph."""
     inner = (n for n in place if n.op not in ("placeholder", "output"))
-    return sorted(n for n in inner if place[n] < k and any(place[u] >= k for u in n.users))
+    return sorted(n for n in inner if place[n] < k and any(place.get(u, 0) >= k for u in n.users))
 
 
 def _outputs(graph: Graph) -> list[Node]:
@@ -204,6 +208,16 @@ def _writes(node: Node) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     return node.op == "call_function" and (node.target is operator.setitem or _in_place(node))
+
+
+def _readers(writer: Node) -> list[Node]:
+    """Who reads, directly or through views, the value that `writer` changes."""
+    base = _base(writer.args[0])
+    found = [] if base is None else list(base.users)
+    for node in found:  # grows
+        if op_name(node) in _VIEWS:
+            found += node.users
+    return found
 
 
 def _in_place(node: Node) -> bool:

@@ -143,6 +143,12 @@ class Stage(nn.Module):
             plain = name.split(".", 2)[2] if self._blocked and name.startswith("units.") else name
             yield f"{prefix}.{plain}" if prefix else plain, p
 
+    def train(self, mode: bool = True) -> Stage:
+        """As of any module, units that are no submodules included."""
+        for unit in self.units:
+            unit.train(mode)
+        return super().train(mode)
+
     def materialise(self) -> None:
         """Give parameters on the meta device memory on the stage's; their values are not set."""
         self._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t)

@@ -1,0 +1,161 @@
+"""Stages as modules: names, values and gradients of the model they were cut from."""
+
+from typing import Any
+
+import pytest
+import torch
+from small import ids, llama, program_of, stages_of, through
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+import mhc_compile
+from mhc_compile.config import Options
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.runtime.balance import cuts, site_costs
+from mhc_compile.runtime.program import capture_program
+from mhc_compile.runtime.stage import build_stages, by_name, tied
+
+
+def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.roll(-1, 1).flatten())
+
+
+def gradients(model: nn.Module, logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss_of(logits, tokens).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def summed(stages: list[Any]) -> dict[str, Tensor]:
+    """The gradients of the stages by name, those of several holders added."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for stage in stages:
+        for name, p in stage.named_parameters():
+            if p.grad is not None and all(p is not q for q in found.get(name, [])):
+                found.setdefault(name, []).append(p)
+    return {name: sum(p.grad for p in held) for name, held in found.items()}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("starts", "units"), [([], "stage"), ([2, 4], "stage"), ([1, 2, 5], "stage"), ([3], "blocks")], ids=str
+)
+def test_stages_are_the_model(inner: str, starts: list[int], units: str) -> None:
+    model, tokens = llama(memory=True, inner="eager"), ids()
+    program = program_of(model, tokens)
+    stages = stages_of(program, starts, Options(inner=inner), units=units)
+    for name, table in ((n, t) for s in stages for n, t in s.tables.items()):
+        table.fill(0, model.get_submodule(name).weight.detach())
+    assert by_name(stages).keys() == dict(model.named_parameters()).keys()
+    logits = through(stages, tokens)
+    torch.testing.assert_close(logits, model(input_ids=tokens).logits, rtol=1e-5, atol=1e-5)
+    loss_of(logits, tokens).backward()
+    wanted = gradients(model, model(input_ids=tokens).logits, tokens)
+    found = summed(stages)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
+    ours = next(t for s in stages for t in s.tables.values()).take_gradient()
+    theirs = model.model.mhc.table("layers.1").take_gradient()
+    assert ours is not None
+    assert theirs is not None
+    assert torch.equal(ours.rows, theirs.rows)
+    torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-8)
+
+
+def test_what_crosses_and_what_is_tied() -> None:
+    model, tokens = llama(memory=True), ids()
+    program = program_of(model, tokens)
+    stages = stages_of(program, [2, 4])
+    assert [s.tied for s in stages] == [{"model.embed_tokens.weight"}, set(), {"model.embed_tokens.weight"}]
+    assert stages[0].get_parameter("model.embed_tokens.weight") is stages[2].get_parameter("model.embed_tokens.weight")
+    # The ids are read where the memory is; they do not travel.
+    assert [s.inputs for s in stages] == [("input_ids",), ("input_ids",), ()]
+    assert [tuple(t.shape) for s in stages for t in s.example_inputs] == [(2, 8), (2, 8, 4, 32), (2, 8, 4, 32)]
+    assert [tuple(t.shape) for s in stages for t in s.example_outputs] == [(2, 8, 4, 32), (2, 8, 4, 32), (2, 8, 64)]
+    assert stages[1].sites == ["layers.1#0", "layers.1#1"]
+    assert list(stages[1].tables) == ["model.mhc.engram.layers.1.table"]
+    assert tied(program, [s.piece for s in stages]) == {"model.embed_tokens.weight": (0, 2)}
+
+
+def test_stages_are_on_no_device_until_they_are_wanted() -> None:
+    program = program_of(llama(), ids())
+    (stage,) = build_stages(program, [2, 4], indices=[1], options=Options(inner="eager"))
+    assert all(p.is_meta for p in stage.parameters())
+    stage.materialise()
+    assert not any(t.is_meta for t in (*stage.parameters(), *stage.buffers()))
+    torch.testing.assert_close(
+        stage.get_buffer("model.rotary_emb.inv_freq"), program.buffers["model.rotary_emb.inv_freq"]
+    )
+
+
+def test_masters_are_float32_where_the_graph_computes_in_bfloat16() -> None:
+    model, tokens = llama(dtype="bfloat16").to(torch.bfloat16), ids()
+    stages = stages_of(program_of(model, tokens), [2])
+    assert {p.dtype for s in stages for p in s.parameters()} == {torch.float32}
+    assert stages[0].example_outputs[0].dtype == torch.bfloat16
+    logits = through(stages, tokens)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, model(input_ids=tokens).logits, rtol=1e-2, atol=1e-2)
+    loss_of(logits, tokens).backward()
+    assert {p.grad.dtype for s in stages for p in s.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_evaluation_drops_nothing() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5)
+    model, tokens = mhc_compile.convert(GPT2LMHeadModel(config), inner="eager"), ids()
+    stages = stages_of(program_of(model, tokens), [1, 2])
+    assert not torch.equal(through(stages, tokens), through(stages, tokens))
+    for stage in stages:
+        stage.eval()
+    torch.testing.assert_close(through(stages, tokens), model.eval()(input_ids=tokens).logits)
+
+
+def test_an_encoder_and_a_decoder() -> None:
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, vocab_size=64, decoder_start_token_id=0,
+                      dropout_rate=0.0)  # fmt: skip
+    model, tokens = mhc_compile.convert(T5ForConditionalGeneration(config), inner="eager"), ids()
+    batch = {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
+    program = capture_program(model, batch)
+    stages = stages_of(program, [2, 4, 7])
+    crossing: Any = (tokens,)
+    for stage in stages:
+        found = stage(*crossing, **batch)
+        crossing = found if isinstance(found, tuple) else (found,)
+    torch.testing.assert_close(crossing[0], model(**batch).logits, rtol=1e-5, atol=1e-5)
+    # The decoder's stages are given the encoder's output, and the bias that all its layers share is made again.
+    assert max(len(s.example_inputs) for s in stages) == 2
+    assert any("relative_attention_bias" in name for name in stages[-1].tied)
+
+
+def test_cuts() -> None:
+    program = program_of(llama(), ids())
+    costs = site_costs(program)
+    assert len(costs) == 6
+    assert costs[0] >= costs[2]
+    assert costs[5] > costs[3]  # the head
+    assert cuts(program, 3) == sorted(set(cuts(program, 3)))
+    assert cuts(program, 3, [1, 2, 3]) == [1, 3]
+    assert len(cuts(program, 4, "measure")) == 3
+    for wrong in ([6], [3, 2], [0, 6]):
+        with pytest.raises(MHCError, match="MHC620"):
+            cuts(program, 2, wrong)
+    with pytest.raises(MHCError, match="MHC620"):
+        cuts(program, 7)
+
+
+def test_equal_layers_are_compiled_once() -> None:
+    (stage,) = stages_of(program_of(llama(num_hidden_layers=4), ids()), [], Options(inner="aot_eager"), units="blocks")
+    tokens = ids()
+    through([stage], tokens)
+    compiled = [next(iter(unit._compiled.values())) for unit in stage.units]
+    assert compiled[1] is compiled[2]
+    assert len({id(c) for c in compiled}) == 3  # the first holds the embedding, the last the head
+
+
+def test_a_model_that_is_not_converted() -> None:
+    with pytest.raises(MHCError, match="MHC501"):
+        capture_program(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16)), {"input_ids": ids()})
