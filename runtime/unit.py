@@ -16,6 +16,7 @@ from mhc_compile.config import Options
 from mhc_compile.passes.base import Context, op_name, value
 from mhc_compile.passes.stages import Piece, dropout_of, is_random
 from mhc_compile.pipeline import lowering, run_passes
+from mhc_compile.runtime.split import SplitFunction, compile_split
 
 Compiled = Callable[..., Any]
 
@@ -76,7 +77,7 @@ class Unit(nn.Module):
         self._shared = {} if shared is None else shared
         self._compiled: dict[bool, Compiled] = {}
         self._random = any(_drops(n) for n in piece.graph.graph.nodes)
-        self.functions: list[Any] = []
+        self.functions: list[SplitFunction] = []
         """The compiled functions whose weights' gradients can be deferred."""
 
     def forward(self, crossing: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -108,8 +109,6 @@ class Unit(nn.Module):
         gm = run_passes(gm, Context(), lowering(self.options), self.options, provided=("dialect",))
         examples = [_example(a, s) for a, s in zip(arguments, self.sources, strict=True)]
         if self.split and self.training:
-            from mhc_compile.runtime.split import compile_split
-
             function = compile_split(
                 gm,
                 examples,
