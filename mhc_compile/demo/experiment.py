@@ -98,10 +98,18 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
 
 def residual_model(settings: Settings, corpus: Corpus) -> nn.Module:
     """A small Llama at its random start."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(corpus.tokenizer),
+    model: nn.Module = LlamaForCausalLM(model_config(settings, corpus.tokenizer))
+    return model
+
+
+def model_config(settings: Settings, tokenizer: Any) -> Any:
+    """The `LlamaConfig` of that model."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
         intermediate_size=settings.hidden * 8 // 3 // 16 * 16,
         num_hidden_layers=settings.layers,
@@ -109,13 +117,11 @@ def residual_model(settings: Settings, corpus: Corpus) -> nn.Module:
         num_key_value_heads=settings.heads,
         max_position_embeddings=settings.length,
         tie_word_embeddings=True,
-        bos_token_id=corpus.tokenizer.bos_token_id,
-        eos_token_id=corpus.tokenizer.eos_token_id,
-        pad_token_id=corpus.tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         use_cache=False,
     )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
 
 
 def _save(model: Any, corpus: Corpus, folder: Path) -> None:

@@ -34,28 +34,38 @@ class Corpus:
 
 def build_corpus(settings: Settings) -> Corpus:
     """Read, train the tokenizer and encode. The same standard library gives the same corpus."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    texts = _sources(settings.text_bytes)
-    held_out = texts[::HELD_OUT_EVERY]
-    train = [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(train, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=END)
+    texts = source_texts(settings.text_bytes)
+    train, held_out = divided(texts)
+    tokenizer = train_tokenizer(train, settings.vocabulary)
+    bpe = tokenizer.backend_tokenizer
     size = sum(len(text.encode()) for text in texts)
     return Corpus(tokenizer, _encode(bpe, train), _encode(bpe, held_out), len(texts), size)
 
 
-def _sources(limit: int) -> list[str]:
+def divided(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The texts to train on, and those held out."""
+    return [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY], texts[::HELD_OUT_EVERY]
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
+    """A `PreTrainedTokenizerFast`: a byte-level BPE of so many tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=END)
+
+
+def source_texts(limit: int) -> list[str]:
     """Whole modules of the standard library in a fixed order spread over it, up to `limit` bytes."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(p for p in root.rglob("*.py") if not _SKIPPED & set(p.relative_to(root).parts))
