@@ -92,23 +92,25 @@ class Unit(nn.Module):
 
     def compiled(self, arguments: Sequence[Tensor]) -> Compiled:
         """What runs the graph in the present mode; compiled for tensors like `arguments` when first asked for."""
-        key = self.training or not self._random
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(arguments)
-        return self._compiled[key]
+        trains = self.training or not self._random
+        if trains not in self._compiled:
+            # What an evaluation asks for first must have gradients when training comes to it.
+            with torch.set_grad_enabled(trains):
+                self._compiled[trains] = self._compile(arguments, trains)
+        return self._compiled[trains]
 
-    def _compile(self, arguments: Sequence[Tensor]) -> Compiled:
+    def _compile(self, arguments: Sequence[Tensor], trains: bool) -> Compiled:
         graph = Graph()
         graph.output(graph.graph_copy(self.piece.graph.graph, {}))
         gm = GraphModule(self.piece.graph, graph)
-        if not self.training:
+        if not trains:
             without_dropout(gm)
         text = "" if self.split else signature(gm)
         if text and text in self._shared:
             return self._shared[text]
         gm = run_passes(gm, Context(), lowering(self.options), self.options, provided=("dialect",))
         examples = [_example(a, s) for a, s in zip(arguments, self.sources, strict=True)]
-        if self.split and self.training:
+        if self.split and trains:
             function = compile_split(
                 gm,
                 examples,

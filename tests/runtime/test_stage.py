@@ -113,6 +113,15 @@ def test_evaluation_drops_nothing() -> None:
     torch.testing.assert_close(through(stages, tokens), model.eval()(input_ids=tokens).logits)
 
 
+def test_training_after_an_evaluation_has_gradients() -> None:
+    tokens = ids()
+    stages = stages_of(program_of(llama(), tokens), [3], Options(inner="aot_eager"))
+    with torch.no_grad():
+        through([s.eval() for s in stages], tokens)
+    loss_of(through([s.train() for s in stages], tokens), tokens).backward()
+    assert all(p.grad is not None for s in stages for p in s.parameters())
+
+
 def test_an_encoder_and_a_decoder() -> None:
     torch.manual_seed(0)
     config = T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, vocab_size=64, decoder_start_token_id=0,
