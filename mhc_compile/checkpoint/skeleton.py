@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhc_compile.checkpoint.shards import DTYPES
 from mhc_compile.checkpoint.source import Checkpoint
@@ -116,8 +117,15 @@ def quiet(transformers: ModuleType) -> Iterator[list[str]]:
             log.enable_progress_bar()
 
 
+def weightless(like: torch.Tensor) -> torch.Tensor:
+    """A fake tensor on the CPU of the shape, strides and dtype of `like`: it takes no memory, and tracing may mix it
+    with real tensors. Its strides are those of real weights, which grouped matrix products look at."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
+
+
 def _hollow(model: nn.Module) -> nn.Module:
-    """Move a model from the meta device to the CPU: one zero for each tensor, seen at every index.
+    """Move a model from the meta device to the CPU: parameters as fake tensors, buffers as one zero seen at every index.
 
     Tracing runs what a model computes from constants, and mixes of real and meta tensors fail there.
     """
@@ -129,7 +137,7 @@ def _hollow(model: nn.Module) -> nn.Module:
                 if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                     if tensor not in made:
                         zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                        made[tensor] = nn.Parameter(zero) if isinstance(tensor, nn.Parameter) else zero
+                        made[tensor] = nn.Parameter(weightless(tensor)) if isinstance(tensor, nn.Parameter) else zero
                     held[name] = made[tensor]
     return model
 

@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import mhc_compile
@@ -108,6 +110,16 @@ def test_a_model_that_computes_from_constants(tmp_path: Path) -> None:
     config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
     assert convert_folder(tmp_path / "falcon", tmp_path / "out").sites == 2  # attention and MLP in parallel
+
+
+def test_experts_in_bfloat16(tmp_path: Path) -> None:
+    """Their grouped matrix products are traced only over weights with the strides of real ones."""
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, vocab_size=100, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "original")
+    assert convert_folder(tmp_path / "original", tmp_path / "converted").sites == 4
 
 
 def test_progress_grows_to_the_size_of_the_weights(original: Path, tmp_path: Path) -> None:
