@@ -59,7 +59,7 @@ def rewrite_with_parameters(
         context.inputs = [*inputs, *(t for p in made.values() for t in graph_inputs(p).values())]
     # The analysis holds nodes of this very graph: run it again over the graph with the new placeholders. It runs once,
     # which no kernel is worth compiling for.
-    once = replace(options, kernels="none")
+    once = replace(options, kernels="none", recompute="off")
     return made, run_passes(gm, context, compile_passes(once), once)
 
 

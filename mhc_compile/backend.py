@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
 from mhc_compile.passes.base import Context, Mark, dotted
 from mhc_compile.passes.fuse import chains_of
 from mhc_compile.passes.memories import prepare_hashes
+from mhc_compile.passes.recompute import is_tagged
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import ANALYSIS, compile_passes, native_passes, run_passes
 
@@ -43,8 +45,8 @@ def mhc(
     """`torch.compile(model, backend="mhc", options={...})`.
 
     Options: the fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`) for an unconverted
-    model, and those of `Options` (`inner`, `mode`, `debug`). Raises `MHCError`, which Dynamo wraps in
-    `BackendCompilerFailed` (`error.inner_exception`).
+    model, and those of `Options` (`inner`, `mode`, `kernels`, `recompute`, `debug`). Raises `MHCError`, which Dynamo
+    wraps in `BackendCompilerFailed` (`error.inner_exception`).
     """
     stream, own = split_options(options)
     if mode is not None:
@@ -79,7 +81,7 @@ class Backend:
     def _raise_native(self, gm: GraphModule, example_inputs: list[Any]) -> GraphModule | None:
         """The graph with the hyper-connections that its model writes out by hand in the dialect; None without any."""
         context = Context(inputs=list(example_inputs) if self.options.debug == "numeric" else [])
-        gm = run_passes(private_copy(gm, example_inputs), context, native_passes(self.options), self.options)
+        gm = run_passes(private_copy(gm, example_inputs), context, native_passes(self._now), self.options)
         for text in dict.fromkeys(site.spec for site in context.native):
             self._check_options(StreamSpec.parse(text))
         reason = frame.broke() if context.native or context.cut else None
@@ -97,7 +99,7 @@ class Backend:
         if self.options.kinds:
             providers.look_for_compilers(_device(example_inputs))
         try:
-            gm = run_passes(gm, context, compile_passes(self.options), self.options)
+            gm = run_passes(gm, context, compile_passes(self._now), self.options)
         except MHCError as error:
             reason = frame.broke()
             if reason is None or error.code not in ("MHC101", "MHC206"):
@@ -106,6 +108,11 @@ class Backend:
         if torch.is_grad_enabled() and any(module.training for module in frame.modules()):
             _warn_of_frozen_streams(gm, marks, example_inputs)
         return compile_inner(gm, example_inputs, self.options)
+
+    @property
+    def _now(self) -> Options:
+        """The options of the graph at hand: without gradients there is nothing to compute again."""
+        return self.options if torch.is_grad_enabled() else replace(self.options, recompute="off")
 
     def _check_options(self, spec: StreamSpec) -> None:
         for name, wanted in self.stream.items():
@@ -219,7 +226,7 @@ def compile_inner(
     prepare_hashes(gm.graph)
     if options.inner == "eager":
         return gm.forward
-    with functorch_config.patch(OWN_BACKWARD if backward else {}):
+    with functorch_config.patch({**(NOT_CACHED if is_tagged(gm.graph) else {}), **(OWN_BACKWARD if backward else {})}):
         if options.inner == "aot_eager":
             from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
@@ -235,13 +242,15 @@ def compile_inner(
         return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)  # type: ignore[return-value, arg-type]
 
 
+NOT_CACHED = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
+"""For a graph with tags: AOTAutograd's cache knows graphs by their code, in which tags do not appear."""
+
 OWN_BACKWARD = {
     "force_non_lazy_backward_lowering": True,
     # What several compiled functions read must not be written over by the first.
     "donated_buffer": False,
     # Only what Inductor itself returns can be written to this cache.
-    "enable_autograd_cache": False,
-    "enable_remote_autograd_cache": False,
+    **NOT_CACHED,
 }
 """How AOTAutograd is to work where the backward is not one compiled function."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.chain import Kind
 from mhc_compile.kernels.spec import Convention, StreamSpec
+from mhc_compile.passes.cost import parse_blocks
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 Debug = Literal[False, True, "numeric"]
@@ -16,7 +17,10 @@ Debug = Literal[False, True, "numeric"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a rewritten graph is compiled. Raises `MHCError` MHC204 for a value that is not one of those named."""
+    """How a rewritten graph is compiled. Raises `MHCError` MHC204 for a value that is not one of those named.
+
+    MHC625 where the inner compiler cannot do what `recompute` asks for.
+    """
 
     inner: Inner = "inductor"
     """What compiles the rewritten graph."""
@@ -26,6 +30,10 @@ class Options:
     """Which fused kernels may be used: `auto` (all under Inductor, none under the other inner compilers, which are for
     looking at graphs), `all`, `none`, or kinds of chain and `engram` separated by commas (`boundary,read`); with a
     minus before each, all but those (`-leave`). Where no kernel exists plain PyTorch computes."""
+    recompute: str | int = "off"
+    """What of the streams is computed again in the backward pass, so that it need not be kept: `off`; `auto`, blocks of
+    sites with the smallest peak; `stage`, all sites as one block; a number of sites a block; or bytes that the stream
+    part may hold ("2GiB"). The inner compiler `eager` keeps everything."""
     debug: Debug = False
     """True: verify the whole graph after each pass. `"numeric"`: also compare it before and after in float64."""
 
@@ -35,6 +43,8 @@ class Options:
         if self.debug not in get_args(Debug):
             raise MHCError("MHC204", f"debug={self.debug!r}; known: False, True, 'numeric'")
         _ = self.kinds
+        if parse_blocks(self.recompute)[0] != "off" and self.inner == "eager":
+            raise MHCError("MHC625", f"recompute={self.recompute!r}")
         if self.mode is not None:
             from torch._inductor import list_mode_options
 

@@ -274,10 +274,19 @@ TABLE: dict[str, Diagnostic] = {
     "MHC602": Diagnostic(
         "the recipe's values do not fit", "`mhc-compile train --fields` says what every field may be"
     ),
+    "MHC603": Diagnostic(
+        "the number of processes is not the recipe's",
+        "start parallel.stages x parallel.data x parallel.engram processes with torchrun",
+    ),
     "MHC604": Diagnostic(
         "the schedule cannot run so",
         "change parallel.schedule, parallel.stages_per_rank, or the microbatches a step: "
         "train.batch / replicas / train.microbatch",
+    ),
+    "MHC605": Diagnostic(
+        "another rank is lost",
+        "see what that rank said last; torchrun --max-restarts N starts all of them again from the last checkpoint. "
+        "Where ranks are slow and not lost, raise parallel.timeout",
     ),
     "MHC606": Diagnostic("tensorboard is not installed", "pip install 'mhc-compile[train]'"),
     "MHC615": Diagnostic(
@@ -314,6 +323,18 @@ TABLE: dict[str, Diagnostic] = {
         "weights of this stage are missing",
         "copy or download the folder again; every tensor of the model must be in it, as transformers saves it",
     ),
+    "MHC625": Diagnostic(
+        "nothing can be computed again by the inner compiler `eager`",
+        'choose inner="inductor" or inner="aot_eager", or recompute="off"',
+    ),
+    "MHC626": Diagnostic(
+        "the stream part does not fit into the bytes given for it",
+        'give more bytes, recompute="auto" for the least possible, a smaller microbatch, or more pipeline stages',
+    ),
+    "MHC627": Diagnostic(
+        "the bytes of the stream part are not known when it is compiled",
+        'choose recompute="auto" or a number of sites, which need no sizes',
+    ),
     "MHC630": Diagnostic(
         "the ranks of a group have different tables",
         "start all ranks with one recipe, one seed and the same files: each holds other rows of the same tables",
@@ -321,6 +342,14 @@ TABLE: dict[str, Diagnostic] = {
     "MHC631": Diagnostic(
         "a look-up in a sharded table failed on another rank",
         "see what that rank itself says; all ranks must run the same graphs on microbatches of the same shapes",
+    ),
+    "MHC635": Diagnostic(
+        "weights' gradients cannot be split off",
+        'set model.inner to "inductor" or "aot_eager", which make a backward graph, or choose the schedule "1f1b"',
+    ),
+    "MHC636": Diagnostic(
+        "two inputs of a compiled stage are one tensor",
+        "give each input a tensor of its own, or take the gradient of one of them only",
     ),
 }
 

@@ -21,6 +21,7 @@ from mhc_compile.passes.native import Native
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.numeric import compare, run_float64
 from mhc_compile.passes.overencoding import OverEncode
+from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.residual import Residual
 from mhc_compile.passes.verify import verify
 from mhc_compile.passes.widen import Widen
@@ -43,8 +44,9 @@ def native_passes(options: Options) -> tuple[Pass, ...]:
 
 
 def lowering(options: Options) -> tuple[Pass, ...]:
-    """What turns the dialect into kernels and plain PyTorch."""
-    return (Fuse(options.kinds), Lower())
+    """What turns the dialect into kernels and plain PyTorch, of a whole graph or a pipeline stage's."""
+    again = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
+    return (*again, Fuse(options.kinds), Lower())
 
 
 @dataclass

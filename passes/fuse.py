@@ -179,7 +179,7 @@ class _Fusing:
             return "switched off"
         if len({self.modes[n] for n in parts.nodes}) > 1:
             return "gradients are switched on or off inside it"
-        if len({n.meta.get("ac_graph_id") for n in parts.nodes}) > 1:
+        if len({(n.meta.get("ac_graph_id"), n.meta.get("recompute")) for n in parts.nodes}) > 1:
             return "it crosses a recompute boundary"
         if any(values[name] >= first for name in signature.inputs(chain)):
             return "a parameter is computed inside it"

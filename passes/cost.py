@@ -1,0 +1,232 @@
+"""What the streams cost between the forward and the backward pass, and which blocks of sites to compute again.
+
+For `L` sites in blocks of `Lr`, with the bytes of one site (`SiteCost`), all of them sympy expressions:
+
+    whole     = L * (state + made + branch)                   kept without recomputation
+    kept      = L * branch + ceiling(L / Lr) * begin          kept with it: F's outputs, and what begins a block
+    transient = Lr * (state + made) - begin                   what a block makes again just before its backward pass
+    peak      = kept + transient
+
+Where a block begins with the streams alone (`begin = state`) and counted as the paper does (`paper`: streams n*C; h and
+its norm 2C; F's output C), the peak is Eq. 20 of arXiv 2512.24880, `n*C*ceil(L/Lr) + (n+2)*C*Lr`, and a constant: its
+optimum is at `Lr = sqrt(n*L/(n+2))`. Our kernels keep less: the norm of h lies inside them. Where the boundary into a
+block is one kernel all that it gives is kept (`begin = state + made`), so that nothing of it is computed otherwise than
+without recomputation and gradients are equal bit by bit; the optimum is then at `sqrt(L)`.
+
+Time is traffic: the stream part is bound by memory, so what is computed again takes the time of moving its bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal
+
+import sympy
+from sympy import Expr
+
+from mhc_compile.diagnostics import MHCError
+
+_UNITS = {"B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate("kMGT")}}
+_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+Mode = Literal["off", "auto", "stage"]
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """Bytes of one site, for all tokens of the graph: integers, or expressions in its sizes."""
+
+    state: Expr
+    """The streams behind the site before (the streams' start for the first): kept at the beginning of a block."""
+    made: Expr
+    """What else the site keeps of the stream part, all of which can be made again: h or its norm, coefficients, and
+    streams that are changed between two sites (a norm of each stream, a memory)."""
+    branch: Expr
+    """F's output, which is never made again."""
+    parameters: Expr = sympy.S.Zero
+    """Read once by a kernel, whatever the number of tokens: phi."""
+    joined: bool = False
+    """Whether one kernel computes the streams and the site: at the beginning of a block all that it gives is kept."""
+
+    @property
+    def begin(self) -> Expr:
+        """Kept where the site begins a block, beside F's output."""
+        return self.state + self.made if self.joined else self.state
+
+    @property
+    def whole(self) -> Expr:
+        """Kept without recomputation."""
+        return self.state + self.made + self.branch
+
+    @property
+    def first(self) -> Expr:
+        """Moved to make a block's first site again: the streams read, the rest written; nothing where it is kept."""
+        return sympy.S.Zero if self.joined else self.state + self.made + self.parameters
+
+    @property
+    def again(self) -> Expr:
+        """Moved to make any other site again: the streams and the branch before read, streams and the rest written."""
+        return 2 * self.state + self.branch + self.made + self.parameters
+
+
+def paper(streams: Expr, width: Expr) -> SiteCost:
+    """Elements a token as arXiv 2512.24880 counts them (Eq. 20): X; h and the branch norm; F's output."""
+    return SiteCost(state=streams * width, made=2 * width, branch=width)
+
+
+# --- equal sites: formulas ------------------------------------------------------------------------------------------
+
+
+def kept(site: SiteCost, sites: Expr, block: Expr) -> Expr:
+    """Bytes that `sites` equal sites keep for the backward pass in blocks of `block`."""
+    return sites * site.branch + sympy.ceiling(sites / block) * site.begin
+
+
+def transient(site: SiteCost, block: Expr) -> Expr:
+    """Bytes that a block makes again."""
+    return block * (site.state + site.made) - site.begin
+
+
+def peak(site: SiteCost, sites: Expr, block: Expr) -> Expr:
+    """Bytes at the beginning of the backward pass: all that is kept, and the last block."""
+    return kept(site, sites, block) + transient(site, block)
+
+
+def extra(site: SiteCost, sites: Expr, block: Expr) -> Expr:
+    """Bytes moved more than without recomputation, where `block` divides `sites`."""
+    blocks = sites / block
+    return blocks * site.first + (sites - blocks) * site.again
+
+
+def best_block(site: SiteCost, sites: Expr) -> Expr:
+    """The block size at which the peak is smallest, were it no whole number: `sqrt(n*L/(n+2))` in the paper's count."""
+    block = sympy.Symbol("L_r", positive=True)
+    smooth = peak(site, sites, block).replace(sympy.ceiling, lambda x: x)
+    slope = sympy.diff(smooth, block)
+    return sympy.solve(slope, block)[0]
+
+
+# --- the sites of a graph: whole numbers ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Blocks for the sites of a graph, and what they cost. Bytes."""
+
+    runs: tuple[tuple[SiteCost, ...], ...]
+    """Sites in order, one run for every piece of a stream whose sites may share blocks."""
+    block: int
+    """Sites a block; the last of a run may have fewer."""
+    rest: int = 0
+    """So many sites at the end of the graph keep everything: they are the first that the backward pass is done with."""
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of sites of the blocks of every run; those of the `rest` are in none."""
+        left, found = sum(map(len, self.runs)) - self.rest, []
+        for run in self.runs:
+            sites = min(max(0, left), len(run))
+            found.append(tuple(min(self.block, sites - i) for i in range(0, sites, self.block)))
+            left -= len(run)
+        return tuple(found)
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[SiteCost, ...], ...]:
+        """The sites of every block."""
+        found = []
+        for run, sizes in zip(self.runs, self.sizes, strict=True):
+            found += [run[i : i + size] for i, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
+        return tuple(found)
+
+    @cached_property
+    def whole(self) -> int:
+        """Kept without recomputation."""
+        return int(sum(site.whole for run in self.runs for site in run))
+
+    @cached_property
+    def kept(self) -> int:
+        """Kept for the backward pass."""
+        return self._kept_by_blocks + self._kept_by_rest
+
+    @cached_property
+    def transient(self) -> int:
+        """The most that one block makes again."""
+        made = (sum(s.made + s.state for s in block) - block[0].begin for block in self.blocks)
+        return int(max(made, default=0))
+
+    @property
+    def peak(self) -> int:
+        """The most that the stream part holds at a time; the sites at the end are done with before a block is made."""
+        return max(self.kept, self._kept_by_blocks + self.transient)
+
+    @cached_property
+    def extra(self) -> int:
+        """Bytes moved more than without recomputation."""
+        return int(sum(block[0].first + sum(s.again for s in block[1:]) for block in self.blocks))
+
+    @cached_property
+    def _kept_by_blocks(self) -> int:
+        return int(sum(sum(s.branch for s in block) + block[0].begin for block in self.blocks))
+
+    @cached_property
+    def _kept_by_rest(self) -> int:
+        return int(sum(s.whole for run, n in zip(self.runs, map(sum, self.sizes), strict=True) for s in run[n:]))
+
+
+def optimal_block(runs: Sequence[Sequence[SiteCost]], budget: int | None = None) -> Plan:
+    """The blocks with the smallest peak; under a `budget` in bytes those that take the least time and fit.
+
+    The costs must be whole numbers. Raises MHC626, with the smallest possible peak, where nothing fits.
+    """
+    held = tuple(tuple(run) for run in runs)
+    longest = max(map(len, held), default=0)
+    plans = [Plan(held, block) for block in range(1, longest + 1)] or [Plan(held, 1)]
+    smallest = min(plans, key=lambda p: (p.peak, p.extra))
+    if budget is None:
+        return smallest
+    count = sum(map(len, held))
+    if smallest.whole <= budget:
+        return Plan(held, 1, rest=count)
+    if smallest.peak > budget:
+        least = bytes_text(smallest.peak)
+        raise MHCError("MHC626", f"{bytes_text(budget)} for {count} sites; the least possible is {least}")
+    # The more sites keep everything, the less is computed again.
+    fitting = (_most_rest(plan, count, budget) for plan in plans if plan.peak <= budget)
+    return min(fitting, key=lambda p: (p.extra, p.peak))
+
+
+def _most_rest(plan: Plan, count: int, budget: int) -> Plan:
+    """`plan` with as many sites at the end keeping everything as fit."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = Plan(plan.runs, plan.block, middle).peak <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return Plan(plan.runs, plan.block, low)
+
+
+# --- the option -----------------------------------------------------------------------------------------------------
+
+
+def parse_blocks(blocks: str | int) -> tuple[Mode, int | None] | tuple[Literal["sites", "bytes"], int]:
+    """What the option `recompute` asks for: ("off" | "auto" | "stage", None), ("sites", n) or ("bytes", n).
+
+    Raises MHC204 for anything else.
+    """
+    if blocks in ("off", "auto", "stage"):
+        return blocks, None  # type: ignore[return-value]
+    if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks >= 1:
+        return "sites", blocks
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?B)", blocks) if isinstance(blocks, str) else None
+    if found is not None and found[2] in _UNITS:
+        return "bytes", int(float(found[1]) * _UNITS[found[2]])
+    raise MHCError("MHC204", f"recompute={blocks!r}; known: off, auto, stage, sites a block (6), bytes ('2GiB')")
+
+
+def bytes_text(size: int) -> str:
+    """Bytes for a reader."""
+    unit = next((u for u in ("GiB", "MiB", "KiB") if size >= _UNITS[u]), "B")
+    return f"{size / _UNITS[unit]:.4g} {unit}"

@@ -1,0 +1,177 @@
+"""Choose blocks of sites whose streams are computed again in the backward pass, and tag them for the partitioner.
+
+    kept for the backward pass     every branch's output F, and what begins a block: the streams, and where one kernel
+                                   makes them together with the first site's coefficients and h, these
+    computed again, by kernels     other streams, coefficients, h and entry norms, block by block, just before use
+    never computed again           what lies inside a branch
+
+The tags are those of PyTorch's activation checkpointing (`meta["recompute"]`, `meta["ac_graph_id"]`): AOTAutograd's
+partitioner cuts the joint graph by them, and `fuse` merges nothing across blocks. Sites that a user checkpoints with
+`torch.utils.checkpoint` keep their own tags. Blocks never leave the graph: a pipeline stage is a graph of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+import sympy
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.passes.base import Context, gradient_modes
+from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, optimal_block, parse_blocks
+from mhc_compile.passes.fuse import KERNELS
+from mhc_compile.passes.stages import sites
+from mhc_compile.passes.streamsites import StreamSite, size_hints, stream_sites
+
+_TAG, _BLOCK = "recompute", "ac_graph_id"
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Tags blocks of sites. Raises MHC626 where a budget cannot be kept, MHC627 where sizes are not known for one.
+
+    `blocks`: `off`; `auto`, the blocks with the smallest peak (arXiv 2512.24880, Eq. 20, with the bytes of this graph);
+    `stage`, all sites of the graph as one block; a number of sites; or a budget for the stream part ("2GiB"), for which
+    the blocks are chosen that take the least time and fit. `kernels`: the kinds of chain that `fuse` will make.
+    """
+
+    blocks: str | int = "auto"
+    kernels: tuple[str, ...] = KERNELS
+
+    name: ClassVar[str] = "recompute"
+    requires: ClassVar[tuple[str, ...]] = ("dialect",)
+    provides: ClassVar[tuple[str, ...]] = ()
+
+    def apply(self, gm: GraphModule, context: Context) -> GraphModule:
+        """Tag the nodes of `gm` in place."""
+        if parse_blocks(self.blocks)[0] == "off":
+            return gm
+        found = stream_sites(gm.graph)
+        runs = runs_of(gm.graph, found)
+        if not runs:
+            context.notes.append("no site is there to be computed again")
+            return gm
+        plan = self._plan(gm.graph, runs)
+        _tag(gm.graph, runs, plan, {site.state for site in found})
+        context.notes += _notes(plan)
+        return gm
+
+    def _plan(self, graph: Graph, runs: list[list[StreamSite]]) -> Plan:
+        mode, number = parse_blocks(self.blocks)
+        hints = size_hints(graph)
+        one = "boundary" in self.kernels
+        costs = tuple(
+            tuple(
+                _in_numbers(site.cost(joined=one and i > 0 and site.is_boundary), hints, exact=mode == "bytes")
+                for i, site in enumerate(run)
+            )
+            for run in runs
+        )
+        if mode == "stage":
+            return Plan(costs, max(map(len, costs)))
+        if mode == "sites":
+            assert number is not None
+            return Plan(costs, number)
+        return optimal_block(costs, number)
+
+
+def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]:
+    """The sites `among` those of the graph that may be computed again, in runs through which one stream goes.
+
+    Left out are sites that carry a user's tags, and those that compute without gradients.
+    """
+    modes = gradient_modes(graph)
+    found: list[list[StreamSite]] = []
+    ending: dict[Node, list[StreamSite]] = {}
+    for site in among:
+        if any(_TAG in n.meta or modes[n] is False for n in (*site.stream, *filter(None, [site.distribute]))):
+            continue
+        run = ending.get(site.state)
+        if run is None:
+            run = []
+            found.append(run)
+        run.append(site)
+        if site.distribute is not None:
+            ending[site.distribute] = run
+    return found
+
+
+def block_boundaries(graph: Graph) -> list[str]:
+    """The names of the sites that begin a block of a dialect graph that is tagged, in order: the first is among them.
+
+    Sites outside all blocks count as one between two blocks. A graph may be cut in front of each without another kernel
+    to run (`mhc_compile.passes.stages.cut`).
+    """
+    triples = sites(graph)
+    held = [t.meta.get(_BLOCK) for t in triples]
+    return [str(t.meta.get("mhc_site", "")) for i, t in enumerate(triples) if i == 0 or held[i] != held[i - 1]]
+
+
+def is_tagged(graph: Graph) -> bool:
+    """Whether anything of the graph is to be computed again."""
+    return any(_TAG in n.meta for n in graph.nodes)
+
+
+def _tag(graph: Graph, runs: list[list[StreamSite]], plan: Plan, states: set[Node]) -> None:
+    """Tag the blocks of the plan; `states` are the streams with which any site of the graph begins."""
+    block = max((int(n.meta[_BLOCK]) for n in graph.nodes if _BLOCK in n.meta), default=0)
+    again: list[Node] = []
+    for run, costs, sizes in zip(runs, plan.runs, plan.sizes, strict=True):
+        for begin, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+            block += 1
+            again += _tag_block(run[begin : begin + size], block, joined=costs[begin].joined)
+        done = sum(sizes)
+        end = run[done - 1].distribute if done else None
+        # Sites without tags that one kernel joins to the last block keep all that it gives, as they would anyway.
+        if end is not None and end in states and not (done < len(run) and costs[done].joined):
+            end.meta |= {_TAG: CheckpointPolicy.MUST_SAVE, _BLOCK: block}
+    made = set(again)
+    for node in again:
+        # An older state that a later block reads, too.
+        if any(u in made and u.meta[_BLOCK] != node.meta[_BLOCK] for u in node.users):
+            node.meta[_TAG] = CheckpointPolicy.MUST_SAVE
+
+
+def _tag_block(inside: list[StreamSite], block: int, *, joined: bool) -> list[Node]:
+    """Tag the sites of one block; returns what is to be computed again."""
+    first, *others = inside
+    kept = [first.state, *first.stream] if joined else []
+    again = [] if joined else list(first.stream)
+    for site in others:
+        again += [site.state, *site.stream]
+    for nodes, policy in ((kept, CheckpointPolicy.MUST_SAVE), (again, CheckpointPolicy.MUST_RECOMPUTE)):
+        for node in nodes:
+            node.meta |= {_TAG: policy, _BLOCK: block}
+    if first.state.op != "placeholder":
+        first.state.meta[_TAG] = CheckpointPolicy.MUST_SAVE
+    for node in (n for site in inside for n in site.branch if _TAG not in n.meta):
+        node.meta[_TAG] = CheckpointPolicy.MUST_SAVE
+    return again
+
+
+def _in_numbers(cost: SiteCost, hints: dict[sympy.Symbol, int], *, exact: bool) -> SiteCost:
+    """The costs at the sizes at hand; blocks depend on their ratios, for which a size that is not known may be 1.
+
+    Raises MHC627 for one, where they must be `exact`.
+    """
+    found = [sympy.sympify(e).subs(hints) for e in (cost.state, cost.made, cost.branch, cost.parameters)]
+    unknown = {symbol for e in found for symbol in e.free_symbols}
+    if unknown and exact:
+        raise MHCError("MHC627", f"{', '.join(sorted(map(str, unknown)))} depend on data")
+    state, made, branch, parameters = (int(e.subs(dict.fromkeys(unknown, 1))) for e in found)
+    return SiteCost(state, made, branch, parameters, cost.joined)
+
+
+def _notes(plan: Plan) -> Iterable[str]:
+    count = sum(map(sum, plan.sizes))
+    whole, kept = bytes_text(plan.whole), bytes_text(plan.kept)
+    yield f"{count} sites in {len(plan.blocks)} blocks of up to {plan.block}" + f", {plan.rest} sites keep all" * bool(
+        plan.rest
+    )
+    yield f"the stream part keeps {kept} for the backward pass, without recomputation {whole}"
+    yield f"{bytes_text(plan.transient)} are made again at a time, {bytes_text(plan.extra)} more are moved"
