@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 from mhc_compile import __version__
@@ -15,8 +16,11 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.inspect import command as inspect
 from mhc_compile.plan import command as plan
 
+RUNTIME = {"data": "mhc_compile.runtime.data.command"}
+"""Commands by the names of their modules, as nothing outside of the runtime imports it; `run` loads what is heavy."""
 COMMANDS: dict[str, ModuleType] = {
-    "convert": convert, "inspect": inspect, "plan": plan, "demo": demo, "bench": bench
+    "convert": convert, "inspect": inspect, "plan": plan, "demo": demo, "bench": bench,
+    **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""
 _EPILOG = """\

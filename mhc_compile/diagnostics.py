@@ -289,6 +289,27 @@ TABLE: dict[str, Diagnostic] = {
         "Where ranks are slow and not lost, raise parallel.timeout",
     ),
     "MHC606": Diagnostic("tensorboard is not installed", "pip install 'mhc-compile[train]'"),
+    "MHC610": Diagnostic(
+        "the text cannot be read",
+        "name UTF-8 text files, folders of them, .jsonl files with a text in every line (--field names it), or "
+        "hf:NAME[:SPLIT]",
+    ),
+    "MHC611": Diagnostic(
+        "the data folder is missing or damaged",
+        "copy the folder again from where it was whole, or run `mhc-compile data` again",
+    ),
+    "MHC612": Diagnostic(
+        "the data was tokenised for another model",
+        "run `mhc-compile data` again with --tokenizer naming the model's own folder",
+    ),
+    "MHC613": Diagnostic(
+        "too little data", "prepare more text with `mhc-compile data`, or lower data.sequence or train.batch"
+    ),
+    "MHC614": Diagnostic(
+        "the tokenizer cannot be used",
+        "name a folder with tokenizer.json and, in tokenizer_config.json or config.json, its end-of-text token, as "
+        "save_pretrained of the tokenizer and the model write them",
+    ),
     "MHC615": Diagnostic(
         "a checkpoint of the run is missing or damaged",
         "copy the folder again from where it was whole, or remove it: the run then goes on from the one before it",

@@ -78,10 +78,10 @@ class Compression:
 
     def check(self, tokenizer: Any) -> None:
         """Raise MHC222 unless every id of `tokenizer` stands for the text it stood for when this was made."""
-        texts, tokens = _texts(tokenizer)
-        if len(texts) != len(self.table):
-            raise MHCError("MHC222", f"{len(texts)} ids instead of {len(self.table)}")
-        if _digest(texts, tokens) != self.sha256:
+        ids, sha256 = fingerprint(tokenizer)
+        if ids != len(self.table):
+            raise MHCError("MHC222", f"{ids} ids instead of {len(self.table)}")
+        if sha256 != self.sha256:
             raise MHCError("MHC222", "its ids stand for other texts")
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -100,6 +100,12 @@ class Compression:
             if type(value) is not int and (value is not None or name == "size"):
                 raise TypeError(f"{name}={value!r} is no whole number")
         return cls(table=tensors[TABLE], sha256=str(plain["sha256"]), **numbers)
+
+
+def fingerprint(tokenizer: Any) -> tuple[int, str]:
+    """How many ids a tokenizer has, and the sha256 of the texts they stand for: as in its `Compression`."""
+    texts, tokens = _texts(tokenizer)
+    return len(texts), _digest(texts, tokens)
 
 
 def _texts(tokenizer: Any) -> tuple[list[str], list[str]]:

@@ -1,0 +1,212 @@
+"""A folder of data: raw tokens in shards, where documents begin in them, and a manifest of what there must be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mhc_compile.checkpoint.shards import sha256
+from mhc_compile.diagnostics import MHCError
+
+MANIFEST = "data.json"
+FORMAT = 1
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+STARTS: np.dtype[Any] = np.dtype("<u8")
+
+Tokens = NDArray[np.unsignedinteger[Any]]
+Index = NDArray[np.int64]
+
+
+def tokens_name(shard: int) -> str:
+    """The file of a shard's tokens, little endian, without a header."""
+    return f"tokens-{shard:05}.bin"
+
+
+def starts_name(shard: int) -> str:
+    """The file of the places in a shard where documents begin, uint64, little endian, without a header."""
+    return f"documents-{shard:05}.bin"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the manifest says of one shard, whose documents are whole."""
+
+    tokens: int
+    documents: int
+    tokens_sha256: str
+    documents_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFolder:
+    """An opened folder: the tokens of its documents one after another, each document ended by `eos`."""
+
+    folder: Path
+    dtype: str
+    """`uint16` or `uint32`."""
+    eos: int
+    vocabulary: int
+    """How many ids the tokenizer has."""
+    largest: int
+    """The largest id that occurs."""
+    tokenizer: str
+    """The fingerprint of the tokenizer, see `FolderTokenizer.sha256`."""
+    shards: tuple[Shard, ...]
+    sha256: str
+    """Of the manifest, and so of all contents."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, the ends of documents included."""
+        return int(self._first[-1])
+
+    @property
+    def documents(self) -> int:
+        """All documents."""
+        return sum(shard.documents for shard in self.shards)
+
+    def read(self, start: int, count: int) -> Tokens:
+        """Tokens [count] from `start` on, in the folder's dtype. Raises IndexError beyond the last one."""
+        if not 0 <= start <= start + count <= self.tokens:
+            raise IndexError(f"tokens {start} to {start + count} of {self.tokens}")
+        found = np.empty(count, DTYPES[self.dtype])
+        for shard, low, high in self._overlaps(start, count):
+            first = int(self._first[shard])
+            found[first + low - start : first + high - start] = self._tokens[shard][low:high]
+        return found
+
+    def starts(self, start: int, count: int) -> Index:
+        """The places from `start` to `start + count`, that one excluded, where documents begin, int64."""
+        found = []
+        for shard, low, high in self._overlaps(start, count):
+            known = self._starts[shard]
+            begin, end = np.searchsorted(known, np.array([low, high], dtype=STARTS))
+            found.append(known[begin:end].astype(np.int64) + self._first[shard])
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def verify(self) -> None:
+        """Read everything. Raises MHC611 where a file's bytes are not those that were written."""
+        for i, shard in enumerate(self.shards):
+            for name, known in ((tokens_name(i), shard.tokens_sha256), (starts_name(i), shard.documents_sha256)):
+                if sha256(self.folder / name) != known:
+                    raise MHCError("MHC611", f"{self.folder / name} is not what was written: its sha256 differs")
+
+    def _overlaps(self, start: int, count: int) -> list[tuple[int, int, int]]:
+        """Shards that hold any of these tokens, with the first place in the shard and the one behind the last."""
+        found = []
+        shard = int(np.searchsorted(self._first, start, side="right")) - 1
+        while count > 0 and shard < len(self.shards):
+            low = start - int(self._first[shard])
+            high = min(low + count, self.shards[shard].tokens)
+            found.append((shard, low, high))
+            start, count, shard = start + high - low, count - (high - low), shard + 1
+        return found
+
+    @cached_property
+    def _first(self) -> Index:
+        return np.cumsum([0, *(shard.tokens for shard in self.shards)])
+
+    @cached_property
+    def _tokens(self) -> list[np.memmap[Any, Any]]:
+        dtype = DTYPES[self.dtype]
+        return [np.memmap(self.folder / tokens_name(i), dtype, mode="r") for i in range(len(self.shards))]
+
+    @cached_property
+    def _starts(self) -> list[np.memmap[Any, Any]]:
+        return [np.memmap(self.folder / starts_name(i), STARTS, mode="r") for i in range(len(self.shards))]
+
+
+def open_data(folder: str | Path) -> DataFolder:
+    """The folder that `mhc-compile data` wrote, its files mapped into memory for reading.
+
+    Raises MHC611 where the manifest or a shard is missing, damaged or of another format. The contents of the shards are
+    not read: that is `DataFolder.verify`.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        detail = str(error)
+        if (folder / "train" / MANIFEST).is_file():
+            raise MHCError("MHC611", detail, way_out=f"name {folder / 'train'}, the part to train on") from error
+        raise MHCError("MHC611", detail) from error
+    try:
+        data = _parse(folder, text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MHCError("MHC611", f"{path}: {error!r}") from error
+    for i, shard in enumerate(data.shards):
+        expected = {
+            tokens_name(i): shard.tokens * DTYPES[data.dtype].itemsize,
+            starts_name(i): shard.documents * STARTS.itemsize,
+        }
+        for name, size in expected.items():
+            try:
+                found = (folder / name).stat().st_size
+            except OSError as error:
+                raise MHCError("MHC611", str(error)) from error
+            if found != size:
+                raise MHCError("MHC611", f"{folder / name} has {found:,} bytes instead of {size:,}")
+    try:
+        assert len(data._tokens) == len(data._starts)  # maps the files, so that none can vanish later
+    except OSError as error:
+        raise MHCError("MHC611", str(error)) from error
+    return data
+
+
+def manifest(
+    *, dtype: str, eos: int, vocabulary: int, largest: int, tokenizer: str, shards: list[Shard]
+) -> dict[str, Any]:
+    """The manifest as JSON has it; the totals are for people."""
+    return {
+        "format": FORMAT,
+        "dtype": dtype,
+        "tokens": sum(shard.tokens for shard in shards),
+        "documents": sum(shard.documents for shard in shards),
+        "eos": eos,
+        "vocabulary": vocabulary,
+        "largest": largest,
+        "tokenizer": tokenizer,
+        "shards": [vars(shard) for shard in shards],
+    }
+
+
+def _parse(folder: Path, text: bytes) -> DataFolder:
+    held = json.loads(text)
+    if held["format"] != FORMAT:
+        raise MHCError("MHC611", f"{folder / MANIFEST}: format {held['format']!r}, this version reads {FORMAT}")
+    shards = tuple(
+        Shard(
+            _count(shard, "tokens"),
+            _count(shard, "documents"),
+            str(shard["tokens_sha256"]),
+            str(shard["documents_sha256"]),
+        )
+        for shard in held["shards"]
+    )
+    if held["dtype"] not in DTYPES or not shards:
+        raise ValueError(f"dtype {held['dtype']!r}, {len(shards)} shards")
+    numbers = {name: _count(held, name, least=0) for name in ("eos", "vocabulary", "largest")}
+    digest = hashlib.sha256(text).hexdigest()
+    return DataFolder(
+        folder=folder,
+        dtype=held["dtype"],
+        tokenizer=str(held["tokenizer"]),
+        shards=shards,
+        sha256=digest,
+        **numbers,
+    )
+
+
+def _count(held: dict[str, Any], name: str, least: int = 1) -> int:
+    value = held[name]
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {value!r}")
+    return value

@@ -1,0 +1,212 @@
+"""Where text comes from: files, folders, lines of JSON and Hugging Face datasets, as a stream of pieces."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from mhc_compile.diagnostics import MHCError
+
+PIECE = 1 << 20
+"""Characters that are tokenised at a time: a longer document is cut behind a line break."""
+DATASET = "hf:"
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_PROBED = 1 << 16
+
+LeftOut = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document's text or, of a document longer than `PIECE`, a part of it."""
+
+    text: str
+    first: bool
+    last: bool
+    read: int
+    """How much of the source was read for it: bytes of a file, rows of a dataset."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing that a user named, found and ready to be read."""
+
+    name: str
+    size: int
+    """Bytes of all files, or rows of a dataset; 0 where a dataset does not know."""
+    pieces: Callable[[], Iterator[Piece]]
+
+
+def open_source(name: str, *, field: str, left_out: LeftOut) -> Source:
+    """The source that `name` means; files of a folder that are not text are told to `left_out`.
+
+    A text file is one document. A `.jsonl` file has one a line: an object with a string under `field`. A folder is its
+    files, sorted by path, those below included and those whose names begin with a dot left out. `hf:NAME[:SPLIT]` is a
+    folder saved by the library datasets, a local file or folder that it reads, or a name on its hub.
+
+    Raises MHC610 for what is missing or not text, here or while it is read.
+    """
+    if name.startswith(DATASET):
+        return _dataset(name, field)
+    path = Path(name)
+    try:
+        files = list(_files(path, left_out)) if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files)
+    except OSError as error:
+        raise MHCError("MHC610", str(error)) from error
+    if not files:
+        raise MHCError("MHC610", f"{path} has no text file in it")
+    return Source(name, size, lambda: (piece for file in files for piece in _file(file, field)))
+
+
+def _files(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """The text files below `folder`, in an order that does not depend on the file system."""
+    for entry in sorted(folder.iterdir(), key=lambda p: p.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if not entry.is_symlink():  # which might lead back up
+                yield from _files(entry, left_out)
+        elif entry.is_file():
+            if _is_text(entry):
+                yield entry
+            else:
+                left_out(entry)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the file begins as UTF-8 text does."""
+    with path.open("rb") as file:
+        head = file.read(_PROBED)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _PROBED)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head
+
+
+def _file(path: Path, field: str) -> Iterator[Piece]:
+    try:
+        if path.suffix == ".jsonl":
+            yield from _lines(path, field)
+        elif not _is_text(path):
+            raise MHCError("MHC610", f"{path} is not UTF-8 text")
+        else:
+            # Line breaks are data: none is translated.
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                position = 0
+                for text, first, last in cut(file):
+                    reached = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+                    yield Piece(text, first, last, reached - position)
+                    position = reached
+    except OSError as error:
+        raise MHCError("MHC610", str(error)) from error
+    except UnicodeDecodeError as error:
+        raise MHCError("MHC610", f"{path} is not UTF-8 text: {error}") from error
+
+
+def _lines(path: Path, field: str) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise MHCError("MHC610", f"{place} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise MHCError("MHC610", f"{place} is not a JSON object")
+            yield from _document(_text(row, field, place), len(line))
+
+
+def _text(row: dict[str, Any], field: str, place: str) -> str:
+    text = row.get(field)
+    if isinstance(text, str):
+        # Halves of surrogate pairs, which JSON can spell, are no text to any tokenizer.
+        return text.encode("utf-8", "replace").decode()
+    known = ", ".join(name for name, value in row.items() if isinstance(value, str)) or "none"
+    raise MHCError("MHC610", f"{place} has no text under {field!r}; fields with text: {known}", way_out="name --field")
+
+
+def _document(text: str, read: int) -> Iterator[Piece]:
+    for part, first, last in cut(io.StringIO(text, newline="")):
+        yield Piece(part, first, last, read if first else 0)
+
+
+def cut(file: TextIO, size: int = PIECE) -> Iterator[tuple[str, bool, bool]]:
+    """A document as pieces of at most `size` characters, whether each is the first and whether it is the last.
+
+    A piece ends behind the last line break in it that a visible character follows: no tokenizer that splits text into
+    words and spaces before it merges has a token across that place, so the tokens are those of the whole document.
+    """
+    held, first = "", True
+    while True:
+        held += file.read(size - len(held))
+        if len(held) < size:
+            yield held, first, True
+            return
+        at = held.rfind("\n", 0, -1)
+        while at >= 0 and held[at + 1].isspace():
+            at = held.rfind("\n", 0, at)
+        end = at + 1 or size
+        yield held[:end], first, False
+        held, first = held[end:], False
+
+
+def _dataset(name: str, field: str) -> Source:
+    """A dataset of Hugging Face: rows are documents."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MHCError("MHC610", f"{name}: {error}", way_out="pip install 'mhc-compile[data]'") from error
+    try:
+        rows = _rows(datasets, name.removeprefix(DATASET))
+        if rows.column_names is not None and field in rows.column_names:
+            rows = rows.select_columns([field])
+        size = len(rows) if isinstance(rows, datasets.Dataset) else 0
+    except MHCError:
+        raise
+    except Exception as error:  # the readers behind it have their own classes, without a common one
+        raise MHCError("MHC610", f"{name}: {type(error).__name__}: {error}") from error
+
+    def pieces() -> Iterator[Piece]:
+        for number, row in enumerate(_reading(rows, name)):
+            yield from _document(_text(row, field, f"{name}, row {number}"), 1)
+
+    return Source(name, size, pieces)
+
+
+def _reading(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except Exception as error:  # as above: files of a dataset are only read now
+        raise MHCError("MHC610", f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _rows(datasets: Any, name: str) -> Any:
+    """Rows in their order, streamed where they are not memory-mapped; without a split, `train`."""
+    path, split = Path(name), "train"
+    if not path.exists() and ":" in name:
+        name, _, split = name.rpartition(":")
+        path = Path(name)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        if not isinstance(saved, datasets.DatasetDict):
+            return saved
+        if split not in saved:
+            raise MHCError("MHC610", f"{name} has no split {split!r}; splits: {', '.join(saved)}")
+        return saved[split]
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            raise MHCError("MHC610", f"{name}: files of datasets end in {', '.join(_BUILDERS)}")
+        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=[str(path)], split="train", streaming=True)
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise MHCError("MHC610", f"{path} does not exist")
+    return datasets.load_dataset(name, split=split, streaming=True)

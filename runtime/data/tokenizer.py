@@ -1,0 +1,109 @@
+"""The tokenizer of a folder: what it needs to encode in another process, its end-of-text token, and its fingerprint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.compression import fingerprint
+
+_FILE = "tokenizer.json"
+_NAMED = ("tokenizer_config.json", "special_tokens_map.json")
+_NUMBERED = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderTokenizer:
+    """A tokenizer as data."""
+
+    folder: str
+    serialised: str | None
+    """What the library tokenizers writes; None for one that only transformers can build."""
+    vocabulary: int
+    """The largest id and one."""
+    eos: int | None
+    """The id of the end-of-text token."""
+    sha256: str
+    """Of the texts that all ids stand for, in order: of equal tokenizers, whatever their files look like."""
+
+
+def read_tokenizer(folder: str | Path) -> FolderTokenizer:
+    """The folder's tokenizer: `tokenizer.json`, or what transformers finds there without running code of the folder.
+
+    The end-of-text token is the one that tokenizer_config.json or special_tokens_map.json names, else the id in
+    config.json or generation_config.json. Raises MHC614 where there is no tokenizer, MHC415 without the packages.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MHCError("MHC614", f"{folder} is not a folder")
+    serialised: str | None = None
+    try:
+        found = _open(folder)
+        if hasattr(found, "to_str"):  # of the library tokenizers
+            # What a checkpoint keeps for inference batches would cut documents.
+            found.no_truncation()
+            found.no_padding()
+            serialised = found.to_str()
+        size, digest = fingerprint(found)
+    except ImportError as error:
+        raise MHCError("MHC415", str(error)) from error
+    except Exception as error:  # what these readers raise for files that are none has no narrower class
+        raise MHCError("MHC614", f"{folder}: {error}") from error
+    if size < 1:
+        raise MHCError("MHC614", f"the tokenizer in {folder} has no tokens")
+    eos = _eos(folder, found, size)
+    return FolderTokenizer(folder=str(folder), serialised=serialised, vocabulary=size, eos=eos, sha256=digest)
+
+
+def _open(folder: Path) -> Any:
+    if (folder / _FILE).is_file():
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(folder / _FILE))
+    from transformers import AutoTokenizer
+
+    held = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return getattr(held, "backend_tokenizer", None) or held
+
+
+def _eos(folder: Path, tokenizer: Any, size: int) -> int | None:
+    for name in _NAMED:
+        token = _json(folder / name).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            backend = hasattr(tokenizer, "token_to_id")
+            found = tokenizer.token_to_id(token) if backend else tokenizer.get_vocab().get(token)
+            if found is not None:
+                return int(found)
+    for name in _NUMBERED:
+        number = _json(folder / name).get("eos_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if type(number) is int and 0 <= number < size:
+            return number
+    return None
+
+
+def model_vocabulary(folder: str | Path) -> int | None:
+    """How many ids the model in `folder` has an embedding for: `vocab_size` of config.json, None where it has none."""
+    config = _json(Path(folder) / "config.json")
+    inner = config.get("text_config")
+    size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return size if type(size) is int else None
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether any file of a tokenizer lies in `folder`."""
+    names = (_FILE, *_NAMED, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+    return any((Path(folder) / name).is_file() for name in names)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is none, for a folder need not have each of these files."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
