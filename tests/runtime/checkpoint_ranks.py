@@ -19,6 +19,7 @@ from mhc_compile import MHCError, TableAdamW
 from mhc_compile.kernels.engram.sharded import ShardedTable
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
+from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.pieces import piece_of
 from mhc_compile.runtime.state import _piece, restore, training_state
 
@@ -188,3 +189,12 @@ def _expected(name: str, t: Tensor, table: MemoryTable | None) -> Tensor:
 @torch.no_grad()
 def _set(name: str, t: Tensor, table: MemoryTable | None) -> None:
     _local(t, table).copy_(_expected(name, t, table))
+
+
+def claim(folder: str) -> str:
+    """What another process is told that wants the folder of a run."""
+    try:
+        RunFolder(Path(folder)).claim()
+    except MHCError as error:
+        return f"{error.code} {error.detail}"
+    return ""

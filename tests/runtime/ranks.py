@@ -16,7 +16,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "mhc_compile.runtime.state"])
 
 
-def run_ranks(world: int, fn: Callable[..., Any], folder: Path, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world: int, fn: Callable[..., Any], folder: Path, *args: Any, timeout: float = 300.0) -> list[Any]:
     """`fn(*args)` on each of `world` ranks; what each returned, or the text of what it raised, as an exception.
 
     `folder` takes the file by which the ranks find each other.

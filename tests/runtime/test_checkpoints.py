@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_ranks import Cut, build, fill, load, save, troubles, wrong
+from checkpoint_ranks import Cut, build, claim, fill, load, save, troubles, wrong
 from ranks import run_ranks
 
 from mhc_compile import MHCError
@@ -38,12 +36,9 @@ def size(cut: Cut) -> int:
         pytest.param((2, 2, 2), [(1, 1, 1), (1, 1, 3), (4, 1, 1)], marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("asynchronous", [True])
-def test_saved_on_some_ranks_and_loaded_on_others(
-    there: Cut, here: list[Cut], asynchronous: bool, tmp_path: Path
-) -> None:
+def test_saved_on_some_ranks_and_loaded_on_others(there: Cut, here: list[Cut], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run_ranks(size(there), save, tmp_path, there, str(folder), asynchronous)
+    run_ranks(size(there), save, tmp_path, there, str(folder), True)
     files = {p.name: p.stat().st_size for p in (folder / "step-00000007").glob("*.safetensors")}
     assert len(files) == size(there)
     # Every value once: what several ranks hold is written by one of them.
@@ -179,17 +174,11 @@ def test_another_model_or_other_data(saved: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    code = (
-        "import sys; from mhc_compile.runtime.checkpoint.folder import RunFolder; from pathlib import Path\n"
-        "try: RunFolder(Path(sys.argv[1])).claim()\n"
-        "except Exception as e: print(e.code, e.detail)"
-    )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert run.stdout == f"MHC619 another run is writing checkpoints to {tmp_path}\n"
+    checkpoints = Checkpoints(tmp_path / "run")
+    (told,) = run_ranks(1, claim, tmp_path, str(tmp_path / "run"))
+    assert told == f"MHC619 another run is writing checkpoints to {tmp_path / 'run'}"
     checkpoints.close()
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert run.stdout == ""
+    assert run_ranks(1, claim, tmp_path, str(tmp_path / "run")) == [""]
     (tmp_path / "file").touch()
     with pytest.raises(MHCError, match="MHC619"):
         Checkpoints(tmp_path / "file")
