@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -96,7 +97,7 @@ def test_parameters_take_no_memory(folders: dict[str, Path]) -> None:
     made = hollow_model(recipe(folders["llama"]))
     for name, p in made.named_parameters():
         if ".mhc." not in name:
-            assert p.untyped_storage().nbytes() == p.element_size(), name
+            assert isinstance(p, FakeTensor), name
     assert made.lm_head.weight is made.model.embed_tokens.weight
 
 
@@ -158,6 +159,6 @@ def test_a_compressing_memory_needs_a_tokenizer(folders: dict[str, Path]) -> Non
 
 
 def test_a_buffer_that_nothing_starts_is_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LlamaForCausalLM, "_init_weights", lambda self, module: None)
+    monkeypatch.setattr(LlamaForCausalLM, "_init_weights", lambda *_: None)
     with pytest.raises(MHCError, match=r"MHC622.*inv_freq"):
         hollow_model(recipe(folders["llama"], model={"start": "scratch"}))
