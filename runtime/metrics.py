@@ -231,6 +231,7 @@ def _bar(console: Console, total: int, start: int) -> tuple[Progress, TaskID]:
         auto_refresh=False,
     )
     bar.start()
+    console.show_cursor(True)  # which a killed run would leave hidden
     task = bar.add_task("training", total=total, completed=start, loss="-", rate="-")
     bar.refresh()
     return bar, task
