@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.config import Options
 from mhc_compile.kernels.engram.memory import layers_of
 from mhc_compile.kernels.engram.tables import MemoryTable
-from mhc_compile.passes.base import value
+from mhc_compile.passes.base import Context, value
+from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.stages import Piece, cut, sites
+from mhc_compile.pipeline import run_passes
 from mhc_compile.runtime.program import IDS, Program
 from mhc_compile.runtime.unit import Compiled, Crossing, Given, Held, Source, Unit, resolve
 
@@ -61,7 +64,11 @@ class Stage(nn.Module):
         self._program = program
         self._make_table = make_table
         self._blocked = units == "blocks"
-        pieces = cut(piece.graph, _unit_starts(piece), piece.crosses_in) if self._blocked else [piece]
+        pieces = [piece]
+        if self._blocked:
+            tagged = _tagged(piece.graph, options)
+            pieces = cut(tagged, _unit_starts(tagged), piece.crosses_in)
+            options = replace(options, recompute="off")  # the tags say it already
         users = Counter(name for p in pieces for name in _placeholders(p))
         self._sources: dict[str, Source] = {}
         """Where each placeholder comes from, by its name."""
@@ -292,9 +299,21 @@ def plain_table(rows: int, width: int, dtype: torch.dtype, storage: str) -> Memo
     return MemoryTable(rows, width, dtype=dtype, storage=storage, device="meta")  # type: ignore[arg-type]
 
 
-def _unit_starts(piece: Piece) -> list[int]:
-    """The sites of a stage, counted in it, with which its units but the first begin."""
-    names = [str(n.meta["mhc_site"]) for n in sites(piece.graph.graph)]
+def _tagged(graph: GraphModule, options: Options) -> GraphModule:
+    """A copy of a stage's graph with its recompute blocks chosen."""
+    held = Graph()
+    held.output(held.graph_copy(graph.graph, {}))
+    again = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
+    return run_passes(GraphModule(graph, held), Context(), again, options, provided=("dialect",))
+
+
+def _unit_starts(graph: GraphModule) -> list[int]:
+    """The sites of a stage, counted in it, with which its units but the first begin: those of blocks, or of layers."""
+    triples = sites(graph.graph)
+    blocks = [n.meta.get("ac_graph_id") for n in triples]
+    if any(blocks):
+        return [i for i in range(1, len(blocks)) if blocks[i] != blocks[i - 1]]
+    names = [str(n.meta["mhc_site"]) for n in triples]
     first = set(layers_of(names).values())
     return [i for i, name in enumerate(names) if i and name in first]
 

@@ -178,5 +178,5 @@ def signature(gm: GraphModule) -> str:
         form = f"{tuple(known.shape)} {known.dtype} {known.device}" if isinstance(known, Tensor) else ""
         args = map_arg((node.args, node.kwargs), lambda n: number[n])
         target = "" if node.op in ("placeholder", "output") else str(node.target)
-        lines.append(f"{node.op} {target} {args!r} {form} {node.meta.get('mhc_site') is not None}")
+        lines.append(f"{node.op} {target} {args!r} {form} {node.meta.get('recompute')}")
     return "\n".join(lines)

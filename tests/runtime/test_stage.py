@@ -165,6 +165,22 @@ def test_equal_layers_are_compiled_once() -> None:
     assert len({id(c) for c in compiled}) == 3  # the first holds the embedding, the last the head
 
 
+@pytest.mark.parametrize(("recompute", "units"), [(2, 3), ("off", 3)])
+def test_units_are_recompute_blocks(recompute: str | int, units: int) -> None:
+    tokens = ids()
+    program = program_of(llama(), tokens)
+    options = Options(inner="aot_eager", recompute=recompute)
+    results = []
+    for how in ("stage", "blocks"):
+        (stage,) = stages_of(program, [], options, units=how)
+        loss_of(through([stage], tokens), tokens).backward()
+        results.append({name: p.grad for name, p in stage.named_parameters()})
+        assert len(stage.units) == (1 if how == "stage" else units)
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
 def test_a_model_that_is_not_converted() -> None:
     with pytest.raises(MHCError, match="MHC501"):
         capture_program(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16)), {"input_ids": ids()})
