@@ -19,7 +19,7 @@ from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_mod
 from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.tables import hash_specs, table_name
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.files import open_table, row_blocks
+from mhc_compile.engram.files import fill_rows
 from mhc_compile.engram.parameters import DEVIATION, ROOT, layer_values
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.start import start_head, start_site
@@ -185,13 +185,7 @@ def _read_table(folder: Path, program: Program, name: str, table: MemoryTable) -
     for (owner, place), hash_spec in _tables_of(owners(program.model)):
         held = owners(program.model)[owner]
         if name == f"{prefix(owner)}{held.table_places[place]}.table":
-            mapped = open_table(
-                folder, table_name(owner, place), rows=table.rows, width=table.width, hash_spec=hash_spec, verify=False
-            )
-            first = 0
-            for values, scale in row_blocks(mapped):
-                table.fill(first, values, scale)
-                first += len(values)
+            fill_rows(table, folder, table_name(owner, place), hash_spec=hash_spec)
 
 
 def _tables_of(held: Mapping[str, StreamParameters]) -> Iterator[tuple[tuple[str, str], str]]:
