@@ -30,8 +30,8 @@ class Guard:
     """Judges each step before its update, the same on all ranks.
 
     `policy`: "stop" or "skip". `explode`: a loss above so many times the median of the last 64 is bad as well; 0: only
-    NaN and infinity are. `folder` gets `failed-step-N` when a run stops. `group` is a group of all ranks that talks on
-    the CPU or on `device`; None for a single process.
+    NaN and infinity are. `folder` gets `failed-step-N` when a run stops. `group`: all ranks, talking on the CPU or on
+    `device`; None where every rank is given the same figures anyhow.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Guard:
         self._row += 1
         if self.policy == "skip" and self._row <= PATIENCE:
             self.skipped += 1
-            if self._is_first:
+            if self._rank == 0:
                 warn("MHC618", f"step {step} is left out: {said}")
             return "skip"
         where = self._record(step, loss, grad_norm, batch, position, said)
@@ -113,11 +113,7 @@ class Guard:
 
     @property
     def _rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank()
-
-    @property
-    def _is_first(self) -> bool:
-        return self._rank == 0
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     def _record(
         self,

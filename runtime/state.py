@@ -37,13 +37,12 @@ def training_state(stages: Sequence[Part], optimizer: torch.optim.Optimizer, pro
     `progress`: plain JSON, of which `model` (what the graph computes beyond shapes: conventions, sites) and `data` (the
     loader's description) must be the same wherever the run is gone on from. Nothing is copied here.
     """
-    weights, tables = _held(stages)
+    weights = _held(stages)
     state: State = {"model": {}, "optimizer": {}, "tables": {}, "progress": dict(progress), "random": random_state()}
-    for name, (p, table) in weights.items():
+    for name, ((p, *_), table) in weights.items():
         state["tables" if table else "model"][name] = _piece(p.detach(), table)
         for key, value in optimizer.state.get(p, {}).items():
             state["optimizer"][f"{name}.{key}"] = _piece(value, table)
-    assert all(f"{name}.weight" in weights for name in tables)
     return state
 
 
@@ -64,24 +63,33 @@ def restore(
     description = checkpoints.open()
     if description is None:
         return None
-    weights, _ = _held(stages)
+    weights = _held(stages)
     given: dict[str, Piece] = {}
-    for name, (p, table) in weights.items():
+    for name, ((p, *_), table) in weights.items():
         given[f"{'tables' if table else 'model'}/{name}"] = _piece(p.detach(), table)
     _refuse_another(checkpoints, description, given, progress)
     state: State = {"model": {}, "tables": {}, "optimizer": {}}
     for full, piece in given.items():
         section, _, name = full.partition("/")
         state[section][name] = piece
-    for name, (p, table) in weights.items():
-        begin = f"optimizer/{name}."
-        for full, stored in description.tensors.items():
-            # `a.b` must not take the state of `a.b.weight`: what follows the name has no dot.
-            if full.startswith(begin) and "." not in (key := full[len(begin) :]):
-                value = _like(p, table, stored.shape, stored.dtype)
-                optimizer.state[p][key] = value
-                state["optimizer"][f"{name}.{key}"] = _piece(value, table)
+    moments: dict[str, list[str]] = {}
+    for full in description.tensors:
+        section, _, rest = full.partition("/")
+        name, _, key = rest.rpartition(".")
+        if section == "optimizer":
+            moments.setdefault(name, []).append(key)
+    for name, ((p, *_), table) in weights.items():
+        for key in moments.get(name, []):
+            stored = description.tensors[f"optimizer/{name}.{key}"]
+            value = optimizer.state[p][key] = _like(p, table, stored.shape, stored.dtype)
+            state["optimizer"][f"{name}.{key}"] = _piece(value, table)
     step = checkpoints.load(state)
+    with torch.no_grad():
+        for (p, *others), _ in weights.values():
+            for other in others:
+                other.copy_(p)
+                if p in optimizer.state:
+                    optimizer.state[other] = {key: t.clone() for key, t in optimizer.state[p].items()}
     if state["random"] is not None:
         set_random_state(state["random"])
     else:
@@ -121,16 +129,21 @@ def _seed(step: int, rank: int) -> None:
     torch.manual_seed(seed)
 
 
-def _held(stages: Sequence[Part]) -> tuple[dict[str, tuple[nn.Parameter, MemoryTable | None]], dict[str, MemoryTable]]:
-    """Every parameter by name, with its table where it is one's, and the tables whose rows lie in memory."""
+def _held(stages: Sequence[Part]) -> dict[str, tuple[list[nn.Parameter], MemoryTable | None]]:
+    """Every parameter by name, with its table where it is one's.
+
+    A tied one may be there more than once, of several stages, with the same values.
+    """
     tables = {name: t for stage in stages for name, t in stage.tables.items() if t.storage != "mapped"}
-    weights: dict[str, tuple[nn.Parameter, MemoryTable | None]] = {
-        f"{name}.{n}": (p, t) for name, t in tables.items() for n, p in t.named_parameters()
+    found: dict[str, tuple[list[nn.Parameter], MemoryTable | None]] = {
+        f"{name}.{n}": ([p], t) for name, t in tables.items() for n, p in t.named_parameters()
     }
     for stage in stages:
         for name, p in stage.named_parameters():
-            weights.setdefault(name, (p, None))
-    return weights, tables
+            held, _ = found.setdefault(name, ([], None))
+            if all(p is not other for other in held):
+                held.append(p)
+    return found
 
 
 def _piece(value: Tensor, table: MemoryTable | None) -> Piece:

@@ -226,3 +226,17 @@ def test_progress_is_plain_json(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         checkpoints.save(1, {"progress": {"x": object()}})
     checkpoints.close()
+
+
+def test_a_tied_parameter_of_two_stages_that_are_two(saved: Path) -> None:
+    (first, optimizer), (last, _) = build((1, 1, 1)), build((1, 1, 1))
+    last.parameters = {"embed.weight": last.parameters["embed.weight"]}
+    last.tables = {}
+    optimizer.add_param_group({"params": [last.parameters["embed.weight"]]})
+    checkpoints = Checkpoints(saved)
+    restore(checkpoints, [first, last], optimizer, SAME)
+    assert wrong(first, optimizer) == wrong(last, optimizer) == []
+    state = training_state([first, last], optimizer, SAME)
+    checkpoints.save(8, state)
+    checkpoints.close()
+    assert code_of_loading(saved) == ("", "")
