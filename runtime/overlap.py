@@ -1,0 +1,275 @@
+"""Pipeline actions that use the time in which a gradient is on its way.
+
+    a backward       the recomputation that it reads first begins before its gradient is waited for
+    an overlapped    (`OVERLAP_F_B` of DualPipeV, DeepSeek-V3, arXiv 2412.19437, 3.2.1) both halves at once: on a GPU on
+    forward and      two streams, on a CPU with cores to spare in two threads, else one after the other; the forward's
+    backward         result is sent as soon as it is there, not behind the backward
+
+Results are those of torch's own runtime bit by bit: the halves share no value, and whatever is added up is added by one
+of them alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    OVERLAP_F_B,
+    SEND_F,
+    _Action,
+    _batch_p2p,
+    _PipelineContext,
+    _PipelineScheduleRuntime,
+    _wait_batch_p2p,
+)
+
+Key = tuple[int, int]
+"""A stage and a microbatch."""
+Half = Callable[[], None]
+
+
+def register(schedule: _PipelineScheduleRuntime) -> None:
+    """Let `schedule` run backwards and overlapped actions as this module's first lines say. Call it once.
+
+    A stage's module may have `begin_recompute()`; without, only overlapped actions change. Any schedule on torch's
+    action runtime will do (Interleaved1F1B, ZBVZeroBubble, DualPipeV).
+    """
+    actions = Actions(schedule)
+    actions.take_sends()
+    step = schedule.step
+
+    def wrapped(*args: Any, return_outputs: bool = True, loss_kwargs: Any = None, **kwargs: Any) -> Any:
+        actions.return_outputs = return_outputs
+        actions.loss_arguments = () if loss_kwargs is None else (loss_kwargs,)
+        if loss_kwargs is not None:
+            kwargs["loss_kwargs"] = loss_kwargs
+        found = step(*args, return_outputs=return_outputs, **kwargs)
+        actions.end()
+        return found
+
+    # torch tells custom functions nothing of these arguments, and has no place to wait for what they have sent.
+    schedule.step = wrapped  # type: ignore[method-assign]
+    for kind in (FULL_BACKWARD, BACKWARD_INPUT):
+        schedule.register_custom_function(kind, actions.perform)
+    schedule.register_custom_function(OVERLAP_F_B, actions.overlap)
+
+
+def spare_cores() -> bool:
+    """Whether every rank of this machine has two cores for each thread that it computes with."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores >= 2 * ranks * torch.get_num_threads()
+
+
+class Actions:
+    """The actions of one rank's schedule, as torch's `_PipelineScheduleRuntime._step_microbatches` performs them."""
+
+    def __init__(self, schedule: _PipelineScheduleRuntime) -> None:
+        self.schedule = schedule
+        self.stages: dict[int, Any] = {s.stage_index: s for s in schedule._stages}
+        self.return_outputs = True
+        self.loss_arguments: tuple[Any, ...] = ()
+        self._early: set[Key] = set()
+        """Forwards whose results their overlapped action sends."""
+        self._sent: list[list[dist.Work]] = []
+        self._begun: set[Key] = set()
+        """Backwards whose recomputation has begun."""
+        self._aside: dict[Key, torch.cuda.Stream] = {}
+        """The stream of each forward that did not run on the main one: there autograd runs its backward, too."""
+        self._stream: torch.cuda.Stream | None = None
+        self._worker: Worker | None = None
+
+    def take_sends(self) -> None:
+        """Take the sends of forwards that directly follow their overlapped action out of this rank's list."""
+        order = self.schedule.pipeline_order_with_comms
+        kept: list[_Action] = []
+        for action in order[self.schedule.rank]:
+            halves = (kept[-1].sub_actions if kept else None) or ()
+            if action.computation_type == SEND_F and _key(action) in [
+                _key(a) for a in halves if a.computation_type == FORWARD
+            ]:
+                self._early.add(_key(action))
+            else:
+                kept.append(action)
+        order[self.schedule.rank] = kept
+
+    def end(self) -> None:
+        """Finish a step: what was sent has arrived."""
+        while self._sent:
+            _wait_batch_p2p(self._sent.pop())
+        self._aside.clear()
+
+    # --- single actions ----------------------------------------------------------------------------------------------
+
+    def perform(self, action: _Action, ctx: _PipelineContext) -> None:
+        """A forward, a backward or one of its halves."""
+        self.schedule._assert_unsharded(self.stages[action.stage_index])
+        if action.computation_type == FORWARD:
+            self._forward(action, ctx)
+        elif action.computation_type == BACKWARD_WEIGHT:
+            self._weights(action)
+        else:
+            with self._on(self._aside.get(_key(action))):
+                self._backward(action)
+
+    def _forward(self, action: _Action, ctx: _PipelineContext) -> None:
+        index, microbatch = key = _key(action)
+        stage = self.stages[index]
+        if not stage.is_first and index - 1 not in self.stages:
+            _wait_batch_p2p(self.schedule.fwd_recv_ops.pop(key))
+        assert ctx.arg_mbs is not None
+        assert ctx.kwarg_mbs is not None
+        output = stage.forward_one_chunk(
+            microbatch, ctx.arg_mbs[microbatch], ctx.kwarg_mbs[microbatch], save_forward_output=self.return_outputs
+        )
+        self.schedule._maybe_compute_loss(stage, output, ctx.target_mbs, microbatch, *self.loss_arguments)
+        if index + 1 in self.stages:
+            self.stages[index + 1].set_local_fwd_input(output, microbatch)
+        if key in self._early:
+            self._sent.append(_batch_p2p(stage.get_fwd_send_ops(microbatch)))
+
+    def _begin(self, action: _Action) -> None:
+        """Recompute what a backward reads first if its gradient comes from another rank and may be on its way."""
+        key = _key(action)
+        stage = self.stages[action.stage_index]
+        begin = getattr(stage.submod, "begin_recompute", None)
+        backward = action.computation_type in (FULL_BACKWARD, BACKWARD_INPUT)
+        if backward and stage.has_backward and begin and key in self.schedule.bwd_recv_ops and key not in self._begun:
+            self._begun.add(key)
+            begin()
+
+    def _backward(self, action: _Action) -> None:
+        index, microbatch = key = _key(action)
+        stage, schedule = self.stages[index], self.schedule
+        self._begin(action)
+        self._begun.discard(key)
+        if not stage.is_last and index + 1 not in self.stages:
+            _wait_batch_p2p(schedule.bwd_recv_ops.pop(key))
+        loss = schedule._maybe_get_loss(stage, microbatch)
+        full = action.computation_type == FULL_BACKWARD
+        schedule.backward_counter[index] += full
+        last = full and schedule.backward_counter[index] == schedule._n_microbatches
+        stage.backward_one_chunk(microbatch, loss=loss, full_backward=full, last_backward=last)
+        if index - 1 in self.stages and stage.has_backward:
+            self.stages[index - 1].set_local_bwd_input(stage.get_local_bwd_output(microbatch), microbatch)
+
+    def _weights(self, action: _Action) -> None:
+        index, microbatch = _key(action)
+        self.schedule.backward_counter[index] += 1
+        last = self.schedule.backward_counter[index] == self.schedule._n_microbatches
+        self.stages[index].backward_weight_one_chunk(microbatch, last_backward=last)
+
+    # --- overlapped actions ------------------------------------------------------------------------------------------
+
+    def overlap(self, action: _Action, ctx: _PipelineContext) -> None:
+        """The forwards of an overlapped action beside the rest of it. The halves are different stages' work."""
+        assert action.sub_actions is not None
+        forwards = [a for a in action.sub_actions if a.computation_type == FORWARD]
+        rest = [a for a in action.sub_actions if a.computation_type != FORWARD]
+
+        def begin() -> None:
+            for a in rest:
+                self._begin(a)
+
+        def forward() -> None:
+            for a in forwards:
+                self.perform(a, ctx)
+
+        def backward() -> None:
+            for a in rest:
+                self.perform(a, ctx)
+
+        stages = self.stages.values()
+        if any(isinstance(s.submod, FSDPModule) for s in stages):
+            _in_turn(begin, forward, backward)  # both halves gather parameters: in one order on all ranks
+        elif all(s.device.type == "cuda" for s in stages):
+            self._on_streams(forwards, rest, begin, forward, backward)
+        elif spare_cores():
+            self._worker = self._worker or Worker()
+            forwarding = self._worker.submit(forward)
+            begin()
+            backward()
+            forwarding.result()
+        else:
+            _in_turn(begin, forward, backward)
+
+    def _on_streams(
+        self, forwards: Sequence[_Action], rest: Sequence[_Action], begin: Half, forward: Half, backward: Half
+    ) -> None:
+        """Both halves on streams of their own: the backward's is that of its forward, autograd sees to it.
+
+        A stream waits for the other before and after each action, so memory that one frees the other may use.
+        """
+        self._stream = self._stream or torch.cuda.Stream()
+        aside = next((s for a in rest if (s := self._aside.get(_key(a)))), None)
+        other = self._stream if aside is None else None
+        for a in forwards:
+            if other is not None:
+                self._aside[_key(a)] = other
+        with self._on(aside, then_wait=False):
+            begin()
+        with self._on(other, then_wait=False):
+            forward()
+        backward()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream | None, *, then_wait: bool = True) -> Iterator[None]:
+        """Compute on `stream`, behind what the main one has been given so far; None is the main one."""
+        if stream is None:
+            yield
+            return
+        main = torch.cuda.current_stream()
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            yield
+        if then_wait:
+            main.wait_stream(stream)
+
+
+def _in_turn(begin: Half, forward: Half, backward: Half) -> None:
+    begin()
+    forward()
+    backward()
+
+
+def _key(action: _Action) -> Key:
+    return action.stage_index, -1 if action.microbatch_index is None else action.microbatch_index
+
+
+class Worker:
+    """A thread that runs what it is given, one after the other. It does not keep a failing process alive."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[Half, bool, Future[None]]] = SimpleQueue()
+        threading.Thread(target=self._work, name="mhc-overlap", daemon=True).start()
+
+    def submit(self, half: Half) -> Future[None]:
+        """Run `half` with gradients on or off as they are here."""
+        future: Future[None] = Future()
+        self._queue.put((half, torch.is_grad_enabled(), future))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            half, gradients, future = self._queue.get()
+            try:
+                with torch.set_grad_enabled(gradients):
+                    half()
+            except BaseException as error:  # raised again by whoever waits for the result
+                future.set_exception(error)
+            else:
+                future.set_result(None)
