@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -84,14 +84,18 @@ class World:
         )
 
     def meet(self) -> None:
-        """Wait until all ranks are here, for as long as compiling may take."""
+        """Wait until all ranks are here, for as long as `PATIENCE`."""
         dist.barrier(group=self.patient)
 
+    def patience(self, action: str) -> AbstractContextManager[None]:
+        """As `doing`, for what may take `PATIENCE`: to compile, to read weights."""
+        return self.doing(action, timeout=max(PATIENCE, self.parallel.timeout))
+
     @contextmanager
-    def doing(self, action: str, step: int | None = None) -> Iterator[None]:
+    def doing(self, action: str, step: int | None = None, *, timeout: float | None = None) -> Iterator[None]:
         """Name what is being done, for messages. Raises MHC605 where it fails because a peer is lost."""
         begin = time.monotonic()
-        with self.watch.over(action, step):
+        with self.watch.over(action, step, timeout or self.parallel.timeout):
             try:
                 yield
             except MHCError:
@@ -123,7 +127,7 @@ def launch(parallel: ParallelTable) -> Iterator[World]:
     except (RuntimeError, ValueError) as error:
         detail = f"rank {rank} of {world_size}: joining the run failed: {_first_line(error)}"
         raise MHCError("MHC605", detail) from error
-    watch = Watch(rank, world_size, parallel.timeout)
+    watch = Watch(rank, world_size)
     try:
         yield _world(parallel, rank, device, watch)
     finally:
@@ -162,6 +166,16 @@ def lost(rank: int, size: int, action: str, step: int | None, seconds: float, er
     return MHCError("MHC605", f"rank {rank} of {size}, {where}, after {seconds:.1f} s: {_first_line(error)}")
 
 
+@dataclass(frozen=True)
+class _Action:
+    """What the watch watches."""
+
+    name: str
+    step: int | None
+    timeout: float
+    begun: float = field(default_factory=time.monotonic)
+
+
 class Watch:
     """Ends this process where an action hangs without an error of its own.
 
@@ -170,33 +184,32 @@ class Watch:
     that hangs cannot be asked to.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self.timeout = 1.25 * timeout + 5
-        self._now: tuple[float, str, int | None] | None = None
+        self._now: _Action | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="mhc-watch", daemon=True).start()
 
     @contextmanager
-    def over(self, action: str, step: int | None) -> Iterator[None]:
+    def over(self, name: str, step: int | None, timeout: float) -> Iterator[None]:
         """Watch what is done here. An action inside another has the time for itself; then the outer one begins anew."""
-        outer = self._now
-        self._now = (time.monotonic(), action, step)
+        outer, self._now = self._now, _Action(name, step, timeout)
         try:
             yield
         finally:
-            self._now = outer and (time.monotonic(), *outer[1:])
+            self._now = outer and _Action(outer.name, outer.step, outer.timeout)
 
     def close(self) -> None:
         """Watch no longer."""
         self._closed.set()
 
     def _run(self) -> None:
-        while not self._closed.wait(min(1.0, self.timeout / 10)):
+        while not self._closed.wait(0.5):
             now = self._now
-            if now is not None and time.monotonic() - now[0] > self.timeout:
+            if now is not None and time.monotonic() - now.begun > 1.25 * now.timeout + 5:
                 error = TimeoutError("no answer, and no error either")
-                print(lost(self.rank, self.size, now[1], now[2], time.monotonic() - now[0], error), file=sys.stderr)
+                seconds = time.monotonic() - now.begun
+                print(lost(self.rank, self.size, now.name, now.step, seconds, error), file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(1)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mhc_compile.attach import install
 from mhc_compile.checkpoint.loading import open_converted, read_streams
 from mhc_compile.checkpoint.manifest import is_converted
-from mhc_compile.checkpoint.skeleton import model_class, quiet, skeleton, transformers_module
+from mhc_compile.checkpoint.skeleton import model_class, quiet, skeleton, transformers_module, weightless
 from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint, read_json, refuse_config
 from mhc_compile.checkpoint.tables import check_tokenizer, read_tokenizer
 from mhc_compile.config import Options
@@ -25,12 +25,11 @@ from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.recipe_tables import StreamsTable
 
 
-def hollow_model(recipe: Recipe) -> nn.Module:
-    """The converted model of `recipe.model.folder`, to be captured and never run.
+def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Module:
+    """The converted model of `recipe.model.folder`, to be captured on `device` and never run.
 
-    Its parameters are zeros that take no memory, in `recipe.model.dtype` but for those of the streams, which are
-    float32; rows of tables are on the meta device. Buffers have the values that the model's own code, or the folder,
-    gives them.
+    Its parameters are fake tensors, in `recipe.model.dtype` but for those of the streams, which are float32; rows of
+    tables are on the meta device. Buffers have the values that the model's own code, or the folder, gives them.
 
     Raises MHC401 to 407 and 414 for a folder that cannot be read, MHC404 for weights that do not fit, MHC602 for
     tables of the recipe that a converted folder has settled or that need a memory where there is none, MHC222 for a
@@ -41,7 +40,7 @@ def hollow_model(recipe: Recipe) -> nn.Module:
     options = Options(inner=recipe.model.inner, kernels=recipe.model.kernels)
     scratch = recipe.model.start == "scratch"
     if not scratch and is_converted(folder):
-        model = _converted(recipe, folder, dtype, options)
+        model = _converted(recipe, folder, dtype, options, device)
     else:
         if scratch:
             model = _build(_config(folder), folder, dtype)
@@ -50,7 +49,7 @@ def hollow_model(recipe: Recipe) -> nn.Module:
             skeleton(checkpoint)  # refuses weights that do not fit
             model = _build(checkpoint.config, folder, dtype)
             _read_buffers(model, checkpoint)
-        _hollow(model)
+        _hollow(model, device)
         spec = (recipe.mhc or StreamsTable()).spec
         start: Any = "paper" if scratch else "zero"
         memory = requested(recipe.memory, lambda: read_tokenizer(folder), model, start=start, tables_on="meta")
@@ -62,7 +61,9 @@ def hollow_model(recipe: Recipe) -> nn.Module:
     return model
 
 
-def _converted(recipe: Recipe, folder: Path, dtype: torch.dtype, options: Options) -> nn.Module:
+def _converted(
+    recipe: Recipe, folder: Path, dtype: torch.dtype, options: Options, device: torch.device | str
+) -> nn.Module:
     for name, table in (("mhc", recipe.mhc), ("memory", recipe.memory)):
         if table is not None:
             raise MHCError("MHC602", f"[{name}] for {folder}, which is converted", way_out=f"leave [{name}] out")
@@ -76,7 +77,8 @@ def _converted(recipe: Recipe, folder: Path, dtype: torch.dtype, options: Option
             model.get_submodule(owner)
         except AttributeError as error:
             raise MHCError("MHC414", f"{folder}: {type(model).__name__} has no module {owner!r}") from error
-    install(_hollow(model), made)
+        parameters.to(device)
+    install(_hollow(model, device), made)
     return model
 
 
@@ -140,14 +142,17 @@ def _read_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
             buffer.copy_(file.get_tensor(name))
 
 
-def _hollow(model: nn.Module) -> nn.Module:
-    """Put one zero, seen at every index, into every parameter's place: tracing cannot mix real and meta tensors."""
+def _hollow(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move the model from the meta device to `device`: parameters as fake tensors, buffers as they are.
+
+    Tracing cannot mix real and meta tensors.
+    """
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays tied
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.is_meta:
                 if p not in made:
-                    zero = torch.zeros((), dtype=p.dtype).expand(p.shape)
-                    made[p] = nn.Parameter(zero, requires_grad=p.requires_grad)
+                    made[p] = nn.Parameter(weightless(p, device), requires_grad=p.requires_grad)
                 module._parameters[name] = made[p]
+        module._buffers.update({name: t if t is None else t.to(device) for name, t in module._buffers.items()})
     return model

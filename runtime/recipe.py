@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.runtime.fields import Described, build, describe, typed, unknown
@@ -52,6 +53,12 @@ class Recipe:
             "0 without data.validation",
         )
         _check_schedule(p, self.microbatches)
+        _ = self.options
+
+    @property
+    def options(self) -> Options:
+        """How the stages are compiled."""
+        return Options(inner=self.model.inner, kernels=self.model.kernels, recompute=self.recompute.blocks)
 
     @property
     def microbatches(self) -> int:
@@ -101,7 +108,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Values of overrides are TOML; what is no TOML is a text. Relative paths are relative to the recipe's folder and
     become absolute. Raises MHC600 for a file that is no recipe, MHC601 for an unknown section or field, MHC602 for
-    values that cannot be, MHC604 for a schedule that cannot run, and MHC201 to 204 and 220 as the compiler does.
+    values that cannot be, MHC604 for a schedule that cannot run, and MHC201 to 204, 220 and 625 as the compiler does.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mhc_compile.config import Inner, Options, stream_spec
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import Exit, Manifold, StreamSpec
+from mhc_compile.passes.cost import parse_blocks
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
 ConventionName = Literal["paper", "deepseek_v4", "glm5_next", "megatron_main", "liger", "hy_v4"]
-_SIZE = re.compile(r"\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +177,7 @@ class RecomputeTable:
     streams of a stage may keep (`2GiB`)."""
 
     def __post_init__(self) -> None:
-        b = self.blocks
-        fits = b >= 1 if isinstance(b, int) else b in ("off", "auto", "stage") or _SIZE.fullmatch(b) is not None
-        require(fits, "recompute.blocks", b, "off, auto, stage, a number of at least 1, or a size such as 2GiB")
+        parse_blocks(self.blocks)
 
 
 @dataclass(frozen=True, kw_only=True)

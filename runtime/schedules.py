@@ -14,10 +14,10 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.nn import functional as F
 
 from mhc_compile.runtime.launch import World
+from mhc_compile.runtime.overlap import register
 from mhc_compile.runtime.recipe_tables import ParallelTable
 from mhc_compile.runtime.stage import Stage
 
@@ -70,11 +70,12 @@ class Pipeline:
             for s in stages
         ]
         common: dict[str, Any] = {"n_microbatches": microbatches, "loss_fn": self._loss, "scale_grads": False}
-        self.schedule: _PipelineSchedule
+        self.schedule: Any
         if parallel.schedule == "1f1b":
             self.schedule = Schedule1F1B(made[0], **common)
         else:
             self.schedule = _SCHEDULES[parallel.schedule](made, **common)
+            register(self.schedule)
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Run one step on this replica's share: `input_ids` and `labels` `[b, S]`, and other inputs of the model.

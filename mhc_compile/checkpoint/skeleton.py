@@ -117,15 +117,15 @@ def quiet(transformers: ModuleType) -> Iterator[list[str]]:
             log.enable_progress_bar()
 
 
-def weightless(like: torch.Tensor) -> torch.Tensor:
-    """A fake tensor on the CPU of the shape, strides and dtype of `like`: it takes no memory, and tracing may mix it
+def weightless(like: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A fake tensor on `device` of the shape, strides and dtype of `like`: it takes no memory, and tracing may mix it
     with real tensors. Its strides are those of real weights, which grouped matrix products look at."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """Move a model from the meta device to the CPU: parameters as fake tensors, buffers as one zero seen at every index.
+    """Move a model from the meta device to the CPU: parameters as fake tensors, buffers as one zero at every index.
 
     Tracing runs what a model computes from constants, and mixes of real and meta tensors fail there.
     """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.distributed import average_gradient
+from mhc_compile.kernels.engram.gradient import RowGradient
 from mhc_compile.kernels.engram.registry import tables
 from mhc_compile.kernels.engram.tables import MemoryTable
 
@@ -39,7 +40,8 @@ class TableAdamW(torch.optim.AdamW):
     Moments are float32 `[rows, width]`, made at a table's first step where its weight lies; the update is computed in
     float32 and rounded once for bfloat16 rows. DDP does not see tables: with a `process_group` (its own, or
     `torch.distributed.group.WORLD`) their gradients are averaged over it at each step; without, the processes' tables
-    drift apart. `lr`, `betas`, `eps` and `maximize` are those of the group. Raises MHC204 for `amsgrad` or a weight
+    drift apart. Of a sharded table (`mhc_compile.kernels.engram.sharded`) a process steps its own rows, with the mean
+    over the table's ranks, and `process_group` is that of the processes with the same rows. `lr`, `betas`, `eps` and `maximize` are those of the group. Raises MHC204 for `amsgrad` or a weight
     decay in a table group, MHC223 for parameters that are no table's weight there, and for weights of tables in other
     groups.
     """
@@ -98,10 +100,15 @@ class TableAdamW(torch.optim.AdamW):
                 for weight in group["params"]:
                     _of(weight, known).drop_gradient()
 
-    def _step_table(self, table: MemoryTable, group: dict[str, Any]) -> None:
+    def take_gradient(self, table: MemoryTable) -> RowGradient | None:
+        """What a step is made with: the table's gradient, averaged over `process_group`, and cleared."""
         found = table.take_gradient()
         if self.process_group is not None:
             found = average_gradient(found, table.width, table.anchor.device, self.process_group)
+        return found
+
+    def _step_table(self, table: MemoryTable, group: dict[str, Any]) -> None:
+        found = self.take_gradient(table)
         if found is None:
             return
         weight = table.weight

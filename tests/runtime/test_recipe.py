@@ -139,8 +139,7 @@ def test_misspelt_names_are_refused_with_the_nearest(recipe: Path, change: str, 
         ("parallel.timeout=0", "parallel.timeout"),
         ("parallel.balance=[3, 3]", "parallel.balance"),
         ("parallel.balance=['a']", "parallel.balance"),
-        ("recompute.blocks=0", "recompute.blocks"),
-        ("recompute.blocks=2GB", "recompute.blocks"),
+        ("recompute.blocks=1.5", "recompute.blocks"),
         ("checkpoint.keep=0", "checkpoint.keep"),
         ("checkpoint.folder=1", "a text"),
         ("data.workers=-1", "data.workers"),
@@ -157,11 +156,19 @@ def test_values_that_cannot_be_are_refused(recipe: Path, change: str, said: str)
 
 @pytest.mark.parametrize(
     ("change", "code"),
-    [("mhc.streams=9", "MHC201"), ("mhc.manifold=kronecker mhc.streams=3", "MHC203"), ("memory.order=1", "MHC220")],
+    [
+        ("mhc.streams=9", "MHC201"),
+        ("mhc.manifold=kronecker mhc.streams=3", "MHC203"),
+        ("memory.order=1", "MHC220"),
+        ("model.kernels=fast", "MHC204"),
+        ("recompute.blocks=0", "MHC204"),
+        ("recompute.blocks=2 boxes", "MHC204"),
+        ("recompute.blocks=auto model.inner=eager", "MHC625"),
+    ],
 )
 def test_the_compilers_own_values_have_its_codes(recipe: Path, change: str, code: str) -> None:
     with pytest.raises(MHCError, match=code):
-        read_recipe(recipe, change.split())
+        read_recipe(recipe, change.split(" ") if "=" in change.split(" ")[-1] else [change])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""One rank's part of a training run but for data, checkpoints and metrics: stages, their schedule, the optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from mhc_compile.passes.stages import cut
+from mhc_compile.runtime.balance import cuts
+from mhc_compile.runtime.launch import World
+from mhc_compile.runtime.model import hollow_model
+from mhc_compile.runtime.optimizer import RunAdamW
+from mhc_compile.runtime.program import Program, capture_program
+from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.schedules import V_SHAPED, Pipeline, local_stages
+from mhc_compile.runtime.stage import Stage, build_stages, materialise_all, tied
+from mhc_compile.runtime.tables import look_up_early, table_factory
+from mhc_compile.runtime.weights import initialise, load_folder
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step came to; the same on all ranks."""
+
+    loss: float
+    """The mean over all tokens of the batch."""
+    norm: float
+    """Of all gradients, before clipping."""
+    stop: bool
+    """Whether a rank wants to stop after it."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """This rank's stages with their weights, and what moves them."""
+
+    recipe: Recipe
+    world: World
+    program: Program
+    starts: tuple[int, ...]
+    """The first site of every stage but the first."""
+    stages: list[Stage]
+    pipeline: Pipeline
+    optimizer: RunAdamW
+
+    def compile(self) -> None:
+        """Compile the stages for training, and wait until all ranks have: a step's timeout is too short for that."""
+        sharded = [m for stage in self.stages for m in stage.modules() if isinstance(m, FSDPModule)]
+        with self.world.patience("compiling"):
+            # All messages before the first compilation: ranks take their time over it.
+            for module in sharded:
+                module.unshard()
+            for stage in self.stages:
+                stage.prepare(**example_batch(self.recipe, self.world.device))
+            for module in sharded:
+                module.reshard()
+            self.world.meet()
+
+    def gradients(self, batch: Mapping[str, Tensor], step: int, *, stop: bool = False) -> Step:
+        """Forward and backward passes of this replica's share of a step, `input_ids` and `labels` `[b, S]`.
+
+        Gradients are left for `optimizer.update` or `skip`. `stop`: whether this rank wants to stop afterwards.
+        Random numbers (dropout) depend on the recipe's seed, the step and the rank alone. Raises MHC605.
+        """
+        torch.manual_seed(_number(self.recipe.train.seed, step, self.world.rank))
+        given = {name: t.to(self.world.device) for name, t in batch.items()}
+        with self.world.doing("forward and backward passes", step):
+            loss = self.pipeline.step(given)
+        with self.world.doing("gradients over ranks", step):
+            self.optimizer.reduce()
+            norm = self.optimizer.norm()
+            said = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
+            dist.all_reduce(said)
+            total, stops = said.tolist()
+        return Step(total / self.world.parallel.replicas, norm, stops > 0)
+
+
+def build_engine(recipe: Recipe, world: World) -> Engine:
+    """The recipe's model on this rank, cut, with its weights read or drawn. A collective.
+
+    Raises what `hollow_model`, `capture_program`, `build_stages`, `initialise` and `load_folder` raise.
+    """
+    parallel = recipe.parallel
+    program = capture(recipe, world.device)
+    with world.patience("cutting the model"):
+        starts = _agreed(cuts(program, parallel.stage_count, parallel.balance) if world.rank == 0 else None, world)
+    sharded = parallel.mode == "fsdp"
+    stages = build_stages(
+        program,
+        starts,
+        indices=local_stages(parallel, world.pipe),
+        options=recipe.options,
+        device=world.device,
+        units="blocks" if sharded else "stage",
+        split=splits(recipe),
+        make_table=table_factory(world.engram_group),
+    )
+    if sharded:
+        for stage in stages:
+            _shard(stage, world)
+            stage.materialise()
+    else:
+        materialise_all(stages)
+    with world.patience("reading the weights" if recipe.model.start == "checkpoint" else "drawing the weights"):
+        if recipe.model.start == "checkpoint":
+            load_folder(stages, program, Path(recipe.model.folder), recipe.train.seed)
+        else:
+            initialise(stages, program, recipe.train.seed)
+        world.meet()
+    ties = tied(program, cut(program.graph, starts))
+    return Engine(
+        recipe, world, program, tuple(starts), stages, Pipeline(stages, world, recipe.microbatches),
+        RunAdamW(stages, ties, world, recipe.train),
+    )  # fmt: skip
+
+
+def capture(recipe: Recipe, device: torch.device) -> Program:
+    """The recipe's model as a graph for one microbatch; its weights are not read."""
+    model = hollow_model(recipe, device)
+    if recipe.parallel.engram > 1:
+        look_up_early(model)
+    return capture_program(model, example_batch(recipe, device))
+
+
+def example_batch(recipe: Recipe, device: torch.device) -> dict[str, Tensor]:
+    """One microbatch's inputs of the model."""
+    shape = (recipe.train.microbatch, recipe.data.sequence)
+    return {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
+
+
+def splits(recipe: Recipe) -> bool:
+    """Whether weights' gradients are computed apart from the others: what V-shaped schedules fill their gaps with.
+
+    FSDP needs whole backward passes, and the inner compiler `eager` has no backward graph to split.
+    """
+    p = recipe.parallel
+    return p.schedule in V_SHAPED and p.mode == "replicate" and recipe.model.inner != "eager"
+
+
+def _shard(stage: Stage, world: World) -> None:
+    """Spread every parameter of a stage over the replicas, one message a unit; rows of tables stay as they are."""
+    rows = {p for t in stage.tables.values() for p in t.parameters()}
+    # Whole from a step's first use to its end: between a forward and its backward other microbatches use them, too.
+    how: dict[str, Any] = {"mesh": world.replica_mesh, "reshard_after_forward": False, "ignored_params": rows}
+    for unit in stage.units:
+        fully_shard(unit, **how)
+    fully_shard(stage, **how)
+
+
+def _agreed(starts: Sequence[int] | None, world: World) -> list[int]:
+    """The first rank's: a measurement differs from rank to rank."""
+    said: list[Any] = [starts]
+    dist.broadcast_object_list(said, src=0, group=world.patient)
+    return list(said[0])
+
+
+def _number(*parts: int) -> int:
+    """A seed that depends on all of the parts."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "little")

@@ -1,0 +1,225 @@
+"""From the gradients of one replica's microbatches to moved weights: sums and means over ranks, clipping, AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mhc_compile.engram.optimizer import RATIO, TableAdamW
+from mhc_compile.kernels.engram.gradient import RowGradient
+from mhc_compile.kernels.engram.sharded import ShardedTable
+from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.runtime.launch import World
+from mhc_compile.runtime.recipe_tables import TrainTable
+from mhc_compile.runtime.schedules import place_of
+from mhc_compile.runtime.stage import Stage
+
+BUCKET = 25 * 2**20
+"""Elements that one message of gradients holds, at least where there are so many."""
+_DECAYED_OF_STREAMS = (".phi", ".key", ".value", ".projection")
+
+
+def learning_rate(step: int, train: TrainTable) -> float:
+    """The rate of the optimizer step numbered `step`, from 1 on; a function of nothing else.
+
+    It rises linearly over `warmup` steps, of which the last has `lr`, and falls until the last step has `final * lr`.
+    """
+    if step <= train.warmup:
+        return train.lr * step / train.warmup
+    if train.schedule == "constant":
+        return train.lr
+    progress = (step - train.warmup) / max(train.steps - train.warmup, 1)
+    fall = (1 + math.cos(math.pi * progress)) / 2 if train.schedule == "cosine" else 1 - progress
+    return train.lr * (train.final + (1 - train.final) * fall)
+
+
+class RunAdamW(TableAdamW):
+    """AdamW over the parameters and tables of this rank's stages.
+
+    A step is `reduce`, `norm`, then `update` or `skip`: all of them are called by all ranks.
+
+    `tied`: what several stages hold, with the stages, as `mhc_compile.runtime.stage.tied` says. No decay on vectors and
+    on coefficients of streams; tables have 5 times the learning rate.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], tied: Mapping[str, Sequence[int]], world: World, train: TrainTable
+    ) -> None:
+        self.world, self.train = world, train
+        self.held: dict[str, list[nn.Parameter]] = {}
+        """Trained parameters by name; a tied one may have two, of the first and the last stage."""
+        self.tables: dict[str, MemoryTable] = {}
+        rows: set[int] = set()
+        for stage in stages:
+            self.tables |= {name: t for name, t in stage.tables.items() if t.trainable}
+            rows |= {id(p) for t in stage.tables.values() for p in t.parameters()}
+        for stage in stages:
+            for name, p in stage.named_parameters():
+                if p.requires_grad and id(p) not in rows and all(p is not q for q in self.held.get(name, [])):
+                    self.held.setdefault(name, []).append(p)
+        self._taken: dict[str, RowGradient | None] | None = None
+        self._tied = _ties(tied, world)
+        super().__init__(
+            _groups(self.held, self.tables, train),
+            betas=train.betas,
+            process_group=world.data_group if world.data_group.size() > 1 else None,
+            # One pass over memory in place of a dozen. On GPUs torch's default is as good.
+            fused=True if world.device.type == "cpu" else None,
+        )
+        for t in self.tables.values():
+            t.has_optimizer = True
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Average gradients over replicas, and add those of tied parameters over the stages that hold them."""
+        gradients = {name: [p.grad for p in held if p.grad is not None] for name, held in self.held.items()}
+        if self.world.parallel.mode == "replicate":
+            # FSDP has averaged its own.
+            _average([g for each in gradients.values() for g in each], self.world.replica_group)
+        for name, (_, group) in self._tied.items():
+            self._add_up(name, group)
+        self._taken = {name: super(RunAdamW, self).take_gradient(t) for name, t in self.tables.items()}
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """The norm of all gradients of the model, those of tables included; the same on all ranks."""
+        assert self._taken is not None, "reduce() first"
+        shards: list[Tensor] = []
+        wholes: list[Tensor] = []
+        for name, held in self.held.items():
+            gradient = held[0].grad
+            if gradient is not None and self._counts(name):
+                (shards if isinstance(gradient, DTensor) else wholes).append(_local(gradient))
+        spread: list[Tensor] = []
+        for name, rows in self._taken.items():
+            if rows is not None:
+                (spread if isinstance(self.tables[name], ShardedTable) else wholes).append(rows.values)
+        squares = torch.stack([self._squares(wholes), self._squares(shards), self._squares(spread)])
+        if self.world.parallel.mode == "fsdp":
+            dist.all_reduce(squares[1:2], group=self.world.replica_group)
+        if self.world.parallel.engram > 1:
+            dist.all_reduce(squares[2:3], group=self.world.engram_group)
+        total = squares.sum()
+        dist.all_reduce(total, group=self.world.pipe_group)
+        return math.sqrt(float(total))
+
+    @torch.no_grad()
+    def update(self, step: int, norm: float) -> float:
+        """Clip to `train.clip`, move the weights with the learning rate of `step`, and clear; returns that rate."""
+        clip = self.train.clip
+        scale = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        if scale < 1.0:
+            gradients = [_local(p.grad) for held in self.held.values() for p in held if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, scale)
+            assert self._taken is not None
+            self._taken = {n: g and RowGradient(g.rows, g.values * scale) for n, g in self._taken.items()}
+        rate = learning_rate(step, self.train)
+        for group in self.param_groups:
+            group["lr"] = RATIO * rate if group["table"] else rate
+        self.step()
+        self.skip()
+        return rate
+
+    def skip(self) -> None:
+        """Clear all gradients and leave the weights as they are."""
+        self._taken = None
+        for held in self.held.values():
+            for p in held:
+                p.grad = None
+        for t in self.tables.values():
+            t.drop_gradient()
+
+    def take_gradient(self, table: MemoryTable) -> RowGradient | None:
+        """What `reduce` took."""
+        assert self._taken is not None, "reduce() first"
+        return self._taken[next(name for name, t in self.tables.items() if t is table)]
+
+    def _counts(self, name: str) -> bool:
+        """Whether this rank's gradient is the one of a parameter that counts in the norm: a tied one counts once."""
+        return name not in self._tied or min(self._tied[name][0]) == self.world.pipe
+
+    def _add_up(self, name: str, group: dist.ProcessGroup | None) -> None:
+        """Make the gradient of a tied parameter the sum over its stages, here and on the other ranks."""
+        held = self.held[name]
+        for p in held:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        total = _local(held[0].grad)
+        for p in held[1:]:
+            total += _local(p.grad)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        for p in held[1:]:
+            _local(p.grad).copy_(total)
+
+    def _squares(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The sum of squares, float64."""
+        found = [t for t in tensors if t.numel()]
+        if not found:
+            return torch.zeros((), dtype=torch.float64, device=self.world.device)
+        norms: list[Tensor] = torch._foreach_norm(found)  # type: ignore[assignment]
+        return torch.stack([n.to(self.world.device, torch.float64) for n in norms]).square().sum()
+
+
+def _groups(
+    held: Mapping[str, Sequence[nn.Parameter]], tables: Mapping[str, MemoryTable], train: TrainTable
+) -> list[dict[str, Any]]:
+    """As `mhc_compile.parameter_groups`, from names."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameters in held.items():
+        ours = "mhc" in name.split(".")
+        plain = parameters[0].ndim < 2 or (ours and not name.endswith(_DECAYED_OF_STREAMS))
+        (free if plain else decayed).extend(parameters)
+    groups = [
+        {"params": decayed, "lr": train.lr, "weight_decay": train.weight_decay},
+        {"params": free, "lr": train.lr, "weight_decay": 0.0},
+        {"params": [t.weight for t in tables.values()], "lr": RATIO * train.lr, "weight_decay": 0.0, "table": True},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _ties(
+    tied: Mapping[str, Sequence[int]], world: World
+) -> dict[str, tuple[tuple[int, ...], dist.ProcessGroup | None]]:
+    """The tied parameters of this rank: the places in the pipeline that hold them, and their group if they are several.
+
+    All ranks make these groups in the order of `tied`, which is the same on all of them.
+    """
+    found: dict[str, tuple[tuple[int, ...], dist.ProcessGroup | None]] = {}
+    for name, stages in tied.items():
+        places = tuple(sorted({place_of(world.parallel, stage) for stage in stages}))
+        if world.pipe in places:
+            found[name] = (places, world.pipe_ranks(places) if len(places) > 1 else None)
+    return found
+
+
+def _average(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """The mean over the ranks of `group`, in place: a message for every `BUCKET` elements of a dtype."""
+    if group.size() == 1:
+        return
+    buckets: dict[torch.dtype, list[list[Tensor]]] = {}
+    for gradient in gradients:
+        rows = buckets.setdefault(gradient.dtype, [[]])
+        if rows[-1] and sum(g.numel() for g in rows[-1]) + gradient.numel() > BUCKET:
+            rows.append([])
+        rows[-1].append(gradient)
+    for bucket in (bucket for rows in buckets.values() for bucket in rows):
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat, group=group)
+        flat /= group.size()
+        for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(part.view_as(g))
+
+
+def _local(tensor: Tensor | None) -> Tensor:
+    """What lies on this rank."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,155 @@
+"""Training in several processes and in one without any of the runtime, to be compared; started by file path."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mhc_compile
+from mhc_compile.runtime.engine import Engine, build_engine
+from mhc_compile.runtime.launch import launch
+from mhc_compile.runtime.optimizer import learning_rate
+from mhc_compile.runtime.recipe import Recipe, parse_recipe
+
+VOCAB, LENGTH = 64, 8
+Result = tuple[list[float], list[float], dict[str, Tensor]]
+"""The losses and the gradients' norms of all steps, and the trained parameters."""
+
+
+def model_folder(folder: Path, **config: Any) -> Path:
+    """A converted Llama with random streams and a tied head, on the disk."""
+    torch.manual_seed(0)
+    fields = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0,
+        "initializer_range": 0.1, "tie_word_embeddings": True,
+    }  # fmt: skip
+    extra = {name: config.pop(name) for name in ("engram", "streams") if name in config}
+    start = {"engram_start": "paper"} if "engram" in extra else {}
+    model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
+    mhc_compile.convert(model, scratch=True, inner="eager", **extra, **start).save_pretrained(folder)
+    return folder
+
+
+def recipe(folder: Path, *, steps: int = 4, **tables: dict[str, Any]) -> Recipe:
+    content: dict[str, Any] = {
+        "model": {"folder": str(folder), "inner": "aot_eager"},
+        "data": {"folder": "none", "sequence": LENGTH},
+        "train": {"steps": steps, "batch": 8, "microbatch": 1, "lr": 1e-2, "warmup": 2, "clip": 0.5},
+        "parallel": {"timeout": 60},
+        "checkpoint": {"folder": "none", "every": 0},
+    }
+    for name, fields in tables.items():
+        content[name] = content.get(name, {}) | fields
+    return parse_recipe(content, folder)
+
+
+def batch(step: int, size: int = 8) -> dict[str, Tensor]:
+    """The whole batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(1, VOCAB, (size, LENGTH + 1), generator=generator)
+    return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def plain(recipe: Recipe) -> Result:
+    """The same training by a loop of a few lines in this process, eagerly, without pipeline, ranks or microbatches."""
+    model = mhc_compile.from_pretrained(recipe.model.folder, inner="eager").train()
+    t = recipe.train
+    groups = mhc_compile.parameter_groups(model, weight_decay=t.weight_decay, lr=t.lr)
+    optimizer = mhc_compile.TableAdamW(groups, betas=t.betas)
+    losses, norms = [], []
+    for step in range(1, t.steps + 1):
+        given = batch(step, t.batch)
+        logits = model(given["input_ids"]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), given["labels"].flatten())
+        loss.backward()
+        norms.append(float(clip(model, t.clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = (5 if group["table"] else 1) * learning_rate(step, t)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def clip(model: nn.Module, most: float) -> Tensor:
+    """Clip all gradients of `model` together, those of tables too; returns the norm before."""
+    from mhc_compile.kernels.engram.tables import MemoryTable
+
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    found += [m.gradient.values for m in model.modules() if isinstance(m, MemoryTable) and m.gradient is not None]
+    norm = torch.stack([g.norm() for g in found]).norm()
+    for g in found:
+        g.mul_(min(1.0, most / (float(norm) + 1e-6)))
+    return norm
+
+
+def spread(recipes: dict[str, Recipe], answers: Path) -> dict[str, Result]:
+    """Train by every recipe, one after the other, in as many processes as the largest needs."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in recipes]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in sockets]
+    world = max(r.parallel.world for r in recipes.values())
+    mp.spawn(_rank, (recipes, ports, answers), nprocs=world)
+    found: dict[str, Result] = {}
+    for name, r in recipes.items():
+        parts = [torch.load(answers / f"{name}-{rank}.pt") for rank in range(r.parallel.world)]
+        for part in parts:
+            assert part[:2] == parts[0][:2], f"{name}: ranks know different losses"
+        found[name] = (*parts[0][:2], {k: v for part in parts for k, v in part[2].items()})
+    return found
+
+
+def _rank(rank: int, recipes: dict[str, Recipe], ports: list[int], answers: Path) -> None:
+    torch.set_num_threads(1)
+    for (name, r), port in zip(recipes.items(), ports, strict=True):
+        if rank >= r.parallel.world:
+            continue
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+        os.environ |= {k: str(v) for k, v in {**where, "WORLD_SIZE": r.parallel.world}.items()}
+        try:
+            torch.save(_train(r), answers / f"{name}-{rank}.pt")
+        except BaseException:
+            print(f"{name}, rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            raise
+
+
+def _train(recipe: Recipe) -> Result:
+    losses, norms = [], []
+    with launch(recipe.parallel) as world:
+        engine = build_engine(recipe, world)
+        engine.compile()
+        share = recipe.train.batch // recipe.parallel.replicas
+        for step in range(1, recipe.train.steps + 1):
+            rows = slice(world.replica * share, (world.replica + 1) * share)
+            found = engine.gradients({k: v[rows] for k, v in batch(step, recipe.train.batch).items()}, step)
+            engine.optimizer.update(step, found.norm)
+            losses.append(found.loss)
+            norms.append(found.norm)
+        return losses, norms, _weights(engine)
+
+
+def _weights(engine: Engine) -> dict[str, Tensor]:
+    """What this rank's stages hold, shards put together; of spread tables its own rows, by where they begin."""
+    found: dict[str, Tensor] = {}
+    for stage in engine.stages:
+        rows = {f"{name}.weight": t for name, t in stage.tables.items()}
+        for name, p in stage.named_parameters():
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            begin = getattr(rows.get(name), "begin", 0)
+            found[f"{name}[{begin}:]" if begin else name] = whole.detach()
+    return found
