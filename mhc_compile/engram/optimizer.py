@@ -41,9 +41,9 @@ class TableAdamW(torch.optim.AdamW):
     float32 and rounded once for bfloat16 rows. DDP does not see tables: with a `process_group` (its own, or
     `torch.distributed.group.WORLD`) their gradients are averaged over it at each step; without, the processes' tables
     drift apart. Of a sharded table (`mhc_compile.kernels.engram.sharded`) a process steps its own rows, with the mean
-    over the table's ranks, and `process_group` is that of the processes with the same rows. `lr`, `betas`, `eps` and `maximize` are those of the group. Raises MHC204 for `amsgrad` or a weight
-    decay in a table group, MHC223 for parameters that are no table's weight there, and for weights of tables in other
-    groups.
+    over the table's ranks, and `process_group` is that of the processes with the same rows. `lr`, `betas`, `eps` and
+    `maximize` are those of the group. Raises MHC204 for `amsgrad` or a weight decay in a table group, MHC223 for
+    parameters that are no table's weight there, and for weights of tables in other groups.
     """
 
     process_group: dist.ProcessGroup | None = None
