@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.runtime.recipe_tables import ParallelTable
+from mhc_compile.runtime.rendezvous import fresh_store
 
 DIMS = ("pipe", "data", "engram")
 """Of the mesh, outermost first: rank = (pipe * data + data index) * engram + engram index."""
@@ -121,7 +122,8 @@ def launch(parallel: ParallelTable) -> Iterator[World]:
     timeout = timedelta(seconds=parallel.timeout)
     try:
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store = fresh_store(rank, world_size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:

@@ -1,0 +1,52 @@
+"""How the processes of a run find each other, again and again: what an earlier attempt left behind is not read.
+
+torchrun keeps one key-value store for all its restarts (torch 2.11 to 2.13), and gloo and NCCL write the addresses of
+processes under the same keys every time. After a restart a rank could thus read where a dead process listened, and
+never reach the living one. Here the first rank makes a new prefix for the keys, and tells it to those who are alive.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+PAUSE = 0.01
+"""Seconds between looks of the first rank for the others."""
+
+
+def fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """A store for `torch.distributed.init_process_group` with which no earlier attempt has to do. All ranks call it.
+
+    The environment says where it is, as torchrun or a launcher of your own sets it (`MASTER_ADDR`, `MASTER_PORT`).
+    Each rank draws a number and leaves it where the first rank looks; the first rank answers each number that it finds
+    with its prefix until the rank has been seen under that prefix: an old number is answered, too, but nobody reads it.
+
+    Raises torch.distributed.DistError where a rank does not come within `timeout`.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"mhc/hello/{rank}", own)
+        prefix: str = store.get(f"mhc/answer/{own}").decode()
+        store.set(f"{prefix}/here/{rank}", "")
+        return dist.PrefixStore(prefix, store)
+    prefix = f"mhc/{own}"
+    missing, answered = set(range(1, size)), set()
+    end = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{prefix}/here/{other}"]):
+                missing.remove(other)
+            elif store.check([f"mhc/hello/{other}"]):
+                number = store.get(f"mhc/hello/{other}").decode()
+                if number not in answered:
+                    store.set(f"mhc/answer/{number}", prefix)
+                    answered.add(number)
+        if missing and time.monotonic() > end:
+            raise dist.DistStoreError(f"timed out: ranks {sorted(missing)} of {size} did not come")
+        time.sleep(PAUSE if missing else 0)
+    return dist.PrefixStore(prefix, store)
