@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from pipelines import gradients, ids, loss_of, program_of, stages_of, tiny
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV, ScheduleZBVZeroBubble
+from torch.distributed.pipelining.schedules import OVERLAP_F_B
 
 from mhc_compile.config import Options
 from mhc_compile.runtime import overlap
@@ -76,7 +78,7 @@ def train(folder: Path) -> None:
             if how != "torch":
                 overlap.register(schedule)
             losses = step(schedule, ids(MICROBATCHES, 1))
-            with watching(schedule) as events:
+            with meeting(schedule, how == "in threads"), watching(schedule) as events:
                 losses += step(schedule, ids(MICROBATCHES, 2))
             found[f"{name} {how}"] = {"losses": losses, "gradients": gradients(stages), "events": events}
     torch.save(found, folder / f"{rank}.pt")
@@ -110,3 +112,36 @@ def watching(schedule: Any) -> Iterator[list[str]]:
             for function in (f for unit in stage.submod.units for f in unit.functions):
                 note(function, "_finish", f"weights{i}")
         yield events
+
+
+@contextmanager
+def meeting(schedule: Any, needed: bool) -> Iterator[None]:
+    """If `needed`, both halves of every overlapped action wait until the other has begun to compute."""
+    actions = schedule._comp_type_to_function_map
+    if not needed or OVERLAP_F_B not in actions:
+        yield
+        return
+    both = threading.Barrier(2, timeout=60)
+    overlapping = False
+    perform = actions[OVERLAP_F_B]
+
+    def overlapped(action: Any, ctx: Any) -> None:
+        nonlocal overlapping
+        overlapping = True
+        perform(action, ctx)
+        overlapping = False
+
+    def meet(call: Any) -> Any:
+        def met(*args: Any, **kwargs: Any) -> Any:
+            if overlapping:
+                both.wait()
+            return call(*args, **kwargs)
+
+        return met
+
+    with ExitStack() as patched:
+        patched.enter_context(mock.patch.dict(actions, {OVERLAP_F_B: overlapped}))
+        for stage in schedule._stages:
+            for method in ("forward_one_chunk", "backward_one_chunk"):
+                patched.enter_context(mock.patch.object(stage, method, meet(getattr(stage, method))))
+        yield
