@@ -143,8 +143,9 @@ def _document(text: str, read: int) -> Iterator[Piece]:
 def cut(file: TextIO, size: int = PIECE) -> Iterator[tuple[str, bool, bool]]:
     """A document as pieces of at most `size` characters, whether each is the first and whether it is the last.
 
-    A piece ends behind the last line break in it that a visible character follows: no tokenizer that splits text into
-    words and spaces before it merges has a token across that place, so the tokens are those of the whole document.
+    A piece ends behind the last line break in it that stands alone between visible characters: tokenizers that split
+    text into words and spaces before they merge (GPT-2's, Llama 3's) have no token across that place, so that the
+    tokens are those of the whole document. A text without such a place is cut behind any line break, else anywhere.
     """
     held, first = "", True
     while True:
@@ -152,12 +153,19 @@ def cut(file: TextIO, size: int = PIECE) -> Iterator[tuple[str, bool, bool]]:
         if len(held) < size:
             yield held, first, True
             return
-        at = held.rfind("\n", 0, -1)
-        while at >= 0 and held[at + 1].isspace():
-            at = held.rfind("\n", 0, at)
-        end = at + 1 or size
+        end = _place(held)
         yield held[:end], first, False
         held, first = held[end:], False
+
+
+def _place(text: str) -> int:
+    """Where to cut `text`, see `cut`."""
+    at = text.rfind("\n", 1, -1)
+    while at > 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at + 1
+        at = text.rfind("\n", 1, at)
+    return text.rfind("\n") + 1 or len(text)
 
 
 def _dataset(name: str, field: str) -> Source:

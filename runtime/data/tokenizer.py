@@ -51,7 +51,8 @@ def read_tokenizer(folder: str | Path) -> FolderTokenizer:
     except ImportError as error:
         raise MHCError("MHC415", str(error)) from error
     except Exception as error:  # what these readers raise for files that are none has no narrower class
-        raise MHCError("MHC614", f"{folder}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise MHCError("MHC614", f"{folder}: {reason}") from error
     if size < 1:
         raise MHCError("MHC614", f"the tokenizer in {folder} has no tokens")
     eos = _eos(folder, found, size)
