@@ -14,12 +14,11 @@ from mhc_compile.convert import command as convert
 from mhc_compile.demo import command as demo
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.inspect import command as inspect
-from mhc_compile.plan import command as plan
 
-RUNTIME = {"data": "mhc_compile.runtime.data.command"}
+RUNTIME = {"data": "mhc_compile.runtime.data.command", "train": "mhc_compile.runtime.command", "plan": "mhc_compile.runtime.plan.command"}
 """Commands by the names of their modules, as nothing outside of the runtime imports it; `run` loads what is heavy."""
 COMMANDS: dict[str, ModuleType] = {
-    "convert": convert, "inspect": inspect, "plan": plan, "demo": demo, "bench": bench,
+    "convert": convert, "inspect": inspect, "demo": demo, "bench": bench,
     **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""

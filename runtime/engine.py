@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mhc_compile.passes.stages import cut
@@ -54,7 +55,9 @@ class Engine:
     def compile(self) -> None:
         """Compile the stages for training, and wait until all ranks have: a step's timeout is too short for that."""
         sharded = [m for stage in self.stages for m in stage.modules() if isinstance(m, FSDPModule)]
-        with self.world.patience("compiling"):
+        # torch would leave the backward to its first call.
+        at_once = functorch_config.patch(force_non_lazy_backward_lowering=True)
+        with self.world.patience("compiling"), at_once:
             # All messages before the first compilation: ranks take their time over it.
             for module in sharded:
                 module.unshard()
@@ -83,8 +86,10 @@ class Engine:
         return Step(total / self.world.parallel.replicas, norm, stops > 0)
 
 
-def build_engine(recipe: Recipe, world: World) -> Engine:
+def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engine:
     """The recipe's model on this rank, cut, with its weights read or drawn. A collective.
+
+    Without `weights` no value is set: a checkpoint will give them all.
 
     Raises what `hollow_model`, `capture_program`, `build_stages`, `initialise` and `load_folder` raise.
     """
@@ -110,9 +115,9 @@ def build_engine(recipe: Recipe, world: World) -> Engine:
     else:
         materialise_all(stages)
     with world.patience("reading the weights" if recipe.model.start == "checkpoint" else "drawing the weights"):
-        if recipe.model.start == "checkpoint":
+        if weights and recipe.model.start == "checkpoint":
             load_folder(stages, program, Path(recipe.model.folder), recipe.train.seed)
-        else:
+        elif weights:
             initialise(stages, program, recipe.train.seed)
         world.meet()
     ties = tied(program, cut(program.graph, starts))

@@ -83,12 +83,16 @@ def _converted(
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The configuration in a folder without weights. Raises MHC401, 402, 405 or 406."""
+    """The configuration in a folder without weights, with a class for it. Raises MHC401, 402, 405 or 406."""
     path = folder / "config.json"
     if not path.is_file():
         raise MHCError("MHC401", f"{path} is missing")
     config = read_json(path)
     refuse_config(path, config)
+    if not config.get("architectures"):  # a configuration that no model has saved yet
+        known = transformers_module().models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        name = known.get(config.get("model_type"))
+        config["architectures"] = [name] if isinstance(name, str) else None
     return config
 
 

@@ -17,7 +17,7 @@ ConventionName = Literal["paper", "deepseek_v4", "glm5_next", "megatron_main", "
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTable:
-    """`[model]`: what is trained."""
+    """`[model]`: What is trained."""
 
     folder: str
     """A checkpoint folder: residual (its streams are added as it is read) or converted; with `start = "scratch"` only
@@ -37,7 +37,7 @@ class ModelTable:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamsTable:
-    """`[mhc]`: the streams that a residual folder gets, or a model from scratch."""
+    """`[mhc]`: The streams that a residual folder gets, or a model from scratch."""
 
     streams: int = 4
     """n, 1 to 8."""
@@ -61,7 +61,7 @@ class StreamsTable:
 
 @dataclass(frozen=True, kw_only=True)
 class DataTable:
-    """`[data]`: folders that `mhc-compile data` has written."""
+    """`[data]`: Folders that `mhc-compile data` has written."""
 
     folder: str
     """Tokens to train on."""
@@ -72,7 +72,7 @@ class DataTable:
     seed: int = 0
     """Of the order of sequences."""
     workers: int = 0
-    """Processes a rank that read ahead; 0: the rank itself reads."""
+    """Threads a rank that read ahead; 0: the rank itself reads."""
 
     def __post_init__(self) -> None:
         _at_least("data", self, sequence=1, seed=0, workers=0)
@@ -80,7 +80,7 @@ class DataTable:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTable:
-    """`[train]`: how long, how much at a time, and how the weights move."""
+    """`[train]`: How long, how much at a time, and how the weights move."""
 
     steps: int
     """Optimizer steps of the whole run."""
@@ -125,7 +125,7 @@ class TrainTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelTable:
-    """`[parallel]`: how the run is spread. There are stages x data x engram ranks."""
+    """`[parallel]`: How the run is spread. There are stages x data x engram ranks."""
 
     stages: int = 1
     """Ranks a pipeline."""
@@ -170,7 +170,7 @@ class ParallelTable:
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeTable:
-    """`[recompute]`: what the backward pass computes again instead of keeping it."""
+    """`[recompute]`: What the backward pass computes again instead of keeping it."""
 
     blocks: Literal["off", "auto", "stage"] | int | str = "off"
     """`off`; `auto`: the blocks that keep least; `stage`: one block a stage; sites a block; or the memory that the
@@ -182,7 +182,7 @@ class RecomputeTable:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointTable:
-    """`[checkpoint]`: where the run goes on after a stop."""
+    """`[checkpoint]`: Where the run goes on after a stop."""
 
     folder: str
     """Written by this run; one that holds a checkpoint of the same run is gone on from."""
@@ -199,7 +199,7 @@ class CheckpointTable:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsTable:
-    """`[metrics]`: what is written down on the way."""
+    """`[metrics]`: What is written down on the way."""
 
     every: int = 10
     """Steps between lines of metrics.jsonl."""

@@ -137,6 +137,12 @@ def test_rows_cannot_be_spread_where_there_are_none(folders: dict[str, Path]) ->
         hollow_model(recipe(folders["llama"], parallel={"engram": 2}))
 
 
+def test_a_configuration_alone_is_enough_from_scratch(tmp_path: Path) -> None:
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    assert "architectures" not in json.loads((tmp_path / "config.json").read_text())
+    assert isinstance(hollow_model(recipe(tmp_path, model={"start": "scratch"})), LlamaForCausalLM)
+
+
 def test_damaged_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(MHCError, match="MHC401"):
         hollow_model(recipe(tmp_path, model={"start": "scratch"}))

@@ -1,0 +1,126 @@
+"""`mhc-compile train`: run a recipe, or look at what it would do."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mhc_compile.diagnostics import MHCError
+
+NAME = "train"
+_DESCRIPTION = """\
+Train a model as a recipe says: a TOML file with the sections [model], [mhc], [memory], [data],
+[train], [parallel], [recompute], [checkpoint] and [metrics]. `--fields` explains every field.
+
+Alone the command is one process. torchrun starts it in several, parallel.stages x parallel.data x
+parallel.engram of them. A run that was stopped or killed goes on from its last checkpoint when the
+same command is given again, on as many processes as you like.
+"""
+_EXAMPLES = """\
+examples:
+  mhc-compile data ./books ./tokens --tokenizer ./Qwen3-0.6B
+      the tokens that [data] folder names
+  mhc-compile train recipe.toml --dry-run
+      check the recipe, the data, the tokenizer and the model, and print what would be done
+  mhc-compile train recipe.toml train.steps=20 parallel.schedule=1f1b
+      with two fields changed
+  torchrun --nproc-per-node 4 -m mhc_compile train recipe.toml parallel.stages=2 parallel.data=2
+      2 pipeline stages, 2 replicas of them
+  torchrun --nproc-per-node 4 --max-restarts 20 -m mhc_compile train recipe.toml
+      start all ranks again from the last checkpoint when one is lost
+
+a recipe:
+  [model]
+  folder = "Qwen3-0.6B"         # relative paths begin at the recipe's folder
+  [data]
+  folder = "tokens"
+  sequence = 1024
+  [train]
+  steps = 2000
+  batch = 64                    # sequences a step, over all ranks
+  microbatch = 4                # sequences that a stage computes at a time
+  lr = 3e-4
+  [checkpoint]
+  folder = "runs/first"
+  every = 200
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command with argparse."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="train by a recipe, in one process or many",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, nargs="?", help="a TOML file")
+    parser.add_argument(
+        "overrides", metavar="SECTION.FIELD=VALUE", nargs="*", help="fields that differ from the recipe's"
+    )
+    parser.add_argument("--fields", action="store_true", help="explain every field of a recipe and end")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or print, as the arguments say. Raises `MHCError` as `read_recipe` and `train` do."""
+    # Here, because every command is registered when any of them runs.
+    from mhc_compile.runtime.recipe import read_recipe
+
+    if args.fields:
+        _print_fields()
+        return 0
+    if args.recipe is None:
+        raise MHCError("MHC600", "no file is named")
+    recipe = read_recipe(args.recipe, args.overrides)
+    if args.dry_run:
+        _print_plan(recipe)
+        return 0
+    from mhc_compile.runtime.loop import train
+
+    train(recipe)
+    return 0
+
+
+def _print_fields() -> None:
+    import shutil
+    import textwrap
+
+    from mhc_compile.runtime.recipe import TABLES, describe_fields
+
+    width = min(shutil.get_terminal_size().columns, 120)
+    section = ""
+    for d in describe_fields():
+        if d.section != section:
+            section = d.section
+            title = (TABLES[section].__doc__ or "").split("\n")[0].split(". ")[0].removeprefix(f"`[{section}]`: ")
+            print(f"\n[{section}]  {title}")
+        default = (
+            "must be given" if not d.default else "may be left out" if d.default == "-" else f"default {d.default}"
+        )
+        print(f"  {d.name}: {d.values}; {default}")
+        print(textwrap.fill(d.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+
+def _print_plan(recipe: Any) -> None:
+    """Check what a run checks before its first step, without the other ranks, and print what it would do."""
+    import torch
+
+    from mhc_compile.runtime.balance import cuts
+    from mhc_compile.runtime.engine import capture
+    from mhc_compile.runtime.launch import check_world
+    from mhc_compile.runtime.loop import check_data
+    from mhc_compile.runtime.summary import summary
+
+    if "WORLD_SIZE" in os.environ:
+        check_world(recipe.parallel, int(os.environ["WORLD_SIZE"]))
+    check_data(recipe)
+    program = capture(recipe, torch.device("cpu"))
+    starts = cuts(program, recipe.parallel.stage_count, recipe.parallel.balance)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(summary(recipe, program, starts)))
+        if recipe.parallel.world > 1 and "WORLD_SIZE" not in os.environ:
+            print(f"start it with: torchrun --nproc-per-node {recipe.parallel.world} -m mhc_compile train ...")

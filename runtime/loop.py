@@ -1,0 +1,245 @@
+"""A training run from its recipe: data, steps, evaluations, figures, checkpoints, and going on from the last one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.parameters import owners
+from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
+from mhc_compile.runtime.data.loader import Loader, check_tokenizer
+from mhc_compile.runtime.engine import Engine, build_engine
+from mhc_compile.runtime.evaluate import evaluate
+from mhc_compile.runtime.guard import Guard
+from mhc_compile.runtime.launch import World, launch
+from mhc_compile.runtime.metrics import Metrics
+from mhc_compile.runtime.probes import stream_figures
+from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.state import restore, training_state
+from mhc_compile.runtime.summary import summary
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    """Optimizer steps made, those of earlier starts included."""
+    loss: float | None
+    """Of the last step made now; None where there was nothing to do."""
+    ended: Literal["done", "stopped"]
+    """`stopped`: by SIGTERM, with a checkpoint to go on from."""
+
+
+def train(recipe: Recipe, *, console: Console | None = None) -> Result:
+    """Run the recipe in this process, one rank of `recipe.parallel.world`, from its newest checkpoint if there is one.
+
+    `console`: where the first rank shows what happens; standard output without. Everything that a user can get wrong is
+    looked at before the first step. SIGTERM ends the run behind the step that is running, with a checkpoint.
+
+    Raises what `launch`, `build_engine`, `Loader`, `check_tokenizer`, `Checkpoints`, `restore` and `Guard` raise.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(_stop_signal())
+        world = stack.enter_context(launch(recipe.parallel))
+        check_data(recipe)
+        loader = stack.enter_context(_loader(recipe, world.replica, recipe.data.folder, recipe.data.workers))
+        held_out = None
+        if recipe.train.evaluate_every and recipe.data.validation is not None:
+            held_out = stack.enter_context(_loader(recipe, world.replica, recipe.data.validation, 0))
+        say = (console or Console(highlight=False, soft_wrap=True)).print if world.rank == 0 else _silent
+        checkpoints = Checkpoints(
+            recipe.checkpoint.folder,
+            every=recipe.checkpoint.every,
+            keep=recipe.checkpoint.keep,
+            asynchronous=recipe.checkpoint.asynchronous,
+            timeout=recipe.parallel.timeout,
+        )
+        stack.push(_Closing(checkpoints, world))
+        begun = checkpoints.latest() is not None
+        engine = build_engine(recipe, world, weights=not begun)
+        for line in summary(recipe, engine.program, engine.starts):
+            say(line)
+        run = _Run(engine, loader, held_out, checkpoints, stop)
+        start = run.restore() if begun else 0
+        if begun:
+            say(f"going on after step {start:,} of {recipe.train.steps:,}")
+        if start >= recipe.train.steps:
+            return Result(start, None, "done")
+        engine.compile()
+        metrics = Metrics(
+            recipe.metrics_folder,
+            total_steps=recipe.train.steps,
+            start=start,
+            shows=world.rank == 0,
+            tensorboard=recipe.metrics.tensorboard,
+            console=console,
+        )
+        return run.steps(start, stack.enter_context(metrics))
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raises MHC611 to 614 where the data are damaged, too few, or made with another tokenizer than the model's."""
+    for folder in (recipe.data.folder, recipe.data.validation):
+        if folder is not None:
+            check_tokenizer(folder, recipe.model.folder)
+            _loader(recipe, 0, folder, 0).close()
+
+
+class _Run:
+    """What the steps of a run need."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: Loader,
+        held_out: Loader | None,
+        checkpoints: Checkpoints,
+        stop: threading.Event,
+    ) -> None:
+        self.engine, self.recipe, self.world = engine, engine.recipe, engine.world
+        self.loader, self.held_out, self.checkpoints, self.stop = loader, held_out, checkpoints, stop
+        train = self.recipe.train
+        self.guard = Guard(
+            train.on_nonfinite,
+            self.recipe.checkpoint.folder,
+            explode=train.explode,
+            group=dist.group.WORLD if self.world.size > 1 else None,
+        )
+
+    def restore(self) -> int:
+        """Take everything from the newest checkpoint; returns its step."""
+        with self.world.patience("reading the checkpoint"):
+            found = restore(self.checkpoints, self.engine.stages, self.engine.optimizer, self._progress(0))
+        assert found is not None, "there is a checkpoint"
+        self.guard.load_state(found["guard"])
+        return int(found["step"])
+
+    def steps(self, start: int, metrics: Metrics) -> Result:
+        """The steps behind `start`, to the last one or to a signal."""
+        recipe, optimizer = self.recipe, self.engine.optimizer
+        ended: Literal["done", "stopped"] = "done"
+        loss, step = None, start
+        for step in range(start + 1, recipe.train.steps + 1):
+            batch = self.loader.batch(step - 1)
+            found = self.engine.gradients(batch, step, stop=self.stop.is_set())
+            with self.world.doing("judging the step", step):
+                verdict = self.guard.check(
+                    step,
+                    found.loss,
+                    found.norm,
+                    batch if self.world.pipe == 0 else None,
+                    {"step": step, "replica": self.world.replica, **self.loader.describe()},
+                )
+            figures = {"loss": found.loss, "grad_norm": found.norm}
+            if verdict == "ok":
+                figures["lr"] = optimizer.update(step, found.norm)
+            else:
+                optimizer.skip()
+            loss = found.loss
+            metrics.progress(step, loss, recipe.train.batch * recipe.data.sequence)
+            self._look(step, batch, figures, metrics)
+            last = found.stop or step == recipe.train.steps
+            if last or self.checkpoints.due(step):
+                self._save(step)
+            if found.stop and step < recipe.train.steps:
+                metrics.say(f"stopped after step {step}; the same command goes on from there")
+                ended = "stopped"
+                break
+        with self.world.patience("writing the last checkpoint"):
+            self.checkpoints.wait()
+        return Result(step, loss, ended)
+
+    def _look(self, step: int, batch: dict[str, Tensor], figures: dict[str, float], metrics: Metrics) -> None:
+        """Evaluate, measure and log where the recipe says so."""
+        recipe = self.recipe
+        last = step == recipe.train.steps
+        due = step % recipe.metrics.every == 0 or last
+        if self.held_out is not None and (step % recipe.train.evaluate_every == 0 or last):
+            figures["evaluation_loss"] = evaluate(self.engine, self.held_out, recipe.train.evaluate_batches, step)
+            due = True
+        if recipe.metrics.probes_every and step % recipe.metrics.probes_every == 0:
+            rows = {name: t[: recipe.train.microbatch] for name, t in batch.items() if name != "labels"}
+            with self.world.patience(f"measuring the streams after step {step}"):
+                figures |= stream_figures(self.engine.stages, rows, self.world.pipe_group)
+            due = True
+        if due:
+            metrics.log(step, figures)
+
+    def _save(self, step: int) -> None:
+        progress = self._progress(step)
+        with self.world.patience(f"saving after step {step}"):
+            self.checkpoints.save(step, training_state(self.engine.stages, self.engine.optimizer, progress))
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says besides tensors. `model` and `data` must be the same where it is gone on from."""
+        streams = {
+            owner: {"spec": str(held.spec), "sites": list(held.sites)}
+            for owner, held in owners(self.engine.program.model).items()
+        }
+        return {
+            "step": step,
+            "model": streams,
+            "data": {**self.loader.describe(), "batch": self.recipe.train.batch},
+            "guard": self.guard.state(),
+            "recipe": self.recipe.plain(),
+        }
+
+
+class _Closing:
+    """At the end of a run: what is being saved is finished, unless a rank is lost, for which no other may wait."""
+
+    def __init__(self, checkpoints: Checkpoints, world: World) -> None:
+        self.checkpoints, self.world = checkpoints, world
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None or (isinstance(error, MHCError) and error.code != "MHC605"):
+            self.checkpoints.close()
+        elif self.world.rank == 0:
+            self.checkpoints.folder.release()
+
+
+def _loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Loader:
+    return Loader(
+        Path(folder),
+        sequence=recipe.data.sequence,
+        batch=recipe.train.batch,
+        seed=recipe.data.seed,
+        replicas=recipe.parallel.replicas,
+        replica=replica,
+        workers=workers,
+    )
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; the second one ends the process as ever."""
+    event = threading.Event()
+
+    def handler(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        event.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _silent(*_: Any) -> None:
+    """On all ranks but the first."""

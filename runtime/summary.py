@@ -1,0 +1,61 @@
+"""What a run is going to do, in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.passes.stages import cut
+from mhc_compile.runtime.data.shards import open_data
+from mhc_compile.runtime.program import Program
+from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.schedules import place_of
+
+
+def summary(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str]:
+    """The model, its stages, the data and the steps. `starts`: the first site of every stage but the first."""
+    p, t = recipe.parallel, recipe.train
+    trained = sum(q.numel() for q in program.parameters.values() if q.requires_grad)
+    tables = [m for m in program.model.modules() if isinstance(m, MemoryTable)]
+    rows = sum(m.rows * m.width for m in tables)
+    more = f" and {_short(rows)} in {len(tables)} table{'s' * (len(tables) > 1)}" if tables else ""
+    tokens = t.batch * recipe.data.sequence
+    data = open_data(recipe.data.folder)
+    epochs = t.steps * tokens / max(data.tokens, 1)
+    return [
+        f"model     {recipe.model.folder}: {_short(trained)} parameters{more}, {program.sites} sites",
+        *_stages(recipe, program, starts),
+        f"ranks     {p.world} = {p.stages} stages x {p.data} replicas x {p.engram} shards of tables, {p.mode}",
+        f"step      {t.batch} sequences of {recipe.data.sequence:,} ({_short(tokens)} tokens), {recipe.microbatches} "
+        f"microbatches of {t.microbatch} a replica, {p.schedule}",
+        f"run       {t.steps:,} steps, {_short(t.steps * tokens)} tokens, {epochs:.2g} epochs of {recipe.data.folder}",
+        f"recompute {recipe.recompute.blocks}, {recipe.model.dtype}, {recipe.model.inner}",
+        f"saves     {recipe.checkpoint.folder}, "
+        + (f"every {recipe.checkpoint.every} steps" if recipe.checkpoint.every else "at the end"),
+    ]
+
+
+def _stages(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str]:
+    """A line for every stage."""
+    pieces = cut(program.graph, starts)
+    found = []
+    for i, (piece, begin, end) in enumerate(zip(pieces, [0, *starts], [*starts, program.sites], strict=True)):
+        held = {n.name for n in piece.graph.graph.nodes if n.op == "placeholder"}
+        names = {program.names[h] for h in held if h in program.names}
+        size = sum(q.numel() for name, q in program.parameters.items() if name in names)
+        where = f"rank{'s' * (recipe.parallel.replicas > 1)} {_ranks(recipe, place_of(recipe.parallel, i))}"
+        found.append(f"stage {i:<3} sites {begin} to {end - 1}, {_short(size)} parameters, {where}")
+    return found
+
+
+def _ranks(recipe: Recipe, place: int) -> str:
+    first, each = place * recipe.parallel.replicas, recipe.parallel.replicas
+    return str(first) if each == 1 else f"{first} to {first + each - 1}"
+
+
+def _short(number: float) -> str:
+    """Three digits: 1.23 M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
