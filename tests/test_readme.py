@@ -98,6 +98,8 @@ def test_code_and_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     torch._dynamo.reset()
     pythons = shells = 0
     tokenizer().save("CKPT_DIR/tokenizer.json")
+    Path("TEXT_DIR").mkdir()
+    Path("TEXT_DIR", "lines.jsonl").write_text("".join(f'{{"text": "aAbB {i:07b}"}}\n' for i in range(128)))
     for language, code in ((language, smaller(code)) for language, code in BLOCKS):
         if language == "python":
             with warnings.catch_warnings():
