@@ -19,8 +19,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = [(m[1], m[2]) for m in re.finditer(r"^```(python|sh)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
 # What other tests run: the installation and the tests are CI's own steps, `test_demo.py` runs the demo,
-# `tests/mhc_compile/bench` the benchmarks.
-ELSEWHERE = ("pip ", "pytest", "mhc-compile demo", "mhc-compile bench")
+# `tests/mhc_compile/bench` the benchmarks, `tests/runtime` training.
+ELSEWHERE = (
+    "pip ",
+    "pytest",
+    "mhc-compile demo",
+    "mhc-compile bench",
+    "mhc-compile train",
+    "torchrun ",
+    "python examples/",
+)
 
 
 class Residual(nn.Module):
@@ -78,7 +86,7 @@ def run_python(code: str) -> None:
 
 def run_shell(commands: str) -> int:
     ran = 0
-    for line in commands.splitlines():
+    for line in commands.replace("\\\n", "").splitlines():
         command = line.split("#")[0].strip()
         if not command or command.startswith(ELSEWHERE):
             continue

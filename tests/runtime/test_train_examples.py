@@ -1,12 +1,17 @@
-"""The recipes in `examples/` are valid."""
+"""The recipes in `examples/` are valid, and the demo's trains."""
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from mhc_compile.cli import main
+from mhc_compile.runtime.metrics import read_metrics
 from mhc_compile.runtime.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,3 +38,39 @@ def test_the_demo_on_two_and_four_processes() -> None:
         recipe = read_recipe(TRAIN / "demo.toml", overrides.split())
         assert recipe.parallel.world == int(processes)
         assert Path(recipe.checkpoint.folder).parent == TRAIN / "work"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like `examples/train`, after `prepare.py`."""
+    folder = tmp_path_factory.mktemp("train")
+    shutil.copy(TRAIN / "demo.toml", folder)
+    spec = importlib.util.spec_from_file_location("prepare_example", TRAIN / "prepare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(folder / "work")
+    with pytest.raises(SystemExit, match="there already"):
+        module.main(folder / "work")
+    return folder
+
+
+def test_the_demo_trains(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [
+        "model.inner=eager", "data.sequence=32", "train.steps=3", "train.warmup=1", "train.evaluate_every=2",
+        "train.evaluate_batches=1", "metrics.every=1", "metrics.probes_every=3",
+    ]  # fmt: skip
+    assert main(["train", str(prepared / "demo.toml"), *quick]) == 0
+    lines = read_metrics(prepared / "work" / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        # Near the entropy of 2048 equally likely tokens.
+        assert 0.8 * math.log(2048) < line["loss"] < 1.2 * math.log(2048)
+        assert min(line[name] for name in ("lr", "grad_norm", "tokens_per_second", "seconds")) > 0
+    assert [("evaluation_loss" in line) for line in lines] == [False, True, True]  # the last step, too
+    probes = [name for name in lines[2] if name.startswith("separation/")]
+    assert probes == [f"separation/model.layers.{layer}#{k}" for layer in range(4) for k in (0, 1)]
+    assert lines[2]["composite_gain/forward_max"] == pytest.approx(1.0, abs=1e-2)
+    assert "separation/model.layers.0#0" not in lines[1]
+    assert "step 3/3" in capsys.readouterr().out
