@@ -15,7 +15,11 @@ from mhc_compile.demo import command as demo
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.inspect import command as inspect
 
-RUNTIME = {"data": "mhc_compile.runtime.data.command", "train": "mhc_compile.runtime.command", "plan": "mhc_compile.runtime.plan.command"}
+RUNTIME = {
+    "data": "mhc_compile.runtime.data.command",
+    "train": "mhc_compile.runtime.command",
+    "plan": "mhc_compile.runtime.plan.command",
+}
 """Commands by the names of their modules, as nothing outside of the runtime imports it; `run` loads what is heavy."""
 COMMANDS: dict[str, ModuleType] = {
     "convert": convert, "inspect": inspect, "demo": demo, "bench": bench,

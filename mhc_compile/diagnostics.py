@@ -372,6 +372,18 @@ TABLE: dict[str, Diagnostic] = {
         "two inputs of a compiled stage are one tensor",
         "give each input a tensor of its own, or take the gradient of one of them only",
     ),
+    "MHC640": Diagnostic(
+        "no hardware to plan for",
+        "--hardware NAME, or --flops, --bandwidth, --link and --memory, each a number such as 989e12",
+    ),
+    "MHC641": Diagnostic(
+        "the recipe does not fit into memory",
+        "more ranks (parallel.stages, parallel.data with mode = 'fsdp'), recompute.blocks, smaller microbatches",
+    ),
+    "MHC642": Diagnostic(
+        "no such pipeline schedule",
+        "1f1b with one stage a rank, the others with two or more; as many microbatches a step as stages",
+    ),
 }
 
 

@@ -178,7 +178,7 @@ _PASSES: dict[str, Pass] = {"F": "forward", "B": "backward", "I": "input", "W": 
 
 
 def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> Iterator[Action]:
-    """torch's actions with communication, as its runtime performs them: a pass waits for what it reads, not for sends."""
+    """torch's actions with communication, as its runtime performs them: a pass waits for what it reads alone."""
     sent: list[Transfer] = []
     for action in actions:
         name = action.computation_type.value

@@ -77,6 +77,8 @@ class Simulated:
     """The most pairs of a stage and a microbatch that each rank keeps something of at a time."""
     sent: list[int]
     """Bytes that each rank sends."""
+    messages: list[int]
+    """In how many transfers."""
 
     @property
     def seconds(self) -> float:
@@ -107,7 +109,7 @@ class _Transfers:
     free: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def post(self, transfer: Transfer, rank: int, now: float) -> None:
-        """`rank`, one of its two sides, is ready for it. What one rank sends another arrives in the order of sending."""
+        """`rank`, one of its two sides, is ready for it. What one rank sends another arrives in order."""
         self.posted[transfer, rank] = now
         ends = self.owner[transfer.stage], self.owner[transfer.target]
         if rank == ends[0]:
@@ -137,7 +139,8 @@ def simulate(
         raise ValueError(f"{len(costs)} costs for {len(schedule.owner)} stages")
     count = len(schedule.ranks)
     transfers = _Transfers(costs, link or Link(), schedule.owner)
-    now, at, busy, sent = [0.0] * count, [0] * count, [0.0] * count, [0] * count
+    now, at, busy = [0.0] * count, [0] * count, [0.0] * count
+    sent, messages = [0] * count, [0] * count
     timed: list[list[Timed]] = [[] for _ in range(count)]
     moving = True
     while moving:
@@ -154,6 +157,7 @@ def simulate(
                         transfers.post(t, rank, now[rank])
                         if schedule.owner[t.stage] == rank:
                             sent[rank] += transfers.size(t)
+                            messages[rank] += 1
                 else:
                     done = _run(action, rank, now[rank], costs, overlap)
                     busy[rank] += done[-1].end - now[rank]
@@ -176,6 +180,7 @@ def simulate(
         live=[live[s] for s in range(len(costs))],
         live_of_rank=[most for _, _, most in watched],
         sent=sent,
+        messages=messages,
     )
 
 

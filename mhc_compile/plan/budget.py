@@ -1,4 +1,4 @@
-"""`mhc-compile plan`: what a budget of parameters buys."""
+"""`mhc-compile plan --budget`: what a budget of parameters buys."""
 
 from __future__ import annotations
 
@@ -12,41 +12,23 @@ from rich.table import Table
 from mhc_compile.kernels.engram.settings import PRESETS, MemorySettings
 from mhc_compile.plan.allocation import BEST_SHARES, ROW_BYTES, Allocation, allocate
 
-NAME = "plan"
-_DESCRIPTION = """\
-Split a budget of sparse parameters between experts and an n-gram memory (Engram) by the published
-law: 20 to 25 % for the memory is best (arXiv 2601.07372). Prints rows per head and bytes.
-"""
-_EXAMPLES = """\
-examples:
-  mhc-compile plan --budget 26B --engram paper --hidden 2560
-  mhc-compile plan --budget 1.5B --engram v41 --hidden 1024 --layers 2 --share 0.2
-"""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register the command with argparse."""
-    parser = subparsers.add_parser(
-        NAME,
-        help="split a parameter budget between experts and memory",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--budget", metavar="N", type=_count, required=True, help="sparse parameters: experts and memory (26B, 1.5e9)"
-    )
-    parser.add_argument("--engram", choices=sorted(PRESETS), default="paper", help="orders, heads and widths of a row")
-    parser.add_argument("--hidden", metavar="C", type=int, default=2560, help="hidden size (default: 2560)")
-    parser.add_argument("--streams", metavar="N", type=int, default=4, help="residual streams (default: 4)")
-    parser.add_argument("--layers", metavar="N", type=int, help="layers with a memory (default: the preset's)")
-    parser.add_argument("--row-width", metavar="D", type=int, help="values a row (default: the preset's)")
-    parser.add_argument("--share", metavar="X", type=float, help="of the budget, for the memory (default: both ends)")
+def add_arguments(parser: Any) -> None:
+    """What the command `plan` takes for a budget, in a group of its own."""
+    group = parser.add_argument_group("a budget of parameters, without a recipe")
+    group.add_argument("--budget", metavar="N", type=_count, help="sparse parameters: experts and memory (26B, 1.5e9)")
+    group.add_argument("--engram", choices=sorted(PRESETS), default="paper", help="orders, heads and widths of a row")
+    group.add_argument("--hidden", metavar="C", type=int, default=2560, help="hidden size (default: 2560)")
+    group.add_argument("--streams", metavar="N", type=int, default=4, help="residual streams (default: 4)")
+    group.add_argument("--layers", metavar="N", type=int, help="layers with a memory (default: the preset's)")
+    group.add_argument("--row-width", metavar="D", type=int, help="values a row (default: the preset's)")
+    group.add_argument("--share", metavar="X", type=float, help="of the budget, for the memory (default: both ends)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan. Raises `MHCError` as `allocate` does."""
+    """Print how the budget is split. Raises `MHCError` as `allocate` does."""
     changes: dict[str, Any] = {}
     if args.layers is not None:
         changes["layers"] = tuple(range(args.layers))
@@ -72,12 +54,13 @@ def _table(found: list[Allocation]) -> Table:
     row("rows of a table", *(f"{max(a.rows):,}" for a in found))
     row("dense parameters of projections", *(f"{a.fusion:,}" for a in found))
     for dtype in ROW_BYTES:
-        row(f"bytes of tables, {dtype}", *(_bytes(a.table_bytes(dtype)) for a in found))
-    row("bytes of rows a token, bfloat16", *(_bytes(a.row_traffic("bfloat16")) for a in found))
+        row(f"bytes of tables, {dtype}", *(bytes_text(a.table_bytes(dtype)) for a in found))
+    row("bytes of rows a token, bfloat16", *(bytes_text(a.row_traffic("bfloat16")) for a in found))
     return table
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """A size for a reader."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = min(len(units) - 1, max(0, (count.bit_length() - 1) // 10))
     return f"{count / 1024**power:.4g} {units[power]}"

@@ -1,0 +1,137 @@
+"""A recipe's model, captured and counted: what a plan needs of it, for any number of stages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from mhc_compile.checkpoint.manifest import is_converted
+from mhc_compile.checkpoint.tables import TOKENIZER
+from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.parameters import owners
+from mhc_compile.passes.base import value
+from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
+from mhc_compile.passes.stages import sites
+from mhc_compile.runtime.balance import site_costs
+from mhc_compile.runtime.engine import capture
+from mhc_compile.runtime.plan.work import SiteWork, parameters_of_sites, site_works
+from mhc_compile.runtime.program import Program
+from mhc_compile.runtime.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Table:
+    """The table of a memory."""
+
+    name: str
+    site: int
+    """The site whose stage holds it."""
+    rows: int
+    width: int
+    hashes: int
+    """Rows that a token reads."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A captured model, without weights."""
+
+    program: Program
+    works: list[SiteWork]
+    names: list[set[str]]
+    """The parameters that each site's part of the graph reads."""
+    sizes: Mapping[str, int]
+    """Values of every parameter."""
+    cast: frozenset[str]
+    """Parameters that the graph takes in another dtype than float32, in which they are kept."""
+    tables: tuple[Table, ...]
+
+    @cached_property
+    def costs(self) -> list[float]:
+        """What `parallel.balance = "model"` weighs sites by, as the run itself does."""
+        return site_costs(self.program)
+
+    @property
+    def hidden(self) -> int:
+        """C."""
+        return int(self._streams.shape[-1])
+
+    @property
+    def streams(self) -> int:
+        """n."""
+        return int(self._streams.shape[-2])
+
+    @property
+    def tokens(self) -> int:
+        """Of a microbatch."""
+        return int(self._streams.shape[:-2].numel())
+
+    @property
+    def length(self) -> int:
+        """S, tokens a sequence."""
+        return int(self._streams.shape[-3])
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value of a stream."""
+        return int(self._streams.dtype.itemsize)
+
+    @property
+    def logits(self) -> tuple[int, int]:
+        """How many logits a microbatch has, and their bytes."""
+        output = next(n for n in reversed(self.program.graph.graph.nodes) if n.op == "output")
+        found = value(output.all_input_nodes[0])
+        return found.numel(), found.numel() * found.dtype.itemsize
+
+    @property
+    def parameters(self) -> int:
+        """Values of all parameters, rows of tables not counted."""
+        return sum(self.sizes.values())
+
+    @cached_property
+    def _streams(self) -> torch.Tensor:
+        first = sites(self.program.graph.graph)[0].args[0]
+        found: torch.Tensor = value(first)  # type: ignore[arg-type]
+        return found
+
+
+def count(recipe: Recipe) -> Counted:
+    """Capture the recipe's model on one microbatch and count it. Of a residual folder only config.json is read.
+
+    Without a tokenizer in the folder, a memory takes ids as they are; its tables have the same sizes. Raises what
+    `hollow_model` and `capture_program` raise.
+    """
+    folder = Path(recipe.model.folder)
+    if not is_converted(folder):
+        recipe = replace(recipe, model=replace(recipe.model, start="scratch"))
+    if recipe.memory is not None and not (folder / TOKENIZER).is_file():
+        recipe = replace(recipe, memory=replace(recipe.memory, compress=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Dynamo says of transformers' own caches
+        program = capture(recipe, torch.device("cpu"))
+        works = site_works(program)
+    tables = [(path, m) for path, m in program.model.named_modules() if isinstance(m, MemoryTable)]
+    rows = {f"{path}.{name}" for path, m in tables for name, _ in m.named_parameters()}
+    sizes = {name: p.numel() for name, p in program.parameters.items() if name not in rows}
+    names = [held & sizes.keys() for held in parameters_of_sites(program)]
+    cast = {name for name, p in program.parameters.items() if p.is_floating_point() and p.dtype != torch.float32}
+    return Counted(program, works, names, sizes, frozenset(cast), _tables(program, works))
+
+
+def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
+    """The tables with the sites in front of which their memories are added."""
+    found = []
+    for owner, held in owners(program.model).items():
+        hashes = {m.layer: m.hash for m in (held.memory.layers if held.memory is not None else ())}
+        if held.over is not None:
+            hashes[OVER_TABLE] = held.over.hash
+        for name, spec in hashes.items():
+            site = next((i for i, w in enumerate(works) if w.name.partition("#")[0] == name), 0)
+            table = held.table(name)
+            found.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, len(spec.moduli)))
+    return tuple(found)

@@ -1,0 +1,274 @@
+"""What every site of a program computes, moves and keeps, from a trace of one site of each kind.
+
+Sites whose graphs are equal but for their parameters' names are traced once: the branch of one of them, without the
+stream part, goes through AOT autograd and the partitioner that Inductor uses, on fake tensors. From the two graphs
+come the operations of the forward pass and of both halves of the backward pass, and what is kept between them. The
+stream part is the fused kernels' (`mhc_compile.kernels.chain`) and the cost model's (`mhc_compile.passes.cost`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule, Node
+
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.passes.base import is_tensor, op_name, value
+from mhc_compile.passes.cost import SiteCost
+from mhc_compile.passes.stages import cut, places
+from mhc_compile.passes.streamsites import StreamSite, stream_sites
+from mhc_compile.runtime.plan.attention import ATTEND
+from mhc_compile.runtime.plan.count import Operation, operations, size_of, source
+from mhc_compile.runtime.program import Program
+
+
+@dataclass(frozen=True)
+class BranchWork:
+    """The branch of one site, with the embedding in front of the first and the head behind the last."""
+
+    forward: tuple[Operation, ...]
+    input: tuple[Operation, ...]
+    """Of the backward pass: what the gradient of the branch's input needs."""
+    weight: tuple[Operation, ...]
+    """The rest of it: the gradients of parameters."""
+    kept: int
+    """Bytes of the branch's own activations between the passes; what it is given and parameters not counted."""
+    deferred: int
+    """Bytes that the gradients of parameters still need when the rest of the backward pass is done."""
+
+
+@dataclass(frozen=True)
+class SiteWork:
+    """One site."""
+
+    name: str
+    branch: BranchWork
+    streams: SiteCost
+    """What the stream part keeps, for a site at whose beginning a stage or a graph begins."""
+    joined: SiteCost
+    """The same behind another site, with which it shares a kernel."""
+    forward: Operation
+    """Of the stream part: the boundary in front of the branch."""
+    backward: Operation
+
+
+def site_works(program: Program) -> list[SiteWork]:
+    """The work of every site, in order."""
+    graph = program.graph.graph
+    found = stream_sites(graph)
+    kinds = _kinds(program)
+    first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+    starts = sorted({k for i in first.values() for k in (i, i + 1) if 0 < k < len(kinds)})
+    pieces = {p.sites[0]: p for p in cut(program.graph, starts)}
+    works = {kind: _branch_work(program, pieces[i].graph) for kind, i in first.items()}
+    return [
+        SiteWork(site.name, works[kind], site.cost(), site.cost(joined=site.is_boundary), *_stream_work(site))
+        for site, kind in zip(found, kinds, strict=True)
+    ]
+
+
+def _kinds(program: Program) -> list[int]:
+    """A number for each site, equal for sites whose nodes compute the same from the same shapes."""
+    graph, count = program.graph.graph, program.sites
+    place = places(graph, range(1, count))
+    lines: list[list[str]] = [[] for _ in range(count)]
+    for node in graph.nodes:
+        if node in place and node.op != "output":
+            known = value(node)
+            form = f"{tuple(known.shape)} {known.dtype}" if isinstance(known, Tensor) else ""
+            reads = [f"{tuple(value(i).shape)}" for i in node.all_input_nodes if is_tensor(i)]
+            lines[place[node]].append(f"{op_name(node)} {form} {reads}")
+    lines[0].append("first")
+    lines[-1].append("last")
+    numbers: dict[tuple[str, ...], int] = {}
+    return [numbers.setdefault(tuple(site), len(numbers)) for site in lines]
+
+
+def _branch_work(program: Program, piece: GraphModule) -> BranchWork:
+    region, given = _without_streams(piece)
+    parameters = {n.name for n in given if program.names.get(n.name) in program.parameters}
+    args = [_example(n, n.name in parameters, n.name in program.names or n.name in program.inputs) for n in given]
+    split = _split(region, args)
+    if split is None:
+        return BranchWork((), (), (), 0, 0)
+    return _count(*split, trained=[n.name in parameters for n in given])
+
+
+def _without_streams(piece: GraphModule) -> tuple[GraphModule, list[Node]]:
+    """The piece without the stream part of its site: what that gives to the rest are inputs, in order, and what it
+    takes are outputs. The second result: the nodes of the piece that the inputs stand for."""
+    streams: set[Node] = set()
+    for site in stream_sites(piece.graph):
+        streams |= {n for n in site.nodes if n not in site.branch}
+    streams |= {n for n in piece.graph.nodes if getattr(n.target, "namespace", "") == "mhc"}
+    streams |= {n for n in piece.graph.nodes if n.all_input_nodes and set(n.all_input_nodes) <= streams and _part(n)}
+    rest = [n for n in piece.graph.nodes if n not in streams and n.op not in ("placeholder", "output")]
+    inside = set(rest)
+    given = list(dict.fromkeys(i for n in rest for i in n.all_input_nodes if i not in inside))
+    graph = Graph()
+    copies = {n: graph.placeholder(n.name) for n in given}
+    for node in rest:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        if op_name(node) == "scaled_dot_product_attention":
+            _fuse_attention(graph, copies[node])
+    outputs = [n for n in rest if any(u not in inside for u in n.users) and _differentiable(n)]
+    graph.output(tuple(copies[n] for n in outputs))
+    return GraphModule(piece, graph), given
+
+
+def _part(node: Node) -> bool:
+    """Whether `node` takes one of several results."""
+    return op_name(node) == "getitem"
+
+
+def _differentiable(node: Node) -> bool:
+    return is_tensor(node) and value(node).is_floating_point()
+
+
+def _fuse_attention(graph: Graph, node: Node) -> None:
+    named = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
+    with graph.inserting_before(node):
+        both = graph.call_function(ATTEND, (named["query"], named["key"], named["value"]))
+    node.op, node.target, node.args, node.kwargs = "call_function", _first, (both,), {}
+
+
+def _first(results: Sequence[Any]) -> Any:
+    return results[0]
+
+
+def _example(node: Node, parameter: bool, constant: bool) -> Tensor:
+    """A fake tensor like what `node` gives; what comes from the streams, and parameters, want gradients."""
+    like: Tensor = value(node).detach()
+    return like.requires_grad_((parameter or not constant) and like.is_floating_point())
+
+
+_Split = tuple[GraphModule, GraphModule, int]
+
+
+def _split(region: GraphModule, args: Sequence[Tensor]) -> _Split | None:
+    """The forward and the backward graph, and how many results of the first are the region's own."""
+    held: list[_Split] = []
+
+    def partition(joint: GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **more: Any) -> Any:
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **more)
+        held.append((forward, backward, num_fwd_outputs))
+        return forward, backward
+
+    def keep(gm: GraphModule, _: Any) -> Callable[..., Any]:
+        return gm.forward
+
+    if not next(n for n in reversed(region.graph.nodes) if n.op == "output").all_input_nodes:
+        return None
+    aot_module_simplified(
+        region, args, fw_compiler=keep, bw_compiler=keep, partition_fn=partition, decompositions=select_decomp_table()
+    )
+    return held[0] if held else None
+
+
+def _count(forward: GraphModule, backward: GraphModule, own: int, *, trained: Sequence[bool]) -> BranchWork:
+    results = _outputs(forward)
+    inputs = [n for n in forward.graph.nodes if n.op == "placeholder"]
+    given = {n for n, is_trained in zip(inputs, trained, strict=False) if not is_trained}
+    saved = {source(n) for n in results[own:] if isinstance(n, Node)}
+    depends = _depending(forward.graph, given)
+    kept = sum(size_of(n) for n in saved if n.op != "placeholder" and n in depends)
+    gradients = _outputs(backward)
+    wanted = [g for g, is_trained in zip(gradients, trained, strict=False) if isinstance(g, Node) and not is_trained]
+    computed = [n for n in backward.graph.nodes if n.op not in ("placeholder", "output")]
+    needed = _ancestors(wanted)
+    first = [n for n in computed if n in needed]
+    second = [n for n in computed if n not in needed]
+    late = set(second)
+    weights = {n.name for n, is_trained in zip(inputs, trained, strict=False) if is_trained}
+    between = {source(i) for n in second for i in n.all_input_nodes if source(i) not in late}
+    deferred = sum(size_of(n) for n in between if n.name not in weights)
+    return BranchWork(
+        forward=operations(_computed(forward), [n for n in results if isinstance(n, Node)]),
+        input=operations(first, [*wanted, *(n for n in first if any(u in late for u in n.users))]),
+        weight=operations(second, [g for g in gradients if isinstance(g, Node) and g in late]),
+        kept=kept,
+        deferred=deferred,
+    )
+
+
+def _computed(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+
+
+def _outputs(gm: GraphModule) -> list[Any]:
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    return list(output.args[0])  # type: ignore[arg-type]
+
+
+def _depending(graph: Graph, given: set[Node]) -> set[Node]:
+    found = set(given)
+    for node in graph.nodes:
+        if any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _ancestors(nodes: Sequence[Node]) -> set[Node]:
+    found, stack = set(nodes), list(nodes)
+    while stack:
+        for n in stack.pop().all_input_nodes:
+            if n not in found:
+                found.add(n)
+                stack.append(n)
+    return found
+
+
+def _stream_work(site: StreamSite) -> tuple[Operation, Operation]:
+    """One fused boundary, forward and backward."""
+    state = value(site.state)
+    branch = value(site.branch[0]).dtype if site.branch else state.dtype
+    chain = Chain(
+        kind="boundary",
+        stream=StreamSpec.parse(str(site.coefficients.args[4])),
+        width=int(state.shape[-1]),
+        streams_dtype=state.dtype,
+        branch_dtype=branch,
+    )
+    tokens = int(state.shape[:-2].numel())
+    forward, backward = (
+        Operation(chain.operations(tokens, backward=b), chain.bytes_moved(tokens, backward=b)) for b in (False, True)
+    )
+    return forward, backward
+
+
+def parameters_of_sites(program: Program) -> list[set[str]]:
+    """The names of the parameters that each site's piece of the graph reads; a tied one is read by several."""
+    graph, count = program.graph.graph, program.sites
+    place = places(graph, range(1, count))
+    readers: dict[Node, int] = {}
+    for node in reversed(graph.nodes):  # what no stream leads to belongs to the pieces of its readers
+        mask = 1 << place[node] if node in place else 0
+        for user in node.users if node not in place else ():
+            mask |= readers.get(user, 0)
+        readers[node] = mask
+    found: list[set[str]] = [set() for _ in range(count)]
+    for node in graph.nodes:
+        name = program.names.get(node.name)
+        if node.op == "placeholder" and name in program.parameters:
+            for i in range(count):
+                if readers[node] >> i & 1:
+                    found[i].add(name)
+    return found
+
+
+def crossing_bytes(program: Program, starts: Sequence[int]) -> list[int]:
+    """Bytes that cross each cut."""
+    place = places(program.graph.graph, starts)
+    found = [0] * len(starts)
+    for node, at in place.items():
+        last = max((place[u] for u in node.users if u in place), default=at)
+        for k in range(at, last):
+            found[k] += size_of(node) if node.op != "output" else 0
+    return found
