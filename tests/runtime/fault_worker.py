@@ -56,7 +56,6 @@ def main(folder: Path, steps: int, every: int, seconds: float, plan: list[list[A
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = fresh_store(rank, size, timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    (folder / f"pid-{rank}").write_text(str(os.getpid()))
     part = Part(rank)
     optimizer = torch.optim.AdamW(part.parameters(), lr=1e-2)
     checkpoints = Checkpoints(folder / "run", every=every, keep=2, timeout=60)
