@@ -70,11 +70,14 @@ def split_backward(gm: GraphModule, weights: Collection[int]) -> SplitBackward:
     first &= _ancestors([*early, *late])
     sets = [_computing(s) for s in (first, early, late)]
     deferred = tuple(i for i, n in enumerate(results) if n in sets[2])
+    recompute, activations, later = _parts(gm, sets, inner)
     return SplitBackward(
-        tuple(n.name for n in graph.nodes if n.op == "placeholder"),
-        *_parts(gm, sets, inner),
-        tuple(n.name if n is not None else None for n in results),
-        deferred,
+        placeholders=tuple(n.name for n in graph.nodes if n.op == "placeholder"),
+        recompute=recompute,
+        activations=activations,
+        weights=later,
+        gradients=tuple(n.name if n is not None else None for n in results),
+        deferred=deferred,
     )
 
 
