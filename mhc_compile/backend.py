@@ -239,7 +239,7 @@ def compile_inner(
         if backward:
             patches["triton.cudagraphs"] = False  # a recorded backward could not leave a part of itself for later
         inner = partial(_backward_apart, backward) if backward else compile_fx_inner
-        return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)  # type: ignore[return-value, arg-type]
+        return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)  # type: ignore[return-value]
 
 
 NOT_CACHED = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
