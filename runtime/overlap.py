@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -63,7 +62,7 @@ def register(schedule: _PipelineScheduleRuntime) -> None:
     # torch tells custom functions nothing of these arguments, and has no place to wait for what they have sent.
     schedule.step = wrapped  # type: ignore[method-assign]
     for kind in (FULL_BACKWARD, BACKWARD_INPUT):
-        schedule.register_custom_function(kind, actions.perform)
+        schedule.register_custom_function(kind, actions.backward_alone)
     schedule.register_custom_function(OVERLAP_F_B, actions.overlap)
 
 
@@ -122,8 +121,19 @@ class Actions:
         elif action.computation_type == BACKWARD_WEIGHT:
             self._weights(action)
         else:
-            with self._on(self._aside.get(_key(action))):
-                self._backward(action)
+            self._backward(action)
+
+    def backward_alone(self, action: _Action, ctx: _PipelineContext) -> None:
+        """A backward that is no part of an overlapped action, on the stream of its forward."""
+        stream = self._aside.get(_key(action))
+        if stream is None:
+            self.perform(action, ctx)
+            return
+        main = torch.cuda.current_stream()
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            self.perform(action, ctx)
+        main.wait_stream(stream)
 
     def _forward(self, action: _Action, ctx: _PipelineContext) -> None:
         index, microbatch = key = _key(action)
@@ -209,35 +219,24 @@ class Actions:
     def _on_streams(
         self, forwards: Sequence[_Action], rest: Sequence[_Action], begin: Half, forward: Half, backward: Half
     ) -> None:
-        """Both halves on streams of their own: the backward's is that of its forward, autograd sees to it.
+        """Each half on a stream of its own: the backward on that of its forward, where autograd runs it anyway.
 
-        A stream waits for the other before and after each action, so memory that one frees the other may use.
+        The streams wait for each other before and after, so that each may use what the other has freed.
         """
-        self._stream = self._stream or torch.cuda.Stream()
-        aside = next((s for a in rest if (s := self._aside.get(_key(a)))), None)
-        other = self._stream if aside is None else None
-        for a in forwards:
-            if other is not None:
-                self._aside[_key(a)] = other
-        with self._on(aside, then_wait=False):
-            begin()
-        with self._on(other, then_wait=False):
-            forward()
-        backward()
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    @contextmanager
-    def _on(self, stream: torch.cuda.Stream | None, *, then_wait: bool = True) -> Iterator[None]:
-        """Compute on `stream`, behind what the main one has been given so far; None is the main one."""
-        if stream is None:
-            yield
-            return
         main = torch.cuda.current_stream()
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):
-            yield
-        if then_wait:
-            main.wait_stream(stream)
+        side = self._stream = self._stream or torch.cuda.Stream()
+        back = next((s for a in rest if (s := self._aside.get(_key(a)))), main)
+        ahead = side if back is main else main
+        side.wait_stream(main)
+        with torch.cuda.stream(back):
+            begin()
+        with torch.cuda.stream(ahead):
+            forward()
+        with torch.cuda.stream(back):
+            backward()
+        if ahead is side:
+            self._aside.update(dict.fromkeys(map(_key, forwards), side))
+        main.wait_stream(side)
 
 
 def _in_turn(begin: Half, forward: Half, backward: Half) -> None:
