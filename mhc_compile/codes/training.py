@@ -59,8 +59,8 @@ TRAINING: dict[str, Diagnostic] = {
     ),
     "MHC617": Diagnostic(
         "the checkpoint belongs to another model or other data",
-        "give the recipe that the checkpoint was made with, or another [checkpoint].folder to begin a new run; to train "
-        "these weights on, export them and name the result as [model].folder",
+        "give the recipe that the checkpoint was made with, or another [checkpoint].folder to begin a new run; to "
+        "train these weights on, export them and name the result as [model].folder",
     ),
     "MHC618": Diagnostic(
         "the loss or its gradient is not finite, or explodes",
