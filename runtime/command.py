@@ -16,7 +16,8 @@ Train a model as a recipe says: a TOML file with the sections [model], [mhc], [m
 
 Alone the command is one process. torchrun starts it in several, parallel.stages x parallel.data x
 parallel.engram of them. A run that was stopped or killed goes on from its last checkpoint when the
-same command is given again, on as many processes as you like.
+same command is given again, on as many processes as you like. `--export` turns its newest checkpoint
+into a model folder, in one process.
 """
 _EXAMPLES = """\
 examples:
@@ -30,6 +31,8 @@ examples:
       2 pipeline stages, 2 replicas of them
   torchrun --nproc-per-node 4 --max-restarts 20 -m mhc_compile train recipe.toml
       start all ranks again from the last checkpoint when one is lost
+  mhc-compile train recipe.toml --export ./trained
+      the model of the newest checkpoint, for mhc_compile.from_pretrained
 
 a recipe:
   [model]
@@ -63,6 +66,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--fields", action="store_true", help="explain every field of a recipe and end")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and end")
+    parser.add_argument(
+        "--export",
+        metavar="OUT_DIR",
+        type=Path,
+        help="train nothing: write the model of the newest checkpoint as a Hugging Face folder and end",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,6 +87,11 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe, args.overrides)
     if args.dry_run:
         _print_plan(recipe)
+        return 0
+    if args.export is not None:
+        from mhc_compile.runtime.export import export_checkpoint
+
+        print(export_checkpoint(recipe, args.export))
         return 0
     from mhc_compile.runtime.loop import train
 

@@ -22,7 +22,7 @@ from mhc_compile.runtime.data.loader import Loader, check_tokenizer
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.guard import Guard
-from mhc_compile.runtime.launch import World, launch
+from mhc_compile.runtime.launch import PATIENCE, World, launch
 from mhc_compile.runtime.metrics import Metrics
 from mhc_compile.runtime.probes import stream_figures
 from mhc_compile.runtime.recipe import Recipe
@@ -64,7 +64,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
             every=recipe.checkpoint.every,
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
-            timeout=recipe.parallel.timeout,
+            timeout=max(PATIENCE, recipe.parallel.timeout),
         )
         stack.push(_Closing(checkpoints, world))
         begun = checkpoints.latest() is not None

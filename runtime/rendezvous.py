@@ -11,14 +11,15 @@ import secrets
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import DistStoreError
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 PAUSE = 0.01
 """Seconds between looks of the first rank for the others."""
 
 
-def fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+def fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     """A store for `torch.distributed.init_process_group` with which no earlier attempt has to do. All ranks call it.
 
     The environment says where it is, as torchrun or a launcher of your own sets it (`MASTER_ADDR`, `MASTER_PORT`).
@@ -33,7 +34,7 @@ def fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
         store.set(f"mhc/hello/{rank}", own)
         prefix: str = store.get(f"mhc/answer/{own}").decode()
         store.set(f"{prefix}/here/{rank}", "")
-        return dist.PrefixStore(prefix, store)
+        return PrefixStore(prefix, store)
     prefix = f"mhc/{own}"
     missing, answered = set(range(1, size)), set()
     end = time.monotonic() + timeout.total_seconds()
@@ -47,6 +48,6 @@ def fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
                     store.set(f"mhc/answer/{number}", prefix)
                     answered.add(number)
         if missing and time.monotonic() > end:
-            raise dist.DistStoreError(f"timed out: ranks {sorted(missing)} of {size} did not come")
+            raise DistStoreError(f"timed out: ranks {sorted(missing)} of {size} did not come")
         time.sleep(PAUSE if missing else 0)
-    return dist.PrefixStore(prefix, store)
+    return PrefixStore(prefix, store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -14,12 +15,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.format import Description, read_description, verify_file
-from mhc_compile.runtime.checkpoint.pieces import LoadPlanner, Piece, SavePlanner, Stager, piece_of
+from mhc_compile.runtime.checkpoint.pieces import LoadPlanner, Piece, SavePlanner, copied, piece_of
 from mhc_compile.runtime.checkpoint.storage import Reader, Writer, random_name
 
 T = TypeVar("T")
@@ -36,8 +37,9 @@ class Checkpoints:
     """The checkpoints of a run in `folder`, which all ranks see; every method is called by all ranks, in one order.
 
     `every`: optimizer steps between two (`due`); `keep`: how many whole ones stay; `asynchronous`: `save` returns when
-    the values are copied, and they are written while training goes on. `timeout` (seconds) bounds every exchange
-    between ranks. Ranks talk over a gloo group of their own, so a save does not wait for training's messages.
+    the values are copied, and they are written while training goes on. `timeout` (seconds): how long ranks wait for the
+    slowest to write or read its part. They talk over a gloo group of their own, so a save does not wait for training's
+    messages.
 
     A save that the file system refuses (a full disk) warns with MHC616 when the next one begins or in `wait`: what was
     saved before stays, the unfinished folder goes, training goes on, and the next save is tried. `close` raises MHC616
@@ -95,8 +97,8 @@ class Checkpoints:
             "no_dist": not self._parallel,
         }
         if self.asynchronous:
-            future: Any = async_save(pieces, async_stager=Stager(), **given)
-            self._pending = (step, future)
+            held: dict[str, Any] = {**copied(pieces)}
+            self._pending = (step, _in_background(lambda: save(held, **given)))
         else:
             self._finish(step, lambda: save(pieces, **given))
 
@@ -203,6 +205,23 @@ class Checkpoints:
 
 def _pieces(state: Mapping[str, Any]) -> dict[str, Piece]:
     return {f"{section}/{name}": piece_of(t) for section in SECTIONS for name, t in state.get(section, {}).items()}
+
+
+def _in_background(fn: Callable[[], Any]) -> Future[Any]:
+    """What `fn` will give. Unlike that of torch's `async_save`, the thread does not keep a process from ending.
+
+    When a peer hangs in the midst of a save, the others end with an error, and must not wait for it then.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(fn())
+        except BaseException as error:  # CheckpointException is no Exception; whoever waits gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="mhc-checkpoint", daemon=True).start()
+    return future
 
 
 def _attempt(fn: Callable[[], Any]) -> Any:

@@ -67,23 +67,6 @@ def copied(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     }
 
 
-class Stager:
-    """`torch.distributed.checkpoint.staging.AsyncStager` for pieces: the copy is done when `stage` returns."""
-
-    should_synchronize_after_execute = False
-    _synchronize_after_execute = False
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """`copied`."""
-        return {**copied(state_dict)}
-
-    def synchronize_staging(self) -> None:
-        """Nothing is pending."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 class SavePlanner(DefaultSavePlanner):
     """Torch's planner for a flat dictionary of pieces."""
 
