@@ -49,7 +49,10 @@ def folder(tmp_path: Path, kind: str) -> Path:
     return source
 
 
-@pytest.mark.parametrize(("kind", "world", "memory"), [("tied", 1, False), ("llama", 2, True), pytest.param("mixtral", 1, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "world", "memory"),
+    [("tied", 1, False), ("llama", 2, True), pytest.param("mixtral", 1, False, marks=pytest.mark.slow)],
+)
 def test_logits_of_the_exported_folder(kind: str, world: int, memory: bool, tmp_path: Path) -> None:
     source = folder(tmp_path, kind)
     options: dict[str, Any] = {"streams": 4, "inner": "eager"}
