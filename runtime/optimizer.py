@@ -52,6 +52,7 @@ class RunAdamW(TableAdamW):
         self, stages: Sequence[Stage], tied: Mapping[str, Sequence[int]], world: World, train: TrainTable
     ) -> None:
         self.world, self.train = world, train
+        self.stages = list(stages)
         self.held: dict[str, list[nn.Parameter]] = {}
         """Trained parameters by name; a tied one may have two, of the first and the last stage."""
         self.tables: dict[str, MemoryTable] = {}
@@ -125,6 +126,8 @@ class RunAdamW(TableAdamW):
             group["lr"] = RATIO * rate if group["table"] else rate
         self.step()
         self.skip()
+        for stage in self.stages:
+            stage.forget_casts()
         return rate
 
     def skip(self) -> None:

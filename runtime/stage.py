@@ -160,6 +160,13 @@ class Stage(nn.Module):
         """Give parameters on the meta device memory on the stage's; their values are not set."""
         self._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t)
 
+    def forget_casts(self) -> None:
+        """Cast parameters anew at the next call: their values have changed. Changes in place are seen without it,
+        but for those that FSDP makes when it gathers."""
+        for source in self._sources.values():
+            if isinstance(source, Held):
+                source.casts.clear()
+
     def prepare(self, **inputs: Tensor) -> None:
         """Compile now, for the mode the stage is in, instead of at the first call."""
         for unit in self.units:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Held:
     attribute: str
     dtype: torch.dtype
     """In which the graph takes it. Masters of parameters are float32 whatever this is."""
+    casts: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """The tensor in `dtype`, by where the master lies and how often it was changed."""
 
     @property
     def tensor(self) -> Tensor:
@@ -50,6 +52,34 @@ class Held:
         found = getattr(self.module, self.attribute)
         assert isinstance(found, Tensor)
         return found
+
+    def cast(self) -> Tensor:
+        """The tensor in `dtype`; one copy serves all microbatches until the master changes or `casts` is cleared.
+
+        Each microbatch keeps what it was given for its backward pass: as many copies would be more than the master.
+        """
+        held = self.tensor
+        if held.dtype == self.dtype:
+            return held
+        key = (held.data_ptr(), held._version)
+        if key not in self.casts:
+            self.casts.clear()
+            self.casts[key] = held.detach().to(self.dtype)
+        found: Tensor = _Cast.apply(held, self.casts[key])
+        return found
+
+
+class _Cast(torch.autograd.Function):
+    """A master in another dtype, made already."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = master.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
 
 
 Source = Crossing | Given | Held
@@ -140,8 +170,7 @@ def resolve(source: Source, crossing: Mapping[str, Tensor], inputs: Mapping[str,
     """The tensor that a graph is given, in the dtype in which it takes it."""
     if not isinstance(source, Held):
         return (crossing if isinstance(source, Crossing) else inputs)[source.name]
-    held = source.tensor
-    return held if held.dtype == source.dtype else held.to(source.dtype)
+    return source.cast()
 
 
 def _example(argument: Tensor, source: Source) -> Tensor:

@@ -102,6 +102,38 @@ def test_masters_are_float32_where_the_graph_computes_in_bfloat16() -> None:
     assert {p.grad.dtype for s in stages for p in s.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_microbatches_share_the_weights_that_were_cast(inner: str) -> None:
+    """Two microbatches in flight keep one copy, gradients are those of casts of their own, changed weights count."""
+    model, tokens = llama(dtype="bfloat16").to(torch.bfloat16), [ids(seed=1), ids(seed=2)]
+    stages = stages_of(program_of(model, tokens[0]), [2], Options(inner=inner))
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        if t.dtype == torch.bfloat16 and t.shape == (64, 32):  # gate and up projections, and the embedding
+            kept[t.untyped_storage().data_ptr()] = kept.get(t.untyped_storage().data_ptr(), 0) + 1
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        losses = [loss_of(through(stages, t), t) for t in tokens]
+    assert 2 <= len(kept) <= 8  # of 3 layers; twice as many were each microbatch to cast its own
+    sum(losses).backward()
+    together = summed(stages)
+    apart: dict[str, Tensor] = {}
+    for t in tokens:
+        for s in stages:
+            s.zero_grad()
+            s.forget_casts()
+        loss_of(through(stages, t), t).backward()
+        apart = {name: apart[name] + g if name in apart else g.clone() for name, g in summed(stages).items()}
+    for name, gradient in apart.items():
+        torch.testing.assert_close(together[name], gradient, rtol=1e-5, atol=1e-7)
+    before = through(stages, tokens[0])
+    with torch.no_grad():
+        stages[0].get_parameter("model.layers.0.mlp.up_proj.weight").mul_(2.0)
+    assert not torch.equal(through(stages, tokens[0]), before)
+
+
 def test_evaluation_drops_nothing() -> None:
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5)
