@@ -127,11 +127,14 @@ def _print_plan(recipe: Any) -> None:
     from mhc_compile.runtime.engine import capture
     from mhc_compile.runtime.launch import check_world
     from mhc_compile.runtime.loop import check_data
+    from mhc_compile.runtime.metrics import summary_writer
     from mhc_compile.runtime.summary import summary
 
     if "WORLD_SIZE" in os.environ:
         check_world(recipe.parallel, int(os.environ["WORLD_SIZE"]))
     check_data(recipe)
+    if recipe.metrics.tensorboard:
+        summary_writer()  # refuses here where it is not installed
     program = capture(recipe, torch.device("cpu"))
     starts = cuts(program, recipe.parallel.stage_count, recipe.parallel.balance)
     if os.environ.get("RANK", "0") == "0":

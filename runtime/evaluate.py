@@ -57,9 +57,11 @@ def forward_only(pipeline: Pipeline, batch: dict[str, Tensor]) -> Tensor:
                 crossing: tuple[Tensor, ...] = (inputs["input_ids"],)
             else:
                 crossing = _received(pipeline, stage) if before is None else before[number]
-            out = stage(*crossing, **inputs)
+            with torch.no_grad():  # a graph that runs eagerly switches gradients on behind what it runs without them
+                found = stage(*crossing, **inputs)
+            out = (found.detach(),) if last else tuple(t.detach() for t in found)
             if last:
-                total += cross_entropy(out, labels[number]).double()
+                total += cross_entropy(out[0], labels[number]).double()
             elif local:
                 kept.setdefault(stage.index + 1, []).append(out)
             else:

@@ -23,7 +23,7 @@ from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.guard import Guard
 from mhc_compile.runtime.launch import PATIENCE, World, launch
-from mhc_compile.runtime.metrics import Metrics
+from mhc_compile.runtime.metrics import Metrics, summary_writer
 from mhc_compile.runtime.probes import stream_figures
 from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.state import restore, training_state
@@ -54,6 +54,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
         stop = stack.enter_context(_stop_signal())
         world = stack.enter_context(launch(recipe.parallel))
         check_data(recipe)
+        if recipe.metrics.tensorboard:
+            summary_writer()  # refuses here where it is not installed
         loader = stack.enter_context(_loader(recipe, world.replica, recipe.data.folder, recipe.data.workers))
         held_out = None
         if recipe.train.evaluate_every and recipe.data.validation is not None:

@@ -59,7 +59,7 @@ class Metrics:
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        writer = _tensorboard() if tensorboard else None
+        writer = summary_writer() if tensorboard else None
         self.shows = shows
         self._lines: RawIOBase | None = None
         self._events: SummaryWriter | None = None
@@ -211,7 +211,8 @@ def _is_up_to(line: str, step: float) -> bool:
     return isinstance(found, dict) and isinstance(found.get("step"), int) and found["step"] <= step
 
 
-def _tensorboard() -> type[SummaryWriter]:
+def summary_writer() -> type[SummaryWriter]:
+    """TensorBoard's writer. Raises MHC606 where tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")  # an evaluation that keeps gradients
 def test_the_demo_trains(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = [
         "model.inner=eager", "data.sequence=32", "train.steps=3", "train.warmup=1", "train.evaluate_every=2",
@@ -74,3 +76,16 @@ def test_the_demo_trains(prepared: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert lines[2]["composite_gain/forward_max"] == pytest.approx(1.0, abs=1e-2)
     assert "separation/model.layers.0#0" not in lines[1]
     assert "step 3/3" in capsys.readouterr().out
+
+
+def test_tensorboard_that_is_missing_is_said_before_anything_is_compiled(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for name in [n for n in sys.modules if n.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    overrides = ["metrics.tensorboard=true", "checkpoint.folder=work/never"]
+    for flags in (["--dry-run"], []):
+        assert main(["train", str(prepared / "demo.toml"), *overrides, *flags]) == 1
+        assert "MHC606" in capsys.readouterr().err
+    assert not (prepared / "work" / "never").exists()
