@@ -77,7 +77,7 @@ def _converted(
             model.get_submodule(owner)
         except AttributeError as error:
             raise MHCError("MHC414", f"{folder}: {type(model).__name__} has no module {owner!r}") from error
-        parameters.to(device)
+        parameters._apply(lambda t: t if t.is_meta else t.to(device))  # rows of tables are nowhere
     install(_hollow(model, device), made)
     return model
 

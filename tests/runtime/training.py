@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -80,7 +79,7 @@ def plain(recipe: Recipe) -> Result:
             group["lr"] = (5 if group["table"] else 1) * learning_rate(step, t)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -98,13 +97,12 @@ def clip(model: nn.Module, most: float) -> Tensor:
 
 def spread(recipes: dict[str, Recipe], answers: Path) -> dict[str, Result]:
     """Train by every recipe, one after the other, in as many processes as the largest needs."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in recipes]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        ports = [s.getsockname()[1] for s in sockets]
     world = max(r.parallel.world for r in recipes.values())
-    mp.spawn(_rank, (recipes, ports, answers), nprocs=world)
+    # As torchrun does: a store for all of them, at a port that the system chooses.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # Forked from a process that has imported everything.
+    mp.get_context("forkserver").set_forkserver_preload(["mhc_compile.runtime.engine", "transformers"])
+    mp.start_processes(_rank, (recipes, store.port, answers), nprocs=world, start_method="forkserver")
     found: dict[str, Result] = {}
     for name, r in recipes.items():
         parts = [torch.load(answers / f"{name}-{rank}.pt") for rank in range(r.parallel.world)]
@@ -114,18 +112,23 @@ def spread(recipes: dict[str, Recipe], answers: Path) -> dict[str, Result]:
     return found
 
 
-def _rank(rank: int, recipes: dict[str, Recipe], ports: list[int], answers: Path) -> None:
+def _rank(rank: int, recipes: dict[str, Recipe], port: int, answers: Path) -> None:
     torch.set_num_threads(1)
-    for (name, r), port in zip(recipes.items(), ports, strict=True):
+    for name, r in recipes.items():
         if rank >= r.parallel.world:
             continue
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-        os.environ |= {k: str(v) for k, v in {**where, "WORLD_SIZE": r.parallel.world}.items()}
+        os.environ |= environment(rank, r.parallel.world, port)
         try:
             torch.save(_train(r), answers / f"{name}-{rank}.pt")
         except BaseException:
             print(f"{name}, rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             raise
+
+
+def environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    return {k: str(v) for k, v in {**where, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}.items()}
 
 
 def _train(recipe: Recipe) -> Result:
