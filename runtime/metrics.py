@@ -169,8 +169,8 @@ class Metrics:
 
     def _text(self, step: int, values: Mapping[str, float]) -> str:
         shown = [form.format(values[name]) for name, form in _SHOWN.items() if name in values]
-        if "composite_gain/forward_max" in values:
-            shown.append(f"composite gain {values['composite_gain/forward_max']:.4f}")
+        if gains := [v for name, v in values.items() if name.startswith("composite_gain/") and name.endswith("_max")]:
+            shown.append(f"composite gain {max(gains):.4f}")
         if values.get("seconds") and self._bar is None and step < self._total:
             shown.append(f"{_duration(values['seconds'] * (self._total - step))} left")
         return "  ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *shown])

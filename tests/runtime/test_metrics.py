@@ -14,6 +14,9 @@ from mhc_compile import MHCError
 from mhc_compile.runtime.metrics import EVENTS, FILE, Metrics, drop_after, read_metrics
 
 
+GAINS = {"composite_gain/forward_max": 1.0, "composite_gain/backward_mean": 2.0, "composite_gain/backward_max": 1.05}
+
+
 class Clock:
     """Seconds as the test wants them."""
 
@@ -53,20 +56,23 @@ def test_a_line_has_what_was_given_and_the_mean_speed_since_the_last_one(tmp_pat
             clock.now += 0.5
             metrics.progress(step, 4.0, tokens=100)
         clock.now += 60  # an evaluation
-        metrics.log(2, {"grad_norm": 1.5, "loss": 4.0, "evaluation_loss": 4.5, "separation/layers.0#0": 0.25})
+        metrics.log(2, {"grad_norm": 1.5, "loss": 4.0, "evaluation_loss": 4.5, "separation/layers.0#0": 0.25, **GAINS})
         clock.now += 0.25
         metrics.progress(3, 4.0, tokens=100)
         metrics.log(3, {"loss": 4.0})
     first, second = (json.loads(line) for line in (tmp_path / FILE).read_text().splitlines())
     assert first == {
         "step": 2, "loss": 4.0, "evaluation_loss": 4.5, "grad_norm": 1.5, "tokens_per_second": 200.0, "seconds": 0.5,
-        "separation/layers.0#0": 0.25,
+        "separation/layers.0#0": 0.25, **GAINS,
     }  # fmt: skip
     assert list(first)[:3] == ["step", "loss", "evaluation_loss"]
     assert second == {"step": 3, "loss": 4.0, "tokens_per_second": 400.0, "seconds": 0.25}
     text = shown(metrics)
     assert text.count("\n") == 2
-    assert "step 2/4  loss 4.0000  evaluation 4.5000  gradient 1.5  200 tokens/s  0:00:01 left" in text
+    assert (
+        "step 2/4  loss 4.0000  evaluation 4.5000  gradient 1.5  200 tokens/s  composite gain 1.0500  0:00:01 left"
+        in text
+    )
 
 
 def test_lines_are_strict_json_whatever_the_figures_are(tmp_path: Path) -> None:
