@@ -13,7 +13,6 @@ from rich.console import Console
 from mhc_compile import MHCError
 from mhc_compile.runtime.metrics import EVENTS, FILE, Metrics, drop_after, read_metrics
 
-
 GAINS = {"composite_gain/forward_max": 1.0, "composite_gain/backward_mean": 2.0, "composite_gain/backward_max": 1.05}
 
 
