@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mhc_compile
+from mhc_compile.runtime import optimizer
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.launch import launch
-from mhc_compile.runtime.optimizer import learning_rate
 from mhc_compile.runtime.recipe import Recipe, parse_recipe
 
 VOCAB, LENGTH = 64, 8
@@ -67,7 +67,7 @@ def plain(recipe: Recipe) -> Result:
     model = mhc_compile.from_pretrained(recipe.model.folder, inner="eager").train()
     t = recipe.train
     groups = mhc_compile.parameter_groups(model, weight_decay=t.weight_decay, lr=t.lr)
-    optimizer = mhc_compile.TableAdamW(groups, betas=t.betas)
+    adamw = mhc_compile.TableAdamW(groups, betas=t.betas)
     losses, norms = [], []
     for step in range(1, t.steps + 1):
         given = batch(step, t.batch)
@@ -75,10 +75,10 @@ def plain(recipe: Recipe) -> Result:
         loss = F.cross_entropy(logits.flatten(0, 1), given["labels"].flatten())
         loss.backward()
         norms.append(float(clip(model, t.clip)))
-        for group in optimizer.param_groups:
-            group["lr"] = (5 if group["table"] else 1) * learning_rate(step, t)
-        optimizer.step()
-        optimizer.zero_grad()
+        for group in adamw.param_groups:
+            group["lr"] = (5 if group["table"] else 1) * optimizer.learning_rate(step, t)
+        adamw.step()
+        adamw.zero_grad()
         losses.append(loss.item())
     return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
 
@@ -114,6 +114,7 @@ def spread(recipes: dict[str, Recipe], answers: Path) -> dict[str, Result]:
 
 def _rank(rank: int, recipes: dict[str, Recipe], port: int, answers: Path) -> None:
     torch.set_num_threads(1)
+    optimizer.BUCKET = 5000  # elements; most gradients then share a message, and some have one of their own
     for name, r in recipes.items():
         if rank >= r.parallel.world:
             continue

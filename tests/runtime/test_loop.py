@@ -1,0 +1,190 @@
+"""Whole runs: what they write, that they go on bit by bit, that they stop when asked, and what is refused before."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_folders import documents, make_tokenizer, write_lines
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from training import model_folder
+
+import mhc_compile
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.runtime.data.loader import Loader
+from mhc_compile.runtime.data.prepare import prepare
+from mhc_compile.runtime.loop import Result, train
+from mhc_compile.runtime.metrics import Metrics, read_metrics
+from mhc_compile.runtime.recipe import Recipe, parse_recipe
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model that drops values at random, its tokenizer, and data."""
+    folder = tmp_path_factory.mktemp("material")
+    model_folder(folder / "model", vocab_size=300, attention_dropout=0.1, num_hidden_layers=2)
+    make_tokenizer(folder / "model")
+    for name, seed in (("tokens", 0), ("held-out", 1)):
+        lines = write_lines(folder / f"{name}.jsonl", documents(150, seed))
+        prepare([str(lines)], folder / name, tokenizer=folder / "model")
+    return folder
+
+
+def recipe(material: Path, folder: Path, **tables: dict[str, Any]) -> Recipe:
+    content: dict[str, Any] = {
+        "model": {"folder": str(material / "model"), "inner": "eager"},
+        "data": {"folder": str(material / "tokens"), "validation": str(material / "held-out"), "sequence": 16},
+        "train": {"steps": 6, "batch": 4, "microbatch": 2, "lr": 1e-2, "evaluate_every": 3, "evaluate_batches": 2},
+        "parallel": {"timeout": 60},
+        "checkpoint": {"folder": str(folder / "run"), "every": 2},
+        "metrics": {"every": 1},
+    }
+    for name, fields in tables.items():
+        content[name] = content.get(name, {}) | fields
+    return parse_recipe(content, folder)
+
+
+def lines(folder: Path) -> dict[int, dict[str, float]]:
+    """The metrics by step, without those of time."""
+    found = read_metrics(folder / "run" / "metrics.jsonl")
+    return {m["step"]: {k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in found}
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    files = (folder / "run" / f"step-{step:08d}").glob("*.safetensors")
+    return {name: t for file in sorted(files) for name, t in load_file(file).items()}
+
+
+def test_a_run_writes_what_it_was_asked_for(material: Path, tmp_path: Path) -> None:
+    result = train(recipe(material, tmp_path, metrics={"every": 1, "probes_every": 4}))
+    found = lines(tmp_path)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert result == Result(6, found[6]["loss"], "done")
+    assert all(math.isfinite(found[step][name]) for step in found for name in ("loss", "lr", "grad_norm"))
+    assert [step for step in found if "evaluation_loss" in found[step]] == [3, 6]
+    assert [step for step in found if "composite_gain/forward_max" in found[step]] == [4]
+    assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == ["step-00000004", "step-00000006"]
+    # Nothing is left to do.
+    assert train(recipe(material, tmp_path)) == Result(6, None, "done")
+
+
+def test_an_evaluation_is_the_loss_on_held_out_data(material: Path, tmp_path: Path) -> None:
+    train(recipe(material, tmp_path, train={"steps": 1, "lr": 1e-9, "evaluate_batches": 3}))
+    model = mhc_compile.from_pretrained(material / "model", inner="eager")  # in eval mode: nothing is dropped
+    batches = [Loader(material / "held-out", sequence=16, batch=4).batch(step) for step in range(3)]
+    with torch.no_grad():
+        wanted = [F.cross_entropy(model(b["input_ids"]).logits.flatten(0, 1), b["labels"].flatten()) for b in batches]
+    assert lines(tmp_path)[1]["evaluation_loss"] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-6)
+
+
+def test_a_run_that_goes_on_is_an_unbroken_one(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe(material, whole))
+    progress = Metrics.progress
+
+    def asked_to_stop(self: Metrics, step: int, loss: float, tokens: int) -> None:
+        progress(self, step, loss, tokens)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Metrics, "progress", asked_to_stop)
+        before = signal.getsignal(signal.SIGTERM)
+        assert train(recipe(material, broken)).ended == "stopped"
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert sorted(p.name for p in (broken / "run").glob("step-*")) == ["step-00000002", "step-00000003"]
+    shutil.rmtree(broken / "run" / "step-00000003")  # as if it had been killed in step 3
+    assert train(recipe(material, broken)).ended == "done"
+    assert lines(broken) == lines(whole)
+    one, other = weights(broken, 6), weights(whole, 6)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_ranks_make_the_same_run(material: Path, tmp_path: Path) -> None:
+    # Nothing is dropped here: what is depends on the rank.
+    copied = Path(shutil.copytree(material, tmp_path / "material"))
+    config = json.loads((copied / "model" / "config.json").read_text())
+    (copied / "model" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.0}))
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(recipe(copied, one))
+    parallel = {"stages": 2, "schedule": "dualpipev", "stages_per_rank": 2}
+    given = recipe(copied, two, train={"microbatch": 1}, parallel=parallel, metrics={"every": 1, "probes_every": 4})
+    two.mkdir()
+    (two / "recipe.json").write_text(json.dumps(given.plain()))
+    program = "import json, sys; from pathlib import Path; from mhc_compile.runtime.loop import train; "
+    program += "from mhc_compile.runtime.recipe import parse_recipe; p = Path(sys.argv[1]); "
+    program += "train(parse_recipe(json.loads(p.read_text()), p.parent))"
+    (two / "run.py").write_text(program)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(two / "run.py"), str(two / "recipe.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    wanted, found = lines(one), lines(two)
+    for step in wanted:
+        for name in wanted[step]:
+            assert found[step][name] == pytest.approx(wanted[step][name], rel=2e-5), (step, name)
+    assert "composite_gain/forward_max" in found[4]
+
+
+def test_bfloat16_trains_float32_weights(material: Path, tmp_path: Path) -> None:
+    train(recipe(material, tmp_path, model={"dtype": "bfloat16"}))
+    train(recipe(material, tmp_path / "precise"))
+    found, precise = lines(tmp_path), lines(tmp_path / "precise")
+    assert found[6]["loss"] != precise[6]["loss"]
+    assert found[6]["loss"] == pytest.approx(precise[6]["loss"], rel=0.03)
+    assert {t.dtype for t in weights(tmp_path, 6).values()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(material: Path, tmp_path: Path) -> None:
+    with pytest.raises(MHCError, match="MHC618"):
+        train(recipe(material, tmp_path, train={"lr": 1e30}))
+    assert list((tmp_path / "run").glob("failed-step-*"))
+
+
+def test_from_scratch(material: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(material, tmp_path / "material"))
+    for name in ("mhc.json", *(p.name for p in (copied / "model").glob("*.safetensors*"))):
+        (copied / "model" / name).unlink()
+    train(recipe(copied, tmp_path, model={"start": "scratch"}, mhc={"streams": 2}))
+    assert lines(tmp_path)[1]["loss"] == pytest.approx(math.log(300), rel=0.1)
+
+
+@pytest.mark.parametrize("damage", ["shard", "tokenizer", "few", "world", "data"])
+def test_mistakes_are_found_before_the_first_step(
+    material: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(material, tmp_path / "material"))
+    tables: dict[str, Any] = {}
+    match damage:
+        case "shard":
+            next((copied / "model").glob("*.safetensors")).unlink()
+            code = "MHC402"
+        case "tokenizer":
+            make_tokenizer(copied / "model", vocabulary=280)
+            code = "MHC612"
+        case "few":
+            tables["data"] = {"sequence": 4096}
+            code = "MHC613"
+        case "world":
+            tables["parallel"] = {"data": 2}
+            code = "MHC603"
+        case _:
+            next((copied / "tokens").glob("*.bin")).unlink()
+            code = "MHC611"
+    monkeypatch.setattr(Metrics, "progress", lambda *_: pytest.fail("a step was made"))
+    with pytest.raises(MHCError, match=code):
+        train(recipe(copied, tmp_path, **tables))
+    assert not list((tmp_path / "run").glob("step-*"))
