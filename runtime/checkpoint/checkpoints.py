@@ -6,7 +6,6 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +56,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self._parallel else None
         self.rank = dist.get_rank() if self._parallel else 0
         self.world = dist.get_world_size() if self._parallel else 1
-        self._pending: tuple[int, Future[Any]] | None = None
+        self._pending: tuple[int, _Background] | None = None
         self._saved: int | None = None
         self._failed: str | None = None
         self._agree(self.folder.claim)
@@ -98,15 +97,15 @@ class Checkpoints:
         }
         if self.asynchronous:
             held: dict[str, Any] = {**copied(pieces)}
-            self._pending = (step, _in_background(lambda: save(held, **given)))
+            self._pending = (step, _Background(lambda: save(held, **given)))
         else:
             self._finish(step, lambda: save(pieces, **given))
 
     def wait(self) -> None:
         """Return when the save that is being written is done."""
         if self._pending is not None:
-            (step, future), self._pending = self._pending, None
-            self._finish(step, future.result)
+            (step, background), self._pending = self._pending, None
+            self._finish(step, background.result)
 
     def close(self) -> None:
         """Wait, and let other runs have the folder. Raises MHC616 if the last save failed."""
@@ -207,21 +206,32 @@ def _pieces(state: Mapping[str, Any]) -> dict[str, Piece]:
     return {f"{section}/{name}": piece_of(t) for section in SECTIONS for name, t in state.get(section, {}).items()}
 
 
-def _in_background(fn: Callable[[], Any]) -> Future[Any]:
-    """What `fn` will give. Unlike that of torch's `async_save`, the thread does not keep a process from ending.
+class _Background(threading.Thread):
+    """A save that goes on while training does. Unlike the thread of torch's `async_save`, it keeps no process alive.
 
     When a peer hangs in the midst of a save, the others end with an error, and must not wait for it then.
     """
-    future: Future[Any] = Future()
 
-    def run() -> None:
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(name="mhc-checkpoint", daemon=True)
+        self._work: Callable[[], Any] | None = work
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Save, and drop what was saved."""
+        assert self._work is not None
         try:
-            future.set_result(fn())
-        except BaseException as error:  # CheckpointException is no Exception; whoever waits gets it
-            future.set_exception(error)
+            self._work()
+        except BaseException as error:  # CheckpointException is no Exception; `result` raises it
+            self._error = error
+        self._work = None
 
-    threading.Thread(target=run, name="mhc-checkpoint", daemon=True).start()
-    return future
+    def result(self) -> None:
+        """Wait until the thread is gone: one that still frees its tensors while the process ends would abort it."""
+        self.join()
+        if self._error is not None:
+            raise self._error
 
 
 def _attempt(fn: Callable[[], Any]) -> Any:
