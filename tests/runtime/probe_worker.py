@@ -84,15 +84,9 @@ def difference(found: dict[str, float], model: nn.Module, batch: dict[str, Tenso
 
 
 def four_stages_in_a_v() -> float:
-    model = llama()
-    stages = stages_of(model, [1, 2, 4], [[0, 3], [1, 2]][dist.get_rank()], units="blocks")
-    return difference(stream_figures(stages[::-1], BATCH, dist.group.WORLD), model)
-
-
-def interleaved_with_a_memory() -> float:
     model = memory()
-    stages = stages_of(model, [1, 3, 5], [[0, 2], [1, 3]][dist.get_rank()])
-    return difference(stream_figures(stages, BATCH, dist.group.WORLD), model)
+    stages = stages_of(model, [1, 2, 4], [[0, 3], [1, 2]][dist.get_rank()])
+    return difference(stream_figures(stages[::-1], BATCH, dist.group.WORLD), model)
 
 
 def fsdp_replicas() -> float:
@@ -108,7 +102,7 @@ def fsdp_replicas() -> float:
     return difference(before, model)
 
 
-CASES = (four_stages_in_a_v, interleaved_with_a_memory, fsdp_replicas)
+CASES = (four_stages_in_a_v, fsdp_replicas)
 
 
 def main(rank: int, store: str) -> None:
