@@ -123,4 +123,12 @@ TRAINING: dict[str, Diagnostic] = {
         "no such pipeline schedule",
         "1f1b with one stage a rank, the others with two or more; as many microbatches a step as stages",
     ),
+    "MHC643": Diagnostic(
+        "two schedules compute different losses",
+        "please report the model: gradients of at least one of them are wrong",
+    ),
+    "MHC644": Diagnostic(
+        "the recipe cannot be measured here",
+        "measure a small model with parallel.data = 1, parallel.engram = 1 and a rank for each processor at most",
+    ),
 }

@@ -61,6 +61,8 @@ class Run:
     """Compute; two works are a forward and a backward that may overlap."""
 
     works: tuple[Work, ...]
+    sends: tuple[Transfer, ...] = ()
+    """Posted when the first work is done, before the second one is."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,10 @@ _PASSES: dict[str, Pass] = {"F": "forward", "B": "backward", "I": "input", "W": 
 
 
 def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> Iterator[Action]:
-    """torch's actions with communication, as its runtime performs them: a pass waits for what it reads alone."""
+    """torch's actions with communication, as our runtime performs them: a pass waits for what it reads alone, and the
+    result of a forward that runs with a backward is sent as soon as it is there (`mhc_compile.runtime.overlap`)."""
     sent: list[Transfer] = []
+    early: set[Transfer] = set()
     for action in actions:
         name = action.computation_type.value
         if name in ("UNSHARD", "RESHARD", "REDUCE_GRAD"):
@@ -192,13 +196,19 @@ def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> 
             transfer = Transfer(gradients, source, action.microbatch_index)
             if name.startswith("SEND"):
                 sent.append(transfer)
-            yield Post((transfer,))
+            if transfer not in early or name.startswith("RECV"):
+                yield Post((transfer,))
             continue
         parts = action.sub_actions if name == "OVERLAP_F_B" else (action,)
         works = tuple(Work(_PASSES[a.computation_type.value], a.stage_index, a.microbatch_index) for a in parts)
         if needed := tuple(t for w in works if (t := needs(w, owner, rank)) is not None):
             yield Wait(needed)
-        yield Run(works)
+        sends: tuple[Transfer, ...] = ()
+        stage = works[0].stage
+        if len(works) > 1 and stage + 1 < len(owner) and owner[stage + 1] != rank:
+            sends = (Transfer(False, stage, works[0].microbatch),)
+            early.update(sends)
+        yield Run(works, sends)
     if sent:
         yield Wait(tuple(sent))
 

@@ -140,7 +140,6 @@ def simulate(
     count = len(schedule.ranks)
     transfers = _Transfers(costs, link or Link(), schedule.owner)
     now, at, busy = [0.0] * count, [0] * count, [0.0] * count
-    sent, messages = [0] * count, [0] * count
     timed: list[list[Timed]] = [[] for _ in range(count)]
     moving = True
     while moving:
@@ -155,14 +154,13 @@ def simulate(
                 elif isinstance(action, Post):
                     for t in action.transfers:
                         transfers.post(t, rank, now[rank])
-                        if schedule.owner[t.stage] == rank:
-                            sent[rank] += transfers.size(t)
-                            messages[rank] += 1
                 else:
                     done = _run(action, rank, now[rank], costs, overlap)
                     busy[rank] += done[-1].end - now[rank]
                     now[rank] = done[-1].end
                     timed[rank] += done
+                    for t in action.sends:
+                        transfers.post(t, rank, done[0].end)
                 at[rank] += 1
                 moving = True
     if any(at[rank] < len(actions) for rank, actions in enumerate(schedule.ranks)):
@@ -179,8 +177,8 @@ def simulate(
         held=[held for held, _, _ in watched],
         live=[live[s] for s in range(len(costs))],
         live_of_rank=[most for _, _, most in watched],
-        sent=sent,
-        messages=messages,
+        sent=[sum(transfers.size(t) for t in transfers.arrived if schedule.owner[t.stage] == r) for r in range(count)],
+        messages=[sum(schedule.owner[t.stage] == r for t in transfers.arrived) for r in range(count)],
     )
 
 

@@ -5,7 +5,7 @@ What ranks hold follows this package's own runtime:
 
     weights, gradients    float32, whole on every replica; under FSDP shards, gathered whole while a step runs
     moments               two float32 values a weight, sharded under FSDP
-    casts                 weights in the graph's dtype where that is narrower, one copy for each live microbatch
+    casts                 weights in the graph's dtype where that is narrower, made once a step
     tables                rows and two moments in float32, spread over parallel.engram
     activations           what the schedule keeps at its fullest: branches, streams in recompute blocks, stage outputs
     transient             a block that is made again, the largest branch's gradients, those of the logits
@@ -91,7 +91,7 @@ class StageEstimate:
     recompute: float
     """Seconds of the backward pass in which streams are made again."""
     casts: int
-    """Bytes of weights in the graph's dtype for one microbatch."""
+    """Bytes of weights in the graph's dtype."""
     transient: int
     cost: StageCost
 
@@ -218,8 +218,8 @@ def _stage(
     weight = sum(total(w.branch.weight, flops, bandwidth) for w in works)
     again = blocks.extra / bandwidth
     narrow = 2 if dtype == "bfloat16" else FLOAT32
-    # A weight is read and its cast written; its gradient is read and added to a float32 one.
-    casting = cast * (FLOAT32 + narrow) / bandwidth
+    # A weight is read and its cast written once a step; a gradient is read and added to a float32 one.
+    casting = cast * (FLOAT32 + narrow) / bandwidth / way.microbatches
     adding = values * (narrow + 2 * FLOAT32) / bandwidth
     branches = sum(w.branch.kept for w in works)
     deferred = sum(w.branch.deferred for w in works)
@@ -282,7 +282,7 @@ def _memory(way: Way, stages: Sequence[StageEstimate], simulated: Simulated, ran
         weights=FLOAT32 * (values + shard),
         gradients=FLOAT32 * (values + shard),
         moments=2 * FLOAT32 * (shard if sharded else values),
-        casts=sum(s.casts * simulated.live[s.index] for s in own),
+        casts=sum(s.casts for s in own),
         tables=ROW * -(-tables // way.engram),
         activations=simulated.held[rank],
         transient=max(s.transient for s in own),
