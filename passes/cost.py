@@ -19,7 +19,7 @@ Time is traffic: the stream part is bound by memory, so what is computed again t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -123,10 +123,15 @@ class Plan:
     rest: int = 0
     """So many sites at the end of the graph keep everything: they are the first that the backward pass is done with."""
 
+    @property
+    def count(self) -> int:
+        """All sites."""
+        return sum(map(len, self.runs))
+
     @cached_property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """The numbers of sites of the blocks of every run; those of the `rest` are in none."""
-        left, found = sum(map(len, self.runs)) - self.rest, []
+        left, found = self.count - self.rest, []
         for run in self.runs:
             sites = min(max(0, left), len(run))
             found.append(tuple(min(self.block, sites - i) for i in range(0, sites, self.block)))
@@ -160,7 +165,12 @@ class Plan:
     @property
     def peak(self) -> int:
         """The most that the stream part holds at a time; the sites at the end are done with before a block is made."""
-        return max(self.kept, self._kept_by_blocks + self.transient)
+        return max(self.kept, self.held_by_blocks)
+
+    @property
+    def held_by_blocks(self) -> int:
+        """What the sites in blocks hold while the largest of them is made again."""
+        return self._kept_by_blocks + self.transient
 
     @cached_property
     def extra(self) -> int:
@@ -187,25 +197,30 @@ def optimal_block(runs: Sequence[Sequence[SiteCost]], budget: int | None = None)
     smallest = min(plans, key=lambda p: (p.peak, p.extra))
     if budget is None:
         return smallest
-    count = sum(map(len, held))
     if smallest.whole <= budget:
-        return Plan(held, 1, rest=count)
-    if smallest.peak > budget:
-        least = bytes_text(smallest.peak)
-        raise MHCError("MHC626", f"{bytes_text(budget)} for {count} sites; the least possible is {least}")
+        return Plan(held, 1, rest=smallest.count)
     # The more sites keep everything, the less is computed again.
-    fitting = (_most_rest(plan, count, budget) for plan in plans if plan.peak <= budget)
-    return min(fitting, key=lambda p: (p.extra, p.peak))
+    tried = [Plan(held, plan.block, _last(plan, lambda p: p.kept <= budget)) for plan in plans]
+    if fitting := [plan for plan in tried if plan.peak <= budget]:
+        return min(fitting, key=lambda p: (p.extra, p.peak))
+    least = bytes_text(min(_least(plan) for plan in plans))
+    raise MHCError("MHC626", f"{bytes_text(budget)} for {smallest.count} sites; the least possible is {least}")
 
 
-def _most_rest(plan: Plan, count: int, budget: int) -> Plan:
-    """`plan` with as many sites at the end keeping everything as fit."""
-    low, high = 0, count
+def _least(plan: Plan) -> int:
+    """The smallest peak with this block size and any number of sites that keep everything."""
+    # What is kept grows with that number, and what is held while a block is made shrinks.
+    rest = _last(plan, lambda p: p.kept <= p.held_by_blocks)
+    return min(Plan(plan.runs, plan.block, r).peak for r in (rest, min(rest + 1, plan.count)))
+
+
+def _last(plan: Plan, holds: Callable[[Plan], bool]) -> int:
+    """The largest number of sites that keep everything up to which `holds`."""
+    low, high = 0, plan.count
     while low < high:
         middle = (low + high + 1) // 2
-        fits = Plan(plan.runs, plan.block, middle).peak <= budget
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return Plan(plan.runs, plan.block, low)
+        low, high = (middle, high) if holds(Plan(plan.runs, plan.block, middle)) else (low, middle - 1)
+    return low
 
 
 # --- the option -----------------------------------------------------------------------------------------------------

@@ -56,28 +56,37 @@ class Recompute:
         if not runs:
             context.notes.append("no site is there to be computed again")
             return gm
-        plan = self._plan(gm.graph, runs)
+        plan = _plan(gm.graph, runs, self.blocks, self.kernels)
         _tag(gm.graph, runs, plan, {site.state for site in found})
         context.notes += _notes(plan)
         return gm
 
-    def _plan(self, graph: Graph, runs: list[list[StreamSite]]) -> Plan:
-        mode, number = parse_blocks(self.blocks)
-        hints = size_hints(graph)
-        one = "boundary" in self.kernels
-        costs = tuple(
-            tuple(
-                _in_numbers(site.cost(joined=one and i > 0 and site.is_boundary), hints, exact=mode == "bytes")
-                for i, site in enumerate(run)
-            )
-            for run in runs
+
+def plan_of(graph: Graph, blocks: str | int, kernels: tuple[str, ...] = KERNELS) -> Plan:
+    """The blocks and what they cost for a dialect graph, which is not changed. Raises as the pass does."""
+    return _plan(graph, runs_of(graph, stream_sites(graph)), blocks, kernels)
+
+
+def _plan(graph: Graph, runs: list[list[StreamSite]], blocks: str | int, kernels: tuple[str, ...]) -> Plan:
+    mode, number = parse_blocks(blocks)
+    hints = size_hints(graph)
+    one = "boundary" in kernels
+    costs = tuple(
+        tuple(
+            _in_numbers(site.cost(joined=one and i > 0 and site.is_boundary), hints, exact=mode == "bytes")
+            for i, site in enumerate(run)
         )
-        if mode == "stage":
-            return Plan(costs, max(map(len, costs)))
-        if mode == "sites":
-            assert number is not None
-            return Plan(costs, number)
-        return optimal_block(costs, number)
+        for run in runs
+    )
+    count, longest = sum(map(len, costs)), max(map(len, costs), default=1)
+    if mode == "off":
+        return Plan(costs, 1, rest=count)
+    if mode == "stage":
+        return Plan(costs, longest)
+    if mode == "sites":
+        assert number is not None
+        return Plan(costs, number)
+    return optimal_block(costs, number)
 
 
 def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]:

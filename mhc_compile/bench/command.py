@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mhc_compile.bench import boundary, compile_time, engram, native, passes, step
+from mhc_compile.bench import boundary, compile_time, engram, native, passes, recompute, step
 from mhc_compile.bench.contest import chart
 
 BENCHMARKS = {
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "engram": engram,
     "native": native,
     "passes": passes,
+    "recompute": recompute,
     "step": step,
 }
 
