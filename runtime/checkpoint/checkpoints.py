@@ -203,7 +203,9 @@ class Checkpoints:
 
 
 def _pieces(state: Mapping[str, Any]) -> dict[str, Piece]:
-    return {f"{section}/{name}": piece_of(t) for section in SECTIONS for name, t in state.get(section, {}).items()}
+    """By full name, in the order of names: who writes what does not depend on how the state came about."""
+    found = {f"{section}/{name}": t for section in SECTIONS for name, t in state.get(section, {}).items()}
+    return {name: piece_of(found[name]) for name in sorted(found)}
 
 
 class _Background(threading.Thread):
