@@ -53,7 +53,7 @@ class Engine:
     optimizer: RunAdamW
 
     def compile(self) -> None:
-        """Compile the stages for training, and wait until all ranks have: a step's timeout is too short for that."""
+        """Compile the stages, and wait until all ranks have: a step's timeout is too short for that."""
         sharded = [m for stage in self.stages for m in stage.modules() if isinstance(m, FSDPModule)]
         # torch would leave the backward to its first call.
         at_once = functorch_config.patch(force_non_lazy_backward_lowering=True)
@@ -61,8 +61,10 @@ class Engine:
             # All messages before the first compilation: ranks take their time over it.
             for module in sharded:
                 module.unshard()
-            for stage in self.stages:
-                stage.prepare(**example_batch(self.recipe, self.world.device))
+            for training in (False, True) if self.recipe.train.evaluate_every else (True,):
+                for stage in self.stages:
+                    stage.train(training)
+                    stage.prepare(**example_batch(self.recipe, self.world.device))
             for module in sharded:
                 module.reshard()
             self.world.meet()

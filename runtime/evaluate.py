@@ -23,15 +23,13 @@ def evaluate(engine: Engine, loader: Loader, batches: int, step: int) -> float:
     for stage in engine.stages:
         stage.eval()
     try:
-        # Stages that drop values have another graph to compile here.
-        with torch.no_grad(), torch.random.fork_rng(), engine.world.patience(f"evaluation after step {step}"):
+        with torch.no_grad(), torch.random.fork_rng(), engine.world.doing("evaluation", step):
             for number in range(batches):
                 total += forward_only(engine.pipeline, loader.batch(number))
+            dist.all_reduce(total)
     finally:
         for stage in engine.stages:
             stage.train()
-    with engine.world.doing("evaluation", step):
-        dist.all_reduce(total)
     return float(total) / (batches * engine.recipe.train.batch * engine.recipe.data.sequence)
 
 
@@ -67,6 +65,7 @@ def forward_only(pipeline: Pipeline, batch: dict[str, Tensor]) -> Tensor:
             else:
                 peer = place_of(pipeline.world.parallel, stage.index + 1)
                 sent += [_sent(t, peer, pipeline) for t in out]
+            pipeline.world.watch.beat()
     for work in sent:
         work.wait()
     return total

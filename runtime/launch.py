@@ -125,7 +125,8 @@ def launch(parallel: ParallelTable) -> Iterator[World]:
             store = fresh_store(rank, world_size, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            alone = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         detail = f"rank {rank} of {world_size}: joining the run failed: {_first_line(error)}"
         raise MHCError("MHC605", detail) from error
@@ -200,6 +201,11 @@ class Watch:
             yield
         finally:
             self._now = outer and _Action(outer.name, outer.step, outer.timeout)
+
+    def beat(self) -> None:
+        """The action that is watched gets on: its time begins anew."""
+        if (now := self._now) is not None:
+            self._now = _Action(now.name, now.step, now.timeout)
 
     def close(self) -> None:
         """Watch no longer."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -68,7 +68,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
             asynchronous=recipe.checkpoint.asynchronous,
             timeout=max(PATIENCE, recipe.parallel.timeout),
         )
-        stack.push(_Closing(checkpoints, world))
+        stack.push(_closing(checkpoints, world))
         begun = checkpoints.latest() is not None
         engine = build_engine(recipe, world, weights=not begun)
         for line in summary(recipe, engine.program, engine.starts):
@@ -199,17 +199,16 @@ class _Run:
         }
 
 
-class _Closing:
+def _closing(checkpoints: Checkpoints, world: World) -> Callable[[Any, BaseException | None, Any], None]:
     """At the end of a run: what is being saved is finished, unless a rank is lost, for which no other may wait."""
 
-    def __init__(self, checkpoints: Checkpoints, world: World) -> None:
-        self.checkpoints, self.world = checkpoints, world
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def end(_: Any, error: BaseException | None, __: Any) -> None:
         if error is None or (isinstance(error, MHCError) and error.code != "MHC605"):
-            self.checkpoints.close()
-        elif self.world.rank == 0:
-            self.checkpoints.folder.release()
+            checkpoints.close()
+        elif world.rank == 0:
+            checkpoints.folder.release()
+
+    return end
 
 
 def _loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Loader:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleDualPipeV,
     ScheduleInterleaved1F1B,
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.overlap import register
+from mhc_compile.runtime.pipelining import RunStage
 from mhc_compile.runtime.recipe_tables import ParallelTable
 from mhc_compile.runtime.stage import Stage
 
@@ -26,6 +27,8 @@ _SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
+# Where a step fails torch prints the whole schedule, which would bury the reason.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 V_SHAPED = ("zbv", "dualpipev")
 """Those with the first and the last stage on one rank."""
 
@@ -54,21 +57,7 @@ class Pipeline:
         self.stages, self.world, self.microbatches = list(stages), world, microbatches
         self.has_first = stages[0].index == 0
         self.has_last = any(s.index == s.count - 1 for s in stages)
-        made = [
-            _PipelineStage(
-                s,
-                s.index,
-                s.count,
-                world.device,
-                input_args=tuple(map(_learning, s.example_inputs)),
-                output_args=tuple(map(_learning, s.example_outputs)),
-                group=world.pipe_group,
-                # Without one torch would split a backward pass by walking the graph of autograd, of which a compiled
-                # stage is one node.
-                dw_builder=s.dw_builder if parallel.schedule in V_SHAPED else None,
-            )
-            for s in stages
-        ]
+        made = [RunStage(s, world, defers=parallel.schedule in V_SHAPED) for s in stages]
         common: dict[str, Any] = {"n_microbatches": microbatches, "loss_fn": self._loss, "scale_grads": False}
         self.schedule: Any
         if parallel.schedule == "1f1b":
@@ -100,18 +89,3 @@ class Pipeline:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over tokens, in float32: `logits` `[b, S, V]`, `labels` `[b, S]`, the next token of each."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-
-
-class _PipelineStage(PipelineStage):
-    """Also in a group of one and with two neighbouring stages on a rank under torch 2.11 and gloo.
-
-    torch 2.11 warms connections up by messages between neighbours, to a rank itself as well, which gloo refuses.
-    """
-
-    def _get_init_p2p_neighbors_ops(self) -> list[torch.distributed.P2POp]:
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
-
-
-def _learning(example: Tensor) -> Tensor:
-    """`example` as it crosses in training: with a gradient to come back where it can have one."""
-    return example.requires_grad_(example.is_floating_point())

@@ -50,7 +50,7 @@ def test_the_others_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("how", "timeout", "most", "code", "said"),
     [
-        ("dies", 30.0, 10.0, 3, "closed by peer"),
+        ("dies", 30.0, 10.0, 3, "by peer|not connected|pipe"),
         ("hangs", 2.0, 8.0, 3, "Timed out"),
         ("blocks", 1.0, 15.0, 1, "no answer"),
     ],

@@ -144,7 +144,16 @@ def _train(recipe: Recipe) -> Result:
             engine.optimizer.update(step, found.norm)
             losses.append(found.loss)
             norms.append(found.norm)
+            assert not kept(engine), "messages of a step that is over"
         return losses, norms, _weights(engine)
+
+
+def kept(engine: Engine) -> int:
+    """Values of received messages that torch's stages hold."""
+    pipeline: Any = engine.pipeline.schedule
+    stages = [pipeline._stage] if hasattr(pipeline, "_stage") else pipeline._stages
+    held = [infos for s in stages for of in (s.args_recv_info, s.grad_recv_info) for infos in of.values()]
+    return sum(b.numel() for infos in held for info in infos if (b := getattr(info, "buffer", None)) is not None)
 
 
 def _weights(engine: Engine) -> dict[str, Tensor]:

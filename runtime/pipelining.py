@@ -1,0 +1,101 @@
+"""torch's pipeline stage, with room for a microbatch's messages only while it is on its way, and heartbeats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+
+from mhc_compile.runtime.launch import World
+from mhc_compile.runtime.stage import Stage
+
+
+class RunStage(PipelineStage):
+    """A stage of this rank, on torch 2.11 to 2.13.
+
+    torch keeps the received streams and gradients of every microbatch of a step from the first step on. Here room is
+    made when a message is awaited and goes when the backward has run: as many microbatches take memory as are on their
+    way. The watch is told of every pass, so that a step may take long as long as it gets on.
+
+    torch 2.11 warms connections up by messages between neighbouring stages, also on one rank, which gloo refuses: there
+    those to itself are left out.
+
+    `defers`: weights' gradients may be left for later (`Stage.dw_builder`). Without that torch would split a backward
+    pass by walking the graph of autograd, of which a compiled stage is one node.
+    """
+
+    submod: Stage
+
+    def __init__(self, stage: Stage, world: World, *, defers: bool) -> None:
+        super().__init__(
+            stage,
+            stage.index,
+            stage.count,
+            world.device,
+            input_args=tuple(map(_learning, stage.example_inputs)),
+            output_args=tuple(map(_learning, stage.example_outputs)),
+            group=world.pipe_group,
+            dw_builder=stage.dw_builder if defers else None,
+        )
+        self._watch = world.watch
+        self._nothing = torch.empty(0, device=world.device)
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's."""
+        found = super().forward_one_chunk(*args, **kwargs)
+        self._watch.beat()
+        return found
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """As torch's."""
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._clear([self.args_recv_info[bwd_chunk_id], self.grad_recv_info.get(bwd_chunk_id, ())])
+        self._watch.beat()
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[torch.distributed.P2POp]:
+        """As torch's."""
+        self._make_room(self.args_recv_info[fwd_chunk_id], self.submod.example_inputs, learns=self.has_backward)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[torch.distributed.P2POp]:
+        """As torch's."""
+        self._make_room(self.grad_recv_info.get(bwd_chunk_id, ()), self.submod.example_outputs)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """As torch's, which puts zeros where there is no gradient."""
+        if any(t is None for t in next_stage_bwd_outputs):
+            self._make_room(self.grad_recv_info[mb_index], self.submod.example_outputs)
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._prepare_forward_infra(*args, **kwargs)
+        self._clear(self.args_recv_info.values())
+        return found
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._prepare_backward_infra(*args, **kwargs)
+        self._clear(self.grad_recv_info.values())
+        return found
+
+    def _get_init_p2p_neighbors_ops(self) -> list[torch.distributed.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def _clear(self, messages: Iterable[Sequence[Any]]) -> None:
+        for info in (info for infos in messages for info in infos):
+            if getattr(info, "buffer", None) is not None:
+                info.buffer = self._nothing
+
+    def _make_room(self, infos: Sequence[Any], examples: Sequence[Tensor], *, learns: bool = False) -> None:
+        for info, example in zip(infos, examples, strict=False):
+            if getattr(info, "buffer", None) is self._nothing:
+                room = torch.empty_like(example, device=self.device, requires_grad=False)
+                info.buffer = room.requires_grad_(learns and room.is_floating_point())
+
+
+def _learning(example: Tensor) -> Tensor:
+    """`example` as it crosses in training: with a gradient to come back where it can have one."""
+    return example.requires_grad_(example.is_floating_point())
