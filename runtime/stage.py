@@ -114,7 +114,7 @@ class Stage(nn.Module):
     def example_outputs(self) -> tuple[Tensor, ...]:
         """What it returns looks like, on the meta device."""
         output = next(n for n in reversed(self.graph.graph.nodes) if n.op == "output")
-        return tuple(_meta(value(n)) for n in output.args[0])  # type: ignore[union-attr, arg-type]
+        return tuple(_meta(value(n)) for n in output.all_input_nodes)
 
     def forward(self, *crossing: Tensor, **inputs: Tensor) -> Any:
         """See the class."""

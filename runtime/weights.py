@@ -116,10 +116,10 @@ def _start_of_module(program: Program, path: str, seed: int) -> dict[str, Tensor
     draw = getattr(program.model, "_init_weights", None)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(_number(seed, path))
-        if draw is not None:
+        if callable(draw):
             draw(module)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
     found = {name: p.detach() for name, p in module._parameters.items() if p is not None}
     if unset := [name for name, value in found.items() if value.isnan().any()]:
         way_out = "save a checkpoint with transformers' own start, and train with model.start = 'checkpoint'"
