@@ -28,7 +28,7 @@ by the published law, 20 to 25 % for the memory (arXiv 2601.07372).
 _EXAMPLES = """\
 examples:
   mhc-compile plan examples/recipes/671b.toml
-  mhc-compile plan recipe.toml parallel.stages=8 recompute.blocks=auto --hardware h100 --json plan.json
+  mhc-compile plan recipe.toml parallel.stages=8 recompute.blocks=auto --hardware h200 --json plan.json
   mhc-compile plan recipe.toml --flops 989e12 --bandwidth 3.35e12 --link 50e9 --memory 80e9
   mhc-compile plan recipe.toml --measure
   mhc-compile plan --budget 26B --engram paper --hidden 2560
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "overrides", metavar="SECTION.FIELD=VALUE", nargs="*", help="fields that differ from the recipe's"
     )
-    parser.add_argument("--hardware", metavar="NAME", help="of every rank: a100, h100, ... (default: h100)")
+    parser.add_argument("--hardware", metavar="NAME", help="of every rank: a100, h100, ... (default: b200)")
     parser.add_argument("--flops", metavar="F", type=float, help="operations a second, instead of the hardware's")
     parser.add_argument("--bandwidth", metavar="B", type=float, help="of its memory, bytes a second")
     parser.add_argument("--link", metavar="L", type=float, help="to another rank, bytes a second each way")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from mhc_compile.runtime.plan.report import plain, show
 
     rates = (args.flops, args.bandwidth, args.link, args.memory)
-    named = args.hardware or (None if None not in rates else "h100")
+    named = args.hardware or (None if None not in rates else "b200")
     device = hardware(named, flops=args.flops, bandwidth=args.bandwidth, link=args.link, memory=args.memory)
     console = Console()
     with console.status("capturing the model"):

@@ -10,12 +10,12 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.plan.hardware import GIB, Hardware
 from mhc_compile.plan.schedules import SCHEDULES, ScheduleName
 from mhc_compile.runtime.engine import splits
-from mhc_compile.runtime.plan.estimate import Estimate, Way, estimate
+from mhc_compile.runtime.plan.estimate import Estimate, Way, cut_stages, estimate, least
 from mhc_compile.runtime.plan.model import Counted
 from mhc_compile.runtime.recipe import Recipe
 
-MOST = 200
-"""Ways that are tried before none is said to fit."""
+MOST = 40
+"""Ways that are simulated before none is said to fit."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,15 @@ def _nearest(counted: Counted, hardware: Hardware, way: Way, recipe: Recipe) -> 
     tried = 0
     best: Estimate | None = None
     order: tuple[int, int] | None = None
-    for candidate in sorted(_candidates(way, recipe), key=lambda c: _distance(way, c)):
+    for candidate in sorted(_candidates(way, recipe, len(counted.works)), key=lambda c: _distance(way, c)):
         at = _distance(way, candidate)
         if tried >= MOST or (order is not None and at > order):
             break
-        tried += 1
         try:
+            stages = cut_stages(counted, hardware, candidate, recipe.model.dtype)
+            if least(candidate, stages) > hardware.memory:
+                continue  # without simulating it
+            tried += 1
             found = estimate(counted, hardware, candidate, recipe.model.dtype)
         except MHCError:
             continue
@@ -103,23 +106,23 @@ def _nearest(counted: Counted, hardware: Hardware, way: Way, recipe: Recipe) -> 
     return best
 
 
-def _candidates(way: Way, recipe: Recipe) -> Iterator[Way]:
-    sites = [2**k for k in range(8)]
-    for blocks, name, mode, times, share, wider in product(
-        {way.blocks, "auto", "stage"}, SCHEDULES, {way.mode, "fsdp"}, sites, (1, 2, 4, 8), (1, 2, 4)
+def _candidates(way: Way, recipe: Recipe, sites: int) -> Iterator[Way]:
+    times = [2**k for k in range(8) if way.stages * 2**k <= sites]
+    for blocks, name, mode, longer, share, wider in product(
+        {way.blocks, "auto", "stage"}, SCHEDULES, {way.mode, "fsdp"}, times, (1, 2, 4, 8), (1, 2, 4)
     ):
         made = with_schedule(way, name, recipe)
         made = replace(
             made,
             blocks=blocks,
             mode=mode,
-            stages=way.stages * times,
+            stages=way.stages * longer,
             data=way.data * wider,
             microbatch=max(1, way.microbatch // share),
-            balance=made.balance if times == 1 else None,
+            balance=made.balance if longer == 1 else None,
             split=_splits(recipe, mode, name),
         )
-        if mode == "fsdp" and made.replicas == 1:
+        if (mode == "fsdp" and made.replicas == 1) or made.stages * made.stages_per_rank > sites:
             continue
         if way.microbatch % made.microbatch or made.batch % (made.replicas * made.microbatch):
             continue

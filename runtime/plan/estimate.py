@@ -14,17 +14,15 @@ What ranks hold follows this package's own runtime:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from mhc_compile.passes.cost import Plan, SiteCost, optimal_block, parse_blocks
-from mhc_compile.passes.stages import balanced
 from mhc_compile.plan.hardware import Hardware
 from mhc_compile.plan.schedules import Schedule, ScheduleName, schedule
 from mhc_compile.plan.simulate import Link, Simulated, StageCost, simulate
 from mhc_compile.runtime.plan.count import total
 from mhc_compile.runtime.plan.model import Counted
-from mhc_compile.runtime.plan.work import crossing_bytes
+from mhc_compile.runtime.schedules import V_SHAPED
 
 FLOAT32 = 4
 ROW = 3 * FLOAT32
@@ -152,29 +150,24 @@ def estimate(counted: Counted, hardware: Hardware, way: Way, dtype: str) -> Esti
     The model was counted at one size of microbatch; another scales what is proportional to tokens. Raises MHC642 for
     numbers that the schedule refuses, MHC620 for more stages than sites, MHC626 for a byte budget that nothing fits.
     """
+    stages = cut_stages(counted, hardware, way, dtype)
     made = _schedule(way.schedule, way.stages, way.stages_per_rank, way.microbatches)
-    starts = _starts(counted, len(made.owner), way.balance)
-    crossing = crossing_bytes(counted.program, starts)
-    scale = way.microbatch * counted.length / counted.tokens
-    bounds = [0, *starts, len(counted.works)]
-    stages = tuple(
-        _stage(counted, hardware, way, dtype, scale, k, (bounds[k], bounds[k + 1]), made.owner[k], [*crossing, 0][k])
-        for k in range(len(made.owner))
-    )
     link = Link(latency=hardware.latency, bandwidth=hardware.link)
     simulated = simulate(made, [s.cost for s in stages], link)
-    memory = tuple(_memory(way, stages, simulated, rank) for rank in range(way.stages))
-    held = [sum(s.parameters for s in stages if s.rank == rank) for rank in range(way.stages)]
+    scale = way.microbatch * counted.length / counted.tokens
+    held, looked = [0] * way.stages, [0.0] * way.stages
+    first = 0
+    for s in stages:
+        held[s.rank] += s.parameters
+        looked[s.rank] += _row_bytes(counted, (first, first + s.sites)) * scale
+        first += s.sites
     # A sum over a ring moves every value twice, FSDP's gather and scatter one way each.
     share = (way.replicas - 1) / way.replicas
     spared = (counted.streams - 1) * counted.hidden * counted.itemsize * int(counted.tokens * scale)
-    looked = [0.0] * way.stages
-    for s in stages:
-        looked[s.rank] += _row_bytes(counted, (bounds[s.index], bounds[s.index + 1])) * scale
     return Estimate(
         way=way,
         stages=stages,
-        memory=memory,
+        memory=tuple(_memory(way, stages, simulated, rank) for rank in range(way.stages)),
         simulated=simulated,
         reduction=max(held) * FLOAT32 * 2 * share / hardware.link,
         optimizer=max(held) / (way.replicas if way.mode == "fsdp" else 1) * 7 * FLOAT32 / hardware.bandwidth,
@@ -184,15 +177,36 @@ def estimate(counted: Counted, hardware: Hardware, way: Way, dtype: str) -> Esti
     )
 
 
+def cut_stages(counted: Counted, hardware: Hardware, way: Way, dtype: str) -> tuple[StageEstimate, ...]:
+    """The stages of `way`, without simulating it. Raises MHC620 and MHC626."""
+    count = way.stages * way.stages_per_rank
+    if way.balance is not None and len(way.balance) == count:
+        starts = tuple(sum(way.balance[:k]) for k in range(1, count))
+    else:
+        starts = counted.starts(count)
+    crossing, bounds = (*counted.crossing(starts), 0), (0, *starts, len(counted.works))
+    scale = way.microbatch * counted.length / counted.tokens
+    return tuple(
+        _stage(counted, hardware, way, dtype, scale, k, (bounds[k], bounds[k + 1]), _rank_of(way, k), crossing[k])
+        for k in range(count)
+    )
+
+
+def least(way: Way, stages: Sequence[StageEstimate]) -> int:
+    """Bytes that the fullest rank holds at least: what is no activation, and one microbatch of each of its stages."""
+    own = [[s for s in stages if s.rank == rank] for rank in range(way.stages)]
+    return max(replace(_standing(way, held), activations=sum(s.cost.kept for s in held)).total for held in own)
+
+
+def _rank_of(way: Way, stage: int) -> int:
+    if way.schedule in V_SHAPED:
+        return min(stage, 2 * way.stages - 1 - stage)
+    return stage % way.stages
+
+
 @lru_cache(maxsize=64)
 def _schedule(name: ScheduleName, ranks: int, stages_per_rank: int, microbatches: int) -> Schedule:
     return schedule(name, ranks=ranks, stages_per_rank=stages_per_rank, microbatches=microbatches)
-
-
-def _starts(counted: Counted, count: int, balance: tuple[int, ...] | None) -> list[int]:
-    if balance is not None and len(balance) == count:
-        return [sum(balance[:k]) for k in range(1, count)]
-    return balanced(counted.costs, count)
 
 
 def _stage(
@@ -208,7 +222,7 @@ def _stage(
 ) -> StageEstimate:
     works = counted.works[slice(*sites)]
     flops, bandwidth = hardware.rate(dtype), hardware.bandwidth
-    blocks = choose([works[0].streams, *(w.joined for w in works[1:])], way.blocks)
+    blocks = counted.blocks(*sites, way.blocks)
     names = set().union(*counted.names[slice(*sites)])
     values = sum(counted.sizes[name] for name in names)
     cast = sum(counted.sizes[name] for name in names & counted.cast)
@@ -258,22 +272,12 @@ def _stage(
     )
 
 
-def choose(costs: Sequence[SiteCost], blocks: str | int) -> Plan:
-    """The recompute blocks of one stage's sites, as the pass `recompute` chooses them. Raises MHC626."""
-    mode, number = parse_blocks(blocks)
-    runs = (tuple(costs),)
-    if mode == "off":
-        return Plan(runs, 1, rest=len(costs))
-    if mode == "stage":
-        return Plan(runs, len(costs))
-    if mode == "sites":
-        assert number is not None
-        return Plan(runs, number)
-    return optimal_block(runs, number)
-
-
 def _memory(way: Way, stages: Sequence[StageEstimate], simulated: Simulated, rank: int) -> RankMemory:
-    own = [s for s in stages if s.rank == rank]
+    return replace(_standing(way, [s for s in stages if s.rank == rank]), activations=simulated.held[rank])
+
+
+def _standing(way: Way, own: Sequence[StageEstimate]) -> RankMemory:
+    """All but the activations of a rank that holds the stages `own`."""
     values = sum(s.parameters for s in own)
     tables = sum(s.table_values for s in own)
     sharded = way.mode == "fsdp" and way.replicas > 1
@@ -284,7 +288,7 @@ def _memory(way: Way, stages: Sequence[StageEstimate], simulated: Simulated, ran
         moments=2 * FLOAT32 * (shard if sharded else values),
         casts=sum(s.casts for s in own),
         tables=ROW * -(-tables // way.engram),
-        activations=simulated.held[rank],
+        activations=0,
         transient=max(s.transient for s in own),
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from mhc_compile.checkpoint.tables import TOKENIZER
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
+from mhc_compile.passes.cost import Plan, SiteCost, optimal_block, parse_blocks
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
-from mhc_compile.passes.stages import sites
+from mhc_compile.passes.stages import balanced, sites
 from mhc_compile.runtime.balance import site_costs
 from mhc_compile.runtime.engine import capture
-from mhc_compile.runtime.plan.work import SiteWork, parameters_of_sites, site_works
+from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, parameters_of_sites, site_works
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
 
@@ -50,6 +51,29 @@ class Counted:
     cast: frozenset[str]
     """Parameters that the graph takes in another dtype than float32, in which they are kept."""
     tables: tuple[Table, ...]
+    _cuts: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    _crossing: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
+    _blocks: dict[tuple[int, int, str | int], Plan] = field(default_factory=dict, repr=False)
+
+    def starts(self, stages: int) -> tuple[int, ...]:
+        """The first site of every stage but the first, of so many balanced ones. Raises MHC620."""
+        if stages not in self._cuts:
+            self._cuts[stages] = tuple(balanced(self.costs, stages))
+        return self._cuts[stages]
+
+    def crossing(self, starts: tuple[int, ...]) -> tuple[int, ...]:
+        """Bytes of one microbatch that cross each of these cuts."""
+        if starts not in self._crossing:
+            self._crossing[starts] = tuple(crossing_bytes(self.program, starts))
+        return self._crossing[starts]
+
+    def blocks(self, begin: int, end: int, blocks: str | int) -> Plan:
+        """The recompute blocks of a stage of these sites, as the pass `recompute` chooses them. Raises MHC626."""
+        key = (begin, end, blocks)
+        if key not in self._blocks:
+            first, *others = self.works[begin:end]
+            self._blocks[key] = choose([first.streams, *(w.joined for w in others)], blocks)
+        return self._blocks[key]
 
     @cached_property
     def costs(self) -> list[float]:
@@ -98,6 +122,20 @@ class Counted:
         first = sites(self.program.graph.graph)[0].args[0]
         found: torch.Tensor = value(first)  # type: ignore[arg-type]
         return found
+
+
+def choose(costs: Sequence[SiteCost], blocks: str | int) -> Plan:
+    """The recompute blocks of one stage's sites. Raises MHC626 for a byte budget that nothing fits."""
+    mode, number = parse_blocks(blocks)
+    runs = (tuple(costs),)
+    if mode == "off":
+        return Plan(runs, 1, rest=len(costs))
+    if mode == "stage":
+        return Plan(runs, len(costs))
+    if mode == "sites":
+        assert number is not None
+        return Plan(runs, number)
+    return optimal_block(runs, number)
 
 
 def count(recipe: Recipe) -> Counted:

@@ -9,7 +9,7 @@ stream part is the fused kernels' (`mhc_compile.kernels.chain`) and the cost mod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -69,9 +69,17 @@ def site_works(program: Program) -> list[SiteWork]:
     pieces = {p.sites[0]: p for p in cut(program.graph, starts)}
     works = {kind: _branch_work(program, pieces[i].graph) for kind, i in first.items()}
     return [
-        SiteWork(site.name, works[kind], site.cost(), site.cost(joined=site.is_boundary), *_stream_work(site))
+        SiteWork(
+            site.name, works[kind], _whole(site.cost()), _whole(site.cost(joined=site.is_boundary)), *_stream_work(site)
+        )
         for site, kind in zip(found, kinds, strict=True)
     ]
+
+
+def _whole(cost: SiteCost) -> SiteCost:
+    """The same with Python's integers, which are quicker than sympy's."""
+    sizes = {name: int(getattr(cost, name)) for name in ("state", "made", "branch", "parameters")}
+    return replace(cost, **sizes)
 
 
 def _kinds(program: Program) -> list[int]:
