@@ -52,21 +52,32 @@ class Engine:
     pipeline: Pipeline
     optimizer: RunAdamW
 
+    @property
+    def sharded(self) -> list[FSDPModule]:
+        """What FSDP has wrapped."""
+        return [m for stage in self.stages for m in stage.modules() if isinstance(m, FSDPModule)]
+
+    def reshard(self) -> None:
+        """Put FSDP's shards into the parameters' places again: the optimizer and checkpoints know those alone.
+
+        A step ends so by itself; forward passes leave whole parameters.
+        """
+        for module in self.sharded:
+            module.reshard()
+
     def compile(self) -> None:
         """Compile the stages, and wait until all ranks have: a step's timeout is too short for that."""
-        sharded = [m for stage in self.stages for m in stage.modules() if isinstance(m, FSDPModule)]
         # torch would leave the backward to its first call.
         at_once = functorch_config.patch(force_non_lazy_backward_lowering=True)
         with self.world.patience("compiling"), at_once:
             # All messages before the first compilation: ranks take their time over it.
-            for module in sharded:
+            for module in self.sharded:
                 module.unshard()
             for training in (False, True) if self.recipe.train.evaluate_every else (True,):
                 for stage in self.stages:
                     stage.train(training)
                     stage.prepare(**example_batch(self.recipe, self.world.device))
-            for module in sharded:
-                module.reshard()
+            self.reshard()
             self.world.meet()
 
     def gradients(self, batch: Mapping[str, Tensor], step: int, *, stop: bool = False) -> Step:

@@ -28,6 +28,7 @@ def evaluate(engine: Engine, loader: Loader, batches: int, step: int) -> float:
                 total += forward_only(engine.pipeline, loader.batch(number))
             dist.all_reduce(total)
     finally:
+        engine.reshard()
         for stage in engine.stages:
             stage.train()
     return float(total) / (batches * engine.recipe.train.batch * engine.recipe.data.sequence)

@@ -65,6 +65,22 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(files) for name, t in load_file(file).items()}
 
 
+def on_ranks(given: Recipe, folder: Path) -> None:
+    """The run in as many processes as it wants, as torchrun starts them."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(given.plain()))
+    program = "import json, sys; from pathlib import Path; from mhc_compile.runtime.loop import train; "
+    program += "from mhc_compile.runtime.recipe import parse_recipe; p = Path(sys.argv[1]); "
+    program += "train(parse_recipe(json.loads(p.read_text()), p.parent))"
+    (folder / "run.py").write_text(program)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*torchrun, str(given.parallel.world), str(folder / "run.py"), str(folder / "recipe.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_a_run_writes_what_it_was_asked_for(material: Path, tmp_path: Path) -> None:
     result = train(recipe(material, tmp_path, metrics={"every": 1, "probes_every": 4}))
     found = lines(tmp_path)
@@ -111,32 +127,43 @@ def test_a_run_that_goes_on_is_an_unbroken_one(material: Path, tmp_path: Path, m
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_two_ranks_make_the_same_run(material: Path, tmp_path: Path) -> None:
-    # Nothing is dropped here: what is depends on the rank.
-    copied = Path(shutil.copytree(material, tmp_path / "material"))
+def without_dropout(material: Path, folder: Path) -> Path:
+    """What is dropped depends on the rank."""
+    copied = Path(shutil.copytree(material, folder / "material"))
     config = json.loads((copied / "model" / "config.json").read_text())
     (copied / "model" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.0}))
+    return copied
+
+
+def test_two_ranks_make_the_same_run(material: Path, tmp_path: Path) -> None:
+    copied = without_dropout(material, tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
     train(recipe(copied, one))
     parallel = {"stages": 2, "schedule": "dualpipev", "stages_per_rank": 2}
     given = recipe(copied, two, train={"microbatch": 1}, parallel=parallel, metrics={"every": 1, "probes_every": 4})
-    two.mkdir()
-    (two / "recipe.json").write_text(json.dumps(given.plain()))
-    program = "import json, sys; from pathlib import Path; from mhc_compile.runtime.loop import train; "
-    program += "from mhc_compile.runtime.recipe import parse_recipe; p = Path(sys.argv[1]); "
-    program += "train(parse_recipe(json.loads(p.read_text()), p.parent))"
-    (two / "run.py").write_text(program)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(two / "run.py"), str(two / "recipe.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_ranks(given, two)
     wanted, found = lines(one), lines(two)
     for step in wanted:
         for name in wanted[step]:
             assert found[step][name] == pytest.approx(wanted[step][name], rel=2e-5), (step, name)
     assert "composite_gain/forward_max" in found[4]
+
+
+@pytest.mark.slow
+def test_sharded_ranks_go_on_from_one_and_one_from_them(material: Path, tmp_path: Path) -> None:
+    copied = without_dropout(material, tmp_path)
+    constant = {"schedule": "constant", "microbatch": 1}
+    train(recipe(copied, tmp_path / "whole", train=constant | {"steps": 9}))
+    mixed = tmp_path / "mixed"
+    parallel = {"stages": 2, "mode": "fsdp", "schedule": "zbv", "stages_per_rank": 2}
+    train(recipe(copied, mixed, train=constant | {"steps": 3}))
+    on_ranks(recipe(copied, mixed, train=constant | {"steps": 6}, parallel=parallel), mixed)
+    on_ranks(recipe(copied, mixed, train=constant | {"steps": 7}, parallel={"data": 2, "mode": "fsdp"}), mixed)
+    train(recipe(copied, mixed, train=constant | {"steps": 9}))
+    wanted, found = lines(tmp_path / "whole"), lines(mixed)
+    assert list(found) == list(range(1, 10))
+    for step in wanted:
+        assert found[step]["loss"] == pytest.approx(wanted[step]["loss"], rel=2e-5), step
 
 
 def test_bfloat16_trains_float32_weights(material: Path, tmp_path: Path) -> None:
