@@ -53,8 +53,8 @@ def measure(recipe: Recipe, rounds: int = ROUNDS) -> dict[str, Any]:
     if p.stages > (os.cpu_count() or 1):
         raise MHCError("MHC644", f"parallel.stages = {p.stages} ranks on {os.cpu_count()} processors")
     with tempfile.TemporaryDirectory() as folder:
-        job = {"recipe": recipe.plain(), "rounds": rounds, "result": str(Path(folder) / "result.json")}
-        path = Path(folder) / "job.json"
+        path, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        job = {"recipe": recipe.plain(), "rounds": rounds, "result": str(result)}
         path.write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(p.stages)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -62,9 +62,9 @@ def measure(recipe: Recipe, rounds: int = ROUNDS) -> dict[str, Any]:
             [*command, "-m", "mhc_compile.runtime.measure_step", str(path)],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        if done.returncode or not Path(job["result"]).is_file():
+        if done.returncode or not result.is_file():
             raise MHCError("MHC644", f"a process failed: {_reason(done.stderr)}")
-        found: dict[str, Any] = json.loads(Path(job["result"]).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     check_losses({name: made["loss"] for name, made in found.items()})
     if "1f1b" in found:
         base = found["1f1b"]
@@ -128,7 +128,7 @@ def _rank(path: Path) -> None:
 
 def _recipes(recipe: Recipe) -> dict[str, Recipe]:
     """The recipe under every schedule that it allows."""
-    found = {}
+    found: dict[str, Recipe] = {}
     for name in SCHEDULES:
         each = recipe.parallel.stages_per_rank if name == recipe.parallel.schedule else 1 if name == "1f1b" else 2
         balance = recipe.parallel.balance if name == recipe.parallel.schedule else "model"
@@ -151,9 +151,9 @@ class _Measured:
         self.loss = 0.0
         recipe = engine.recipe
         generator = torch.Generator().manual_seed(0)
-        vocabulary = engine.program.model.config.vocab_size
+        config: Any = engine.program.model.config
         shape = (recipe.train.batch, recipe.data.sequence + 1)
-        tokens = torch.randint(0, int(vocabulary), shape, generator=generator)  # type: ignore[arg-type]
+        tokens = torch.randint(0, int(config.vocab_size), shape, generator=generator)
         self.batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
     def round(self, number: int) -> None:

@@ -118,7 +118,7 @@ def schedule(name: ScheduleName, *, ranks: int, stages_per_rank: int, microbatch
     stage = mock.create_autospec(PipelineStage, instance=True)
     stage.configure_mock(group_rank=0, group_size=ranks, num_stages=count, submod=None)
     try:
-        made: Any = _CLASSES[name](stage if name == "1f1b" else [stage] * stages_per_rank, microbatches)  # type: ignore[arg-type]
+        made: Any = _CLASSES[name](stage if name == "1f1b" else [stage] * stages_per_rank, microbatches)
     except ValueError as error:
         raise MHCError("MHC642", f"{name}, {ranks} ranks, {microbatches} microbatches: {error}") from error
     if name == "1f1b":

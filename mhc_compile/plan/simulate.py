@@ -185,7 +185,7 @@ def simulate(
 def _run(action: Run, rank: int, now: float, costs: Sequence[StageCost], overlap: float) -> list[Timed]:
     seconds = [costs[w.stage].seconds(w.kind) for w in action.works]
     saved = overlap * min(seconds) if len(seconds) > 1 else 0.0
-    done = []
+    done: list[Timed] = []
     for work, took in zip(action.works, seconds, strict=True):
         if done:  # the second of two begins as much earlier as they overlap
             now -= saved

@@ -172,11 +172,11 @@ def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
     """The tables with the sites in front of which their memories are added."""
     found = []
     for owner, held in owners(program.model).items():
-        hashes = {m.layer: m.hash for m in (held.memory.layers if held.memory is not None else ())}
+        hashes = {m.layer: len(m.hash.moduli) for m in (held.memory.layers if held.memory is not None else ())}
         if held.over is not None:
-            hashes[OVER_TABLE] = held.over.hash
-        for name, spec in hashes.items():
+            hashes[OVER_TABLE] = len(held.over.hash.moduli)
+        for name, looked_up in hashes.items():
             site = next((i for i, w in enumerate(works) if w.name.partition("#")[0] == name), 0)
             table = held.table(name)
-            found.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, len(spec.moduli)))
+            found.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, looked_up))
     return tuple(found)

@@ -78,8 +78,9 @@ def site_works(program: Program) -> list[SiteWork]:
 
 def _whole(cost: SiteCost) -> SiteCost:
     """The same with Python's integers, which are quicker than sympy's."""
-    sizes = {name: int(getattr(cost, name)) for name in ("state", "made", "branch", "parameters")}
-    return replace(cost, **sizes)
+    return replace(
+        cost, state=int(cost.state), made=int(cost.made), branch=int(cost.branch), parameters=int(cost.parameters)
+    )
 
 
 def _kinds(program: Program) -> list[int]:
@@ -169,7 +170,7 @@ def _split(region: GraphModule, args: Sequence[Tensor]) -> _Split | None:
         held.append((forward, backward, num_fwd_outputs))
         return forward, backward
 
-    def keep(gm: GraphModule, _: Any) -> Callable[..., Any]:
+    def keep(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:  # noqa: ARG001
         return gm.forward
 
     if not next(n for n in reversed(region.graph.nodes) if n.op == "output").all_input_nodes:
@@ -212,7 +213,7 @@ def _computed(gm: GraphModule) -> list[Node]:
 
 def _outputs(gm: GraphModule) -> list[Any]:
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    return list(output.args[0])  # type: ignore[arg-type]
+    return list(output.args[0])
 
 
 def _depending(graph: Graph, given: set[Node]) -> set[Node]:

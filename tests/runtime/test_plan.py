@@ -1,0 +1,258 @@
+"""`mhc-compile plan RECIPE`: figures against what they must be by hand, and the command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, Qwen3MoeConfig
+
+from mhc_compile.cli import main
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.plan.hardware import hardware
+from mhc_compile.runtime.balance import cuts
+from mhc_compile.runtime.measure_step import check_losses, measure
+from mhc_compile.runtime.plan.compare import compare, way_of
+from mhc_compile.runtime.plan.estimate import estimate
+from mhc_compile.runtime.plan.model import Counted, count
+from mhc_compile.runtime.plan.report import show
+from mhc_compile.runtime.recipe import Recipe, read_recipe
+
+GOLDEN = Path(__file__).parent / "golden" / "plan.txt"
+RATES = {"flops": 1e12, "bandwidth": 1e11, "link": 1e9, "memory": 1e9}
+HIDDEN, WIDE, VOCAB, LENGTH = 64, 160, 96, 32
+RECIPE = """
+[model]
+folder = "model"
+start = "scratch"
+dtype = "bfloat16"
+inner = "aot_eager"
+[memory]
+preset = "paper"
+layers = [1]
+rows_per_head = 50
+[data]
+folder = "data"
+sequence = 32
+[train]
+steps = 1
+batch = 16
+microbatch = 2
+lr = 1e-3
+[parallel]
+stages = 2
+engram = 2
+[recompute]
+blocks = "auto"
+[checkpoint]
+folder = "run"
+every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of a Llama of four layers with a memory, of which there is a configuration and nothing else."""
+    folder = tmp_path_factory.mktemp("plan")
+    LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, max_position_embeddings=64, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder / "model")  # fmt: skip
+    (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    return folder / "recipe.toml"
+
+
+@pytest.fixture(scope="module")
+def counted(path: Path) -> Counted:
+    return count(read_recipe(path))
+
+
+@pytest.fixture
+def recipe(path: Path) -> Recipe:
+    return read_recipe(path)
+
+
+def test_products_and_bytes_of_an_mlp(counted: Counted) -> None:
+    """Forward 2 x tokens x weights; each half of the backward pass the same; gate, up and their product are kept."""
+    tokens = 2 * LENGTH
+    mlp = counted.works[3].branch
+    assert counted.works[3].name == "layers.1#1"
+    products = 2 * tokens * 3 * HIDDEN * WIDE
+    assert [sum(o.flops for o in part) for part in (mlp.forward, mlp.input, mlp.weight)] == [products] * 3
+    assert mlp.kept == 2 * tokens * 3 * WIDE
+    # The gradients of gate and up, the product, the branch's input and the gradient of its output.
+    assert mlp.deferred == 2 * tokens * (3 * WIDE + 2 * HIDDEN)
+    weights = 2 * 3 * HIDDEN * WIDE
+    moved = sum(o.moved for o in mlp.forward if o.flops)
+    assert moved == weights + 2 * tokens * (3 * HIDDEN + 3 * WIDE)
+
+
+def test_attention_is_counted_as_a_fused_kernel(counted: Counted) -> None:
+    tokens, heads, each = 2 * LENGTH, 4, HIDDEN // 4
+    attention = counted.works[4].branch
+    scores = 2 * 2 * heads * LENGTH * LENGTH * 2 * each
+    projections = 2 * tokens * HIDDEN * (HIDDEN + 2 * HIDDEN // 2 + HIDDEN)
+    assert sum(o.flops for o in attention.forward) == scores + projections
+    assert sum(o.flops for o in attention.input) == 2.5 * scores + projections
+    assert sum(o.flops for o in attention.weight) == projections
+    assert attention.kept < 2 * tokens * 8 * HIDDEN  # nothing of S x S is
+
+
+def test_equal_layers_are_counted_once_and_alike(counted: Counted) -> None:
+    works = counted.works
+    assert works[4].branch is works[6].branch
+    assert works[3].branch is works[5].branch
+    assert works[2].branch is not works[4].branch or not counted.tables  # a memory's projections are in front of it
+    assert works[7].branch is not works[5].branch  # the head is behind it
+    head = sum(o.flops for o in works[7].branch.forward) - sum(o.flops for o in works[5].branch.forward)
+    assert head == 2 * 2 * LENGTH * HIDDEN * VOCAB
+
+
+def test_memory_of_ranks_adds_up(counted: Counted, recipe: Recipe) -> None:
+    found = estimate(counted, hardware(None, **RATES), way_of(recipe), "bfloat16")
+    own = sum(s.parameters for s in found.stages)
+    embedding = VOCAB * HIDDEN
+    assert own == counted.parameters + embedding  # tied: both ends hold it
+    assert [s.sites for s in found.stages] == [len(counted.works) - (b := cuts(counted.program, 2)[0]), b][::-1]
+    for m, s in zip(found.memory, found.stages, strict=True):
+        assert (m.weights, m.gradients, m.moments) == (4 * s.parameters, 4 * s.parameters, 8 * s.parameters)
+        assert m.activations == s.cost.kept * found.simulated.live[s.index]
+        assert m.tables == 12 * s.table_values // 2
+    assert sum(s.rows for s in found.stages) == counted.tables[0].rows
+    wide = 2 * 2 * LENGTH * 4 * HIDDEN
+    assert [s.cost.sent for s in found.stages] == [wide, 0]
+    assert (found.stream_bytes, found.residual_bytes) == (wide * 4, wide)
+    rows = 4 * 2 * LENGTH * 16 * 80
+    assert found.table_bytes == 2 * 4 * rows // 2
+
+
+def test_fsdp_shards_what_it_shards(counted: Counted, recipe: Recipe) -> None:
+    way = way_of(recipe)
+    device = hardware(None, **RATES)
+    whole = estimate(counted, device, way, "bfloat16")
+    shards = estimate(counted, device, replace(way, mode="fsdp", split=False), "bfloat16")
+    for a, b in zip(whole.memory, shards.memory, strict=True):
+        assert b.moments == pytest.approx(a.moments / 2, abs=8)
+        assert b.weights == pytest.approx(a.weights * 1.5, abs=8)
+
+
+def test_smaller_microbatches_keep_less(counted: Counted, recipe: Recipe) -> None:
+    way, device = way_of(recipe), hardware(None, **RATES)
+    whole, half = (estimate(counted, device, replace(way, microbatch=m), "bfloat16") for m in (2, 1))
+    for a, b in zip(whole.stages, half.stages, strict=True):
+        assert b.cost.kept == pytest.approx(a.cost.kept / 2, rel=1e-6)
+        assert b.cost.sent == a.cost.sent // 2
+
+
+def test_recompute_keeps_less_and_takes_longer(counted: Counted, recipe: Recipe) -> None:
+    way, device = way_of(recipe), hardware(None, **RATES)
+    off, auto = (estimate(counted, device, replace(way, blocks=b), "bfloat16") for b in ("off", "auto"))
+    assert auto.fullest < off.fullest
+    assert auto.seconds > off.seconds
+    assert [s.blocks for s in off.stages] == [()] * 2
+
+
+def test_every_schedule_is_planned(counted: Counted, recipe: Recipe) -> None:
+    found = compare(recipe, counted, hardware(None, **RATES))
+    assert list(found.others) == ["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
+    assert found.others["1f1b"] is found.chosen
+    assert found.fits
+    assert found.nearest is None
+
+
+def test_golden(counted: Counted, recipe: Recipe) -> None:
+    """Delete the file and run again to write it anew."""
+    if not torch.__version__.startswith("2.13"):
+        pytest.skip("what the partitioner keeps differs between versions")
+    console = Console(width=100, record=True, file=StringIO())
+    show(compare(recipe, counted, hardware(None, **RATES)), console)
+    text = "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
+    if not GOLDEN.exists():
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(text, encoding="utf-8")
+        pytest.fail(f"{GOLDEN} was not there: look at what was written")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_experts_are_counted_by_the_tokens_they_get(tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 96, "num_experts": 8,
+        "num_experts_per_tok": 2, "architectures": ["Qwen3MoeForCausalLM"],
+    }  # fmt: skip
+    Qwen3MoeConfig(**config).save_pretrained(tmp_path / "model")
+    text = RECIPE[: RECIPE.index("[memory]")] + RECIPE[RECIPE.index("[data]") :]
+    (tmp_path / "recipe.toml").write_text(text.replace("engram = 2", ""), encoding="utf-8")
+    counted = count(read_recipe(tmp_path / "recipe.toml"))
+    branch, tokens = counted.works[1].branch, 2 * LENGTH
+    router = 2 * tokens * 64 * 8
+    experts = 2 * tokens * 2 * 3 * 64 * 32
+    for part in (branch.forward, branch.input, branch.weight):
+        assert sum(o.flops for o in part) == experts + router
+    assert counted.costs[1] >= experts
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def once(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture and count the model once for all commands."""
+    monkeypatch.setattr("mhc_compile.runtime.plan.model.count", lambda _: counted)
+
+
+@pytest.mark.usefixtures("once")
+def test_the_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(path), "--json", str(tmp_path / "plan.json"), "--hardware", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert "dualpipev" in out
+    assert "peak rates of `h100`" in out
+    written = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert written["fits"] is True
+    assert set(written["schedules"]) == {"1f1b", "interleaved1f1b", "zbv", "dualpipev"}
+    assert written["chosen"]["memory"][0]["total"] == sum(
+        v for k, v in written["chosen"]["memory"][0].items() if k != "total"
+    )
+
+
+@pytest.mark.usefixtures("once")
+def test_a_recipe_that_does_not_fit_is_told_what_does(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(path), "recompute.blocks=off", "--memory", "9e6"]) == 1
+    said = capsys.readouterr()
+    assert "MHC641" in said.err
+    assert "it fits with" in said.err
+    assert main(["plan", str(path), "--memory", "1000"]) == 1
+    assert "it fits with" not in capsys.readouterr().err
+    assert main(["plan", str(path), "--hardware", "abacus"]) == 1
+    assert "MHC640" in capsys.readouterr().err
+
+
+def test_a_recipe_or_a_budget(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], [str(path), "--budget", "1B"]):
+        assert main(["plan", *words]) == 1
+        assert "MHC600" in capsys.readouterr().err
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_measured(recipe: Recipe) -> None:
+    with pytest.raises(MHCError, match=r"MHC644.*one replica"):
+        measure(recipe)
+    with pytest.raises(MHCError, match=r"MHC643.*zbv gives 2\.1, 1f1b 2"):
+        check_losses({"1f1b": 2.0, "dualpipev": 2.00001, "zbv": 2.1})
+
+
+@pytest.mark.slow
+def test_schedules_run_as_they_are_predicted_to(path: Path) -> None:
+    recipe = read_recipe(path, ["parallel.engram=1", "model.dtype=float32"])
+    recipe = replace(recipe, memory=None)
+    found = measure(recipe, rounds=2)
+    assert set(found) == {"1f1b", "interleaved1f1b", "zbv", "dualpipev"}
+    assert all(m["measured"] > 0 and m["predicted"] > 0 for m in found.values())
