@@ -262,7 +262,7 @@ def _there_and_back(world: World, message: Tensor) -> float:
             dist.recv(message, 0)
             dist.send(message, 0)
         took.append(time.perf_counter() - begin)
-    return median(took)
+    return min(took)  # whatever else the machine does only adds to it
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ ELSEWHERE = (
     "mhc-compile demo",
     "mhc-compile bench",
     "mhc-compile train",
+    "mhc-compile plan examples/",
     "torchrun ",
     "python examples/",
 )

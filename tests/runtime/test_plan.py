@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
@@ -196,6 +196,27 @@ def test_experts_are_counted_by_the_tokens_they_get(tmp_path: Path) -> None:
     for part in (branch.forward, branch.input, branch.weight):
         assert sum(o.flops for o in part) == experts + router
     assert counted.costs[1] >= experts
+
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+
+
+@pytest.mark.parametrize(("name", "billions"), [("27b", 27.05), ("671b", 671.03)])
+def test_the_examples_are_recipes_of_what_they_say(name: str, billions: float) -> None:
+    recipe = read_recipe(RECIPES / f"{name}.toml")
+    config = AutoConfig.from_pretrained(recipe.model.folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert recipe.microbatches >= recipe.parallel.stage_count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["27b", "671b"])
+def test_the_examples_fit(name: str, tmp_path: Path) -> None:
+    assert main(["plan", str(RECIPES / f"{name}.toml"), "--json", str(tmp_path / "plan.json")]) == 0
+    written = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert all("seconds" in s for s in written["schedules"].values())
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
