@@ -225,12 +225,11 @@ def _loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Loader:
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; the second one ends the process as ever."""
+    """An event that SIGTERM sets. Another one changes nothing: a scheduler and torchrun may both send theirs."""
     event = threading.Event()
 
     def handler(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         event.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     if threading.current_thread() is not threading.main_thread():
         yield event  # only the main thread may handle signals

@@ -112,6 +112,7 @@ def test_a_run_that_goes_on_is_an_unbroken_one(material: Path, tmp_path: Path, m
         progress(self, step, loss, tokens)
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(Metrics, "progress", asked_to_stop)
