@@ -50,6 +50,17 @@ def test_command_writes_all_figures(tmp_path: Path) -> None:
     assert figures["compile"]["passes"] < figures["compile"]["total"]
 
 
+@pytest.mark.slow
+def test_recomputation_holds_what_it_says_and_changes_no_gradient(tmp_path: Path) -> None:
+    assert main(["bench", "recompute", "--quick", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for held in figures["bytes"].values():
+        assert held["kept"] == pytest.approx(held["predicted"], rel=0.05)
+    assert 0 < figures["fraction"] < 1
+    (rows,) = figures["groups"].values()
+    assert [row["error"] for row in rows] == [0, 0]
+
+
 def test_nothing_to_draw_is_wrong_usage(tmp_path: Path) -> None:
     assert main(["bench", "passes", "--quick", "--png", str(tmp_path / "bars.png")]) == 2
     assert not list(tmp_path.iterdir())
