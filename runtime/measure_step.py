@@ -2,8 +2,9 @@
 
 Every rank is a local process with one thread. For each schedule the ranks build the recipe's stages, then take turns:
 all ranks measure the passes of their own stages at the same time, without talking to each other, and all ranks run a
-whole step. Medians of the passes go into `mhc_compile.plan.simulate`, with a message's time measured between two of
-the processes; what comes out is compared with the median of the steps.
+whole step. Means of the passes go into `mhc_compile.plan.simulate`, with a message's time measured between two of the
+processes; what comes out is compared with the mean of the steps. Means, because what slows a pass down now and then on
+a machine that does other things as well slows a step by as much.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from mhc_compile.runtime.launch import World, launch
 from mhc_compile.runtime.recipe import Recipe, parse_recipe
 from mhc_compile.runtime.stage import Stage
 
-ROUNDS = 7
+ROUNDS = 10
 TOLERANCE = 1e-4
 """By which losses of the schedules may differ, relative to the loss: sums in another order."""
 
@@ -157,12 +158,13 @@ class _Measured:
         self.batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
     def round(self, number: int) -> None:
-        """Measure every pass once, then a step; the round numbered 0 warms up."""
+        """Measure every pass twice, then a step; the round numbered 0 warms up."""
         self.engine.world.meet()
         for stage in self.engine.stages:
-            seconds = _pass_seconds(stage, self.engine, self.batch)
-            for kind, took in seconds.items() if number else ():
-                self.passes[stage.index].setdefault(kind, []).append(took)
+            for _ in range(2):
+                seconds = _pass_seconds(stage, self.engine, self.batch)
+                for kind, took in seconds.items() if number else ():
+                    self.passes[stage.index].setdefault(kind, []).append(took)
         self.engine.optimizer.skip()
         self.engine.world.meet()
         begin = time.perf_counter()
@@ -178,11 +180,11 @@ class _Measured:
         """What rank 0 writes down; a collective."""
         engine = self.engine
         mine = {
-            str(s.index): {kind: median(t) for kind, t in self.passes[s.index].items()} | {"sent": _sent(s)}
+            str(s.index): {kind: fmean(t) for kind, t in self.passes[s.index].items()} | {"sent": _sent(s)}
             for s in engine.stages
         }
         everyone: list[dict[str, Any]] = [{} for _ in range(engine.world.size)]
-        dist.all_gather_object(everyone, {"stages": mine, "step": median(self.steps)})
+        dist.all_gather_object(everyone, {"stages": mine, "step": fmean(self.steps)})
         stages = {int(k): v for rank in everyone for k, v in rank["stages"].items()}
         parallel = engine.recipe.parallel
         costs = [StageCost(**stages[k]) for k in range(parallel.stage_count)]
