@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.stages import cut
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.launch import World
@@ -143,6 +145,9 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
 def capture(recipe: Recipe, device: torch.device) -> Program:
     """The recipe's model as a graph for one microbatch; its weights are not read."""
     model = hollow_model(recipe, device)
+    if recipe.data.documents and "position_ids" not in inspect.signature(model.forward).parameters:
+        detail = f"data.documents = true, but {type(model).__name__} is not told positions"
+        raise MHCError("MHC602", detail, way_out="leave data.documents out")
     if recipe.parallel.engram > 1:
         look_up_early(model)
     return capture_program(model, example_batch(recipe, device))
@@ -151,7 +156,10 @@ def capture(recipe: Recipe, device: torch.device) -> Program:
 def example_batch(recipe: Recipe, device: torch.device) -> dict[str, Tensor]:
     """One microbatch's inputs of the model."""
     shape = (recipe.train.microbatch, recipe.data.sequence)
-    return {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
+    found = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
+    if recipe.data.documents:
+        found["position_ids"] = torch.arange(shape[1], device=device).expand(shape).contiguous()
+    return found
 
 
 def splits(recipe: Recipe) -> bool:

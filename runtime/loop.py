@@ -220,6 +220,7 @@ def _loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Loader:
         replicas=recipe.parallel.replicas,
         replica=replica,
         workers=workers,
+        documents=recipe.data.documents,
     )
 
 

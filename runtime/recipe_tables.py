@@ -69,6 +69,9 @@ class DataTable:
     """Tokens to evaluate on."""
     sequence: int
     """S: tokens a sequence."""
+    documents: bool = False
+    """Whether positions begin again with every document of a sequence: transformers' models attend, and memories look
+    n-grams up, within documents alone then. False: a sequence is read as one text."""
     seed: int = 0
     """Of the order of sequences."""
     workers: int = 0

@@ -18,6 +18,7 @@ from data_folders import documents, make_tokenizer, write_lines
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from training import model_folder
+from transformers import MambaConfig, MambaForCausalLM
 
 import mhc_compile
 from mhc_compile.diagnostics import MHCError
@@ -216,3 +217,40 @@ def test_mistakes_are_found_before_the_first_step(
     with pytest.raises(MHCError, match=code):
         train(recipe(copied, tmp_path, **tables))
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_documents_of_a_sequence_do_not_see_each_other(material: Path, tmp_path: Path) -> None:
+    """The first loss is the model's own with positions that begin again, not the one of a single text."""
+    shutil.copytree(material / "model", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.0}))
+    short = write_lines(tmp_path / "short.jsonl", [text[:6] for text in documents(150, 2)])
+    prepare([str(short)], tmp_path / "short", tokenizer=material / "model")
+    data = {"folder": str(tmp_path / "short"), "documents": True}
+    given = recipe(material, tmp_path, model={"folder": str(tmp_path / "model")}, data=data, train={"steps": 1})
+    train(given)
+    with Loader(
+        tmp_path / "short", sequence=16, batch=4, seed=given.data.seed, replicas=1, replica=0, documents=True
+    ) as loader:
+        batch = loader.batch(0)
+    assert (batch["position_ids"][:, 1:] == 0).any()
+    model = mhc_compile.from_pretrained(tmp_path / "model", inner="eager")
+    labels = batch.pop("labels")
+
+    def loss(**inputs: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten()))
+
+    found = lines(tmp_path)[1]["loss"]
+    assert found == pytest.approx(loss(**batch), rel=1e-5)
+    assert found != pytest.approx(loss(input_ids=batch["input_ids"]), rel=1e-4)
+
+
+def test_documents_need_a_model_that_is_told_positions(tmp_path: Path, material: Path) -> None:
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if (material / "model" / file).exists():
+            shutil.copy(material / "model" / file, tmp_path / "model")
+    with pytest.raises(MHCError, match=r"MHC602.*data\.documents"):
+        train(recipe(material, tmp_path, model={"folder": str(tmp_path / "model")}, data={"documents": True}))
