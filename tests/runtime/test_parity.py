@@ -82,6 +82,19 @@ def test_spread_tables(engram: Path, tmp_path: Path) -> None:
     )
 
 
+def test_bfloat16_weights_are_those_of_the_step(llama: Path, tmp_path: Path) -> None:
+    """Masters move in float32, and every step computes with what they are by then, gathered by FSDP or not."""
+    model = {"inner": "eager", "dtype": "bfloat16"}
+    ways = {"replicas": {"data": 2}, "fsdp": {"data": 2, "mode": "fsdp"}, "stages": {"stages": 2}}
+    recipes = {"one": recipe(llama, model=model, steps=5)}
+    recipes |= {name: recipe(llama, model=model, steps=5, parallel=way) for name, way in ways.items()}
+    found = spread(recipes, tmp_path)
+    wanted = plain(recipe(llama, steps=5))[0]
+    for name, (losses, _, _) in found.items():
+        torch.testing.assert_close(losses, found["one"][0], rtol=2e-3, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(losses, wanted, rtol=2e-2, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replicate", "fsdp"])
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
