@@ -67,7 +67,7 @@ def split_backward(gm: GraphModule, weights: Collection[int]) -> SplitBackward:
     first = _last_block(graph)
     early = _whole(_ancestors(n for i, n in enumerate(results) if n is not None and i not in weights)) - first
     late = {n for n in _ancestors([*inner, *(n for n in graph.nodes if _has_effect(n))]) if n not in early | first}
-    first &= _ancestors([*early, *late])
+    first &= _ancestors([*early, *late, *(inner & first)])
     sets = [_computing(s) for s in (first, early, late)]
     deferred = tuple(i for i, n in enumerate(results) if n in sets[2])
     recompute, activations, later = _parts(gm, sets, inner)

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.split_backward import Part, SplitBackward, split_backward
 
+Golden = Callable[[str], None]
+
 SIZE = 4
 
 
@@ -71,7 +73,7 @@ def check(gm: GraphModule, weights: Collection[int], count: int) -> SplitBackwar
     return split
 
 
-def test_two_layers(golden: Callable[[str], None]) -> None:
+def test_two_layers(golden: Golden) -> None:
     gm = traced(two_layers, 4)
     tag(gm, {"mm", "sigmoid", "mul"})
     split = check(gm, {1, 2}, 4)

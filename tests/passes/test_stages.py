@@ -27,6 +27,8 @@ from mhc_compile.passes.base import Context
 from mhc_compile.passes.stages import Piece, balanced, cut, dropout_of, is_random, sites
 from mhc_compile.pipeline import run_passes
 
+Golden = Callable[[str], None]
+
 
 def dialect(model: nn.Module, *args: Any) -> tuple[GraphModule, list[Any]]:
     """The model's training graph with random streams in the dialect, and its inputs; all in float64."""
@@ -87,7 +89,7 @@ def test_hidden_states_may_leave_where_the_streams_cross() -> None:
     check(model, ids)
 
 
-def test_pieces(golden: Callable[[str], None]) -> None:
+def test_pieces(golden: Golden) -> None:
     model, ids = toy(Recipe(layers=2, style="single"))
     gm, _ = dialect(model, ids)
     golden("\n\n".join(f"{p.crosses_in} -> {p.crosses_out}\n{graph_text(p.graph)}" for p in cut(gm, [1])))
