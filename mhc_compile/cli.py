@@ -33,19 +33,24 @@ exit codes: 0 done, 1 refused (the message begins with its code), 2 wrong usage,
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser, every command registered."""
+    top = argparse.ArgumentParser(
         prog="mhc-compile",
         description="Rewrite residual Transformers into manifold-constrained hyper-connections (mHC).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"mhc-compile {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top.add_argument("--version", action="version", version=f"mhc-compile {__version__}")
+    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS.values():
         module.add_parser(subparsers)
-    args = parser.parse_args(argv)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = parser().parse_args(argv)
     try:
         code: int = COMMANDS[args.command].run(args)
         return code
