@@ -101,7 +101,7 @@ def test_top_level_holds_nothing_else() -> None:
         "\n"
     )
     top = {name.split("/")[0] for name in tracked if name}
-    folders = {*ROOMS, "examples", "tests"}
+    folders = {*ROOMS, "docs", "examples", "tests"}
     files = {"pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore", ".ci"}
     assert top == folders | files
 
