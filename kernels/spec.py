@@ -1,4 +1,4 @@
-"""What a widened residual stream computes, as values: conventions, manifolds and the specification that ops carry."""
+"""What a widened residual stream computes, as values: forms, conventions, manifolds, the text that ops carry."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from mhc_compile.diagnostics import MHCError
 
 Manifold = Literal["sinkhorn", "identity", "permutations", "kronecker", "unconstrained"]
 Exit = Literal["mean", "sum", "head"]
+FormName = Literal["mhc", "hc", "hc_static"]
 MAX_STREAMS = 8
 # 6! = 720 permutation matrices a token and site; 7! = 5040 rows of phi would dwarf the branches.
 MAX_PERMUTATION_STREAMS = 6
+_OF_MHC = ("convention", "manifold", "iterations")
+"""Fields of a `StreamSpec` that mean nothing in another form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class StreamSpec:
     """Everything static about a widened stream. Prints to text and parses back: dialect ops carry the text.
 
     Raises `MHCError` MHC201 (streams), MHC202 (unknown convention), MHC203 (unknown or impossible manifold),
-    MHC204 (iterations or exit).
+    MHC204 (iterations, exit or form; a convention, manifold, iterations or head for a form that has none).
     """
 
     streams: int = 4
@@ -101,6 +104,9 @@ class StreamSpec:
     """Sinkhorn iterations."""
     exit: Exit = "mean"
     """`mean`, `sum`, or `head`: a learned sigmoid head (DeepSeek-V4)."""
+    form: FormName = "mhc"
+    """`mhc`; or their ancestor, unconstrained Hyper-Connections (arXiv 2409.19606): `hc`, whose coefficients depend on
+    the streams, and `hc_static`, whose coefficients are parameters. Conventions, manifolds and iterations are mHC's."""
 
     _text: ClassVar[str]
 
@@ -124,8 +130,18 @@ class StreamSpec:
             raise MHCError("MHC204", f"iterations={self.iterations!r}")
         if self.exit not in get_args(Exit):
             raise MHCError("MHC204", f"exit={self.exit!r}; known: {', '.join(get_args(Exit))}")
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        text = " ".join(f"{name}={v.value if isinstance(v, Enum) else v}" for name, v in values)
+        if self.form not in get_args(FormName):
+            raise MHCError("MHC204", f"form={self.form!r}; known: {', '.join(get_args(FormName))}")
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.form == "mhc":
+            del given["form"]
+        else:
+            chosen = [f.name for f in fields(self) if f.name in _OF_MHC and given.pop(f.name) != f.default]
+            if self.exit == "head":
+                chosen.append("exit=head")
+            if chosen:
+                raise MHCError("MHC204", f"{chosen[0]} is one of mHC's choices, form={self.form!r} does not have it")
+        text = " ".join(f"{name}={v.value if isinstance(v, Enum) else v}" for name, v in given.items())
         object.__setattr__(self, "_text", text)  # made once: Dynamo reads it where it could not trace the making
 
     @property

@@ -56,6 +56,17 @@ def start_site(
     return phi, torch.full((3,), ALPHA, dtype=torch.float32), start_bias(spec, site_index)
 
 
+def site_shapes(spec: StreamSpec, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The parameters of one site by name, in the order of the op's operands."""
+    return {"phi": (spec.rows, spec.streams * hidden), "alpha": (3,), "bias": (spec.rows,)}
+
+
+def start_parameters(spec: StreamSpec, site_index: int, hidden: int, *, scratch: bool = False) -> dict[str, Tensor]:
+    """As `start_site`, by name."""
+    values = start_site(spec, site_index, hidden, scratch=scratch)
+    return dict(zip(site_shapes(spec, hidden), values, strict=True))
+
+
 def start_head(
     spec: StreamSpec, hidden: int, *, scratch: bool = False, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

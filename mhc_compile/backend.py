@@ -22,11 +22,13 @@ from mhc_compile.kernels import providers
 from mhc_compile.kernels.engram import prefetch
 from mhc_compile.kernels.engram import providers as memories
 from mhc_compile.kernels.engram.entry import Entry
+from mhc_compile.kernels.forms import width_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
 from mhc_compile.passes.base import Context, Mark, dotted
 from mhc_compile.passes.fuse import chains_of
 from mhc_compile.passes.memories import prepare_hashes
+from mhc_compile.passes.naming import sites_of
 from mhc_compile.passes.recompute import is_tagged
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import ANALYSIS, compile_passes, native_passes, run_passes
@@ -44,9 +46,9 @@ def mhc(
 ) -> Compiled:
     """`torch.compile(model, backend="mhc", options={...})`.
 
-    Options: the fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`) for an unconverted
-    model, and those of `Options` (`inner`, `mode`, `kernels`, `recompute`, `debug`). Raises `MHCError`, which Dynamo
-    wraps in `BackendCompilerFailed` (`error.inner_exception`).
+    Options: the fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`) for an
+    unconverted model, and those of `Options` (`inner`, `mode`, `kernels`, `recompute`, `debug`). Raises `MHCError`,
+    which Dynamo wraps in `BackendCompilerFailed` (`error.inner_exception`).
     """
     stream, own = split_options(options)
     if mode is not None:
@@ -195,8 +197,13 @@ def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequ
     position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     for mark in marks:
         spec = StreamSpec.parse(mark.spec)
-        phis = {n.removesuffix(".phi"): p for n, p in mark.parameters.items() if n.endswith(".phi")}
-        sites = {name: int(inputs[position[p]].shape[1]) // spec.streams for name, p in phis.items()}
+        held: dict[str, dict[str, tuple[int, ...]]] = {}
+        names = sites_of(mark)
+        for name, p in mark.parameters.items():
+            site, _, own = name.rpartition(".")
+            if site in names:
+                held.setdefault(site, {})[own] = tuple(inputs[position[p]].shape)
+        sites = {site: width_of(spec, shapes) for site, shapes in held.items()}
         for name, p in StreamParameters(spec, sites).named_parameters():
             at = position[mark.parameters[name]]
             inputs[at] = p.detach().to(inputs[at].device)

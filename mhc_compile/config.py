@@ -88,7 +88,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], di
 def stream_spec(given: Mapping[str, Any]) -> StreamSpec:
     """A `StreamSpec` from keyword options; exit and manifold default to the convention's own."""
     values = dict(given)
-    if "convention" in values:
+    if "convention" in values and values.get("form", "mhc") == "mhc":
         convention = values["convention"]
         if not isinstance(convention, Convention):
             StreamSpec(convention=convention)  # refuses an unknown name

@@ -17,14 +17,17 @@ from mhc_compile.engram.parameters import Start, layer_values, new_table
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.kernels.start import start_head, start_site
+from mhc_compile.kernels.start import start_head
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
 
 class StreamParameters(nn.Module):
     """`phi` [rows, n*C], `alpha` [3] and `bias` [rows] for every site of one stream owner, in float32.
+
+    Those are mHC's; other forms have others (`mhc_compile.kernels.forms`).
 
     Each site's parameters sit in modules nested by its name: `layers.3#0` -> `mhc.layers.3#0.phi`. With the exit
     `head` there are also `head.fn` [n, n*C], `head.base` [n] and `head.scale` [1].
@@ -58,8 +61,7 @@ class StreamParameters(nn.Module):
         self.sites = dict(sites)
         self.options = options or Options()
         for index, (name, hidden) in enumerate(self.sites.items()):
-            values = start_site(spec, index, hidden, scratch=scratch)
-            self._place(name, dict(zip(("phi", "alpha", "bias"), values, strict=True)), device)
+            self._place(name, form_of(spec).start(spec, index, hidden, scratch=scratch), device)
         if spec.exit == "head":
             values = start_head(spec, next(iter(self.sites.values())), scratch=scratch)
             self._place("head", dict(zip(("fn", "base", "scale"), values, strict=True)), device)

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.passes.base import is_tensor, op_name, refuse, switches_gradients, value
 
 DIALECT = torch.ops.mhc
@@ -43,7 +44,7 @@ class Piece:
 
 def sites(graph: Graph) -> list[Node]:
     """The coefficients of every site, in the order of the stream."""
-    return [n for n in graph.nodes if n.target is DIALECT.coefficients.default]
+    return [n for n in graph.nodes if n.target in COEFFICIENTS]
 
 
 def cut(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = ()) -> list[Piece]:

@@ -67,9 +67,8 @@ class StreamSite:
         """Bytes that the site's kernels keep for the backward pass, in the sizes of the graph."""
         spread = {n for n in self.stream if is_tensor(n)}
         read = {x for n in (*self.stream, self.distribute) if n is not None for x in _streams_read(n)}
-        phi = self.coefficients.args[1]
-        assert isinstance(phi, Node)
-        rows = shape(phi)[0]
+        parameters = [p for p in self.coefficients.args[1:] if isinstance(p, Node)]
+        rows = shape(parameters[0])[0]
         items = {int(n.args[1]): n for n in self.coefficients.users if n.target is operator.getitem}  # type: ignore[arg-type]
         weighs = self.weighs
         made = sum((size_of(x) for x in read & spread if x is not self.state), sympy.S.Zero)
@@ -82,7 +81,7 @@ class StreamSite:
             made += tokens * (rows + 1) * value(items[0]).dtype.itemsize
         # A branch that several sites read is kept once, here.
         branch = size_of(self.branch[0]) if self.branch else sympy.S.Zero
-        return SiteCost(size_of(self.state), made, branch, size_of(phi), joined)
+        return SiteCost(size_of(self.state), made, branch, size_of(parameters[0]), joined)
 
 
 def stream_sites(graph: Graph) -> list[StreamSite]:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Node
 
+from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import op_name, value
 
@@ -43,7 +44,7 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
                 continue
             known = value(node)
             namespace = getattr(node.target, "namespace", "")
-            if namespace == "mhc" or node.target is torch.ops.mhc_kernels.plain_coefficients.default:
+            if namespace in ("mhc", "hc") or node.target is torch.ops.mhc_kernels.plain_coefficients.default:
                 result = _dialect_value(node, after)
             elif (
                 namespace in ("mhc_kernels", "engram", "engram_kernels")
@@ -128,18 +129,17 @@ def _dialect_value(node: Node, after: str) -> Any:
     operands: list[Any] = [value(a) if isinstance(a, Node) else a for a in node.args]
     x = operands[0]
     need(isinstance(x, torch.Tensor) and x.is_floating_point(), "its first operand is no floating-point tensor")
-    name = str(node.target).split(".")[1].removeprefix("plain_")
+    name = str(node.target).split(".")[1].removeprefix("plain_").removeprefix("static_")
     wide = max(x.dtype, torch.float32, key=lambda d: d.itemsize)
     if name == "expand":
         return x.new_empty((*x.shape[:-1], operands[1], x.shape[-1]))
     n, hidden = x.shape[-2:]
     tokens = x.shape[:-2]
     if name == "coefficients":
-        _, phi, alpha, bias, text = operands
-        spec = StreamSpec.parse(text)
+        spec = StreamSpec.parse(operands[-1])
         need(n == spec.streams, f"{n} streams, specification {spec}")
-        need(tuple(phi.shape) == (spec.rows, n * hidden), f"phi is {tuple(phi.shape)}, not {(spec.rows, n * hidden)}")
-        need(tuple(alpha.shape) == (3,) and tuple(bias.shape) == (spec.rows,), "alpha or bias has the wrong shape")
+        for p, (name, wanted) in zip(operands[1:-1], form_of(spec).shapes(spec, hidden).items(), strict=True):
+            need(tuple(p.shape) == wanted, f"{name} is {tuple(p.shape)}, not {wanted}")
         return tuple(x.new_empty((*tokens, *tail), dtype=wide) for tail in ((n,), (n,), (n, n)))
     if name == "aggregate":
         need(tuple(operands[1].shape) == (*tokens, n) and operands[1].dtype == wide, "`pre` does not fit the streams")

@@ -6,6 +6,8 @@ For a site `a = carry + branch(previous)` of a stream whose n-stream state is X:
     h  = mhc.aggregate(X, pre)                     what the branch reads in place of `previous`
     X' = mhc.distribute(X, branch(h), post, mix)   in place of the add
 
+In another form (`mhc_compile.kernels.forms`) the coefficients are another op's, the rest is the same.
+
 Values outside the branches (hidden states that a caller asked for, the final norm) read `mhc.reduce(X)`.
 """
 
@@ -19,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
+from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import (
     Context,
@@ -44,7 +46,7 @@ class Widened:
     entry: Node
     """What was the stream's first value, which `mhc.expand` reads."""
     reads: dict[str, Node]
-    """The `mhc.coefficients` of every site by the site's name."""
+    """The coefficients of every site by the site's name."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,12 @@ class _Widening:
         values = [v for v in (site.previous, *site.chain) if v in site.reads]
         read_at = values[0] if values else site.carry
         state = self.wide[read_at]
-        p = self.mark.parameters
-        parameters = (p[f"{site.name}.phi"], p[f"{site.name}.alpha"], p[f"{site.name}.bias"])
+        form = form_of(self.spec)
+        parameters = [self.mark.parameters[f"{site.name}.{p}"] for p in form.shapes(self.spec, self.stream.hidden)]
         first = {v: min([*site.reads[v], site.add]) for v in values}
         place = self._behind(state, read_at, min([*first.values(), site.add]), site.add)
         with self.graph.inserting_before(place):
-            triple = self._call(torch.ops.mhc.coefficients.default, (state, *parameters, self.mark.spec), site.add)
+            triple = self._call(form.op, (state, *parameters, self.mark.spec), site.add)
             pre, post, mix = (self._call(operator.getitem, (triple, i), site.add) for i in range(3))
         read: dict[Node, Node] = {}
         for v in values:

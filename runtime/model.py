@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
         spec = (recipe.mhc or StreamsTable()).spec
         start: Any = "paper" if scratch else "zero"
         memory = requested(recipe.memory, lambda: read_tokenizer(folder), model, start=start, tables_on="meta")
-        streams = {name: getattr(spec, name) for name in ("streams", "convention", "manifold", "iterations", "exit")}
+        streams = {f.name: getattr(spec, f.name) for f in fields(spec)}
         model = convert(model, scratch=scratch, engram=memory, inner=options.inner, kernels=options.kernels, **streams)
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"

@@ -22,7 +22,8 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.files import fill_rows
 from mhc_compile.engram.parameters import DEVIATION, ROOT, layer_values
 from mhc_compile.kernels.engram.tables import MemoryTable
-from mhc_compile.kernels.start import start_head, start_site
+from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.start import start_head
 from mhc_compile.parameters import StreamParameters, names, owners
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.runtime.program import Program
@@ -142,8 +143,7 @@ def _stream_values(held: StreamParameters, place: str, *, scratch: bool) -> dict
     hidden = held.hidden
     if place in held.sites:
         index = list(held.sites).index(place)
-        values = start_site(held.spec, index, held.sites[place], scratch=scratch)
-        return dict(zip(("phi", "alpha", "bias"), values, strict=True))
+        return form_of(held.spec).start(held.spec, index, held.sites[place], scratch=scratch)
     if place == "head":
         return dict(zip(("fn", "base", "scale"), start_head(held.spec, hidden, scratch=scratch), strict=True))
     if place == OVER_ENCODING:

@@ -96,7 +96,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _plain(spec: StreamSpec) -> dict[str, Any]:
-    values = {f.name: getattr(spec, f.name) for f in fields(StreamSpec)}
+    # As the text of mHC has no form: folders of before there were others read the same.
+    values = {f.name: getattr(spec, f.name) for f in fields(StreamSpec) if (f.name, spec.form) != ("form", "mhc")}
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 

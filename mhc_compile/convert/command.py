@@ -15,10 +15,10 @@ from mhc_compile.convert.folder import Converted, Form, convert_folder
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import PRESETS, MemorySettings
-from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, Manifold
+from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, FormName, Manifold
 
 NAME = "convert"
-_OPTIONS = ("streams", "convention", "manifold", "iterations", "exit")
+_OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form")
 _DESCRIPTION = """\
 Turn a residual Transformer, saved by transformers as safetensors, into its n-stream mHC form.
 
@@ -69,7 +69,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--exit", choices=get_args(Exit), help="how the streams become one again (default: the convention's)"
     )
-
+    parser.add_argument(
+        "--form",
+        choices=get_args(FormName),
+        help="what a site computes: mHC (default), or Hyper-Connections, dynamic or static, which are unconstrained",
+    )
     parser.add_argument("--engram", choices=sorted(PRESETS), help="add n-gram memories as this system has them")
     parser.add_argument(
         "--engram-layers", metavar="L", help="layers with a memory: 0-based indices or module paths, by commas"

@@ -73,7 +73,7 @@ def convert_folder(
     where ids are to be compressed; `over_encoding` adds embeddings of n-grams as `convert` does. Their tables are files
     of their own, written a block at a time.
 
-    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`). With
+    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`). With
     `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
     stream parameters are at their start.
 

@@ -44,8 +44,8 @@ def convert(
     from N(0, 0.02), for a model that is to be trained from its beginning.
 
     `example_args` and `example_kwargs` are one call's inputs, used for shapes; Hugging Face models need none.
-    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`) and of `Options`
-    (`inner`, `mode`, `debug`).
+    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`) and of
+    `Options` (`inner`, `mode`, `debug`).
 
     With `engram`, a preset's name or `MemorySettings`, hashed n-gram memories are added at the entry of its layers
     (arXiv 2601.07372), in float32 tables on the model's device; of an encoder and a decoder the decoder gets them. Ids

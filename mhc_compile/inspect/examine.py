@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, 
 from mhc_compile.inspect.layer import input_name, lines_of
 from mhc_compile.inspect.reach import reach
 from mhc_compile.inspect.topology import topology
+from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, owners
 from mhc_compile.passes.base import Context, Mark, Pass, module_path, shape, source_line, value
@@ -150,7 +152,7 @@ class _Watcher(Observer):
         size = 0
         if mark is not None:
             spec = StreamSpec.parse(mark.spec)
-            size = spec.rows * (spec.streams * stream.hidden + 1) + 3
+            size = sum(math.prod(s) for s in form_of(spec).shapes(spec, stream.hidden).values())
         sites = [
             SiteReport(
                 name=site.name,
@@ -194,9 +196,8 @@ def _imagined(captured: Captured, spec: StreamSpec, options: Options, observer: 
         shapes: dict[str, tuple[int, ...]] = {}
         for stream in mine:
             for site in stream.sites:
-                shapes[f"{site.name}.phi"] = (spec.rows, n * stream.hidden)
-                shapes[f"{site.name}.alpha"] = (3,)
-                shapes[f"{site.name}.bias"] = (spec.rows,)
+                own = form_of(spec).shapes(spec, stream.hidden)
+                shapes |= {f"{site.name}.{name}": size for name, size in own.items()}
         if spec.exit == "head":
             shapes |= {"head.fn": (n, n * mine[0].hidden), "head.base": (n,), "head.scale": (1,)}
         nodes = {}

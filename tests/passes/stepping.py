@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from mhc_compile.attach import sites_of_owners
 from mhc_compile.capture import Captured, capture
 from mhc_compile.config import Options
+from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, Pass, value
@@ -144,10 +145,11 @@ def stepped(model: nn.Module, spec: StreamSpec, *args: Any, fuse: Fuse | None = 
     return out
 
 
-def sites_in_order(out: Stepped) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """phi, alpha and bias of every site in the order of the graph."""
+def sites_in_order(out: Stepped) -> list[tuple[Tensor, ...]]:
+    """The parameters (phi, alpha and bias) of every site in the order of the graph."""
     found = []
     for stream in out.streams:
-        held = dict(out.parameters[stream.owner].named_parameters())
-        found += [tuple(held[f"{site.name}.{p}"].detach() for p in ("phi", "alpha", "bias")) for site in stream.sites]
+        held = out.parameters[stream.owner]
+        names = form_of(held.spec).shapes(held.spec, stream.hidden)
+        found += [tuple(held.get_parameter(f"{site.name}.{p}").detach() for p in names) for site in stream.sites]
     return found

@@ -13,7 +13,7 @@ from toys import Sites, toy
 
 from mhc_compile.attach import sites_of_owners
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.spec import FormName, StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, op_name
 from mhc_compile.passes.naming import sites_of
@@ -62,6 +62,12 @@ def test_any_combination_of_features(recipe: Recipe, streams: int) -> None:
     check_against_hand(recipe, StreamSpec(streams=streams))
 
 
+@pytest.mark.parametrize("form", ["hc", "hc_static"])
+@pytest.mark.parametrize("recipe", ONE_BY_ONE, ids=str)
+def test_each_feature_in_the_forms_of_hyper_connections(recipe: Recipe, form: FormName) -> None:
+    check_against_hand(recipe, StreamSpec(streams=3, form=form))
+
+
 @pytest.mark.parametrize("exit", ["mean", "sum"])
 def test_exit(exit: str) -> None:
     check = StreamSpec(streams=4, exit=exit)
@@ -84,6 +90,16 @@ def test_the_learned_exit_is_used_at_the_exit_alone() -> None:
 def test_plain(golden: Golden) -> None:
     model, ids = toy(Recipe(layers=1))
     golden(stepped(model, StreamSpec(streams=4), ids).texts["widen"])
+
+
+def test_hyper_connections(golden: Golden) -> None:
+    model, ids = toy(Recipe(layers=1))
+    golden(stepped(model, StreamSpec(streams=4, form="hc"), ids).texts["widen"])
+
+
+def test_static_hyper_connections(golden: Golden) -> None:
+    model, ids = toy(Recipe(layers=1))
+    golden(stepped(model, StreamSpec(streams=4, form="hc_static"), ids).texts["widen"])
 
 
 def test_post_norm(golden: Golden) -> None:

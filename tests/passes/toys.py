@@ -12,7 +12,7 @@ from recipes import Norms, Recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhc_compile.kernels import reference
+from mhc_compile.kernels import hc, reference
 from mhc_compile.kernels.spec import StreamSpec
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 3, 8, 11
@@ -225,7 +225,7 @@ class Memory:
 class Sites:
     """The parameters of the sites, taken in order."""
 
-    def __init__(self, spec: StreamSpec, parameters: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def __init__(self, spec: StreamSpec, parameters: Iterator[tuple[Tensor, ...]]) -> None:
         self.spec, self.parameters, self.taken = spec, parameters, 0
 
     def enter(self, X: Tensor) -> Tensor:
@@ -234,7 +234,14 @@ class Sites:
 
     def read(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.taken += 1
-        pre, post, H = reference.coefficients(X, *next(self.parameters), self.spec)
+        values = next(self.parameters)
+        match self.spec.form:
+            case "mhc":
+                pre, post, H = reference.coefficients(X, *values, self.spec)
+            case "hc":
+                pre, post, H = hc.dynamic(X, *values)
+            case "hc_static":
+                pre, post, H = hc.static(X, *values)
         return reference.aggregate(X, pre), post, H
 
     def write(self, X: Tensor, y: Tensor, post: Tensor, H: Tensor) -> Tensor:
