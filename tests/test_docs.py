@@ -115,7 +115,7 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     if "model" in code and not any(word in code for word in ("convert(", "from_pretrained", "first call")):
         mhc_compile.convert(namespace["model"], inner="eager")
     # Lines of tracebacks are the page's.
-    exec(compile("\n" * (block.line - 1) + code, str(page), "exec"), namespace)
+    exec(compile("\n" * (block.line - 1) + code, str(page), "exec", dont_inherit=True), namespace)
 
 
 def commands(block: Block) -> list[str]:
@@ -165,7 +165,7 @@ def test_code_and_commands_run_in_order(
     for given in folders.iterdir():
         shutil.copytree(given, given.name)
     torch._dynamo.reset()
-    namespace: dict[str, Any] = {"__name__": "page"}
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(PAGES[name]):
         if block.language == "python":
             with warnings.catch_warnings():
