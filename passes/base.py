@@ -100,6 +100,11 @@ def module_path(node: Node) -> str:
     return module_stack(node)[-1]
 
 
+def site_path(node: Node) -> str:
+    """The full name of the site of a dialect node: `model.layers.3#0`, its module's path and the ordinal there."""
+    return f"{module_path(node)}#{str(node.meta.get('mhc_site', '')).rpartition('#')[2]}"
+
+
 def source_line(node: Node) -> str | None:
     """`file:line, in function: text` of the user's line that made `node`, if Dynamo recorded one."""
     lines = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines() if ln.strip()]

@@ -26,7 +26,7 @@ from mhc_compile.kernels.chain import Chain, Kind
 from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.fused import op_of
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import Context, copy_meta, gradient_modes, value
+from mhc_compile.passes.base import Context, copy_meta, gradient_modes, site_path, value
 from mhc_compile.passes.memories import MEMORIES, fuse_memories
 from mhc_compile.passes.norms import BranchNorm, match_norm
 
@@ -39,10 +39,12 @@ KERNELS: tuple[str, ...] = (*get_args(Kind), MEMORIES)
 class Fuse:
     """Replaces dialect ops by `mhc_kernels` ops; `kernels` names the kinds of chain that may be used.
 
-    With `engram` among them memories get their kernels, too.
+    With `engram` among them memories get their kernels, too. `plain`: chains are merged whether or not a kernel exists
+    for them, which shows what belongs together.
     """
 
     kernels: tuple[str, ...] = KERNELS
+    plain: bool = False
 
     name: ClassVar[str] = "fuse"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -50,7 +52,7 @@ class Fuse:
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
-        work = _Fusing(gm.graph, self.kernels)
+        work = _Fusing(gm.graph, self.kernels, plain=self.plain)
         work.run()
         context.notes += [f"{count} x {text}" for text, count in work.notes.items()]
         if MEMORIES in self.kernels:
@@ -74,9 +76,10 @@ class _Parts:
 
 
 class _Fusing:
-    def __init__(self, graph: Graph, kernels: tuple[str, ...]) -> None:
+    def __init__(self, graph: Graph, kernels: tuple[str, ...], *, plain: bool) -> None:
         self.graph = graph
         self.kernels = kernels
+        self.plain = plain
         self.modes = gradient_modes(graph)
         self.notes: Counter[str] = Counter()
 
@@ -145,8 +148,12 @@ class _Fusing:
             static: tuple[str, float] | tuple[str] = (str(spec), chain.norm_eps) if parts.norm else (str(spec),)
             fused = copy_meta(self.graph.call_function(op, (*arguments, *static)), parts.nodes[-1])
             fused.meta["mhc_chain"] = chain
+            fused.meta["mhc_parts"] = tuple(n.name for n in parts.nodes)
             if site := first.meta.get("mhc_site"):
                 fused.meta["mhc_site"] = site
+            for part, made_of in (("mhc_mixes", parts.mix), ("mhc_reads", parts.site)):
+                if made_of is not None:
+                    fused.meta[part] = site_path(made_of)
             names = signature.outputs(chain)
             items = {n: self._item(fused, i) if len(names) > 1 else fused for i, n in enumerate(names) if n != "z"}
         self._redirect(parts, items)
@@ -183,6 +190,8 @@ class _Fusing:
             return "it crosses a recompute boundary"
         if any(values[name] >= first for name in signature.inputs(chain)):
             return "a parameter is computed inside it"
+        if self.plain:
+            return ""
         provider, reason = providers.choose(chain, device_of(values["X"]))
         return reason if provider == "reference" else ""
 
