@@ -18,6 +18,7 @@ from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.passes.base import Mark, module_path
 from mhc_compile.passes.ownership import OWNED, is_owned
+from mhc_compile.traceable import install_recorders
 
 
 @dataclass
@@ -95,6 +96,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         raise
     # A user error is how Dynamo calls a size or a branch that depends on data.
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+        # A mixture of experts that returns its router's logits records them, as hidden states are recorded.
+        if "output_capturing.py" in str(error) and install_recorders(model):
+            return capture(model, args, kwargs)
         raise graph_break_error(model, error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

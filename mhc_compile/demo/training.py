@@ -37,6 +37,8 @@ class Contender:
     """Training loss of every step."""
     seconds: list[float] = field(default_factory=list)
     """Duration of every step: forward, backward, clipping, update."""
+    norms: list[float] = field(default_factory=list)
+    """Of every step's gradient before clipping, over all parameters but the rows of tables."""
 
     def step(self, batch: Tensor, learning_rate: float) -> None:
         """Take one optimizer step and time it."""
@@ -45,11 +47,12 @@ class Contender:
         begin = time.perf_counter()
         loss = self.program(input_ids=batch, labels=batch).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.seconds.append(time.perf_counter() - begin)
         self.losses.append(loss.item())
+        self.norms.append(norm.item())
 
     def held_out(self, batches: Sequence[Tensor]) -> list[float]:
         """The loss of every batch. Gradients stay on: so the program that trains is the one that is measured."""
@@ -67,16 +70,16 @@ def contender(name: str, model: nn.Module, *, backend: str, inner: Inner) -> Con
         program = torch.compile(model, backend="mhc", options={"inner": inner}, dynamic=False)
     else:
         program = torch.compile(model, backend=inner, dynamic=False)
-    return Contender(name, model, program, _optimizer(model))
+    return Contender(name, model, program, adamw(model))
 
 
 def renewed(old: Contender) -> Contender:
     """The same model and program with a fresh optimizer and no history."""
-    return Contender(old.name, old.model, old.program, _optimizer(old.model))
+    return Contender(old.name, old.model, old.program, adamw(old.model))
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; every step sets the learning rate."""
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW for a `Contender`, which sets the learning rate at every step."""
     groups = parameter_groups(model, weight_decay=0.05, lr=0.0)
     return TableAdamW(groups, betas=(0.9, 0.95), fused=True)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, Block, Chain, chain, close, gradients, ids, llama, logits, loss_of, shake, state, t5
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mhc_compile import MHCError, convert, stream_parameters
 from mhc_compile.arm import is_armed
@@ -121,6 +122,21 @@ def test_hidden_states_are_those_of_the_residual_model_at_the_start() -> None:
     shake(model)
     moved = model(ids(), output_hidden_states=True).hidden_states
     assert not any(close(a, b) for a, b in zip(moved[1:], found[1:], strict=True))
+
+
+def test_the_routing_of_experts_enters_the_loss() -> None:
+    """transformers installs what records the router's logits at the first call, under a lock."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(
+        **sizes, num_hidden_layers=2, vocab_size=VOCAB, num_local_experts=4, output_router_logits=True
+    )
+    model = MixtralForCausalLM(config).eval()
+    expected = copy.deepcopy(model)(ids(), labels=ids())
+    found = convert(model, inner="eager")(ids(), labels=ids())
+    assert close(found.loss, expected.loss)
+    assert close(found.aux_loss, expected.aux_loss)
+    assert found.aux_loss > 0
 
 
 def test_attentions_are_returned() -> None:
