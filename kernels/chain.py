@@ -89,8 +89,8 @@ class Chain:
     def bytes_moved(self, tokens: int, *, backward: bool = False) -> int:
         """What must travel between memory and processor: every stream, branch and coefficient value once, phi once.
 
-        Forward of a boundary: n*C + C read, n*C + C written a token, 10C at n = 4; backward 15C, because X' is computed
-        again from X and y (math: `(3n+3)C`).
+        Forward of a boundary: `n*C + C` read, `n*C + C` written a token, 10C at n = 4; backward 15C, because X' is
+        computed again from X and y (math: `(3n+3)C`).
         """
         n, size = self.stream.streams, self.streams_dtype.itemsize
         branch = self.branch_dtype.itemsize if self.mixes else 0

@@ -1,4 +1,13 @@
-"""Rewrite any residual Transformer into manifold-constrained hyper-connections (mHC)."""
+"""Rewrite any residual Transformer into manifold-constrained hyper-connections (mHC).
+
+    model = mhc_compile.convert(model, streams=4)      # same outputs, new trainable parameters
+    step = torch.compile(model, backend="mhc")         # faster; plain calls of `model` work as well
+    print(mhc_compile.inspect(model))                  # what was found and changed
+
+`StreamSpec` has the options of the streams, `Options` those of compiling; both go into `convert` by keyword.
+`convert_folder`, `from_pretrained` and `save_pretrained` are for checkpoint folders, `parameter_groups` for optimizers,
+`MemorySettings` and `OverEncodingSettings` for tables of n-grams. What is refused raises `MHCError` with a code.
+"""
 
 from mhc_compile.checkpoint.loading import from_pretrained
 from mhc_compile.checkpoint.saving import save_pretrained

@@ -15,7 +15,10 @@ TABLE: dict[str, Diagnostic] = {**COMPILER, **TRAINING}
 
 
 class MHCError(Exception):
-    """A coded error: `code` is a key of `TABLE`; the text names node, module path and source line if there are any."""
+    """A coded error: `code` is a key of `TABLE`; the text names node, module path and source line if there are any.
+
+    `code`, `detail`, `node`, `module` and `source` are what it was made of; the last three are None where unknown.
+    """
 
     def __init__(
         self,

@@ -18,8 +18,8 @@ PATIENCE = 32
 class RowGradient(NamedTuple):
     """`rows` `[r]` int64, ascending and all different, and the gradient of each: `values` `[r, width]` float32."""
 
-    rows: Tensor
-    values: Tensor
+    rows: torch.Tensor
+    values: torch.Tensor
 
 
 def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
