@@ -54,7 +54,7 @@ def rewrite_with_parameters(
             for request in requests if path == streams[-1].owner else ():
                 held |= request.of(stream.entry, list(sites))
             made[path] = StreamParameters(spec, sites, options=options, scratch=scratch, device=device, **held)
-    context = Context(marks=[_append_parameters(gm, path, p) for path, p in made.items()])
+    context = Context(marks=[append_parameters(gm, path, p) for path, p in made.items()])
     if options.debug == "numeric":
         context.inputs = [*inputs, *(t for p in made.values() for t in graph_inputs(p).values())]
     # The analysis holds nodes of this very graph: run it again over the graph with the new placeholders. It runs once,
@@ -117,7 +117,7 @@ def graph_inputs(parameters: StreamParameters) -> dict[str, Tensor]:
     return {**parameters.in_graph(), **carry.given_of(parameters, {}, {})}
 
 
-def _append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:
+def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:
     """Append a placeholder for each of `graph_inputs` to the graph's inputs; returns the mark that names them."""
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     fake = next(m for n in gm.graph.nodes if (m := getattr(n.meta.get("example_value"), "fake_mode", None)))

@@ -9,7 +9,7 @@ from stepping import CHECKED, captured, randomise, run
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from mhc_compile.attach import _append_parameters, graph_inputs, sites_of_owners
+from mhc_compile.attach import append_parameters, graph_inputs, sites_of_owners
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Pass
@@ -38,7 +38,7 @@ def insert(work: Pass, request: Any, model: nn.Module, ids: Tensor) -> Inserted:
     held = randomise(StreamParameters(SPEC, sites, **request.of(context.streams[0].entry, list(sites))), 1)
     for name in held.table_places:
         held.table(name).start(5, 1.0)
-    context.marks = [_append_parameters(gm, owner, held)]
+    context.marks = [append_parameters(gm, owner, held)]
     inputs = [*found.inputs, *graph_inputs(held).values()]
     order = [site.name for site in context.streams[0].sites]
     gm = step(Widen(), gm, context)

@@ -15,7 +15,7 @@ from stepping import CHECKED, captured, run
 from torch import Tensor, nn
 from toys import VOCAB, WIDTH, Sites, toy
 
-from mhc_compile.attach import _append_parameters, sites_of_owners
+from mhc_compile.attach import append_parameters, sites_of_owners
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.request import MemoryRequest, OverEncodingRequest
 from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
@@ -136,7 +136,7 @@ def test_graphs_without_n_grams_stay_as_they_are() -> None:
     found, context = captured(model, ids), Context()
     gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
     ((owner, sites),) = sites_of_owners(context.streams).items()
-    context.marks = [_append_parameters(gm, owner, StreamParameters(SPEC, sites))]
+    context.marks = [append_parameters(gm, owner, StreamParameters(SPEC, sites))]
     gm = step(Widen(), gm, context)
     before = graph_text(gm)
     assert graph_text(step(OverEncode(), gm, context)) == before
@@ -155,7 +155,7 @@ def test_the_memory_of_a_model_with_both_reads_the_same_ids() -> None:
     assert held.vocab == VOCAB
     for passes in (compile_passes(CHECKED), EXPORT):
         copy, context = captured(model, ids).graph, Context()
-        context.marks = [_append_parameters(copy, owner, held)]
+        context.marks = [append_parameters(copy, owner, held)]
         copy = run_passes(copy, context, passes, CHECKED)
         names = [op_name(n) for n in call_nodes(copy)]
         assert names.count("over_rows") == names.count("rows") == 1
