@@ -1,1 +1,1 @@
-"""Benchmarks that print the figures of the README: one module each, run as `mhc-compile bench NAME`."""
+"""Benchmarks that print the figures of docs/figures.md: one module each, run as `mhc-compile bench NAME`."""

@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `bench` to the command line."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
-        help="measure on this machine what the README states",
+        help="measure on this machine what docs/figures.md states",
         description="boundary: one fused site boundary against PyTorch and what else is installed. step: a training "
         "step of a converted Llama against the residual one. native: DeepSeek-V4's own hyper-connections. "
         "compile-time: how long torch.compile takes for DeepSeek-V4. passes: the time of the rewriting passes for 12 "

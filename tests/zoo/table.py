@@ -1,4 +1,4 @@
-"""Print the README's table: every architecture of the zoo by the topology of its residual streams.
+"""Print the table of docs/models.md: every architecture of the zoo by the topology of its residual streams.
 
 python tests/zoo/table.py            (captures and analyses; runs nothing)
 """
