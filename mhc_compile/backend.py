@@ -29,9 +29,11 @@ from mhc_compile.passes.base import Context, Mark, dotted
 from mhc_compile.passes.fuse import chains_of
 from mhc_compile.passes.memories import prepare_hashes
 from mhc_compile.passes.naming import sites_of
+from mhc_compile.passes.probe import Probe
 from mhc_compile.passes.recompute import is_tagged
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import ANALYSIS, compile_passes, native_passes, run_passes
+from mhc_compile.probes.recording import recording
 
 Compiled = Callable[..., Any]
 BackwardCompiler = Callable[..., Any]
@@ -100,8 +102,9 @@ class Backend:
             context.inputs = inputs_at_start(gm, marks, example_inputs)
         if self.options.kinds:
             providers.look_for_compilers(_device(example_inputs))
+        sampled = (Probe(),) if any(mark.probe is not None for mark in marks) else ()
         try:
-            gm = run_passes(gm, context, compile_passes(self._now), self.options)
+            gm = run_passes(gm, context, (*compile_passes(self._now), *sampled), self.options)
         except MHCError as error:
             reason = frame.broke()
             if reason is None or error.code not in ("MHC101", "MHC206"):
@@ -109,7 +112,8 @@ class Backend:
             raise graph_break(reason, marks[0].owner or type(frame.own_module()).__name__) from error
         if torch.is_grad_enabled() and any(module.training for module in frame.modules()):
             _warn_of_frozen_streams(gm, marks, example_inputs)
-        return compile_inner(gm, example_inputs, self.options)
+        compiled = compile_inner(gm, example_inputs, self.options)
+        return recording(compiled, gm, context.probed) if context.probed else compiled
 
     @property
     def _now(self) -> Options:
@@ -199,10 +203,10 @@ def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequ
         spec = StreamSpec.parse(mark.spec)
         held: dict[str, dict[str, tuple[int, ...]]] = {}
         names = sites_of(mark)
-        for name, p in mark.parameters.items():
+        for name, node in mark.parameters.items():
             site, _, own = name.rpartition(".")
             if site in names:
-                held.setdefault(site, {})[own] = tuple(inputs[position[p]].shape)
+                held.setdefault(site, {})[own] = tuple(inputs[position[node]].shape)
         sites = {site: width_of(spec, shapes) for site, shapes in held.items()}
         for name, p in StreamParameters(spec, sites).named_parameters():
             at = position[mark.parameters[name]]

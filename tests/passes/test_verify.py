@@ -154,8 +154,8 @@ def with_fake(node: Node, *shape: int, dtype: torch.dtype = torch.float32) -> No
 
 BROKEN: dict[str, tuple[str, Callable[[Node], None], str]] = {
     "phi": ("coefficients", lambda n: with_fake(n.args[1], 15, 23), r"phi is \(15, 23\), not \(15, 24\)"),
-    "alpha": ("coefficients", lambda n: with_fake(n.args[2], 4), "alpha or bias has the wrong shape"),
-    "bias": ("coefficients", lambda n: with_fake(n.args[3], 14), "alpha or bias has the wrong shape"),
+    "alpha": ("coefficients", lambda n: with_fake(n.args[2], 4), r"alpha is \(4,\), not \(3,\)"),
+    "bias": ("coefficients", lambda n: with_fake(n.args[3], 14), r"bias is \(14,\), not \(15,\)"),
     "specification": (
         "coefficients",
         lambda n: n.update_arg(4, str(StreamSpec(streams=2))),

@@ -20,7 +20,9 @@ def ids(batch: int = 2, length: int = 8, *, seed: int = 0) -> Tensor:
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def llama(*, memory: bool = False, streams: int = 4, inner: str = "eager", **config: Any) -> nn.Module:
+def llama(
+    *, memory: bool = False, streams: int = 4, inner: str = "eager", form: str = "mhc", **config: Any
+) -> nn.Module:
     """A converted Llama of three layers with a tied head; its memory reads random rows and gives something."""
     torch.manual_seed(0)
     fields = {
@@ -33,7 +35,7 @@ def llama(*, memory: bool = False, streams: int = 4, inner: str = "eager", **con
         settings = mhc_compile.MemorySettings.preset("v41", layers=(1,), rows_per_head=50, row_width=4, compress=False)
         extra = {"engram": settings, "engram_start": "paper"}
     model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
-    return mhc_compile.convert(model, streams=streams, scratch=True, inner=inner, **extra)
+    return mhc_compile.convert(model, streams=streams, scratch=True, inner=inner, form=form, **extra)
 
 
 def stages_of(program: Program, starts: Sequence[int], options: Options | None = None, **how: Any) -> list[Stage]:

@@ -37,6 +37,18 @@ def summed(stages: list[Any]) -> dict[str, Tensor]:
     return {name: sum(p.grad for p in held) for name, held in found.items()}
 
 
+@pytest.mark.parametrize("form", ["hc", "hc_static"])
+def test_stages_of_hyper_connections(form: str) -> None:
+    model, tokens = llama(form=form), ids()
+    stages = stages_of(program_of(model, tokens), [2, 4])
+    torch.testing.assert_close(through(stages, tokens), model(input_ids=tokens).logits, rtol=1e-5, atol=1e-5)
+    loss_of(through(stages, tokens), tokens).backward()
+    wanted, found = gradients(model, model(input_ids=tokens).logits, tokens), summed(stages)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()) + 1e-9)
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     ("starts", "units"), [([], "stage"), ([2, 4], "stage"), ([1, 2, 5], "stage"), ([3], "blocks")], ids=str
