@@ -1,0 +1,99 @@
+// The right-hand side: what is known of the chosen part.
+
+/** Show an item; `wanted` may name a line of code, or a line of a kernel's source, to bring into view. */
+function showDetail(item, wanted = {}) {
+  const detail = byId("detail");
+  stepPass = () => {};
+  detail.replaceChildren(...(item.kind === "model" ? overview(wanted) : partDetail(item, wanted)));
+  detail.scrollTop = 0;
+  detail.querySelector(".wanted")?.scrollIntoView({ block: "center" });
+}
+
+function partDetail(item, { line = null, kernel = null }) {
+  const called = [...new Set([...within(item.ids)].flatMap((id) => elements[id].kernels))];
+  const parts = [
+    heading(item),
+    partFacts(item),
+    sourceSection(item),
+    kernelSection(called, kernel),
+    codeSection(item, line),
+  ];
+  return parts.filter(Boolean);
+}
+
+/** The way from the model to the item, and its name. */
+function heading(item) {
+  const way = ancestors(item)
+    .reverse()
+    .map((above) =>
+      make(
+        "li",
+        {},
+        make("button", { type: "button", class: "link", on: { click: () => reveal(above) } }, above.label),
+      ),
+    );
+  return make(
+    "header",
+    {},
+    make("ol", { class: "way", "aria-label": "Where this is" }, way),
+    make("h2", {}, make("span", { class: "kind" }, KINDS[item.kind] ?? item.kind), item.name || "the model itself"),
+  );
+}
+
+function partFacts(item) {
+  const e = item.element;
+  if (!e)
+    return facts([
+      ["layers", count(item.ids.length)],
+      ["each", equalFacts(elements[item.ids[0]])],
+      ["parameters of the sites", total(item.ids)],
+    ]);
+  return facts([
+    ["module", e.module && make("code", {}, e.module)],
+    ["value", e.dtype || e.shape ? make("code", {}, `${e.dtype ?? ""}${e.shape ?? ""}`) : null],
+    ["topology", e.topology],
+    ["streams", e.spec && specification(e.spec)],
+    ["parameters", e.parameters ? count(e.parameters) : null],
+    ["calls", e.calls > 1 ? several(e.calls, "time") : null],
+    ["recompute block", blockText(e.block)],
+    ["pipeline stage", stageText(e.stage)],
+  ]);
+}
+
+function equalFacts(e) {
+  return [e.topology, `${e.dtype ?? ""}${e.shape ?? ""}`].filter(Boolean).join(", ");
+}
+
+function total(ids) {
+  let sum = 0;
+  for (const id of within(ids)) if (elements[id].kind === "site") sum += elements[id].parameters;
+  return sum ? count(sum) : null;
+}
+
+/** `streams=4 convention=paper` as single words that may wrap. */
+function specification(text) {
+  return make(
+    "span",
+    { class: "words" },
+    text.split(" ").map((word) => make("code", {}, word)),
+  );
+}
+
+function blockText(index) {
+  if (index === null || index === undefined) return null;
+  const block = report.blocks[index];
+  const sizes = block ? `: keeps ${bytes(block.kept)}, makes ${bytes(block.again)} again in the backward pass` : "";
+  return `${index + 1} of ${report.blocks.length}${sizes}`;
+}
+
+function stageText(index) {
+  if (index === null || index === undefined) return null;
+  const stage = report.stages[index];
+  return `${index} of ${report.stages.length}${stage ? `, ${count(stage.parameters)} parameters` : ""}`;
+}
+
+/** The line of the user's code that the part came from. */
+function sourceSection(item) {
+  const source = item.element?.source;
+  return source === null || source === undefined ? null : section("Source", sourceLine(sources[source]));
+}
