@@ -8,10 +8,10 @@
 `convert_folder`, `from_pretrained` and `save_pretrained` are for checkpoint folders, `parameter_groups` for optimizers,
 `MemorySettings` and `OverEncodingSettings` for tables of n-grams. What is refused raises `MHCError` with a code.
 
-Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the streams of a model do), `mhc_compile.conventions`
-and `mhc_compile.parameters`, `mhc_compile.engram` (memories), `mhc_compile.kernels.functions` (the kernels by hand),
-`mhc_compile.runtime` (training); `mhc_compile.backend`, `mhc_compile.capture`, `mhc_compile.pipeline`, `mhc_compile.passes`
-and `mhc_compile.kernels` (the compiler).
+Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the streams of a model do),
+`mhc_compile.conventions` and `mhc_compile.parameters`, `mhc_compile.engram` (memories), `mhc_compile.kernels.functions`
+(the kernels by hand), `mhc_compile.runtime` (training); and the compiler: `mhc_compile.backend`, `mhc_compile.capture`,
+`mhc_compile.pipeline`, `mhc_compile.passes`, `mhc_compile.kernels`.
 """
 
 from mhc_compile.checkpoint.loading import from_pretrained
