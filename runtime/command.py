@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.runtime.arguments import add_recipe_arguments
 
 NAME = "train"
 _DESCRIPTION = """\
@@ -60,10 +61,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, nargs="?", help="a TOML file")
-    parser.add_argument(
-        "overrides", metavar="SECTION.FIELD=VALUE", nargs="*", help="fields that differ from the recipe's"
-    )
+    add_recipe_arguments(parser)
     parser.add_argument("--fields", action="store_true", help="explain every field of a recipe and end")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and end")
     parser.add_argument(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.plan import budget
+from mhc_compile.runtime.arguments import add_recipe_arguments
 
 NAME = "plan"
 _DESCRIPTION = """\
@@ -45,10 +46,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, nargs="?", help="a TOML file")
-    parser.add_argument(
-        "overrides", metavar="SECTION.FIELD=VALUE", nargs="*", help="fields that differ from the recipe's"
-    )
+    add_recipe_arguments(parser)
     parser.add_argument("--hardware", metavar="NAME", help="of every rank: a100, h100, ... (default: b200)")
     parser.add_argument("--flops", metavar="F", type=float, help="operations a second, instead of the hardware's")
     parser.add_argument("--bandwidth", metavar="B", type=float, help="of its memory, bytes a second")

@@ -121,7 +121,7 @@ def _rank(rank: int, recipes: dict[str, Recipe], port: int, answers: Path) -> No
         os.environ |= environment(rank, r.parallel.world, port)
         try:
             torch.save(_train(r), answers / f"{name}-{rank}.pt")
-        except BaseException:
+        except BaseException:  # raised again: a rank's own traceback is otherwise lost
             print(f"{name}, rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             raise
 

@@ -76,7 +76,7 @@ def capture(name: str, row: Row) -> None:
 
     try:
         model, inputs = models.named(name)
-    except Exception as e:
+    except Exception as e:  # a foreign model may raise anything: the sweep's table says what
         row.update(builds=False, reason=first_line(e), trace=traceback.format_exc(limit=-3))
         return
     row.update(builds=True, parameters=sum(p.numel() for p in model.parameters()))
@@ -84,7 +84,7 @@ def capture(name: str, row: Row) -> None:
         with torch.no_grad():
             reference = logits_of(model(**inputs))
         row.update(runs=True, finite=bool(reference.isfinite().all()), shape=list(reference.shape))
-    except Exception as e:
+    except Exception as e:  # as above
         row.update(runs=False, reason=first_line(e), trace=traceback.format_exc(limit=-3))
         return
     nodes: list[int] = []
@@ -101,7 +101,7 @@ def capture(name: str, row: Row) -> None:
             row["reason"] = f"{len(nodes)} graphs"
         if not torch.allclose(captured, reference, atol=1e-5, rtol=1e-4, equal_nan=True):
             row["reason"] = f"the captured graph differs from eager by {float((captured - reference).abs().max()):.2g}"
-    except Exception as e:
+    except Exception as e:  # as above, or Dynamo does
         row.update(captures=False, reason=graph_break(e))
     torch._dynamo.reset()
 
@@ -138,7 +138,7 @@ def convert(name: str, row: Row) -> None:
             row.update(result="wrong answer", reason=f"{len(still)} of {len(ours)} did not train: {still[:3]}")
             return
         row["result"] = "ok"
-    except Exception as e:
+    except Exception as e:  # whatever it is, the sweep goes on; what has no code of ours is told apart below
         code = re.search(r"\bMHC\d{3}\b", str(e))
         if code:
             row.update(result=f"refused {code[0]}", reason=" | ".join(str(e).split("\n")[:4])[:400])
