@@ -1,8 +1,8 @@
 """The code and commands of README.md and docs/*.md, run in order, a page a test in a folder of its own; the links, too.
 
-Every Python block finds a `model` (a tiny Llama, converted unless the block converts it), `my_module` (a residual
-module of 256 channels), `ids`, a `tokenizer`, `torch` and `mhc_compile`, all new, and whatever the page's blocks before
-it made. Commands find CKPT_DIR (that Llama and tokenizer, not converted) and TEXT_DIR (text to train on).
+Every Python block finds a `model` (a tiny Llama, converted unless the block converts it), the same one as `residual`
+(never converted before), `my_module` (a residual module of 256 channels), `ids`, a `tokenizer`, `torch` and
+`mhc_compile`, all new, and whatever the page's blocks before it made. Commands find CKPT_DIR (that Llama and tokenizer, not converted) and TEXT_DIR (text to train on).
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
         "torch": torch,
         "mhc_compile": mhc_compile,
         "model": llama(),
+        "residual": llama(),
         "my_module": Residual(),
         "tokenizer": tokenizer(),
         "ids": torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0)),
