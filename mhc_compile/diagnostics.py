@@ -64,11 +64,17 @@ def _rebuild(code: str, detail: str, text: str) -> MHCError:
 
 
 class MHCWarning(UserWarning):
-    """A coded warning: its text begins with a key of `TABLE`."""
+    """A coded warning: its text begins with `code`, a key of `TABLE`."""
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        self.code, self.detail = code, detail
+        row = TABLE[code]
+        super().__init__(f"{code} {row.title}" + (f": {detail}" if detail else "") + f"\n  way out: {row.way_out}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return MHCWarning, (self.code, self.detail)
 
 
 def warn(code: str, detail: str = "", *, stacklevel: int = 2) -> None:
     """Issue the coded warning `code` with the table's title and way out."""
-    row = TABLE[code]
-    text = f"{code} {row.title}" + (f": {detail}" if detail else "") + f"\n  way out: {row.way_out}"
-    warnings.warn(MHCWarning(text), stacklevel=stacklevel + 1)
+    warnings.warn(MHCWarning(code, detail), stacklevel=stacklevel + 1)

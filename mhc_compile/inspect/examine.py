@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
 
-from mhc_compile.capture import Captured, capture, find_marks, private_copy
+from mhc_compile.capture import capture, find_marks
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
-from mhc_compile.diagnostics import MHCError
-from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, MemoryReport, SiteReport, StreamReport
-from mhc_compile.inspect.layer import input_name, lines_of
+from mhc_compile.diagnostics import MHCError, MHCWarning
+from mhc_compile.inspect.imagined import imagined_marks
+from mhc_compile.inspect.inspection import Inspection, LayerView, MemoryReport
 from mhc_compile.inspect.reach import reach
-from mhc_compile.inspect.topology import topology
-from mhc_compile.kernels.forms import form_of
+from mhc_compile.inspect.watch import Watcher
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, owners
-from mhc_compile.passes.base import Context, Mark, Pass, module_path, shape, source_line, value
-from mhc_compile.passes.dataflow import Dataflow
-from mhc_compile.passes.fuse import chains_of
-from mhc_compile.passes.ownership import OWNED, is_owned
-from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import ANALYSIS, Observer, compile_passes, native_passes, run_passes
+from mhc_compile.passes.base import Context, Mark, value
+from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
+from mhc_compile.pipeline import compile_passes, native_passes, run_passes
 
 
 def inspect(
@@ -34,17 +30,20 @@ def inspect(
     *example_args: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     layer: str | None = None,
+    stages: int | None = None,
     **options: Any,
 ) -> Inspection:
     """What the compiler sees in `model`, converted or not: streams and sites, what each pass does, or why it refuses.
 
     The model is neither run nor changed. `example_args` and `example_kwargs` are one call's inputs, used for shapes;
     Hugging Face models need none. `layer` is a module path (`model.layers.0`) whose graph is shown before and after the
-    streams are widened. `options` are the fields of `StreamSpec` that an unconverted model would be converted with.
+    streams are widened, `stages` a number of pipeline stages to cut the model into. `options` are the fields of
+    `StreamSpec` that an unconverted model would be converted with, and those of `Options` (`recompute="auto"`).
 
-    Raises `MHCError`: MHC204 for options, MHC209 without inputs, MHC507 for a layer that is not in the graph. A model
-    that cannot be converted raises nothing: `Inspection.refusal` and `.reach` say why, and `.native` lists the
-    hyper-connections that a multi-stream model has of its own.
+    Raises `MHCError`: MHC204 for options, MHC209 without inputs, MHC507 for a layer that is not in the graph, MHC620,
+    621, 626 or 627 for stages and blocks that cannot be. A model that cannot be converted raises nothing:
+    `Inspection.refusal` and `.reach` say why, and `.native` lists the hyper-connections that a multi-stream model has
+    of its own.
     """
     given, own = split_options(options)
     settings = Options(**own)
@@ -54,6 +53,22 @@ def inspect(
     args, kwargs = example_args, dict(example_kwargs or {})
     if not args and not kwargs:
         kwargs = example_inputs(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = _look(model, args, kwargs, Watcher(layer, stages), settings, spec)
+    for w in caught:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
+    return replace(found, warnings=tuple(w.message for w in caught if isinstance(w.message, MHCWarning)))
+
+
+def _look(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    watcher: Watcher,
+    options: Options,
+    spec: StreamSpec,
+) -> Inspection:
     held = owners(model)
     ours = {id(p) for parameters in held.values() for p in parameters.parameters()}
     about: dict[str, Any] = {
@@ -61,151 +76,59 @@ def inspect(
         "converted": bool(held),
         "parameters": sum(p.numel() for p in model.parameters() if id(p) not in ours),
         "memories": tuple(m for path, parameters in held.items() for m in _memories(path, parameters)),
+        "modules": tuple(name for name, _ in model.named_modules() if name),
+        "options": options,
+        "spec": str(spec),
+        "watcher": watcher,
     }
-    watcher = _Watcher(layer)
     try:
         with torch.no_grad():
             captured = capture(model, args, kwargs)
-        marks = find_marks(captured.graph) if about["converted"] else _imagined(captured, spec, settings, watcher)
+        marks = find_marks(captured.graph) if held else imagined_marks(captured, spec, options, watcher)
         watcher.begin(marks)
-        run_passes(captured.graph, Context(marks=marks), compile_passes(settings), settings, watcher)
+        run_passes(captured.graph, Context(marks=marks), compile_passes(options), options, watcher)
     except MHCError as error:
-        if error.code == "MHC507":
+        if error.code == "MHC507" or error.code.startswith("MHC6"):  # what was asked for, not the model, is refused
             raise
         if error.code == "MHC107":
-            own_streams, watcher = Context(), _Watcher(None)
-            run_passes(captured.graph, own_streams, native_passes(settings), settings, watcher)
-            sites = tuple(own_streams.native)
-            about["kernels"] = watcher.kernels
-            return Inspection(**about, passes=tuple(watcher.records), refusal=error, native=sites)
+            own_streams = Context()
+            watcher.begin([])
+            run_passes(captured.graph, own_streams, native_passes(options), options, watcher)
+            about |= {"kernels": watcher.kernels, "native": tuple(own_streams.native)}
+            return Inspection(**about, passes=tuple(watcher.records), refusal=error)
         found = reach(watcher.normalised) if watcher.normalised is not None else None
         return Inspection(**about, passes=tuple(watcher.records), refusal=error, reach=found)
-    view = LayerView(layer, tuple(watcher.before), tuple(watcher.after)) if layer is not None else None
-    head = sum(_head_size(m) for m in {m.owner: m for m in marks}.values())
+    layer = watcher.layer
     return Inspection(
         **about,
         streams=watcher.streams(),
-        head_parameters=head,
+        head_parameters=sum(_head_size(m) for m in {m.owner: m for m in marks}.values()),
         passes=tuple(watcher.records),
-        layer=view,
+        layer=None if layer is None else LayerView(layer, tuple(watcher.before), tuple(watcher.after)),
         kernels=watcher.kernels,
     )
 
 
 def _memories(owner: str, parameters: StreamParameters) -> Iterator[MemoryReport]:
-    if parameters.memory is None:
-        return
-    for m in parameters.memory.layers:
-        table = parameters.table(m.layer)
-        held = (p.numel() for name, p in parameters.in_graph().items() if name.startswith(f"engram.{m.layer}."))
+    for name in parameters.table_places:
+        table, inside = parameters.table(name), f"{parameters.table_places[name]}."
+        if name == OVER_TABLE:
+            assert parameters.over is not None
+            spec = parameters.over.hash
+            orders = f"2..{spec.order} x {spec.heads}"
+        else:
+            assert parameters.memory is not None
+            hashes = next(m.hash for m in parameters.memory.layers if m.layer == name)
+            orders = f"2..{hashes.order} x {hashes.heads}"
+        held = (p.numel() for path, p in parameters.in_graph().items() if path.startswith(inside))
         yield MemoryReport(
-            layer=f"{owner}.{m.layer}".strip("."),
-            orders=f"2..{m.hash.order} x {m.hash.heads}",
+            layer=f"{owner}.{name}".strip("."),
+            orders=orders,
             table=table.extra_repr(),
             rows=table.rows * table.width,
             parameters=sum(held),
         )
 
 
-class _Watcher(Observer):
-    """Keeps what the report needs at the passes where it is there to see."""
-
-    def __init__(self, layer: str | None) -> None:
-        super().__init__(snapshots=True)
-        self.layer = layer
-        self.normalised: GraphModule | None = None
-        self.before: list[str] = []
-        self.after: list[str] = []
-        self.begin([])
-
-    def begin(self, marks: Sequence[Mark]) -> None:
-        """Start over with the run that is reported."""
-        self.records = []
-        self.kernels: tuple[KernelReport, ...] = ()
-        self.marks = marks
-        self.labels = {node: f"mhc.{name}" for m in marks for name, node in m.parameters.items()}
-        self.found: list[tuple[ResidualStream, list[str]]] = []
-
-    def run(self, step: Pass, gm: GraphModule, context: Context, options: Options) -> GraphModule:
-        """Apply one pass under observation."""
-        if step.name == "widen" and self.layer is not None:
-            self.before = lines_of(gm, self.layer, self.labels)
-        gm = super().run(step, gm, context, options)
-        if step.name == "normalize":
-            self.normalised = gm
-        elif step.name == "residual":
-            flow = Dataflow(gm.graph, is_owned)
-            self.found = [(s, [topology(flow, s, site) for site in s.sites]) for s in context.streams]
-        elif step.name == "fuse":
-            self.kernels = tuple(KernelReport(chain, device, n) for (chain, device), n in chains_of(gm).items())
-        elif step.name == "widen" and self.layer is not None:
-            self.after = lines_of(gm, self.layer, self.labels)
-        return gm
-
-    def streams(self) -> tuple[StreamReport, ...]:
-        """The streams, their sites named as their parameters are."""
-        return tuple(self._stream_report(stream, classes) for stream, classes in self.found)
-
-    def _stream_report(self, stream: ResidualStream, classes: Sequence[str]) -> StreamReport:
-        around = [m for m in self.marks if not m.owner or f"{stream.owner}.".startswith(f"{m.owner}.")]
-        mark = max(around, key=lambda m: len(m.owner), default=None)
-        size = 0
-        if mark is not None:
-            spec = StreamSpec.parse(mark.spec)
-            size = sum(math.prod(s) for s in form_of(spec).shapes(spec, stream.hidden).values())
-        sites = [
-            SiteReport(
-                name=site.name,
-                module=module_path(site.add),
-                source=source_line(site.add),
-                shape=tuple(map(str, shape(site.add))),
-                dtype=str(value(site.add).dtype).removeprefix("torch."),
-                topology=kind,
-                parameters=size,
-            )
-            for site, kind in zip(stream.sites, classes, strict=True)
-        ]
-        owner, text = (mark.owner, mark.spec) if mark is not None else (stream.owner, "")
-        return StreamReport(owner, text, _place(stream.entry), _place(stream.exit), tuple(sites))
-
-
-def _place(node: Node) -> str:
-    if node.op == "placeholder":
-        return f"as the input {input_name(node)}"
-    return f"at {module_path(node) or 'the model itself'}: {source_line(node) or node.name}"
-
-
 def _head_size(mark: Mark) -> int:
     return sum(value(node).numel() for name, node in mark.parameters.items() if name.startswith("head."))
-
-
-def _imagined(captured: Captured, spec: StreamSpec, options: Options, observer: Observer) -> list[Mark]:
-    """The marks that the graph would have, were the model converted: a placeholder for each parameter, of shapes alone.
-
-    Raises `MHCError` as the analysis of the graph does.
-    """
-    analysed, context = private_copy(captured.graph, captured.inputs), Context()
-    run_passes(analysed, context, ANALYSIS, options, observer)
-    graph = captured.graph.graph
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    fake = next(m for n in graph.nodes if (m := getattr(value(n), "fake_mode", None)))
-    marks = []
-    for owner in dict.fromkeys(s.owner for s in context.streams):
-        mine = [s for s in context.streams if s.owner == owner]
-        device, n = value(mine[0].exit).device, spec.streams
-        shapes: dict[str, tuple[int, ...]] = {}
-        for stream in mine:
-            for site in stream.sites:
-                own = form_of(spec).shapes(spec, stream.hidden)
-                shapes |= {f"{site.name}.{name}": size for name, size in own.items()}
-        if spec.exit == "head":
-            shapes |= {"head.fn": (n, n * mine[0].hidden), "head.base": (n,), "head.scale": (1,)}
-        nodes = {}
-        for name, size in shapes.items():
-            with graph.inserting_after(last), fake:
-                last = graph.placeholder(f"mhc_{owner}_{name}".replace(".", "_").replace("#", "_"))
-                last.meta["example_value"] = torch.empty(size, device=device)
-            last.meta[OWNED] = True
-            nodes[name] = last
-        marks.append(Mark(owner, str(spec), nodes))
-    return marks

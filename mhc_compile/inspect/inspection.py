@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from mhc_compile.diagnostics import MHCError
+from mhc_compile.config import Options
+from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.inspect.reach import Reach
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.chain import Chain
@@ -16,6 +20,9 @@ from mhc_compile.kernels.engram import providers as memories
 from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
+
+if TYPE_CHECKING:
+    from mhc_compile.inspect.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,15 @@ class Inspection:
 
     kernels: tuple[KernelReport, ...] = ()
     """The fused kernels under Inductor."""
+    warnings: tuple[MHCWarning, ...] = ()
+    """What this package warned of on the way."""
+    options: Options = field(default_factory=Options)
+    spec: str = ""
+    """The `StreamSpec` that an unconverted model would be converted with, as text."""
+    modules: tuple[str, ...] = ()
+    """Paths of the model's modules."""
+    watcher: Watcher | None = field(default=None, repr=False, compare=False)
+    """What `data` is made from."""
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -143,11 +159,25 @@ class Inspection:
         )
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
-    def html(self, width: int = 150) -> str:
-        """A self-contained HTML page."""
-        console = Console(file=io.StringIO(), record=True, width=width, force_terminal=True, legacy_windows=False)
-        console.print(self)
-        return console.export_html(inline_styles=True)
+    def data(self) -> dict[str, Any]:
+        """All of the report as plain data (`mhc_compile.inspect.report`), made at the first call."""
+        return self._data
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        from mhc_compile.inspect.report import data_of
+
+        return data_of(self)
+
+    def json(self) -> str:
+        """The data as JSON."""
+        return json.dumps(self.data(), ensure_ascii=False, separators=(",", ":"))
+
+    def html(self) -> str:
+        """A self-contained HTML page (`mhc_compile.inspect.page`)."""
+        from mhc_compile.inspect.page.page import page
+
+        return page(self.data())
 
     def __str__(self) -> str:
         return self.text()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from mhc_compile.inspect.layer import input_name
+from mhc_compile.inspect.lines import input_name
 from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, source_line, value
 from mhc_compile.passes.dataflow import EMBEDDINGS, Dataflow
 from mhc_compile.passes.ownership import is_owned

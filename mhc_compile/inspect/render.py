@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.text import Text
 from mhc_compile.diagnostics import TABLE, MHCError
 from mhc_compile.inspect.fold import fold
 from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, MemoryReport, SiteReport, StreamReport
+from mhc_compile.inspect.lines import short_path
 from mhc_compile.inspect.reach import Reach
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
@@ -75,8 +75,8 @@ def _stream(stream: StreamReport, calls: int) -> Iterator[RenderableType]:
     times = f", {calls} calls" if calls > 1 else ""
     spec = stream.spec or "stays residual, its owner is not converted"
     yield Text.assemble("stream of ", (stream.owner or "the model itself", "bold"), f": {spec}{times}")
-    yield Text(f"  enters {_short(stream.entry)}")
-    yield Text(f"  leaves {_short(stream.exit)}")
+    yield Text(f"  enters {short_path(stream.entry)}")
+    yield Text(f"  leaves {short_path(stream.exit)}")
     table = _table("site", "topology", "shape", "parameters", "source", numbers=("parameters",))
     for label, sites in fold(stream.sites, lambda s: s.name, _alike):
         site = sites[0]
@@ -158,7 +158,7 @@ def _refusal(error: MHCError) -> Iterator[RenderableType]:
         ("way out", TABLE[error.code].way_out),
     ):  # fmt: skip
         if content:
-            yield Text(f"  {name + ':':<8} {_short(content)}")
+            yield Text(f"  {name + ':':<8} {short_path(content)}")
 
 
 def _reach(reach: Reach) -> Iterator[RenderableType]:
@@ -169,11 +169,11 @@ def _reach(reach: Reach) -> Iterator[RenderableType]:
         yield Text(f"  {name + ':':<14} {f'{len(modules)} ({shown})' if modules else 'none'}")
     yield Text(f"  {'stopped at:':<14} {reach.node}, {reach.reason}")
     if reach.source:
-        yield Text(f"  {'':<14} in {reach.module}, {_short(reach.source)}")
+        yield Text(f"  {'':<14} in {reach.module}, {short_path(reach.source)}")
     if reach.dismissed:
         yield Text("adds that are no sites:", style="bold")
         for where, why in reach.dismissed:
-            yield Text(f"  {_short(where)}\n    {why}")
+            yield Text(f"  {short_path(where)}\n    {why}")
 
 
 def _table(*columns: str, numbers: tuple[str, ...]) -> Table:
@@ -189,10 +189,3 @@ def _brief(source: str) -> str:
     place, _, text = source.partition(": ")
     path, _, _ = place.partition(", in ")
     return f"{Path(path).name}  {text}".strip()
-
-
-def _short(source: str) -> str:
-    """A source line's path relative to the packages or to the working directory."""
-    for root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path.cwd())):
-        source = source.replace(f"{root}/", "")
-    return source

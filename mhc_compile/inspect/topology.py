@@ -42,6 +42,11 @@ def topology(flow: Dataflow, stream: ResidualStream, site: Site) -> str:
     return ", ".join(labels)
 
 
+def branch_nodes(flow: Dataflow, stream: ResidualStream, site: Site) -> list[Node]:
+    """What computes the branches of `site` from what they read of the stream, in graph order."""
+    return _Branch(flow, stream, site).nodes
+
+
 class _Branch:
     """The nodes of a branch: `head` before its first parameter contractions, `tail` behind its last ones."""
 
@@ -55,9 +60,11 @@ class _Branch:
             below &= ~flow.bit(v)
         self.region = below & branch_mask(flow, site)
         contractions = self.region & flow.matmuls
-        nodes = flow.members(self.region)
-        self.head = [n for n in nodes if not flow.ancestors[n] & contractions]
-        self.tail = [n for n in nodes if flow.ancestors[n] & contractions and not flow.descendants[n] & contractions]
+        self.nodes = flow.members(self.region)
+        self.head = [n for n in self.nodes if not flow.ancestors[n] & contractions]
+        self.tail = [
+            n for n in self.nodes if flow.ancestors[n] & contractions and not flow.descendants[n] & contractions
+        ]
 
     def is_sum(self) -> bool:
         """Whether the branch ends in an add of two, of which one mixes tokens and the other does not.

@@ -261,8 +261,7 @@ def test_terminal_page_and_text_say_the_same() -> None:
     console.print(found)
     words = console.export_text().split()
     assert words == found.text().split()
-    assert "<html>" in found.html()
-    assert "layers.0-2#0" in found.html()
+    assert "layers.2#0" in found.html()
     assert max(map(len, found.text(100).splitlines())) <= 100
 
 
@@ -298,7 +297,7 @@ def test_command_reads_a_configuration_alone(tmp_path: Path, capsys: pytest.Capt
     assert "model.layers.0-2#0" in out
     assert "streams=2" in out
     assert "model.layers.0.mlp after widen" in out
-    assert "model.layers.0-2#0" in page.read_text()
+    assert "layers.2#0" in page.read_text()
     assert run(str(tmp_path / "config.json")) == 0
     assert "streams=4" in capsys.readouterr().out
 

@@ -1,0 +1,45 @@
+"""The marks that a model would have in its graph, were it converted."""
+
+from __future__ import annotations
+
+import torch
+
+from mhc_compile.capture import Captured, private_copy
+from mhc_compile.config import Options
+from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.passes.base import Context, Mark, value
+from mhc_compile.passes.ownership import OWNED
+from mhc_compile.pipeline import ANALYSIS, Observer, run_passes
+
+
+def imagined_marks(captured: Captured, spec: StreamSpec, options: Options, observer: Observer) -> list[Mark]:
+    """The marks that the graph would have, were the model converted: a placeholder for each parameter, of shapes alone.
+
+    Raises `MHCError` as the analysis of the graph does.
+    """
+    analysed, context = private_copy(captured.graph, captured.inputs), Context()
+    run_passes(analysed, context, ANALYSIS, options, observer)
+    graph = captured.graph.graph
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    fake = next(m for n in graph.nodes if (m := getattr(value(n), "fake_mode", None)))
+    marks = []
+    for owner in dict.fromkeys(s.owner for s in context.streams):
+        mine = [s for s in context.streams if s.owner == owner]
+        device, n = value(mine[0].exit).device, spec.streams
+        shapes: dict[str, tuple[int, ...]] = {}
+        for stream in mine:
+            for site in stream.sites:
+                own = form_of(spec).shapes(spec, stream.hidden)
+                shapes |= {f"{site.name}.{name}": size for name, size in own.items()}
+        if spec.exit == "head":
+            shapes |= {"head.fn": (n, n * mine[0].hidden), "head.base": (n,), "head.scale": (1,)}
+        nodes = {}
+        for name, size in shapes.items():
+            with graph.inserting_after(last), fake:
+                last = graph.placeholder(f"mhc_{owner}_{name}".replace(".", "_").replace("#", "_"))
+                last.meta["example_value"] = torch.empty(size, device=device)
+            last.meta[OWNED] = True
+            nodes[name] = last
+        marks.append(Mark(owner, str(spec), nodes))
+    return marks

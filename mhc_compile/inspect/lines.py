@@ -1,0 +1,140 @@
+"""A graph's nodes as lines of text, `name = op(operands)`, and the source lines that they come from."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from mhc_compile.passes.base import dotted, op_name, source_line, value
+from mhc_compile.passes.ownership import is_owned
+
+Labels = Mapping[Node, str]
+"""Names of placeholders that have none of their own."""
+_SOURCE = re.compile(r"(.*):(\d+), in (.*?)(?:: (.*))?", re.DOTALL)
+
+
+class Line(NamedTuple):
+    """One node of a graph as it was at one time."""
+
+    node: Node
+    text: str
+    form: str
+    """What it gives: `float32[2, 16, 64]`, or nothing where that is no tensor."""
+
+
+class Source(NamedTuple):
+    """A line of the user's code."""
+
+    file: str
+    """Relative to where packages are installed, or to the working directory."""
+    line: int
+    function: str
+    text: str
+
+
+def snapshot(graph: Graph, labels: Labels) -> list[Line]:
+    """Every node of `graph` as it is now, in order: inputs, operations, the output."""
+    names = {n: labels.get(n) or (input_name(n) if n.op == "placeholder" else n.name) for n in graph.nodes}
+    return [Line(n, line_text(n, names), form(value(n))) for n in graph.nodes]
+
+
+def line_text(node: Node, names: Labels) -> str:
+    """`name = op(operands)`. Inputs are `name = input()`, or `parameter()`, `buffer()` where they are the model's."""
+    if node.op == "placeholder":
+        kind = "input" if not is_owned(node) else "buffer" if is_buffer(node) else "parameter"
+        return f"{names.get(node, node.name)} = {kind}()"
+    if node.op == "get_attr":
+        return f"{node.name} = constant({node.target})"
+    operands = [_shown(a, names) for a in node.args]
+    operands += [f"{k}={_shown(a, names)}" for k, a in node.kwargs.items()]
+    return f"{node.name} = {_operation(node)}({', '.join(operands)})"
+
+
+def form(result: Any) -> str:
+    """`float32[2, 16, 64]` for a tensor, nothing for anything else."""
+    if isinstance(result, torch.Tensor):
+        return f"{str(result.dtype).removeprefix('torch.')}{list(result.shape)}"
+    return ""
+
+
+def _operation(node: Node) -> str:
+    if isinstance(node.target, OpOverload):
+        return f"{node.target.namespace}.{op_name(node)}"
+    return f".{node.target}" if node.op == "call_method" else op_name(node)
+
+
+def _shown(argument: Any, names: Labels) -> str:
+    if isinstance(argument, Node):
+        return names.get(argument, argument.name)
+    if isinstance(argument, (tuple, list)):
+        inside = ", ".join(_shown(a, names) for a in argument)
+        if isinstance(argument, list):
+            return f"[{inside}]"
+        return f"({inside},)" if len(argument) == 1 else f"({inside})"
+    if isinstance(argument, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_shown(a, names)}" for k, a in argument.items()) + "}"
+    if isinstance(argument, slice):
+        return f"slice({_shown(argument.start, names)}, {_shown(argument.stop, names)}, {_shown(argument.step, names)})"
+    return repr(argument)
+
+
+def input_name(node: Node) -> str:
+    """What a placeholder is called outside: a parameter's or buffer's module path, or an argument's name."""
+    name = _source_name(node)
+    if not name:
+        return node.name
+    inside = dotted(name.replace("._parameters", "").replace("._buffers", ""))
+    argument = re.match(r"^L\['([^']*)'\]", name)
+    if argument is not None and argument[1] != "self":
+        return f"{argument[1]}.{inside}".strip(".")
+    return inside or node.name
+
+
+def is_buffer(node: Node) -> bool:
+    """Whether a placeholder is a module's buffer."""
+    return "._buffers" in _source_name(node)
+
+
+def _source_name(node: Node) -> str:
+    """Where Dynamo found the value of a placeholder: `L['self']._modules['head']._parameters['weight']`."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return ""
+    return str(source.name if isinstance(source.name, str) else source.name())
+
+
+class Sources:
+    """The distinct source lines of some nodes, numbered as they are met."""
+
+    def __init__(self) -> None:
+        self.found: dict[Source, int] = {}
+        self._known: dict[str, int | None] = {}
+        """By a node's recorded stack, which many nodes share."""
+
+    def of(self, node: Node) -> int | None:
+        """The number of the source line of `node`, None where none was recorded."""
+        stack = node.meta.get("stack_trace") or ""
+        if stack not in self._known:
+            self._known[stack] = self._number(source_line(node))
+        return self._known[stack]
+
+    def _number(self, text: str | None) -> int | None:
+        match = _SOURCE.fullmatch(text or "")
+        if match is None:
+            return None
+        source = Source(short_path(match[1]), int(match[2]), match[3], match[4] or "")
+        return self.found.setdefault(source, len(self.found))
+
+
+def short_path(text: str) -> str:
+    """`text` with paths relative to the packages or to the working directory."""
+    for root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path.cwd())):
+        text = text.replace(f"{root}/", "")
+    return text

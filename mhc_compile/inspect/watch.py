@@ -1,0 +1,168 @@
+"""Keep what a report needs of a run of passes, at the passes where it is there to see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from mhc_compile.config import Options
+from mhc_compile.inspect.elements import Drawing, Found
+from mhc_compile.inspect.inspection import KernelReport, SiteReport, StreamReport
+from mhc_compile.inspect.layer import lines_of
+from mhc_compile.inspect.lines import Line, input_name, snapshot
+from mhc_compile.inspect.native import draw_native
+from mhc_compile.inspect.parts import Block, Stage, blocks_of, stages_of
+from mhc_compile.inspect.topology import branch_nodes, topology
+from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.passes.base import Context, Mark, Pass, describe, module_path, module_stack, shape, source_line, value
+from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.fuse import chains_of
+from mhc_compile.passes.ownership import is_owned
+from mhc_compile.passes.residual import ResidualStream
+from mhc_compile.pipeline import Observer
+
+
+@dataclass
+class Memories:
+    """Which nodes look n-grams up, and for what."""
+
+    layers: dict[Node, tuple[Mark, str]] = field(default_factory=dict)
+    """The memory's layer by node."""
+    over: dict[Node, Mark] = field(default_factory=dict)
+    """The nodes of over-encodings."""
+
+
+class Watcher(Observer):
+    """An observer that keeps snapshots, streams, kernels, and the graph of one `layer` before and after `widen`."""
+
+    def __init__(self, layer: str | None, stages: int | None = None) -> None:
+        super().__init__(snapshots=True)
+        self.layer, self.count = layer, stages
+        self.normalised: GraphModule | None = None
+        self.before: list[str] = []
+        self.after: list[str] = []
+        self.begin([])
+
+    def begin(self, marks: Sequence[Mark]) -> None:
+        """Start over with the run that is reported."""
+        self.records = []
+        self.kernels: tuple[KernelReport, ...] = ()
+        self.marks = marks
+        self.labels = {node: f"mhc.{name}" for m in marks for name, node in m.parameters.items()}
+        self.found: list[Found] = []
+        self.lines: list[list[Line]] = []
+        """The graph before the first pass and after every pass."""
+        self.texts: list[str] = []
+        """The passes with their options."""
+        self.native: Drawing | None = None
+        """Of a model with hyper-connections of its own."""
+        self.memories = Memories()
+        self.blocks: list[Block] | None = None
+        self.stages: list[Stage] = []
+
+    def run(self, step: Pass, gm: GraphModule, context: Context, options: Options) -> GraphModule:
+        """Apply one pass under observation."""
+        if not self.lines:
+            self.lines.append(snapshot(gm.graph, self.labels))
+        if self.blocks is None and step.name in ("recompute", "fuse"):
+            self.blocks = blocks_of(gm.graph, options)
+            self.stages = stages_of(gm, self.count) if self.count is not None else []
+        if step.name == "widen" and self.layer is not None:
+            self.before = lines_of(gm, self.layer, self.labels)
+        gm = super().run(step, gm, context, options)
+        self.lines.append(snapshot(gm.graph, self.labels))
+        self.texts.append(describe(step))
+        if step.name == "normalize":
+            self.normalised = gm
+        elif step.name == "residual":
+            self.found = _found(gm, context)
+        elif step.name == "native" and context.native:
+            self.native = draw_native(gm.graph)
+        elif step.name in ("engram", "overencoding"):
+            self._look_for_memories(step.name, context)
+        elif step.name == "fuse":
+            self.kernels = tuple(KernelReport(chain, device, n) for (chain, device), n in chains_of(gm).items())
+        elif step.name == "widen" and self.layer is not None:
+            self.after = lines_of(gm, self.layer, self.labels)
+        return gm
+
+    def _look_for_memories(self, name: str, context: Context) -> None:
+        before = {line.node for line in self.lines[-2]}
+        new = [line.node for line in self.lines[-1] if line.node not in before]
+        for widened in context.widened:
+            mark = widened.mark
+            if name == "overencoding" and mark.over is not None:
+                self.memories.over |= {n: mark for n in new if mark.owner in module_stack(n)}
+            elif name == "engram" and mark.memory is not None:
+                sinks = {m.layer: widened.reads[m.site] for m in mark.memory.layers if m.site in widened.reads}
+                self.memories.layers |= {n: (mark, layer) for n, layer in _claimed(new, sinks).items()}
+
+    # --- streams -------------------------------------------------------------------------------------------------
+
+    def mark_of(self, stream: ResidualStream) -> Mark | None:
+        """The mark of the converted owner around `stream`, None where it stays residual."""
+        around = [m for m in self.marks if not m.owner or f"{stream.owner}.".startswith(f"{m.owner}.")]
+        return max(around, key=lambda m: len(m.owner), default=None)
+
+    def streams(self) -> tuple[StreamReport, ...]:
+        """The streams, their sites named as their parameters are."""
+        return tuple(self._stream_report(one) for one in self.found)
+
+    def _stream_report(self, found: Found) -> StreamReport:
+        stream, mark = found.stream, self.mark_of(found.stream)
+        size = 0
+        if mark is not None:
+            spec = StreamSpec.parse(mark.spec)
+            size = sum(math.prod(s) for s in form_of(spec).shapes(spec, stream.hidden).values())
+        sites = [
+            SiteReport(
+                name=site.name,
+                module=module_path(site.add),
+                source=source_line(site.add),
+                shape=tuple(map(str, shape(site.add))),
+                dtype=str(value(site.add).dtype).removeprefix("torch."),
+                topology=kind,
+                parameters=size,
+            )
+            for site, kind in zip(stream.sites, found.topologies, strict=True)
+        ]
+        owner, text = (mark.owner, mark.spec) if mark is not None else (stream.owner, "")
+        return StreamReport(owner, text, _place(stream.entry), _place(stream.exit), tuple(sites))
+
+
+def _found(gm: GraphModule, context: Context) -> list[Found]:
+    flow = Dataflow(gm.graph, is_owned)
+    return [
+        Found(s, [topology(flow, s, site) for site in s.sites], [branch_nodes(flow, s, site) for site in s.sites])
+        for s in context.streams
+    ]
+
+
+def _claimed(new: Sequence[Node], sinks: Mapping[str, Node]) -> dict[Node, str]:
+    """The layer of every one of the nodes that a memory's pass made: of the first layer that reads it.
+
+    What nobody reads (it writes the state) is of the layer whose values it reads.
+    """
+    found: dict[Node, str] = {}
+    among = set(new)
+    for layer, sink in sinks.items():
+        stack = [sink]
+        while stack:
+            for node in stack.pop().all_input_nodes:
+                if node in among and node not in found:
+                    found[node] = layer
+                    stack.append(node)
+    for node in new:
+        if node not in found and sinks:
+            found[node] = next((found[n] for n in node.all_input_nodes if n in found), next(iter(sinks)))
+    return found
+
+
+def _place(node: Node) -> str:
+    if node.op == "placeholder":
+        return f"as the input {input_name(node)}"
+    return f"at {module_path(node) or 'the model itself'}: {source_line(node) or node.name}"
