@@ -48,14 +48,19 @@ def coefficients(
     z = _normalised_projection(X, phi, fields)
     dtype = z.dtype
     alpha, bias = alpha.to(dtype), bias.to(dtype)
-    pre = torch.sigmoid(z[..., :n] * alpha[0] + bias[:n])
-    if fields.pre_eps:
-        pre = pre + fields.pre_eps
+    pre = branch_weights(z, alpha, bias, spec)
     post = fields.post_scale * torch.sigmoid(z[..., n : 2 * n] * alpha[1] + bias[n : 2 * n])
     if fields.post_eps:
         post = post + fields.post_eps
     logits = z[..., 2 * n :] * alpha[2] + bias[2 * n :]
     return pre, post, mixing_matrix(logits, spec, sinkhorn=sinkhorn)
+
+
+def branch_weights(z: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec) -> Tensor:
+    """`pre` `[..., n]` from the normalised projection z `[..., rows]`; alpha `[3]`, bias `[rows]`, all of one dtype."""
+    n, eps = spec.streams, spec.convention.fields.pre_eps
+    pre = torch.sigmoid(z[..., :n] * alpha[0] + bias[:n])
+    return pre + eps if eps else pre
 
 
 def mixing_matrix(logits: Tensor, spec: StreamSpec, *, sinkhorn: Sinkhorn | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSetting
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.parameters import parameter_groups, stream_parameters
+from mhc_compile.probes import Probes
 
 __all__ = [
     "Convention",
@@ -35,6 +36,7 @@ __all__ = [
     "MemorySettings",
     "Options",
     "OverEncodingSettings",
+    "Probes",
     "StreamSpec",
     "TableAdamW",
     "convert",

@@ -23,6 +23,7 @@ import mhc_compile.kernels.ops  # noqa: F401  (registers mhc::mark)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram import carry
 from mhc_compile.parameters import active_parameters
+from mhc_compile.passes.base import PROBE
 from mhc_compile.traceable import install_recorders, leave_fast_path, skip_input_gradients
 
 RECOMPILE_LIMIT = 64
@@ -141,9 +142,11 @@ def _new_armed(base: type) -> Any:
 def _mark(
     owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the first tensor argument through `mhc::mark`, with what the call brings for look-ups."""
+    """Pass the first tensor argument through `mhc::mark`, with what the call brings for look-ups and probes."""
     _refuse_unmarkable(owner, args, kwargs)
     held = active_parameters(owner.mhc)
+    if held.probe_slot is not None:
+        given = {**given, PROBE: held.probe_slot}
     carried = (list(held.in_graph().values()), held.signature, list(given.values()), ",".join(given))
     for i, argument in enumerate(args):
         if _holds_tensor(argument):

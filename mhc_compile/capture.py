@@ -16,7 +16,7 @@ from mhc_compile.arm import graph_break_error, tracing_config
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
-from mhc_compile.passes.base import Mark, module_path
+from mhc_compile.passes.base import PROBE, Mark, module_path
 from mhc_compile.passes.ownership import OWNED, is_owned
 from mhc_compile.traceable import install_recorders
 
@@ -53,12 +53,14 @@ def find_marks(gm: GraphModule) -> list[Mark]:
         if node.op == "call_function" and node.target in (torch.ops.mhc.mark, torch.ops.mhc.mark.default):
             _, parameters, signature, given, names = node.args
             known = json.loads(signature)
+            brought = dict(zip(names.split(",") if names else (), given, strict=True))
             marks.append(
                 Mark(
                     owner=module_path(node),
                     spec=known["spec"],
                     parameters=dict(zip(known["names"], parameters, strict=True)),
-                    given=dict(zip(names.split(",") if names else (), given, strict=True)),
+                    probe=brought.pop(PROBE, None),
+                    given=brought,
                     memory=Memory.parse(known["memory"]) if "memory" in known else None,
                     over=OverEncoding.parse(known["over"]) if "over" in known else None,
                     node=node,

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels import measures
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, module_path, switches_gradients
 from mhc_compile.passes.fuse import Fuse
@@ -91,10 +92,7 @@ def composite_gain(model: nn.Module, batch: Batch) -> dict[str, CompositeGain]:
 
 def separation(X: Tensor) -> Tensor:
     """Per token, the streams' deviation from their mean relative to it: X `[..., n, C]` -> `[...]` in float64."""
-    X = X.double()
-    mean = X.mean(-2, keepdim=True)
-    spread = (X - mean).square().sum((-2, -1)).div(X.shape[-2]).sqrt()
-    return spread / torch.linalg.vector_norm(mean.squeeze(-2), dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    return measures.separation(X.double())
 
 
 def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -138,7 +136,7 @@ class StreamPart:
         self.owner = owner
         self.sites.append(site)
         self.separations.append(separation(X))
-        self.gains.append(max(float(H.abs().sum(dim).max()) for dim in (-1, -2)))
+        self.gains.append(max(float(gain.max()) for gain in measures.gains(H)))
         self.composite = H if self.composite is None else H @ self.composite
 
     def continued(self, later: StreamPart) -> StreamPart:
@@ -237,9 +235,9 @@ def _last_of(owner: str | None, calls: Sequence[StreamPart]) -> int | None:
 
 def _summary(calls: list[StreamPart]) -> StreamMeasures:
     first = calls[0]
-    composites = [c.composite.abs() for c in calls if c.composite is not None]
+    composites = [measures.gains(c.composite) for c in calls if c.composite is not None]
     separations = [torch.cat([c.separations[i].flatten() for c in calls]) for i in range(len(first.sites))]
-    sums = [torch.cat([c.sum(dim).amax(-1).flatten() for c in composites]) for dim in (-1, -2)]
+    sums = [torch.cat([g.flatten() for g in one]) for one in zip(*composites, strict=True)]
     (forward_mean, forward_max), (backward_mean, backward_max) = [(float(g.mean()), float(g.max())) for g in sums]
     return StreamMeasures(
         tuple(first.sites),

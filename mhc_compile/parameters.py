@@ -53,6 +53,8 @@ class StreamParameters(nn.Module):
         tables_on: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.probe_slot: Tensor | None = None
+        """In a sampled step what tells Dynamo so (`mhc_compile.probes`): no buffer, and never saved."""
         self.spec = spec
         self.memory = memory
         self.over = over

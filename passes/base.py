@@ -14,6 +14,9 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 
+PROBE = "probe"
+"""The name by which `mhc::mark` is given the slot of a sampled step."""
+
 
 @dataclass
 class Mark:
@@ -31,6 +34,8 @@ class Mark:
     """The owner's memories."""
     over: OverEncoding | None = None
     """The over-encoding of the owner's embedding."""
+    probe: Node | None = None
+    """The slot that a sampled step brings for gradients (`mhc_compile.passes.probe`); None in every other step."""
     node: Node | None = None
     """The `mhc::mark` itself, which `widen` removes; None where there is none (export, the first call of a model)."""
 
@@ -45,6 +50,8 @@ class Context:
     """The streams that `widen` rewrote, with their marks, in graph order."""
     native: list[Any] = field(default_factory=list)
     """The hand-written sites that the pass `native` raised, in graph order."""
+    probed: list[Any] = field(default_factory=list)
+    """What the pass `probe` records, by owner."""
     cut: int = 0
     """Hand-written sites of which the graph holds only the beginning."""
     inputs: list[Any] = field(default_factory=list)

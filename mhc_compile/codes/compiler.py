@@ -125,6 +125,12 @@ COMPILER: dict[str, Diagnostic] = {
         "fill the cache by this model from its first token on, under torch.no_grad(), and generate without assistants "
         "that take tokens back",
     ),
+    "MHC230": Diagnostic("a sampled step recorded nothing", "call the converted model inside `with probes.step():`"),
+    "MHC231": Diagnostic(
+        "the model is being sampled already", "leave one step before the next begins, and use one `Probes` for a model"
+    ),
+    "MHC232": Diagnostic("not a file of samples", "name a file that `Probes.write` of this version has written"),
+    "MHC233": Diagnostic("matplotlib is not installed", "pip install 'mhc-compile[demo]'"),
     "MHC301": Diagnostic(
         "the converted model was compiled without backend 'mhc'",
         'call torch.compile(model, backend="mhc"), or run the model uncompiled',

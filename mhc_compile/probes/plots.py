@@ -1,0 +1,173 @@
+"""Samples as pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.probes.sample import Sample
+
+_PANELS = 12
+"""Heat maps in a row."""
+
+
+def draw(samples: Sequence[Sample], folder: Path) -> list[Path]:
+    """PNG files of the samples of every owner in `folder`, which is made. Raises MHC233 without matplotlib, MHC413.
+
+    `OWNER-mix.png`: the mean H of every site; `-gain.png`: gains and distances along the depth; `-streams.png`: norms,
+    gradients, separation and entropies by site; `-gates.png`: histograms of memories' gates; all of the last sample.
+    `-history.png`: separation and composite gain of all samples.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MHCError("MHC233", str(error)) from error
+    pictures = {"mix": _mixes, "gain": _gains, "streams": _streams, "gates": _gates}
+    drawn = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for owner in dict.fromkeys(sample.owner for sample in samples):
+            of_owner = [sample for sample in samples if sample.owner == owner]
+            parts = [(name, picture, of_owner[-1:]) for name, picture in pictures.items()]
+            for name, picture, shown in (*parts, ("history", _history, of_owner)):
+                figure = Figure(layout="constrained")
+                if picture(figure, shown):
+                    path = folder / f"{owner or 'model'}-{name}.png"
+                    figure.savefig(path, dpi=110)
+                    drawn.append(path)
+    except OSError as error:
+        raise MHCError("MHC413", str(error)) from error
+    return drawn
+
+
+def _mixes(figure: Any, samples: Sequence[Sample]) -> bool:
+    (sample,) = samples
+    mixes = sample.values["mix"]
+    columns = min(_PANELS, len(mixes))
+    rows = math.ceil(len(mixes) / columns)
+    figure.set_size_inches(1.1 * columns + 1.2, 1.3 * rows + 0.6)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    low, high = min(0.0, float(mixes.min())), max(1.0, float(mixes.max()))
+    image = None
+    for axis, name, mix in zip(axes, sample.sites, mixes, strict=False):
+        image = axis.imshow(mix, vmin=low, vmax=high, cmap="viridis")
+        axis.set_title(_short(name), fontsize=7)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+    figure.colorbar(image, ax=list(axes), shrink=0.8)
+    figure.suptitle(f"{_title(sample)}: mean H, rows are streams written, columns streams read", fontsize=9)
+    return True
+
+
+def _gains(figure: Any, samples: Sequence[Sample]) -> bool:
+    (sample,) = samples
+    figure.set_size_inches(12, 3.6)
+    one, all_, off = figure.subplots(1, 3)
+    for axis, which, title in ((one, "gain", "of each site's H"), (all_, "composite", "of all sites up to this one")):
+        for direction, color in (("forward", "C0"), ("backward", "C3")):
+            axis.plot(sample.values[f"{which}_{direction}_mean"], color=color, label=f"{direction}, mean over tokens")
+            axis.plot(sample.values[f"{which}_{direction}_max"], color=color, linestyle=":", label="maximum")
+        axis.set_title(f"gain {title}", fontsize=9)
+        axis.legend(fontsize=7)
+    off.semilogy(sample.values["distance_mean"].clamp(min=1e-9), label="mean over tokens")
+    off.semilogy(sample.values["distance_max"].clamp(min=1e-9), linestyle=":", label="maximum")
+    off.set_title("distance of H from doubly stochastic", fontsize=9)
+    off.legend(fontsize=7)
+    _along_depth(figure, (one, all_, off), sample)
+    return True
+
+
+def _streams(figure: Any, samples: Sequence[Sample]) -> bool:
+    (sample,) = samples
+    values = sample.values
+    maps = {"streams: root mean square": values["streams"]}
+    if "streams_gradient" in values:
+        maps["gradient that the mix hands back: 2-norm"] = values["streams_gradient"]
+    maps |= {"pre: mean over tokens": values["pre"], "post: mean over tokens": values["post"]}
+    figure.set_size_inches(12, 2.6 + 1.5 * len(maps))
+    grid = figure.add_gridspec(len(maps) + 1, 2, height_ratios=[*[1.0] * len(maps), 1.8])
+    axes = []
+    for row, (title, held) in enumerate(maps.items()):
+        axis = figure.add_subplot(grid[row, :])
+        image = axis.imshow(held.T, aspect="auto", cmap="viridis", interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+        axis.set_ylabel("stream")
+        axis.set_yticks(range(held.shape[1]))
+        figure.colorbar(image, ax=axis)
+        axes.append(axis)
+    apart, entropies = figure.add_subplot(grid[-1, 0]), figure.add_subplot(grid[-1, 1])
+    apart.plot(values["separation"], color="C3", marker=".")
+    apart.set_ylim(bottom=0)
+    apart.set_title("separation of the streams behind each site", fontsize=9)
+    for name in ("pre", "post"):
+        entropies.plot(values[f"{name}_entropy"], label=name)
+    entropies.axhline(math.log(values["streams"].shape[1]), color="0.7", linewidth=1, label="log n")
+    entropies.set_title("entropy in nats", fontsize=9)
+    entropies.legend(fontsize=7)
+    _along_depth(figure, (*axes, apart, entropies), sample)
+    return True
+
+
+def _gates(figure: Any, samples: Sequence[Sample]) -> bool:
+    (sample,) = samples
+    if "gates" not in sample.values:
+        return False
+    counts = sample.values["gates"]
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    edges = torch.linspace(0, 1, counts.shape[-1] + 1)
+    figure.set_size_inches(1.5 + 3.2 * len(sample.layers), 3.2)
+    for axis, layer, streams in zip(
+        figure.subplots(1, len(sample.layers), squeeze=False)[0], sample.layers, shares, strict=True
+    ):
+        for i, held in enumerate(streams):
+            axis.stairs(held, edges, label=f"stream {i}")
+        axis.set(title=layer, xlabel="gate", ylabel="share of tokens")
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{_title(sample)}: gates of memories", fontsize=9)
+    return True
+
+
+def _history(figure: Any, samples: Sequence[Sample]) -> bool:
+    same = [sample for sample in samples if sample.sites == samples[-1].sites]
+    if len(same) < 2:
+        return False
+    figure.set_size_inches(12, 4)
+    apart, gain = figure.subplots(1, 2)
+    steps = [sample.step for sample in same]
+    held: list[tuple[Any, str, str]] = [
+        (apart, "separation", "separation of the streams"),
+        (gain, "composite_backward_max", "largest composite gain, backward"),
+    ]
+    for axis, name, title in held:
+        table: Tensor = torch.stack([sample.values[name] for sample in same], 1)
+        image = axis.pcolormesh(steps, range(len(table)), table, shading="nearest", cmap="viridis")
+        axis.set(xlabel="step", ylabel="site")
+        axis.set_title(title, fontsize=9)
+        figure.colorbar(image, ax=axis)
+    return True
+
+
+def _along_depth(figure: Any, axes: Sequence[Any], sample: Sample) -> None:
+    places = range(0, len(sample.sites), max(1, len(sample.sites) // 8))
+    for axis in axes:
+        axis.set_xticks(list(places), [_short(sample.sites[i]) for i in places], fontsize=7)
+    figure.suptitle(f"{_title(sample)}", fontsize=9)
+
+
+def _title(sample: Sample) -> str:
+    return f"{sample.owner or 'model'}, step {sample.step}"
+
+
+def _short(name: str) -> str:
+    """The last number of a module path with what stands behind it: `3.mlp#0` of `layers.3.mlp#0`."""
+    parts = name.split(".")
+    first = next((i for i in reversed(range(len(parts))) if parts[i].split("#")[0].isdigit()), 0)
+    return ".".join(parts[first:])

@@ -1,0 +1,127 @@
+"""`Probes`: sample what the streams of a converted model do while it trains."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mhc_compile.diagnostics import MHCError, warn
+from mhc_compile.parameters import owners
+from mhc_compile.probes.plots import draw
+from mhc_compile.probes.recording import Record
+from mhc_compile.probes.sample import Sample, sample_of
+from mhc_compile.probes.tensorboard import add
+
+
+class Probes:
+    """Samples every `every`-th step of a converted model, however it is compiled and called.
+
+        probes = mhc_compile.Probes(model, every=50)
+        for batch in data:
+            with probes.step():
+                loss(model(batch)).backward()
+        probes.write("probes.jsonl")
+
+    A sampled step runs graphs of its own, each compiled once, with the same kernels and results as those of other
+    steps, which run as if there were no probes. Outputs, gradients, random states and what is saved stay as they are.
+    Sampling waits for the device once, at the end of the step.
+
+    `model` may be wrapped (torch.compile, DDP), and may be converted by its first call. Under DDP every rank samples
+    its own tokens. Raises MHC204 for `every` below 1.
+    """
+
+    def __init__(self, model: nn.Module, every: int = 50) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise MHCError("MHC204", f"every={every!r}", way_out="a number of steps, 1 or more")
+        self.model = model
+        self.every = every
+        self.samples: list[Sample] = []
+        """What was sampled so far, in order; a step has one for each stream owner."""
+        self.steps = 0
+        """How many steps there were."""
+        self._due = True
+        self._shown = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step: all forward and backward passes up to the next optimizer step belong inside.
+
+        A sampled step in which no converted part ran does not count, and the one behind it is sampled (so is the step
+        behind a first call that converts the model). Raises MHC231 where a step lies in another one that samples the
+        same model, and MHC410 behind a sampled step where the model is not converted.
+        """
+        self._due = self._due or self.steps % self.every == 0
+        number, self.steps = self.steps, self.steps + 1
+        if not self._due:
+            yield
+            return
+        records = self._open()
+        try:
+            yield
+        finally:
+            for record in records:
+                record.close()
+        found = [sample_of(record, number) for record in records if record.calls]
+        self._due = not found
+        self.samples += found
+        if records and not found:
+            warn("MHC230", f"step {number}", stacklevel=4)
+        if not records and not owners(_unwrapped(self.model)):
+            raise MHCError("MHC410", f"{type(_unwrapped(self.model)).__name__} holds no stream parameters")
+
+    def _open(self) -> list[Record]:
+        held = {id(p): (path, p) for path, p in reversed(owners(_unwrapped(self.model)).items())}
+        records = [Record(path, p) for path, p in reversed(held.values())]
+        for record in records:
+            if record.parameters.probe_slot is not None:
+                raise MHCError("MHC231", module=record.owner)
+        for record in records:
+            record.open()
+        return records
+
+    def write(self, path: str | Path) -> None:
+        """Write all samples to `path`, one line of JSON for each: the whole file or, where that fails, nothing.
+
+        Numbers have six digits; `mhc_compile.probes.read_samples` and `mhc-compile probe` read the file. Raises MHC413.
+        """
+        target = Path(path)
+        try:
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.writelines(sample.line() + "\n" for sample in self.samples)
+                Path(name).replace(target)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise MHCError("MHC413", str(error)) from error
+
+    def to_tensorboard(self, writer: Any) -> None:
+        """Add the samples since the last call to a `torch.utils.tensorboard.SummaryWriter`.
+
+        Scalars `QUANTITY/OWNER.SITE` (of the streams' own quantities one for each stream), and the gates as histograms
+        `gates/OWNER.LAYER/STREAM`.
+        """
+        for sample in self.samples[self._shown :]:
+            add(writer, sample)
+        self._shown = len(self.samples)
+
+    def plot(self, folder: str | Path) -> list[Path]:
+        """Draw the samples into PNG files in `folder` and return them. Raises MHC233 without matplotlib, MHC413.
+
+        For each owner: heat maps of the mean H of every site, gains along the depth, the streams by layer, and the
+        gates of memories; of the last sample, separation and gains over all samples too.
+        """
+        return draw(self.samples, Path(folder))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found

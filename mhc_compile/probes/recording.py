@@ -1,0 +1,115 @@
+"""The calls of one sampled step: what the graphs recorded in them, and the gradients that came back.
+
+A sampled step gives every stream owner a *slot*, which goes into the owner's graph by `mhc::mark` and by which Dynamo
+tells sampled steps from others. What runs a sampled graph finds the record of its step by the slot, and puts a new slot
+in its place for each call: calls may run, and their gradients come back, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mhc_compile.parameters import StreamParameters
+from mhc_compile.passes.probe import Probed
+
+
+@dataclass
+class Call:
+    """What one run of a graph recorded of an owner; tensors lie on its device."""
+
+    rows: tuple[str, ...]
+    """The sites of the rows of `squares`."""
+    sites: tuple[str, ...]
+    """The calls of sites, in their order, of which `figures` has rows; a name may be there several times."""
+    layers: tuple[str, ...]
+    """The same of memories and `counts`."""
+    figures: Tensor | None = None
+    """`[len(sites), values]`, laid out as `mhc_compile.kernels.probe_ops.layout` says."""
+    counts: Tensor | None = None
+    """`[len(layers), n, bins]`."""
+    squares: Tensor | None = None
+    """`[rows, n + 1]`: squared norms of the gradients; None before a backward pass."""
+
+
+@dataclass
+class Record:
+    """All calls of one owner in one sampled step."""
+
+    owner: str
+    """The owner's module path."""
+    parameters: StreamParameters
+    calls: list[Call] = field(default_factory=list)
+
+    def open(self) -> None:
+        """Bring a slot to the owner's calls from now on."""
+        device = next(self.parameters.parameters()).device
+        with torch.inference_mode(False):
+            slot = _slot(len(self.parameters.sites), self.parameters.spec.streams, device)
+        _records[slot] = self
+        self.parameters.probe_slot = slot
+
+    def close(self) -> None:
+        """Let the owner's calls run plain graphs again."""
+        self.parameters.probe_slot = None
+
+
+_records = WeakTensorKeyDictionary()
+"""The open record by its slot."""
+
+
+def _slot(sites: int, streams: int, device: torch.device) -> Tensor:
+    return torch.zeros(sites, streams + 1, dtype=torch.float64, device=device, requires_grad=True)
+
+
+def recording(compiled: Callable[..., Any], gm: GraphModule, probed: Sequence[Probed]) -> Callable[..., Any]:
+    """`compiled`, which runs the graph `gm` that the pass `probe` made, with the results that `gm` had before it.
+
+    What the pass added goes to the records of the slots that a call brings.
+    """
+    position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    at = [position[p.slot] for p in probed]
+    given = [(tuple(p.rows), tuple(p.sites), tuple(p.layers)) for p in probed]
+    added = [(bool(p.figures), bool(p.counts)) for p in probed]
+    count = sum(map(sum, added))
+
+    def run(*inputs: Any) -> Any:
+        arguments = list(inputs)
+        calls = []
+        # A checkpointed forward that the backward pass runs again was recorded the first time.
+        again = torch._C._current_graph_task_id() != -1
+        for i, names in zip(at, given, strict=True):
+            call = Call(*names)
+            record = _records.get(inputs[i])
+            if record is not None and not again:
+                record.calls.append(call)
+            arguments[i] = _watched(inputs[i], call)
+            calls.append(call)
+        results = compiled(*arguments)
+        own, recorded = results[:-count], iter(results[-count:])
+        for call, (figures, counts) in zip(calls, added, strict=True):
+            # Copies: the memory of a CUDA graph's results belongs to its next run.
+            call.figures = next(recorded).clone() if figures else None
+            call.counts = next(recorded).clone() if counts else None
+        return own
+
+    return run
+
+
+def _watched(slot: Tensor, call: Call) -> Tensor:
+    """A slot of the call's own, whose gradient becomes `call.squares`."""
+    own = torch.zeros_like(slot, requires_grad=True)
+
+    def keep(gradient: Tensor) -> None:
+        found = gradient.detach().clone()
+        call.squares = found if call.squares is None else call.squares + found
+
+    if own.requires_grad and torch.is_grad_enabled():
+        own.register_hook(keep)
+    return own

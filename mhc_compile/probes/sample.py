@@ -1,0 +1,158 @@
+"""One sample of one stream owner: its figures by name, put together from all calls of a step, and as a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.probe_ops import BINS, layout
+from mhc_compile.probes.recording import Record
+
+FORMAT = 1
+_DIGITS = 6
+"""Significant ones in a file."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the streams of one owner did in one step, over all its calls and tokens (padding is counted).
+
+    `values` holds float32 tensors on the CPU, the first dimension L counting the sites in the order of the stream, `n`
+    streams:
+
+        gain_forward_mean, _max        [L]       largest row sum of the site's `|H|`, over tokens
+        gain_backward_mean, _max       [L]       largest column sum of it
+        composite_forward_mean, _max   [L]       the same of `H_l ... H_1`, the sites up to this one (arXiv 2512.24880)
+        composite_backward_mean, _max  [L]
+        distance_mean, _max            [L]       of H from doubly stochastic: `|row or column sum - 1|` or `-entry`
+        pre_entropy, post_entropy      [L]       in nats, of the shares of the streams in pre and post: 0 to log n
+        separation                     [L]       behind the site, the streams' deviation from their mean, relative
+        streams, branch                [L, n], [L]   root mean squares: of the streams behind the site, of its branch
+        pre, post, mix                 [L, n], [L, n], [L, n, n]   means over tokens
+        streams_gradient               [L, n]    2-norm over all tokens of the gradient that the site's mix hands back
+        branch_gradient                [L]       2-norm over all tokens of the gradient of the branch's output
+        gates                          [M, n, bins]   memories: how many tokens have a gate in each part of 0 to 1
+
+    Gradients are there where a backward pass ran inside the step (of several, the norm of all together), gates where
+    the owner has memories.
+    """
+
+    step: int
+    owner: str
+    """Module path, `""` for the model itself."""
+    tokens: int
+    sites: tuple[str, ...]
+    layers: tuple[str, ...]
+    """The M layers with a memory."""
+    values: dict[str, Tensor]
+
+    def line(self) -> str:
+        """The sample as one line of JSON; a value that is not finite is null."""
+        about = {"format": FORMAT, "step": self.step, "owner": self.owner, "tokens": self.tokens}
+        names = {"sites": self.sites, "layers": self.layers}
+        values = {name: _plain(t.tolist()) for name, t in self.values.items()}
+        return json.dumps({**about, **names, "values": values}, allow_nan=False)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples in a file that `Probes.write` made. Raises MHC232 for one that it cannot have made, MHC413."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MHCError("MHC413", str(error)) from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_parsed(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise MHCError("MHC232", f"line {number} of {path}: {type(error).__name__}: {error}") from error
+    if not found:
+        raise MHCError("MHC232", f"{path} is empty")
+    return found
+
+
+def sample_of(record: Record, step: int) -> Sample:
+    """All calls of a record together: means over all tokens, maxima, counts and squares of gradients added up."""
+    n = record.parameters.spec.streams
+    calls = [call for call in record.calls if call.figures is not None]
+    sites = tuple(dict.fromkeys(name for call in calls for name in call.sites))
+    layers = tuple(dict.fromkeys(name for call in calls for name in call.layers))
+    rows = _by_name(sites, ((call.sites, call.figures) for call in calls))
+    weights = [r[:, 0] / r[:, 0].sum() for r in rows]
+    figures: dict[str, Tensor] = {}
+    at = 0
+    for name, shape in layout(n).items():
+        width = torch.Size(shape).numel()
+        parts = [r[:, at : at + width] for r in rows]
+        at += width
+        if name.endswith("_max"):
+            merged = [p.amax(0) for p in parts]
+        elif name == "tokens":
+            merged = [p.sum(0) for p in parts]
+        else:
+            merged = [(w.unsqueeze(-1) * p).sum(0) for w, p in zip(weights, parts, strict=True)]
+        figures[name] = torch.stack(merged).reshape(len(sites), *shape)
+    tokens = int(figures.pop("tokens").max())
+    values = {name: t.sqrt() if name in ("streams", "branch") else t for name, t in figures.items()}
+    values = {name: t.float() for name, t in values.items()}
+    gradients = _by_name(sites, ((call.rows, call.squares) for call in calls if call.squares is not None))
+    if all(len(g) for g in gradients):
+        norms = torch.stack([g.sum(0) for g in gradients]).sqrt().float()
+        values |= {"streams_gradient": norms[:, :n], "branch_gradient": norms[:, n]}
+    if layers:
+        counts = _by_name(layers, ((call.layers, call.counts) for call in calls if call.counts is not None))
+        values["gates"] = torch.stack([c.sum(0) for c in counts]).float()
+    return Sample(step, record.owner, tokens, sites, layers, values)
+
+
+def _by_name(names: Sequence[str], found: Iterable[tuple[Sequence[str], Tensor | None]]) -> list[Tensor]:
+    """For every name its rows in all calls, `[calls, ...]`, in float64 on the CPU."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for held, tensor in found:
+        assert tensor is not None
+        for name, row in zip(held, tensor.cpu().double(), strict=False):
+            rows[name].append(row)
+    return [torch.stack(r) if r else torch.empty(0) for r in rows.values()]
+
+
+def _plain(values: Any) -> Any:
+    """Nested lists with rounded numbers."""
+    if isinstance(values, list):
+        return [_plain(v) for v in values]
+    return float(f"{values:.{_DIGITS}g}") if math.isfinite(values) else None
+
+
+def _parsed(line: Any) -> Sample:
+    if not isinstance(line, dict) or line.get("format") != FORMAT:
+        raise ValueError("not a sample in a format that this version knows")
+    sites, layers = (tuple(_text(name) for name in line[key]) for key in ("sites", "layers"))
+    values = {_text(name): torch.tensor(_numbers(v)) for name, v in line["values"].items()}
+    n = values["streams"].shape[-1]
+    wanted = {name: (len(sites), *shape) for name, shape in layout(n).items() if name != "tokens"}
+    optional = {
+        "streams_gradient": (len(sites), n), "branch_gradient": (len(sites),), "gates": (len(layers), n, BINS)
+    }  # fmt: skip
+    for name in {**wanted, **values}:
+        if values[name].shape != (wanted | optional)[name] or not sites:
+            raise ValueError(f"{name} has the shape {list(values[name].shape)}")
+    return Sample(int(line["step"]), _text(line["owner"]), int(line["tokens"]), sites, layers, values)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return math.nan if value is None else float(value)

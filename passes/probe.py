@@ -1,0 +1,221 @@
+"""Record what the streams do, in the steps that `mhc_compile.probes` samples: the results stay as they are.
+
+    streams', branch' = watch(streams, branch, slot)      in front of every mix; their gradients go to the slot
+    figures, composite = mhc_probes.site(...)             behind it
+    counts = mhc_probes.gates(...)                        of every memory
+
+It runs behind `lower` and reads what the kernels give anyhow, so that a sampled graph has the kernels of a plain one;
+what they do not give is computed beside them. The figures become further results of the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
+from mhc_compile.kernels import signature
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.forms import COEFFICIENTS
+from mhc_compile.kernels.probe_ops import watch
+from mhc_compile.passes.base import Context, Mark, copy_meta, op_name, value
+from mhc_compile.passes.numeric import RECORDED
+
+PROBES = torch.ops.mhc_probes
+_ENGRAM, _KERNELS = torch.ops.engram, torch.ops.engram_kernels
+_PLAIN = {*COEFFICIENTS, torch.ops.mhc_kernels.plain_coefficients.default}
+_GATES = {
+    op.default: places
+    for op, places in (
+        (_ENGRAM.gate, (0, 1, 2, 3)), (_KERNELS.gate, (0, 1, 2, 3)), (_KERNELS.remember, (0, 1, 3, 4)),
+        (_KERNELS.recall, (0, 1, 3, 4)),
+    )
+}  # fmt: skip
+"""The ops that compute a gate, with the places of streams, keys, query gain and key gain among their operands."""
+
+
+@dataclass
+class Probed:
+    """What is recorded of one owner in a graph."""
+
+    slot: Node
+    """`[sites, n + 1]`: its gradient is that of `watch` for every name of `rows`."""
+    streams: int
+    rows: list[str] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+    """The names of the calls of sites in the order of the graph, of which `figures` `[calls, values]` has a row."""
+    layers: list[str] = field(default_factory=list)
+    """The same of memories and `counts` `[calls, n, bins]`."""
+    figures: list[Node] = field(default_factory=list)
+    counts: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Adds the recording ops for every owner that brought a slot, and their results to the graph's output.
+
+    `context.probed` gets a `Probed` for each owner; the output ends with its figures, then its counts where it has
+    memories, owner by owner.
+    """
+
+    name: ClassVar[str] = "probe"
+    requires: ClassVar[tuple[str, ...]] = ("kernels",)
+    provides: ClassVar[tuple[str, ...]] = ()
+
+    def apply(self, gm: GraphModule, context: Context) -> GraphModule:
+        """Rewrite `gm` in place."""
+        found = _Probing(gm.graph, [mark for mark in context.marks if mark.probe is not None]).run()
+        context.probed += found
+        context.notes += [f"{len(p.sites)} sites and {len(p.layers)} memories recorded" for p in found]
+        return gm
+
+
+class _Probing:
+    def __init__(self, graph: Graph, marks: Sequence[Mark]) -> None:
+        self.graph = graph
+        self.held: dict[Node, tuple[Node, str]] = {}
+        """The slot and the name of every parameter."""
+        self.owners: dict[Node, Probed] = {}
+        """By slot: an owner that is called twice has one."""
+        self.watched: dict[Node, list[Node]] = {}
+        """The rows of every slot as nodes."""
+        self.composites: dict[Node, Node] = {}
+        """By the mix, what it and all in front of it in its stream make together."""
+        for mark in marks:
+            assert mark.probe is not None
+            self.held |= {p: (mark.probe, name) for name, p in mark.parameters.items()}
+
+    def run(self) -> list[Probed]:
+        for node in list(self.graph.nodes):
+            if _mixes(node):
+                self._site(node)
+            elif node.target in _GATES:
+                self._gates(node, _GATES[node.target])
+        found = list(self.owners.values())
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        added = []
+        with self.graph.inserting_before(output):
+            for owner in found:
+                for recorded in (owner.figures, owner.counts):
+                    if recorded:
+                        added.append(self._record(torch.stack, (recorded,), recorded[-1]))
+        output.args = ((*output.args[0], *added),)  # type: ignore[misc]
+        output.meta[RECORDED] = len(added)
+        return found
+
+    def _site(self, mix: Node) -> None:
+        """Watch and record one site."""
+        X, y, post, H = (a for a in mix.args[:4] if isinstance(a, Node))
+        triple = _maker(post)
+        found = next((self.held[p] for p in triple.all_input_nodes if p in self.held), None)
+        if found is None:
+            return
+        owner = self._owner(found[0], X)
+        name = found[1].rpartition(".")[0]
+        earlier = self._earlier(X)
+        self._watch(owner, name, mix)
+        fused = mix.meta.get("mhc_chain")
+        mixed = fused is None or fused.keeps_streams
+        with self.graph.inserting_before(_behind(mix)):
+            several = fused is not None and len(signature.outputs(fused)) > 1
+            after = (self._item(mix, 0) if several else mix) if mixed else X
+            both = self._record(PROBES.site.default, (after, y, self._pre(triple), post, H, earlier, mixed), mix)
+            owner.figures.append(self._item(both, 0))
+            self.composites[mix] = self._item(both, 1)
+        owner.sites.append(name)
+
+    def _owner(self, slot: Node, X: Node) -> Probed:
+        if slot not in self.owners:
+            self.owners[slot] = Probed(slot, int(value(X).shape[-2]))
+            with self.graph.inserting_before(_behind(slot)):
+                rows = self._call(torch.unbind, (slot,), slot)
+                self.watched[slot] = [self._item(rows, i) for i in range(int(value(slot).shape[0]))]
+        return self.owners[slot]
+
+    def _watch(self, owner: Probed, name: str, mix: Node) -> None:
+        if name not in owner.rows:
+            owner.rows.append(name)
+        X, y = mix.args[:2]
+        assert isinstance(X, Node)
+        with self.graph.inserting_before(mix):
+            row = self.watched[owner.slot][owner.rows.index(name)]
+            both = self._call(watch, (X, y, row), X)
+            mix.args = (self._item(both, 0), self._item(both, 1), *mix.args[2:])
+
+    def _pre(self, triple: Node) -> Node:
+        """The weights with which the site's branch reads the streams; made from `z` where a kernel kept that alone."""
+        chain: Chain | None = triple.meta.get("mhc_chain")
+        if chain is None or chain.kind == "coefficients":
+            return self._item(triple, 0)
+        given = dict(zip(signature.inputs(chain), triple.args, strict=False))
+        z = self._item(triple, signature.outputs(chain).index("z"))
+        operands = (z, given["alpha"], given["bias"], chain.width, str(chain.stream))
+        return self._record(PROBES.pre.default, operands, triple)
+
+    def _earlier(self, X: Node) -> Node | None:
+        """The composite of the sites in front of `X` in its stream."""
+        queue, seen = [X], {X}
+        while queue:
+            above = queue.pop(0)
+            if above in self.composites:
+                return self.composites[above]
+            if above.target is torch.ops.mhc.expand.default:
+                return None
+            for operand in above.all_input_nodes:
+                if operand not in seen:
+                    seen.add(operand)
+                    queue.append(operand)
+        return None
+
+    def _gates(self, gate: Node, places: tuple[int, ...]) -> None:
+        X, keys, query_gain, key_gain = (gate.args[i] for i in places)
+        assert isinstance(X, Node)
+        assert isinstance(key_gain, Node)
+        # A gain that is stored as what is added to 1 is one step further up.
+        found = next((self.held[p] for p in (key_gain, *key_gain.all_input_nodes) if p in self.held), None)
+        if found is None:
+            return
+        owner = self._owner(found[0], X)
+        with self.graph.inserting_before(_behind(gate)):
+            operands = (X, keys, query_gain, key_gain, gate.args[-1])
+            owner.counts.append(self._record(PROBES.gates.default, operands, gate))
+        owner.layers.append(found[1].removeprefix("engram.").rpartition(".")[0])
+
+    def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
+        return copy_meta(self.graph.call_function(target, arguments), like)
+
+    def _record(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
+        """As `_call`, without tags: the backward pass has no use for what is recorded."""
+        new = self._call(target, arguments, like)
+        for tag in ("recompute", "ac_graph_id"):
+            new.meta.pop(tag, None)
+        return new
+
+    def _item(self, node: Node, index: int) -> Node:
+        return self._call(operator.getitem, (node, index), node)
+
+
+def _mixes(node: Node) -> bool:
+    """Whether `node` reads streams, a branch, post and H, and mixes them."""
+    chain = node.meta.get("mhc_chain")
+    return node.target is torch.ops.mhc.distribute.default or (isinstance(chain, Chain) and chain.mixes)
+
+
+def _maker(node: Node) -> Node:
+    """What gave `node` as one of its results, through casts."""
+    while node.target is operator.getitem or op_name(node) == "to":
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _behind(node: Node) -> Node:
+    """The next node that is no input of the graph: what to insert in front of."""
+    place = node.next
+    while place.op == "placeholder":
+        place = place.next
+    return place
