@@ -1,22 +1,23 @@
 """The code and commands of README.md and docs/*.md, run in order, a page a test in a folder of its own; the links, too.
 
 Every Python block finds a `model` (a tiny Llama, converted unless the block converts it), the same one as `residual`
-(not converted), `my_module` (a residual module of 256 channels), `ids`, a `tokenizer`, `torch` and `mhc_compile`, all
-new, and whatever the page's blocks before it made. Commands find CKPT_DIR (that Llama and tokenizer, not converted) and
-TEXT_DIR (text to train on).
+(never converted before), `my_module` (a residual module of 256 channels), `ids`, a `tokenizer`, `torch` and
+`mhc_compile`, all new, and whatever the page's blocks before it made. Commands find CKPT_DIR (that Llama and tokenizer, not converted) and TEXT_DIR (text to train on).
 """
 
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import warnings
-from contextlib import chdir
+from contextlib import chdir, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,23 @@ def resolves(dotted: str) -> bool:
             continue
         return all((found := getattr(found, part, None)) is not None for part in parts[split:])
     return False
+
+
+@cache
+def options_of(command: str) -> set[str]:
+    """The options that a command's help names."""
+    shown = io.StringIO()
+    with pytest.raises(SystemExit), redirect_stdout(shown):
+        cli.parser().parse_args([command, "--help"])
+    return set(re.findall(r"--[\w-]+", shown.getvalue()))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_in_sentences_exist(name: str) -> None:
+    prose = re.sub(r"^```.*?^```", "", PAGES[name].read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for command, rest in re.findall(r"`mhc-compile ([a-z]+)([^`]*)`", prose):
+        assert command in cli.COMMANDS, command
+        assert set(re.findall(r"--[\w-]+", rest)) <= options_of(command), f"{command}{rest}"
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
