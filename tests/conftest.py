@@ -1,14 +1,10 @@
 """What every test gets: a seed made from its own name and one thread. And the option that rewrites golden files."""
 
-import sys
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # what tests of several folders share is imported by name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
