@@ -1,8 +1,9 @@
 """The code and commands of README.md and docs/*.md, run in order, a page a test in a folder of its own; the links, too.
 
 Every Python block finds a `model` (a tiny Llama, converted unless the block converts it), the same one as `residual`
-(never converted before), `my_module` (a residual module of 256 channels), `ids`, a `tokenizer`, `torch` and
-`mhc_compile`, all new, and whatever the page's blocks before it made. Commands find CKPT_DIR (that Llama and tokenizer, not converted) and TEXT_DIR (text to train on).
+(not converted), `my_module` (a residual module of 256 channels), `ids`, a `tokenizer`, `torch` and `mhc_compile`, all
+new, and whatever the page's blocks before it made. Commands find CKPT_DIR (that Llama and tokenizer, not converted) and
+TEXT_DIR (text to train on).
 """
 
 from __future__ import annotations
