@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch.fx import Node
 
-from mhc_compile.passes.base import module_path
+from mhc_compile.passes.base import module_path, op_name
+from mhc_compile.passes.dataflow import MATMULS
 from mhc_compile.passes.residual import ResidualStream
 
 Kind = Literal["outside", "stream", "layer", "site", "branch", "memory", "exit"]
@@ -110,53 +111,29 @@ class Drawing:
         return next(c for c in self.elements[site].children if self.elements[c].kind == "branch")
 
     def name_branches(self) -> None:
-        """Call every branch by the modules that it runs, once it is known which nodes are its."""
-        held: dict[int, list[str]] = {}
+        """Call every branch by the modules that it runs, once it is known which nodes are its.
+
+        It stands for the last of them that contracts with parameters.
+        """
+        held: dict[int, list[Node]] = {}
         for node, number in self.of.items():
-            held.setdefault(number, []).append(module_path(node))
-        for number, paths in held.items():
+            held.setdefault(number, []).append(node)
+        for number, nodes in held.items():
             element = self.elements[number]
-            base = element.module
-            parts = dict.fromkeys(p.removeprefix(base).strip(".").split(".")[0] for p in paths if p.startswith(base))
-            names = [p for p in parts if p]
-            if element.kind == "branch" and names:
-                element.name, element.module = ", ".join(names), f"{base}.{names[-1]}".strip(".")
+            if element.kind == "branch" and (parts := _parts(nodes, element.module)):
+                element.name = ", ".join(parts)
+                last = next((name for name, contracts in reversed(parts.items()) if contracts), list(parts)[-1])
+                element.module = f"{element.module}.{last}".strip(".")
 
 
-def draw(found: Sequence[Found], specs: Sequence[str | None]) -> tuple[Drawing, dict[tuple[int, int], int]]:
-    """The drawing of residual streams with their specifications; and the site elements by stream and site index.
-
-    A stream that is called several times is drawn once.
-    """
-    drawing = Drawing()
-    known: dict[tuple[str, ...], list[int]] = {}
-    numbers: dict[tuple[int, int], int] = {}
-    branches: list[tuple[list[Node], int]] = []
-    for k, (one, spec) in enumerate(zip(found, specs, strict=True)):
-        stream = one.stream
-        key = (stream.owner, *(s.name for s in stream.sites))
-        if key in known:
-            for number in known[key]:
-                drawing.elements[number].calls += 1
-        else:
-            sites = [(s.name, module_path(s.add), t) for s, t in zip(stream.sites, one.topologies, strict=True)]
-            known[key] = drawing.add_stream(stream.owner, spec, sites)
-        whole, *each, leaves = known[key]
-        drawing.entries[stream.entry], drawing.exits[stream.exit] = whole, leaves
-        for node, number in ((stream.entry, whole), (stream.exit, leaves)):
-            drawing.elements[number].at = drawing.elements[number].at or node
-        for i, (site, number) in enumerate(zip(stream.sites, each, strict=True)):
-            numbers[k, i] = number
-            drawing.elements[number].at = drawing.elements[number].at or site.add
-            branch = drawing.branch(number)
-            drawing.elements[branch].at = drawing.elements[branch].at or site.branches[0]
-            drawing.give([*site.chain, *site.inner_adds, site.add], number)
-            branches.append((one.branches[i], branch))
-    # Behind all sites: the branch of a site that reads an early value has other sites among what it depends on.
-    for nodes, branch in branches:
-        drawing.give(nodes, branch)
-    drawing.name_branches()
-    return drawing, numbers
+def _parts(nodes: Sequence[Node], base: str) -> dict[str, bool]:
+    """The modules right below `base` in which `nodes` lie, and whether there is a contraction among them."""
+    found: dict[str, bool] = {}
+    for node in nodes:
+        path = module_path(node)
+        if path.startswith(base) and (name := path.removeprefix(base).strip(".").split(".")[0]):
+            found[name] = found.get(name, False) or op_name(node) in MATMULS
+    return found
 
 
 def layers_of(owner: str, modules: Sequence[str]) -> list[str | None]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
+from collections.abc import Sequence
+
+from torch.fx import Node
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.inspect.lines import Labels, snapshot
+from mhc_compile.inspect.lines import Line
 from mhc_compile.parameters import names
 from mhc_compile.passes.base import module_stack
 
 MAX_WIDTH = 160
 
 
-def lines_of(gm: GraphModule, layer: str, labels: Labels) -> list[str]:
-    """The nodes of `gm` inside the module `layer`, as `name = op(operands)  dtype[shape]`.
+def lines_of(graph: Sequence[Line], layer: str) -> list[str]:
+    """The nodes of a snapshot inside the module `layer`, as `name = op(operands)  dtype[shape]`.
 
-    `labels` names placeholders that have no name of their own. Raises MHC507 where no node lies in `layer`.
+    Raises MHC507 where no node lies in `layer`.
     """
-    found = [x for x in snapshot(gm.graph, labels) if x.node.op not in ("placeholder", "output")]
+    found = [x for x in graph if x.node.op not in ("placeholder", "output")]
     inside = [x for x in found if _inside(x.node, layer)]
     if not inside:
         modules = dict.fromkeys(p for x in found for p in module_stack(x.node) if p)

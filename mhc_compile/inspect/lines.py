@@ -39,10 +39,29 @@ class Source(NamedTuple):
     text: str
 
 
-def snapshot(graph: Graph, labels: Labels) -> list[Line]:
-    """Every node of `graph` as it is now, in order: inputs, operations, the output."""
-    names = {n: labels.get(n) or (input_name(n) if n.op == "placeholder" else n.name) for n in graph.nodes}
-    return [Line(n, line_text(n, names), form(value(n))) for n in graph.nodes]
+class Snapshots:
+    """Takes snapshots of a graph as it changes; of nodes that stayed as they were, lines are made once."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self._made: dict[Node, tuple[object, ...]] = {}
+        self._lines: dict[Node, Line] = {}
+        self._names: dict[Node, str] = {}
+
+    def take(self, graph: Graph) -> list[Line]:
+        """Every node of `graph` as it is now, in order: inputs, operations, the output."""
+        for node in graph.nodes:
+            if node not in self._names:
+                own = input_name(node) if node.op == "placeholder" else node.name
+                self._names[node] = self.labels.get(node) or own
+        return [self._line(node) for node in graph.nodes]
+
+    def _line(self, node: Node) -> Line:
+        state = (node.op, node.target, node.args, node.kwargs, value(node))
+        if not all(a is b for a, b in zip(state, self._made.get(node, (None,)), strict=False)):
+            self._made[node] = state
+            self._lines[node] = Line(node, line_text(node, self._names), form(state[-1]))
+        return self._lines[node]
 
 
 def line_text(node: Node, names: Labels) -> str:

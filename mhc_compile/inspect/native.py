@@ -83,12 +83,10 @@ def _upstream(end: Node, inside: set[Node], drawing: Drawing) -> list[Node]:
 
 
 def _common(paths: Sequence[str]) -> str:
-    """The innermost module around all `paths` that is not numbered."""
+    """The innermost module around all `paths` that holds the list of numbered layers, too."""
     parts = [p.split(".") for p in paths]
     shared = 0
     while all(len(p) > shared for p in parts) and len({p[shared] for p in parts}) == 1:
         shared += 1
-    first = parts[0][:shared]
-    while first and (first[-1].isdigit() or len(first) == max(map(len, parts))):
-        first.pop()
-    return ".".join(first)
+    numbers = [i for i, p in enumerate(parts[0]) if p.isdigit()]
+    return ".".join(parts[0][: min([shared, *(max(i - 1, 0) for i in numbers)])])

@@ -67,8 +67,9 @@ class Placement:
     def _learn(self) -> dict[str, int]:
         """Module paths whose nodes all belong to one element, and those of layers."""
         found: dict[str, set[int]] = {}
-        for node, element in self.drawing.of.items():
-            found.setdefault(module_path(node), set()).add(element)
+        for node, number in self.drawing.of.items():
+            if self.drawing.elements[number].kind != "memory":  # what was added there lies in others' modules
+                found.setdefault(module_path(node), set()).add(number)
         around = {p for owner in self.drawing.owners for p in prefixes(owner)}
         learnt = {p: next(iter(e)) for p, e in found.items() if len(e) == 1 and p not in around}
         return learnt | self.drawing.layers

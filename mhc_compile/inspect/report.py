@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from mhc_compile.diagnostics import TABLE, MHCError, MHCWarning
-from mhc_compile.inspect.elements import Drawing, Element, draw
+from mhc_compile.inspect.draw import draw
+from mhc_compile.inspect.elements import Element
 from mhc_compile.inspect.inspection import Inspection
 from mhc_compile.inspect.kernels import kernel_entries
 from mhc_compile.inspect.lines import Line, Sources, is_buffer, short_path
 from mhc_compile.inspect.placement import Placement, in_order
+from mhc_compile.inspect.reach import Reach
 from mhc_compile.inspect.watch import Watcher
 from mhc_compile.passes.base import is_tensor, shape, value
 from mhc_compile.passes.ownership import is_owned
@@ -50,15 +53,14 @@ def data_of(found: Inspection) -> dict[str, Any]:
             "mhc_compile": version("mhc-compile"), "torch": torch.__version__, "python": platform.python_version()
         },
         "model": {
-            "name": found.model, "state": _state(found), "parameters": found.parameters, "added": found.added,
-            "streams": len(found.streams), "sites": len(found.sites),
+            "name": found.model, "state": _state(found), "parameters": found.parameters, "added": found.added
         },
         "options": _options(found),
         **work.data(),
         "diagnostics": [*([_error(found.refusal)] if found.refusal else ()), *map(_warning, found.warnings)],
         "memories": [asdict(m) for m in found.memories],
         "native": [asdict(s) for s in found.native],
-        "reach": None if found.reach is None else asdict(found.reach),
+        "reach": _reach(found.reach),
     }  # fmt: skip
 
 
@@ -70,16 +72,12 @@ class _Report:
         self.sources = Sources()
         self.lines: dict[tuple[str, int, int | None, str], int] = {}
         self.seen = {line.node.name: line.node for lines in watcher.lines for line in lines}
-        self.of_site: dict[tuple[str, str], int] = {}
-        """Site elements by the owner and name under which their parameters lie."""
-        self.drawing = self._draw()
+        self.drawing = draw(watcher)
         nested = not self.drawing.elements
         self.place = Placement(self.drawing, self.seen, found.model, nested=nested)
         if nested and not watcher.lines:
             for path in found.modules:
                 self.place.at(path)
-        self._place_memories()
-        self._place_parameters()
 
     def data(self) -> dict[str, Any]:
         """Everything that has numbers or is numbered."""
@@ -87,6 +85,7 @@ class _Report:
         last = [line.node for line in self.watcher.lines[-1]] if self.watcher.lines else []
         first = [line.node for line in self.watcher.lines[0]] if self.watcher.lines else []
         roots = in_order(self.drawing, first, self.place)
+        self._show_last(last)
         kernels = kernel_entries(self.found.kernels, last, self.place)
         blocks, stages, where = self._parts()
         elements = [self._element(e) for e in self.drawing.elements]
@@ -112,62 +111,14 @@ class _Report:
             "stages": stages,
         }
 
-    # --- the drawing ---------------------------------------------------------------------------------------------
-
-    def _draw(self) -> Drawing:
-        watcher = self.watcher
-        if not watcher.found:
-            return watcher.native or Drawing()
-        marks = [watcher.mark_of(one.stream) for one in watcher.found]
-        drawing, numbers = draw(watcher.found, [None if m is None else m.spec for m in marks])
-        for (k, i), number in numbers.items():
-            mark = marks[k]
-            if mark is not None:
-                self.of_site[mark.owner, watcher.found[k].stream.sites[i].name] = number
-                if mark.node is not None:
-                    drawing.of.setdefault(mark.node, drawing.entries[watcher.found[k].stream.entry])
-        return drawing
-
-    def _place_memories(self) -> None:
-        """Elements for memories and over-encodings, with what the passes made for them."""
-        drawing, held = self.drawing, self.watcher.memories
-        known: dict[tuple[str, str], int] = {}
-        for node, (mark, layer) in held.layers.items():
-            if (mark.owner, layer) not in known:
-                assert mark.memory is not None
-                site = next(m.site for m in mark.memory.layers if m.layer == layer)
-                below = drawing.parent[self.of_site[mark.owner, site]]
-                path = f"{mark.owner}.{layer}".strip(".")
-                known[mark.owner, layer] = drawing.add(Element("memory", f"memory at {path}", path), below, first=True)
-            drawing.of[node] = known[mark.owner, layer]
-        for node, mark in held.over.items():
-            if (mark.owner, "") not in known:
-                name = f"over-encoding of {mark.owner or 'the model itself'}"
-                known[mark.owner, ""] = drawing.add(Element("memory", name, mark.owner))
-            drawing.of[node] = known[mark.owner, ""]
-        for mark in self.watcher.marks:
-            layers = sorted((path for owner, path in known if owner == mark.owner and path), key=len, reverse=True)
-            for name, node in [*mark.parameters.items(), *mark.given.items()]:
-                layer = next((x for x in layers if f".{x}." in name or f":{x}" in name), None)
-                first = known.get((mark.owner, ""), next(iter(known.values()), None))
-                if layer is not None:
-                    drawing.of[node] = known[mark.owner, layer]
-                elif first is not None and (name in mark.given or name.startswith("over_encoding.")):
-                    drawing.of[node] = first
-
-    def _place_parameters(self) -> None:
-        """Stream parameters are their site's and exit's; the model's own lie where they are read."""
-        for mark in self.watcher.marks:
-            for name, node in mark.parameters.items():
-                site = self.of_site.get((mark.owner, name.rpartition(".")[0]))
-                if site is not None:
-                    self.drawing.of[node] = site
-                elif name.startswith("head."):
-                    exits = [i for i, e in enumerate(self.drawing.elements) if e.kind == "exit"]
-                    owned = [i for i in exits if self.drawing.elements[i].module.startswith(mark.owner)]
-                    self.drawing.of[node] = owned[-1]
-
     # --- lines ---------------------------------------------------------------------------------------------------
+
+    def _show_last(self, nodes: Sequence[Node]) -> None:
+        """Elements of which no node is shown yet show the last tensor that they give."""
+        for node in reversed(nodes):
+            element = self.drawing.elements[self.place(node)]
+            if element.at is None and is_tensor(node) and node.op not in ("placeholder", "output"):
+                element.at = node
 
     def _code(self, lines: Sequence[Line]) -> list[int]:
         found = []
@@ -236,21 +187,21 @@ class _Report:
         return blocks, stages, where
 
     def _spread(self, where: dict[int, dict[str, int]], name: str, of: dict[int, set[int]]) -> None:
-        """Note the one part that an element is in, and all that lies in it; a site takes its branch along."""
+        """Note the one part that an element is in: a branch is where its site is, a layer where all its sites are."""
         elements = self.drawing.elements
-        inside: dict[int, set[int]] = {}
 
-        def visit(number: int, given: set[int]) -> set[int]:
-            own = of.get(number, set()) or (given if elements[number].kind == "branch" else set())
-            below = [visit(child, own) for child in elements[number].children]
-            inside[number] = own.union(*below)
-            return inside[number]
+        def visit(number: int, around: set[int]) -> set[int]:
+            kind = elements[number].kind
+            parts = around if kind == "branch" else of.get(number, set())
+            below = [visit(child, parts) for child in elements[number].children]
+            if kind in ("stream", "layer"):
+                parts = set().union(*below)
+            if len(parts) == 1:
+                where.setdefault(number, {})[name] = next(iter(parts))
+            return parts
 
         for root in self.drawing.roots:
             visit(root, set())
-        for number, parts in inside.items():
-            if len(parts) == 1:
-                where.setdefault(number, {})[name] = next(iter(parts))
 
 
 def _state(found: Inspection) -> str:
@@ -261,11 +212,19 @@ def _state(found: Inspection) -> str:
 
 def _options(found: Inspection) -> dict[str, str]:
     """What the model is, or would be, converted and compiled with."""
-    specs = list(dict.fromkeys(s.spec for s in found.streams if s.spec)) or [found.spec]
+    held = [*(s.spec for s in found.streams), *(s.spec for s in found.native)]
+    specs = dict.fromkeys(filter(None, held)) or [found.spec]
     values = {"streams": "; ".join(specs)}
     values |= {f.name: str(getattr(found.options, f.name)) for f in fields(found.options)}
     stages = found.watcher.count if found.watcher is not None else None
     return values | ({} if stages is None else {"stages": str(stages)})
+
+
+def _reach(reach: Reach | None) -> dict[str, Any] | None:
+    if reach is None:
+        return None
+    dismissed = tuple((short_path(where), why) for where, why in reach.dismissed)
+    return asdict(replace(reach, source=reach.source and short_path(reach.source), dismissed=dismissed))
 
 
 def _error(error: MHCError) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from mhc_compile.config import Options
 from mhc_compile.inspect.elements import Drawing, Found
 from mhc_compile.inspect.inspection import KernelReport, SiteReport, StreamReport
 from mhc_compile.inspect.layer import lines_of
-from mhc_compile.inspect.lines import Line, input_name, snapshot
+from mhc_compile.inspect.lines import Line, Snapshots, input_name
 from mhc_compile.inspect.native import draw_native
 from mhc_compile.inspect.parts import Block, Stage, blocks_of, stages_of
 from mhc_compile.inspect.topology import branch_nodes, topology
@@ -40,7 +40,7 @@ class Watcher(Observer):
     """An observer that keeps snapshots, streams, kernels, and the graph of one `layer` before and after `widen`."""
 
     def __init__(self, layer: str | None, stages: int | None = None) -> None:
-        super().__init__(snapshots=True)
+        super().__init__()
         self.layer, self.count = layer, stages
         self.normalised: GraphModule | None = None
         self.before: list[str] = []
@@ -52,7 +52,7 @@ class Watcher(Observer):
         self.records = []
         self.kernels: tuple[KernelReport, ...] = ()
         self.marks = marks
-        self.labels = {node: f"mhc.{name}" for m in marks for name, node in m.parameters.items()}
+        self.shots = Snapshots({node: f"mhc.{name}" for m in marks for name, node in m.parameters.items()})
         self.found: list[Found] = []
         self.lines: list[list[Line]] = []
         """The graph before the first pass and after every pass."""
@@ -67,14 +67,17 @@ class Watcher(Observer):
     def run(self, step: Pass, gm: GraphModule, context: Context, options: Options) -> GraphModule:
         """Apply one pass under observation."""
         if not self.lines:
-            self.lines.append(snapshot(gm.graph, self.labels))
+            self.lines.append(self.shots.take(gm.graph))
         if self.blocks is None and step.name in ("recompute", "fuse"):
             self.blocks = blocks_of(gm.graph, options)
             self.stages = stages_of(gm, self.count) if self.count is not None else []
         if step.name == "widen" and self.layer is not None:
-            self.before = lines_of(gm, self.layer, self.labels)
+            self.before = lines_of(self.lines[-1], self.layer)
         gm = super().run(step, gm, context, options)
-        self.lines.append(snapshot(gm.graph, self.labels))
+        self.lines.append(self.shots.take(gm.graph))
+        self.records[-1].before, self.records[-1].after = (
+            "\n".join(line.text for line in lines) for lines in self.lines[-2:]
+        )
         self.texts.append(describe(step))
         if step.name == "normalize":
             self.normalised = gm
@@ -87,7 +90,7 @@ class Watcher(Observer):
         elif step.name == "fuse":
             self.kernels = tuple(KernelReport(chain, device, n) for (chain, device), n in chains_of(gm).items())
         elif step.name == "widen" and self.layer is not None:
-            self.after = lines_of(gm, self.layer, self.labels)
+            self.after = lines_of(self.lines[-1], self.layer)
         return gm
 
     def _look_for_memories(self, name: str, context: Context) -> None:
