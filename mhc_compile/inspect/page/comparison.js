@@ -104,7 +104,7 @@ function pairBar(change) {
       make("span", {}, name),
       make(
         "select",
-        { "data-key": name, on: { change: (event) => set(Number(event.target.value)) } },
+        { "aria-label": name, "data-key": name, on: { change: (event) => set(Number(event.target.value)) } },
         snapshots.map((snapshot, i) =>
           make("option", { value: i, selected: i === value }, i ? `behind ${snapshot.name}` : "as captured"),
         ),

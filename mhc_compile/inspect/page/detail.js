@@ -46,7 +46,7 @@ function partFacts(item) {
     return facts([
       ["layers", count(item.ids.length)],
       ["each", equalFacts(elements[item.ids[0]])],
-      ["parameters of the sites", total(item.ids)],
+      ["parameters", count(item.ids.reduce((sum, id) => sum + elements[id].parameters, 0))],
     ]);
   return facts([
     ["module", e.module && make("code", {}, e.module)],
@@ -62,12 +62,6 @@ function partFacts(item) {
 
 function equalFacts(e) {
   return [e.topology, `${e.dtype ?? ""}${e.shape ?? ""}`].filter(Boolean).join(", ");
-}
-
-function total(ids) {
-  let sum = 0;
-  for (const id of within(ids)) if (elements[id].kind === "site") sum += elements[id].parameters;
-  return sum ? count(sum) : null;
 }
 
 /** `streams=4 convention=paper` as single words that may wrap. */

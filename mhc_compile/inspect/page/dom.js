@@ -68,6 +68,18 @@ function section(title, ...content) {
   return make("section", {}, make("h3", {}, title), ...content);
 }
 
+/** Rows of cells under their heads, each with its name first; a head that begins with "#" is of a column of figures. */
+function table(heads, rows) {
+  const kinds = heads.map((head) => (head.startsWith("#") ? "number" : null));
+  const cell = (tag, extra) => (content, i) => make(tag, { class: kinds[i], ...extra }, [content].flat());
+  const head = make("tr", {}, heads.map((text) => text.replace("#", "")).map(cell("th", { scope: "col" })));
+  const body = rows.map(([name, ...rest]) => {
+    const others = [null, ...rest].map(cell("td")).slice(1);
+    return make("tr", {}, cell("th", { scope: "row" })(name, 0), others);
+  });
+  return make("div", { class: "wide" }, make("table", {}, make("thead", {}, head), make("tbody", {}, body)));
+}
+
 /** Said by screen readers, seen by nobody. */
 function announce(text) {
   byId("status").textContent = text;

@@ -92,10 +92,10 @@ function hasExit(item) {
   return item.children.some((child) => child.kind === "exit");
 }
 
-/** Whether an outside part stands before everything, or behind. */
+/** Whether a part stands before everything, or behind. */
 function endOf(item) {
-  const siblings = item.parent.children;
-  return { first: siblings[0] === item, last: siblings[siblings.length - 1] === item };
+  const [siblings, outermost] = [item.parent.children, item.parent === root];
+  return { first: outermost && siblings[0] === item, last: outermost && siblings[siblings.length - 1] === item };
 }
 
 const PIECES = {
@@ -145,20 +145,14 @@ const PIECES = {
     ];
   },
   exit(item, height) {
-    // An exit beside its stream is drawn with one lane: the stream has been closed above it.
-    const n = item.streams;
-    const { last } = item.level > 2 ? { last: false } : endOf(item);
-    const parts =
-      n > 1
-        ? [...fan(n, 0, height / 2, true), line("lane", `M${CENTRE} ${height / 2}V${height}`)]
-        : straight(1, 0, last ? height / 2 : height);
-    return [...parts, dot(CENTRE, height / 2)];
+    const half = height / 2;
+    return [...fan(item.streams, 0, half, true), line("lane", `M${CENTRE} ${half}V${height}`), dot(CENTRE, half)];
   },
 };
 
 /** A stripe at the left edge beside everything that lies in one recompute block. */
 function blockMark(item, height) {
   const block = item.element?.block;
-  if (block === null || block === undefined) return null;
+  if (block === null || block === undefined || item.kind === "stream") return null;
   return draw("rect", { class: `block ${block % 2 ? "odd" : "even"}`, x: 0, y: 0, width: 3, height });
 }

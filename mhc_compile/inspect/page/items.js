@@ -12,7 +12,9 @@ function makeItem(kind, name, ids, parent, streams) {
 const itemOf = new Map(); // element id -> item
 const signatures = new Map(); // element id -> what it has in common with its likes
 const root = makeItem("model", report.model.name, report.roots, null, 1);
-root.children = report.roots.map((id) => itemFor(id, root, 1));
+fillRoot();
+const stageStarts = new Map(); // item -> the pipeline stage that begins with it
+findStages(root, null);
 let mostStreams = 1;
 for (const item of itemOf.values()) mostStreams = Math.max(mostStreams, item.streams);
 
@@ -25,6 +27,38 @@ function itemFor(id, parent, streams) {
   itemOf.set(id, item);
   item.children = gathered(element.children, item, own);
   return item;
+}
+
+/**
+ * The top of the tree. A stream's exit goes into the stream, whose end it is; what is computed between the two beside
+ * the stream (masks, rotary tables) goes before it, so that the drawing is one line from the input to the output.
+ */
+function fillRoot() {
+  const order = [];
+  for (const id of report.roots) {
+    const isOpen = (item) => item.kind === "stream" && !item.exit && item.element.module === elements[id].module;
+    const stream = elements[id].kind === "exit" ? order.findLastIndex(isOpen) : -1;
+    if (stream < 0) {
+      order.push(itemFor(id, root, 1));
+      continue;
+    }
+    const item = order[stream];
+    item.exit = itemFor(id, item, item.streams);
+    item.children.push(item.exit);
+    item.ids.push(id);
+    const between = order.splice(stream + 1);
+    const isBeside = (other) => other.kind === "outside";
+    order.splice(stream, 0, ...between.filter(isBeside));
+    order.push(...between.filter((other) => !isBeside(other)));
+  }
+  root.children = order;
+}
+
+/** Note where another stage begins than that of what stands before; returns the stage in which `item` ends. */
+function findStages(item, before) {
+  const stage = (item.kind === "group" ? item.children[0] : item).element?.stage ?? null;
+  if (stage !== null && stage !== before) stageStarts.set(item, stage);
+  return item.children.reduce((last, child) => findStages(child, last), stage ?? before);
 }
 
 /** Children as items; layers that follow each other and are alike become one group. */
@@ -43,6 +77,7 @@ function gathered(ids, parent, streams) {
     }
     const run = ids.slice(i, end);
     const group = makeItem("group", span(run.map((id) => elements[id].name)), run, parent, streams);
+    group.label = shorter(group.name, parent);
     group.children = run.map((id) => itemFor(id, group, streams));
     items.push(group);
     i = end;
@@ -70,8 +105,11 @@ function span(names) {
 
 /** A name without what its parents' names say already. */
 function shorter(name, parent) {
-  for (let above = parent; above && above.element; above = above.parent) {
-    if (above.name && name !== above.name && name.startsWith(above.name)) {
+  // A site is named after its module, and numbered.
+  const numbered = /#\d+$/.exec(name);
+  if (numbered && parent.kind === "layer") return numbered[0];
+  for (let above = parent; above; above = above.parent) {
+    if (above.element && above.name && name !== above.name && name.startsWith(above.name)) {
       const rest = name.slice(above.name.length);
       if (/^[.#]/.test(rest)) return rest.replace(/^\./, "");
     }

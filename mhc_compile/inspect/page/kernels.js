@@ -17,28 +17,23 @@ function kernelCard(index, wanted) {
     { class: "kernel", "data-kernel": index },
     make("h4", {}, make("code", {}, kernel.name)),
     make("p", { class: "summary" }, kernelSummary(kernel)),
-    limit(kernel),
+    limit("forward", kernel.bytes_token, kernel.limit_token),
+    limit("backward", kernel.bytes_token_backward, kernel.limit_token_backward),
     ["forward", "backward"].map((direction) => kernelSource(kernel, direction, wantedHere)),
   );
 }
 
-function kernelSummary({ kind, device, calls, bytes_token: moved }) {
-  const parts = [kind, device, `${several(calls, "call")} a forward pass`];
-  if (moved) parts.push(`moves ${count(moved)} bytes a token`);
-  return parts.join(" · ");
+function kernelSummary({ kind, device, calls }) {
+  return [kind, device, `${several(calls, "call")} a forward pass`].join(" · ");
 }
 
 /** The bytes that must move as a share of those that do: 100 % is a kernel that moves nothing twice. */
-function limit({ bytes_token: moved, limit_token: least }) {
+function limit(direction, moved, least) {
   if (!moved || !least) return null;
   const share = Math.min(1, least / moved);
   const bar = make("span", { class: "gauge", "aria-hidden": "true" }, make("span", { style: { "--share": share } }));
-  return make(
-    "p",
-    { class: "limit" },
-    bar,
-    `${Math.round(100 * share)} % of the limit: ${count(least)} bytes must move`,
-  );
+  const figures = `${count(moved)} bytes a token, ${Math.round(100 * share)} % of the limit (${count(least)} must)`;
+  return make("p", { class: "limit" }, make("span", { class: "direction" }, direction), bar, figures);
 }
 
 /** Generated code, put into the document when it is opened. */

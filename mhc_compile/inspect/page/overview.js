@@ -1,165 +1,108 @@
 // What is shown of the model as a whole: why it was refused, what the passes did, its options, its kernels.
 
-/** The parts of the overview. */
-function overview({ kernel = null, line = null }) {
-  const { name, parameters, added, state } = report.model;
+/** The parts of the overview; `wanted` as in `showDetail`. */
+function overview({ line = null, kernel = null }) {
+  const everyKernel = kernels.map((_, index) => index);
   const parts = [
-    make("header", {}, make("h2", {}, make("span", { class: "kind" }, "model"), name)),
-    facts([
-      ["state", state],
-      ["parameters", count(parameters)],
-      ["streams add", added ? `${count(added)} (${((100 * added) / Math.max(1, parameters)).toFixed(2)} %)` : null],
-      [
-        "made by",
-        Object.entries(report.versions)
-          .map(([what, version]) => `${what} ${version}`)
-          .join(", "),
-      ],
-    ]),
+    make("header", {}, make("h2", {}, make("span", { class: "kind" }, "model"), report.model.name)),
+    modelFacts(report.model),
     report.diagnostics.length ? section("Diagnostics", report.diagnostics.map(diagnostic)) : null,
     report.reach ? section("How far the stream was followed", reachFacts(report.reach)) : null,
     passes.length ? section("Passes", passTable()) : null,
-    kernelSection(
-      kernels.map((_, index) => index),
-      kernel,
-    ),
+    kernelSection(everyKernel, kernel),
     blocksTable(),
     stagesTable(),
-    Object.keys(report.options).length
-      ? section("Options", facts(Object.entries(report.options).map(([key, value]) => [key, make("code", {}, value)])))
-      : null,
+    memoryFacts(),
+    section("Options", facts(Object.entries(report.options).map(([name, value]) => [name, make("code", {}, value)]))),
     codeSection(root, line),
   ];
   return parts.filter(Boolean);
 }
 
+function modelFacts({ state, parameters, added, streams, sites }) {
+  const share = ((100 * added) / Math.max(1, parameters)).toFixed(2);
+  const versions = Object.entries(report.versions).map(([what, version]) => `${what} ${version}`);
+  return facts([
+    ["state", state],
+    ["parameters", count(parameters)],
+    ["streams", streams ? `${several(streams, "stream")}, ${several(sites, "site")}` : null],
+    ["the sites add", added ? `${several(added, "parameter")} (${share} %)` : null],
+    ["made by", versions.join(", ")],
+  ]);
+}
+
 /** Why something is refused or not as good as it could be, and what to do. */
 function diagnostic(row, index) {
-  const source = row.source && make("code", {}, row.source);
+  const code = (text) => text && make("code", {}, text);
   return make(
     "div",
     { class: `diagnostic ${row.severity}`, "data-diagnostic": index },
-    make("h4", {}, make("code", {}, row.code), ` ${row.title}`),
+    make("h4", {}, code(row.code), ` ${row.title}`),
     make("p", {}, row.detail),
-    facts([
-      ["node", row.node && make("code", {}, row.node)],
-      ["module", row.module && make("code", {}, row.module)],
-      ["source", source],
-    ]),
-    row.way_out ? make("p", { class: "way-out" }, make("b", {}, "What to do: "), row.way_out) : null,
+    row.way_out ? make("p", {}, make("b", {}, "What to do: "), row.way_out) : null,
+    facts(["module", "source", "node"].map((name) => [name, code(row[name])])),
   );
 }
 
 /** The walk back from a refused model's output. */
 function reachFacts(reach) {
-  const list = (value) =>
-    Array.isArray(value) ? value.map((part) => (Array.isArray(part) ? part.join(": ") : String(part))) : null;
+  const entry = (text) => make("li", {}, make("code", {}, [text].flat().join(": ")));
+  const shown = (value) => (value.length ? make("ul", { class: "plain" }, value.map(entry)) : "none");
   return facts(
-    Object.entries(reach).map(([key, value]) => {
-      const many = list(value);
-      if (many)
-        return [
-          key.replaceAll("_", " "),
-          many.length
-            ? make(
-                "ul",
-                { class: "plain" },
-                many.map((text) => make("li", {}, make("code", {}, text))),
-              )
-            : "none",
-        ];
-      return [key.replaceAll("_", " "), value === null ? null : make("code", {}, String(value))];
+    Object.entries(reach).map(([name, value]) => {
+      if (Array.isArray(value)) return [name, shown(value)];
+      return [name, value === null ? null : make("code", {}, String(value))];
     }),
   );
-}
-
-function table(heads, rows) {
-  const head = make(
-    "tr",
-    {},
-    heads.map(([text, kind]) => make("th", { scope: "col", class: kind }, text)),
-  );
-  return make("div", { class: "wide" }, make("table", {}, make("thead", {}, head), make("tbody", {}, rows)));
 }
 
 function passTable() {
-  const heads = [["pass"], ["what it does"], ["nodes", "number"], ["time", "number"], ["verified in", "number"]];
-  return table(
-    heads,
-    passes.map((pass, i) => {
-      const show = () => {
-        Object.assign(comparison, { from: i, to: i + 1, picked: true });
-        showDetail(root);
-        byId("detail").querySelector(".comparison")?.scrollIntoView({ block: "start" });
-      };
-      const changed = pass.nodes_before !== pass.nodes_after;
-      return make(
-        "tr",
-        { "data-pass": pass.name },
-        make(
-          "th",
-          { scope: "row" },
-          make(
-            "button",
-            { type: "button", class: "link", title: "show what it changed", on: { click: show } },
-            pass.name,
-          ),
-        ),
-        make(
-          "td",
-          { class: "what" },
-          pass.text,
-          pass.notes.map((note) => make("span", { class: "note" }, note)),
-        ),
-        make(
-          "td",
-          { class: "number" },
-          changed ? `${count(pass.nodes_before)} → ${count(pass.nodes_after)}` : count(pass.nodes_after),
-        ),
-        make("td", { class: "number" }, duration(pass.ms)),
-        make("td", { class: "number" }, duration(pass.verify_ms)),
-      );
-    }),
-  );
+  const heads = ["pass", "what it says", "#nodes", "#time", "#verified in"];
+  const rows = passes.map(({ name, text, notes, ms, verify_ms, nodes_before, nodes_after }, i) => {
+    const options = text && text !== name ? make("span", { class: "note" }, make("code", {}, text)) : null;
+    const said = notes.map((note) => make("span", { class: "said" }, note));
+    const nodes = nodes_before === nodes_after ? "" : `${count(nodes_before)} → `;
+    const show = { type: "button", class: "link", title: "show what it changed", on: { click: () => showPass(i) } };
+    const cells = [make("button", show, name), [...said, options], nodes + count(nodes_after)];
+    return [...cells, duration(ms), duration(verify_ms)];
+  });
+  return table(heads, rows);
+}
+
+/** The whole graph's code before and behind a pass. */
+function showPass(index) {
+  Object.assign(comparison, { from: index, to: index + 1, picked: true });
+  reveal(root);
+  showDetail(root);
+  byId("detail").querySelector(".comparison")?.scrollIntoView({ block: "start" });
 }
 
 function partButton(id) {
-  return make(
-    "button",
-    { type: "button", class: "link", on: { click: () => reveal(itemOf.get(id)) } },
-    elements[id].name,
-  );
+  const go = () => reveal(itemOf.get(id));
+  return make("button", { type: "button", class: "link", on: { click: go } }, elements[id].name);
 }
 
 function blocksTable() {
   if (!report.blocks.length) return null;
-  const heads = [["block", "number"], ["from"], ["to"], ["keeps", "number"], ["makes again", "number"]];
-  const rows = report.blocks.map((block, i) =>
-    make(
-      "tr",
-      {},
-      make("th", { scope: "row", class: "number" }, String(i + 1)),
-      make("td", {}, partButton(block.first)),
-      make("td", {}, partButton(block.last)),
-      make("td", { class: "number" }, bytes(block.kept)),
-      make("td", { class: "number" }, bytes(block.again)),
-    ),
-  );
-  return section("Recompute blocks", table(heads, rows));
+  const row = ({ first, last, kept, again }, i) => [
+    i + 1,
+    partButton(first),
+    partButton(last),
+    bytes(kept),
+    bytes(again),
+  ];
+  return section("Recompute blocks", table(["#block", "from", "to", "#keeps", "#makes again"], report.blocks.map(row)));
 }
 
 function stagesTable() {
   if (!report.stages.length) return null;
-  const heads = [["stage", "number"], ["from"], ["to"], ["parameters", "number"]];
-  const rows = report.stages.map((stage, i) =>
-    make(
-      "tr",
-      {},
-      make("th", { scope: "row", class: "number" }, String(i)),
-      make("td", {}, partButton(stage.first)),
-      make("td", {}, partButton(stage.last)),
-      make("td", { class: "number" }, count(stage.parameters)),
-    ),
-  );
-  return section("Pipeline stages", table(heads, rows));
+  const row = ({ first, last, parameters }, i) => [i, partButton(first), partButton(last), count(parameters)];
+  return section("Pipeline stages", table(["#stage", "from", "to", "#parameters"], report.stages.map(row)));
+}
+
+function memoryFacts() {
+  if (!report.memories?.length) return null;
+  const text = (value) => (typeof value === "number" ? count(value) : String(value));
+  const one = (memory) => facts(Object.entries(memory).map(([name, value]) => [name, text(value)]));
+  return section("Memories", report.memories.map(one));
 }

@@ -5,9 +5,6 @@ const { elements, lines, passes, sources, kernels } = report;
 // A line of the graph: [text, element, source, form].
 const [TEXT, OWNER, SOURCE, FORM] = [0, 1, 2, 3];
 
-const parents = new Array(elements.length).fill(null);
-elements.forEach((element, id) => element.children.forEach((child) => (parents[child] = id)));
-
 // The graph as it was captured, then behind each pass.
 const snapshots = [{ name: "captured", code: report.captured }, ...passes];
 

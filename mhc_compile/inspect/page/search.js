@@ -62,13 +62,6 @@ function showAt(item, wanted) {
   showDetail(item, wanted);
 }
 
-function showPass(index) {
-  Object.assign(comparison, { from: index, to: index + 1, picked: true });
-  reveal(root);
-  showDetail(root);
-  byId("detail").querySelectorAll("tr[data-pass]")[index].scrollIntoView({ block: "center" });
-}
-
 function showDiagnostic(index) {
   reveal(root);
   byId("detail").querySelector(`[data-diagnostic="${index}"]`).scrollIntoView({ block: "center" });

@@ -39,11 +39,8 @@ function fillItem(item, li) {
   li.replaceChildren(row);
   if (!open) return;
   const list = make("ul", { role: "group" });
-  let stage = stageOf(item);
   for (const child of item.children) {
-    const next = stageOf(child);
-    if (next !== null && next !== stage) list.append(stageLine(child, next));
-    stage = next ?? stage;
+    if (stageStarts.has(child)) list.append(stageLine(child, stageStarts.get(child)));
     list.append(treeItem(child));
   }
   const end = closing(item);
@@ -73,11 +70,7 @@ function caption(item) {
     case "model":
       return { main: item.label, more: "passes, kernels, diagnostics" };
     case "group":
-      return {
-        main: item.label,
-        more: [...within([item.ids[0]])].some((id) => elements[id].kind === "site") ? sitesIn(item) : "",
-        mark: `× ${item.ids.length}`,
-      };
+      return { main: item.label, more: sitesIn(item), mark: `× ${item.ids.length}` };
     case "stream":
       return {
         main: item.label || "the model itself",
@@ -87,9 +80,12 @@ function caption(item) {
     case "layer":
       return { main: item.label, more: "", mark: sitesIn(item) };
     case "site":
-      return { main: item.label, more: e.topology ?? value };
+      return {
+        main: item.label,
+        more: [...item.children.map((branch) => branch.name), e.topology].filter(Boolean).join(" · "),
+      };
     case "exit":
-      return { main: item.label || "exit", more: item.streams > 1 ? `${item.streams} streams to one` : value };
+      return { main: "exit", more: item.streams > 1 ? `${item.streams} streams to one` : value };
     default:
       return { main: item.label || item.name, more: e.topology ?? value };
   }
@@ -104,10 +100,6 @@ function sitesIn(item) {
 function spoken(item) {
   const { main, more, mark } = caption(item);
   return [KINDS[item.kind] ?? item.kind, main, more, mark].filter(Boolean).join(", ");
-}
-
-function stageOf(item) {
-  return item.element ? item.element.stage : (elements[item.ids[0]]?.stage ?? null);
 }
 
 /** Where the next pipeline stage begins. */
