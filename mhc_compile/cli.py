@@ -10,6 +10,7 @@ from types import ModuleType
 
 from mhc_compile import __version__
 from mhc_compile.bench import command as bench
+from mhc_compile.bisect import command as bisect
 from mhc_compile.convert import command as convert
 from mhc_compile.demo import command as demo
 from mhc_compile.diagnostics import MHCError
@@ -22,7 +23,7 @@ RUNTIME = {
 }
 """Commands by the names of their modules, as nothing outside of the runtime imports it; `run` loads what is heavy."""
 COMMANDS: dict[str, ModuleType] = {
-    "convert": convert, "inspect": inspect, "demo": demo, "bench": bench,
+    "convert": convert, "inspect": inspect, "bisect": bisect, "demo": demo, "bench": bench,
     **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""

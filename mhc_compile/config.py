@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -95,3 +95,18 @@ def stream_spec(given: Mapping[str, Any]) -> StreamSpec:
             convention = Convention(convention)
         values = {"exit": convention.fields.exit, "manifold": convention.fields.manifold} | values
     return StreamSpec(**values)
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Options written as `name=value`, for commands: `["streams=2", "kernels=all"]`. Raises MHC204 for other text.
+
+    Values are checked where they are used (`split_options`, `StreamSpec`, `Options`).
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, given, value = text.partition("=")
+        if not given or name in found:
+            raise MHCError("MHC204", f"{text!r} is no name=value" if not given else f"{name} is given twice")
+        found[name] = int(value) if value.isdigit() else {"True": True, "False": False}.get(value, value)
+    split_options(found)
+    return found

@@ -261,4 +261,7 @@ COMPILER: dict[str, Diagnostic] = {
         "no model to inspect",
         "name a Hugging Face checkpoint folder or its config.json, of an architecture that transformers itself has",
     ),
+    "MHC509": Diagnostic("the report cannot be written", "name a file in a folder that exists, where you may write"),
+    "MHC525": Diagnostic("no weights to compute with", "load the model with its weights: bisect runs it"),
+    "MHC526": Diagnostic("the reproducer cannot be written", "name a file in a folder that exists"),
 }

@@ -6,17 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import nn
 
-from mhc_compile.attach import install
-from mhc_compile.checkpoint.manifest import NAME, read_manifest
-from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
-from mhc_compile.checkpoint.source import read_json
+from mhc_compile.checkpoint.configured import configured
+from mhc_compile.checkpoint.manifest import NAME
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.inspect.examine import inspect
-from mhc_compile.parameters import StreamParameters
 
 COMMAND = "inspect"
 _DESCRIPTION = """\
@@ -53,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     Raises `MHCError`: MHC508 where there is no model, MHC405 for an architecture that transformers does not have,
     MHC414 for an `mhc.json` that does not fit, MHC304 for `--streams` of a converted folder, MHC507 for the layer.
     """
-    model, converted = _model(args.model)
+    model, converted = configured(args.model)
     options = {} if args.streams is None else {"streams": args.streams}
     if converted and options:
         raise MHCError("MHC304", f"--streams {args.streams}; {args.model / NAME} says how the folder was converted")
@@ -69,36 +64,3 @@ def run(args: argparse.Namespace) -> int:
         args.html.write_text(found.html(), encoding="utf-8")
         print(f"\nwritten to {args.html}")
     return 1 if found.refusal else 0
-
-
-def _model(path: Path) -> tuple[nn.Module, bool]:
-    """The model on the meta device in eval mode, and whether it is converted."""
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise MHCError("MHC508", f"{file} is not there")
-    config = read_json(file)
-    transformers = transformers_module()
-    with quiet(transformers):
-        try:
-            settings = transformers.AutoConfig.from_pretrained(file, trust_remote_code=False, local_files_only=True)
-            cls: Any = model_class(config) if config.get("architectures") else None
-            with torch.device("meta"):
-                model: nn.Module = (
-                    transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
-                    if cls is None
-                    else cls(settings)
-                )
-        except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
-            raise MHCError("MHC508", f"{file}: {error}") from error
-    model.eval()
-    if not (path / NAME).is_file():
-        return model, False
-    owners = read_manifest(path).owners
-    try:
-        held = {
-            p: StreamParameters(o.spec, o.sites, device="meta", memory=o.memory, over=o.over) for p, o in owners.items()
-        }
-        install(model, held)
-    except AttributeError as error:
-        raise MHCError("MHC414", f"{path / NAME}: {error}") from error
-    return model, True

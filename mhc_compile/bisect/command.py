@@ -1,0 +1,81 @@
+"""`mhc-compile bisect`: find the pass and the site at which a model's results leave the tolerance."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mhc_compile.bisect.find import bisect
+from mhc_compile.checkpoint.configured import weighted
+from mhc_compile.checkpoint.manifest import NAME
+from mhc_compile.config import STREAM_FIELDS, parse_options
+from mhc_compile.convert.example_inputs import example_inputs
+from mhc_compile.diagnostics import MHCError
+
+COMMAND = "bisect"
+_DESCRIPTION = """\
+Run a Hugging Face model on one batch through every pass, every generated kernel and the inner compiler, and find the
+first of them, and the first site, at which results leave the tolerance. Weights are those of the folder, or random ones
+where it has none; nothing in it is executed.
+"""
+_EXAMPLES = """\
+examples:
+  mhc-compile bisect ./Llama-3.2-1B
+  mhc-compile bisect ./Llama-3.2-1B --option streams=2 --option inner=eager
+  mhc-compile bisect ./config.json --seed 3 --reproducer wrong.py
+
+exit codes: 0 no difference found, 1 something is wrong, or refused (the message begins with its code)
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        COMMAND,
+        help="find the pass and the site at which results go wrong",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
+    parser.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="as of convert and of the backend: streams=2",
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of random weights and token ids (default 0)")
+    parser.add_argument("--reproducer", metavar="FILE", type=Path, help="write a Python file that shows what is wrong")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found; returns 0 where nothing is wrong, or 1.
+
+    Raises `MHCError` as `weighted` and `bisect` do; MHC304 for streams of a converted folder, MHC526 where the
+    reproducer cannot be written.
+    """
+    options = parse_options(args.option)
+    model, converted, _ = weighted(args.model, seed=args.seed)
+    if converted and (settled := sorted(STREAM_FIELDS & set(options))):
+        raise MHCError("MHC304", f"{settled[0]}; {args.model / NAME} says how the folder was converted")
+    found = bisect(model, example_kwargs=batch(model, args.seed), reproducer=args.reproducer, **options)
+    console = Console()
+    console.print(found) if console.is_terminal else print(found)
+    return 1 if found.finding else 0
+
+
+def batch(model: torch.nn.Module, seed: int) -> dict[str, Any]:
+    """One call's inputs from the model's configuration, token ids and pixels drawn from `seed`."""
+    inputs = example_inputs(model)
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            inputs[name] = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        elif isinstance(x, torch.Tensor):
+            inputs[name] = torch.randint(0, int(x.max()) + 1, x.shape, generator=generator).to(x.device)
+    return inputs

@@ -1,0 +1,101 @@
+"""What is searched: a model's graph with its inputs, once with the streams at their start and once away from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from mhc_compile.attach import append_parameters, graph_inputs, sites_of_owners
+from mhc_compile.backend import inputs_at_start
+from mhc_compile.bisect.places import ResidualSite, residual_sites
+from mhc_compile.capture import capture, find_marks, private_copy
+from mhc_compile.config import Options
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.parameters import StreamParameters, owners
+from mhc_compile.passes.base import Context, Mark
+from mhc_compile.pipeline import ANALYSIS, run_passes
+
+NOISE = 0.1
+"""Standard deviation of what moves stream parameters off their start, where all streams would be equal."""
+
+
+@dataclass
+class Subject:
+    """A captured graph, ready for its passes."""
+
+    graph: GraphModule
+    marks: list[Mark]
+    start: list[Any]
+    """The graph's inputs with every stream parameter at its function-preserving start."""
+    own: list[Any]
+    """The inputs with the model's own stream parameters, or with moved ones where these are at their start."""
+    moved: bool
+    residual: list[ResidualSite]
+    native: bool
+    """Whether the model is multi-stream by itself: its hyper-connections are raised rather than its adds widened."""
+
+
+def subject_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], spec: StreamSpec, options: Options
+) -> Subject:
+    """Capture a model, converted or not, in its own mode; it is not changed.
+
+    Raises `MHCError` as `convert` does for a model whose streams cannot be found. The streams of an unconverted model
+    get `spec` and parameters of their own.
+    """
+    with torch.no_grad():
+        captured = capture(model, args, kwargs)
+    graph, inputs = captured.graph, captured.inputs
+    context = Context()
+    try:
+        run_passes(private_copy(graph, inputs), context, ANALYSIS, options)
+    except MHCError as error:
+        if error.code != "MHC107" or owners(model):
+            raise
+        return Subject(graph, [], inputs, inputs, moved=False, residual=[], native=True)
+    if owners(model):
+        marks = find_marks(graph)
+    else:
+        marks = []
+        for owner, sites in sites_of_owners(context.streams).items():
+            parameters = StreamParameters(spec, sites)
+            marks.append(append_parameters(graph, owner, parameters))
+            inputs = [*inputs, *(t.detach() for t in graph_inputs(parameters).values())]
+    start = inputs_at_start(graph, marks, inputs)
+    own, moved = inputs, all(_equal(a, b) for a, b in zip(inputs, start, strict=True))
+    if moved:
+        own = _moved(graph, marks, start)
+    return Subject(graph, marks, start, own, moved, residual_sites(context.streams), native=False)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a.to(b.dtype), b))
+
+
+def _moved(graph: GraphModule, marks: Sequence[Mark], start: Sequence[Any]) -> list[Any]:
+    held = {node for mark in marks for node in mark.parameters.values()}
+    generator = torch.Generator().manual_seed(0)
+    found = list(start)
+    for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
+        if node in held and isinstance(found[i], Tensor):
+            noise = torch.randn(found[i].shape, generator=generator) * NOISE
+            found[i] = found[i].detach() + noise.to(found[i].device, found[i].dtype)
+    return found
+
+
+def parameters_read(gm: GraphModule, marks: Sequence[Mark]) -> set[str]:
+    """The stream parameters that a graph computes with, by the names of their nodes.
+
+    A pass that begins to read some changes the function, except at their start.
+    """
+    live = set(gm.graph.nodes)
+    own = {mark.node for mark in marks}
+    return {
+        p.name for mark in marks for p in mark.parameters.values() if p in live and any(u not in own for u in p.users)
+    }

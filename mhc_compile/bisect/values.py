@@ -1,0 +1,172 @@
+"""Run a graph on real values and keep what every node gave, in float64 or in the graph's own dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mhc_compile.kernels import plain, signature
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.passes.base import op_name
+from mhc_compile.passes.dataflow import storage_root, writes_first_operand
+from mhc_compile.passes.numeric import KEEPS, Float64Interpreter, widen
+
+Values = dict[str, Any]
+"""What the nodes of one run gave, by name."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one value is from what it should be."""
+
+    error: float
+    """The largest difference; infinite where one of the two is not finite, or they have other shapes."""
+    scale: float
+    """The largest finite value of what it should be."""
+
+    @property
+    def relative(self) -> float:
+        """The error over the scale; 0 where both are 0."""
+        return self.error / max(self.scale, 1e-30)
+
+
+def difference(wanted: Any, found: Any) -> Difference:
+    """Between tensors, or tuples of them. Of n streams `[..., n, C]` each should be the one that is wanted, `[..., C]`.
+
+    Values that are equal, or undefined in both, do not differ: masks hold infinities.
+    """
+    pairs = (
+        [t for t in tree_leaves(wanted) if isinstance(t, Tensor)],
+        [t for t in tree_leaves(found) if isinstance(t, Tensor)],
+    )
+    if len(pairs[0]) != len(pairs[1]):
+        return Difference(float("inf"), 0.0)
+    every = [_difference(a, b) for a, b in zip(*pairs, strict=True)]
+    return max(every, key=lambda d: d.relative, default=Difference(0.0, 0.0))
+
+
+def _difference(a: Tensor, b: Tensor) -> Difference:
+    if b.ndim == a.ndim + 1 and a.ndim > 0:
+        a = a.unsqueeze(-2).expand(*a.shape[:-1], b.shape[-2], a.shape[-1])
+    if a.shape != b.shape:
+        return Difference(float("inf"), 0.0)
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    error = 0.0 if same.all() else float((a - b)[~same].abs().max())
+    return Difference(error if error == error else float("inf"), scale)
+
+
+def written(gm: GraphModule) -> set[str]:
+    """The names of nodes whose storage another node writes into: their values do not stay what they were."""
+    roots = {storage_root(n.args[0]) for n in gm.graph.nodes if writes_first_operand(n)}  # type: ignore[arg-type]
+    return {n.name for n in gm.graph.nodes if storage_root(n) in roots}
+
+
+class _Recording64(Float64Interpreter):
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.values: Values = {}
+        self.written = written(gm)
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        self.values[n.name] = _kept(out) if n.name in self.written else out
+        return out
+
+
+def run_in_float64(gm: GraphModule, inputs: Sequence[Any]) -> Values:
+    """What every node of `gm` gives on copies of `inputs`, in float64, dropout off; other random numbers are seeded."""
+    copies = [widen(_kept(x)) for x in inputs]
+    run = _Recording64(gm)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        run.run(*copies)
+    return run.values
+
+
+class _RecordingOwn(Interpreter):
+    """In the graph's own dtypes, dropout off, fused chains by plain PyTorch; what is anchored goes on as it should."""
+
+    def __init__(self, gm: GraphModule, anchors: Mapping[str, Any]) -> None:
+        super().__init__(gm)
+        self.anchors = anchors
+        self.values: Values = {}
+        self.written = written(gm)
+
+    def run_node(self, n: Node) -> Any:
+        if n.meta.get(KEEPS) or (op_name(n) in ("dropout", "mark") and n.op == "call_function"):
+            out = self.fetch_args_kwargs_from_env(n)[0][0]
+        elif isinstance(chain := n.meta.get("mhc_chain"), Chain) and n.op == "call_function":
+            out = run_plain(chain, self.fetch_args_kwargs_from_env(n)[0])
+        else:
+            out = super().run_node(n)
+        self.values[n.name] = _kept(out) if n.name in self.written else out
+        if n.op == "output" or n.name in self.written or n.name not in self.anchors:
+            return out
+        return like(self.anchors[n.name], out)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if "dropout_p" in kwargs:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return super().call_function(target, args, kwargs)
+
+
+def run_as_it_is(gm: GraphModule, inputs: Sequence[Any], anchors: Mapping[str, Any]) -> Values:
+    """What every node of `gm` gives in its own dtype, each from what `anchors` say that the nodes before should give.
+
+    So errors do not add up along the graph, and each value shows the rounding of what lies between it and the anchors.
+    Fused chains are computed by plain PyTorch: kernels are judged by themselves (`mhc_compile.bisect.kernels`).
+    """
+    run = _RecordingOwn(gm, anchors)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        run.run(*map(_kept, inputs))
+    return run.values
+
+
+def run_plain(chain: Chain, args: Sequence[Any]) -> Any:
+    """A fused op's results, by the plain PyTorch of its chain."""
+    values = named(chain, args)
+    names = signature.outputs(chain)
+    found = plain.run(of_dtypes(chain, values), "forward", values, names, tuple(values["X"].shape[:-2]))
+    return tuple(found[name] for name in names) if len(names) > 1 else found[names[0]]
+
+
+def named(chain: Chain, args: Sequence[Any]) -> dict[str, Tensor]:
+    """The tensors among a fused op's arguments, by the names of `mhc_compile.kernels.signature`."""
+    return dict(zip(signature.inputs(chain), args, strict=False))
+
+
+def of_dtypes(chain: Chain, values: Mapping[str, Tensor]) -> Chain:
+    """The chain for streams and branches of the dtypes at hand."""
+    X = values["X"]
+    return replace(chain, streams_dtype=X.dtype, branch_dtype=values["y"].dtype if "y" in values else X.dtype)
+
+
+def like(wanted: Any, found: Any) -> Any:
+    """The values of `wanted` in the dtypes of `found`, of each stream where `found` has several."""
+    if not isinstance(found, Tensor):
+        if isinstance(found, (tuple, list)) and isinstance(wanted, (tuple, list)) and len(found) == len(wanted):
+            return type(found)(like(w, f) for w, f in zip(wanted, found, strict=True)) if _plain(found) else found
+        return found
+    if not isinstance(wanted, Tensor):
+        return found
+    if found.ndim == wanted.ndim + 1 and wanted.ndim > 0:
+        wanted = wanted.unsqueeze(-2).expand(found.shape)
+    return wanted.to(found.dtype).clone() if wanted.shape == found.shape else found
+
+
+def _plain(x: Any) -> bool:
+    return type(x) in (tuple, list)
+
+
+def _kept(x: Any) -> Any:
+    return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, x)
