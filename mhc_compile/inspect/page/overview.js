@@ -14,7 +14,7 @@ function overview({ line = null, kernel = null }) {
     stagesTable(),
     memoryFacts(),
     section("Options", facts(Object.entries(report.options).map(([name, value]) => [name, make("code", {}, value)]))),
-    codeSection(root, line),
+    codeSection(root, line) ?? (passes.length ? codeLeftOut() : null),
   ];
   return parts.filter(Boolean);
 }
@@ -34,9 +34,11 @@ function modelFacts({ state, parameters, added, streams, sites }) {
 /** Why something is refused or not as good as it could be, and what to do. */
 function diagnostic(row, index) {
   const code = (text) => text && make("code", {}, text);
+  // That a model has streams of its own is no fault of it.
+  const kind = report.model.state === "native" ? "warning" : row.severity;
   return make(
     "div",
-    { class: `diagnostic ${row.severity}`, "data-diagnostic": index },
+    { class: `diagnostic ${kind}`, "data-diagnostic": index },
     make("h4", {}, code(row.code), ` ${row.title}`),
     make("p", {}, row.detail),
     row.way_out ? make("p", {}, make("b", {}, "What to do: "), row.way_out) : null,
@@ -67,6 +69,14 @@ function passTable() {
     return [...cells, duration(ms), duration(verify_ms)];
   });
   return table(heads, rows);
+}
+
+/** A page in a notebook may be without its code. */
+function codeLeftOut() {
+  return section(
+    "Graph code",
+    make("p", { class: "empty" }, "Left out of this view: the page that .html() writes has it."),
+  );
 }
 
 /** The whole graph's code before and behind a pass. */

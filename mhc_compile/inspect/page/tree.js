@@ -70,7 +70,11 @@ function caption(item) {
     case "model":
       return { main: item.label, more: "passes, kernels, diagnostics" };
     case "group":
-      return { main: item.label, more: sitesIn(item), mark: `× ${item.ids.length}` };
+      return {
+        main: item.label,
+        more: [sitesIn(item), stageWithin(item)].filter(Boolean).join(" · "),
+        mark: `× ${item.ids.length}`,
+      };
     case "stream":
       return {
         main: item.label || "the model itself",
@@ -78,7 +82,7 @@ function caption(item) {
         mark: sitesIn(item),
       };
     case "layer":
-      return { main: item.label, more: "", mark: sitesIn(item) };
+      return { main: item.label, more: stageWithin(item), mark: sitesIn(item) };
     case "site":
       return {
         main: item.label,
@@ -95,6 +99,14 @@ function sitesIn(item) {
   let sites = 0;
   for (const id of within(item.ids)) if (elements[id].kind === "site") sites++;
   return sites ? several(sites, "site") : "";
+}
+
+/** Which pipeline stage begins somewhere inside: while an item is folded its line is not drawn. */
+function stageWithin(item) {
+  const starts = item.children
+    .flatMap((child) => [stageStarts.get(child), stageWithin(child)])
+    .filter((stage) => stage !== undefined && stage !== "");
+  return typeof starts[0] === "number" ? `stage ${starts[0]} begins here` : (starts[0] ?? "");
 }
 
 function spoken(item) {
