@@ -1,0 +1,411 @@
+"""Probes: sampled steps have the results of plain ones, are compiled once, and record what the equations say."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from memories import shake_memory, small
+from tiny_models import chain, close, gradients, ids, llama, logits, loss_of, shake, state, t5, warned
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mhc_compile import MHCError, Probes, convert
+from mhc_compile.capture import capture, find_marks
+from mhc_compile.config import Options
+from mhc_compile.engram.gates import gate_values
+from mhc_compile.kernels import measures, reference
+from mhc_compile.kernels.cpp import build
+from mhc_compile.kernels.probe_ops import BINS
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.measure import WIDENING, measure_streams
+from mhc_compile.parameters import owners
+from mhc_compile.passes.base import Context
+from mhc_compile.pipeline import run_passes
+from mhc_compile.probes import Sample
+
+needs_compiler = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler: nothing is fused")
+
+
+def converted(model: nn.Module | None = None, **options: Any) -> nn.Module:
+    """A converted model off its start."""
+    model = convert(model or chain(depth=3), ids(), **{"streams": 4, "inner": "eager", **options})
+    shake(model)
+    return model
+
+
+def sampled(model: nn.Module, run: Callable[[], Any] | None = None) -> list[Sample]:
+    probes = Probes(model, every=1)
+    with probes.step():
+        (run or (lambda: loss_of(model).backward()))()
+    return probes.samples
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def results(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Loss, gradients and the random state behind them."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = loss_of(model)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), found, torch.get_rng_state()
+
+
+# --- what stays as it is -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options"),
+    [
+        {"inner": "eager"},
+        pytest.param({"inner": "aot_eager", "kernels": "all"}, marks=needs_compiler),
+        pytest.param({"inner": "aot_eager", "kernels": "all", "recompute": "auto"}, marks=needs_compiler),
+        {"inner": "eager", "form": "hc"},
+        {"inner": "eager", "convention": "deepseek_v4"},
+        pytest.param({"inner": "inductor", "kernels": "all"}, marks=[pytest.mark.slow, needs_compiler]),
+        pytest.param({"inner": "inductor", "kernels": "none"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_a_sampled_step_has_the_results_of_a_plain_one(options: dict[str, Any]) -> None:
+    model = converted(chain(depth=3, dropout=0.1), **options).train()
+    before = copy.deepcopy(model.state_dict())
+    plain = results(model)
+    found: list[Any] = []
+    (sample,) = sampled(model, lambda: found.append(results(model)))
+    (probed,) = found
+    assert torch.equal(plain[0], probed[0])
+    assert same(plain[1], probed[1])
+    assert torch.equal(plain[2], probed[2])
+    assert same(before, model.state_dict())
+    assert sample.values["branch_gradient"].min() > 0
+    again = results(model)
+    assert torch.equal(plain[0], again[0])
+    assert same(plain[1], again[1])
+
+
+def test_sampling_compiles_one_more_graph_and_no_other() -> None:
+    torch._dynamo.reset()
+    model = converted(inner="aot_eager")
+    counters = torch._dynamo.utils.counters
+    probes = Probes(model, every=3)
+    counters.clear()
+    compiled = []
+    for _ in range(8):
+        with probes.step():
+            loss_of(model).backward()
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled == [1, *[2] * 7]
+    assert counters["aot_autograd"]["total"] == 2
+    assert [sample.step for sample in probes.samples] == [0, 3, 6]
+    with torch.no_grad():
+        loss_of(model)
+        with probes.step(), probes.step():  # the second one is the ninth
+            loss_of(model)
+        assert counters["stats"]["unique_graphs"] == 4
+
+
+def test_the_model_keeps_nothing_of_a_sampled_step() -> None:
+    model = converted()
+    loss_of(model)
+    before, names = state(model), [vars(m).keys() for m in model.modules()]
+    sampled(model, lambda: loss_of(model))
+    with pytest.raises(ZeroDivisionError):
+        sampled(model, lambda: 1 / 0)
+    assert state(model) == before
+    assert [vars(m).keys() for m in model.modules()] == names
+    assert all(p.probe_slot is None for p in owners(model).values())
+
+
+def test_outputs_without_gradients_stay_without() -> None:
+    model = converted(inner="aot_eager")
+    for p in model.parameters():
+        p.requires_grad_(False)
+    found: list[Tensor] = []
+    with warned():
+        (sample,) = sampled(model, lambda: found.append(logits(model(ids()))))
+    assert not found[0].requires_grad
+    assert "branch_gradient" not in sample.values
+
+
+# --- however the model is called ---------------------------------------------------------------------------------
+
+
+def test_compiled_from_outside() -> None:
+    model = converted(llama())
+    (expected,) = sampled(model)
+    step = torch.compile(model, backend="mhc", options={"inner": "eager"})
+    plain = gradients(step)
+    found: list[dict[str, Tensor]] = []
+    (sample,) = sampled(step, lambda: found.append(gradients(step)))
+    assert same(plain, found[0])
+    assert sample.sites == expected.sites
+    assert all(close(sample.values[name], t, 1e-5) for name, t in expected.values.items())
+
+
+def test_a_model_converted_by_its_first_call() -> None:
+    model = chain()
+    step = torch.compile(model, backend="mhc", options={"inner": "eager", "streams": 2})
+    probes = Probes(step, every=5)
+    with warned() as codes:
+        for _ in range(7):
+            with probes.step():
+                step(ids()).sum().backward()
+    assert codes == ["MHC302"]
+    assert [sample.step for sample in probes.samples] == [1, 5]
+    assert probes.samples[0].sites == ("layers.0#0", "layers.1#0")
+
+
+def test_microbatches_are_one_sample() -> None:
+    model = converted(inner="aot_eager")
+    parts = [sampled(model, lambda seed=seed: loss_of(model, seed).backward())[0] for seed in (0, 1)]
+    (both,) = sampled(model, lambda: [loss_of(model, seed).backward() for seed in (0, 1)])
+    assert both.tokens == sum(part.tokens for part in parts)
+    for name, value in both.values.items():
+        pair = torch.stack([part.values[name] for part in parts])
+        squares = name in ("streams", "branch")
+        if name.endswith("_max"):
+            expected = pair.amax(0)
+        elif name.endswith("_gradient"):
+            expected = pair.square().sum(0).sqrt()
+        else:
+            expected = pair.square().mean(0).sqrt() if squares else pair.mean(0)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation(mode: Callable[[], Any]) -> None:
+    model = converted(inner="aot_eager")
+    (trained,) = sampled(model)
+    with mode():
+        (sample,) = sampled(model, lambda: model(ids()))
+    assert set(trained.values) - set(sample.values) == {"streams_gradient", "branch_gradient"}
+    assert all(torch.equal(t, trained.values[name]) for name, t in sample.values.items())
+
+
+def test_two_owners() -> None:
+    model = convert(t5(), streams=4, inner="eager")
+    shake(model)
+    batch = {"input_ids": ids(), "labels": ids(2, 5)}
+    encoder, decoder = sampled(model, lambda: model(**batch).loss.backward())
+    assert (encoder.owner, decoder.owner) == ("encoder", "decoder")
+    assert (encoder.tokens, decoder.tokens) == (16, 10)
+    assert all(s.values["streams_gradient"].min() > 0 for s in (encoder, decoder))
+    step = torch.compile(model, backend="mhc", options={"inner": "eager"})
+    again = sampled(model, lambda: step(**batch).loss.backward())
+    for a, b in zip(again, (encoder, decoder), strict=True):
+        assert all(close(a.values[name], t, 1e-4) for name, t in b.values.items())
+    expected = measure_streams(model, batch)
+    assert encoder.values["separation"].tolist() == pytest.approx(expected["encoder"].separation, rel=1e-4)
+    assert decoder.values["separation"].tolist() == pytest.approx(expected["decoder"].separation, rel=1e-4)
+
+
+def test_generation() -> None:
+    model = converted(llama())
+    found: list[Tensor] = []
+    with torch.no_grad():
+        expected = model.generate(ids(1, 4), max_new_tokens=3, do_sample=False)
+        (sample,) = sampled(model, lambda: found.append(model.generate(ids(1, 4), max_new_tokens=3, do_sample=False)))
+    assert torch.equal(found[0], expected)
+    assert sample.tokens == expected.shape[1] - 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_forward_is_recorded_once(reentrant: bool) -> None:
+    model = converted(inner="aot_eager")
+    x = torch.randn(2, 8, 32, requires_grad=True)
+
+    def run() -> None:
+        h = checkpoint(lambda x: model(ids()) + x.sum(), x, use_reentrant=reentrant)
+        F.cross_entropy(h.flatten(0, 1), ids().flatten()).backward()
+
+    (sample,) = sampled(model, run)
+    assert sample.tokens == 16
+    assert ("branch_gradient" in sample.values) != reentrant
+
+
+def test_layers_that_are_checkpointed() -> None:
+    model = llama()
+    model.gradient_checkpointing_enable()
+    converted(model, inner="aot_eager").train()
+    plain = gradients(model)
+    found: list[dict[str, Tensor]] = []
+    (sample,) = sampled(model, lambda: found.append(gradients(model)))
+    assert same(plain, found[0])
+    assert sample.tokens == 16
+
+
+def test_numeric_debugging() -> None:
+    (sample,) = sampled(converted(debug="numeric"))
+    assert sample.tokens == 16
+
+
+# --- what is recorded --------------------------------------------------------------------------------------------
+
+
+class _Reference(Interpreter):
+    """The widened graph with every mix's operands, results, and the gradients of streams and branch."""
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.mixes: list[tuple[Tensor, ...]] = []
+        self.pres: list[Tensor] = []
+
+    def run_node(self, n: Node) -> Any:
+        if n.target is torch.ops.mhc.distribute.default:
+            X, y, post, mix = self.fetch_args_kwargs_from_env(n)[0]
+            X, y = X.clone(), y.clone()
+            for t in (X, y):
+                t.retain_grad()
+            out = torch.ops.mhc.distribute(X, y, post, mix)
+            self.mixes.append((X, y, post, mix, out))
+            return out
+        out = super().run_node(n)
+        if n.target is torch.ops.mhc.coefficients.default:
+            self.pres.append(out[0])
+        return out
+
+
+def reference_of(model: nn.Module) -> _Reference:
+    """One step of the model, computed by the equations."""
+    graph = capture(model, (ids(),), {})
+    watch = _Reference(run_passes(graph.graph, Context(marks=find_marks(graph.graph)), WIDENING, Options()))
+    (out,) = watch.run(*graph.inputs)
+    F.cross_entropy(out.flatten(0, 1), ids(seed=1).flatten()).backward()
+    return watch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner": "eager"},
+        {"inner": "eager", "convention": "megatron_main"},
+        {"inner": "eager", "manifold": "unconstrained"},
+        pytest.param({"inner": "aot_eager", "kernels": "all"}, marks=needs_compiler),
+        pytest.param({"inner": "aot_eager", "kernels": "all", "convention": "megatron_main"}, marks=needs_compiler),
+        pytest.param({"inner": "aot_eager", "kernels": "read,coefficients", "exit": "sum"}, marks=needs_compiler),
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_the_figures_are_those_of_the_equations(options: dict[str, Any]) -> None:
+    model = converted(**options)
+    expected = reference_of(model)
+    model.zero_grad()
+    (sample,) = sampled(model)
+    rows = []
+    composite = torch.eye(4, dtype=torch.float64)
+    for (X, y, post, mix, out), pre in zip(expected.mixes, expected.pres, strict=True):
+        H = mix.detach().double()
+        composite = H @ composite
+        after = out.detach().double()
+        rows.append(
+            {
+                "gain_forward_mean": H.abs().sum(-1).amax(-1).mean(),
+                "gain_backward_max": H.abs().sum(-2).amax(),
+                "composite_forward_max": composite.abs().sum(-1).amax(),
+                "composite_backward_mean": composite.abs().sum(-2).amax(-1).mean(),
+                "pre_entropy": torch.distributions.Categorical(pre.double()).entropy().mean(),
+                "post_entropy": torch.distributions.Categorical(post.double()).entropy().mean(),
+                "separation": measures.separation(after).mean(),
+                "streams": after.square().mean((0, 1, 3)).sqrt(),
+                "branch": y.detach().double().square().mean().sqrt(),
+                "pre": pre.double().mean((0, 1)),
+                "post": post.double().mean((0, 1)),
+                "mix": H.mean((0, 1)),
+                "streams_gradient": X.grad.double().square().sum((0, 1, 3)).sqrt(),
+                "branch_gradient": y.grad.double().norm(),
+            }
+        )
+    for name in rows[0]:
+        wanted = torch.stack([row[name] for row in rows]).detach().float()
+        torch.testing.assert_close(sample.values[name], wanted, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    measured = measure_streams(model, ids())[""]
+    assert sample.values["separation"].tolist() == pytest.approx(measured.separation, rel=1e-3)
+    assert float(sample.values["composite_forward_max"][-1]) == pytest.approx(measured.gain.forward_max, rel=1e-5)
+    assert float(sample.values["composite_backward_mean"][-1]) == pytest.approx(measured.gain.backward_mean, rel=1e-5)
+
+
+def test_distance_and_entropy() -> None:
+    exact = reference.sinkhorn(torch.randn(5, 4, 4, dtype=torch.float64), StreamSpec())
+    assert measures.distance(exact).max() < 1e-3
+    assert measures.distance(torch.tensor([[0.5, 0.5], [0.5, 0.8]])).item() == pytest.approx(0.3)
+    assert measures.distance(torch.tensor([[1.4, -0.4], [-0.4, 1.4]])).item() == pytest.approx(0.4)
+    assert measures.entropy(torch.ones(3, 4)).tolist() == pytest.approx([math.log(4)] * 3)
+    assert measures.entropy(torch.tensor([[0.0, 2.0], [-1.0, 1.0]])).tolist() == pytest.approx([0.0, math.log(2)])
+
+
+def test_streams_that_are_equal_do_not_separate() -> None:
+    model = convert(chain(depth=4), ids(), streams=4, inner="eager")
+    (sample,) = sampled(model)
+    assert sample.values["separation"].max() < 1e-6
+    assert sample.values["gain_forward_max"].max() == pytest.approx(1, abs=1e-5)
+    # Rows of pre sum to 1 at the start, its largest entry going from stream to stream.
+    assert sample.values["pre"].argmax(1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kernels", ["none", pytest.param("all", marks=needs_compiler)])
+@pytest.mark.parametrize("preset", ["paper", "v41", pytest.param("qwen_ple", marks=pytest.mark.slow)])
+def test_gates_of_memories(preset: str, kernels: str) -> None:
+    model = converted(streams=3, engram=small(preset), inner="aot_eager", kernels=kernels)
+    shake_memory(model)
+    plain = gradients(model)
+    found: list[dict[str, Tensor]] = []
+    (sample,) = sampled(model, lambda: found.append(gradients(model)))
+    assert same(plain, found[0])
+    gates = gate_values(model, ids())
+    assert sample.layers == tuple(gates)
+    for counts, values in zip(sample.values["gates"], gates.values(), strict=True):
+        flat = values.flatten(0, 1).float()
+        wanted = torch.stack([torch.histc(flat[:, i], BINS, 0, 1) for i in range(3)])
+        # A gate at the edge of two bins may fall into either.
+        assert (counts - wanted).abs().sum() <= 2
+        assert counts.sum() == wanted.sum()
+
+
+def test_an_owner_called_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + self.inner(x + 1).sin()
+
+    model = convert(Twice(), ids() // 2, streams=4, inner="eager")
+    shake(model)
+    calls = [sampled(model, lambda x=x: model.inner(x))[0] for x in (ids() // 2, ids() // 2 + 1)]
+    (both,) = sampled(model, lambda: torch.compile(model, backend="mhc", options={"inner": "eager"})(ids() // 2))
+    assert both.sites == calls[0].sites
+    assert both.tokens == 32
+    for name in ("separation", "composite_forward_mean", "mix"):
+        assert close(both.values[name], (calls[0].values[name] + calls[1].values[name]) / 2, 1e-5)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_refusals() -> None:
+    model = converted()
+    for every in (0, 1.5, True):
+        with pytest.raises(MHCError, match="MHC204"):
+            Probes(model, every=every)  # type: ignore[arg-type]
+    with pytest.raises(MHCError, match="MHC410"):
+        sampled(chain())
+    probes = Probes(model)
+    with pytest.raises(MHCError, match="MHC231"), probes.step(), Probes(model).step():
+        pass
+    loss_of(model)
+    assert all(p.probe_slot is None for p in owners(model).values())
+    with warned() as codes, Probes(model).step():
+        pass
+    assert codes == ["MHC230"]
