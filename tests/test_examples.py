@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+# `test_claims.py` runs those that take minutes, at their quick size.
+LONG = ("stability", "scaling")
+EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if p.stem not in LONG)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -1,0 +1,37 @@
+"""Put what `examples/stability.py` and `examples/scaling.py` wrote into docs/claims.md, their plots into docs/images.
+
+Run: python docs/claims.py FOLDER [FOLDER]   (what was given to their --out)
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+EXAMPLES = ("stability", "scaling")
+
+
+def update(docs: Path, folders: list[Path]) -> list[str]:
+    """The names of the examples whose block of `docs`/claims.md was replaced by what lies in `folders`."""
+    page = docs / "claims.md"
+    text = page.read_text(encoding="utf-8")
+    found = [(name, folder) for folder in folders for name in EXAMPLES if (folder / f"{name}.md").exists()]
+    for name, folder in found:
+        block = (folder / f"{name}.md").read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        assert text.count(begin) == text.count(end) == 1
+        text = re.sub(f"{begin}.*?{end}", lambda _, b=begin, e=end, t=block: f"{b}\n{t}{e}", text, flags=re.DOTALL)
+        (docs / "images").mkdir(exist_ok=True)
+        shutil.copyfile(folder / f"{name}.png", docs / "images" / f"{name}.png")
+    unfinished = page.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(page)
+    return [name for name, _ in found]
+
+
+if __name__ == "__main__":
+    done = update(DOCS, [Path(folder) for folder in sys.argv[1:]])
+    sys.exit(None if done else "no folder with stability.md or scaling.md was named")

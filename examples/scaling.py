@@ -1,0 +1,337 @@
+"""Loss against the share of parameters given to Engram, at a fixed total and equal parameters a token uses.
+
+A mixture of experts has parameters that a token does not use: those of the experts it is not routed to. Engram
+(arXiv 2601.07372) gives a part of that budget to tables of n-grams instead; published is a U-shape, best at 20 to 25 %.
+Here experts leave a small Mixtral one by one, and tables get what they had, with the same seeds and batches.
+
+Run: python examples/scaling.py [--quick] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import mhc_compile
+from mhc_compile.demo.settings import FULL, Settings
+from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
+from mhc_compile.demo.training import Contender, adamw, train
+from mhc_compile.demo.trials import (
+    CLAIMS_HEAD,
+    Claim,
+    arguments,
+    in_processes,
+    markdown,
+    plus_minus,
+    processor_seconds,
+    write,
+)
+from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.plan.allocation import BEST_SHARES, allocate
+
+ROUTED = 2
+"""Experts a token is routed to."""
+BALANCE = 0.01
+"""Weight of the auxiliary loss that spreads tokens over experts, which is not part of the losses reported."""
+NO_MEMORY = "none"
+LEAST = "least"
+"""All experts, and the smallest tables that a memory can have: a token uses as much as with larger ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained."""
+
+    settings: Settings
+    expert: int
+    """Width of an expert's hidden layer."""
+    spare: int
+    """Experts a layer that a token is not routed to, when all of the budget is theirs."""
+    spared: tuple[int, ...]
+    """Of these, how many are left at each share: from `spare` - 1 to 1."""
+    seeds: int
+    kernels: str
+    processes: int
+
+    @property
+    def budget(self) -> int:
+        """Parameters of the spare experts of all layers: three matrices, and a row of the router, each."""
+        s = self.settings
+        return s.layers * self.spare * (3 * s.hidden * self.expert + s.hidden)
+
+
+_MEMORY = mhc_compile.MemorySettings.preset("paper", heads=4, rows_per_head=2, row_width=8, layers=(1, 2))
+RECIPE = Recipe(
+    settings=replace(
+        FULL, layers=4, hidden=64, heads=4, vocabulary=2048, length=96, batch=8, steps=250, text_bytes=6_000_000,
+        held_out_batches=24, learning_rate=4e-3, memory=_MEMORY,
+    ),
+    expert=96, spare=20, spared=(18, 16, 15, 12, 8, 2), seeds=3, kernels="all", processes=2,
+)  # fmt: skip
+QUICK = Recipe(
+    settings=replace(
+        RECIPE.settings, layers=2, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=12,
+        text_bytes=400_000, held_out_batches=4, memory=replace(_MEMORY, layers=(0, 1)),
+    ),
+    expert=32, spare=4, spared=(3, 1), seeds=1, kernels="none", processes=1,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training."""
+
+    recipe: Recipe
+    share: float
+    """Of the budget, what the memory gets."""
+    spare: int
+    """Experts a layer beside those a token is routed to."""
+    memory: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        return f"{self.share:.0%}" if self.share else LEAST if self.memory else NO_MEMORY
+
+    def __str__(self) -> str:
+        return f"memory {self.name}, {ROUTED + self.spare} experts, seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training showed."""
+
+    name: str
+    share: float
+    experts: int
+    seed: int
+    rows: int
+    """Of all tables."""
+    tables: int
+    """Parameters in them."""
+    parameters: int
+    """All of them."""
+    used: int
+    """Those that a token uses: without other experts, and of the tables the rows it looks up."""
+    losses: list[float]
+    """Of every step, with the auxiliary loss."""
+    first: float
+    """Held-out loss at the start, in nats a token."""
+    held_out: float
+    """At the end."""
+
+
+def mixture(settings: Settings, corpus: Corpus, experts: int, width: int) -> nn.Module:
+    """A small Mixtral at its random start."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tokenizer = corpus.tokenizer
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=settings.hidden, intermediate_size=width,
+        num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
+        num_local_experts=experts, num_experts_per_tok=ROUTED, output_router_logits=True, router_aux_loss_coef=BALANCE,
+        max_position_embeddings=settings.length, sliding_window=None, tie_word_embeddings=True, use_cache=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model: nn.Module = MixtralForCausalLM(config)
+    return model
+
+
+def run(corpus: Corpus, job: Job) -> Trained:
+    """Train a mixture with `job.spare` spare experts a layer, and tables for what the others had."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    recipe, settings = job.recipe, replace(job.recipe.settings, seed=job.seed)
+    torch.manual_seed(settings.seed)
+    full = mixture(settings, corpus, ROUTED + recipe.spare, recipe.expert).state_dict()
+    model = mixture(settings, corpus, ROUTED + job.spare, recipe.expert)
+    with torch.no_grad():  # the experts that stay, and all else, are the same at every share
+        for name, p in model.named_parameters():
+            p.copy_(full[name][: len(p)])
+    torch.manual_seed(settings.seed)
+    engram = settings.memory
+    if job.share:
+        sizes = {"hidden": settings.hidden, "streams": settings.streams, "vocab": settings.vocabulary}
+        engram = allocate(recipe.budget, engram, share=job.share, **sizes).settings
+    memory = {"engram": engram, "tokenizer": corpus.tokenizer} if job.memory else {}
+    mhc_compile.convert(model, streams=settings.streams, inner="eager", kernels=recipe.kernels, **memory)
+
+    def held_out() -> float:
+        found = [model(input_ids=batch, labels=batch) for batch in held_out_batches(corpus, settings)]
+        return statistics.fmean((out.loss - BALANCE * out.aux_loss).item() for out in found)
+
+    contender = Contender(job.name, model, model, adamw(model))
+    first = held_out()
+    train([contender], training_batches(corpus, settings, stream=0), settings.learning_rate, lambda: None)
+    tables = [m for m in model.modules() if isinstance(m, MemoryTable)]
+    in_tables = sum(t.rows * t.width for t in tables)
+    everything = sum(p.numel() for p in model.parameters())
+    spare = recipe.budget // recipe.spare * job.spare
+    return Trained(
+        name=job.name,
+        share=job.share,
+        experts=ROUTED + job.spare,
+        seed=job.seed,
+        rows=sum(t.rows for t in tables),
+        tables=in_tables,
+        parameters=everything,
+        used=everything - spare - in_tables + len(tables) * engram.memory_width,
+        losses=contender.losses,
+        first=first,
+        held_out=held_out(),
+    )
+
+
+def jobs_of(recipe: Recipe) -> list[Job]:
+    """Every share with every seed: no memory, the smallest, then fewer and fewer experts."""
+    full = partial(Job, recipe=recipe, share=0.0, spare=recipe.spare)
+    jobs = []
+    for seed in range(recipe.seeds):
+        jobs += [full(memory=False, seed=seed), full(memory=True, seed=seed)]
+        for spare in recipe.spared:
+            jobs.append(Job(recipe=recipe, share=1 - spare / recipe.spare, spare=spare, memory=True, seed=seed))
+    return jobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything that was found."""
+
+    recipe: Recipe
+    trained: list[Trained]
+
+    @property
+    def by_name(self) -> dict[str, list[Trained]]:
+        """All seeds of every share, in the order of the shares."""
+        found: dict[str, list[Trained]] = {}
+        for t in self.trained:
+            found.setdefault(t.name, []).append(t)
+        return found
+
+    def differences(self, name: str) -> list[float]:
+        """Of the held-out losses, seed by seed: those of `name` minus those without a memory."""
+        pairs = zip(self.by_name[name], self.by_name[NO_MEMORY], strict=True)
+        return [a.held_out - b.held_out for a, b in pairs]
+
+
+def claims(outcome: Outcome) -> list[Claim]:
+    """The published findings against what was found."""
+    paid = [name for name, seeds in outcome.by_name.items() if seeds[0].share]
+    means = {name: statistics.fmean(outcome.differences(name)) for name in outcome.by_name}
+    best, last = min(means, key=lambda name: means[name]), paid[-1]
+    low, high = BEST_SHARES
+    near = [name for name in paid if low <= outcome.by_name[name][0].share <= high] or paid[:1]
+    near_best = min(near, key=lambda name: means[name])
+    apart = [a.held_out - b.held_out for a, b in zip(outcome.by_name[last], outcome.by_name[best], strict=True)]
+    return [
+        Claim(
+            f"{' or '.join(near)} of the budget as memory is better than none",
+            "1.7248 -> 1.7109",
+            f"{near_best}: {plus_minus(outcome.differences(near_best), sign=True)}",
+            "it is lower with every seed",
+            all(d < 0 for d in outcome.differences(near_best)),
+        ),
+        Claim(
+            "and better than the smallest memory, with as many parameters a token",
+            "not stated",
+            _beside(outcome, near_best),
+            "it is lower with every seed",
+            all(d < 0 for d in _from_least(outcome, near_best)),
+        ),
+        Claim(
+            "the best share",
+            f"{low:.0%} to {high:.0%}",
+            best,
+            "it is in that range",
+            best in near,
+        ),
+        Claim(
+            "a U-shape: too much memory is worse than the best share",
+            "yes",
+            f"{last}: {plus_minus(apart, sign=True)}" if last != best else f"{last} is the best",
+            f"{last} is higher than the best share with every seed",
+            all(d > 0 for d in apart),
+        ),
+    ]
+
+
+def _from_least(outcome: Outcome, name: str) -> list[float]:
+    return [a - b for a, b in zip(outcome.differences(name), outcome.differences(LEAST), strict=True)]
+
+
+def _beside(outcome: Outcome, name: str) -> str:
+    return f"{name}: {plus_minus(_from_least(outcome, name), sign=True)}"
+
+
+def report(outcome: Outcome) -> str:
+    """All tables, as markdown."""
+    s, recipe = outcome.recipe.settings, outcome.recipe
+    rows = []
+    for name, seeds in outcome.by_name.items():
+        t = seeds[0]
+        more = plus_minus(outcome.differences(name), sign=True) if name != NO_MEMORY else "–"
+        losses = plus_minus([t.held_out for t in seeds])
+        sizes = (t.rows, t.tables, t.parameters, t.used)
+        rows.append((name, str(t.experts), *(f"{n:,}" for n in sizes), losses, more))
+    sizes_head = ("rows", "parameters in rows", "in all", "a token uses")
+    head = ("memory's share", "experts a layer", *sizes_head, "held-out loss", "minus none")
+    return "\n\n".join(
+        (
+            markdown(CLAIMS_HEAD, [c.row for c in claims(outcome)]),
+            f"A budget of {recipe.budget:,} parameters, {s.layers} layers, C = {s.hidden}, {s.streams} streams, "
+            f"experts of {recipe.expert}, {ROUTED} a token, {s.steps} steps of {s.batch} x {s.length} tokens; losses "
+            f"in nats a token, mean ± standard deviation of {recipe.seeds} seeds (differences are paired). {LEAST}: "
+            "all experts, and the smallest tables that a memory can have: a token uses as many parameters as with "
+            "larger ones.",
+            markdown(head, rows),
+        )
+    )
+
+
+def draw(outcome: Outcome) -> Any:
+    """Held-out loss against the share, and its paired difference."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss, paired = figure.subplots(1, 2)
+    plain = outcome.by_name[NO_MEMORY]
+    names = [name for name in outcome.by_name if name != NO_MEMORY]
+    shares = [100 * outcome.by_name[name][0].share for name in names]
+    for seed in range(outcome.recipe.seeds):
+        color = f"C{seed}"
+        loss.plot(
+            shares, [outcome.by_name[name][seed].held_out for name in names], "o-", color=color, label=f"seed {seed}"
+        )
+        loss.axhline(plain[seed].held_out, color=color, linestyle=":", linewidth=1)
+        paired.plot(shares, [outcome.differences(name)[seed] for name in names], ".", color=color)
+    paired.plot(
+        shares, [statistics.fmean(outcome.differences(name)) for name in names], "o-", color="0.2", label="mean"
+    )
+    paired.axhline(0, color="0.6", linewidth=1)
+    low, high = (100 * share for share in BEST_SHARES)
+    for axes in (loss, paired):
+        axes.axvspan(low, high, color="0.9", label="published best")
+        axes.set(xlabel="share of the sparse budget in memory, %")
+        axes.legend(fontsize="small")
+    loss.set(title="Held-out loss (dotted: without a memory)", ylabel="nats a token")
+    paired.set(title="Minus that without a memory")
+    return figure
+
+
+def main() -> None:
+    given = arguments(__doc__.splitlines()[0], "scaling")
+    recipe = QUICK if given.quick else RECIPE
+    corpus = build_corpus(recipe.settings)
+    outcome = Outcome(recipe=recipe, trained=in_processes(partial(run, corpus), jobs_of(recipe), recipe.processes))
+    print(text := report(outcome))
+    write(given.out, "scaling", text, {**asdict(outcome), "processor_seconds": processor_seconds()}, draw(outcome))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+"""Published claims on stability, tried at a size that a laptop trains: composite gain, losses, gradient norms.
+
+Hyper-Connections (HC, arXiv 2409.19606) mix residual streams by any matrix H, mHC (arXiv 2512.24880) by doubly
+stochastic ones. All forms start from the same residual model, whose function `convert` keeps, and see the same batches.
+
+Run: python examples/stability.py [--quick] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+import mhc_compile
+from mhc_compile.demo.experiment import residual_model
+from mhc_compile.demo.settings import FULL, Settings
+from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
+from mhc_compile.demo.training import Contender, adamw, train
+from mhc_compile.demo.trials import (
+    CLAIMS_HEAD,
+    Claim,
+    arguments,
+    in_processes,
+    markdown,
+    plus_minus,
+    processor_seconds,
+    smooth,
+    write,
+)
+from mhc_compile.kernels.reference import sinkhorn
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.measure import CompositeGain, composite_gain
+
+RESIDUAL, HC, FREE, MHC, MEMORY = "residual", "HC", "mHC, H free", "mHC", "mHC + Engram"
+FORMS: dict[str, dict[str, Any]] = {
+    RESIDUAL: {},
+    HC: {"form": "hc"},
+    FREE: {"manifold": "unconstrained"},  # the equations of mHC without its constraint
+    MHC: {},
+    MEMORY: {},
+}
+LOGITS_STD = 1.0
+"""Of the random logits that Sinkhorn is tried on."""
+WARM_UP = 0.1
+"""The share of the steps in which the learning rate rises; gradient norms are judged behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained. The learning rates are those of 1e-3, 2e-3 and 4e-3 that were best for the residual model, of
+    `losses` and of the greatest depth; all forms take them."""
+
+    losses: Settings
+    """Of the comparison of losses, gradient norms and gains over seeds."""
+    deep: Settings
+    """Of the gain along depth and by iterations; its layers are those of `depths`."""
+    depths: tuple[int, ...]
+    """Decoder layers: two sites each. The first is that of the comparison of iterations."""
+    iterations: tuple[int, ...]
+    seeds: int
+    measures: int
+    """How often gains are measured in a training, beside the start."""
+    kernels: str
+    processes: int
+
+
+def _memory(*layers: int) -> mhc_compile.MemorySettings:
+    return mhc_compile.MemorySettings.preset("paper", heads=4, rows_per_head=4096, row_width=16, layers=layers)
+
+
+_LOSSES = replace(
+    FULL, layers=8, hidden=96, heads=4, vocabulary=1024, length=96, batch=8, steps=250, text_bytes=3_000_000,
+    held_out_batches=16, learning_rate=4e-3, memory=_memory(1, 4),
+)  # fmt: skip
+_SMALL = replace(
+    _LOSSES, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=12, text_bytes=400_000,
+    held_out_batches=4, memory=_memory(0),
+)  # fmt: skip
+RECIPE = Recipe(
+    losses=_LOSSES, deep=replace(_LOSSES, hidden=64, length=64, batch=4, steps=120, learning_rate=2e-3),
+    depths=(24, 48, 96), iterations=(0, 1, 5, 20), seeds=3, measures=3, kernels="all", processes=2,
+)  # fmt: skip
+QUICK = Recipe(
+    losses=_SMALL, deep=_SMALL, depths=(1, 2), iterations=(0, 20), seeds=1, measures=1, kernels="none", processes=1
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training."""
+
+    form: str
+    settings: Settings
+    """With the seed; without steps the gain at the start is all that is asked for."""
+    measures: int
+    kernels: str
+    iterations: int = 20
+    scratch: bool = False
+
+    def __str__(self) -> str:
+        s = self.settings
+        return f"{self.form}, {s.layers} layers, {self.iterations} iterations, seed {s.seed}, {s.steps} steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training showed."""
+
+    job: Job
+    parameters: int
+    losses: list[float]
+    """Of every step."""
+    norms: list[float]
+    """Of every step's gradient before clipping to 1, without the rows of tables."""
+    held_out: float
+    """At the end, in nats a token."""
+    gains: dict[int, CompositeGain]
+    """After so many steps."""
+
+    @property
+    def usual_norm(self) -> float:
+        """The median of the second half."""
+        return statistics.median(self.norms[len(self.norms) // 2 :])
+
+    @property
+    def spike(self) -> float:
+        """The largest norm after the warm-up over the usual one."""
+        return max(self.norms[math.ceil(len(self.norms) * WARM_UP) :]) / self.usual_norm
+
+    @property
+    def last_gain(self) -> CompositeGain:
+        """At the end."""
+        return self.gains[max(self.gains)]
+
+
+def run(corpus: Corpus, job: Job) -> Trained:
+    """Train one form from the residual model of its seed."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    settings = job.settings
+    torch.manual_seed(settings.seed)
+    model = residual_model(settings, corpus)
+    if job.form != RESIDUAL:
+        memory = {"engram": settings.memory, "tokenizer": corpus.tokenizer} if job.form == MEMORY else {}
+        counted = {"iterations": job.iterations} if job.form == MHC else {}
+        options = {**FORMS[job.form], **counted, **memory, "inner": "eager", "kernels": job.kernels}
+        mhc_compile.convert(model, streams=settings.streams, scratch=job.scratch, **options)
+    held = held_out_batches(corpus, settings)
+    gains: dict[int, CompositeGain] = {}
+
+    def measure() -> None:
+        if job.form != RESIDUAL:
+            (gains[len(contender.losses)],) = composite_gain(model, {"input_ids": held[0], "use_cache": False}).values()
+
+    def tick() -> None:
+        done = len(contender.losses)
+        if any(done == settings.steps * (i + 1) // job.measures for i in range(job.measures)):
+            measure()
+
+    contender = Contender(job.form, model, model, adamw(model))
+    measure()
+    train([contender], training_batches(corpus, settings, stream=0), settings.learning_rate, tick)
+    return Trained(
+        job=job,
+        parameters=sum(p.numel() for p in model.parameters()),
+        losses=contender.losses,
+        norms=contender.norms,
+        held_out=statistics.fmean(contender.held_out(held)) if settings.steps else math.nan,
+        gains=gains,
+    )
+
+
+def jobs_of(recipe: Recipe) -> tuple[list[Job], list[Job], list[Job], list[Job]]:
+    """The trainings by depth, by iterations, at a start from scratch, and by form and seed: the longest first."""
+    plain = partial(Job, measures=recipe.measures, kernels=recipe.kernels)
+    ends = partial(plain, measures=1)
+    by_depth = [
+        plain(form=form, settings=replace(recipe.deep, layers=layers))
+        for layers in sorted(recipe.depths, reverse=True)
+        for form in (HC, MHC)
+    ]
+    first = replace(recipe.deep, layers=recipe.depths[0])
+    counts = [i for i in recipe.iterations if i != 20]  # by depth there is one with 20
+    by_count = [ends(form=MHC, settings=first, iterations=i) for i in counts]
+    untrained = replace(first, steps=0)
+    scratch = [ends(form=MHC, settings=untrained, iterations=i, scratch=True) for i in recipe.iterations]
+    by_form = [
+        ends(form=form, settings=replace(recipe.losses, seed=seed)) for seed in range(recipe.seeds) for form in FORMS
+    ]
+    return by_depth, by_count, scratch, by_form
+
+
+def random_gain(iterations: int, sites: int, draws: int = 256) -> CompositeGain:
+    """Of a product of H with logits from N(0, LOGITS_STD), untrained, as many as a model has sites."""
+    logits = LOGITS_STD * torch.randn(
+        draws, sites, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    product = torch.eye(4, dtype=torch.float64)
+    for H in sinkhorn(logits, StreamSpec(iterations=iterations)).unbind(1):
+        product = H @ product
+    rows, columns = (product.abs().sum(dim).amax(-1) for dim in (-1, -2))
+    return CompositeGain(float(rows.mean()), float(rows.max()), float(columns.mean()), float(columns.max()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything that was found."""
+
+    recipe: Recipe
+    by_depth: list[Trained]
+    by_count: list[Trained]
+    scratch: list[Trained]
+    by_form: list[Trained]
+
+    def deep(self, form: str) -> dict[int, Trained]:
+        """By layers, fewest first."""
+        found = {t.job.settings.layers: t for t in self.by_depth if t.job.form == form}
+        return {layers: found[layers] for layers in sorted(found)}
+
+    def seeds(self, form: str) -> list[Trained]:
+        """In the order of the seeds."""
+        return [t for t in self.by_form if t.job.form == form]
+
+    def differences(self, form: str, other: str) -> list[float]:
+        """Of the held-out losses, seed by seed: `form` minus `other`."""
+        return [a.held_out - b.held_out for a, b in zip(self.seeds(form), self.seeds(other), strict=True)]
+
+    @property
+    def counted(self) -> dict[int, Trained]:
+        """The trainings at the first depth, by iterations."""
+        found = {t.job.iterations: t for t in [*self.by_count, self.deep(MHC)[self.recipe.depths[0]]]}
+        return dict(sorted(found.items()))
+
+
+def explore(recipe: Recipe) -> Outcome:
+    """Run everything."""
+    corpus = build_corpus(recipe.losses)
+    parts = jobs_of(recipe)
+    found = in_processes(partial(run, corpus), [job for part in parts for job in part], recipe.processes)
+    taken = iter(found)
+    by_depth, by_count, scratch, by_form = ([next(taken) for _ in part] for part in parts)
+    return Outcome(recipe=recipe, by_depth=by_depth, by_count=by_count, scratch=scratch, by_form=by_form)
+
+
+def claims(outcome: Outcome) -> list[Claim]:
+    """The published findings against what was found."""
+    hc, mhc = outcome.deep(HC), outcome.deep(MHC)
+    deepest = max(hc)
+    gains = {form: _larger(of[deepest].last_gain) for form, of in ((HC, hc), (MHC, mhc))}
+    grown = [_larger(t.last_gain) for t in hc.values()]
+    gain = Claim(
+        f"composite gain, {deepest} layers: HC, mHC",
+        "3000, 1.6 (27B)",
+        f"{gains[HC]:.4g}, {gains[MHC]:.4g}",
+        "that of HC is at least 10 times that of mHC, which is at most 1.6",
+        gains[HC] >= 10 * gains[MHC] and gains[MHC] <= 1.6,
+    )
+    depth = Claim(
+        f"the gain of HC grows with depth ({', '.join(map(str, hc))} layers)",
+        "yes",
+        ", ".join(f"{g:.4g}" for g in grown),
+        "each is larger than the one before",
+        all(a < b for a, b in pairwise(grown)),
+    )
+    counted = {i: _distance(t.last_gain) for i, t in outcome.counted.items()}
+    iterations = Claim(
+        f"Sinkhorn iterations ({', '.join(map(str, counted))}) bring the trained gain to 1",
+        "20 are enough",
+        "off by " + ", ".join(f"{d:.2g}" for d in counted.values()),
+        "each is nearer to 1 than the one before, the last within 0.1",
+        all(a > b for a, b in pairwise(counted.values())) and counted[max(counted)] < 0.1,
+    )
+    spikes = {form: [t.spike for t in outcome.seeds(form)] for form in (HC, MHC)}
+    smoother = Claim(
+        "gradient norms of HC have higher spikes than those of mHC",
+        "yes; the loss surges at 12,000 steps",
+        f"{plus_minus(spikes[HC], 2)}, {plus_minus(spikes[MHC], 2)} times the usual norm",
+        "with every seed",
+        all(a > b for a, b in zip(spikes[HC], spikes[MHC], strict=True)),
+    )
+    lower = [
+        _lower(outcome, HC, RESIDUAL, "-0.027 (27B)"),
+        _lower(outcome, MHC, RESIDUAL, "-0.021 (27B)"),
+        _lower(outcome, MEMORY, MHC, "-0.014 (27B, equal parameters)"),
+    ]
+    return [gain, depth, iterations, smoother, *lower]
+
+
+def _lower(outcome: Outcome, form: str, other: str, published: str) -> Claim:
+    found = outcome.differences(form, other)
+    return Claim(
+        f"loss of {form} minus {other}",
+        published,
+        plus_minus(found, sign=True),
+        "it is lower with every seed",
+        all(d < 0 for d in found),
+    )
+
+
+def _larger(gain: CompositeGain) -> float:
+    """Of forward and backward, the mean over tokens."""
+    return max(gain.forward_mean, gain.backward_mean)
+
+
+def _distance(gain: CompositeGain) -> float:
+    """From 1, of forward or backward, the mean over tokens."""
+    return max(abs(gain.forward_mean - 1), abs(gain.backward_mean - 1))
+
+
+def report(outcome: Outcome) -> str:
+    """All tables, as markdown."""
+    recipe, losses, deep = outcome.recipe, outcome.recipe.losses, outcome.recipe.deep
+    both = [
+        (str(layers), str(2 * layers), str(a.job.settings.steps), *_gain_cells(a), *_gain_cells(b))
+        for (layers, a), b in zip(outcome.deep(HC).items(), outcome.deep(MHC).values(), strict=True)
+    ]
+    sides = [f"{form} {way}" for form in (HC, MHC) for way in ("forward", "backward")]
+    counts = []
+    for (i, trained), start in zip(outcome.counted.items(), outcome.scratch, strict=True):
+        at_random = random_gain(i, 2 * recipe.depths[0])
+        found = (at_random, start.last_gain, trained.last_gain)
+        counts.append((str(i), *(f"{g.forward_mean:.6g}, {g.backward_mean:.6g}" for g in found)))
+    forms = []
+    for form in FORMS:
+        seeds = outcome.seeds(form)
+        more = plus_minus(outcome.differences(form, RESIDUAL), sign=True) if form != RESIDUAL else "–"
+        gain = [_larger(t.last_gain) for t in seeds if t.gains]
+        forms.append(
+            (
+                form, f"{seeds[0].parameters:,}", plus_minus([t.losses[0] for t in seeds], 6),
+                plus_minus([t.held_out for t in seeds]), more, plus_minus([t.usual_norm for t in seeds], 3),
+                plus_minus([t.spike for t in seeds], 2), plus_minus(gain, 3) if gain else "–",
+            )
+        )  # fmt: skip
+    heads = ("form", "parameters", "first loss", "held-out loss", "minus residual", "gradient norm", "largest", "gain")
+    return "\n\n".join(
+        (
+            markdown(CLAIMS_HEAD, [c.row for c in claims(outcome)]),
+            f"Composite gain of all sites after training, mean over tokens (largest token), n = {deep.streams}, C = "
+            f"{deep.hidden}, {deep.batch} x {deep.length} tokens a step, seed {deep.seed}:",
+            markdown(("layers", "sites", "steps", *sides), both),
+            f"Losses in nats a token and gradient norms, {losses.layers} layers, C = {losses.hidden}, {losses.steps} "
+            f"steps of {losses.batch} x {losses.length} tokens, mean ± standard deviation of {recipe.seeds} seeds "
+            "(differences are paired). Gradient norm: median of the second half, before clipping to 1; largest: over "
+            "that median, after the warm-up; gain: the larger of forward and backward.",
+            markdown(heads, forms),
+            f"Composite gain of mHC (forward, backward) by Sinkhorn iterations, {2 * recipe.depths[0]} sites: of "
+            f"random logits with standard deviation {LOGITS_STD:g}, untrained; of a model that starts from scratch; "
+            f"after {deep.steps} steps.",
+            markdown(("iterations", "random logits", "from scratch", "trained"), counts),
+        )
+    )
+
+
+def _gain_cells(trained: Trained) -> tuple[str, str]:
+    g = trained.last_gain
+    return f"{g.forward_mean:.4g} ({g.forward_max:.4g})", f"{g.backward_mean:.4g} ({g.backward_max:.4g})"
+
+
+def draw(outcome: Outcome) -> Any:
+    """Gain in training and by iterations, losses, gradient norms."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    (gain, counts), (loss, norm) = figure.subplots(2, 2)
+    widest = len(outcome.recipe.depths)
+    for form, color in ((HC, "C1"), (MHC, "C3")):
+        for i, (layers, trained) in enumerate(outcome.deep(form).items()):
+            values = [_larger(g) for g in trained.gains.values()]
+            label = f"{form}, {layers} layers"
+            gain.plot([*trained.gains], values, marker="o", color=color, alpha=(i + 1) / widest, label=label)
+    gain.set(title="Composite gain in training", xlabel="step", yscale="log")
+    for name, gains in (
+        ("random logits", [random_gain(i, 2 * outcome.recipe.depths[0]) for i in outcome.counted]),
+        ("from scratch", [t.last_gain for t in outcome.scratch]),
+        ("trained", [t.last_gain for t in outcome.counted.values()]),
+    ):
+        counts.plot([str(i) for i in outcome.counted], [_distance(g) for g in gains], marker="o", label=name)
+    counts.set(title="Distance of mHC's gain from 1", xlabel="Sinkhorn iterations", yscale="log")
+    base = outcome.seeds(RESIDUAL)
+    for form, color in zip(FORMS, ("0.4", "C1", "C4", "C3", "C0"), strict=True):
+        seeds = outcome.seeds(form)
+        if form != RESIDUAL:
+            apart = [[a - b for a, b in zip(t.losses, r.losses, strict=True)] for t, r in zip(seeds, base, strict=True)]
+            loss.plot(smooth(apart), color=color, label=form)
+        norm.plot(smooth([t.norms for t in seeds]), color=color, label=form)
+    loss.axhline(0, color="0.4", linewidth=1)
+    loss.set(title="Training loss minus that of the residual model, mean of seeds", xlabel="step")
+    norm.set(title="Gradient norm, mean of seeds", xlabel="step", yscale="log")
+    for axes in (gain, counts, loss, norm):
+        axes.legend(fontsize="small")
+    return figure
+
+
+def main() -> None:
+    given = arguments(__doc__.splitlines()[0], "stability")
+    recipe = QUICK if given.quick else RECIPE
+    outcome = explore(recipe)
+    print(text := report(outcome))
+    numbers = {
+        **asdict(outcome),
+        "random": {i: asdict(random_gain(i, 2 * recipe.depths[0])) for i in recipe.iterations},
+    }
+    write(given.out, "stability", text, {**numbers, "processor_seconds": processor_seconds()}, draw(outcome))
+
+
+if __name__ == "__main__":
+    main()
