@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch.fx import Interpreter, Node
-from torch.fx.node import map_arg
-from torch.utils.flop_counter import FlopCounterMode
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import op_name, value
-from mhc_compile.passes.stages import balanced, places
+from mhc_compile.passes.base import value
+from mhc_compile.passes.flops import by_site, node_flops
+from mhc_compile.passes.stages import balanced
 from mhc_compile.runtime.program import Program
 
 Balance = Literal["model", "measure"] | Sequence[int]
@@ -36,65 +34,9 @@ def cuts(program: Program, count: int, balance: Balance = "model") -> list[int]:
 
 
 def site_costs(program: Program, by: Literal["model", "measure"] = "model") -> list[float]:
-    """What every site costs, in floating-point operations or seconds of one forward.
-
-    A node is counted with the site whose piece computes it; what every piece that reads it may compute again (the
-    embedding, masks, a memory's projections), with the first of these.
-    """
-    count = program.sites
-    place = places(program.graph.graph, range(1, count))
-    for node in reversed(program.graph.graph.nodes):
-        if node not in place:
-            place[node] = min((place[u] for u in node.users if u.op != "output"), default=0)
-    meter = _Counting(program) if by == "model" else _Timing(program)
-    costs = [0.0] * count
-    for node, cost in meter.costs().items():
-        costs[place[node]] += cost
-    return costs
-
-
-def grouped_flops(a: Sequence[int], b: Sequence[int]) -> int:
-    """Operations of a grouped matrix product of shapes `a` and `b`: every row meets the matrix of its group alone.
-
-    PyTorch's own counter has no formula for it.
-    """
-    return 2 * math.prod(a) * int(b[-1])
-
-
-class _Counting(Interpreter):
-    """Counts the floating-point operations of every node on fake values; of equal nodes, one is computed."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.graph)
-        self.found: dict[Node, float] = {}
-        self.counter = FlopCounterMode(display=False)
-        self._known: dict[str, float] = {}
-
-    def costs(self) -> dict[Node, float]:
-        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
-        inputs = [value(n) for n in placeholders]
-        mode = next(v.fake_mode for v in inputs if hasattr(v, "fake_mode"))
-        with mode, torch.no_grad(), self.counter:
-            self.run(*inputs)
-        return self.found
-
-    def run_node(self, n: Node) -> Any:
-        key = f"{n.op} {n.target} {map_arg((n.args, n.kwargs), _form)}"
-        result = value(n)
-        if key not in self._known or result is None:
-            before = self.counter.get_total_flops()
-            result = super().run_node(n)
-            self._known[key] = float(self.counter.get_total_flops() - before)
-            if "grouped_mm" in op_name(n):
-                a, b = (value(i) for i in n.all_input_nodes[:2])
-                self._known[key] += grouped_flops(a.shape, b.shape)
-        self.found[n] = self._known[key]
-        return result
-
-
-def _form(node: Node) -> Any:
-    known = value(node)
-    return f"{known.dtype} {tuple(known.shape)}" if isinstance(known, torch.Tensor) else node.name
+    """What every site costs, in floating-point operations or seconds of one forward (`by_site`)."""
+    graph = program.graph
+    return by_site(graph.graph, node_flops(graph) if by == "model" else _Timing(program).costs())
 
 
 class _Timing(Interpreter):

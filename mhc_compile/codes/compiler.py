@@ -264,4 +264,7 @@ COMPILER: dict[str, Diagnostic] = {
     "MHC509": Diagnostic("the report cannot be written", "name a file in a folder that exists, where you may write"),
     "MHC525": Diagnostic("no weights to compute with", "load the model with its weights: bisect runs it"),
     "MHC526": Diagnostic("the reproducer cannot be written", "name a file in a folder that exists"),
+    "MHC527": Diagnostic(
+        "no report to compare", "write one: mhc-compile inspect MODEL --json FILE, with a version of this format"
+    ),
 }

@@ -12,6 +12,7 @@ from mhc_compile.checkpoint.configured import configured
 from mhc_compile.checkpoint.manifest import NAME
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.inspect.examine import inspect
+from mhc_compile.inspect.writing import write_whole
 
 COMMAND = "inspect"
 _DESCRIPTION = """\
@@ -22,7 +23,7 @@ _EXAMPLES = """\
 examples:
   mhc-compile inspect ./Llama-3.2-1B
   mhc-compile inspect ./Llama-3.2-1B --layer model.layers.0 --streams 2
-  mhc-compile inspect ./config.json --html report.html
+  mhc-compile inspect ./config.json --recompute auto --stages 4 --html report.html
 """
 
 
@@ -39,20 +40,26 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--layer", metavar="PATH", help="show this module's graph before and after: model.layers.0")
     parser.add_argument("--streams", metavar="N", type=int, help="number of streams to convert with (default 4)")
     parser.add_argument("--kernels", action="store_true", help="print the generated code of the fused kernels, too")
+    parser.add_argument("--recompute", metavar="BLOCKS", help="show the blocks computed again: auto, stage, 6, 2GiB")
+    parser.add_argument("--stages", metavar="N", type=int, help="show the model in this many pipeline stages")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as data")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; returns 0, or 1 for a model that cannot be converted.
 
     Raises `MHCError`: MHC508 where there is no model, MHC405 for an architecture that transformers does not have,
-    MHC414 for an `mhc.json` that does not fit, MHC304 for `--streams` of a converted folder, MHC507 for the layer.
+    MHC414 for an `mhc.json` that does not fit, MHC304 for `--streams` of a converted folder, MHC509 for a file that
+    cannot be written, and what `inspect` raises for a layer, blocks and stages.
     """
     model, converted = configured(args.model)
-    options = {} if args.streams is None else {"streams": args.streams}
+    options: dict[str, Any] = {} if args.streams is None else {"streams": args.streams}
     if converted and options:
         raise MHCError("MHC304", f"--streams {args.streams}; {args.model / NAME} says how the folder was converted")
-    found = inspect(model, layer=args.layer, **options)
+    if args.recompute is not None:
+        options["recompute"] = int(args.recompute) if args.recompute.isdigit() else args.recompute
+    found = inspect(model, layer=args.layer, stages=args.stages, **options)
     console = Console()
     # Source lines are long: in a pipe or a file they are not broken at 80 characters.
     console.print(found) if console.is_terminal else print(found)
@@ -60,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         for kernel in found.kernels:
             for direction in ("forward", "backward"):
                 print(f"\n===== {kernel.chain.name}, {direction} =====\n{kernel.source(direction)}")
-    if args.html is not None:
-        args.html.write_text(found.html(), encoding="utf-8")
-        print(f"\nwritten to {args.html}")
+    for file, text in ((args.html, found.html), (args.json, found.json)):
+        if file is not None:
+            write_whole(file, text())
+            print(f"\nwritten to {file}")
     return 1 if found.refusal else 0

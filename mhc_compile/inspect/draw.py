@@ -43,18 +43,15 @@ def _draw_streams(found: Sequence[Found], specs: Sequence[str | None]) -> tuple[
     A stream that is called several times is drawn once.
     """
     drawing = Drawing()
+    keys = [(one.stream.owner, *(s.name for s in one.stream.sites)) for one in found]
     known: dict[tuple[str, ...], list[int]] = {}
     numbers: dict[tuple[int, int], int] = {}
     branches: list[tuple[list[Node], int]] = []
-    for k, (one, spec) in enumerate(zip(found, specs, strict=True)):
+    for k, (one, spec, key) in enumerate(zip(found, specs, keys, strict=True)):
         stream = one.stream
-        key = (stream.owner, *(s.name for s in stream.sites))
-        if key in known:
-            for number in known[key]:
-                drawing.elements[number].calls += 1
-        else:
+        if key not in known:
             sites = [(s.name, module_path(s.add), t) for s, t in zip(stream.sites, one.topologies, strict=True)]
-            known[key] = drawing.add_stream(stream.owner, spec, sites)
+            known[key] = drawing.add_stream(stream.owner, spec, sites, calls=keys.count(key))
         whole, *each, leaves = known[key]
         drawing.entries[stream.entry], drawing.exits[stream.exit] = whole, leaves
         for node, number in ((stream.entry, whole), (stream.exit, leaves)):

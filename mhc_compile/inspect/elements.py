@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from torch.fx import Node
@@ -84,27 +85,31 @@ class Drawing:
         """The modules whose forward holds a stream."""
         return [e.module for e in self.elements if e.kind == "stream"]
 
-    def add_stream(self, owner: str, spec: str | None, sites: Sequence[tuple[str, str, str | None]]) -> list[int]:
+    def add_stream(
+        self, owner: str, spec: str | None, sites: Sequence[tuple[str, str, str | None]], calls: int = 1
+    ) -> list[int]:
         """A stream with its sites (name, path of the module, topology), their branches, and its exit.
 
         Returns the numbers of the stream, of its sites in order, and of its exit.
         """
-        stream = self.add(Element("stream", owner or "the model itself", owner, spec=spec))
-        numbers, last = [stream], None
+        whole = owner or "the model itself"
+        stream = self.add(Element("stream", whole, owner, spec=spec, calls=calls))
+        numbers = [stream]
         for (name, module, topology), layer in zip(sites, layers_of(owner, [m for _, m, _ in sites]), strict=True):
-            place = stream if layer is None else self.layers.get(layer)
-            if place is None or self.parent.get(place, stream) != stream:
-                place = self.layers[str(layer)] = self.add(Element("layer", str(layer), str(layer)), stream)
-            site = self.add(Element("site", name, module, topology=topology, spec=spec), place)
-            self.add(Element("branch", name, module), site)
-            if last is not None:
-                self.before[site] = last
-            last = site
+            around = stream if layer is None else self._layer(layer, stream, calls)
+            site = self.add(Element("site", name, module, topology=topology, spec=spec, calls=calls), around)
+            self.add(Element("branch", name, module, calls=calls), site)
             numbers.append(site)
-        leaves = self.add(Element("exit", f"exit of {owner or 'the model itself'}", owner))
-        if last is not None:
-            self.before[leaves] = last
-        return [*numbers, leaves]
+        numbers.append(self.add(Element("exit", f"exit of {whole}", owner, calls=calls)))
+        self.before.update(pairwise(numbers[:0:-1]))
+        return numbers
+
+    def _layer(self, path: str, stream: int, calls: int) -> int:
+        """The layer at `path` of a stream; a second stream through the same module has a layer of its own."""
+        known = self.layers.get(path)
+        if known is None or self.parent[known] != stream:
+            known = self.layers[path] = self.add(Element("layer", path, path, calls=calls), stream)
+        return known
 
     def branch(self, site: int) -> int:
         """The branch of a site."""
@@ -131,7 +136,9 @@ def _parts(nodes: Sequence[Node], base: str) -> dict[str, bool]:
     found: dict[str, bool] = {}
     for node in nodes:
         path = module_path(node)
-        if path.startswith(base) and (name := path.removeprefix(base).strip(".").split(".")[0]):
+        inside = path.removeprefix(base).strip(".").split(".")
+        if path.startswith(base) and inside[0]:
+            name = ".".join(inside[:2] if inside[1:2] and inside[1].isdigit() else inside[:1])
             found[name] = found.get(name, False) or op_name(node) in MATMULS
     return found
 

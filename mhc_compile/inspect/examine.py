@@ -45,6 +45,8 @@ def inspect(
     `Inspection.refusal` and `.reach` say why, and `.native` lists the hyper-connections that a multi-stream model has
     of its own.
     """
+    if stages is not None and stages < 1:
+        raise MHCError("MHC204", f"stages={stages}; 1 or more")
     given, own = split_options(options)
     settings = Options(**own)
     spec = stream_spec(given)

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.inspect.reach import Reach
+from mhc_compile.inspect.writing import write_whole
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.build import Direction
@@ -173,11 +175,14 @@ class Inspection:
         """The data as JSON."""
         return json.dumps(self.data(), ensure_ascii=False, separators=(",", ":"))
 
-    def html(self) -> str:
-        """A self-contained HTML page (`mhc_compile.inspect.page`)."""
+    def html(self, file: str | Path | None = None) -> str:
+        """A self-contained HTML page, written to `file` where one is named. Raises MHC509 where that fails."""
         from mhc_compile.inspect.page.page import page
 
-        return page(self.data())
+        text = page(self.data())
+        if file is not None:
+            write_whole(Path(file), text)
+        return text
 
     def __str__(self) -> str:
         return self.text()

@@ -8,10 +8,12 @@ from itertools import accumulate, pairwise
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.config import Options
+from mhc_compile.inspect.lines import is_buffer
 from mhc_compile.passes.base import is_tensor, value
+from mhc_compile.passes.flops import by_site, first_places, node_flops
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.recompute import plan_of, runs_of
-from mhc_compile.passes.stages import balanced, cut, places, sites
+from mhc_compile.passes.stages import balanced, cut, sites
 from mhc_compile.passes.streamsites import stream_sites
 
 
@@ -60,13 +62,13 @@ def blocks_of(graph: Graph, options: Options) -> list[Block]:
 
 
 def stages_of(gm: GraphModule, count: int) -> list[Stage]:
-    """The graph in `count` stages. Raises MHC620 for more stages than sites, MHC621 where it cannot be cut there."""
+    """The graph in `count` stages of about equal cost.
+
+    Raises MHC620 for more stages than sites, MHC621 where the graph cannot be cut between them.
+    """
     triples = sites(gm.graph)
-    starts = balanced([1.0] * len(triples), count)
-    place = places(gm.graph, starts)
-    for node in reversed(gm.graph.nodes):
-        if node not in place:
-            place[node] = min((place[u] for u in node.users if u in place), default=0)
+    starts = balanced(by_site(gm.graph, node_flops(gm)), count)
+    place = first_places(gm.graph, starts)
     found = []
     for k, piece in enumerate(cut(gm, starts)):
         given = {n.name for n in piece.graph.graph.nodes if n.op == "placeholder"}
@@ -75,7 +77,7 @@ def stages_of(gm: GraphModule, count: int) -> list[Stage]:
             Stage(
                 sites=tuple(triples[i] for i in piece.sites),
                 nodes=frozenset(n for n, at in place.items() if at == k),
-                parameters=sum(value(n).numel() for n in owned if is_tensor(n)),
+                parameters=sum(value(n).numel() for n in owned if is_tensor(n) and not is_buffer(n)),
             )
         )
     return found

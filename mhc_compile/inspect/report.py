@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -223,8 +223,11 @@ def _options(found: Inspection) -> dict[str, str]:
 def _reach(reach: Reach | None) -> dict[str, Any] | None:
     if reach is None:
         return None
-    dismissed = tuple((short_path(where), why) for where, why in reach.dismissed)
-    return asdict(replace(reach, source=reach.source and short_path(reach.source), dismissed=dismissed))
+    return asdict(reach) | {
+        "layers": list(reach.layers), "sites": list(reach.sites),
+        "source": reach.source and short_path(reach.source),
+        "dismissed": [[short_path(where), why] for where, why in reach.dismissed],
+    }  # fmt: skip
 
 
 def _error(error: MHCError) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
 from mhc_compile.passes.base import op_name, value
-from mhc_compile.runtime.balance import grouped_flops
+from mhc_compile.passes.flops import grouped_flops
 from mhc_compile.runtime.plan.attention import ATTEND, ATTEND_BACKWARD, BACKWARD, products
 
 _VIEWS = {
