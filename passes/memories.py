@@ -36,6 +36,7 @@ def fuse_memories(graph: Graph) -> list[str]:
                 notes[f"memory's {name} in a kernel"] += 1
                 if name != "rows":
                     node.meta["mhc_chain"] = _entry(node, name)
+                    node.meta["mhc_parts"] = (node.name,)
         # Other devices have no kernel, and their compilers do well with a chain of whole numbers.
         if node.target is ENGRAM.over_rows.default and value(node.args[0]).device.type in ("cpu", "meta"):
             node.target = KERNELS.over_rows.default
@@ -76,6 +77,7 @@ def _merge(graph: Graph, inject: Node) -> None:
             copy_meta(both, inject).meta["mhc_chain"] = (first, entry_of("inject", value(X), spec, value=value(fact)))
             new = copy_meta(graph.call_function(operator.getitem, (both, 0)), inject)
     new.meta["example_value"] = value(inject)
+    (new if conv is None else both).meta["mhc_parts"] = (gate.name, inject.name)
     inject.replace_all_uses_with(new)
     graph.erase_node(inject)
     graph.erase_node(gate)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.passes.base import Context, erase_unused
 
-DIALECTS = ("mhc", "mhc_kernels", "engram", "engram_kernels")
+DIALECTS = ("mhc", "mhc_kernels", "hc", "engram", "engram_kernels")
 """Namespaces of ops that exist only where this package is imported."""
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.export.mlir import ENTRY, run_mlir_passes, torch_mlir
+from mhc_compile.export.importing import ENTRY, torch_mlir
+from mhc_compile.export.mlir import run_mlir_passes
 
 _DTYPES = {"f32": torch.float32, "f64": torch.float64, "i64": torch.int64, "i32": torch.int32, "i1": torch.bool}
 _PASSES = (

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
+import re
 import warnings
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.export.importing import imported, torch_mlir
 
 Dialect = Literal["torch", "linalg"]
-_TO_TORCH = "func.func(torch-match-quantized-custom-ops), torchdynamo-export-to-torch-backend-pipeline"
-_PASSES = {"torch": _TO_TORCH, "linalg": f"{_TO_TORCH}, torch-backend-to-linalg-on-tensors-backend-pipeline"}
+# What is left out of torch-mlir's own pipelines: the inliner would dissolve the functions, and the check at the end
+# knows no calls.
+_TO_TORCH = ("torchdynamo-export-to-torch-backend-pipeline", r"inline(\{[^}]*\})?,")
+_TO_LINALG = ("torch-backend-to-linalg-on-tensors-backend-pipeline", ",torch-verify-linalg-on-tensors-backend-contract")
+_TO_MATCH = "func.func(torch-match-quantized-custom-ops)"
 MAX_REASON = 300
 """Characters of MLIR's account, which quotes whole operations."""
-ENTRY = "main"
-"""Name of the function in the module."""
 
 
 def to_mlir(exported: ExportedProgram, dialect: Dialect = "torch") -> Any:
-    """`exported` as a `torch_mlir.ir.Module` with one function `main`, in the torch dialect or in linalg on tensors.
+    """`exported` as a `torch_mlir.ir.Module`, in the torch dialect or in linalg on tensors.
 
-    Its arguments are the program's tensor inputs and its results the program's tensors, in order; parameters and
-    buffers are constants of the module. `str(module)` is its text with all of them,
+    The function `main` is the program: its arguments are the program's tensor inputs, its results the program's
+    tensors, in order. What one fused kernel would compute is a private function that `main` calls, named
+    `@mhc_<chain>_n<streams>_c<width>_<dtype>` or `@engram_...`; chains that compute the same share one, and so do
+    their Sinkhorn projections. The attribute `mhc.name` says what an argument is.
+
+    Parameters and buffers are constants of the module where they have values, and arguments of `main` in front of the
+    inputs where they have none (meta and fake tensors). `str(module)` is the text with all values,
     `module.operation.get_asm(large_resource_limit=8)` the text without.
 
     Raises `MHCError`: MHC204 for an unknown dialect, MHC505 without torch-mlir, MHC506 where torch-mlir has no form for
@@ -35,16 +38,16 @@ def to_mlir(exported: ExportedProgram, dialect: Dialect = "torch") -> Any:
     """
     if dialect not in get_args(Dialect):
         raise MHCError("MHC204", f"dialect={dialect!r}; known: {', '.join(get_args(Dialect))}")
-    fx = torch_mlir("fx")
+    torch_mlir("fx")
     with warnings.catch_warnings():
         # torch's own copying of programs uses a class that it deprecates.
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-        program = _importable(exported)
-    try:
-        module = fx.export_and_import(program, output_type="raw", decomposition_table={}, func_name=ENTRY)
-    except (NotImplementedError, AssertionError) as error:
-        raise MHCError("MHC506", str(error)) from error
-    run_mlir_passes(module, _PASSES[dialect])
+        module = imported(exported)
+    run_mlir_passes(module, _TO_MATCH)
+    run_mlir_passes(module, _without(module, *_TO_TORCH))
+    if dialect == "linalg":
+        run_mlir_passes(module, _without(module, *_TO_LINALG))
+        _refuse_leftovers(module)
     return module
 
 
@@ -59,36 +62,20 @@ def run_mlir_passes(module: Any, passes: str) -> None:
             raise MHCError("MHC506", told[0][:MAX_REASON], source=where[0] if where else None) from error
 
 
-def torch_mlir(name: str) -> Any:
-    """The module `torch_mlir.<name>`. Raises MHC505 where torch-mlir is not installed."""
-    try:
-        return importlib.import_module(f"torch_mlir.{name}")
-    except ImportError as error:
-        raise MHCError("MHC505") from error
+def _without(module: Any, pipeline: str, unwanted: str) -> str:
+    """The passes of one of torch-mlir's pipelines without the `unwanted` one."""
+    with module.context:
+        passes = str(torch_mlir("passmanager").PassManager.parse(f"builtin.module({pipeline})"))
+    return re.sub(unwanted, "", passes).removeprefix("builtin.module(").removesuffix(")")
 
 
-def _importable(exported: ExportedProgram) -> ExportedProgram:
-    """A copy in torch-mlir's operations, with what its importer does not know rewritten.
+def _refuse_leftovers(module: Any) -> None:
+    """Raises MHC506 for an operation of the torch dialect."""
+    walk = torch_mlir("ir").WalkResult
 
-    It looks for every buffer in the state dict, where the non-persistent ones (rotary frequencies) are not: they become
-    constants. Inputs that are numbers, flags or None have their values in the program already and are dropped.
-    """
-    table = torch_mlir("extras.fx_decomp_util").get_decomposition_table()
-    program = exported.run_decompositions({**table, torch.ops.aten.view.default: _view})
-    graph = program.graph_module.graph
-    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    kept = []
-    for spec in program.graph_signature.input_specs:
-        if isinstance(spec.arg, ConstantArgument) and not placeholders[spec.arg.name].users:
-            graph.erase_node(placeholders[spec.arg.name])
-            continue
-        if spec.kind is InputKind.BUFFER and spec.target in program.constants:
-            spec = dataclasses.replace(spec, kind=InputKind.CONSTANT_TENSOR, persistent=None)
-        kept.append(spec)
-    program.graph_signature.input_specs[:] = kept
-    return program
+    def look(op: Any) -> Any:
+        if op.name.startswith(("torch.", "torch_c.")):
+            raise MHCError("MHC506", f"{op.name} has no form in linalg", source=str(op.location))
+        return walk.ADVANCE
 
-
-def _view(x: Tensor, shape: list[int]) -> Any:
-    """`x.view(shape)` for any layout: torch-mlir's attention hands on another one than the program was traced with."""
-    return NotImplemented if x.is_contiguous() else x.contiguous().view(shape)
+    module.operation.walk(look)

@@ -25,6 +25,7 @@ from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.engram import carry
 from mhc_compile.export.decompose import Decompose, leftovers
+from mhc_compile.export.outline import Outline, noting_sinkhorn
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, op_name
 from mhc_compile.pipeline import EXPORT, run_passes
@@ -101,12 +102,13 @@ def _rewriting() -> Iterator[None]:
         context = Context(marks=find_marks(gm))
         if not context.marks:
             raise MHCError("MHC501", "this call reaches none of the model's stream owners")
-        return run_passes(gm, context, (*EXPORT, Decompose()), Options())
+        return run_passes(gm, context, (*EXPORT, Outline(), Decompose()), Options())
 
     with (
         torch._dynamo.config.patch(tracing_config()),
         mock.patch.object(torch_export, "_export_to_torch_ir", captured_and_rewritten),
         mock.patch.object(carry, "EXPORTING", True),
+        noting_sinkhorn(),
     ):
         yield
 
