@@ -14,7 +14,9 @@ from mhc_compile.bisect import command as bisect
 from mhc_compile.convert import command as convert
 from mhc_compile.demo import command as demo
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.diff import command as diff
 from mhc_compile.inspect import command as inspect
+from mhc_compile.probes import command as probe
 
 RUNTIME = {
     "data": "mhc_compile.runtime.data.command",
@@ -23,7 +25,8 @@ RUNTIME = {
 }
 """Commands by the names of their modules, as nothing outside of the runtime imports it; `run` loads what is heavy."""
 COMMANDS: dict[str, ModuleType] = {
-    "convert": convert, "inspect": inspect, "bisect": bisect, "demo": demo, "bench": bench,
+    "convert": convert, "inspect": inspect, "diff": diff, "bisect": bisect, "probe": probe, "demo": demo,
+    "bench": bench,
     **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""

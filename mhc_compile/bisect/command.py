@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from mhc_compile.bisect.find import bisect
 from mhc_compile.checkpoint.configured import weighted
 from mhc_compile.checkpoint.manifest import NAME
 from mhc_compile.config import STREAM_FIELDS, parse_options
-from mhc_compile.convert.example_inputs import example_inputs
+from mhc_compile.convert.example_inputs import seeded_inputs
 from mhc_compile.diagnostics import MHCError
 
 COMMAND = "bisect"
@@ -63,19 +62,7 @@ def run(args: argparse.Namespace) -> int:
     model, converted, _ = weighted(args.model, seed=args.seed)
     if converted and (settled := sorted(STREAM_FIELDS & set(options))):
         raise MHCError("MHC304", f"{settled[0]}; {args.model / NAME} says how the folder was converted")
-    found = bisect(model, example_kwargs=batch(model, args.seed), reproducer=args.reproducer, **options)
+    found = bisect(model, example_kwargs=seeded_inputs(model, args.seed), reproducer=args.reproducer, **options)
     console = Console()
     console.print(found) if console.is_terminal else print(found)
     return 1 if found.finding else 0
-
-
-def batch(model: torch.nn.Module, seed: int) -> dict[str, Any]:
-    """One call's inputs from the model's configuration, token ids and pixels drawn from `seed`."""
-    inputs = example_inputs(model)
-    generator = torch.Generator().manual_seed(seed)
-    for name, x in inputs.items():
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
-            inputs[name] = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
-        elif isinstance(x, torch.Tensor):
-            inputs[name] = torch.randint(0, int(x.max()) + 1, x.shape, generator=generator).to(x.device)
-    return inputs

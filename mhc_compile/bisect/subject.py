@@ -21,7 +21,7 @@ from mhc_compile.parameters import StreamParameters, owners
 from mhc_compile.passes.base import Context, Mark
 from mhc_compile.pipeline import ANALYSIS, run_passes
 
-NOISE = 0.1
+NOISE = 0.3
 """Standard deviation of what moves stream parameters off their start, where all streams would be equal."""
 
 

@@ -45,3 +45,15 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     if "use_cache" in getattr(config, "__dict__", {}) or hasattr(text, "use_cache"):
         inputs["use_cache"] = False
     return inputs
+
+
+def seeded_inputs(model: nn.Module, seed: int) -> dict[str, Any]:
+    """One call's inputs for a Hugging Face model, token ids and pixels drawn from `seed`. Raises MHC209 for others."""
+    inputs = example_inputs(model)
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            inputs[name] = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        elif isinstance(x, torch.Tensor):
+            inputs[name] = torch.randint(0, int(x.max()) + 1, x.shape, generator=generator).to(x.device)
+    return inputs

@@ -96,10 +96,8 @@ def test_a_wrong_pass_is_found_at_its_site(
     assert "before: " in out
     assert "after: " in out
     assert out.endswith("wrong\n")
-    # `MistakesPre` counts sites, of which a part of the graph has fewer: there what it made is recorded.
-    assert ("step=None" in text) == (name == "pre")
     monkeypatch.setattr(planted_passes, "WRONG", False)
-    assert run_here(path) == (name == "pre")
+    assert run_here(path) == 0
 
 
 def test_the_reproducer_runs_by_itself(tmp_path: Path, mended: Path) -> None:
@@ -268,9 +266,12 @@ def test_a_pass_that_makes_numbers_undefined(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_tolerance_can_be_chosen() -> None:
-    assert bisect(llama(), inner="eager", tolerance=1e-12).step == "widen"  # whose parameters are float32
-    loose = bisect(llama(), inner="eager", passes=passes_with(ReversesPost()), tolerance=1.0)
-    assert loose.step != "reverses_post" or loose.finding.dtype == "float32"
+    assert bisect(chain(), ids(), inner="eager", tolerance=1e-12).step == "widen"  # whose parameters are float32
+    found = bisect(chain(), ids(), inner="eager", passes=passes_with(ReversesPost(1)), tolerance=1.0)
+    # Not wrong in float64 then; as roundings its results are.
+    assert found.step == "reverses_post"
+    assert found.finding is not None
+    assert found.finding.dtype == "float32"
 
 
 def test_refusals(tmp_path: Path) -> None:
