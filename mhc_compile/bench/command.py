@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mhc_compile.bench import boundary, compile_time, engram, native, passes, recompute, step
+from mhc_compile.bench import boundary, compile_time, engram, native, passes, probes, recompute, step
 from mhc_compile.bench.contest import chart
 
 BENCHMARKS = {
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "engram": engram,
     "native": native,
     "passes": passes,
+    "probes": probes,
     "recompute": recompute,
     "step": step,
 }
@@ -34,8 +35,8 @@ def add_parser(subparsers: Any) -> None:
         "step of a converted Llama against the residual one. native: DeepSeek-V4's own hyper-connections. "
         "compile-time: how long torch.compile takes for DeepSeek-V4. passes: the time of the rewriting passes for 12 "
         "to 96 layers, and their share of a whole compile. recompute: the bytes that 48 sites keep for the backward "
-        "pass with and without recomputation, and the time of both. engram: hashing n-grams, gathering rows, and what "
-        "both add to a training step.",
+        "pass with and without recomputation, and the time of both. probes: a sampled step against a plain one. "
+        "engram: hashing n-grams, gathering rows, and what both add to a training step.",
     )
     parser.add_argument("name", choices=sorted(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="small sizes: checks that it runs")

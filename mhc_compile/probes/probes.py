@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.parameters import owners
@@ -123,5 +124,9 @@ class Probes:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    found: nn.Module = getattr(model, "_orig_mod", model)
-    return found
+    """The model inside of torch.compile and DDP, in any order."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
+        if inner is model:
+            return model
+        model = inner

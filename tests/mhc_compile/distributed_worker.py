@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mhc_compile import MHCError, convert, parameter_groups, stream_parameters
+from mhc_compile import MHCError, Probes, convert, parameter_groups, stream_parameters
 
 # With PYTHONSAFEPATH a script does not find what lies beside it.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,6 +51,17 @@ def ddp_eager() -> str:
 
 def ddp_aot() -> str:
     return same_as_one_process(DistributedDataParallel(converted(inner="aot_eager")))
+
+
+def ddp_probes() -> str:
+    model = DistributedDataParallel(converted(inner="aot_eager"))
+    probes = Probes(model, every=1)
+    with probes.step():
+        found = same_as_one_process(model)
+    (sample,) = probes.samples
+    assert (sample.owner, sample.tokens, sample.sites) == ("", 16, ("layers.0#0", "layers.1#0"))
+    assert sample.values["branch_gradient"].min() > 0
+    return found
 
 
 def ddp_compiled() -> str:
@@ -158,8 +169,8 @@ def refusal(call: Callable[[], Any]) -> str:
 CHECKS = {
     f.__name__: f
     for f in (
-        ddp_eager, ddp_aot, ddp_compiled, compiled_in_ddp, ddp_no_sync, ddp_split_graphs, ddp_unconverted, ddp_trains,
-        fsdp2, fsdp2_layers, fsdp1, fsdp1_flat, fsdp_unconverted,
+        ddp_eager, ddp_aot, ddp_probes, ddp_compiled, compiled_in_ddp, ddp_no_sync, ddp_split_graphs, ddp_unconverted,
+        ddp_trains, fsdp2, fsdp2_layers, fsdp1, fsdp1_flat, fsdp_unconverted,
     )
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ EXPECTED = {
     # The gradients of a step, against the mean over the ranks' batches computed in one process.
     "ddp_eager": "same",
     "ddp_aot": "same",
+    "ddp_probes": "same",
     "ddp_compiled": "same",
     "compiled_in_ddp": "same",
     "ddp_no_sync": "same",

@@ -1,0 +1,68 @@
+"""`mhc-compile probe FILE`: what probes sampled, as a table and as pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mhc_compile.probes.plots import draw
+from mhc_compile.probes.sample import Sample, read_samples
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `probe` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "probe",
+        help="show what the streams did in the steps that probes sampled",
+        description="Prints the last sample of every stream owner in a file that `Probes.write` made, a line a site: "
+        "the largest gain over tokens, forward or backward, of the site's H and of all sites up to it (composite), how "
+        "far off doubly stochastic H is, how far the streams are apart, the entropies of pre and post in nats, and the "
+        "gradient of the branch's output.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="one line of JSON a sample")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw all samples into PNG files in DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables, and draw."""
+    console = Console()
+    samples = read_samples(args.file)
+    for sample in {sample.owner: sample for sample in samples}.values():
+        console.print(_table(sample))
+    console.print(f"{len(samples)} samples from step {samples[0].step} to {samples[-1].step}")
+    if args.plots is not None:
+        for path in draw(samples, args.plots):
+            console.print(f"drawn: {path}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+_COLUMNS = {
+    "gain": ("gain_forward_max", "gain_backward_max"),
+    "composite": ("composite_forward_max", "composite_backward_max"),
+    "off": ("distance_max",),
+    "apart": ("separation",),
+    "pre": ("pre_entropy",),
+    "post": ("post_entropy",),
+    "gradient": ("branch_gradient",),
+}
+
+
+def _table(sample: Sample) -> Table:
+    title = f"{sample.owner or 'model'}, step {sample.step}, {sample.tokens} tokens"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("site", no_wrap=True)
+    columns = []
+    for title, names in _COLUMNS.items():
+        held = [sample.values[name] for name in names if name in sample.values]
+        if held:
+            table.add_column(title, justify="right")
+            columns.append(torch.stack(held).amax(0).tolist())
+    for site, *figures in zip(sample.sites, *columns, strict=True):
+        table.add_row(site, *(f"{figure:.4g}" if abs(figure) >= 0.1 else f"{figure:.1e}" for figure in figures))
+    return table
