@@ -73,6 +73,11 @@ class Chain:
         return self.weights in ("site", "head")
 
     @property
+    def reads_streams_backward(self) -> bool:
+        """Whether its gradients depend on X: not those of a mean or a sum."""
+        return self.kind != "reduce" or self.projects
+
+    @property
     def rows(self) -> int:
         """Rows of phi: those of the site, n of a head, none otherwise."""
         return {"site": self.stream.rows, "head": self.stream.streams}.get(self.weights, 0)
@@ -98,7 +103,8 @@ class Chain:
         if self.collapses:
             written += size
         if backward:  # reads the saved inputs and the outputs' gradients, writes the inputs' gradients
-            read, written = read + written, n * size + branch
+            read = (read if self.reads_streams_backward else 0) + written
+            written = n * size + branch
         small = 4 * ((n + n * n) * self.mixes + (n + n * n) * (self.weights == "site") + self.rows)
         phi = 4 * self.rows * n * self.width * (2 if backward else 1)
         return tokens * ((read + written) * self.width + (2 if backward else 1) * small) + phi

@@ -47,13 +47,11 @@ def _entry(kernel: KernelReport, elements: list[int]) -> dict[str, Any]:
     both: tuple[tuple[Direction, str], ...] = (("forward", ""), ("backward", "_backward"))
     for direction, suffix in both:
         code[direction] = source = _source(kernel, direction)
-        back = direction == "backward"
-        # Of one token more: phi is read once, whatever their number.
-        limit = chain.bytes_moved(2, backward=back) - chain.bytes_moved(1, backward=back)
         moved = None
         if isinstance(chain, Chain) and source is not None:
             moved = bytes_as_written(chain, direction, source)
-        traffic |= {f"bytes_token{suffix}": moved, f"limit_token{suffix}": limit}
+        traffic[f"bytes_token{suffix}"] = moved
+        traffic[f"limit_token{suffix}"] = limit_of(chain, direction)
     return {
         "name": chain.name, "kind": chain.kind, "device": kernel.device, "calls": kernel.calls, **code, **traffic,
         "elements": elements,
@@ -69,31 +67,35 @@ def _source(kernel: KernelReport, direction: Direction) -> str | None:
 
 def bytes_as_written(chain: Chain, direction: Direction, code: str) -> int:
     """Bytes a token that `code` reads and writes, were there no caches; small tensors as the limit has them."""
-    size = _wide(chain, direction)
-    limit = chain.bytes_moved(2, backward=direction == "backward") - chain.bytes_moved(
-        1, backward=direction == "backward"
-    )
-    again = sum((max(1, passes(code, name)) - 1) * size[name] for name in size)
-    return limit + again
+    again = sum((passes(code, name) - 1) * size for name, size in wide(chain, direction).items())
+    return limit_of(chain, direction) + again
+
+
+def limit_of(chain: Chain | Entry, direction: Direction) -> int:
+    """Bytes that one token more must move; phi is read once, whatever their number."""
+    back = direction == "backward"
+    return chain.bytes_moved(2, backward=back) - chain.bytes_moved(1, backward=back)
 
 
 def passes(code: str, name: str) -> int:
     """How often the generated `code` goes over the tensor `name` from end to end."""
     if "@triton.jit" in code:
         # Every loop over columns (or tokens, of a gradient that sums over them) is a pass over what it loads or stores.
-        pieces = re.split(r"\n    for ", code)[1:]
-        return sum(bool(re.search(rf"tl\.(load|store)\({name} ", piece)) for piece in pieces)
+        loops = re.split(r"\n    for ", code)[1:]
+        return sum(f"tl.{verb}({name} " in loop for loop in loops for verb in ("load", "store"))
     body = code[code.index('extern "C"') :]
     return len(re.findall(rf"(?<![\w.]){name} \+ ", body))
 
 
-def _wide(chain: Chain, direction: Direction) -> dict[str, int]:
-    """Bytes a token of every tensor that has a stream's or the hidden size, by its name in the code."""
+def wide(chain: Chain, direction: Direction) -> dict[str, int]:
+    """Bytes a token of every tensor that has the size of the streams or the hidden size, by its name in the code."""
     if direction == "forward":
         given = {*signature.inputs(chain), *signature.outputs(chain)}
     else:
         given = {*signature.saved(chain), *(f"d_{g}" for g in signature.gradients_in(chain))}
         given |= {f"d_{i}" for i in signature.inputs(chain)}
     of_token = {n for n in given if n.removeprefix("d_") in ("X", "next_X", "y", "h")}
+    if direction == "backward" and not chain.reads_streams_backward:
+        of_token.discard("X")
     sizes = {n: math.prod(signature.shape(chain, n.removeprefix("d_"), (1,))) for n in of_token}
     return {n: size * signature.dtype(chain, n.removeprefix("d_")).itemsize for n, size in sizes.items()}
