@@ -18,19 +18,11 @@ import torch
 from torch import nn
 
 import mhc_compile
+from mhc_compile.demo import trials
 from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
 from mhc_compile.demo.training import Contender, adamw, train
-from mhc_compile.demo.trials import (
-    CLAIMS_HEAD,
-    Claim,
-    arguments,
-    in_processes,
-    markdown,
-    plus_minus,
-    processor_seconds,
-    write,
-)
+from mhc_compile.demo.trials import Claim, markdown, plus_minus
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.plan.allocation import BEST_SHARES, allocate
 
@@ -283,7 +275,7 @@ def report(outcome: Outcome) -> str:
     head = ("memory's share", "experts a layer", *sizes_head, "held-out loss", "minus none")
     return "\n\n".join(
         (
-            markdown(CLAIMS_HEAD, [c.row for c in claims(outcome)]),
+            markdown(trials.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
             f"A budget of {recipe.budget:,} parameters, {s.layers} layers, C = {s.hidden}, {s.streams} streams, "
             f"experts of {recipe.expert}, {ROUTED} a token, {s.steps} steps of {s.batch} x {s.length} tokens; losses "
             f"in nats a token, mean ± standard deviation of {recipe.seeds} seeds (differences are paired). {LEAST}: "
@@ -325,12 +317,14 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    given = arguments(__doc__.splitlines()[0], "scaling")
+    given = trials.arguments(__doc__.splitlines()[0], "scaling")
     recipe = QUICK if given.quick else RECIPE
     corpus = build_corpus(recipe.settings)
-    outcome = Outcome(recipe=recipe, trained=in_processes(partial(run, corpus), jobs_of(recipe), recipe.processes))
+    outcome = Outcome(
+        recipe=recipe, trained=trials.in_processes(partial(run, corpus), jobs_of(recipe), recipe.processes)
+    )
     print(text := report(outcome))
-    write(given.out, "scaling", text, {**asdict(outcome), "processor_seconds": processor_seconds()}, draw(outcome))
+    trials.write(given.out, "scaling", text, asdict(outcome), draw(outcome))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "mhc-compile plan examples/": "tests/runtime/test_plan.py",
     "torchrun ": "tests/runtime/test_launch.py",
     "python examples/train/": "tests/runtime/test_train_examples.py",
+    "python examples/s": "tests/test_claims.py",
     "python examples/": "tests/test_examples.py",
     "python tests/zoo/": "tests/zoo/test_zoo.py",
 }

@@ -71,12 +71,6 @@ def _told(jobs: Sequence[Job], results: Iterable[Result]) -> list[Result]:
     return found
 
 
-def processor_seconds() -> float:
-    """Of this process and of those that it has ended."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
-
-
 def plus_minus(values: Sequence[float], digits: int = 4, *, sign: bool = False) -> str:
     """The mean and, of several, the standard deviation (with n - 1)."""
     mean = f"{statistics.fmean(values):{'+' if sign else ''}.{digits}f}"
@@ -101,7 +95,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(folder: Path, name: str, text: str, numbers: dict[str, Any], figure: Figure) -> None:
-    """`name`.md, `name`.json and `name`.png in `folder`, each replaced as a whole."""
+    """`name`.md, `name`.json and `name`.png in `folder`, each replaced as a whole.
+
+    `numbers` get the processor time of this process and of those that it has ended, in seconds.
+    """
+    used = os.times()
+    spent = used.user + used.system + used.children_user + used.children_system
     folder.mkdir(parents=True, exist_ok=True)
 
     def png(path: Path) -> None:
@@ -109,7 +108,9 @@ def write(folder: Path, name: str, text: str, numbers: dict[str, Any], figure: F
 
     writers: dict[str, Callable[[Path], Any]] = {
         "md": lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        "json": lambda path: path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8"),
+        "json": lambda path: path.write_text(
+            json.dumps({**numbers, "processor_seconds": spent}, indent=1) + "\n", encoding="utf-8"
+        ),
         "png": png,
     }
     for ending, put in writers.items():
