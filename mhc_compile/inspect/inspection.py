@@ -184,6 +184,16 @@ class Inspection:
             write_whole(Path(file), text)
         return text
 
+    def _repr_html_(self) -> str:
+        """The page in a frame, for notebooks."""
+        from mhc_compile.inspect.page.notebook import frame
+
+        return frame(self.data())
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        """What a notebook shows: the page, and plain text where there is no browser."""
+        return {"text/plain": self.text(), "text/html": self._repr_html_()}
+
     def __str__(self) -> str:
         return self.text()
 

@@ -6,7 +6,10 @@ import io
 import json
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile.diagnostics import TABLE
+from mhc_compile.inspect.page import notebook
 from mhc_compile.inspect.page.page import FOLDER, page
 
 Data = dict[str, Any]
@@ -406,11 +410,10 @@ def test_prints_without_its_tools(report: Opened) -> None:
 # --- models of other kinds -------------------------------------------------------------------------------------------
 
 
-def test_ninety_six_layers(browser: Browser, tmp_path: Path) -> None:
-    with torch.device("meta"):
-        model = llama(num_hidden_layers=96)
-    found = mhc_compile.inspect(model, inner="eager")
-    file = written(found.data(), tmp_path)
+@contextmanager
+def deep(browser: Browser, data: Data, folder: Path, site: str) -> Iterator[Opened]:
+    """The report of 96 equal layers: small, folded, and one of its sites found."""
+    file = written(data, folder)
     assert file.stat().st_size < 10e6
     with opened(browser, file) as report:
         timing = "performance.getEntriesByType('navigation')[0].duration"
@@ -419,16 +422,34 @@ def test_ninety_six_layers(browser: Browser, tmp_path: Path) -> None:
         group = report.page.locator(".item.group")
         expect(group).to_have_count(1)
         expect(group).to_contain_text("× 96")
-        choose(report, "layers.57#1")
+        choose(report, site)
         expect(report.page.locator(".item[aria-selected=true] > .row")).to_be_in_viewport()
+        expect(report.page.locator(".item.layer")).to_have_count(96)
         assert report.page.locator(".line.came").count() > 3
-        # The whole graph's code waits until it is asked for, and comes in parts.
+        yield report
+        report.check()
+
+
+def test_ninety_six_layers(browser: Browser, tmp_path: Path) -> None:
+    data = mhc_compile.inspect(Chain(depth=96), ids(), inner="eager").data()
+    with deep(browser, data, tmp_path, "layers.57#0") as report:
         report.page.keyboard.press("Home")
+        # So much code waits until it is asked for, and comes in parts.
+        expect(report.page.locator(".line")).to_have_count(0)
         report.page.get_by_role("button", name=re.compile("^Show the ")).click()
         assert 100 < report.page.locator(".line").count() <= 400
         report.page.get_by_role("button", name=re.compile("more lines: show the next")).click()
         assert report.page.locator(".line").count() > 400
-        report.check()
+
+
+@pytest.mark.slow
+def test_a_llama_of_ninety_six_layers(browser: Browser, tmp_path: Path) -> None:
+    """With `-s` it prints the page's size and how long it took to open."""
+    with torch.device("meta"):
+        model = llama(num_hidden_layers=96)
+    with deep(browser, mhc_compile.inspect(model).data(), tmp_path, "layers.57#1") as report:
+        report.page.get_by_role("treeitem", name=re.compile("residual stream")).locator(".row").first.click()
+        expect(report.page.get_by_role("button", name=re.compile("^Show the "))).to_be_visible()
 
 
 def test_a_refused_model(browser: Browser, tmp_path: Path) -> None:
@@ -497,6 +518,57 @@ def test_texts_never_run(browser: Browser, data: Data, tmp_path: Path) -> None:
         assert report.page.locator("img").count() == 0
         assert report.page.locator("script").count() == 2
         report.check()
+
+
+# --- notebooks and pictures ------------------------------------------------------------------------------------------
+
+
+def test_a_notebook_shows_the_page(browser: Browser, tmp_path: Path) -> None:
+    found = mhc_compile.inspect(mhc_compile.convert(Chain(), ids(), inner="eager"), ids(), inner="eager")
+    shown = found._repr_mimebundle_()
+    assert shown["text/plain"] == str(found)
+    assert shown["text/html"] == found._repr_html_()
+    file = tmp_path / "cell.html"
+    file.write_text(f"<!doctype html><meta charset=utf-8>{shown['text/html']}", encoding="utf-8")
+    with opened(browser, file) as cell:
+        frame = cell.page.frame_locator("iframe")
+        expect(frame.get_by_role("heading", level=1)).to_have_text("Chain")
+        frame.locator(".item.layer .row").first.click()
+        expect(frame.locator(".item.site").first).to_be_visible()
+        expect(frame.locator(".line").first).to_be_attached()
+        # The frame shares nothing with the notebook around it.
+        inside = cell.page.frames[1]
+        assert (
+            inside.evaluate("(() => { try { return parent.document.title; } catch { return 'apart'; } })()") == "apart"
+        )
+        assert cell.errors == []
+
+
+def test_a_large_report_comes_to_a_notebook_without_code(
+    browser: Browser, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebook, "LARGEST", 1000)
+    small, whole = notebook.frame(data), page(data)
+    assert len(small) < len(whole) / 2
+    assert data["lines"]  # the report itself keeps its code
+    file = tmp_path / "cell.html"
+    file.write_text(f"<!doctype html><meta charset=utf-8>{small}", encoding="utf-8")
+    with opened(browser, file) as cell:
+        frame = cell.page.frame_locator("iframe")
+        expect(frame.locator("#detail")).to_contain_text("Left out of this view")
+        frame.locator(".item.layer .row").first.click()
+        frame.locator(".item.site .row").first.click()
+        expect(frame.locator(".kernel").first).to_contain_text("bytes a token")
+        assert cell.errors == []
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_documentation_are_made(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "docs" / "screenshots.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"report-light.png", "report-dark.png", "report-code.png"}
+    light, dark = (imread(tmp_path / f"report-{scheme}.png")[..., :3].mean() for scheme in ("light", "dark"))
+    assert light > 0.8 > 0.3 > dark
 
 
 # --- the parts of the page -------------------------------------------------------------------------------------------

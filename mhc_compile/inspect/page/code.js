@@ -146,7 +146,7 @@ function marked(text, part) {
     ? [
         [named[1].length, "value"],
         [named[1].length + 3, ""],
-        [named[0].length, named[3].startsWith("mhc.") ? "op ours" : "op"],
+        [named[0].length, named[3].startsWith("mhc") ? "op ours" : "op"],
       ]
     : [];
   const out = [];

@@ -1,36 +1,37 @@
 // The graph code of the chosen part before and behind a pass: which passes are compared is kept from part to part.
 
-const WHOLE = 3000; // above so many lines the difference waits to be asked for
+const MANY = 3000; // lines above which the difference waits to be asked for
 const comparison = { from: 0, to: snapshots.length - 1, sideBySide: false, picked: false };
 const wide = window.matchMedia("(min-width: 1000px)");
 let stepPass = () => {}; // what the keys [ and ] do
 
 /** The section for an item; `wanted` is a line to show. */
-function codeSection(item, wanted = null) {
+function codeSection(item, wanted = null, asked = wanted !== null) {
   const owners = item.kind === "model" ? null : within(item.ids);
   const codes = snapshots.map((snapshot) => codeOf(snapshot, owners));
   if (codes.every((code) => !code.length)) return null;
   if (!comparison.picked) startingPass(codes);
   if (wanted !== null) showing(codes, wanted);
   const holder = make("div", { class: "comparison" });
-  let asked = wanted !== null;
   const refresh = () => holder.replaceChildren(passBar(codes, change), pairBar(change), body());
   const change = (from, to) => {
-    const within = holder.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+    const focused = holder.contains(document.activeElement) ? document.activeElement.dataset.key : null;
     Object.assign(comparison, { from, to, picked: true });
     wanted = null;
+    asked = true;
     refresh();
     // The bars were written anew: the focus goes to the same control again.
-    if (within) holder.querySelector(`[data-key="${within}"]`)?.focus();
+    if (focused) holder.querySelector(`[data-key="${focused}"]`)?.focus();
   };
   const body = () => {
     const [before, after] = [codes[comparison.from], codes[comparison.to]];
-    if (Math.max(before.length, after.length) > WHOLE && !asked) {
+    // The whole graph is seldom what is looked for: it is not laid out each time the model is chosen.
+    if (!asked && (item === root || Math.max(before.length, after.length) > MANY)) {
       const show = () => ((asked = true), refresh());
       return make(
         "button",
         { type: "button", class: "ask", on: { click: show } },
-        `Show the ${count(after.length)} lines of this part`,
+        `Show the ${several(after.length, "line")}`,
       );
     }
     const rows = difference(before, after);

@@ -1,6 +1,6 @@
 // The right-hand side: what is known of the chosen part.
 
-/** Show an item; `wanted` may name a line of code, or a line of a kernel's source, to bring into view. */
+/** Show an item; `wanted` may name a line of code or of a kernel's source to bring into view, or ask for all code. */
 function showDetail(item, wanted = {}) {
   const detail = byId("detail");
   stepPass = () => {};

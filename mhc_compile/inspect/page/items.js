@@ -23,7 +23,9 @@ function itemFor(id, parent, streams) {
   // What lies in a stream is drawn with as many lanes as the stream has.
   const own = element.kind === "stream" ? streamCount(element) : streams;
   const item = makeItem(element.kind, element.name, [id], parent, own);
-  item.label = shorter(element.name, parent);
+  // A site is named after its module as its stream sees it, and numbered: what the layer says already is left out.
+  const number = element.kind === "site" ? /#\d+$/.exec(element.name) : null;
+  item.label = shorter(number ? element.module + number[0] : element.name, parent);
   itemOf.set(id, item);
   item.children = gathered(element.children, item, own);
   return item;
@@ -105,9 +107,6 @@ function span(names) {
 
 /** A name without what its parents' names say already. */
 function shorter(name, parent) {
-  // A site is named after its module, and numbered.
-  const numbered = /#\d+$/.exec(name);
-  if (numbered && parent.kind === "layer") return numbered[0];
   for (let above = parent; above; above = above.parent) {
     if (above.element && above.name && name !== above.name && name.startsWith(above.name)) {
       const rest = name.slice(above.name.length);

@@ -1,7 +1,7 @@
 // What is shown of the model as a whole: why it was refused, what the passes did, its options, its kernels.
 
 /** The parts of the overview; `wanted` as in `showDetail`. */
-function overview({ line = null, kernel = null }) {
+function overview({ line = null, kernel = null, code = line !== null }) {
   const everyKernel = kernels.map((_, index) => index);
   const parts = [
     make("header", {}, make("h2", {}, make("span", { class: "kind" }, "model"), report.model.name)),
@@ -14,7 +14,7 @@ function overview({ line = null, kernel = null }) {
     stagesTable(),
     memoryFacts(),
     section("Options", facts(Object.entries(report.options).map(([name, value]) => [name, make("code", {}, value)]))),
-    codeSection(root, line) ?? (passes.length ? codeLeftOut() : null),
+    codeSection(root, line, code) ?? (passes.length ? codeLeftOut() : null),
   ];
   return parts.filter(Boolean);
 }
@@ -83,7 +83,7 @@ function codeLeftOut() {
 function showPass(index) {
   Object.assign(comparison, { from: index, to: index + 1, picked: true });
   reveal(root);
-  showDetail(root);
+  showDetail(root, { code: true });
   byId("detail").querySelector(".comparison")?.scrollIntoView({ block: "start" });
 }
 
