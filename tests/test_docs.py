@@ -111,6 +111,7 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     namespace |= {
         "torch": torch,
         "mhc_compile": mhc_compile,
+        "CKPT_DIR": "CKPT_DIR",
         "model": llama(),
         "residual": llama(),
         "my_module": Residual(),
@@ -124,24 +125,28 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     exec(compile("\n" * (block.line - 1) + code, str(page), "exec", dont_inherit=True), namespace)
 
 
-def commands(block: Block) -> list[str]:
-    """The block's commands, without comments."""
-    lines = smaller(block.text).replace("\\\n", "").splitlines()
-    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+def commands(block: Block) -> list[tuple[str, int]]:
+    """The block's commands without comments, and what each exits with: 0, unless its comment says so."""
+    found = []
+    for line in smaller(block.text).replace("\\\n", "").splitlines():
+        if words := shlex.split(line, comments=True):
+            code = re.search(r"# exits with (\d)", line)
+            found.append((shlex.join(words), int(code[1]) if code else 0))
+    return found
 
 
-def run_command(command: str) -> None:
+def run_command(command: str, code: int) -> None:
     words = shlex.split(command)
     if command.startswith(tuple(ELSEWHERE)):
         if words[0] == "mhc-compile":
             cli.parser().parse_args(words[1:])  # ends the test where there is no such option
         return
     if words[0] == "mhc-compile":
-        assert cli.main(words[1:]) == 0, command
+        assert cli.main(words[1:]) == code, command
         return
     words[0] = {"python": sys.executable}.get(words[0], words[0])
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +183,14 @@ def test_code_and_commands_run_in_order(
                 warnings.simplefilter("ignore")
                 run_python(block, PAGES[name], namespace)
         elif block.language == "sh":
-            for command in commands(block):
-                run_command(command)
+            for command, code in commands(block):
+                run_command(command, code)
 
 
 def test_pages_hold_code_that_is_run() -> None:
     every = [block for page in PAGES.values() for block in blocks(page)]
     assert {block.language for block in every} <= {"python", "sh", "text", "toml", "json"}
-    shells = [c for block in every if block.language == "sh" for c in commands(block)]
+    shells = [command for block in every if block.language == "sh" for command, _ in commands(block)]
     assert sum(block.language == "python" for block in every) >= 15
     assert sum(not command.startswith(tuple(ELSEWHERE)) for command in shells) >= 10
 
