@@ -262,6 +262,10 @@ COMPILER: dict[str, Diagnostic] = {
         "name a Hugging Face checkpoint folder or its config.json, of an architecture that transformers itself has",
     ),
     "MHC509": Diagnostic("the report cannot be written", "name a file in a folder that exists, where you may write"),
+    "MHC520": Diagnostic(
+        "these options do not go together",
+        "print the report, or with --mlir (and --out, --streams) the model in MLIR; run the command twice for both",
+    ),
     "MHC525": Diagnostic("no weights to compute with", "load the model with its weights: bisect runs it"),
     "MHC526": Diagnostic("the reproducer cannot be written", "name a file in a folder that exists"),
     "MHC527": Diagnostic(

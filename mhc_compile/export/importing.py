@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
+from torch.utils._pytree import tree_map_only
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.export.functions import split
@@ -94,6 +95,9 @@ def _importable(exported: ExportedProgram) -> ExportedProgram:
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)  # what the types say
+    for node in graph.nodes:
+        # MLIR has no devices, and torch-mlir no lowering of what is made on "meta".
+        node.args, node.kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (node.args, node.kwargs))
     for node in graph.find_nodes(op="call_function", target=aten.view.default):
         _say_collapse(node)
     kept = []

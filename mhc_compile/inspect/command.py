@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
 from mhc_compile.checkpoint.configured import configured
 from mhc_compile.checkpoint.manifest import NAME
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.export.mlir import Dialect
 from mhc_compile.inspect.examine import inspect
+from mhc_compile.inspect.mlir import mlir_of
 from mhc_compile.inspect.writing import write_whole
 
 COMMAND = "inspect"
@@ -24,7 +26,10 @@ examples:
   mhc-compile inspect ./Llama-3.2-1B
   mhc-compile inspect ./Llama-3.2-1B --layer model.layers.0 --streams 2
   mhc-compile inspect ./config.json --recompute auto --stages 4 --html report.html
+  mhc-compile inspect ./Llama-3.2-1B --mlir linalg --out llama.mlir
 """
+
+_OF_THE_REPORT = ("layer", "kernels", "recompute", "stages", "html", "json")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,6 +49,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--stages", metavar="N", type=int, help="show the model in this many pipeline stages")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as data")
+    parser.add_argument(
+        "--mlir", choices=get_args(Dialect), help="print the converted model in MLIR, in place of the report"
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the MLIR to a file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,12 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
     Raises `MHCError`: MHC508 where there is no model, MHC405 for an architecture that transformers does not have,
     MHC414 for an `mhc.json` that does not fit, MHC304 for `--streams` of a converted folder, MHC509 for a file that
-    cannot be written, and what `inspect` raises for a layer, blocks and stages.
+    cannot be written, MHC520 for options that do not go together, and what `inspect` raises for a layer, blocks and
+    stages, `convert`, `export` and `to_mlir` for a model in MLIR.
     """
+    if args.mlir is not None or args.out is not None:
+        return _mlir(args)
     model, converted = configured(args.model)
-    options: dict[str, Any] = {} if args.streams is None else {"streams": args.streams}
-    if converted and options:
-        raise MHCError("MHC304", f"--streams {args.streams}; {args.model / NAME} says how the folder was converted")
+    options = _stream_options(args, converted=converted)
     if args.recompute is not None:
         options["recompute"] = int(args.recompute) if args.recompute.isdigit() else args.recompute
     found = inspect(model, layer=args.layer, stages=args.stages, **options)
@@ -72,3 +82,26 @@ def run(args: argparse.Namespace) -> int:
             write_whole(file, text())
             print(f"\nwritten to {file}")
     return 1 if found.refusal else 0
+
+
+def _stream_options(args: argparse.Namespace, *, converted: bool) -> dict[str, Any]:
+    """What an unconverted model is converted with. Raises MHC304 for a converted one."""
+    options: dict[str, Any] = {} if args.streams is None else {"streams": args.streams}
+    if converted and options:
+        raise MHCError("MHC304", f"--streams {args.streams}; {args.model / NAME} says how the folder was converted")
+    return options
+
+
+def _mlir(args: argparse.Namespace) -> int:
+    """Print the model in MLIR, or write it to `--out`."""
+    if args.mlir is None:
+        raise MHCError("MHC520", "--out is for --mlir; --html and --json name the report's files")
+    if given := [name for name in _OF_THE_REPORT if getattr(args, name) not in (None, False)]:
+        raise MHCError("MHC520", f"--mlir and --{given[0]}")
+    text = mlir_of(args.model, args.mlir, **_stream_options(args, converted=(args.model / NAME).is_file()))
+    if args.out is None:
+        print(text)
+    else:
+        write_whole(args.out, text)
+        print(f"written to {args.out}")
+    return 0
