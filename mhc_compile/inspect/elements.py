@@ -111,6 +111,12 @@ class Drawing:
             known = self.layers[path] = self.add(Element("layer", path, path, calls=calls), stream)
         return known
 
+    def root(self, number: int) -> int:
+        """The element on top of `number`."""
+        while number in self.parent:
+            number = self.parent[number]
+        return number
+
     def branch(self, site: int) -> int:
         """The branch of a site."""
         return next(c for c in self.elements[site].children if self.elements[c].kind == "branch")

@@ -109,15 +109,11 @@ class Placement:
             parent = None
             if self.nested and "." in path:
                 parent = self._special(path.rpartition(".")[0])
-            self.outside[path] = self.drawing.add(_outside(path, self.model), parent)
+            numbered = self.nested and path.rpartition(".")[2].isdigit()
+            ends = path in (INPUTS, OUTPUT)
+            name, module = (path.strip("()"), "") if ends else (path or self.model, path)
+            self.outside[path] = self.drawing.add(Element("layer" if numbered else "outside", name, module), parent)
         return self.outside[path]
-
-
-def _outside(path: str, model: str) -> Element:
-    numbered = path.rpartition(".")[2].isdigit()
-    module = "" if path in (INPUTS, OUTPUT) else path
-    name = path.strip("()") if path in (INPUTS, OUTPUT) else path or model
-    return Element("layer" if numbered else "outside", name, module)
 
 
 def prefixes(path: str) -> Iterable[str]:
@@ -136,15 +132,13 @@ def in_order(drawing: Drawing, captured: Sequence[Node], place: Placement) -> li
         number = place(node)
         if drawing.elements[number].kind == "stream" or (node.op == "placeholder" and is_owned(node)):
             continue
-        while number in drawing.parent:
-            number = drawing.parent[number]
-        first.setdefault(number, i)
-    streams = {
-        drawing.elements[r].module: first.get(r, 0) for r in drawing.roots if drawing.elements[r].kind == "stream"
-    }
+        first.setdefault(drawing.root(number), i)
+    last = float(len(captured))
     for root in drawing.roots:
         element = drawing.elements[root]
-        if element.kind in ("exit", "memory"):
-            near = next((at for path, at in streams.items() if path == element.module), len(captured))
-            first[root] = near + (0.5 if element.kind == "exit" else -0.5)
-    return sorted(drawing.roots, key=lambda r: first.get(r, len(captured)))
+        if element.kind == "exit":
+            first[root] = first.get(drawing.root(drawing.before[root]), last) + 0.5
+        elif element.kind == "memory":
+            streams = (r for r in drawing.roots if drawing.elements[r].kind == "stream")
+            first[root] = min(first.get(r, last) for r in streams if drawing.elements[r].module == element.module) - 0.5
+    return sorted(drawing.roots, key=lambda r: first.get(r, last))
