@@ -41,8 +41,8 @@ function limit(moved, least) {
   if (!moved || !least) return [];
   const share = Math.min(1, least / moved);
   const bar = make("span", { class: "gauge", "aria-hidden": "true" }, make("span", { style: { "--share": share } }));
-  const figures = `${count(moved)} bytes a token, ${Math.round(100 * share)} % of the limit (${count(least)} must)`;
-  return [bar, make("span", { class: "figures" }, figures)];
+  const percent = `${Math.round(100 * share)} % of the limit (${count(least)} must move)`;
+  return [bar, make("span", { class: "figures" }, `${count(moved)} bytes a token, ${percent}`)];
 }
 
 function numbered(text, wanted, label) {
