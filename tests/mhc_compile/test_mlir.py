@@ -6,17 +6,21 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from memories import with_memory
-from tiny_models import chain, close, gpt2, ids, llama, logits, shake, t5
+from tiny_models import chain, close, code_of, gpt2, ids, llama, logits, shake, t5
 from torch import Tensor, nn
 from torch.export import Dim
 
 import mhc_compile
+from mhc_compile.cli import main, parser
+from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.export.execute import Executable
+from mhc_compile.inspect.command import run
 
 pytest.importorskip("torch_mlir")
 TAKES = "X y post mix phi alpha bias norm_weight"
@@ -30,7 +34,12 @@ def call_of(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Any]
 
 
 def converted(model: nn.Module, **options: Any) -> nn.Module:
-    mhc_compile.convert(model, example_kwargs=call_of(model), inner="eager", **({"iterations": 2} | options))
+    mhc_compile.convert(
+        model,
+        example_kwargs=call_of(model),
+        inner="eager",
+        **{k: v for k, v in ({"iterations": 2} | options).items() if v is not None},
+    )
     shake(model)
     return model
 
@@ -94,15 +103,14 @@ def test_linalg_is_read_again_and_computes_the_same() -> None:
         assert_equal_to_eager(read, model, call_of(model))
 
 
-@pytest.mark.parametrize("dialect", ["torch", "linalg"])
-def test_saved_programs_keep_their_functions(dialect: Any) -> None:
+def test_saved_programs_keep_their_functions() -> None:
     program = mhc_compile.export(converted(chain()), example_kwargs=call_of(chain()))
     file = BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    wanted = functions(text_of(mhc_compile.to_mlir(program, dialect)))
+    wanted = functions(text_of(mhc_compile.to_mlir(program)))
     assert "mhc_boundary_layer_n4_c32_float32" in wanted
-    assert functions(text_of(mhc_compile.to_mlir(torch.export.load(file), dialect))) == wanted
+    assert functions(text_of(mhc_compile.to_mlir(torch.export.load(file)))) == wanted
 
 
 def test_notes_change_nothing_of_a_program() -> None:
@@ -126,3 +134,83 @@ def test_dynamic_sizes() -> None:
         (got,) = run(ids(batch, length))
         with torch.no_grad():
             assert close(got, model(ids(batch, length)), 1e-5)
+
+
+def test_weights_without_values_are_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from torch_mlir import ir
+
+    model = llama(num_hidden_layers=1, architectures=["LlamaForCausalLM"])
+    model.config.save_pretrained(tmp_path)
+    file = tmp_path / "llama.mlir"
+    assert main(["inspect", str(tmp_path), "--streams", "2", "--mlir", "linalg", "--out", str(file)]) == 0
+    assert capsys.readouterr().out == f"written to {file}\n"
+    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+    text = file.read_text()
+    assert "mhc_boundary_rms_n2_c32_float32" in functions(text)
+    names = named(functions(text)["main"].splitlines()[0]).split()
+    # Another program gives it the weights of a model of its own.
+    mhc_compile.convert(model, streams=2, inner="eager")
+    shake(model)
+    held = model.state_dict()
+    assert set(names) == {*held, "input_ids"}
+    with ir.Context():
+        execute = Executable(ir.Module.parse(text))
+    (got,) = execute(*(held.get(name, ids()) for name in names[:-1]), example_inputs(model)["input_ids"])
+    with torch.no_grad():
+        assert close(got, model(**example_inputs(model)).logits, 1e-5)
+
+
+def test_a_model_without_values_is_exported_and_lowered() -> None:
+    with torch.device("meta"):
+        model = chain()
+    mhc_compile.convert(model, torch.zeros(2, 8, dtype=torch.int64, device="meta"), iterations=1)
+    program = mhc_compile.export(model, torch.zeros(2, 8, dtype=torch.int64, device="meta"))
+    found = functions(text_of(mhc_compile.to_mlir(program, "linalg")))
+    assert set(named(found["main"].splitlines()[0]).split()) == {*model.state_dict(), "x"}
+
+
+def test_options_of_the_report_are_refused(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    wrong = {"--out file": "--out is for", "--mlir torch --kernels": "--kernels", "--mlir torch --html f": "--html"}
+    for arguments, said in wrong.items():
+        with pytest.raises(mhc_compile.MHCError, match=said) as caught:
+            run(parser().parse_args(["inspect", str(config), *arguments.split()]))
+        assert code_of(caught.value) == "MHC520"
+
+
+WIDE: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "gpt2": (lambda: converted(gpt2()), {"mhc_read_layer", "mhc_boundary_layer", "mhc_leave", "mhc_sinkhorn"}),
+    "t5": (lambda: converted(t5(num_layers=1)), {"mhc_read", "mhc_boundary", "mhc_leave", "mhc_sinkhorn"}),
+    "a memory of the paper": (lambda: with_memory(llama(), "paper"), {"engram_recall", "mhc_distribute"}),
+    "a memory of v4.1": (lambda: with_memory(llama(), "v41"), {"engram_remember", "mhc_distribute"}),
+    "hyper-connections": (
+        lambda: converted(chain(), form="hc", iterations=None), {"mhc_aggregate", "mhc_distribute", "mhc_leave"}
+    ),
+    "no Sinkhorn": (lambda: converted(chain(), manifold="kronecker"), {"mhc_read_layer", "mhc_leave"}),
+    "a learned head": (lambda: converted(chain(), convention="deepseek_v4"), {"mhc_leave", "mhc_sinkhorn"}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WIDE)
+def test_wider(name: str) -> None:
+    make, wanted = WIDE[name]
+    model = make()
+    call = call_of(model)
+    module = mhc_compile.to_mlir(mhc_compile.export(model, example_kwargs=call), "linalg")
+    text = text_of(module)
+    assert wanted <= {re.sub(r"_n\d.*", "", f) for f in functions(text)}
+    assert ("sinkhorn" in text) == ("mhc_sinkhorn" in wanted or "memory" in name)
+    # Nothing that only torch-mlir can read.
+    assert not re.search(r"\b(torch|torch_c|tm_tensor)\.[a-z]", text)
+    assert_equal_to_eager(module, model, call)
+
+
+@pytest.mark.slow
+def test_deeper_models_have_no_more_functions() -> None:
+    few, many = (
+        functions(text_of(mhc_compile.to_mlir(mhc_compile.export(converted(llama(num_hidden_layers=depth))))))
+        for depth in (2, 6)
+    )
+    assert few.keys() == many.keys()
+    assert all(few[name] == many[name] for name in few if name != "main")
