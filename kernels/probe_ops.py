@@ -76,7 +76,8 @@ def _site(
     streams: Tensor, branch: Tensor, pre: Tensor, post: Tensor, mix: Tensor, earlier: Tensor | None, mixed: bool
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(streams):
-        composite = mix.clone() if earlier is None else measures.composed(mix, earlier)
+        # Streams may be flattened on the way from site to site.
+        composite = mix.clone() if earlier is None else measures.composed(mix, earlier.reshape(mix.shape))
         both = {"gain": measures.gains(mix), "composite": measures.gains(composite)}
         values = {
             f"{k}_{d}": g for k, gains in both.items() for d, g in zip(("forward", "backward"), gains, strict=True)

@@ -38,6 +38,9 @@ _GATES = {
 }  # fmt: skip
 """The ops that compute a gate, with the places of streams, keys, query gain and key gain among their operands."""
 
+_MOVES = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "roll", "flip", "index_select"}
+"""Operations behind which another token may stand in a token's place."""
+
 
 @dataclass
 class Probed:
@@ -121,7 +124,7 @@ class _Probing:
         self._watch(owner, name, mix)
         fused = mix.meta.get("mhc_chain")
         mixed = fused is None or fused.keeps_streams
-        with self.graph.inserting_before(_behind(mix)):
+        with self.graph.inserting_before(_behind(mix, *(u for u in mix.users if u.target is operator.getitem))):
             several = fused is not None and len(signature.outputs(fused)) > 1
             after = (self._item(mix, 0) if several else mix) if mixed else X
             both = self._record(PROBES.site.default, (after, y, self._pre(triple), post, H, earlier, mixed), mix)
@@ -158,18 +161,22 @@ class _Probing:
         return self._record(PROBES.pre.default, operands, triple)
 
     def _earlier(self, X: Node) -> Node | None:
-        """The composite of the sites in front of `X` in its stream."""
-        queue, seen = [X], {X}
+        """The composite of the sites in front of `X` in its stream; None at the first, and where tokens change places.
+
+        Behind such a place composites begin anew: what a token's streams went through is no product of one token's H.
+        """
+        queue, seen = [(X, False)], {X}
         while queue:
-            above = queue.pop(0)
+            above, moved = queue.pop(0)
             if above in self.composites:
-                return self.composites[above]
+                return None if moved else self.composites[above]
             if above.target is torch.ops.mhc.expand.default:
                 return None
+            moved = moved or op_name(above) in _MOVES
             for operand in above.all_input_nodes:
                 if operand not in seen:
                     seen.add(operand)
-                    queue.append(operand)
+                    queue.append((operand, moved))
         return None
 
     def _gates(self, gate: Node, places: tuple[int, ...]) -> None:
@@ -197,6 +204,9 @@ class _Probing:
         return new
 
     def _item(self, node: Node, index: int) -> Node:
+        for user in node.users:
+            if user.target is operator.getitem and user.args[1] == index:
+                return user
         return self._call(operator.getitem, (node, index), node)
 
 
@@ -213,9 +223,9 @@ def _maker(node: Node) -> Node:
     return node
 
 
-def _behind(node: Node) -> Node:
-    """The next node that is no input of the graph: what to insert in front of."""
-    place = node.next
+def _behind(*nodes: Node) -> Node:
+    """The first node behind all `nodes` that is no input of the graph: what to insert in front of."""
+    place = max(nodes).next
     while place.op == "placeholder":
         place = place.next
     return place

@@ -31,7 +31,7 @@ class Sample:
         gain_forward_mean, _max        [L]       largest row sum of the site's `|H|`, over tokens
         gain_backward_mean, _max       [L]       largest column sum of it
         composite_forward_mean, _max   [L]       the same of `H_l ... H_1`, the sites up to this one (arXiv 2512.24880)
-        composite_backward_mean, _max  [L]
+        composite_backward_mean, _max  [L]       (sites behind a transposed stream begin a product anew)
         distance_mean, _max            [L]       of H from doubly stochastic: `|row or column sum - 1|` or `-entry`
         pre_entropy, post_entropy      [L]       in nats, of the shares of the streams in pre and post: 0 to log n
         separation                     [L]       behind the site, the streams' deviation from their mean, relative
@@ -62,10 +62,10 @@ class Sample:
         return json.dumps({**about, **names, "values": values}, allow_nan=False)
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_samples(path: str | Path) -> list[Sample]:
     """The samples in a file that `Probes.write` made. Raises MHC232 for one that it cannot have made, MHC413."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MHCError("MHC413", str(error)) from error
     found = []

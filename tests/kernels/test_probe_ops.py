@@ -1,0 +1,115 @@
+"""The recording ops: equal to the equations, whole and piece by piece, without gradients of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_compile.kernels import plain, probe_ops, reference
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.engram import fusion
+from mhc_compile.kernels.engram.spec import FusionSpec
+from mhc_compile.kernels.spec import Convention, StreamSpec
+from mhc_compile.kernels.start import start_site
+
+OPS = torch.ops.mhc_probes
+
+
+def operands(n: int = 3, C: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Of a site, for 2 x 7 tokens."""
+    X, y = torch.randn(2, 7, n, C, dtype=dtype), torch.randn(2, 7, C, dtype=dtype)
+    pre, post = (torch.rand(2, 7, n) + 0.1 for _ in range(2))
+    return {"X": X, "y": y, "pre": pre, "post": post, "mix": torch.randn(2, 7, n, n)}
+
+
+def figures(found: Tensor, n: int = 3) -> dict[str, Tensor]:
+    sizes = {name: torch.Size(shape) for name, shape in probe_ops.layout(n).items()}
+    parts = found.split([shape.numel() for shape in sizes.values()])
+    return {name: part.reshape(shape) for (name, shape), part in zip(sizes.items(), parts, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_site_that_has_not_mixed_mixes_itself(dtype: torch.dtype) -> None:
+    X, y, pre, post, mix = operands(dtype=dtype).values()
+    if dtype == torch.float64:
+        pre, post, mix = pre.double(), post.double(), mix.double()
+    after = reference.distribute(X, y, post, mix)
+    mixed, composite = OPS.site(after, y, pre, post, mix, None, True)
+    own, _ = OPS.site(X, y, pre, post, mix, None, False)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, own)
+    assert torch.equal(composite, mix)
+    assert composite.data_ptr() != mix.data_ptr()
+    found = figures(mixed)
+    torch.testing.assert_close(found["streams"], after.float().square().mean((0, 1, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["branch"], y.float().square().mean(), rtol=1e-5, atol=1e-6)
+    assert found["tokens"] == 14
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_pieces_make_the_whole(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, pre, post, mix = operands().values()
+    whole, _ = OPS.site(X, y, pre, post, mix, mix, mixed)
+    monkeypatch.setattr(probe_ops, "CHUNK", 4 * 15)
+    pieces, _ = OPS.site(X, y, pre, post, mix, mix, mixed)
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("convention", list(Convention))
+def test_pre_from_what_a_kernel_keeps(convention: Convention) -> None:
+    spec = StreamSpec(streams=3, convention=convention, manifold=convention.fields.manifold)
+    chain = Chain(kind="read", stream=spec, width=5)
+    phi, alpha, bias = start_site(spec, 0, 5)
+    phi, alpha = torch.randn(phi.shape), torch.tensor([0.3, 0.2, 0.1])
+    X = torch.randn(2, 7, 3, 5)
+    kept = plain.run(chain, "forward", {"X": X, "phi": phi, "alpha": alpha, "bias": bias}, ("z",), (2, 7))["z"]
+    expected, _, _ = reference.coefficients(X, phi, alpha, bias, spec)
+    torch.testing.assert_close(OPS.pre(kept, alpha, bias, 5, str(spec)), expected)
+
+
+def test_gates_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = str(FusionSpec())
+    X, keys = torch.randn(2, 2, 7, 3, 5)
+    gains = torch.randn(2, 3, 5)
+    gate = fusion.gate(X, keys, *gains, FusionSpec.parse(spec))
+    wanted = torch.stack([torch.histc(gate[..., i].flatten(), probe_ops.BINS, 0, 1) for i in range(3)])
+    assert torch.equal(OPS.gates(X, keys, *gains, spec).float(), wanted)
+    monkeypatch.setattr(probe_ops, "CHUNK", 4 * 15)
+    assert torch.equal(OPS.gates(X, keys, *gains, spec).float(), wanted)
+
+
+def test_watch_is_the_identity_and_gives_squared_norms() -> None:
+    X, y = torch.randn(2, 7, 3, 5, requires_grad=True), torch.randn(2, 7, 5, requires_grad=True)
+    slot = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    a, b = probe_ops.watch(X, y, slot)
+    assert torch.equal(a, X)
+    assert (a.data_ptr(), b.data_ptr()) == (X.data_ptr(), y.data_ptr())
+    (a.sin().sum() + (b * 2).sum()).backward()
+    assert torch.equal(X.grad, X.detach().cos())
+    each = X.grad.double().square().sum((0, 1, 3))
+    wanted = torch.cat([each, torch.tensor([4.0 * 70], dtype=torch.float64)])
+    torch.testing.assert_close(slot.grad, wanted, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        assert probe_ops.watch(X, y, slot) == (X, y)
+    assert probe_ops.watch(X.detach(), y.detach(), slot)[0].requires_grad is False
+
+
+def test_what_is_recorded_has_no_gradient() -> None:
+    X, y, pre, post, mix = (t.requires_grad_() for t in operands().values())
+    found, composite = OPS.site(X, y, pre, post, mix, None, True)
+    assert not found.requires_grad
+    assert not composite.requires_grad
+
+
+def test_fakes_and_schemas() -> None:
+    X, y, pre, post, mix = operands().values()
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.site.default, (X, y, pre, post, mix, None, True), test_utils=checks)
+    torch.library.opcheck(OPS.site.default, (X, y, pre, post, mix, mix, False), test_utils=checks)
+    spec = StreamSpec(streams=3)
+    z, alpha, bias = torch.rand(2, 7, spec.rows + 1), torch.ones(3), torch.zeros(spec.rows)
+    torch.library.opcheck(OPS.pre.default, (z, alpha, bias, 5, str(spec)), test_utils=checks)
+    gains = torch.randn(2, 3, 5)
+    torch.library.opcheck(OPS.gates.default, (X, X + 1, *gains, str(FusionSpec())), test_utils=checks)
+    torch.library.opcheck(OPS.norms.default, (X, y), test_utils=checks)
