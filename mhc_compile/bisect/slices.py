@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph_module import _format_import_block
@@ -58,7 +59,7 @@ def slice_of(gm: GraphModule, target: Source | None, stops: Mapping[str, str]) -
         if node.op in ("get_attr", "call_module"):
             return None
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-    out: object = [copies[n] for n in ends]
+    out: Any = [copies[n] for n in ends]
     if target is not None:
         out = copies[ends[0]]
         if target.item is not None:

@@ -17,8 +17,9 @@ from mhc_compile.passes.base import op_name
 from mhc_compile.passes.dataflow import storage_root, writes_first_operand
 from mhc_compile.passes.numeric import KEEPS, Float64Interpreter, widen
 
+_UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 Values = dict[str, Any]
-"""What the nodes of one run gave, by name."""
+"""What the nodes of one run gave, by name; None for what lies inside a vmap."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _difference(a: Tensor, b: Tensor) -> Difference:
 
 def written(gm: GraphModule) -> set[str]:
     """The names of nodes whose storage another node writes into: their values do not stay what they were."""
-    roots = {storage_root(n.args[0]) for n in gm.graph.nodes if writes_first_operand(n)}  # type: ignore[arg-type]
+    roots = {storage_root(n.args[0]) for n in gm.graph.nodes if writes_first_operand(n)}
     return {n.name for n in gm.graph.nodes if storage_root(n) in roots}
 
 
@@ -77,8 +78,8 @@ class _Recording64(Float64Interpreter):
         self.written = written(gm)
 
     def run_node(self, n: Node) -> Any:
-        out = super().run_node(n)
-        self.values[n.name] = _kept(out) if n.name in self.written else out
+        out = _defined(n, super().run_node(n))
+        self.values[n.name] = _recorded(out, copy=n.name in self.written)
         return out
 
 
@@ -107,8 +108,8 @@ class _RecordingOwn(Interpreter):
         elif isinstance(chain := n.meta.get("mhc_chain"), Chain) and n.op == "call_function":
             out = run_plain(chain, self.fetch_args_kwargs_from_env(n)[0])
         else:
-            out = super().run_node(n)
-        self.values[n.name] = _kept(out) if n.name in self.written else out
+            out = _defined(n, super().run_node(n))
+        self.values[n.name] = _recorded(out, copy=n.name in self.written)
         if n.op == "output" or n.name in self.written or n.name not in self.anchors:
             return out
         return like(self.anchors[n.name], out)
@@ -166,6 +167,18 @@ def like(wanted: Any, found: Any) -> Any:
 
 def _plain(x: Any) -> bool:
     return type(x) in (tuple, list)
+
+
+def _defined(node: Node, out: Any) -> Any:
+    """What a node gave, memory that it left as it was at zero: it is written before it is read, if it is."""
+    return torch.zeros_like(out) if op_name(node) in _UNWRITTEN else out
+
+
+def _recorded(out: Any, *, copy: bool) -> Any:
+    # Inside a vmap values are wrapped, and nothing can be computed with them outside of it.
+    if any(isinstance(t, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tree_leaves(out)):
+        return None
+    return _kept(out) if copy else out
 
 
 def _kept(x: Any) -> Any:

@@ -125,14 +125,13 @@ def _sides(c: Comparison) -> Table:
     table.add_row("form", Text(c.a.label), Text(c.b.label))
     a, b = c.a.report, c.b.report
     rows: list[tuple[str, Any, Any]] = [
-        (name, a["model"].get(key), b["model"].get(key))
-        for name, key in (("model", "name"), ("state", "state"), ("parameters", "parameters"), ("added", "added"))
+        (key, a["model"].get(key), b["model"].get(key)) for key in ("name", "parameters", "added")
     ]
+    rows += [("state", *(" ".join(filter(None, (f.report["model"].get("state"), _refusal(f)))) for f in (c.a, c.b)))]
     rows += list(_joined(a["options"], b["options"]))
     rows += list(_joined(a["versions"], b["versions"]))
-    rows += [("refused", _refusal(c.a), _refusal(c.b))]
     for name, x, y in rows:
-        if x != y or name in ("model", "parameters", "added", "streams", "mhc_compile"):
+        if x != y or name in ("name", "state", "parameters", "added", "streams", "mhc_compile"):
             style = "" if x == y else "yellow"
             table.add_row(name, *(Text(f"{v:,}" if isinstance(v, int) else str(v), style=style) for v in (x, y)))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from mhc_compile.checkpoint.configured import configured
 from mhc_compile.checkpoint.manifest import NAME
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.diff.outputs import with_outputs
 from mhc_compile.export.mlir import Dialect
 from mhc_compile.inspect.examine import inspect
 from mhc_compile.inspect.mlir import mlir_of
@@ -29,7 +31,7 @@ examples:
   mhc-compile inspect ./Llama-3.2-1B --mlir linalg --out llama.mlir
 """
 
-_OF_THE_REPORT = ("layer", "kernels", "recompute", "stages", "html", "json")
+_OF_THE_REPORT = ("layer", "kernels", "recompute", "stages", "html", "json", "outputs")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,6 +52,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as data")
     parser.add_argument(
+        "--outputs", action="store_true", help="with --json: also run the model, on its weights, for diff to compare"
+    )
+    parser.add_argument(
         "--mlir", choices=get_args(Dialect), help="print the converted model in MLIR, in place of the report"
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the MLIR to a file")
@@ -63,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     cannot be written, MHC520 for options that do not go together, and what `inspect` raises for a layer, blocks and
     stages, `convert`, `export` and `to_mlir` for a model in MLIR.
     """
+    if args.outputs and args.json is None:
+        raise MHCError("MHC520", "--outputs go into the file that --json names")
     if args.mlir is not None or args.out is not None:
         return _mlir(args)
     model, converted = configured(args.model)
@@ -77,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         for kernel in found.kernels:
             for direction in ("forward", "backward"):
                 print(f"\n===== {kernel.chain.name}, {direction} =====\n{kernel.source(direction)}")
-    for file, text in ((args.html, found.html), (args.json, found.json)):
+    as_json = partial(with_outputs, found, args.model, **options) if args.outputs else found.json
+    for file, text in ((args.html, found.html), (args.json, as_json)):
         if file is not None:
             write_whole(file, text())
             print(f"\nwritten to {file}")

@@ -268,10 +268,7 @@ def test_a_pass_that_makes_numbers_undefined(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_tolerance_can_be_chosen() -> None:
     assert bisect(chain(), ids(), inner="eager", tolerance=1e-12).step == "widen"  # whose parameters are float32
     found = bisect(chain(), ids(), inner="eager", passes=passes_with(ReversesPost(1)), tolerance=1.0)
-    # Not wrong in float64 then; as roundings its results are.
-    assert found.step == "reverses_post"
-    assert found.finding is not None
-    assert found.finding.dtype == "float32"
+    assert found.finding is None
 
 
 def test_refusals(tmp_path: Path) -> None:
