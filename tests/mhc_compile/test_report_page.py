@@ -482,7 +482,9 @@ def test_a_model_that_breaks(browser: Browser, tmp_path: Path) -> None:
         report.check()
 
 
-EVIL = '</script><img src=x onerror="window.hit=1"><script>window.hit=1</script>\'"<!--<script>&lt;b&gt; ]]>'
+EVIL = (
+    "</script ><img src=x onerror='window.hit=1'></script><script>window.hit=1</script>\"\\ <!-- <script &lt;b&gt; ]]>"
+)
 
 
 def spoiled(value: Any) -> Any:
