@@ -58,9 +58,10 @@ def inspect(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = _look(model, args, kwargs, Watcher(layer, stages), settings, spec)
-    for w in caught:
+    once = {(str(w.message), w.filename, w.lineno): w for w in caught}.values()
+    for w in once:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
-    return replace(found, warnings=tuple(w.message for w in caught if isinstance(w.message, MHCWarning)))
+    return replace(found, warnings=tuple(w.message for w in once if isinstance(w.message, MHCWarning)))
 
 
 def _look(
