@@ -127,7 +127,8 @@ def _sides(c: Comparison) -> Table:
     rows: list[tuple[str, Any, Any]] = [
         (key, a["model"].get(key), b["model"].get(key)) for key in ("name", "parameters", "added")
     ]
-    rows += [("state", *(" ".join(filter(None, (f.report["model"].get("state"), _refusal(f)))) for f in (c.a, c.b)))]
+    x, y = (" ".join(filter(None, (f.report["model"].get("state"), _refusal(f)))) for f in (c.a, c.b))
+    rows.append(("state", x, y))
     rows += list(_joined(a["options"], b["options"]))
     rows += list(_joined(a["versions"], b["versions"]))
     for name, x, y in rows:

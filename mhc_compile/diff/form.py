@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +81,14 @@ class Form:
         return sum(calls * size for calls, size in self.kernels.values())
 
 
-def read_form(path: Path, options: Sequence[str] = (), *, seed: int = 0, run: bool = True) -> Form:
+def read_form(source: str | os.PathLike[str], options: Sequence[str] = (), *, seed: int = 0, run: bool = True) -> Form:
     """The form of a checkpoint folder or a config.json with `options` (`streams=2`), or of a report's JSON.
 
     `run`: also compute outputs, with the folder's weights or, without some, random ones from `seed`. Raises
     `MHCError`: MHC204 for options, also of a report, which has been made; MHC304 for streams of a converted folder;
     MHC527 for a file that is no report; what `weighted` raises for a model.
     """
+    path = Path(source)
     label = " ".join([str(path), *options])
     given = parse_options(options)
     report = None if path.is_dir() else _report(path)
