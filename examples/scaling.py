@@ -118,6 +118,9 @@ class Trained:
     held_out: float
     """At the end."""
 
+    def __str__(self) -> str:
+        return f"loss {self.held_out:.4f}"
+
 
 def mixture(settings: Settings, corpus: Corpus, experts: int, width: int) -> nn.Module:
     """A small Mixtral at its random start."""

@@ -24,9 +24,10 @@ from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
 from mhc_compile.demo.training import Contender, adamw, train
 from mhc_compile.demo.trials import Claim, markdown, plus_minus
+from mhc_compile.kernels.measures import gains
 from mhc_compile.kernels.reference import sinkhorn
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.measure import CompositeGain, composite_gain
+from mhc_compile.measure import CompositeGain, measuring
 
 RESIDUAL, HC, FREE, MHC, MEMORY = "residual", "HC", "mHC, H free", "mHC", "mHC + Engram"
 FORMS: dict[str, dict[str, Any]] = {
@@ -76,8 +77,8 @@ _SMALL = replace(
     held_out_batches=4, memory=_memory(0),
 )  # fmt: skip
 RECIPE = Recipe(
-    losses=_LOSSES, deep=replace(_LOSSES, hidden=64, length=64, batch=4, steps=120, learning_rate=2e-3),
-    depths=(24, 48, 96), iterations=(0, 1, 5, 20), seeds=3, measures=3, kernels="all", processes=2,
+    losses=_LOSSES, deep=replace(_LOSSES, hidden=64, length=64, batch=4, steps=100, learning_rate=2e-3),
+    depths=(24, 48, 96), iterations=(0, 1, 5, 20), seeds=3, measures=4, kernels="all", processes=2,
 )  # fmt: skip
 QUICK = Recipe(
     losses=_SMALL, deep=_SMALL, depths=(1, 2), iterations=(0, 20), seeds=1, measures=1, kernels="none", processes=1
@@ -111,10 +112,14 @@ class Trained:
     """Of every step."""
     norms: list[float]
     """Of every step's gradient before clipping to 1, without the rows of tables."""
-    held_out: float
-    """At the end, in nats a token."""
+    held_out: float | None
+    """At the end, in nats a token; None without steps."""
     gains: dict[int, CompositeGain]
     """After so many steps."""
+
+    def __str__(self) -> str:
+        loss = "" if self.held_out is None else f"loss {self.held_out:.4f} "
+        return loss + (f"gain {_larger(self.last_gain):.4g}" if self.gains else "")
 
     @property
     def usual_norm(self) -> float:
@@ -145,11 +150,13 @@ def run(corpus: Corpus, job: Job) -> Trained:
         options = {**FORMS[job.form], **counted, **memory, "inner": "eager", "kernels": job.kernels}
         mhc_compile.convert(model, streams=settings.streams, scratch=job.scratch, **options)
     held = held_out_batches(corpus, settings)
-    gains: dict[int, CompositeGain] = {}
+    found: dict[int, CompositeGain] = {}
+
+    streams = measuring(model, {"input_ids": held[0], "use_cache": False}) if job.form != RESIDUAL else dict
 
     def measure() -> None:
-        if job.form != RESIDUAL:
-            (gains[len(contender.losses)],) = composite_gain(model, {"input_ids": held[0], "use_cache": False}).values()
+        for measures in streams().values():
+            found[len(contender.losses)] = measures.gain
 
     def tick() -> None:
         done = len(contender.losses)
@@ -164,8 +171,8 @@ def run(corpus: Corpus, job: Job) -> Trained:
         parameters=sum(p.numel() for p in model.parameters()),
         losses=contender.losses,
         norms=contender.norms,
-        held_out=statistics.fmean(contender.held_out(held)) if settings.steps else math.nan,
-        gains=gains,
+        held_out=statistics.fmean(contender.held_out(held)) if settings.steps else None,
+        gains=found,
     )
 
 
@@ -191,13 +198,12 @@ def jobs_of(recipe: Recipe) -> tuple[list[Job], list[Job], list[Job], list[Job]]
 
 def random_gain(iterations: int, sites: int, draws: int = 256) -> CompositeGain:
     """Of a product of H with logits from N(0, LOGITS_STD), untrained, as many as a model has sites."""
-    logits = LOGITS_STD * torch.randn(
-        draws, sites, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    random = torch.Generator().manual_seed(0)
+    logits = LOGITS_STD * torch.randn(sites, draws, 4, 4, dtype=torch.float64, generator=random)
     product = torch.eye(4, dtype=torch.float64)
-    for H in sinkhorn(logits, StreamSpec(iterations=iterations)).unbind(1):
+    for H in sinkhorn(logits, StreamSpec(iterations=iterations)):
         product = H @ product
-    rows, columns = (product.abs().sum(dim).amax(-1) for dim in (-1, -2))
+    rows, columns = gains(product)
     return CompositeGain(float(rows.mean()), float(rows.max()), float(columns.mean()), float(columns.max()))
 
 
@@ -243,14 +249,14 @@ def claims(outcome: Outcome) -> list[Claim]:
     """The published findings against what was found."""
     hc, mhc = outcome.deep(HC), outcome.deep(MHC)
     deepest = max(hc)
-    gains = {form: _larger(of[deepest].last_gain) for form, of in ((HC, hc), (MHC, mhc))}
+    ends = {form: _larger(of[deepest].last_gain) for form, of in ((HC, hc), (MHC, mhc))}
     grown = [_larger(t.last_gain) for t in hc.values()]
     gain = Claim(
         f"composite gain, {deepest} layers: HC, mHC",
         "3000, 1.6 (27B)",
-        f"{gains[HC]:.4g}, {gains[MHC]:.4g}",
+        f"{ends[HC]:.4g}, {ends[MHC]:.4g}",
         "that of HC is at least 10 times that of mHC, which is at most 1.6",
-        gains[HC] >= 10 * gains[MHC] and gains[MHC] <= 1.6,
+        ends[HC] >= 10 * ends[MHC] and ends[MHC] <= 1.6,
     )
     depth = Claim(
         f"the gain of HC grows with depth ({', '.join(map(str, hc))} layers)",
@@ -277,12 +283,8 @@ def claims(outcome: Outcome) -> list[Claim]:
         "with every seed",
         all(a > b for a, b in zip(spikes[HC], spikes[MHC], strict=True)),
     )
-    lower = [
-        _lower(outcome, HC, RESIDUAL, "-0.027 (27B)"),
-        _lower(outcome, MHC, RESIDUAL, "-0.021 (27B)"),
-        _lower(outcome, MEMORY, MHC, "-0.014 (27B, equal parameters)"),
-    ]
-    return [gain, depth, iterations, smoother, *lower]
+    others = ((HC, RESIDUAL, "-0.027 (27B)"), (MHC, RESIDUAL, "-0.021 (27B)"), (MEMORY, MHC, "-0.014 (equal size)"))
+    return [gain, depth, iterations, smoother, *(_lower(outcome, *pair) for pair in others)]
 
 
 def _lower(outcome: Outcome, form: str, other: str, published: str) -> Claim:
@@ -305,7 +307,7 @@ def report(outcome: Outcome) -> str:
     """All tables, as markdown."""
     recipe, losses, deep = outcome.recipe, outcome.recipe.losses, outcome.recipe.deep
     both = [
-        (str(layers), str(2 * layers), str(a.job.settings.steps), *_gain_cells(a), *_gain_cells(b))
+        (str(layers), str(2 * layers), *_gain_cells(a), *_gain_cells(b))
         for (layers, a), b in zip(outcome.deep(HC).items(), outcome.deep(MHC).values(), strict=True)
     ]
     sides = [f"{form} {way}" for form in (HC, MHC) for way in ("forward", "backward")]
@@ -330,9 +332,9 @@ def report(outcome: Outcome) -> str:
     return "\n\n".join(
         (
             markdown(trials.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
-            f"Composite gain of all sites after training, mean over tokens (largest token), n = {deep.streams}, C = "
-            f"{deep.hidden}, {deep.batch} x {deep.length} tokens a step, seed {deep.seed}:",
-            markdown(("layers", "sites", "steps", *sides), both),
+            f"Composite gain of all sites after {deep.steps} steps of {deep.batch} x {deep.length} tokens, mean over "
+            f"tokens (largest token), n = {deep.streams}, C = {deep.hidden}, seed {deep.seed}:",
+            markdown(("layers", "sites", *sides), both),
             f"Losses in nats a token and gradient norms, {losses.layers} layers, C = {losses.hidden}, {losses.steps} "
             f"steps of {losses.batch} x {losses.length} tokens, mean ± standard deviation of {recipe.seeds} seeds "
             "(differences are paired). Gradient norm: median of the second half, before clipping to 1; largest: over "
@@ -346,8 +348,8 @@ def report(outcome: Outcome) -> str:
     )
 
 
-def _gain_cells(trained: Trained) -> tuple[str, str]:
-    g = trained.last_gain
+def _gain_cells(of: Trained) -> tuple[str, str]:
+    g = of.last_gain
     return f"{g.forward_mean:.4g} ({g.forward_max:.4g})", f"{g.backward_mean:.4g} ({g.backward_max:.4g})"
 
 
@@ -364,12 +366,12 @@ def draw(outcome: Outcome) -> Any:
             label = f"{form}, {layers} layers"
             gain.plot([*trained.gains], values, marker="o", color=color, alpha=(i + 1) / widest, label=label)
     gain.set(title="Composite gain in training", xlabel="step", yscale="log")
-    for name, gains in (
+    for name, at in (
         ("random logits", [random_gain(i, 2 * outcome.recipe.depths[0]) for i in outcome.counted]),
         ("from scratch", [t.last_gain for t in outcome.scratch]),
         ("trained", [t.last_gain for t in outcome.counted.values()]),
     ):
-        counts.plot([str(i) for i in outcome.counted], [_distance(g) for g in gains], marker="o", label=name)
+        counts.plot([str(i) for i in outcome.counted], [_distance(g) for g in at], marker="o", label=name)
     counts.set(title="Distance of mHC's gain from 1", xlabel="Sinkhorn iterations", yscale="log")
     base = outcome.seeds(RESIDUAL)
     for form, color in zip(FORMS, ("0.4", "C1", "C4", "C3", "C0"), strict=True):
@@ -381,7 +383,7 @@ def draw(outcome: Outcome) -> Any:
     loss.axhline(0, color="0.4", linewidth=1)
     loss.set(title="Training loss minus that of the residual model, mean of seeds", xlabel="step")
     norm.set(title="Gradient norm, mean of seeds", xlabel="step", yscale="log")
-    for axes in (gain, counts, loss, norm):
+    for axes in figure.axes:
         axes.legend(fontsize="small")
     return figure
 

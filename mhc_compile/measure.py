@@ -6,7 +6,7 @@ gradients, so the figures are those of the equations themselves, whatever compil
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,15 +65,29 @@ def measure_streams(model: nn.Module, batch: Batch) -> dict[str, StreamMeasures]
     mapping. Raises MHC410 for a model that is not converted, and what `convert` raises for a forward that cannot be
     captured in one graph.
     """
+    return measuring(model, batch)()
+
+
+def measuring(model: nn.Module, batch: Batch) -> Callable[[], dict[str, StreamMeasures]]:
+    """What measures the streams of `model` on `batch` as often as it is called, with the parameters as they are then.
+
+    The forward is captured once, which takes most of the time of a measurement. Arguments and errors as for
+    `measure_streams`.
+    """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if not owners(model):
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
     with evaluating(model):
         captured = capture(model, *arguments_of(batch))
         graph = run_passes(captured.graph, Context(marks=find_marks(captured.graph)), WIDENING, Options())
+
+    def measure() -> dict[str, StreamMeasures]:
         watch = StreamInterpreter(graph)
-        watch.run(*captured.inputs)
-    return summarise(watch.parts)
+        with evaluating(model):
+            watch.run(*captured.inputs)
+        return summarise(watch.parts)
+
+    return measure
 
 
 def stream_separation(model: nn.Module, batch: Batch) -> dict[str, float]:

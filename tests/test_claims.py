@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,8 +22,15 @@ DOCS = Path(__file__).parent.parent / "docs"
 HELD = ("yes", "**no**")
 
 
-def finished(name: str, folder: Path) -> tuple[dict[str, Any], list[list[list[str]]]]:
-    """The numbers of a quick run, and the cells of every table."""
+class Run(NamedTuple):
+    numbers: dict[str, Any]
+    tables: list[list[list[str]]]
+    """The cells of every table."""
+    folder: Path
+
+
+def finished(name: str, folder: Path) -> Run:
+    """A quick run."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--out", str(folder)],
         cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
@@ -35,7 +42,7 @@ def finished(name: str, folder: Path) -> tuple[dict[str, Any], list[list[list[st
     text = (folder / f"{name}.md").read_text(encoding="utf-8")
     assert text in done.stdout
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    return json.loads((folder / f"{name}.json").read_text()), [cells(table) for table in tables]
+    return Run(json.loads((folder / f"{name}.json").read_text()), [cells(table) for table in tables], folder)
 
 
 def cells(table: str) -> list[list[str]]:
@@ -46,17 +53,17 @@ def cells(table: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def stability(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[list[list[str]]]]:
+def stability(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finished("stability", tmp_path_factory.mktemp("claims") / "stability")
 
 
 @pytest.fixture(scope="module")
-def scaling(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[list[list[str]]]]:
+def scaling(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finished("scaling", tmp_path_factory.mktemp("claims") / "scaling")
 
 
-def test_all_forms_start_from_the_same_function(stability: tuple[dict[str, Any], Any]) -> None:
-    runs = stability[0]["by_form"]
+def test_all_forms_start_from_the_same_function(stability: Run) -> None:
+    runs = stability.numbers["by_form"]
     assert [r["job"]["form"] for r in runs] == ["residual", "HC", "mHC, H free", "mHC", "mHC + Engram"]
     first = runs[0]["losses"][0]
     for run in runs[1:]:
@@ -64,8 +71,8 @@ def test_all_forms_start_from_the_same_function(stability: tuple[dict[str, Any],
         assert run["losses"][-1] != runs[0]["losses"][-1], "the form trains on as the residual model does"
 
 
-def test_stability_is_measured_at_every_size(stability: tuple[dict[str, Any], Any]) -> None:
-    found = stability[0]
+def test_stability_is_measured_at_every_size(stability: Run) -> None:
+    found = stability.numbers
     runs = [r for part in ("by_depth", "by_count", "by_form") for r in found[part]]
     for run in runs:
         steps = run["job"]["settings"]["steps"]
@@ -78,8 +85,8 @@ def test_stability_is_measured_at_every_size(stability: tuple[dict[str, Any], An
     assert [r["job"]["settings"]["layers"] for r in found["by_depth"]] == [2, 2, 1, 1], "the longest first"
 
 
-def test_the_gain_of_mhc_stays_and_that_of_free_matrices_does_not(stability: tuple[dict[str, Any], Any]) -> None:
-    found = stability[0]
+def test_the_gain_of_mhc_stays_and_that_of_free_matrices_does_not(stability: Run) -> None:
+    found = stability.numbers
     for run in [*found["by_depth"], *found["by_form"]]:
         form, gains = run["job"]["form"], run["gains"]
         if form in ("mHC", "mHC + Engram"):
@@ -93,8 +100,8 @@ def test_the_gain_of_mhc_stays_and_that_of_free_matrices_does_not(stability: tup
     assert without["gains"]["0"]["forward_mean"] == pytest.approx((1 + 3 * math.exp(-8)) ** 2, rel=1e-4)
 
 
-def test_tables_of_stability(stability: tuple[Any, list[list[list[str]]]]) -> None:
-    claims, depth, forms, iterations = stability[1]
+def test_tables_of_stability(stability: Run) -> None:
+    claims, depth, forms, iterations = stability.tables
     assert len(claims) == 7
     assert all(row[-1] in HELD for row in claims)
     assert [row[:2] for row in depth] == [["1", "2"], ["2", "4"]]
@@ -105,8 +112,8 @@ def test_tables_of_stability(stability: tuple[Any, list[list[list[str]]]]) -> No
     assert [float(x) for x in iterations[1][1].split(", ")] == pytest.approx([1, 1], abs=1e-3)
 
 
-def test_experts_and_rows_share_one_budget(scaling: tuple[dict[str, Any], Any]) -> None:
-    runs = {r["name"]: r for r in scaling[0]["trained"]}
+def test_experts_and_rows_share_one_budget(scaling: Run) -> None:
+    runs = {r["name"]: r for r in scaling.numbers["trained"]}
     assert [*runs] == ["none", "least", "25%", "75%"]
     none, least = runs["none"], runs["least"]
     paid = [r for r in runs.values() if r["share"]]
@@ -121,12 +128,12 @@ def test_experts_and_rows_share_one_budget(scaling: tuple[dict[str, Any], Any]) 
     assert [r["tables"] for r in paid] == sorted(r["tables"] for r in paid)
 
 
-def test_scaling_trains_on_equal_batches(scaling: tuple[dict[str, Any], Any]) -> None:
-    runs = scaling[0]["trained"]
+def test_scaling_trains_on_equal_batches(scaling: Run) -> None:
+    runs = scaling.numbers["trained"]
     none, least = runs[:2]
     assert least["first"] == pytest.approx(none["first"], rel=1e-5), "adding a memory keeps the function"
     for run in runs:
-        assert len(run["losses"]) == scaling[0]["recipe"]["settings"]["steps"]
+        assert len(run["losses"]) == scaling.numbers["recipe"]["settings"]["steps"]
         assert all(math.isfinite(x) for x in (*run["losses"], run["held_out"]))
         assert run["held_out"] < run["first"]
         assert run["first"] == pytest.approx(none["first"], rel=0.02)
@@ -134,20 +141,20 @@ def test_scaling_trains_on_equal_batches(scaling: tuple[dict[str, Any], Any]) ->
         assert run["losses"][0] > run["first"] - 0.2
 
 
-def test_tables_of_scaling(scaling: tuple[dict[str, Any], list[list[list[str]]]]) -> None:
-    claims, shares = scaling[1]
+def test_tables_of_scaling(scaling: Run) -> None:
+    claims, shares = scaling.tables
     assert all(row[-1] in HELD for row in claims)
     assert [row[0] for row in shares] == ["none", "least", "25%", "75%"]
-    for row, run in zip(shares, scaling[0]["trained"], strict=True):
+    for row, run in zip(shares, scaling.numbers["trained"], strict=True):
         assert float(row[-2]) == pytest.approx(run["held_out"], abs=1e-4)
 
 
-def test_the_page_takes_what_was_found(scaling: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_page_takes_what_was_found(scaling: Run, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     for name in ("claims.md", "claims.py"):
         shutil.copyfile(DOCS / name, docs / name)
-    (folder,) = tmp_path_factory.getbasetemp().glob("claims*/scaling")
+    folder = scaling.folder
     before = (docs / "claims.md").read_text(encoding="utf-8")
     for _ in range(2):
         subprocess.run([sys.executable, str(docs / "claims.py"), str(folder)], check=True)

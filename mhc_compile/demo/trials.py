@@ -53,7 +53,7 @@ def arguments(description: str, folder: str) -> argparse.Namespace:
 
 
 def in_processes(run: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> list[Result]:
-    """`run(job)` of every job, in the order of `jobs`; a line is printed as each becomes known.
+    """`run(job)` of every job, in the order of `jobs`; job and result are printed as they become known.
 
     `run` must be importable by name, and its argument and result must pickle. With one process it runs in this one.
     """
@@ -67,7 +67,7 @@ def _told(jobs: Sequence[Job], results: Iterable[Result]) -> list[Result]:
     begin, found = time.perf_counter(), []
     for job, result in zip(jobs, results, strict=True):
         found.append(result)
-        print(f"  {len(found)} of {len(jobs)} after {time.perf_counter() - begin:.0f} s: {job}", flush=True)
+        print(f"  {len(found)} of {len(jobs)} after {time.perf_counter() - begin:.0f} s: {job}: {result}", flush=True)
     return found
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import mhc_compile
 from mhc_compile.kernels import reference
-from mhc_compile.measure import composite_gain, measure_streams, separation, stream_separation
+from mhc_compile.measure import composite_gain, measure_streams, measuring, separation, stream_separation
 from mhc_compile.parameters import owners
 
 SIZE = 12
@@ -152,6 +152,18 @@ def test_measuring_leaves_the_model_as_it_was(ids: Tensor) -> None:
     assert [m.training for m in model.layers] == [False, True, True]
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_measuring_again_sees_what_training_changed(ids: Tensor) -> None:
+    model = converted(Chain(dropout=0.5)).train()
+    measure = measuring(model, ids)
+    start = measure()
+    assert start == measure_streams(model, ids)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    assert measure() == measure_streams(model, ids) != start
+    assert model.training
 
 
 def test_a_residual_model_has_no_streams(ids: Tensor) -> None:
