@@ -6,7 +6,8 @@
     roots      numbers of the elements on top, from the inputs to the output
     lines      every distinct line of graph code, [text, element, source, form]
     captured   the graph before the first pass, numbers of lines
-    passes     {name, text, ms, verify_ms, nodes_before, nodes_after, notes, code}: `code` is the graph behind the pass
+    passes     {name, text, purpose, ms, verify_ms, nodes_before, nodes_after, notes, code}: `code` is the
+               graph behind the pass, `purpose` what the pass is for
     sources    {file, line, function, text}: lines of the user's code
     kernels    see `mhc_compile.inspect.kernels`
     diagnostics, blocks, stages, memories, native, reach
@@ -102,8 +103,8 @@ class _Report:
             "lines": [list(key) for key in self.lines],
             "captured": code[0] if code else [],
             "passes": [
-                self._pass(record, text, c)
-                for record, text, c in zip(self.found.passes, self.watcher.texts, code[1:], strict=True)
+                _pass(*parts)
+                for parts in zip(self.found.passes, self.watcher.texts, self.watcher.purposes, code[1:], strict=True)
             ],
             "sources": [s._asdict() for s in self.sources.found],
             "kernels": kernels,
@@ -126,14 +127,6 @@ class _Report:
             key = (line.text, self.place(line.node), self.sources.of(line.node), line.form)
             found.append(self.lines.setdefault(key, len(self.lines)))
         return found
-
-    @staticmethod
-    def _pass(record: Record, text: str, code: list[int]) -> dict[str, Any]:
-        return {
-            "name": record.name, "text": text, "ms": 1e3 * record.seconds,
-            "verify_ms": 1e3 * record.verify_seconds, "nodes_before": record.nodes_before,
-            "nodes_after": record.nodes_after, "notes": list(record.notes), "code": code,
-        }  # fmt: skip
 
     # --- elements ------------------------------------------------------------------------------------------------
 
@@ -202,6 +195,14 @@ class _Report:
 
         for root in self.drawing.roots:
             visit(root, set())
+
+
+def _pass(record: Record, text: str, purpose: str, code: list[int]) -> dict[str, Any]:
+    return {
+        "name": record.name, "text": text, "purpose": purpose, "ms": 1e3 * record.seconds,
+        "verify_ms": 1e3 * record.verify_seconds, "nodes_before": record.nodes_before,
+        "nodes_after": record.nodes_after, "notes": list(record.notes), "code": code,
+    }  # fmt: skip
 
 
 def _state(found: Inspection) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,6 +59,8 @@ class Watcher(Observer):
         """The graph before the first pass and after every pass."""
         self.texts: list[str] = []
         """The passes with their options."""
+        self.purposes: list[str] = []
+        """What the passes are for."""
         self.native: Drawing | None = None
         """Of a model with hyper-connections of its own."""
         self.memories = Memories()
@@ -79,6 +82,7 @@ class Watcher(Observer):
             "\n".join(line.text for line in lines) for lines in self.lines[-2:]
         )
         self.texts.append(describe(step))
+        self.purposes.append(_purpose(step))
         if step.name == "normalize":
             self.normalised = gm
         elif step.name == "residual":
@@ -135,6 +139,12 @@ class Watcher(Observer):
         ]
         owner, text = (mark.owner, mark.spec) if mark is not None else (stream.owner, "")
         return StreamReport(owner, text, _place(stream.entry), _place(stream.exit), tuple(sites))
+
+
+def _purpose(step: Pass) -> str:
+    """The first line of what the pass's file says it is for; nothing for a pass of a file that says nothing."""
+    written = sys.modules[type(step).__module__].__doc__ or ""
+    return written.strip().partition("\n")[0].rstrip(".").replace("`", "")
 
 
 def _found(gm: GraphModule, context: Context) -> list[Found]:

@@ -19,7 +19,8 @@ function overview({ line = null, kernel = null, code = line !== null }) {
   return parts.filter(Boolean);
 }
 
-function modelFacts({ state, parameters, added, streams, sites }) {
+function modelFacts({ state, parameters, added }) {
+  const [streams, sites] = ["stream", "site"].map((kind) => elements.filter((element) => element.kind === kind).length);
   const share = ((100 * added) / Math.max(1, parameters)).toFixed(2);
   const versions = Object.entries(report.versions).map(([what, version]) => `${what} ${version}`);
   return facts([
@@ -59,13 +60,13 @@ function reachFacts(reach) {
 }
 
 function passTable() {
-  const heads = ["pass", "what it says", "#nodes", "#time", "#verified in"];
-  const rows = passes.map(({ name, text, notes, ms, verify_ms, nodes_before, nodes_after }, i) => {
+  const heads = ["pass", "what it does", "#nodes", "#time", "#verified in"];
+  const rows = passes.map(({ name, text, purpose, notes, ms, verify_ms, nodes_before, nodes_after }, i) => {
     const options = text && text !== name ? make("span", { class: "note" }, make("code", {}, text)) : null;
-    const said = notes.map((note) => make("span", { class: "said" }, note));
+    const said = notes.map((note) => make("span", { class: "note" }, note));
     const nodes = nodes_before === nodes_after ? "" : `${count(nodes_before)} → `;
     const show = { type: "button", class: "link", title: "show what it changed", on: { click: () => showPass(i) } };
-    const cells = [make("button", show, name), [...said, options], nodes + count(nodes_after)];
+    const cells = [make("button", show, name), [purpose, said, options].flat(), nodes + count(nodes_after)];
     return [...cells, duration(ms), duration(verify_ms)];
   });
   return table(heads, rows);
