@@ -60,7 +60,7 @@ class Recipe:
 _MEMORY = mhc_compile.MemorySettings.preset("paper", heads=4, rows_per_head=2, row_width=8, layers=(1, 2))
 RECIPE = Recipe(
     settings=replace(
-        FULL, layers=4, hidden=64, heads=4, vocabulary=2048, length=96, batch=8, steps=250, text_bytes=6_000_000,
+        FULL, layers=4, hidden=64, heads=4, vocabulary=2048, length=96, batch=8, steps=350, text_bytes=6_000_000,
         held_out_batches=24, learning_rate=4e-3, memory=_MEMORY,
     ),
     expert=96, spare=20, spared=(18, 16, 15, 12, 8, 2), seeds=3, kernels="all", processes=2,
