@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import runpy
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from mhc_compile.bisect.bisection import Bisection
+import mhc_compile
+from mhc_compile.bisect.bisection import Bisection, Finding
 from mhc_compile.bisect.search import Wrong
 from mhc_compile.bisect.slices import code_of, inputs_of, names_of, slice_of
 from mhc_compile.bisect.values import Values
 from mhc_compile.capture import private_copy
 from mhc_compile.config import Options
+from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Pass, module_path, op_name, value
 from mhc_compile.passes.ownership import is_owned
 
@@ -46,8 +47,8 @@ class _Attempt:
 def write_reproducer(path: Path, found: Bisection, wrong: Wrong, options: Options) -> str | None:
     """Write the smallest reproducer that shows the error; returns why there is none, in that case."""
     for attempt in _attempts(wrong):
-        for embedded in (EMBEDDED, LARGEST):
-            text = _text(found, wrong, attempt, options, embedded)
+        for everything in (False, True):
+            text = _text(found, wrong, attempt, options, everything)
             if text is not None and _shows(path, text):
                 return None
     return "no reproducer: no part of the graph shows the error by itself, nor does the whole, from code alone"
@@ -92,17 +93,17 @@ def _in_front_of_site(gm: GraphModule, wrong: Wrong, agreed: Mapping[str, str]) 
     return {name: as_ for name, as_ in agreed.items() if name not in inside or name in keep}
 
 
-def _text(found: Bisection, wrong: Wrong, attempt: _Attempt, options: Options, embedded: int) -> str | None:
-    import mhc_compile
-
+def _text(found: Bisection, wrong: Wrong, attempt: _Attempt, options: Options, everything: bool) -> str | None:
     parts = (
         [attempt.before] if attempt.before is attempt.after or wrong.step is None else [attempt.before, attempt.after]
     )
     values = _values(wrong, parts)
-    if values is None or sum(t.nbytes for t in values.values() if isinstance(t, Tensor)) > (
-        LARGEST if embedded == LARGEST else sys.maxsize
-    ):
+    if values is None:
         return None
+    size = sum(t.nbytes for t in values.values() if isinstance(t, Tensor))
+    draw = not everything and size > EMBEDDED
+    if everything and not EMBEDDED < size <= LARGEST:
+        return None  # too many, or as in the attempt before
     f = found.finding
     assert f is not None
     names = ["before", "after"] if len(parts) == 2 else ["computes"]
@@ -110,19 +111,11 @@ def _text(found: Bisection, wrong: Wrong, attempt: _Attempt, options: Options, e
     imports = list(dict.fromkeys(line for _, lines in codes for line in lines))
     owned = {n.name for part in parts for n in inputs_of(part) if is_owned(n)}
     held = "".join(
-        f"    {name!r}: {_written(v, name in owned, i, embedded)},\n" for i, (name, v) in enumerate(values.items())
+        f"    {name!r}: {_written(v, name in owned, i, draw)},\n" for i, (name, v) in enumerate(values.items())
     )
     functions = "\n\n\n".join("\n".join(lines) for lines, _ in codes)
-    where = f"at site {f.site}" if f.site else f"in {f.what}"
     return "\n".join([
-        f'"""{f.step} is wrong {where} of {found.model}: {f.what}.',
-        "",
-        f"Error {f.error:.3g} at a scale of {f.scale:.3g}, allowed {f.allowed:.3g}, in {f.dtype}, with {f.values}.",
-        f"Written by mhc-compile {mhc_compile.__version__} with torch {torch.__version__}.",
-        *([f"The site's source: {f.source}"] if f.source else []),
-        "",
-        "Run it with python: it exits with 1 while the error is there, and with 0 once it is gone.",
-        '"""',
+        f'"""{_heading(found, f)}"""',
         "",
         "import sys",
         "",
@@ -142,6 +135,22 @@ def _text(found: Bisection, wrong: Wrong, attempt: _Attempt, options: Options, e
         f"    sys.exit({_call(wrong, attempt, options)})",
         "",
     ])  # fmt: skip
+
+
+def _heading(found: Bisection, f: Finding) -> str:
+    where = f"at site {f.site}" if f.site else f"in {f.what}"
+    lines = [
+        f"{f.step} is wrong {where} of {found.model}: {f.what}.",
+        "",
+        f"Error {f.error:.3g} at a scale of {f.scale:.3g}, allowed {f.allowed:.3g}, in {f.dtype}, with {f.values}.",
+        f"Written by mhc-compile {mhc_compile.__version__} with torch {torch.__version__}.",
+        *([f"The site's source: {f.source}"] if f.source else []),
+        "",
+        "Run it with python: it exits with 1 while the error is there, and with 0 once it is gone.",
+        "",
+    ]
+    # A user's line of code may hold anything.
+    return "\n".join(lines).replace("\\", "\\\\").replace('"', "'")
 
 
 def _call(wrong: Wrong, attempt: _Attempt, options: Options) -> str:
@@ -197,11 +206,11 @@ def _values(wrong: Wrong, parts: Sequence[GraphModule]) -> Values | None:
     return held
 
 
-def _written(v: Any, parameter: bool, seed: int, embedded: int) -> str:
+def _written(v: Any, parameter: bool, seed: int, draw: bool) -> str:
     if not isinstance(v, Tensor):
         return repr(v)
     dtype, shape, end = str(v.dtype).removeprefix("torch."), list(v.shape), ", parameter=True)" if parameter else ")"
-    if v.nbytes > SMALL and v.is_floating_point() and embedded != LARGEST:
+    if draw and v.nbytes > SMALL and v.is_floating_point():
         wide = v.double()
         return f"replay.seeded({dtype!r}, {shape}, {seed}, {float(wide.mean()):.6g}, {float(wide.std()):.6g}{end}"
     data = v.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes() if v.numel() else b""
@@ -209,19 +218,24 @@ def _written(v: Any, parameter: bool, seed: int, embedded: int) -> str:
 
 
 def _shows(path: Path, text: str) -> bool:
-    """Write the file, whole or not at all, and keep it if it exits with 1."""
+    """Write the file, whole or not at all, and keep it if it exits with 1. Raises MHC526 where that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.py")
     try:
         temporary.write_text(text, encoding="utf-8")
-        try:
-            with redirect_stdout(StringIO()):
-                runpy.run_path(str(temporary), run_name="__main__")
-        except SystemExit as done:
-            if done.code != 1:
-                return False
-        except Exception:  # a part of a graph may not run by itself for many reasons: the next attempt is larger
-            return False
-        temporary.replace(path)
-        return True
-    finally:
+        if shows := _exits_with_one(temporary):
+            temporary.replace(path)
         temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise MHCError("MHC526", f"{path}: {error.strerror}") from error
+    return shows
+
+
+def _exits_with_one(path: Path) -> bool:
+    try:
+        with redirect_stdout(StringIO()):
+            runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as done:
+        return done.code == 1
+    except Exception:  # a part of a graph may not run by itself for many reasons: the next attempt is larger
+        return False
+    return False

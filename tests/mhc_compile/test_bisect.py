@@ -129,7 +129,7 @@ def test_a_branch_forgotten_by_fuse(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("result", "kind", "site"),
     [("next_mix", "boundary", "model.layers.0#1"), ("d_y", "boundary", "model.layers.0#0"),
-     ("h", "leave", "model.layers.1#1"), ("d_phi", "read", "model.layers.0#0")],
+     ("h", "leave", "model.layers.1#1")],
 )  # fmt: skip
 def test_a_wrong_kernel(result: str, kind: str, site: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
@@ -189,6 +189,24 @@ def test_inputs_that_are_too_many_are_drawn_at_random(tmp_path: Path, monkeypatc
     text = path.read_text(encoding="utf-8")
     assert "replay.seeded(" in text
     assert len(text) < 5_000
+    assert run_here(path) == 1
+
+
+def test_a_user_s_line_cannot_break_out_of_the_heading(tmp_path: Path) -> None:
+    class Quoted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up = nn.Embedding(64, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            return h + self.up(h) * len("""\\""")
+
+    torch.manual_seed(0)
+    path = tmp_path / "wrong.py"
+    found = bisect(Quoted(), ids(), inner="eager", passes=passes_with(ReversesPost(0)), reproducer=path)
+    assert found.finding is not None
+    assert '"""' in str(found.finding.source)
     assert run_here(path) == 1
 
 
