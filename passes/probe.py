@@ -107,7 +107,7 @@ class _Probing:
                 for recorded in (owner.figures, owner.counts):
                     if recorded:
                         added.append(self._record(torch.stack, (recorded,), recorded[-1]))
-        output.args = ((*output.args[0], *added),)  # type: ignore[misc]
+        output.args = ((*output.args[0], *added),)
         output.meta[RECORDED] = len(added)
         return found
 

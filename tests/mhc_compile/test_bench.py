@@ -289,3 +289,12 @@ def test_all_of_a_memory_is_measured_and_drawn(tmp_path: Path) -> None:
     assert [len(rows) for rows in figures["groups"].values()] == [4, 4, 3, 4]
     assert set(figures["added_share"]) == {engram_step.MAPPED, engram_step.FIXED, engram_step.TRAINED}
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_sampled_step_is_measured_with_equal_results(tmp_path: Path) -> None:
+    assert main(["bench", "probes", "--quick", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    (rows,) = figures["groups"].values()
+    assert [(row["name"], row["error"]) for row in rows] == [("plain step", 0), ("sampled step", 0)]
+    assert figures["overhead"] == pytest.approx((49 + figures["ratio"]) / 50 - 1)
