@@ -71,6 +71,11 @@ class _Made:
         for node in self.gm.graph.nodes:
             if node.op == "call_function" and (found := number(node)) is not None:
                 parts.setdefault(found, {})[node] = None
+        order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
+        parts = {
+            found: dict.fromkeys(sorted((*part, *_between(part, order)), key=order.__getitem__))
+            for found, part in parts.items()
+        }
         notes = [next(iter(part)).meta["custom"] for part in parts.values()]
         fuse_by_partitions(self.gm, list(parts.values()), f"{prefix}_", always_return_tuple=True)
         calls = {node.target: node for node in self.gm.graph.nodes if node.op == "call_module"}
@@ -96,6 +101,8 @@ class _Made:
             call = self.gm.graph.call_function(CALL, (function.name, *(node.args[i] for i in order)))
         call.meta = {"val": node.meta["val"], "custom": {CHAIN: note}}
         node.replace_all_uses_with(call)
+        for item in call.users:
+            item.meta["custom"] = {CHAIN: note}
         self.gm.graph.erase_node(node)
 
     def _function(self, name: str, body: GraphModule, takes: list[str], gives: list[str]) -> Function:
@@ -106,6 +113,22 @@ class _Made:
             self.known[key] = Function(f"{name}_{count}" if count else name, body, takes, gives)
             self.functions.append(self.known[key])
         return self.known[key]
+
+
+def _between(part: Mapping[Node, object], order: Mapping[Node, int]) -> set[Node]:
+    """What lies on a way from one node of `part` to another: notes may have holes, and a function is all of it."""
+    last = max(order[n] for n in part)
+    behind: set[Node] = set()
+    waiting = list(part)
+    while waiting:
+        new = [u for u in waiting.pop().users if order[u] < last and u not in part and u not in behind]
+        behind.update(new)
+        waiting += new
+    inside: set[Node] = set()
+    for node in sorted(behind, key=lambda n: -order[n]):
+        if any(u in part or u in inside for u in node.users):
+            inside.add(node)
+    return inside
 
 
 def _arguments(call: Node, note: dict[str, Any], parameters: Mapping[str, str]) -> list[str]:

@@ -121,6 +121,17 @@ def test_notes_change_nothing_of_a_program() -> None:
     assert torch.equal(program.module()(**call_of(model)), model(**call_of(model)))
 
 
+def test_holes_in_notes_are_filled() -> None:
+    model = converted(chain())
+    program = mhc_compile.export(model, example_kwargs=call_of(model))
+    wanted = functions(text_of(mhc_compile.to_mlir(program)))
+    inner = [n for n in program.graph.nodes if n.target in (torch.ops.aten.rsqrt.default, torch.ops.aten.exp.default)]
+    assert len({str(n.target) for n in inner}) == 2
+    for node in inner:
+        del node.meta["custom"]
+    assert functions(text_of(mhc_compile.to_mlir(program))) == wanted
+
+
 def test_dynamic_sizes() -> None:
     model = converted(chain())
     call = call_of(model)
