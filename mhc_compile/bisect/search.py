@@ -267,7 +267,7 @@ def broken_node(gm: GraphModule, error: Exception) -> Node | None:
 
 
 def not_finite(values: Values, gm: GraphModule) -> str | None:
-    """The first floating-point value of a run that holds NaN or an infinity of either sign, by node; masks aside."""
+    """The first floating-point value of a run that holds NaN, by node: infinities are put into masks on purpose."""
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output") or not isinstance(value(node), Tensor):
             continue
