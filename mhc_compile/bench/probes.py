@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mhc_compile.bench.contest import Contender, contest, show
-from mhc_compile.bench.step import llama, training
+from mhc_compile.bench.step import subject, training
 from mhc_compile.convert import convert
 from mhc_compile.probes import Probes
 
@@ -20,21 +20,14 @@ PLAIN, SAMPLED = "plain step", "sampled step"
 
 def run(console: Console, *, quick: bool) -> dict[str, Any]:
     """Measure forward, backward and optimizer with and without sampling; print the table and return all rows."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layers, width, batch, length = (2, 64, 2, 16) if quick else (12, 768, 4, 512)
-    dtype = torch.float32
-    if device.type == "cuda" and not quick:
-        layers, width, batch, length, dtype = 12, 4096, 4, 2048, torch.bfloat16
-    torch.manual_seed(0)
-    model = convert(llama(layers, width).to(device, dtype), streams=4)
-    ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+    base, ids, shape = subject(quick=quick)
+    model = convert(base, streams=4)
     step = training(torch.compile(model, backend="mhc"), ids)
     expected = step()
     contenders = [Contender(PLAIN, step), Contender(SAMPLED, _within(Probes(model, every=1), step))]
     for c in contenders:  # equal bit by bit
         c.check, c.tolerance = lambda loss: float((loss - expected).abs()), 0.0
-    shape = f"{layers} layers, C={width}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
-    rows = contest(console, contenders, ours=PLAIN, device=device, shape=shape, rounds=3 if quick else 9)
+    rows = contest(console, contenders, ours=PLAIN, device=ids.device, shape=shape, rounds=3 if quick else 9)
     title = f"probes, {shape}"
     groups = {title: show(console, title, rows)}
     plain, sampled = (next(r.median for r in rows if r.name == name) for name in (PLAIN, SAMPLED))

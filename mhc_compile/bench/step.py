@@ -18,14 +18,7 @@ RESIDUAL = "residual, Inductor"
 
 def run(console: Console, *, quick: bool) -> dict[str, Any]:
     """Measure forward, backward and optimizer; print the table and return all rows."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layers, width, batch, length = (2, 64, 2, 16) if quick else (12, 768, 4, 512)
-    dtype = torch.float32
-    if device.type == "cuda" and not quick:
-        layers, width, batch, length, dtype = 12, 4096, 4, 2048, torch.bfloat16
-    torch.manual_seed(0)
-    base = llama(layers, width).to(device, dtype)
-    ids = torch.randint(0, base.config.vocab_size, (batch, length), device=device)
+    base, ids, shape = subject(quick=quick)
     with torch.no_grad():
         expected = base(ids, labels=ids, use_cache=False).loss.double()
     contenders = [Contender(RESIDUAL, training(torch.compile(copy.deepcopy(base)), ids))]
@@ -35,9 +28,10 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
         contenders.append(Contender(name, training(compiled, ids)))
     for c in contenders:
         c.check = lambda loss: float((loss.double() - expected).abs() / expected)
-        c.tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    shape = f"{layers} layers, C={width}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
-    rows = contest(console, contenders, ours="mHC, mhc-compile", device=device, shape=shape, rounds=2 if quick else 5)
+        c.tolerance = 1e-4 if base.dtype == torch.float32 else 2e-2
+    rows = contest(
+        console, contenders, ours="mHC, mhc-compile", device=ids.device, shape=shape, rounds=2 if quick else 5
+    )
     title = f"training step, {shape}"
     groups = {title: show(console, title, rows)}
     residual = next(r for r in rows if r.name == RESIDUAL)
@@ -45,6 +39,19 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     overhead = ours.median / residual.median - 1
     console.print(f"four streams add {overhead:+.1%} to the step")
     return {"groups": groups, "overhead": overhead, "parameters": sum(p.numel() for p in base.parameters())}
+
+
+def subject(*, quick: bool) -> tuple[Any, Tensor, str]:
+    """A Llama of the size that this machine measures, ids for it, and both in words."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers, width, batch, length = (2, 64, 2, 16) if quick else (12, 768, 4, 512)
+    dtype = torch.float32
+    if device.type == "cuda" and not quick:
+        layers, width, batch, length, dtype = 12, 4096, 4, 2048, torch.bfloat16
+    torch.manual_seed(0)
+    model = llama(layers, width).to(device, dtype)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+    return model, ids, f"{layers} layers, C={width}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}"
 
 
 def llama(layers: int, width: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
+
+from mhc_compile.printed import Printed
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Bisection:
+class Bisection(Printed):
     """The first step and the first site at which a model's results leave the tolerance, or that there is none.
 
     `str()` is plain text; printed by rich it has tables and colours.
@@ -84,17 +85,6 @@ class Bisection:
     def site(self) -> str | None:
         """The site at which it is."""
         return self.finding.site if self.finding else None
-
-    def text(self, width: int = 150) -> str:
-        """Plain text, its table `width` characters wide."""
-        stream = io.StringIO()
-        Console(file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(
-            self, crop=False
-        )
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
-
-    def __str__(self) -> str:
-        return self.text()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from _render(self)

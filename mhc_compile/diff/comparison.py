@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from rich.text import Text
 from mhc_compile.diff.form import Form, Site
 from mhc_compile.diff.outputs import Numerics, compare_outputs
 from mhc_compile.inspect.fold import fold
+from mhc_compile.printed import Printed
 
 SAME = 1e-5
 """Outputs that differ by no more of their scale are the same: float32 rounds so, and so do conventions' eps."""
@@ -39,7 +39,7 @@ class SiteChange:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """What differs between two forms. `str()` is plain text; printed by rich it has tables and colours."""
 
     a: Form
@@ -62,17 +62,6 @@ class Comparison:
                 *(n.relative is None or n.relative <= SAME for n in self.numerics),
             ]
         )
-
-    def text(self, width: int = 150) -> str:
-        """Plain text, its tables `width` characters wide."""
-        stream = io.StringIO()
-        Console(file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(
-            self, crop=False
-        )
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
-
-    def __str__(self) -> str:
-        return self.text()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from _render(self)

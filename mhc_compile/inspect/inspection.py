@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +21,7 @@ from mhc_compile.kernels.engram import providers as memories
 from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
+from mhc_compile.printed import Printed
 
 if TYPE_CHECKING:
     from mhc_compile.inspect.watch import Watcher
@@ -104,7 +104,7 @@ class KernelReport:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Printed):
     """The streams of a model, what the passes did with them, or where they were lost.
 
     `str()` and `text()` are plain text; printed by rich (`rich.print`, a rich console, a notebook) it has tables and
@@ -153,14 +153,6 @@ class Inspection:
         """Elements of all stream parameters."""
         return sum(site.parameters for site in self.sites) + self.head_parameters
 
-    def text(self, width: int = 150) -> str:
-        """Plain text, its tables `width` characters wide."""
-        stream = io.StringIO()
-        Console(file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(
-            self, crop=False
-        )
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
-
     def data(self) -> dict[str, Any]:
         """All of the report as plain data (`mhc_compile.inspect.report`), made at the first call."""
         return self._data
@@ -193,9 +185,6 @@ class Inspection:
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         """What a notebook shows: the page, and plain text where there is no browser."""
         return {"text/plain": self.text(), "text/html": self._repr_html_()}
-
-    def __str__(self) -> str:
-        return self.text()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from mhc_compile.inspect.render import render

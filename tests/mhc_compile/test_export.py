@@ -320,7 +320,7 @@ def test_mlir_torch_dialect() -> None:
     model, x = attention()
     module = mhc_compile.to_mlir(mhc_compile.export(model, x, example_kwargs={"scale": 0.5}))
     text = module.operation.get_asm(large_resource_limit=8)
-    assert "@main(%arg0: !torch.vtensor<[2,6,32],f32> {mhc.name = \"x\"}) -> !torch.vtensor<[2,6,32],f32>" in text
+    assert '@main(%arg0: !torch.vtensor<[2,6,32],f32> {mhc.name = "x"}) -> !torch.vtensor<[2,6,32],f32>' in text
     assert "torch.aten.sigmoid" in text
     assert "torch.operator" not in text
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
-from tiny_models import HIDDEN, VOCAB, Block, chain, code_of, gpt2, ids, llama, state, t5
+from tiny_models import HIDDEN, VOCAB, Block, Late, chain, code_of, gpt2, ids, llama, state, t5
 from torch import Tensor, nn
 
 import mhc_compile
@@ -158,19 +158,6 @@ def test_a_model_without_a_residual_stream_is_refused_with_the_reason() -> None:
 
 
 def test_a_lost_stream_shows_how_far_it_was_followed() -> None:
-    class Late(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(12))
-            self.layers = nn.ModuleList(Block() for _ in range(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for linear in self.first:
-                x = torch.tanh(linear(x))
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
     found = mhc_compile.inspect(Late(), torch.randn(2, 3, HIDDEN))
     assert found.refusal is not None
     assert found.refusal.code == "MHC103"

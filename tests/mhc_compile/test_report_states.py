@@ -12,30 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_inspect import config, run
 from test_report import check, code, in_order, named
-from tiny_models import HIDDEN, VOCAB, Block, chain, code_of, ids, llama
-from torch import Tensor, nn
+from tiny_models import HIDDEN, VOCAB, Late, chain, code_of, ids, llama
 
 import mhc_compile
 from mhc_compile import MHCWarning
 from mhc_compile.inspect.elements import MAX_SITES, layers_of
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.cpp import build
-
-
-class Late(nn.Module):
-    """Layers without residual connections in front of the stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(12))
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for linear in self.first:
-            x = torch.tanh(linear(x))
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 def test_a_refused_model_is_drawn_by_its_modules() -> None:

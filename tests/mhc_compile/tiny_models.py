@@ -95,6 +95,22 @@ def chain(**options: Any) -> Chain:
     return Chain(**options).eval()
 
 
+class Late(nn.Module):
+    """Layers without residual connections in front of the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(12))
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.first:
+            x = torch.tanh(linear(x))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Outer(nn.Module):
     """A model that holds the stream owner as a part, with breaks in its own forward around it."""
 
