@@ -102,7 +102,7 @@ def test_the_gain_of_mhc_stays_and_that_of_free_matrices_does_not(stability: Run
 
 def test_tables_of_stability(stability: Run) -> None:
     claims, depth, forms, iterations = stability.tables
-    assert len(claims) == 7
+    assert len(claims) == 8
     assert all(row[-1] in HELD for row in claims)
     assert [row[:2] for row in depth] == [["1", "2"], ["2", "4"]]
     assert [row[0] for row in forms] == ["residual", "HC", "mHC, H free", "mHC", "mHC + Engram"]
