@@ -67,12 +67,12 @@ class MHCWarning(UserWarning):
     """A coded warning: its text begins with `code`, a key of `TABLE`."""
 
     def __init__(self, code: str, detail: str = "") -> None:
+        super().__init__(code, detail)  # with which other processes make it again
         self.code, self.detail = code, detail
-        row = TABLE[code]
-        super().__init__(f"{code} {row.title}" + (f": {detail}" if detail else "") + f"\n  way out: {row.way_out}")
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return MHCWarning, (self.code, self.detail)
+    def __str__(self) -> str:
+        row = TABLE[self.code]
+        return f"{self.code} {row.title}" + (f": {self.detail}" if self.detail else "") + f"\n  way out: {row.way_out}"
 
 
 def warn(code: str, detail: str = "", *, stacklevel: int = 2) -> None:
