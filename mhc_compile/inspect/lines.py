@@ -111,7 +111,8 @@ def input_name(node: Node) -> str:
         return node.name
     inside = dotted(name.replace("._parameters", "").replace("._buffers", ""))
     argument = re.match(r"^L\['([^']*)'\]", name)
-    if argument is not None and argument[1] != "self":
+    held = "._parameters" in name or "._buffers" in name  # by the model, whatever its forward calls it
+    if argument is not None and argument[1] != "self" and not held:
         return f"{argument[1]}.{inside}".strip(".")
     return inside or node.name
 

@@ -343,3 +343,19 @@ def test_the_kernels_are_named_and_their_code_is_printed() -> None:
 
 def test_no_kernels_where_none_are_wanted() -> None:
     assert mhc_compile.inspect(Three(), torch.randn(2, 3, HIDDEN), kernels="none").kernels == ()
+
+
+def test_parameters_have_their_paths_whatever_forward_calls_the_model() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(model, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+            for block in model.blocks:
+                x = block(x)
+            return x
+
+    lines = [line[0] for line in mhc_compile.inspect(Named(), torch.randn(2, 3, HIDDEN)).data()["lines"]]
+    assert "blocks.0.up.weight = parameter()" in lines
+    assert not any("model." in line for line in lines)
