@@ -26,7 +26,7 @@ from mhc_compile.passes.base import Context, gradient_modes
 from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, optimal_block, parse_blocks
 from mhc_compile.passes.fuse import KERNELS
 from mhc_compile.passes.stages import sites
-from mhc_compile.passes.streamsites import StreamSite, size_hints, stream_sites
+from mhc_compile.passes.streamsites import StreamSite, by_stream, size_hints, stream_sites
 
 _TAG, _BLOCK = "recompute", "ac_graph_id"
 
@@ -95,19 +95,11 @@ def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]
     Left out are sites that carry a user's tags, and those that compute without gradients.
     """
     modes = gradient_modes(graph)
-    found: list[list[StreamSite]] = []
-    ending: dict[Node, list[StreamSite]] = {}
-    for site in among:
-        if any(_TAG in n.meta or modes[n] is False for n in (*site.stream, *filter(None, [site.distribute]))):
-            continue
-        run = ending.get(site.state)
-        if run is None:
-            run = []
-            found.append(run)
-        run.append(site)
-        if site.distribute is not None:
-            ending[site.distribute] = run
-    return found
+
+    def may(site: StreamSite) -> bool:
+        return not any(_TAG in n.meta or modes[n] is False for n in (*site.stream, *filter(None, [site.distribute])))
+
+    return by_stream([site for site in among if may(site)])
 
 
 def block_boundaries(graph: Graph) -> list[str]:

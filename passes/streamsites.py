@@ -106,6 +106,21 @@ def stream_sites(graph: Graph) -> list[StreamSite]:
     return found
 
 
+def by_stream(found: Iterable[StreamSite]) -> list[list[StreamSite]]:
+    """The sites of every stream, in order."""
+    every: list[list[StreamSite]] = []
+    ending: dict[Node, list[StreamSite]] = {}
+    for site in found:
+        run = ending.get(site.state)
+        if run is None:
+            run = []
+            every.append(run)
+        run.append(site)
+        if site.distribute is not None:
+            ending[site.distribute] = run
+    return every
+
+
 def size_of(node: Node) -> Expr:
     """Bytes of a tensor, in the sizes of the graph."""
     return sympy.prod(shape(node)) * value(node).dtype.itemsize

@@ -16,7 +16,7 @@ from mhc_compile.diff.outputs import with_outputs
 from mhc_compile.export.mlir import Dialect
 from mhc_compile.inspect.examine import inspect
 from mhc_compile.inspect.mlir import mlir_of
-from mhc_compile.inspect.writing import write_whole
+from mhc_compile.writing import write_whole
 
 COMMAND = "inspect"
 _DESCRIPTION = """\

@@ -13,7 +13,6 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.inspect.reach import Reach
-from mhc_compile.inspect.writing import write_whole
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.build import Direction
@@ -22,6 +21,7 @@ from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
 from mhc_compile.printed import Printed
+from mhc_compile.writing import write_whole
 
 if TYPE_CHECKING:
     from mhc_compile.inspect.watch import Watcher

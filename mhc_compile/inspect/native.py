@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from mhc_compile.inspect.elements import Drawing
-from mhc_compile.passes.streamsites import StreamSite, stream_sites
+from mhc_compile.passes.streamsites import by_stream, stream_sites
 
 DIALECT = torch.ops.mhc
 
@@ -17,7 +17,7 @@ def draw_native(graph: Graph) -> Drawing:
     """The drawing of a dialect graph whose sites are known by the paths of their modules."""
     drawing = Drawing()
     inside = _inside(graph)
-    for run in _runs(stream_sites(graph)):
+    for run in by_stream(stream_sites(graph)):
         paths = [site.name.rpartition("#")[0] for site in run]
         owner = _common(paths)
         specs = {str(a) for site in run for a in site.coefficients.args if isinstance(a, str)}
@@ -42,21 +42,6 @@ def draw_native(graph: Graph) -> Drawing:
                 drawing.give(_upstream(y, inside, drawing), branch)
     drawing.name_branches()
     return drawing
-
-
-def _runs(found: Sequence[StreamSite]) -> list[list[StreamSite]]:
-    """The sites of every stream, in order."""
-    runs: list[list[StreamSite]] = []
-    ending: dict[Node, list[StreamSite]] = {}
-    for site in found:
-        run = ending.get(site.state)
-        if run is None:
-            run = []
-            runs.append(run)
-        run.append(site)
-        if site.distribute is not None:
-            ending[site.distribute] = run
-    return runs
 
 
 def _inside(graph: Graph) -> set[Node]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from mhc_compile.probes.plots import draw
 from mhc_compile.probes.recording import Record
 from mhc_compile.probes.sample import Sample, sample_of
 from mhc_compile.probes.tensorboard import add
+from mhc_compile.writing import write_whole
 
 
 class Probes:
@@ -91,18 +90,7 @@ class Probes:
 
         Numbers have six digits; `mhc_compile.probes.read_samples` and `mhc-compile probe` read the file. Raises MHC413.
         """
-        target = Path(path)
-        try:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.writelines(sample.line() + "\n" for sample in self.samples)
-                Path(name).replace(target)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise MHCError("MHC413", str(error)) from error
+        write_whole(Path(path), "".join(sample.line() + "\n" for sample in self.samples), code="MHC413")
 
     def to_tensorboard(self, writer: Any) -> None:
         """Add the samples since the last call to a `torch.utils.tensorboard.SummaryWriter`.

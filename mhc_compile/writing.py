@@ -1,4 +1,4 @@
-"""Write a report to a file, whole or not at all."""
+"""Write a file whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from mhc_compile.diagnostics import MHCError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Put `text` in the place of `path` in one step. Raises MHC509 where that fails; the file is as it was then."""
+def write_whole(path: Path, text: str, *, code: str = "MHC509") -> None:
+    """Put `text` in the place of `path` in one step. Raises `code` where that fails; the file is as it was then."""
     try:
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         try:
@@ -18,4 +18,4 @@ def write_whole(path: Path, text: str) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a path without a name, text that is no Unicode
-        raise MHCError("MHC509", f"{path}: {error}") from error
+        raise MHCError(code, f"{path}: {error}") from error
