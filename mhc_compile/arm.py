@@ -26,6 +26,9 @@ from mhc_compile.parameters import active_parameters
 from mhc_compile.passes.base import PROBE
 from mhc_compile.traceable import install_recorders, leave_fast_path, skip_input_gradients
 
+_OWN_FORWARD = "_mhc_forward"
+"""Attribute of an armed owner: the forward that was set on the instance before, which would hide that of the class."""
+
 RECOMPILE_LIMIT = 64
 """Prefill, decode, each batch layout and training are graphs of their own; Dynamo's default of 8 is soon used up."""
 
@@ -43,19 +46,22 @@ def is_armed(module: nn.Module) -> bool:
 
 
 def refuse_unarmable(owner: nn.Module, path: str) -> None:
-    """Raise MHC207 where `owner` has an attribute `mhc` already, or its forward was replaced on the instance."""
+    """Raise MHC207 where `owner` has an attribute `mhc` already, or a class that cannot be derived from."""
     if hasattr(owner, "mhc"):
         raise MHCError("MHC207", f"{type(owner).__name__} has an attribute named mhc", module=path)
     if isinstance(owner, torch.fx.GraphModule):
         raise MHCError("MHC207", "each GraphModule has a class of its own", module=path)
-    if "forward" in vars(owner) and not _wraps_own_forward(owner):
-        raise MHCError("MHC207", f"{type(owner).__name__}.forward was replaced on the instance", module=path)
+    if "_original_forward" in vars(owner):
+        # `Accelerator.unwrap_model` would put the residual forward back in front of ours.
+        raise MHCError("MHC207", f"accelerate has replaced {type(owner).__name__}.forward", module=path)
 
 
 def arm(owner: nn.Module) -> None:
     """Swap the class of `owner`, which holds its `StreamParameters` as `owner.mhc`, for the armed subclass."""
     if not hasattr(type(owner), "_mhc_base"):
         owner.__class__ = armed_class(type(owner))
+        if "forward" in vars(owner) and not _wraps_own_forward(owner):
+            vars(owner)[_OWN_FORWARD] = vars(owner).pop("forward")
         leave_fast_path(owner)
         skip_input_gradients(owner)
         _renew_own_forward(owner)
@@ -78,6 +84,8 @@ def disarm(owner: nn.Module) -> None:
     if base is None:
         return
     owner.__class__ = base
+    if _OWN_FORWARD in vars(owner):
+        vars(owner)["forward"] = vars(owner).pop(_OWN_FORWARD)
     _compiled.pop(owner, None)
     _renew_own_forward(owner)
 
@@ -90,22 +98,26 @@ def armed_class(base: type) -> type:
     base_forward = owner_class.forward
     names = tuple(inspect.signature(base_forward).parameters)[1:]
 
+    def unarmed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(self, _OWN_FORWARD, None)
+        return base_forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+
     def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
         parameters = active_parameters(self.mhc)
         if not parameters.reads_ids:
             args, kwargs = _mark(self, args, kwargs, {})
-            return base_forward(self, *args, **kwargs)
+            return unarmed(self, *args, **kwargs)
         arguments = carry.call_arguments(names, args, kwargs)
         state = carry.state_of(parameters, arguments)
         args, kwargs = _mark(self, args, kwargs, carry.given_of(parameters, arguments, state))
-        output = base_forward(self, *args, **kwargs)
+        output = unarmed(self, *args, **kwargs)
         carry.keep(output, arguments, state)
         return output
 
     @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_armed(self):
-            return base_forward(self, *args, **kwargs)
+            return unarmed(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return traced(self, *args, **kwargs)
         held = active_parameters(self.mhc)

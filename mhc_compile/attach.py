@@ -94,8 +94,8 @@ def _owner(root: nn.Module, path: str) -> nn.Module:
     try:
         return root.get_submodule(path)
     except AttributeError:
-        # accelerate's wrappers hand the model to its forward as the first of their own arguments.
-        raise MHCError("MHC207", f"{type(root).__name__}.forward was replaced on the instance", module=path) from None
+        detail = f"{type(root).__name__} calls it, but does not hold it as a submodule"
+        raise MHCError("MHC207", detail, module=path) from None
 
 
 def refuse_wrapped(model: nn.Module) -> None:

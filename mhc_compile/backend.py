@@ -18,6 +18,7 @@ from mhc_compile.attach import graph_inputs, install, refuse_wrapped, rewrite_wi
 from mhc_compile.capture import find_marks, private_copy
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
+from mhc_compile.identity import ModuleNames, identify
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.engram import prefetch
 from mhc_compile.kernels.engram import providers as memories
@@ -25,7 +26,7 @@ from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.forms import width_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
-from mhc_compile.passes.base import Context, Mark, dotted
+from mhc_compile.passes.base import Context, Mark
 from mhc_compile.passes.fuse import chains_of
 from mhc_compile.passes.memories import prepare_hashes
 from mhc_compile.passes.naming import sites_of
@@ -70,7 +71,8 @@ class Backend:
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Compiled:
         """Rewrite one graph and compile it. The caller's graph is not touched."""
-        copy = private_copy(gm, example_inputs)
+        copy = private_copy(gm)
+        names = identify(copy, example_inputs)
         marks = find_marks(copy)
         if marks:
             return self._compile_converted(copy, marks, example_inputs)
@@ -80,12 +82,12 @@ class Backend:
         raised = self._raise_native(copy, example_inputs)
         if raised is not None:
             return compile_inner(raised, example_inputs, self.options)
-        return self._convert_at_first_call(copy, example_inputs)
+        return self._convert_at_first_call(copy, example_inputs, names)
 
     def _raise_native(self, gm: GraphModule, example_inputs: list[Any]) -> GraphModule | None:
         """The graph with the hyper-connections that its model writes out by hand in the dialect; None without any."""
         context = Context(inputs=list(example_inputs) if self.options.debug == "numeric" else [])
-        gm = run_passes(private_copy(gm, example_inputs), context, native_passes(self._now), self.options)
+        gm = run_passes(private_copy(gm), context, native_passes(self._now), self.options)
         for text in dict.fromkeys(site.spec for site in context.native):
             self._check_options(StreamSpec.parse(text))
         reason = frame.broke() if context.native or context.cut else None
@@ -126,7 +128,7 @@ class Backend:
             if str(getattr(held, "value", held)) != str(getattr(wanted, "value", wanted)):
                 raise MHCError("MHC304", f"{name}={wanted!r} asked for, the model has {spec}")
 
-    def _convert_at_first_call(self, gm: GraphModule, example_inputs: list[Any]) -> Compiled:
+    def _convert_at_first_call(self, gm: GraphModule, example_inputs: list[Any], names: ModuleNames) -> Compiled:
         """Convert the module being compiled, and run this one call of it uncompiled.
 
         From the second call on its owners are armed: their frames are new to Dynamo and are compiled as those of any
@@ -145,7 +147,7 @@ class Backend:
                 warn("MHC308", f"{error.detail}, which no known convention of hyper-connections computes")
                 return compile_inner(gm, example_inputs, self.options)
             raise
-        root = _root_of(context.streams)
+        root = _root_of(context.streams, names)
         spec = stream_spec(self.stream)
         made, gm = rewrite_with_parameters(root, gm, context.streams, spec, self.options, example_inputs)
 
@@ -164,7 +166,7 @@ def _device(inputs: Sequence[Any]) -> str:
     return next((t.device.type for t in inputs if isinstance(t, Tensor)), "cpu")
 
 
-def _root_of(streams: Sequence[ResidualStream]) -> nn.Module:
+def _root_of(streams: Sequence[ResidualStream], names: ModuleNames) -> nn.Module:
     """The module in which the paths of `streams` begin. Refuses what would not run again as it is traced now.
 
     Raises MHC104 where the owner's own forward breaks, MHC303 where no module's forward holds a stream.
@@ -172,10 +174,12 @@ def _root_of(streams: Sequence[ResidualStream]) -> nn.Module:
     own, whole = frame.own_module(), frame.compiled()
     roots = set()
     for stream in streams:
-        paths = [path for path, _ in (stream.exit.meta.get("nn_module_stack") or {}).values()]
-        root = frame.module_at(paths[0]) if paths else own
+        root = names.root(stream.exit)
         in_forward = own is not None and isinstance(whole, nn.Module)
-        called_here = frame.is_whole() and bool(paths) and not dotted(paths[0])
+        # In a function, all of the stream must lie in one call of one module.
+        stacks = [site.add.meta.get("nn_module_stack") or {"": ("function", None)} for site in stream.sites]
+        calls = {(key, path) for key, (path, _) in (next(iter(stack.items())) for stack in stacks)}
+        called_here = frame.is_whole() and len(calls) == 1 and all(not path for _, path in calls)
         if root is None or not (in_forward or called_here):
             raise MHCError("MHC303", "the stream lies in a function, not in the forward of a module")
         if not stream.owner and (frame.broke() or frame.resumed()):

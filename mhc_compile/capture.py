@@ -14,10 +14,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.arm import graph_break_error, tracing_config
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.identity import identify
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.passes.base import PROBE, Mark, module_path
-from mhc_compile.passes.ownership import OWNED, is_owned
 from mhc_compile.traceable import install_recorders
 
 
@@ -29,8 +29,8 @@ class Captured:
     inputs: list[Any]
 
 
-def private_copy(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
-    """A copy to rewrite: Dynamo reads its own placeholders' metadata after the backend has returned."""
+def private_copy(gm: GraphModule) -> GraphModule:
+    """Return a copy to rewrite: Dynamo reads its own placeholders' metadata after the backend has returned."""
     graph = Graph()
     copies: dict[Node, Node] = {}
     output = graph.graph_copy(gm.graph, copies)
@@ -38,11 +38,11 @@ def private_copy(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     graph.output(output)
     new_last = next(n for n in reversed(graph.nodes) if n.op == "output")
     new_last.meta = dict(last.meta)
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for old, real in zip(placeholders, example_inputs, strict=False):
-        copies[old].meta[OWNED] = isinstance(real, nn.Parameter) or is_owned(old)
     copy = GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
+    for name, body in copy.named_children():
+        if isinstance(body, GraphModule):
+            setattr(copy, name, private_copy(body))
     return copy
 
 
@@ -78,7 +78,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     held: list[Captured] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        held.append(Captured(private_copy(gm, example_inputs), list(example_inputs)))
+        graph = private_copy(gm)
+        identify(graph, example_inputs)
+        held.append(Captured(graph, list(example_inputs)))
         raise _Done
 
     # Dynamo remembers the sizes it saw: the user's next call of another shape would be traced with dynamic sizes.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
+from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+
+_NESTING = 3
+"""How deep containers and bound arguments are searched for modules and tensors."""
 
 
 def _frame() -> InstructionTranslatorBase:
@@ -18,34 +23,66 @@ def _frame() -> InstructionTranslatorBase:
 
 
 def own_module() -> nn.Module | None:
-    """The module whose forward is the frame: its first argument; None for a plain function."""
-    held = {k: v for k, v in _frame().f_locals.items() if not k.startswith("___")}  # what a resumed frame has stacked
+    """Return the module whose method the frame is: the first one among its arguments, or bound in its closure."""
     if resumed():
-        # Its variables come in any order.
-        held = {k: v for k, v in held.items() if isinstance(v, nn.Module)}
-    first = held.get("self", next(iter(held.values()), None))
-    return first if isinstance(first, nn.Module) else None
+        # The variables of a resumed frame come in any order: take the outermost.
+        local_modules = list(_modules_in(_frame().f_locals))
+        inner = {id(part) for module in local_modules for part in module.modules() if part is not module}
+        return next((m for m in local_modules if id(m) not in inner), None)
+    passed, others = arguments()
+    # A decorator's closure holds the forward that it calls.
+    wrapped = [v for v in others.values() if isinstance(v, (MethodType, functools.partial))]
+    return next(_modules_in(passed), None) or next(_modules_in(wrapped), None)
+
+
+def arguments() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the frame's arguments in order, starred ones last, and the variables of its closure."""
+    code, variables = _frame().f_code, dict(_frame().f_locals)
+    starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred]
+    return {name: variables.pop(name) for name in names if name in variables}, variables
+
+
+def _modules_in(value: Any, depth: int = _NESTING) -> Iterator[nn.Module]:
+    """Yield the modules in containers, bound methods and partial functions."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth:
+        for part in parts_of(value):
+            yield from _modules_in(part, depth - 1)
+
+
+def parts_of(value: Any) -> tuple[Any, ...]:
+    """Return what a container, a bound method or a partial function holds."""
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, dict):
+        return tuple(value.values())
+    return tuple(value) if isinstance(value, (tuple, list)) else ()
 
 
 def modules() -> list[nn.Module]:
-    """Every module that the frame holds in a variable, and the module that the user compiled."""
-    found = [v for v in _frame().f_locals.values() if isinstance(v, nn.Module)]
+    """Return every module that the frame holds in a variable, and the module that the user compiled."""
     whole = compiled()
-    return [*found, whole] if isinstance(whole, nn.Module) else found
+    return [*_modules_in(_frame().f_locals), *([whole] if isinstance(whole, nn.Module) else ())]
 
 
-def module_at(base: str) -> nn.Module | None:
-    """The module that begins a Dynamo path: `L['self']` or `G['model']`."""
-    match = re.match(r"^([LG])\['([^']*)'\]", base)
-    if match is None:
-        return None
-    names = _frame().f_locals if match[1] == "L" else _frame().f_globals
-    found = names.get(match[2])
-    return found if isinstance(found, nn.Module) else None
+def traced_modules() -> dict[int, nn.Module]:
+    """Return the modules that the trace has met so far, by id."""
+    tracked = InstructionTranslator.current_tx().output.side_effects.id_to_variable
+    values = {n: v.value for n, v in tracked.items() if isinstance(v, UnspecializedNNModuleVariable)}
+    return {number: value for number, value in values.items() if isinstance(value, nn.Module)}
+
+
+def starred_from() -> int:
+    """Return how many of the frame's arguments come before `*args` and `**kwargs`."""
+    return _frame().f_code.co_argcount + _frame().f_code.co_kwonlyargcount
 
 
 def broke() -> str | None:
-    """Why and where Dynamo ended the current graph before the frame's end; None if it did not."""
+    """Return why and where Dynamo ended the current graph before the frame's end; None if it did not."""
     reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
     if reason is None or not reason.graph_break:
         return None
@@ -54,12 +91,12 @@ def broke() -> str | None:
 
 
 def resumed() -> bool:
-    """Whether the frame is the rest of one whose graph broke before."""
+    """Return whether the frame is the rest of one whose graph broke before."""
     return str(_frame().f_code.co_name).startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
 
 
 def compiled() -> nn.Module | Callable[..., Any] | None:
-    """The module or function that the user compiled, found on the stack of callers."""
+    """Return the module or function that the user compiled, found on the stack of callers."""
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals["__name__"] == "torch._dynamo.eval_frame":
@@ -71,7 +108,7 @@ def compiled() -> nn.Module | Callable[..., Any] | None:
 
 
 def is_whole() -> bool:
-    """Whether the frame is all that the user compiled, not one of its parts."""
+    """Return whether the frame is all that the user compiled, not one of its parts."""
     if broke() or resumed():
         return False
     whole = compiled()

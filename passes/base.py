@@ -78,28 +78,15 @@ def describe(step: Pass) -> str:
     return f"{step.name}{{{options}}}" if options else step.name
 
 
-_INDEX = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
-
-
-def dotted(path: str) -> str:
-    """Dynamo's spelling of a module path (`L['self']._modules['model'].layers[3]`) as `model.layers.3`."""
-    head = re.match(r"^[LG]\['[^']*'\]", path)
-    rest = path[head.end() :] if head else path
-    rest = rest.replace(".__dict__['_modules']", "").replace("._modules", "")
-    rest = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), rest)
-    return rest.strip(".")
-
-
 def module_stack(node: Node) -> list[str]:
-    """Module paths around `node` from the graph's root (`""`) to the innermost module."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return ["", *(p for entry in stack.values() if (p := dotted(entry[0])))]
+    """Return the module paths around `node` from the graph's root (`""`) to the innermost module."""
+    return [path for _, path in module_calls(node)]
 
 
 def module_calls(node: Node) -> list[tuple[str, str]]:
     """As `module_stack`, each path behind a key that tells the calls of one module apart."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [("", ""), *((key, p) for key, entry in stack.items() if (p := dotted(entry[0])))]
+    return [("", ""), *((key, path) for key, (path, _) in stack.items() if path)]
 
 
 def module_path(node: Node) -> str:

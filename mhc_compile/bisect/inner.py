@@ -75,7 +75,7 @@ def worst(
 
 def without_dropout(gm: GraphModule) -> GraphModule:
     """A copy whose results are the same at every run: nothing is dropped, no state of cached calls is written."""
-    copy = private_copy(gm, [])
+    copy = private_copy(gm)
     for node in copy.graph.nodes:
         if node.meta.get(KEEPS) or (node.op == "call_function" and op_name(node) == "dropout"):
             assert isinstance(node.args[0], Node)

@@ -72,7 +72,7 @@ def _attempts(wrong: Wrong) -> Iterator[_Attempt]:
 
 
 def _unmarked(gm: GraphModule) -> GraphModule:
-    copy = private_copy(gm, [])
+    copy = private_copy(gm)
     for node in copy.graph.nodes:
         if op_name(node) == "mark" and node.op == "call_function":
             node.replace_all_uses_with(node.args[0])

@@ -110,7 +110,7 @@ class Search:
         return self._values(self.graph, at_start=False)
 
     def _step(self, step: Pass) -> Wrong | None:
-        before = private_copy(self.graph, self.subject.own)
+        before = private_copy(self.graph)
         text, read = text_of(self.graph), parameters_read(self.graph, self.subject.marks)
         try:
             self.graph = step.apply(self.graph, self.context)
@@ -201,7 +201,7 @@ class Search:
         finding = self.finding(step.name, site, what, node, d, allowed, dtype, added)
         source, found = (None, None) if pair is None else (pair.before, pair.after)
         spec = next((mark.spec for mark in self.subject.marks), None) if added else None
-        after = private_copy(self.graph, [])
+        after = private_copy(self.graph)
         return Wrong(finding, step, before, after, source, found, inputs=self._inputs(added), spec=spec)
 
     def finding(
@@ -227,7 +227,7 @@ class Search:
         self.checked.append(Checked(step.name, True, float("inf")))
         infinite = Difference(float("inf"), 0.0)
         finding = self.finding(step.name, site, what, node or output_of(self.graph), infinite, 0.0, "float64", False)
-        return Wrong(finding, step, before, private_copy(self.graph, []), None, None, inputs=self.subject.own)
+        return Wrong(finding, step, before, private_copy(self.graph), None, None, inputs=self.subject.own)
 
 
 def anchors(sources: list[Source], values: Values) -> dict[str, Any]:

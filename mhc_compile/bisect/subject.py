@@ -54,7 +54,7 @@ def subject_of(
     graph, inputs = captured.graph, captured.inputs
     context = Context()
     try:
-        run_passes(private_copy(graph, inputs), context, ANALYSIS, options)
+        run_passes(private_copy(graph), context, ANALYSIS, options)
     except MHCError as error:
         if error.code != "MHC107" or owners(model):
             raise

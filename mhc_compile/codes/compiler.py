@@ -64,7 +64,8 @@ COMPILER: dict[str, Diagnostic] = {
     ),
     "MHC207": Diagnostic(
         "the stream owner cannot be kept converted",
-        "convert the model before its forward is replaced, and call it with a tensor argument",
+        "convert the model before accelerate prepares it, register the owner as a submodule, and call it with a tensor "
+        "argument",
     ),
     "MHC208": Diagnostic(
         "already converted",

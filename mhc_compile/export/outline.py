@@ -40,7 +40,7 @@ class Outline:
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Add notes to the nodes of `gm` and leave all else as it is."""
-        trial = private_copy(gm, ())
+        trial = private_copy(gm)
         first = next(iter(trial.graph.nodes))
         for node in reversed(trial.graph.find_nodes(op="get_attr")):
             first.prepend(node)  # a parameter, read where the model does

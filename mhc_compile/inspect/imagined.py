@@ -18,7 +18,7 @@ def imagined_marks(captured: Captured, spec: StreamSpec, options: Options, obser
 
     Raises `MHCError` as the analysis of the graph does.
     """
-    analysed, context = private_copy(captured.graph, captured.inputs), Context()
+    analysed, context = private_copy(captured.graph), Context()
     run_passes(analysed, context, ANALYSIS, options, observer)
     graph = captured.graph.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]

@@ -12,8 +12,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.base import dotted, op_name, source_line, value
-from mhc_compile.passes.ownership import is_owned
+from mhc_compile.passes.base import op_name, source_line, value
+from mhc_compile.passes.ownership import INPUT, OWNED, is_owned
 
 Labels = Mapping[Node, str]
 """Names of placeholders that have none of their own."""
@@ -105,29 +105,14 @@ def _shown(argument: Any, names: Labels) -> str:
 
 
 def input_name(node: Node) -> str:
-    """What a placeholder is called outside: a parameter's or buffer's module path, or an argument's name."""
-    name = _source_name(node)
-    if not name:
-        return node.name
-    inside = dotted(name.replace("._parameters", "").replace("._buffers", ""))
-    argument = re.match(r"^L\['([^']*)'\]", name)
-    held = "._parameters" in name or "._buffers" in name  # by the model, whatever its forward calls it
-    if argument is not None and argument[1] != "self" and not held:
-        return f"{argument[1]}.{inside}".strip(".")
-    return inside or node.name
+    """Return what a placeholder is called outside: a parameter's or buffer's path, or an argument's name."""
+    path = node.meta.get(OWNED)
+    return path if isinstance(path, str) else node.meta.get(INPUT, node.name)
 
 
 def is_buffer(node: Node) -> bool:
-    """Whether a placeholder is a module's buffer."""
-    return "._buffers" in _source_name(node)
-
-
-def _source_name(node: Node) -> str:
-    """Where Dynamo found the value of a placeholder: `L['self']._modules['head']._parameters['weight']`."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None:
-        return ""
-    return str(source.name if isinstance(source.name, str) else source.name())
+    """Return whether a placeholder is a module's buffer."""
+    return is_owned(node) and not isinstance(value(node), torch.nn.Parameter)
 
 
 class Sources:

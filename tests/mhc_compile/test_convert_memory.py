@@ -58,8 +58,23 @@ def test_an_owner_with_an_attribute_of_our_name(taken: str) -> None:
 def test_an_owner_whose_forward_was_replaced() -> None:
     model = chain()
     original = model.forward
-    model.forward = lambda x: original(x)
-    assert refused(model, ids()) == "MHC207"
+    model.forward = lambda x: 2 * original(x)
+    expected = model(ids())
+    assert torch.allclose(convert(model, ids(), inner="eager")(ids()), expected, atol=1e-6)
+    shake(model)
+    assert not torch.allclose(model(ids()), expected)
+
+
+def test_an_owner_that_is_not_a_submodule() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = [chain()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.held[0](x)
+
+    assert refused(Holder(), ids()) == "MHC207"
 
 
 @pytest.mark.parametrize("where", ["before", "inside", "after"])

@@ -17,7 +17,6 @@ from mhc_compile.passes.base import (
     call_nodes,
     copy_meta,
     describe,
-    dotted,
     erase_unused,
     module_calls,
     module_path,
@@ -58,22 +57,6 @@ class Outer(nn.Module):
 def nodes(name: str) -> list[torch.fx.Node]:
     gm = captured(Outer(), torch.randn(2, 4)).graph
     return [n for n in call_nodes(gm) if op_name(n) == name]
-
-
-@pytest.mark.parametrize(
-    ("path", "plain"),
-    [
-        ("L['self']", ""),
-        ("L['self'].model.layers.3", "model.layers.3"),
-        ("L['self']._modules['model']._modules['layers'].3", "model.layers.3"),
-        ("L['self'].__dict__['_modules']['model'].layers[3]", "model.layers.3"),
-        ("L['self']._modules['model'].layers[\"3\"].mlp", "model.layers.3.mlp"),
-        ("G['model'].layers[0]", "layers.0"),
-        ("model.layers.0", "model.layers.0"),
-    ],
-)
-def test_module_paths_in_plain_spelling(path: str, plain: str) -> None:
-    assert dotted(path) == plain
 
 
 def test_nodes_know_the_modules_around_them() -> None:

@@ -116,11 +116,11 @@ def test_every_topology_has_the_same_kernels_and_no_branch_is_made_again(recipe:
     plain = dialect(model, ids)
     inside = {"linear", "cumsum", "gelu", "sigmoid", "cat", "embedding"}
     for blocks in ("stage", 1):
-        gm, _ = tagged(private_copy(plain, []), blocks)
+        gm, _ = tagged(private_copy(plain), blocks)
         again = {op_name(n) for n, (policy, _) in tags(gm).items() if policy is AGAIN}
         assert {"coefficients", "aggregate"} <= again
         assert not again & inside
-        assert names(fused(gm)) == names(fused(private_copy(plain, [])))
+        assert names(fused(gm)) == names(fused(private_copy(plain)))
 
 
 def test_every_branch_keeps_its_output() -> None:
