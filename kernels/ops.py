@@ -11,10 +11,12 @@ always `str(StreamSpec)`.
     mhc::distribute(streams, branch [..., C], post [..., n], mix [..., n, n]) -> [..., n, C]
     mhc::reduce(streams, spec, fn=None, base=None, scale=None) -> [..., C]
     mhc::mark(x, params, spec, given, names) -> like x
+    mhc::inside(x) -> like x
 
 `mark` shows the backend `mhc` a converted model and is removed by it. Running it raises MHCError MHC301: the model was
 compiled by something else, which would silently compute the residual network. `given` is what an owner with a memory
-brings of its call, by the comma-separated `names`: masks, positions, carried state, anchors of its tables.
+brings of its call, by the comma-separated `names`: masks, positions, carried state, anchors of its tables. `inside`
+stands at every module that reads a stream: it is removed where the graph holds its owner's mark; it raises MHC313.
 """
 
 from __future__ import annotations
@@ -91,6 +93,10 @@ def _mark_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor], None, 
     return grad, [torch.zeros_like(p) for p in ctx.saved_tensors], None, [None] * ctx.given, None
 
 
+def _inside(x: Tensor) -> NoReturn:  # noqa: ARG001
+    raise MHCError("MHC313", "compiled by another backend")
+
+
 def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     coefficients = "coefficients(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, str spec)"
@@ -112,6 +118,11 @@ def _register() -> None:
     DIALECT.impl("mark", _mark, "CompositeExplicitAutograd")
     torch.library.register_fake("mhc::mark", _mark_fake, lib=DIALECT)
     torch.library.register_autograd("mhc::mark", _mark_backward, setup_context=_mark_save, lib=DIALECT)
+
+    DIALECT.define("inside(Tensor x) -> Tensor", tags=tags)
+    DIALECT.impl("inside", _inside, "CompositeExplicitAutograd")
+    torch.library.register_fake("mhc::inside", torch.empty_like, lib=DIALECT)
+    torch.library.register_autograd("mhc::inside", lambda _, grad: grad, lib=DIALECT)
 
 
 _register()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import mhc_compile.kernels.ops  # noqa: F401  (registers mhc::mark)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram import carry
+from mhc_compile.guard import guard, holds_tensor, unguard, with_first_tensor
 from mhc_compile.parameters import active_parameters
 from mhc_compile.passes.base import PROBE
 from mhc_compile.traceable import install_recorders, leave_fast_path, skip_input_gradients
@@ -62,6 +63,7 @@ def arm(owner: nn.Module) -> None:
         owner.__class__ = armed_class(type(owner))
         if "forward" in vars(owner) and not _wraps_own_forward(owner):
             vars(owner)[_OWN_FORWARD] = vars(owner).pop("forward")
+        guard(owner, active_parameters(vars(owner)["_modules"]["mhc"]).readers)
         leave_fast_path(owner)
         skip_input_gradients(owner)
         _renew_own_forward(owner)
@@ -86,6 +88,7 @@ def disarm(owner: nn.Module) -> None:
     owner.__class__ = base
     if _OWN_FORWARD in vars(owner):
         vars(owner)["forward"] = vars(owner).pop(_OWN_FORWARD)
+    unguard(owner)
     _compiled.pop(owner, None)
     _renew_own_forward(owner)
 
@@ -160,13 +163,7 @@ def _mark(
     if held.probe_slot is not None:
         given = {**given, PROBE: held.probe_slot}
     carried = (list(held.in_graph().values()), held.signature, list(given.values()), ",".join(given))
-    for i, argument in enumerate(args):
-        if _holds_tensor(argument):
-            return (*args[:i], _marked(argument, carried), *args[i + 1 :]), kwargs
-    for name, argument in kwargs.items():
-        if _holds_tensor(argument):
-            return args, {**kwargs, name: _marked(argument, carried)}
-    raise AssertionError
+    return with_first_tensor(args, kwargs, lambda x: torch.ops.mhc.mark(x, *carried))
 
 
 def _arguments(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -177,27 +174,8 @@ def _arguments(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 def _refuse_unmarkable(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if next(active_parameters(owner.mhc).parameters(), None) is None:
         raise MHCError("MHC212", f"{type(owner).__name__}.mhc has no parameters")
-    if not any(_holds_tensor(a) for a in (*args, *kwargs.values())):
+    if not any(holds_tensor(a) for a in (*args, *kwargs.values())):
         raise MHCError("MHC207", f"{type(owner).__name__} was called without a tensor argument")
-
-
-def _holds_tensor(value: Any) -> bool:
-    if type(value) in (tuple, list):
-        return any(_holds_tensor(part) for part in value)
-    if type(value) is dict:
-        return any(_holds_tensor(part) for part in value.values())
-    return isinstance(value, Tensor)
-
-
-def _marked(value: Any, carried: tuple[Any, ...]) -> Any:
-    """`value` with the first tensor in it marked."""
-    if isinstance(value, Tensor):
-        return torch.ops.mhc.mark(value, *carried)
-    if isinstance(value, dict):
-        key = next(k for k, part in value.items() if _holds_tensor(part))
-        return {**value, key: _marked(value[key], carried)}
-    at = next(i for i, part in enumerate(value) if _holds_tensor(part))
-    return type(value)([*value[:at], _marked(value[at], carried), *value[at + 1 :]])
 
 
 def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

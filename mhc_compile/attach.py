@@ -18,6 +18,7 @@ from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram import carry
 from mhc_compile.engram.request import Request
+from mhc_compile.guard import stream_readers
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
@@ -53,7 +54,10 @@ def rewrite_with_parameters(
             held: dict[str, Any] = {}
             for request in requests if path == streams[-1].owner else ():
                 held |= request.of(stream.entry, list(sites))
-            made[path] = StreamParameters(spec, sites, options=options, scratch=scratch, device=device, **held)
+            readers = stream_readers(s for s in streams if s.owner == path)
+            made[path] = StreamParameters(
+                spec, sites, options=options, scratch=scratch, device=device, readers=readers, **held
+            )
     context = Context(marks=[append_parameters(gm, path, p) for path, p in made.items()])
     if options.debug == "numeric":
         context.inputs = [*inputs, *(t for p in made.values() for t in graph_inputs(p).values())]

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.arm import graph_break_error, tracing_config
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.guard import erase_guards
 from mhc_compile.identity import identify
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
@@ -47,7 +48,10 @@ def private_copy(gm: GraphModule) -> GraphModule:
 
 
 def find_marks(gm: GraphModule) -> list[Mark]:
-    """The marks that armed owners left in the graph, in graph order."""
+    """Return the marks that armed owners left in the graph, in graph order, and erase the guards of their layers.
+
+    Raises MHC313 for a layer of a converted model that is called outside of its owner.
+    """
     marks = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in (torch.ops.mhc.mark, torch.ops.mhc.mark.default):
@@ -66,6 +70,7 @@ def find_marks(gm: GraphModule) -> list[Mark]:
                     node=node,
                 )
             )
+    erase_guards(gm, marks)
     return marks
 
 

@@ -51,8 +51,11 @@ class StreamParameters(nn.Module):
         memory_start: Start = "zero",
         over: OverEncoding | None = None,
         tables_on: torch.device | str | None = None,
+        readers: Iterable[str] = (),
     ) -> None:
         super().__init__()
+        self.own_readers = tuple(readers)
+        """Paths below the owner of the modules in the branches of sites that its own forward adds."""
         self.probe_slot: Tensor | None = None
         """In a sampled step what tells Dynamo so (`mhc_compile.probes`): no buffer, and never saved."""
         self.spec = spec
@@ -118,6 +121,11 @@ class StreamParameters(nn.Module):
         place.add_module("table", new_table(over.hash.rows, over.width, tables_on))
         self.table_places[OVER_TABLE] = OVER_ENCODING
         self.over_order = over.hash.order  # which a traced call reads
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Paths below the owner of the modules that compute a site, which are to run in the owner's forward alone."""
+        return (*dict.fromkeys(p for name in self.sites if (p := name.rpartition("#")[0])), *self.own_readers)
 
     @property
     def reads_ids(self) -> bool:

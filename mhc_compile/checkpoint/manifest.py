@@ -30,17 +30,20 @@ class Owner:
     """The sites' names, in the order of the stream, with C."""
     memory: Memory | None = None
     over: OverEncoding | None = None
+    readers: tuple[str, ...] = ()
+    """`StreamParameters.own_readers`."""
 
     @classmethod
     def of(cls, parameters: StreamParameters) -> Owner:
         """What a manifest says of an owner's parameters."""
-        return cls(parameters.spec, parameters.sites, parameters.memory, parameters.over)
+        return cls(parameters.spec, parameters.sites, parameters.memory, parameters.over, parameters.own_readers)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         more = {"memory": self.memory, "over_encoding": self.over}
-        held = {name: x.plain() for name, x in more.items() if x is not None}
-        return {"spec": _plain(self.spec), "sites": self.sites, **held}
+        lookups = {name: x.plain() for name, x in more.items() if x is not None}
+        readers = {"readers": list(self.readers)} if self.readers else {}
+        return {"spec": _plain(self.spec), "sites": self.sites, **readers, **lookups}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,10 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
         raise TypeError(f"a memory at {sorted(unknown)}, which are no sites")
     over = OverEncoding.parse(_mapping(entry["over_encoding"])) if "over_encoding" in entry else None
     # An unknown field is a TypeError of the dataclass.
-    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory, over)
+    readers = entry.get("readers", [])
+    if not isinstance(readers, list):
+        raise TypeError(f"{readers!r} is not a list of modules")
+    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory, over, tuple(_site(str(r)) for r in readers))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -177,6 +177,11 @@ COMPILER: dict[str, Diagnostic] = {
         "sites that lie in two graphs stay as they are: torch.compile(..., fullgraph=True) also captures sizes that "
         "depend on data, or names what cannot be captured",
     ),
+    "MHC313": Diagnostic(
+        "a layer of a converted model would run without its streams",
+        "call the model itself, model(x); to read hidden states, put a forward hook on the layer; to run layers by "
+        "hand, take the streams out first with mhc_compile.to_residual(model)",
+    ),
     "MHC401": Diagnostic(
         "not a checkpoint folder",
         "give a local folder as transformers saves it: config.json beside model.safetensors, or beside "
