@@ -77,7 +77,7 @@ def table_inputs(parameters: Any) -> dict[str, Tensor]:
 
 
 def state_of(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state that this call reads and writes: its cache's, a new one for an empty cache, {} if nothing is cached.
+    """Return the state that this call reads and writes: its cache's, new for an empty one, {} if nothing is cached.
 
     Raises MHC229 for a cache that was filled without it.
     """

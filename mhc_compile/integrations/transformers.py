@@ -176,6 +176,8 @@ def caches_in(roles: Roles, output: Any) -> list[Any]:
     """Return the caches among the values of a call's output, whatever they are called."""
     if isinstance(output, (*_cache_types, *roles.caches)):
         return [output]
+    if output is None or isinstance(output, (Tensor, bool, int, float, str)):
+        return []  # torch 2.11 cannot trace what is asked below of built-in classes
     parts: Iterable[Any] = ()
     if isinstance(output, dict):  # transformers' outputs are dicts as well
         parts = output.values()

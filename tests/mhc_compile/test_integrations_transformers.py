@@ -165,7 +165,7 @@ def test_a_filled_cache_of_a_plain_model_is_refused() -> None:
 
 def test_two_integer_tensors_cannot_be_told_apart() -> None:
     model = speaking(TwoIntegers(), ids(seed=1), ids())
-    with torch.no_grad(), pytest.raises(MHCError, match=r"MHC236.*kinds \[2, 8\].*\n?.*input_ids"):
+    with torch.no_grad(), pytest.raises(MHCError, match=r"MHC236.*kinds \[2, 8\]"):
         model(ids(seed=1), ids())
     named = speaking(Named(), ids(seed=1), ids())
     with torch.no_grad():
