@@ -14,6 +14,7 @@ import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (these register the op
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import copy_meta, refuse, shape, value
 from mhc_compile.passes.numeric import KEEPS
+from mhc_compile.passes.tokens import reaches
 from mhc_compile.passes.widen import Widened
 
 ENGRAM = torch.ops.engram
@@ -44,12 +45,12 @@ class Lookups:
         Whatever the ids are made from is the ids themselves, and targets are read behind the streams alone.
         """
         unknown = {n: node for n, node in self.given.items() if n.startswith("unknown:")}
-        sources = [node for node in unknown.values() if value(node).dtype != torch.bool and _reaches(node, self.ids)]
+        sources = [node for node in unknown.values() if value(node).dtype != torch.bool and reaches(node, self.ids)]
         for name, node in unknown.items():
-            if sources != [node] and _reaches(node, torch.ops.mhc.reduce.default):
+            if sources != [node] and reaches(node, torch.ops.mhc.reduce.default):
                 argument = name.removeprefix("unknown:")
                 owner = self.widened.mark.owner or "the model"
-                detail = f"{argument} {list(shape(node))} of {owner} may be a mask or positions"
+                detail = f"{argument} {list(shape(node))} of {owner} may be ids, a mask or positions"
                 raise refuse("MHC236", detail, node)
 
     # --- early in the graph: ids, rows ---------------------------------------------------------------------------
@@ -121,16 +122,3 @@ class Lookups:
         while place.op == "placeholder":
             place = place.next
         return place
-
-
-def _reaches(node: Node, goal: Node | Callable[..., Any]) -> bool:
-    """Return whether `goal`, or a call of it, is made from `node`."""
-    seen, queue = {node}, [node]
-    while queue:
-        reached = queue.pop()
-        if reached is goal or reached.target is goal:
-            return True
-        new = [user for user in reached.users if user not in seen]
-        seen.update(new)
-        queue += new
-    return False

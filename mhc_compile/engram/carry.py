@@ -2,7 +2,7 @@
 
 By name, in the order in which `mhc::mark` gets them:
 
-    mask [B, T], positions [B or 1, S]    of the call
+    ids [B, S], mask [B, T], positions [B or 1, S]    of the call
     unknown:<argument>               what may be ids, a mask or positions, as far as the call tells
     compression                      the projection of ids [V]
     table:<name>:<handle>:<dtype>:near|far    the anchor of a table; far: looked up ahead
@@ -47,7 +47,9 @@ EXPORTING = False
 def call_inputs(roles: Roles, arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what `mhc::mark` is given of the call itself, by name."""
     inputs: dict[str, Tensor] = {}
-    mask, positions = mask_of(arguments), positions_of(arguments)
+    ids, mask, positions = ids_of(roles, arguments), mask_of(arguments), positions_of(arguments)
+    if ids is not None:
+        inputs["ids"] = ids
     if mask is not None:
         inputs["mask"] = mask
     if positions is not None:
