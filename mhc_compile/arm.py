@@ -23,6 +23,7 @@ import mhc_compile.kernels.ops  # noqa: F401  (registers mhc::mark)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram import carry
 from mhc_compile.guard import guard, holds_tensor, unguard, with_first_tensor
+from mhc_compile.integrations.transformers import Roles, follow_caches
 from mhc_compile.parameters import active_parameters
 from mhc_compile.passes.base import PROBE
 from mhc_compile.traceable import install_recorders, leave_fast_path, skip_input_gradients
@@ -63,7 +64,10 @@ def arm(owner: nn.Module) -> None:
         owner.__class__ = armed_class(type(owner))
         if "forward" in vars(owner) and not _wraps_own_forward(owner):
             vars(owner)[_OWN_FORWARD] = vars(owner).pop("forward")
-        guard(owner, active_parameters(vars(owner)["_modules"]["mhc"]).readers)
+        parameters = active_parameters(owner.mhc)  # type: ignore[arg-type]
+        guard(owner, parameters.readers)
+        if parameters.reads_ids:
+            follow_caches(type(owner)._mhc_roles)  # type: ignore[attr-defined]
         leave_fast_path(owner)
         skip_input_gradients(owner)
         _renew_own_forward(owner)
@@ -99,7 +103,7 @@ def armed_class(base: type) -> type:
         return _armed[base]
     owner_class: Any = base
     base_forward = owner_class.forward
-    names = tuple(inspect.signature(base_forward).parameters)[1:]
+    roles = Roles.of(base_forward)
 
     def unarmed(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = getattr(self, _OWN_FORWARD, None)
@@ -110,11 +114,12 @@ def armed_class(base: type) -> type:
         if not parameters.reads_ids:
             args, kwargs = _mark(self, args, kwargs, {})
             return unarmed(self, *args, **kwargs)
-        arguments = carry.call_arguments(names, args, kwargs)
-        state = carry.state_of(parameters, arguments)
-        args, kwargs = _mark(self, args, kwargs, carry.given_of(parameters, arguments, state))
+        arguments = roles.named(args, kwargs)
+        state = carry.state_of(parameters, roles, arguments)
+        given = {**carry.table_inputs(parameters), **carry.call_inputs(roles, arguments, state)}
+        args, kwargs = _mark(self, args, kwargs, given)
         output = unarmed(self, *args, **kwargs)
-        carry.keep(output, arguments, state)
+        carry.keep(output, roles, arguments, state)
         return output
 
     @functools.wraps(base_forward)
@@ -125,12 +130,12 @@ def armed_class(base: type) -> type:
             return traced(self, *args, **kwargs)
         held = active_parameters(self.mhc)
         if held.reads_ids:
-            carry.refuse_ids(held, _arguments(self, args, kwargs))
+            carry.refuse_ids(held, roles, roles.named(args, kwargs))
         return _call_compiled(self, traced, args, kwargs)
 
-    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    def reduce_ex(self: Any, protocol: Any) -> Any:
         _, _, *state = owner_class.__reduce_ex__(self, protocol)
-        return (_new_armed, (base,), *state)
+        return (_new_armed, (base, is_armed(self) and active_parameters(self.mhc).reads_ids), *state)
 
     forward.__signature__ = inspect.signature(base_forward)  # type: ignore[attr-defined]
     armed = type(
@@ -143,14 +148,17 @@ def armed_class(base: type) -> type:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "_mhc_base": base,
+            "_mhc_roles": roles,
         },
     )
     _armed[base] = armed
     return armed
 
 
-def _new_armed(base: type) -> Any:
+def _new_armed(base: type, reads_ids: bool) -> Any:
     cls: Any = armed_class(base)
+    if reads_ids:
+        follow_caches(cls._mhc_roles)
     return cls.__new__(cls)
 
 
@@ -164,11 +172,6 @@ def _mark(
         given = {**given, PROBE: held.probe_slot}
     carried = (list(held.in_graph().values()), held.signature, list(given.values()), ",".join(given))
     return with_first_tensor(args, kwargs, lambda x: torch.ops.mhc.mark(x, *carried))
-
-
-def _arguments(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = tuple(inspect.signature(type(owner)._mhc_base.forward).parameters)[1:]
-    return carry.call_arguments(names, args, kwargs)
 
 
 def _refuse_unmarkable(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -193,7 +196,8 @@ def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...]
         # Raised inside the trace, these are breaks to Dynamo like any other.
         _refuse_unmarkable(owner, args, kwargs)
         if active_parameters(owner.mhc).reads_ids:
-            carry.refuse_foreign_cache(_arguments(owner, args, kwargs))
+            roles = type(owner)._mhc_roles
+            carry.refuse_foreign_cache(roles, roles.named(args, kwargs))
         hidden = (skip_input_gradients(owner), install_recorders(owner))
         if not any(hidden):
             raise graph_break_error(owner, error) from error

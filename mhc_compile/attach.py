@@ -87,8 +87,6 @@ def install(root: nn.Module, made: Mapping[str, StreamParameters]) -> None:
         owner = root.get_submodule(path)
         owner.add_module("mhc", parameters)
         arm(owner)
-    if any(p.reads_ids for p in made.values()):
-        carry.follow_caches()
     give_to_adapters(root)
     compile_generation(root)
     save_with_streams(root)
@@ -118,7 +116,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 def graph_inputs(parameters: StreamParameters) -> dict[str, Tensor]:
     """What every graph of an owner takes beside the model's own inputs, by name."""
-    return {**parameters.in_graph(), **carry.given_of(parameters, {}, {})}
+    return {**parameters.in_graph(), **carry.table_inputs(parameters)}
 
 
 def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:

@@ -55,7 +55,8 @@ class _Inserting(Lookups):
     """The memories of one stream."""
 
     def __init__(self, graph: Graph, widened: Widened, memory: Memory, *, plain: bool) -> None:
-        super().__init__(graph, widened, token_ids(widened.entry, memory.vocab), plain=plain)
+        ids = token_ids(widened.entry, memory.vocab, widened.mark.given.get("ids"))
+        super().__init__(graph, widened, ids, plain=plain)
         self.memory = memory
         self.modes = gradient_modes(graph)
 

@@ -12,8 +12,9 @@ from torch.fx import Graph, Node
 import mhc_compile.kernels.engram.gather
 import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (these register the ops)
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import copy_meta, value
+from mhc_compile.passes.base import copy_meta, refuse, shape, value
 from mhc_compile.passes.numeric import KEEPS
+from mhc_compile.passes.tokens import reaches
 from mhc_compile.passes.widen import Widened
 
 ENGRAM = torch.ops.engram
@@ -36,20 +37,35 @@ class Lookups:
         """Whose module and source line the nodes inserted now get."""
         self.kept: dict[str, Node] = {}
         """What every tensor of the state becomes."""
+        self._refuse_unknown()
+
+    def _refuse_unknown(self) -> None:
+        """Raise MHC236 for an argument that reaches the streams and may be a mask or positions.
+
+        Whatever the ids are made from is the ids themselves, and targets are read behind the streams alone.
+        """
+        unknown = {n: node for n, node in self.given.items() if n.startswith("unknown:")}
+        sources = [node for node in unknown.values() if value(node).dtype != torch.bool and reaches(node, self.ids)]
+        for name, node in unknown.items():
+            if sources != [node] and reaches(node, torch.ops.mhc.reduce.default):
+                argument = name.removeprefix("unknown:")
+                owner = self.widened.mark.owner or "the model"
+                detail = f"{argument} {list(shape(node))} of {owner} may be ids, a mask or positions"
+                raise refuse("MHC236", detail, node)
 
     # --- early in the graph: ids, rows ---------------------------------------------------------------------------
 
     def _documents(self, ids: Node, eos: int, state: str) -> tuple[Node, Node | None]:
         """Reach [B, S] of `ids`, and the ids in front of them that `state` carries; it will carry on the last."""
         given = self.given
-        optional = (given.get("attention_mask"), given.get("position_ids"), given.get(f"{state}.reach"))
+        optional = (given.get("mask"), given.get("positions"), given.get(f"{state}.reach"))
         reach = self._early(ENGRAM.reach.default, ids, *optional, eos)
         before = given.get(f"{state}.ids")
         if before is not None:
             self._keep_end(f"{state}.ids", self._early(torch.cat, (before, ids), 1))
             following = self._early(operator.add, self._early(operator.getitem, reach, (_ALL, -1)), 1)
             # A document ends with its end-of-text token, and in front of padding.
-            for tensor, end in ((ids, eos), (given.get("attention_mask"), 0)):
+            for tensor, end in ((ids, eos), (given.get("mask"), 0)):
                 if tensor is not None and end >= 0:
                     last = self._early(operator.getitem, tensor, (_ALL, -1))
                     following = self._early(operator.mul, following, self._early(operator.ne, last, end))

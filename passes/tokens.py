@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -24,19 +26,34 @@ class Embedding:
     """Of its table."""
 
 
-def token_ids(entry: Node, vocab: int) -> Node:
+def token_ids(entry: Node, vocab: int, told: Node | None = None) -> Node:
     """The ids [B, S] of `token_embedding`."""
-    return token_embedding(entry, vocab).ids
+    return token_embedding(entry, vocab, told).ids
 
 
-def token_embedding(entry: Node, vocab: int | None = None) -> Embedding:
+def token_embedding(entry: Node, vocab: int | None = None, told: Node | None = None) -> Embedding:
     """The embedding that becomes the stream at `entry`: of several, the one whose table fits `vocab` best.
 
-    Without `vocab` it is the largest. Raises MHC225 where there are none.
+    Without `vocab` it is the largest. Those of what the caller says are the ids, `told`, go before others. Raises
+    MHC225 where there are none.
     """
     found = _embeddings(entry)
     wanted = max(e.rows for e in found) if vocab is None else vocab
-    return min(found, key=lambda e: (abs(e.rows - wanted), e.ids, e.node))
+    others = {e.node for e in found if told is None or not reaches(told, e.ids)}
+    return min(found, key=lambda e: (e.node in others, abs(e.rows - wanted), e.ids, e.node))
+
+
+def reaches(node: Node, goal: Node | Callable[..., Any]) -> bool:
+    """Return whether `goal`, or a call of it, is made from `node`."""
+    seen, queue = {node}, [node]
+    while queue:
+        reached = queue.pop()
+        if reached is goal or reached.target is goal:
+            return True
+        new = [user for user in reached.users if user not in seen]
+        seen.update(new)
+        queue += new
+    return False
 
 
 def embedded(entry: Node) -> dict[Node, int]:

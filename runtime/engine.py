@@ -16,6 +16,7 @@ from torch._functorch import config as functorch_config
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.integrations.transformers import IDS, POSITIONS
 from mhc_compile.passes.stages import cut
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.launch import World
@@ -145,7 +146,7 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
 def capture(recipe: Recipe, device: torch.device) -> Program:
     """The recipe's model as a graph for one microbatch; its weights are not read."""
     model = hollow_model(recipe, device)
-    if recipe.data.documents and "position_ids" not in inspect.signature(model.forward).parameters:
+    if recipe.data.documents and POSITIONS not in inspect.signature(model.forward).parameters:
         detail = f"data.documents = true, but {type(model).__name__} is not told positions"
         raise MHCError("MHC602", detail, way_out="leave data.documents out")
     if recipe.parallel.engram > 1:
@@ -156,9 +157,9 @@ def capture(recipe: Recipe, device: torch.device) -> Program:
 def example_batch(recipe: Recipe, device: torch.device) -> dict[str, Tensor]:
     """One microbatch's inputs of the model."""
     shape = (recipe.train.microbatch, recipe.data.sequence)
-    found = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
+    found = {IDS: torch.zeros(shape, dtype=torch.int64, device=device)}
     if recipe.data.documents:
-        found["position_ids"] = torch.arange(shape[1], device=device).expand(shape).contiguous()
+        found[POSITIONS] = torch.arange(shape[1], device=device).expand(shape).contiguous()
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhc_compile.integrations.transformers import IDS
 from mhc_compile.runtime.data.loader import Loader
 from mhc_compile.runtime.engine import Engine
 from mhc_compile.runtime.schedules import Pipeline, cross_entropy, place_of
@@ -53,7 +54,7 @@ def forward_only(pipeline: Pipeline, batch: dict[str, Tensor]) -> Tensor:
         for number in range(pipeline.microbatches):
             inputs = {name: parts[number] for name, parts in cut.items()}
             if stage.index == 0:
-                crossing: tuple[Tensor, ...] = (inputs["input_ids"],)
+                crossing: tuple[Tensor, ...] = (inputs[IDS],)
             else:
                 crossing = _received(pipeline, stage) if before is None else before[number]
             with torch.no_grad():  # a graph that runs eagerly switches gradients on behind what it runs without them

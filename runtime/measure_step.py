@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.integrations.transformers import IDS
 from mhc_compile.plan.schedules import SCHEDULES, schedule
 from mhc_compile.plan.simulate import Link, StageCost, simulate
 from mhc_compile.runtime.engine import Engine, build_engine, splits
@@ -155,7 +156,7 @@ class _Measured:
         config: Any = engine.program.model.config
         shape = (recipe.train.batch, recipe.data.sequence + 1)
         tokens = torch.randint(0, int(config.vocab_size), shape, generator=generator)
-        self.batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+        self.batch = {IDS: tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
     def round(self, number: int) -> None:
         """Measure every pass twice, then a step; the round numbered 0 warms up."""
@@ -227,7 +228,7 @@ def _pass_seconds(stage: Stage, engine: Engine, batch: Mapping[str, Tensor]) -> 
 def _made(like: Tensor, ids: Mapping[str, Tensor]) -> Tensor:
     """Real values like what crosses."""
     if not like.is_floating_point():
-        return ids["input_ids"]
+        return ids[IDS]
     generator = torch.Generator().manual_seed(1)
     return torch.randn(like.shape, generator=generator).to(like.dtype).requires_grad_()
 

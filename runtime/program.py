@@ -11,13 +11,12 @@ from torch.fx import GraphModule, Node
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.integrations.transformers import without_cache
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.measure import WIDENING
 from mhc_compile.passes.base import Context, is_tensor, value
 from mhc_compile.passes.stages import sites
 from mhc_compile.pipeline import run_passes
-
-IDS = "input_ids"
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
     Raises what `convert` raises for a forward that is not one graph, and MHC501 for a model that is not converted.
     """
     model.train()
-    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    captured = capture(model, (), {**batch, **extra})
+    captured = capture(model, (), {**batch, **without_cache(model)})
     marks = find_marks(captured.graph)
     if not marks:
         raise MHCError("MHC501", f"{type(model).__name__} holds no stream parameters")

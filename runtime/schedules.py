@@ -16,6 +16,7 @@ from torch.distributed.pipelining import (
 )
 from torch.nn import functional as F
 
+from mhc_compile.integrations.transformers import IDS
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.overlap import register
 from mhc_compile.runtime.pipelining import RunStage
@@ -73,7 +74,7 @@ class Pipeline:
         """
         losses: list[Tensor] = []
         inputs = {name: t for name, t in batch.items() if name != "labels"}
-        first = (inputs["input_ids"],) if self.has_first else ()
+        first = (inputs[IDS],) if self.has_first else ()
         target = {"target": batch["labels"], "losses": losses} if self.has_last else {}
         self.schedule.step(*first, **target, return_outputs=False, **inputs)
         total = torch.zeros((), device=self.world.device)

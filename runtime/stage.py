@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.config import Options
+from mhc_compile.integrations.transformers import IDS
 from mhc_compile.kernels.engram.memory import layers_of
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.passes.base import Context, value
 from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.stages import Piece, cut, sites
 from mhc_compile.pipeline import run_passes
-from mhc_compile.runtime.program import IDS, Program
+from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.unit import Compiled, Crossing, Given, Held, Source, Unit, resolve
 
 Units = Literal["stage", "blocks"]

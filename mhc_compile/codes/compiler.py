@@ -132,6 +132,11 @@ COMPILER: dict[str, Diagnostic] = {
     ),
     "MHC232": Diagnostic("not a file of samples", "name a file that `Probes.write` of this version has written"),
     "MHC233": Diagnostic("matplotlib is not installed", "pip install 'mhc-compile[demo]'"),
+    "MHC236": Diagnostic(
+        "an argument may be token ids, a mask or positions",
+        "name the argument of the token ids `input_ids`, and if there are any that of the mask (0 for padding) "
+        "`attention_mask` and that of the positions `position_ids`: no other is taken for one of them then",
+    ),
     "MHC301": Diagnostic(
         "the converted model was compiled without backend 'mhc'",
         'call torch.compile(model, backend="mhc"), or run the model uncompiled',

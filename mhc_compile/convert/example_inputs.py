@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.integrations.transformers import DECODER_IDS, FEATURES, IDS, PIXELS, without_cache
 
 LENGTH = 8
 
@@ -28,23 +29,21 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     )
     ids = ids.expand(2, -1).contiguous()
     inputs: dict[str, Any]
-    if name == "input_ids":
-        inputs = {"input_ids": ids}
-    elif name == "pixel_values":
+    if name == IDS:
+        inputs = {IDS: ids}
+    elif name == PIXELS:
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         shape = (2, int(getattr(config, "num_channels", 3)), *size)
-        inputs = {"pixel_values": torch.zeros(shape, device=device, dtype=dtype)}
-    elif name == "input_features" and hasattr(config, "num_mel_bins"):
+        inputs = {PIXELS: torch.zeros(shape, device=device, dtype=dtype)}
+    elif name == FEATURES and hasattr(config, "num_mel_bins"):
         frames = 2 * int(config.max_source_positions)
         shape = (2, int(config.num_mel_bins), frames)
-        inputs = {"input_features": torch.zeros(shape, device=device, dtype=dtype)}
+        inputs = {FEATURES: torch.zeros(shape, device=device, dtype=dtype)}
     else:
         raise MHCError("MHC209", f"{type(model).__name__} takes {name}")
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    if "use_cache" in getattr(config, "__dict__", {}) or hasattr(text, "use_cache"):
-        inputs["use_cache"] = False
-    return inputs
+        inputs[DECODER_IDS] = ids
+    return {**inputs, **without_cache(model)}
 
 
 def seeded_inputs(model: nn.Module, seed: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.integrations.transformers import IDS, POSITIONS
 from mhc_compile.runtime.data.order import Order
 from mhc_compile.runtime.data.shards import Index, open_data
 from mhc_compile.runtime.data.tokenizer import has_tokenizer, model_vocabulary, read_tokenizer
@@ -115,9 +116,9 @@ class Loader:
         if windows.max() > self.data.largest:
             detail = f"{self.data.folder}: token {windows.max()}, the largest one that was written is "
             raise MHCError("MHC611", f"{detail}{self.data.largest}")
-        found = {"input_ids": windows[:, :-1], "labels": windows[:, 1:]}
+        found = {IDS: windows[:, :-1], "labels": windows[:, 1:]}
         if self._documents:
-            found["position_ids"] = np.stack([self._positions(int(begin)) for begin in begins])
+            found[POSITIONS] = np.stack([self._positions(int(begin)) for begin in begins])
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in found.items()}
 
     def _positions(self, begin: int) -> Index:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from memories import PRESETS, with_memory
 from test_generate import DYNAMIC, NO_CACHE, STATIC, generated, padded
-from tiny_models import close, ids, llama, shake, t5
+from tiny_models import cache_in, cached, close, ids, llama, shake, t5
 from transformers import DynamicCache, StaticCache
 
 from mhc_compile import MHCError
@@ -71,8 +71,8 @@ def test_calls_that_go_on_equal_the_whole(trained: Any, cut: list[int], kind: st
         cache = None if kind == "own" else caches[kind](config=trained.config)
         steps = []
         for part in ids().split(cut, 1):
-            out = trained(part, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = cached(trained, part, cache, use_cache=True)
+            cache = cache_in(out)
             steps.append(out.logits)
     assert close(torch.cat(steps, 1), whole, 1e-5)
 
@@ -81,18 +81,18 @@ def test_a_copied_cache_goes_its_own_way(trained: Any) -> None:
     first, second = ids().split([4, 4], 1)
     with torch.no_grad():
         whole = trained(ids(), use_cache=False).logits[:, 4:]
-        cache = trained(first, use_cache=True).past_key_values
+        cache = cache_in(trained(first, use_cache=True))
         other = copy.deepcopy(cache)
-        trained(torch.full_like(second, 3), past_key_values=other)
-        assert close(trained(second, past_key_values=cache).logits, whole, 1e-5)
+        cached(trained, torch.full_like(second, 3), other)
+        assert close(cached(trained, second, cache).logits, whole, 1e-5)
 
 
 def test_a_cache_used_again_starts_anew(trained: Any) -> None:
     with torch.no_grad():
         cache = StaticCache(config=trained.config, max_cache_len=16)
-        whole = trained(ids(), past_key_values=cache).logits
+        whole = cached(trained, ids(), cache).logits
         cache.reset()
-        assert close(trained(ids(), past_key_values=cache).logits, whole, 1e-6)
+        assert close(cached(trained, ids(), cache).logits, whole, 1e-6)
 
 
 def test_a_compiled_model_generates_the_same(trained: Any) -> None:
@@ -101,7 +101,7 @@ def test_a_compiled_model_generates_the_same(trained: Any) -> None:
     assert torch.equal(generated(compiled), expected)
     with torch.no_grad():
         cache = DynamicCache(config=trained.config)
-        steps = [compiled(part, past_key_values=cache).logits for part in ids().split([3, 1, 4], 1)]
+        steps = [cached(compiled, part, cache).logits for part in ids().split([3, 1, 4], 1)]
         assert close(torch.cat(steps, 1), trained(ids(), use_cache=False).logits, 1e-5)
 
 
@@ -114,10 +114,10 @@ def test_the_decoder_of_a_pair_gets_the_memory() -> None:
 
 
 def test_caches_without_the_state_are_refused(trained: Any) -> None:
-    cache = trained(ids(), use_cache=True).past_key_values  # with gradients: not for generation
+    cache = cache_in(trained(ids(), use_cache=True))  # with gradients: not for generation
     with pytest.raises(MHCError, match="MHC229"), torch.no_grad():
-        trained(ids()[:, :1], past_key_values=cache)
+        cached(trained, ids()[:, :1], cache)
     with torch.no_grad():
-        cache = trained(ids(), use_cache=True).past_key_values
+        cache = cache_in(trained(ids(), use_cache=True))
         with pytest.raises(MHCError, match=r"MHC229.*taken back"):
             cache.crop(-2)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from memories import shake_memory, small
 from test_generate import DYNAMIC, NO_CACHE, STATIC, generated, padded
-from tiny_models import chain, close, gpt2, ids, llama, shake, t5
+from tiny_models import cache_in, cached, chain, close, gpt2, ids, llama, shake, t5
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from mhc_compile import (
     MHCError,
@@ -122,7 +122,7 @@ def test_calls_that_go_on_equal_the_whole(trained: Any) -> None:
         whole = trained(ids(), use_cache=False).logits
         cache, steps = DynamicCache(config=trained.config), []
         for part in ids().split([1, 1, 3, 3], 1):
-            steps.append(trained(part, past_key_values=cache).logits)
+            steps.append(cached(trained, part, cache).logits)
     assert close(torch.cat(steps, 1), whole, 1e-5)
     assert torch.equal(cache.mhc_memory["over.ids"], ids()[:, -2:])
 
@@ -155,7 +155,7 @@ def test_a_memory_and_n_grams_side_by_side() -> None:
         whole = model(ids(), use_cache=False).logits
         cache, steps = DynamicCache(config=model.config), []
         for part in ids().split([3, 5], 1):
-            steps.append(model(part, past_key_values=cache).logits)
+            steps.append(cached(model, part, cache).logits)
     assert close(torch.cat(steps, 1), whole, 1e-5)
     assert set(cache.mhc_memory) == {"ids", "reach", "over.ids", "over.reach"}
 
@@ -166,9 +166,10 @@ def test_the_decoder_of_a_pair_gets_the_n_grams() -> None:
     assert model.decoder.mhc.over is not None
     with torch.no_grad():
         whole = model(ids(), decoder_input_ids=ids(), use_cache=False).logits
-        first = model(ids(), decoder_input_ids=ids()[:, :3], use_cache=True)
-        second = model(ids(), decoder_input_ids=ids()[:, 3:], past_key_values=first.past_key_values)
-    assert close(torch.cat([first.logits, second.logits], 1), whole, 1e-5)
+        # Made here: torch 2.11 cannot trace T5 making it.
+        cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        steps = [cached(model, ids(), cache, decoder_input_ids=part).logits for part in ids().split([3, 5], 1)]
+    assert close(torch.cat(steps, 1), whole, 1e-5)
 
 
 def test_a_copy_has_its_own_rows(trained: Any) -> None:
@@ -275,9 +276,9 @@ def test_ids_beyond_the_vocabulary_are_refused(trained: Any) -> None:
 
 
 def test_caches_without_the_state_are_refused(trained: Any) -> None:
-    cache = trained(ids(), use_cache=True).past_key_values  # with gradients: not for generation
+    cache = cache_in(trained(ids(), use_cache=True))  # with gradients: not for generation
     with pytest.raises(MHCError, match="MHC229"), torch.no_grad():
-        trained(ids()[:, :1], past_key_values=cache)
+        cached(trained, ids()[:, :1], cache)
 
 
 def test_arguments_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    Cache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -54,6 +56,28 @@ def t5(**config: Any) -> T5ForConditionalGeneration:
         "decoder_start_token_id": 0,
     }  # fmt: skip
     return T5ForConditionalGeneration(T5Config(**(fields | config))).eval()
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the installed transformers calls the argument, and the output, that hold the cache of `model`."""
+    forward = type(getattr(model, "_orig_mod", model)).forward
+    (name,) = (
+        name
+        for name, hint in get_type_hints(inspect.unwrap(forward)).items()
+        if name != "return" and any(inspect.isclass(kind) and issubclass(kind, Cache) for kind in get_args(hint))
+    )
+    return name
+
+
+def cached(model: nn.Module, ids: Tensor, cache: Any, **more: Any) -> Any:
+    """The output of `model` for `ids` that go on from `cache`."""
+    return model(ids, **{cache_argument(model): cache}, **more)
+
+
+def cache_in(out: Any) -> Any:
+    """The cache that transformers' output holds."""
+    (cache,) = (value for value in out.values() if isinstance(value, Cache))
+    return cache
 
 
 class Block(nn.Module):
