@@ -177,6 +177,11 @@ COMPILER: dict[str, Diagnostic] = {
         "sites that lie in two graphs stay as they are: torch.compile(..., fullgraph=True) also captures sizes that "
         "depend on data, or names what cannot be captured",
     ),
+    "MHC320": Diagnostic(
+        "newer than what the tests ran with",
+        "nothing where all goes well; where something breaks, install the tested version and report it with the output "
+        "of `mhc-compile doctor`",
+    ),
     "MHC401": Diagnostic(
         "not a checkpoint folder",
         "give a local folder as transformers saves it: config.json beside model.safetensors, or beside "

@@ -15,6 +15,7 @@ from mhc_compile.parameters import owners
 EAGER: dict[str, Any] = {"backend": "mhc", "options": {"inner": "eager", "streams": 2}}
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("make", [chain, llama])
 def test_conversion_at_the_first_call(make: Any) -> None:
     model = make()
@@ -30,6 +31,7 @@ def test_conversion_at_the_first_call(make: Any) -> None:
     assert {p.spec.streams for p in owners(model).values()} == {2}
 
 
+@pytest.mark.compat
 def test_the_first_call_trains_the_new_parameters() -> None:
     model = llama()
     with warned():
@@ -111,6 +113,7 @@ def test_a_part_without_streams_is_compiled_as_it_is_and_told() -> None:
     assert set(codes) == {"MHC305"}
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("where", ["before", "inside", "after"])
 @pytest.mark.parametrize("call", ["module", "in place", "function"])
 def test_a_break_in_the_owner_is_refused(where: str, call: str) -> None:

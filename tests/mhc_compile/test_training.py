@@ -38,6 +38,7 @@ def test_gradients_in_double_precision_agree_far_beyond_float32() -> None:
     assert not disagree(gradients(convert(model, ids(), inner="eager").double()), expected, 1e-7)
 
 
+@pytest.mark.compat
 def test_three_steps_change_every_stream_parameter() -> None:
     model = convert(llama(), inner="aot_eager").train()
     before = {name: p.detach().clone() for name, p in stream_parameters(model).items()}
@@ -64,6 +65,7 @@ def test_gradients_accumulate_over_batches() -> None:
     assert not disagree(total, {name: one[name] + two[name] for name in one}, 1e-6)
 
 
+@pytest.mark.compat
 def test_gradients_of_inductor_equal_those_of_the_eager_call() -> None:
     model = convert(chain(), ids(), inner="eager")
     shake(model)
@@ -193,6 +195,7 @@ def test_streams_train_on_frozen_weights() -> None:
     assert gradients(model).keys() == set(stream_parameters(model))
 
 
+@pytest.mark.compat
 def test_a_trainer_of_transformers(tmp_path: Path) -> None:
     model = convert(llama(), inner="aot_eager")
     before = {name: p.detach().clone() for name, p in stream_parameters(model).items()}

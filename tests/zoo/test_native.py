@@ -113,6 +113,7 @@ def test_every_site_is_raised_and_exact_in_float64(name: str) -> None:
     assert float(errors(in_float64(found, model), before).max()) <= 1e-10
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", QUICK)
 def test_as_exact_as_the_eager_model(name: str, dtype: torch.dtype) -> None:
@@ -133,6 +134,7 @@ def test_as_exact_as_the_eager_model(name: str, dtype: torch.dtype) -> None:
     assert float(a.square().mean().sqrt()) <= 2 * float(b.square().mean().sqrt())
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", QUICK)
 def test_a_training_step_follows_the_eager_model(name: str) -> None:
     losses = []
@@ -154,6 +156,7 @@ def test_a_training_step_follows_the_eager_model(name: str) -> None:
     assert losses[5] < losses[3]
 
 
+@pytest.mark.compat
 def test_generation_is_that_of_the_eager_model() -> None:
     for name in ("deepseek_v4", "hy_v4"):
         torch._dynamo.reset()
