@@ -48,7 +48,7 @@ class Trial:
     def convert(self) -> str:
         """Convert to 4 streams: the logits stay what they were."""
         before = self.logits()
-        mhc_compile.convert(self.model, self.ids, streams=4)
+        mhc_compile.convert(self.model, self.ids, streams=4, inner="eager")
         change = float((self.logits() - before).abs().max() / before.abs().max())
         if not change < 1e-5:
             raise WrongResultError(f"the conversion changed the logits by {change:.1e} of the largest")
@@ -56,7 +56,7 @@ class Trial:
 
     def step(self) -> str:
         """Train one compiled step: every stream gets a gradient."""
-        compiled = torch.compile(self.model, backend="mhc")
+        compiled = torch.compile(self.model, backend="mhc", options={"inner": "inductor"})
         parameters = mhc_compile.stream_parameters(self.model)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         losses = []
@@ -87,7 +87,7 @@ class Trial:
         """Read it into a new model, converted likewise: the logits are bit-equal."""
         want = self.logits()
         self.model = self.make().to(self.device).eval()
-        mhc_compile.convert(self.model, self.ids, streams=4)
+        mhc_compile.convert(self.model, self.ids, streams=4, inner="eager")
         self.model.load_state_dict(torch.load(self.folder / "model.pt", weights_only=True))
         return self._equal(want)
 
@@ -110,7 +110,12 @@ class LlamaTrial(Trial):
 
     def generate(self) -> str:
         """Generate with a cache what is generated without one."""
-        fixed = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(self.ids)}
+        fixed = {
+            "max_new_tokens": 4,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "attention_mask": torch.ones_like(self.ids),
+        }
         cached, plain = (self.model.generate(self.ids, use_cache=use_cache, **fixed) for use_cache in (True, False))
         if not torch.equal(cached, plain):
             raise WrongResultError("with a cache other tokens come out than without")
@@ -124,7 +129,7 @@ class LlamaTrial(Trial):
     def load(self) -> str:
         """Load the folder: the logits are bit-equal."""
         want = self.logits()
-        self.model = mhc_compile.from_pretrained(self.folder / "model").to(self.device)
+        self.model = mhc_compile.from_pretrained(self.folder / "model", inner="eager").to(self.device)
         return self._equal(want)
 
 

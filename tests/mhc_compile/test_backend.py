@@ -93,7 +93,6 @@ def test_a_mode_of_inductor(mode: str) -> None:
     assert close(torch.compile(model, backend="mhc", mode=mode)(ids()), expected)
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("arguments", [{"fullgraph": True}, {"dynamic": True}])
 def test_arguments_of_torch_compile(arguments: dict[str, Any]) -> None:
     model = convert(chain(), ids(), inner="eager")
@@ -134,7 +133,6 @@ def test_debug_accepts_a_right_rewrite_also_of_trained_parameters(debug: Any) ->
     assert torch.equal(step(ids()).logits, expected)
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_another_backend_is_refused(backend: str) -> None:
     model = convert(chain(), ids(), inner="eager")

@@ -62,7 +62,6 @@ def test_switched_on_after_conversion(inner: str, reentrant: bool) -> None:
     assert not disagree(gradients(model), expected, 2e-6)
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("outer", [False, True])
 def test_checkpointed_blocks_are_recomputed(outer: bool) -> None:
     sizes = []

@@ -161,7 +161,6 @@ def test_layers_that_accelerate_moves_are_refused(place: Any, tmp_path: Path) ->
         converted(ids())
 
 
-@pytest.mark.compat
 def test_prepare_of_a_converted_model(accelerator: Any) -> None:
     ours = accelerator()
     model = convert(llama(), inner="aot_eager")
@@ -239,7 +238,6 @@ def vit() -> nn.Module:
     ).eval()
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("make", [llama, gpt2, t5, bert, vit])
 def test_hugging_face_models_need_no_example(make: Any) -> None:
     model = make()

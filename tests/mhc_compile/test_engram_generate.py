@@ -64,7 +64,6 @@ def test_left_padding_changes_nothing_for_the_tokens_behind_it(trained: Any) -> 
         assert close(trained(wide, attention_mask=mask, position_ids=positions).logits[:, 3:], wanted)
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize(("cut", "kind"), [([1] * 8, "static"), ([1, 6, 1], "dynamic"), ([3, 5], "own")], ids=str)
 def test_calls_that_go_on_equal_the_whole(trained: Any, cut: list[int], kind: str) -> None:
     with torch.no_grad():

@@ -113,7 +113,6 @@ def test_a_part_without_streams_is_compiled_as_it_is_and_told() -> None:
     assert set(codes) == {"MHC305"}
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("where", ["before", "inside", "after"])
 @pytest.mark.parametrize("call", ["module", "in place", "function"])
 def test_a_break_in_the_owner_is_refused(where: str, call: str) -> None:

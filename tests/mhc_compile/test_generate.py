@@ -72,14 +72,12 @@ def test_logits_of_single_steps_equal_those_of_the_whole(trained: Any) -> None:
     assert close(torch.cat(steps, 1), whole, 1e-5)
 
 
-@pytest.mark.compat
 def test_a_compiled_model_generates_the_same(trained: Any) -> None:
     expected = generated(trained)
     compiled = torch.compile(trained, backend="mhc", options={"inner": "eager"})
     assert torch.equal(generated(compiled), expected)
 
 
-@pytest.mark.compat
 def test_static_caches_that_generate_compiles_by_itself() -> None:
     model = convert(llama(num_hidden_layers=1), inner="eager")
     shake(model, 0.5)

@@ -145,7 +145,6 @@ def test_compiled_models_and_those_converted_at_their_first_call_save_their_stre
         assert_same(compiled._orig_mod, from_pretrained(tmp_path / name, inner="eager"))
 
 
-@pytest.mark.compat
 def test_the_trainer_saves_streams(tmp_path: Path) -> None:
     model = converted(llama())
     arguments = TrainingArguments(

@@ -65,7 +65,6 @@ def test_gradients_accumulate_over_batches() -> None:
     assert not disagree(total, {name: one[name] + two[name] for name in one}, 1e-6)
 
 
-@pytest.mark.compat
 def test_gradients_of_inductor_equal_those_of_the_eager_call() -> None:
     model = convert(chain(), ids(), inner="eager")
     shake(model)

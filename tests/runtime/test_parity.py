@@ -54,7 +54,6 @@ def check(recipes: dict[str, Recipe], answers: Path, wanted: Result | None = Non
             assert (p - weights[full][rows]).norm() < 1e-2 * moved, f"{name}, {full}"
 
 
-@pytest.mark.compat
 def test_a_few_ways(llama: Path, tmp_path: Path) -> None:
     eager = {"model": {"inner": "eager"}}
     check(

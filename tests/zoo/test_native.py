@@ -113,7 +113,6 @@ def test_every_site_is_raised_and_exact_in_float64(name: str) -> None:
     assert float(errors(in_float64(found, model), before).max()) <= 1e-10
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", QUICK)
 def test_as_exact_as_the_eager_model(name: str, dtype: torch.dtype) -> None:
