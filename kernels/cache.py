@@ -9,23 +9,35 @@ from functools import lru_cache
 from pathlib import Path
 
 
+def configured() -> Path:
+    """Return `$MHC_COMPILE_CACHE_DIR`, or `mhc_compile` in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(os.environ.get("MHC_COMPILE_CACHE_DIR") or Path(base) / "mhc_compile")
+
+
+def problem(directory: Path) -> str:
+    """Make `directory` with mode 0700 if it is missing, and return why no code can be kept there, or ""."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+    except OSError as error:
+        return f"it cannot be made ({error.strerror})"
+    if status.st_uid != os.getuid():
+        return "somebody else owns it"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "others may write to it"
+    return "" if os.access(directory, os.W_OK) else "you may not write to it"
+
+
 @lru_cache(maxsize=1)
 def cache_dir() -> Path:
-    """`$MHC_COMPILE_CACHE_DIR`, or `mhc_compile` in the user's cache directory; made with mode 0700.
+    """Return the `configured` directory.
 
-    What is in it is loaded and executed. Where somebody else owns the directory or may write to it, or it cannot be
-    made, code goes to a new private directory, which the next process will not find.
+    What is in it is loaded and executed. Where it has a `problem`, code goes to a new private directory, which the next
+    process will not find.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    wanted = Path(os.environ.get("MHC_COMPILE_CACHE_DIR") or Path(base) / "mhc_compile")
-    try:
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = wanted.stat()
-        if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return wanted
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="mhc_compile_"))
+    directory = configured()
+    return Path(tempfile.mkdtemp(prefix="mhc_compile_")) if problem(directory) else directory
 
 
 def write_once(path: Path, text: str) -> None:

@@ -28,6 +28,7 @@ from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.parameters import parameter_groups, stream_parameters
 from mhc_compile.probes import Probes
+from mhc_compile.versions import warn_of_newer
 
 __all__ = [
     "Convention",
@@ -53,3 +54,5 @@ __all__ = [
     "to_residual",
 ]
 __version__ = "0.1.0"
+
+warn_of_newer()

@@ -15,6 +15,7 @@ from mhc_compile.convert import command as convert
 from mhc_compile.demo import command as demo
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff import command as diff
+from mhc_compile.doctor import command as doctor
 from mhc_compile.inspect import command as inspect
 from mhc_compile.probes import command as probe
 
@@ -26,7 +27,7 @@ RUNTIME = {
 """Commands by the names of their modules, as nothing outside of the runtime imports it; `run` loads what is heavy."""
 COMMANDS: dict[str, ModuleType] = {
     "convert": convert, "inspect": inspect, "diff": diff, "bisect": bisect, "probe": probe, "demo": demo,
-    "bench": bench,
+    "bench": bench, "doctor": doctor,
     **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""

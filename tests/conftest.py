@@ -1,14 +1,28 @@
-"""What every test gets: a seed made from its own name and one thread. And the option that rewrites golden files."""
+"""What every test gets: a seed made from its own name and one thread. And the options that rewrite golden files and
+record the stack."""
 
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from mhc_compile import versions
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="rewrite the golden files of the tests that run")
+    parser.addoption("--record", type=Path, metavar="FILE", help="add the versions to FILE if every test passes")
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    """Record what ran with what; pytest calls this once, in the process that collects the results of all."""
+    path = config.getoption("--record")
+    if path is not None and exitstatus == 0:
+        counts = {name: len(terminalreporter.getreports(name)) for name in ("passed", "skipped")}
+        versions.record(path, config.getoption("-m"), counts)
 
 
 @pytest.fixture(autouse=True)

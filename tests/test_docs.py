@@ -42,6 +42,7 @@ ELSEWHERE = {
     "pdoc ": "tests/test_api_reference.py",
     "mhc-compile demo": "tests/mhc_compile/test_demo.py",
     "mhc-compile bench": "tests/mhc_compile/test_bench.py",
+    "mhc-compile doctor": "tests/mhc_compile/test_doctor.py",
     "mhc-compile train": "tests/runtime/test_command.py",
     "mhc-compile plan examples/": "tests/runtime/test_plan.py",
     "torchrun ": "tests/runtime/test_launch.py",

@@ -102,7 +102,7 @@ def test_top_level_holds_nothing_else() -> None:
     )
     top = {name.split("/")[0] for name in tracked if name}
     folders = {*ROOMS, "docs", "examples", "tests"}
-    files = {"pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore", ".ci"}
+    files = {"pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore", ".ci", ".github"}
     assert top == folders | files
 
 

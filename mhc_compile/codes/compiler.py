@@ -187,6 +187,11 @@ COMPILER: dict[str, Diagnostic] = {
         "call the model itself, model(x); to read hidden states, put a forward hook on the layer; to run layers by "
         "hand, take the streams out first with mhc_compile.to_residual(model)",
     ),
+    "MHC320": Diagnostic(
+        "newer than what the tests ran with",
+        "nothing where all goes well; where something breaks, install the tested version and report it with the output "
+        "of `mhc-compile doctor`",
+    ),
     "MHC401": Diagnostic(
         "not a checkpoint folder",
         "give a local folder as transformers saves it: config.json beside model.safetensors, or beside "

@@ -16,6 +16,7 @@ from mhc_compile import MHCError, convert
 from mhc_compile.parameters import owners
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_each_inner_compiler_computes_the_streams(inner: str) -> None:
     model = convert(llama(), inner="eager")

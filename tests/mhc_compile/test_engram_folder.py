@@ -106,6 +106,7 @@ def test_narrow_rows(trained: tuple[Path, torch.Tensor], tmp_path: Path, dtype: 
         assert float((found - wanted).abs().max() / wanted.abs().max()) < error
 
 
+@pytest.mark.compat
 def test_back_to_residual(converted: Path, trained: tuple[Path, torch.Tensor], source: Path, tmp_path: Path) -> None:
     convert_folder(converted, tmp_path / "residual", to="residual")
     assert (tmp_path / "residual" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

@@ -34,6 +34,7 @@ def trained() -> Any:
     return speaking("paper", layers=(0, 1))  # the one with a convolution and a look-back of three tokens
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("cache", [DYNAMIC, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_caches_change_nothing(trained: Any, cache: dict[str, Any], search: str) -> None:

@@ -60,6 +60,7 @@ print("equal", [m for m in sys.modules if m.split(".")[0] == "mhc_compile" and s
 """
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     "makes",
     [{"chain": (chain, "Tensor"), "llama": (lambda: llama(num_hidden_layers=1), "CausalLMOutputWithPast")},
@@ -315,6 +316,7 @@ def attention() -> tuple[nn.Module, Tensor]:
     return model, x
 
 
+@pytest.mark.compat
 def test_mlir_torch_dialect() -> None:
     pytest.importorskip("torch_mlir")
     model, x = attention()

@@ -15,6 +15,7 @@ from mhc_compile.parameters import owners
 EAGER: dict[str, Any] = {"backend": "mhc", "options": {"inner": "eager", "streams": 2}}
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("make", [chain, llama])
 def test_conversion_at_the_first_call(make: Any) -> None:
     model = make()
@@ -30,6 +31,7 @@ def test_conversion_at_the_first_call(make: Any) -> None:
     assert {p.spec.streams for p in owners(model).values()} == {2}
 
 
+@pytest.mark.compat
 def test_the_first_call_trains_the_new_parameters() -> None:
     model = llama()
     with warned():

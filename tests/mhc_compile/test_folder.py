@@ -75,6 +75,7 @@ def test_a_plain_from_pretrained_finds_no_weights(converted: Path) -> None:
         AutoModelForCausalLM.from_pretrained(converted)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("name", "shard", "options", "tolerance"),
     [

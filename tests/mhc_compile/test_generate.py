@@ -44,6 +44,7 @@ def test_generation_at_the_start_is_that_of_the_residual_model() -> None:
     assert torch.equal(generated(convert(model, inner="eager")), expected)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("cache", [DYNAMIC, STATIC])
 @pytest.mark.parametrize(
     "search",

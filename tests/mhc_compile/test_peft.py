@@ -62,6 +62,7 @@ def test_adapters_and_streams_train_and_nothing_else(make: Any) -> None:
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained
 
 
+@pytest.mark.compat
 @both_orders
 def test_an_adapter_saves_and_loads_its_streams(make: Any, tmp_path: Path) -> None:
     model = make()

@@ -69,6 +69,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 # --- there and back ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("make", "options", "shard"),
     [

@@ -15,6 +15,7 @@ from mhc_compile.arm import is_armed
 from mhc_compile.parameters import owners
 
 
+@pytest.mark.compat
 def test_to_residual_undoes_convert(tmp_path: Path) -> None:
     model = llama()
     kind, names = type(model.model), set(model.state_dict())

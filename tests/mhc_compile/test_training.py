@@ -38,6 +38,7 @@ def test_gradients_in_double_precision_agree_far_beyond_float32() -> None:
     assert not disagree(gradients(convert(model, ids(), inner="eager").double()), expected, 1e-7)
 
 
+@pytest.mark.compat
 def test_three_steps_change_every_stream_parameter() -> None:
     model = convert(llama(), inner="aot_eager").train()
     before = {name: p.detach().clone() for name, p in stream_parameters(model).items()}
@@ -193,6 +194,7 @@ def test_streams_train_on_frozen_weights() -> None:
     assert gradients(model).keys() == set(stream_parameters(model))
 
 
+@pytest.mark.compat
 def test_a_trainer_of_transformers(tmp_path: Path) -> None:
     model = convert(llama(), inner="aot_eager")
     before = {name: p.detach().clone() for name, p in stream_parameters(model).items()}

@@ -137,6 +137,7 @@ def without_dropout(material: Path, folder: Path) -> Path:
     return copied
 
 
+@pytest.mark.compat
 def test_two_ranks_make_the_same_run(material: Path, tmp_path: Path) -> None:
     copied = without_dropout(material, tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"

@@ -49,6 +49,7 @@ def test_stages_of_hyper_connections(form: str) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()) + 1e-9)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     ("starts", "units"), [([], "stage"), ([2, 4], "stage"), ([1, 2, 5], "stage"), ([3], "blocks")], ids=str

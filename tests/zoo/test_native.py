@@ -133,6 +133,7 @@ def test_as_exact_as_the_eager_model(name: str, dtype: torch.dtype) -> None:
     assert float(a.square().mean().sqrt()) <= 2 * float(b.square().mean().sqrt())
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", QUICK)
 def test_a_training_step_follows_the_eager_model(name: str) -> None:
     losses = []
@@ -154,6 +155,7 @@ def test_a_training_step_follows_the_eager_model(name: str) -> None:
     assert losses[5] < losses[3]
 
 
+@pytest.mark.compat
 def test_generation_is_that_of_the_eager_model() -> None:
     for name in ("deepseek_v4", "hy_v4"):
         torch._dynamo.reset()

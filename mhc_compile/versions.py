@@ -1,0 +1,72 @@
+"""Tell which versions the tests ran with, and warn of newer ones.
+
+`tested.json` beside this file has a row for each stack; `pytest --record FILE` writes it and `python docs/versions.py`
+renders it. The bounds in pyproject.toml follow from it, which `tests/mhc_compile/test_versions.py` checks.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from mhc_compile.diagnostics import warn
+
+PACKAGES = ("torch", "transformers", "triton", "accelerate", "peft", "torch-mlir")
+"""Packages of whose internals something is used: a new minor version may break them."""
+STACK = ("python", *PACKAGES)
+TESTED = Path(__file__).with_name("tested.json")
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of Python and of those of `PACKAGES` that are installed, without local parts such as +cpu."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = Version(metadata.version(package)).public
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
+def runs(path: Path = TESTED) -> list[dict[str, Any]]:
+    """Return the rows of `path`: versions by package, `tests` (what pytest selected), `passed` and `skipped`."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
+
+
+def tested(package: str) -> tuple[Version, Version]:
+    """Return the oldest and the newest version of a package in `STACK` that the tests ran with."""
+    versions = [Version(row[package]) for row in runs() if package in row]
+    return min(versions), max(versions)
+
+
+def newer(package: str, version: str) -> bool:
+    """Return whether `version` belongs to a newer minor version than those that the tests ran with."""
+    return Version(version).release[:2] > tested(package)[1].release[:2]
+
+
+def warn_of_newer() -> None:
+    """Issue one warning (MHC320) that names each installed version that is newer than the tests, and the tested one."""
+    versions = installed()
+    if untested := [package for package in versions if newer(package, versions[package])]:
+        named = (f"{p} {versions[p]} is installed, the newest tested is {tested(p)[1]}" for p in untested)
+        warn("MHC320", "; ".join(named), stacklevel=3)
+
+
+def record(path: Path, tests: str, counts: Mapping[str, int]) -> None:
+    """Add a row for this stack to `path`, in place of one of the same versions and tests."""
+    row = {**installed(), "tests": tests, **counts}
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    key = [row.get(name) for name in (*STACK, "tests")]
+    rows = [other for other in rows if [other.get(name) for name in (*STACK, "tests")] != key]
+    rows.append(row)
+    rows.sort(key=lambda r: ([Version(r[name]) for name in ("torch", "transformers", "python")], r["tests"]))
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
