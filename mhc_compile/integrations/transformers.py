@@ -30,7 +30,7 @@ USE_CACHE = "use_cache"
 STATE = "mhc_memory"
 """The attribute of a cache that holds what a memory carries from call to call."""
 
-_cache_types: tuple[type, ...] = ()
+_cache_types: tuple[Any, ...] = ()
 """`transformers.Cache`, once `follow_caches` has run and where transformers is installed."""
 
 
@@ -195,7 +195,7 @@ def caches_nothing(arguments: Mapping[str, Any]) -> bool:
 
 def without_cache(model: Any) -> dict[str, Any]:
     """Return the keyword argument by which a model with a cache is told to do without it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return {USE_CACHE: False} if hasattr(config, USE_CACHE) or hasattr(text, USE_CACHE) else {}
 
