@@ -11,16 +11,19 @@ from typing import Any, Literal, get_args
 from mhc_compile.checkpoint.loading import open_converted, read_streams, streams_shard
 from mhc_compile.checkpoint.manifest import Manifest, Owner, is_converted
 from mhc_compile.checkpoint.saving import prefix
-from mhc_compile.checkpoint.shards import Shard, copy_file, copy_shard, read_shard, write_shard, write_text
+from mhc_compile.checkpoint.shards import Shard, copy_file, copy_shard, read_shard, sync, write_shard, write_text
 from mhc_compile.checkpoint.skeleton import skeleton
 from mhc_compile.checkpoint.source import (
+    CONFIG,
     INDEX,
     VARIANT,
     Checkpoint,
     companions,
+    guarded,
     index_text,
     open_checkpoint,
     shard_names,
+    unguarded,
     variant_name,
 )
 from mhc_compile.checkpoint.staging import check_target, staged
@@ -122,7 +125,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
             progress(checkpoint.size, checkpoint.size, "writing tables")
             write_tables(staging, made)
         write_text(staging / variant_name(INDEX, VARIANT), index_text(metadata, files))
-        left = _copy_companions(checkpoint, staging)
+        left = _copy_companions(checkpoint, staging, guarded)
         Manifest(
             architecture=type(model).__name__,
             owners={owner: Owner.of(p) for owner, p in made.items()},
@@ -150,7 +153,7 @@ def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
                 raise MHCError("MHC414", f"{shard.path} is not the file that was written (sha256)")
         if len(shards) > 1:
             write_text(staging / INDEX, index_text(_count_parameters(checkpoint.metadata, -parameters), files))
-        left = _copy_companions(checkpoint, staging)
+        left = _copy_companions(checkpoint, staging, unguarded)
         progress(checkpoint.size, checkpoint.size, "finishing")
     return Converted(target, 0, parameters, tuple(left))
 
@@ -187,12 +190,16 @@ def _copy(
     return files, sha256
 
 
-def _copy_companions(checkpoint: Checkpoint, folder: Path) -> list[Path]:
-    """Copy configuration, tokenizer and the like; returns what was left."""
+def _copy_companions(checkpoint: Checkpoint, folder: Path, edit: Callable[[bytes], bytes]) -> list[Path]:
+    """Copy tokenizer and the like as they are, and the configuration as `edit` changes it; returns what was left."""
     taken, left = companions(checkpoint)
     for relative in taken:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         copy_file(checkpoint.folder / relative, folder / relative)
+    config = folder / CONFIG
+    config.write_bytes(edit(config.read_bytes()))
+    with config.open("rb+") as file:
+        sync(file)
     return left
 
 
