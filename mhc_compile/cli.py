@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -30,10 +31,13 @@ COMMANDS: dict[str, ModuleType] = {
     **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""
+ARGUMENTS = {"MHC201", "MHC202", "MHC203", "MHC204", "MHC220", "MHC520"}
+"""Codes of options whose values are not possible: wrong arguments, like those that argparse rejects by itself."""
 _EPILOG = """\
 mhc-compile COMMAND --help explains a command, with examples.
 
-exit codes: 0 done, 1 refused (the message begins with its code), 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 refused (the message begins with its code), 2 a wrong argument (which has a code where its value
+is one of our own options'), 130 interrupted
 """
 
 
@@ -44,9 +48,12 @@ def parser() -> argparse.ArgumentParser:
         description="Rewrite residual Transformers into manifold-constrained hyper-connections (mHC).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"mhc-compile {__version__}")
-    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # A shortened option would mean another one as soon as there are two that begin so.
+    exact = partial(argparse.ArgumentParser, allow_abbrev=False)
+    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=exact)
     for module in COMMANDS.values():
         module.add_parser(subparsers)
     return top
@@ -60,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except MHCError as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2 if error.code in ARGUMENTS else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

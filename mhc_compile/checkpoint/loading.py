@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +71,26 @@ def from_pretrained(
     kwargs = {k: v for k, v in kwargs.items() if k not in OPTION_FIELDS}
     by_transformers = model is None or is_model_class(model)
     checkpoint, manifest = open_converted(path, configured=by_transformers)
-    for shard in checkpoint.shards if verify else ():
-        if shard.path.name != manifest.streams_file:
-            refuse_changed(shard, manifest)
+    if verify:
+        base = [shard for shard in checkpoint.shards if shard.path.name != manifest.streams_file]
+        with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
+            list(pool.map(refuse_changed, base, repeat(manifest)))
     made = read_streams(checkpoint, manifest, options)
     for owner, parameters in made.items():
         check_tokenizer(path, parameters)
         read_tables(path, owner, parameters, storage=tables, hot_rows=hot_rows)
     if by_transformers:
-        base = _load_base(checkpoint, model or model_class(checkpoint.config), kwargs)
+        loaded = _load_base(checkpoint, model or model_class(checkpoint.config), kwargs)
     else:
-        base = _filled(model, checkpoint, kwargs)
+        loaded = _filled(model, checkpoint, kwargs)
     for owner, parameters in made.items():
         try:
-            first = next(base.get_submodule(owner).parameters())
+            first = next(loaded.get_submodule(owner).parameters())
         except (AttributeError, StopIteration) as error:
-            raise MHCError("MHC414", f"{checkpoint.folder}: {type(base).__name__} has no module {owner!r}") from error
+            raise MHCError("MHC414", f"{checkpoint.folder}: {type(loaded).__name__} has no module {owner!r}") from error
         parameters.to(first.device)
-    install(base, made)
-    return base
+    install(loaded, made)
+    return loaded
 
 
 def load(

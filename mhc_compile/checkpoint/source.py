@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,21 @@ def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
         elif entry.name not in rewritten and entry != checkpoint.index:
             (taken if entry.is_file() and not _is_weights(entry) else left).append(relative)
     return taken, left
+
+
+def refuse_links_out(folder: Path, files: Iterable[Path]) -> None:
+    """Raise MHC416 where one of `files` is a link out of `folder`, or of the hub's cache around it.
+
+    The cache holds a snapshot `models--x/snapshots/<revision>` as links into `models--x/blobs`.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
+        allowed.append(root.parents[1] / "blobs")
+    for path in files:
+        place = path.resolve()
+        if not any(place.is_relative_to(above) for above in allowed):
+            raise MHCError("MHC416", f"{path} -> {place}")
 
 
 def _is_weights(path: Path) -> bool:

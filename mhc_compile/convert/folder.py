@@ -22,6 +22,7 @@ from mhc_compile.checkpoint.source import (
     guarded,
     index_text,
     open_checkpoint,
+    refuse_links_out,
     shard_names,
     unguarded,
     variant_name,
@@ -82,7 +83,8 @@ def convert_folder(
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a
     folder that cannot be converted, MHC409 to 411 for one in the other form already or with trained streams, MHC412
-    and 413 where the result cannot be written, MHC414 for a damaged `mhc.json`.
+    and 413 where the result cannot be written, MHC414 for a damaged `mhc.json` or weights that are not those that were
+    converted, MHC416 for a link to a file outside of the folder.
     """
     if to not in get_args(Form):
         raise MHCError("MHC204", f"to={to!r}; known: {', '.join(get_args(Form))}")
@@ -103,6 +105,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     if is_converted(source):
         raise MHCError("MHC409", str(source))
     checkpoint = open_checkpoint(source)
+    taken, left = _companions(checkpoint)
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "finding the streams")
     model = skeleton(checkpoint)
@@ -125,7 +128,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
             progress(checkpoint.size, checkpoint.size, "writing tables")
             write_tables(staging, made)
         write_text(staging / variant_name(INDEX, VARIANT), index_text(metadata, files))
-        left = _copy_companions(checkpoint, staging, guarded)
+        _copy_companions(checkpoint, taken, staging, guarded)
         Manifest(
             architecture=type(model).__name__,
             owners={owner: Owner.of(p) for owner, p in made.items()},
@@ -139,6 +142,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
 
 def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
     checkpoint, manifest = open_converted(source)
+    taken, left = _companions(checkpoint)
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "reading the streams")
     made = read_streams(checkpoint, manifest, Options())
@@ -153,7 +157,7 @@ def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
                 raise MHCError("MHC414", f"{shard.path} is not the file that was written (sha256)")
         if len(shards) > 1:
             write_text(staging / INDEX, index_text(_count_parameters(checkpoint.metadata, -parameters), files))
-        left = _copy_companions(checkpoint, staging, unguarded)
+        _copy_companions(checkpoint, taken, staging, unguarded)
         progress(checkpoint.size, checkpoint.size, "finishing")
     return Converted(target, 0, parameters, tuple(left))
 
@@ -190,9 +194,18 @@ def _copy(
     return files, sha256
 
 
-def _copy_companions(checkpoint: Checkpoint, folder: Path, edit: Callable[[bytes], bytes]) -> list[Path]:
-    """Copy tokenizer and the like as they are, and the configuration as `edit` changes it; returns what was left."""
+def _companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
+    """As `companions`. Raises MHC416 where a file that would be copied lies elsewhere."""
     taken, left = companions(checkpoint)
+    files = [*(checkpoint.folder / relative for relative in taken), *(shard.path for shard in checkpoint.shards)]
+    refuse_links_out(checkpoint.folder, files)
+    return taken, left
+
+
+def _copy_companions(
+    checkpoint: Checkpoint, taken: Sequence[Path], folder: Path, edit: Callable[[bytes], bytes]
+) -> None:
+    """Copy tokenizer and the like as they are, and the configuration as `edit` changes it."""
     for relative in taken:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         copy_file(checkpoint.folder / relative, folder / relative)
@@ -200,7 +213,6 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path, edit: Callable[[bytes
     config.write_bytes(edit(config.read_bytes()))
     with config.open("rb+") as file:
         sync(file)
-    return left
 
 
 def _count_parameters(metadata: Mapping[str, Any], more: int) -> dict[str, Any]:
