@@ -116,8 +116,8 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     tables = sum(t.weight.nbytes for held in made.values() for _, t in tables_of(held))
     check_target(target, source, size=checkpoint.size + tables)
     streams = {f"{prefix(owner)}{name}": t for owner, held in made.items() for name, t in held.kept().items()}
-    if taken := streams.keys() & {name for shard in checkpoint.shards for name in shard.tensors}:
-        raise MHCError("MHC207", f"a weight is named {min(taken)}")
+    if clash := streams.keys() & {name for shard in checkpoint.shards for name in shard.tensors}:
+        raise MHCError("MHC207", f"a weight is named {min(clash)}")
     *base_names, streams_file = shard_names(len(checkpoint.shards) + 1, VARIANT)
     metadata = _count_parameters(checkpoint.metadata, sum(p.numel() for p in streams.values()))
     with staged(target) as staging:
