@@ -128,8 +128,10 @@ class StreamSpec:
             raise MHCError("MHC203", f"permutations need n! = {math.factorial(n)} rows at n = {n}")
         if self.manifold == "kronecker" and n & (n - 1):
             raise MHCError("MHC203", f"kronecker needs a power of two streams, not {n}")
-        if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or not (
-            0 <= self.iterations <= MAX_ITERATIONS
+        if (
+            not isinstance(self.iterations, int)
+            or isinstance(self.iterations, bool)
+            or not (0 <= self.iterations <= MAX_ITERATIONS)
         ):
             raise MHCError("MHC204", f"iterations={self.iterations!r}; 0 to {MAX_ITERATIONS}")
         if self.exit not in get_args(Exit):

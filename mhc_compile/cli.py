@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from mhc_compile import __version__
 from mhc_compile.bench import command as bench
@@ -41,19 +41,24 @@ is one of our own options'), 130 interrupted
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, and one for each command, of options in full: a shortened one would change its meaning with the next
+    option that begins so."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser, every command registered."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="mhc-compile",
         description="Rewrite residual Transformers into manifold-constrained hyper-connections (mHC).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"mhc-compile {__version__}")
-    # A shortened option would mean another one as soon as there are two that begin so.
-    exact = partial(argparse.ArgumentParser, allow_abbrev=False)
-    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=exact)
+    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS.values():
         module.add_parser(subparsers)
     return top

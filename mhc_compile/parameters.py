@@ -203,9 +203,10 @@ class StreamParameters(nn.Module):
 def _set(tensor: Tensor, values: Tensor) -> None:
     """Set a tensor; of a sharded one every rank sets its part, to what the first rank gives."""
     with torch.no_grad():
-        if hasattr(tensor, "placements"):
-            from torch.distributed.tensor import distribute_tensor
+        if hasattr(tensor, "full_tensor"):
+            from torch.distributed.tensor import DTensor, distribute_tensor
 
+            assert isinstance(tensor, DTensor)
             values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
         tensor.copy_(values)
 

@@ -18,7 +18,13 @@ from mhc_compile.attach import install
 from mhc_compile.checkpoint.manifest import Manifest, is_converted, read_manifest
 from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.shards import Shard, sha256
-from mhc_compile.checkpoint.skeleton import configuration, is_model_class, model_class, refuse_misfits, transformers_module
+from mhc_compile.checkpoint.skeleton import (
+    configuration,
+    is_model_class,
+    model_class,
+    refuse_misfits,
+    transformers_module,
+)
 from mhc_compile.checkpoint.source import VARIANT, Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.tables import check_tokenizer, read_tables
 from mhc_compile.config import OPTION_FIELDS, STREAM_FIELDS, Options
@@ -93,9 +99,7 @@ def from_pretrained(
     return loaded
 
 
-def load(
-    model: nn.Module | Callable[[], nn.Module], folder: str | os.PathLike[str], **options: Any
-) -> nn.Module:
+def load(model: nn.Module | Callable[[], nn.Module], folder: str | os.PathLike[str], **options: Any) -> nn.Module:
     """Return `from_pretrained(folder, model=model, **options)`: what `save` wrote, in the module that you give."""
     return from_pretrained(folder, model=model, **options)
 
@@ -212,12 +216,11 @@ def _filled(model: Any, checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> nn
         raise MHCError("MHC208", f"{type(model).__name__} holds stream parameters", way_out="give a residual model")
     targets = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     if empty := [name for name, t in targets.items() if t.is_meta]:
-        raise MHCError("MHC204", f"{names(empty)} on the meta device", way_out='call model.to_empty(device="cpu") first')
+        raise MHCError(
+            "MHC204", f"{names(empty)} on the meta device", way_out='call model.to_empty(device="cpu") first'
+        )
     files = {
-        name: shard
-        for shard in checkpoint.shards
-        for name in shard.tensors
-        if re.search(STREAM_NAMES, name) is None
+        name: shard for shard in checkpoint.shards for name in shard.tensors if re.search(STREAM_NAMES, name) is None
     }
     tied = {id(targets[name]) for name in files if name in targets}
     shapes = {name: (files[name].tensors[name].shape, tuple(targets[name].shape)) for name in files.keys() & targets}

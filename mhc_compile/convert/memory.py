@@ -88,7 +88,9 @@ def convert(
 def _refuse_other_than_module(model: object) -> None:
     """Raise MHC204 for what is no module: a path, most often."""
     if not isinstance(model, nn.Module):
-        way_out = "convert_folder(path, target) converts a checkpoint folder, from_pretrained(folder) loads a converted one"
+        way_out = (
+            "convert_folder(path, target) converts a checkpoint folder, from_pretrained(folder) loads a converted one"
+        )
         raise MHCError("MHC204", f"convert takes a module, not {type(model).__name__} {model!r:.80}", way_out=way_out)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, MODEL_MAPPING
 
-import mhc_compile
 from mhc_compile import MHCError, convert, convert_folder, from_pretrained, load, save
 from mhc_compile.parameters import owners
 
