@@ -92,8 +92,9 @@ def test_a_refusal_is_one_coded_message(
 @pytest.mark.parametrize(
     "words",
     [[], ["convert"], ["convert", "a"], ["transmute"], ["convert", "a", "b", "--streams", "two"],
-     ["convert", "a", "b", "--convention", "mine"], ["convert", "a", "b", "--stream", "2"], ["convert", "a", "b", "--strange"],
-     ["convert", "a", "b", "--engram-l", "1"], ["inspect", "a", "--htm", "x"], ["train", "a", "--field"]],
+     ["convert", "a", "b", "--convention", "mine"], ["convert", "a", "b", "--stream", "2"],
+     ["convert", "a", "b", "--strange"], ["convert", "a", "b", "--engram-l", "1"], ["inspect", "a", "--htm", "x"],
+     ["train", "a", "--field"]],
 )  # fmt: skip
 def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
