@@ -13,6 +13,8 @@ Manifold = Literal["sinkhorn", "identity", "permutations", "kronecker", "unconst
 Exit = Literal["mean", "sum", "head"]
 FormName = Literal["mhc", "hc", "hc_static"]
 MAX_STREAMS = 8
+MAX_ITERATIONS = 1000
+"""Of Sinkhorn: published systems use 20, and every iteration is an operation of the graph."""
 # 6! = 720 permutation matrices a token and site; 7! = 5040 rows of phi would dwarf the branches.
 MAX_PERMUTATION_STREAMS = 6
 _OF_MHC = ("convention", "manifold", "iterations")
@@ -101,7 +103,7 @@ class StreamSpec:
     convention: Convention = Convention.PAPER
     manifold: Manifold = "sinkhorn"
     iterations: int = 20
-    """Sinkhorn iterations."""
+    """Sinkhorn iterations, 0 to 1000."""
     exit: Exit = "mean"
     """`mean`, `sum`, or `head`: a learned sigmoid head (DeepSeek-V4)."""
     form: FormName = "mhc"
@@ -126,8 +128,12 @@ class StreamSpec:
             raise MHCError("MHC203", f"permutations need n! = {math.factorial(n)} rows at n = {n}")
         if self.manifold == "kronecker" and n & (n - 1):
             raise MHCError("MHC203", f"kronecker needs a power of two streams, not {n}")
-        if not isinstance(self.iterations, int) or isinstance(self.iterations, bool) or self.iterations < 0:
-            raise MHCError("MHC204", f"iterations={self.iterations!r}")
+        if (
+            not isinstance(self.iterations, int)
+            or isinstance(self.iterations, bool)
+            or not (0 <= self.iterations <= MAX_ITERATIONS)
+        ):
+            raise MHCError("MHC204", f"iterations={self.iterations!r}; 0 to {MAX_ITERATIONS}")
         if self.exit not in get_args(Exit):
             raise MHCError("MHC204", f"exit={self.exit!r}; known: {', '.join(get_args(Exit))}")
         if self.form not in get_args(FormName):

@@ -5,7 +5,8 @@
     print(mhc_compile.inspect(model))                  # what was found and changed
 
 `StreamSpec` has the options of the streams, `Options` those of compiling; both go into `convert` by keyword.
-`convert_folder`, `from_pretrained` and `save_pretrained` are for checkpoint folders, `parameter_groups` for optimizers,
+`convert_folder`, `from_pretrained` and `save_pretrained` are for checkpoint folders, `save` and `load` for modules of
+your own, `parameter_groups` for optimizers,
 `MemorySettings` and `OverEncodingSettings` for tables of n-grams. What is refused raises `MHCError` with a code.
 
 Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the streams of a model do),
@@ -15,8 +16,8 @@ Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the stream
 `mhc_compile.pipeline`, `mhc_compile.passes`, `mhc_compile.kernels`.
 """
 
-from mhc_compile.checkpoint.loading import from_pretrained
-from mhc_compile.checkpoint.saving import save_pretrained
+from mhc_compile.checkpoint.loading import from_pretrained, load
+from mhc_compile.checkpoint.saving import save, save_pretrained
 from mhc_compile.config import Options
 from mhc_compile.convert import convert, convert_folder, to_residual
 from mhc_compile.diagnostics import MHCError, MHCWarning
@@ -46,7 +47,9 @@ __all__ = [
     "export",
     "from_pretrained",
     "inspect",
+    "load",
     "parameter_groups",
+    "save",
     "save_pretrained",
     "stream_parameters",
     "table_groups",

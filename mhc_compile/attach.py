@@ -19,6 +19,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram import carry
 from mhc_compile.engram.request import Request
 from mhc_compile.guard import stream_readers
+from mhc_compile.initialise import start_with_streams
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
@@ -90,6 +91,7 @@ def install(root: nn.Module, made: Mapping[str, StreamParameters]) -> None:
     give_to_adapters(root)
     compile_generation(root)
     save_with_streams(root)
+    start_with_streams(root)
 
 
 def _owner(root: nn.Module, path: str) -> nn.Module:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from mhc_compile import __version__
 from mhc_compile.bench import command as bench
@@ -31,16 +32,27 @@ COMMANDS: dict[str, ModuleType] = {
     **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""
+ARGUMENTS = {"MHC201", "MHC202", "MHC203", "MHC204", "MHC220", "MHC520"}
+"""Codes of options whose values are not possible: wrong arguments, like those that argparse rejects by itself."""
 _EPILOG = """\
 mhc-compile COMMAND --help explains a command, with examples.
 
-exit codes: 0 done, 1 refused (the message begins with its code), 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 refused (the message begins with its code), 2 a wrong argument (which has a code where its value
+is one of our own options'), 130 interrupted
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, and one for each command, of options in full: a shortened one would change its meaning with the next
+    option that begins so."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser, every command registered."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="mhc-compile",
         description="Rewrite residual Transformers into manifold-constrained hyper-connections (mHC).",
         epilog=_EPILOG,
@@ -61,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except MHCError as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2 if error.code in ARGUMENTS else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

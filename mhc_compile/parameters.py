@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,18 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import start_head
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
+
+
+class Started(nn.Module):
+    """Tensors that know the values they start with, or only modules with such."""
+
+    start: Callable[[], Mapping[str, Tensor]] | None = None
+    """Returns those values by name."""
+
+    def reset_parameters(self) -> None:
+        """Set the module's own tensors to their start, as after `to_empty()`; modules below it have their own."""
+        for name, values in (self.start() if self.start is not None else {}).items():
+            _set(getattr(self, name), values)
 
 
 class StreamParameters(nn.Module):
@@ -66,10 +80,9 @@ class StreamParameters(nn.Module):
         self.sites = dict(sites)
         self.options = options or Options()
         for index, (name, hidden) in enumerate(self.sites.items()):
-            self._place(name, form_of(spec).start(spec, index, hidden, scratch=scratch), device)
+            self._place(name, partial(_start_of_site, spec, index, hidden, scratch=scratch), device)
         if spec.exit == "head":
-            values = start_head(spec, next(iter(self.sites.values())), scratch=scratch)
-            self._place("head", dict(zip(("fn", "base", "scale"), values, strict=True)), device)
+            self._place("head", partial(_start_of_head, spec, next(iter(self.sites.values())), scratch=scratch), device)
         if memory is not None:
             self._place_memory(memory, compression, memory_start, device, tables_on or device)
         if over is not None:
@@ -79,12 +92,17 @@ class StreamParameters(nn.Module):
         self.hidden = next(iter(self.sites.values()), 0)
         self.signature = json.dumps({"spec": str(spec), "names": list(self.in_graph()), **held})
 
-    def _place(self, path: str, values: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:
+    def _place(
+        self, path: str, start: Callable[[], Mapping[str, Tensor]], device: torch.device | str | None
+    ) -> nn.Module:
         module: nn.Module = self
         for part in path.split("."):
             if part not in module._modules:
-                module.add_module(part, nn.Module())
+                module.add_module(part, Started())
             module = module.get_submodule(part)
+        module.start = start  # type: ignore[assignment]
+        with torch.device("meta") if torch.empty(0, device=device).is_meta else nullcontext():
+            values = start()
         for name, tensor in values.items():
             module.register_parameter(name, nn.Parameter(tensor.to(device)))
         return module
@@ -99,7 +117,7 @@ class StreamParameters(nn.Module):
     ) -> None:
         hidden = next(iter(self.sites.values()))
         for layer in memory.layers:
-            values = layer_values(memory, self.spec.streams, hidden, start=start, device=device)
+            values = partial(layer_values, memory, self.spec.streams, hidden, start=start, device=None)
             place = self._place(f"{MEMORIES}.{layer.layer}", values, device)
             place.add_module("table", new_table(layer.rows, memory.settings.row_width, tables_on))
             self.table_places[layer.layer] = f"{MEMORIES}.{layer.layer}"
@@ -110,14 +128,16 @@ class StreamParameters(nn.Module):
         if memory.compressed:
             wanted = torch.empty(memory.vocab, dtype=torch.int64, device=device)
             held = wanted if compression is None else compression.to(device)
-            self.get_submodule(MEMORIES).register_buffer("compression", held)
+            root = self.get_submodule(MEMORIES)
+            root.register_buffer("compression", held)
+            if compression is not None:
+                root.start = partial(dict, compression=compression.cpu())  # type: ignore[assignment]
 
     def _place_over_encoding(
         self, over: OverEncoding, device: torch.device | str | None, tables_on: torch.device | str | None
     ) -> None:
         """W = 0: the function is unchanged, and W gets a gradient because the rows are random."""
-        values = {"projection": torch.zeros(over.hidden, len(over.hash.moduli) * over.width)}
-        place = self._place(OVER_ENCODING, values, device)
+        place = self._place(OVER_ENCODING, partial(_start_of_over_encoding, over), device)
         place.add_module("table", new_table(over.hash.rows, over.width, tables_on))
         self.table_places[OVER_TABLE] = OVER_ENCODING
         self.over_order = over.hash.order  # which a traced call reads
@@ -133,10 +153,10 @@ class StreamParameters(nn.Module):
         return self.memory is not None or self.over is not None
 
     @property
-    def vocab(self) -> int:
-        """V: ids at or above it are refused where they are looked up."""
+    def vocab(self) -> int | None:
+        """V: ids at or above it are refused where they are looked up; None where none are."""
         known = [self.memory.vocab] if self.memory is not None else []
-        return min(known if self.over is None else [*known, self.over.hash.vocab])
+        return min(known if self.over is None else [*known, self.over.hash.vocab], default=None)
 
     def in_graph(self) -> dict[str, nn.Parameter]:
         """The parameters that go into graphs by name: all but the rows of tables, which are looked up."""
@@ -168,6 +188,15 @@ class StreamParameters(nn.Module):
 
         return super()._apply(keep_precision, recurse)
 
+    def reset_parameters(self) -> None:
+        """Set every parameter below to its start, and draw tables anew: what `to_empty()` leaves is no value.
+
+        Every module below has the method, too, for what is its own. Rows in files stay as they are.
+        """
+        for module in self.modules():
+            if isinstance(module, (Started, MemoryTable)):
+                module.reset_parameters()
+
     def forward(self, x: Any, *_: Any, **__: Any) -> Any:
         """`x`: an owner that calls its children one after the other, as `nn.Sequential` does, calls this one too."""
         return x
@@ -177,6 +206,29 @@ class StreamParameters(nn.Module):
         layers = "" if self.memory is None else f", memory at {', '.join(m.layer for m in self.memory.layers)}"
         over = "" if self.over is None else f", over-encoding of n-grams up to {self.over.hash.order}"
         return f"{self.spec}, {len(self.sites)} sites{layers}{over}"
+
+
+def _set(tensor: Tensor, values: Tensor) -> None:
+    """Set a tensor; of a sharded one every rank sets its part, to what the first rank gives."""
+    with torch.no_grad():
+        if hasattr(tensor, "full_tensor"):
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            assert isinstance(tensor, DTensor)
+            values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
+        tensor.copy_(values)
+
+
+def _start_of_site(spec: StreamSpec, index: int, hidden: int, *, scratch: bool) -> Mapping[str, Tensor]:
+    return form_of(spec).start(spec, index, hidden, scratch=scratch)
+
+
+def _start_of_head(spec: StreamSpec, hidden: int, *, scratch: bool) -> Mapping[str, Tensor]:
+    return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, scratch=scratch), strict=True))
+
+
+def _start_of_over_encoding(over: OverEncoding) -> Mapping[str, Tensor]:
+    return {"projection": torch.zeros(over.hidden, len(over.hash.moduli) * over.width)}
 
 
 def active_parameters(state: nn.Module) -> StreamParameters:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mhc_compile.attach import install
 from mhc_compile.checkpoint.loading import open_converted, read_streams
 from mhc_compile.checkpoint.manifest import is_converted
+from mhc_compile.checkpoint.shards import read_json
 from mhc_compile.checkpoint.skeleton import model_class, quiet, skeleton, transformers_module, weightless
-from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint, read_json, refuse_config
+from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint, refuse_config
 from mhc_compile.checkpoint.tables import check_tokenizer, read_tokenizer
 from mhc_compile.config import Options
 from mhc_compile.convert.memory import convert

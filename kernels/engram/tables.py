@@ -316,6 +316,11 @@ class MemoryTable(nn.Module):
             begin += len(block)
         return self
 
+    def reset_parameters(self) -> None:
+        """Draw all rows anew from torch's default generator, as after `to_empty()`; rows in files stay."""
+        if self.storage != "mapped":
+            self.start(int(torch.randint(2**31, (), device="cpu")))
+
     # What modules do.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryTable:

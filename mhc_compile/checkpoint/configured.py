@@ -11,8 +11,9 @@ from torch import nn
 from mhc_compile.attach import install
 from mhc_compile.checkpoint.loading import from_pretrained
 from mhc_compile.checkpoint.manifest import NAME, is_converted, read_manifest
+from mhc_compile.checkpoint.shards import read_json
 from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
-from mhc_compile.checkpoint.source import open_checkpoint, read_json
+from mhc_compile.checkpoint.source import open_checkpoint
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import StreamParameters
 

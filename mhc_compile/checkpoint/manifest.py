@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mhc_compile.checkpoint.shards import write_text
+from mhc_compile.checkpoint.shards import read_json, write_text
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
@@ -51,13 +51,13 @@ class Manifest:
     """The streams of a converted folder and where their parameters lie."""
 
     architecture: str
-    """The class inside transformers that the weights belong to."""
+    """The class that the weights belong to."""
     owners: dict[str, Owner]
     """By module path."""
     streams_file: str
     """The shard that holds the stream parameters and nothing else."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of weight files, where they were hashed: a conversion hashes all, `save_pretrained` the streams' alone."""
+    """Of weight files; folders of before all were hashed may have the streams' alone."""
 
     def write(self, folder: Path) -> None:
         """Write `mhc.json` in `folder`."""
@@ -84,11 +84,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / NAME
     if not path.is_file():
         raise MHCError("MHC410", f"{folder} holds no {NAME}")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise MHCError("MHC414", f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+    content = read_json(path, "MHC414")
+    if not isinstance(content.get("format"), int):
         raise MHCError("MHC414", f"{path} names no format")
     if content["format"] > FORMAT:
         raise MHCError("MHC414", f"{path} has format {content['format']}, this version reads up to {FORMAT}")

@@ -1,7 +1,8 @@
 """Save a converted model so that no reader can take it for a residual one.
 
-The streams go into a shard of their own. transformers' own files carry the variant `mhc`, so that a plain
-`from_pretrained` of the folder finds no weights and raises, instead of leaving the streams out.
+The streams go into a shard of their own. transformers' own files carry the variant `mhc`, and `config.json` names a
+weight file that there is not (`source.guarded`), so that every plain `from_pretrained` of the folder raises and says
+what loads it, instead of leaving the streams out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from torch import Tensor, nn
 
 from mhc_compile.checkpoint.manifest import NAME as MANIFEST
 from mhc_compile.checkpoint.manifest import Manifest, Owner
-from mhc_compile.checkpoint.shards import read_shard, sync, write_shard, write_text
+from mhc_compile.checkpoint.shards import read_shard, sha256, sync, write_shard, write_text
+from mhc_compile.checkpoint.skeleton import is_model_class
 from mhc_compile.checkpoint.source import (
+    CONFIG,
     INDEX,
     VARIANT,
     WEIGHTS,
+    guarded,
     index_text,
     open_checkpoint,
     shard_names,
@@ -32,6 +37,7 @@ from mhc_compile.checkpoint.source import (
 from mhc_compile.checkpoint.staging import check_target, staged, sync_folder
 from mhc_compile.checkpoint.tables import TABLES, write_tables
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.engram.files import SHARD_BYTES
 from mhc_compile.parameters import StreamParameters, names, owners
 
 _REFUSED = {
@@ -65,7 +71,7 @@ def save_pretrained(
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
     base_save = getattr(type(model), "save_pretrained", None)
     if base_save is None:
-        way_out = "save model.state_dict() yourself"
+        way_out = "mhc_compile.save(model, folder), and mhc_compile.load(model, folder) to load it"
         raise MHCError("MHC405", f"{type(model).__name__} has no save_pretrained", way_out=way_out)
     if variant not in (None, VARIANT):
         raise MHCError("MHC204", f"variant={variant!r}: a converted model is saved as variant {VARIANT!r}")
@@ -77,20 +83,47 @@ def save_pretrained(
     if not is_main_process:
         return
     base, streams = _split(model, held, state_dict)
-    folder = Path(save_directory).absolute().resolve()
-    target = folder
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied:
-        # The finished files are moved in; a folder that does not hold any is renamed as a whole.
-        _refuse_residual_weights(folder)
-        target = folder / f".{VARIANT}-finished"
-        shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
-    target = check_target(target)
-    with staged(target) as staging:
-        base_save(model, staging, state_dict=base, variant=VARIANT, **kwargs)
-        _add_streams(staging, held, streams, table_dtype)
-    if occupied:
-        _move_in(target, folder)
+
+    def write_base(folder: Path) -> _Base:
+        base_save(model, folder, state_dict=base, variant=VARIANT, **kwargs)
+        saved = open_checkpoint(folder, variant=VARIANT)
+        (folder / CONFIG).write_bytes(guarded((folder / CONFIG).read_bytes()))
+        # As transformers wrote it: FSDP2 renames the class.
+        return _Base(saved.config["architectures"][0], [shard.path for shard in saved.shards], saved.metadata)
+
+    _write(Path(save_directory), write_base, held, streams, table_dtype)
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], *, table_dtype: torch.dtype | None = None) -> None:
+    """Save any converted module into `folder`: its state dict, the streams' shard, and `mhc.json`.
+
+    Load it with `mhc_compile.load`, which takes the module's code from you. A model of transformers is saved as by
+    `save_pretrained`, for which `table_dtype` and what is said of folders in use hold as well.
+
+    Raises `MHCError`: MHC204 for a state dict with anything but tensors, MHC410 for a model that is not converted,
+    MHC412 or 413 where the folder cannot be written.
+    """
+    model = unwrapped(model)
+    if is_model_class(type(model)):
+        save_pretrained(model, folder, table_dtype=table_dtype)
+        return
+    held = distinct_owners(model)
+    if not held:
+        raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
+    base, streams = _split(model, held, None)
+    if foreign := [name for name, t in base.items() if not isinstance(t, Tensor)]:
+        way_out = "give such values to the module's constructor: only tensors are saved"
+        raise MHCError("MHC204", f"the state dict holds {names(foreign)}, no tensors", way_out=way_out)
+    _refuse_sharded(base.values())
+
+    def write_base(staging: Path) -> _Base:
+        paths = []
+        for number, tensors in enumerate(_shards(base)):
+            paths.append(staging / f"{number}.safetensors")
+            write_shard(paths[-1], tensors)
+        return _Base(type(model).__name__, paths, {})
+
+    _write(Path(folder), write_base, held, streams, table_dtype)
 
 
 def save_with_streams(root: nn.Module) -> None:
@@ -129,9 +162,13 @@ def _split(
     streams = {name: everything.pop(name) for name in wanted}
     for owner in owners(model):  # a second path to the same module
         everything = {name: t for name, t in everything.items() if not name.startswith(prefix(owner))}
-    if any(hasattr(t, "full_tensor") for t in streams.values()):
-        raise MHCError("MHC204", "sharded parameters", way_out=_REFUSED["distributed_checkpoint"])
+    _refuse_sharded(streams.values())
     return everything, streams
+
+
+def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
+    if any(hasattr(t, "full_tensor") for t in tensors):
+        raise MHCError("MHC204", "sharded parameters", way_out=_REFUSED["distributed_checkpoint"])
 
 
 def prefix(owner: str) -> str:
@@ -156,34 +193,84 @@ def _refuse_residual_weights(folder: Path) -> None:
         )
 
 
-def _add_streams(
+def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Divide tensors into files of at most `SHARD_BYTES`, or of one tensor; a tied one goes in under its first name."""
+    places: set[tuple[Any, ...]] = set()
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, t in tensors.items():
+        place = (t.data_ptr(), t.device, t.shape, t.stride(), t.dtype)
+        if t.numel() and place in places:
+            continue
+        places.add(place)
+        if shard and size + t.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        # The format takes no two tensors that share memory.
+        shard[name] = t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+        size += t.nbytes
+    yield shard
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The residual model's part of a folder, as it was written."""
+
+    architecture: str
+    paths: list[Path]
+    metadata: dict[str, Any]
+    """Of the index."""
+
+
+def _write(
     folder: Path,
+    write_base: Callable[[Path], _Base],
     held: Mapping[str, StreamParameters],
     streams: Mapping[str, Tensor],
     table_dtype: torch.dtype | None,
 ) -> None:
-    """Number transformers' weight files anew, with the streams' as the last."""
-    saved = open_checkpoint(folder, variant=VARIANT)
-    *base_names, streams_file = shard_names(len(saved.shards) + 1, VARIANT)
-    files = {}
-    for name, shard in zip(base_names, saved.shards, strict=True):
-        files[name] = read_shard(shard.path.rename(folder / name))
-    digest = write_shard(folder / streams_file, streams)
-    files[streams_file] = read_shard(folder / streams_file)
+    """Write a folder whole or not at all, with what `write_base` puts into it."""
+    folder = folder.absolute().resolve()
+    target = folder
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied:
+        # The finished files are moved in; a folder that does not hold any is renamed as a whole.
+        _refuse_residual_weights(folder)
+        target = folder / f".{VARIANT}-finished"
+        shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
+    target = check_target(target)
+    with staged(target) as staging:
+        _add_streams(staging, write_base(staging), held, streams, table_dtype)
+    if occupied:
+        _move_in(target, folder)
+
+
+def _add_streams(
+    folder: Path,
+    base: _Base,
+    held: Mapping[str, StreamParameters],
+    streams: Mapping[str, Tensor],
+    table_dtype: torch.dtype | None,
+) -> None:
+    """Number the base's weight files anew, with the streams' as the last, and describe them."""
+    *base_names, streams_file = shard_names(len(base.paths) + 1, VARIANT)
+    for name, path in zip(base_names, base.paths, strict=True):
+        path.rename(folder / name)
+    digests = {name: sha256(folder / name) for name in base_names}
+    digests[streams_file] = write_shard(folder / streams_file, streams)
     write_tables(folder, held, dtype=table_dtype)
     index = folder / variant_name(INDEX, VARIANT)
     index.unlink(missing_ok=True)
-    write_text(index, index_text(saved.metadata, files))
+    write_text(index, index_text(base.metadata, {name: read_shard(folder / name) for name in digests}))
     for path in folder.iterdir():
         if path.is_file():
             with path.open("rb+") as file:
                 sync(file)
     Manifest(
-        # As transformers wrote it: FSDP2 renames the class.
-        architecture=saved.config["architectures"][0],
+        architecture=base.architecture,
         owners={path: Owner.of(p) for path, p in held.items()},
         streams_file=streams_file,
-        sha256={streams_file: digest},
+        sha256=digests,
     ).write(folder)
 
 

@@ -59,7 +59,7 @@ def read_shard(path: Path) -> Shard:
         with safe_open(path, framework="np"), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length))
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise MHCError("MHC403", f"{path}: {error}") from error
     begin = 8 + length
     header.pop("__metadata__", None)
@@ -135,6 +135,17 @@ def write_text(path: Path, text: str) -> None:
     with path.open("xb") as out:
         out.write(text.encode())
         sync(out)
+
+
+def read_json(path: Path, code: str = "MHC402") -> dict[str, Any]:
+    """Return the JSON object in a file. Raises `code` for anything else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise MHCError(code, f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise MHCError(code, f"{path} holds no JSON object")
+    return content
 
 
 def sha256(path: Path) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,16 +31,47 @@ def transformers_module() -> ModuleType:
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """The class inside transformers that `config.json` names. Raises MHC405 where there is none."""
+    """Return the class that `config.json` names: one registered with an Auto class, or one inside transformers.
+
+    Raises MHC405 where there is none.
+    """
     transformers = transformers_module()
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise MHCError("MHC405", "config.json names no architectures", way_out='add "architectures": ["<class name>"]')
     name = str(architectures[0])
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise MHCError("MHC405", f"transformers {transformers.__version__} has no model {name}")
-    return found
+    for cls in (*_registered(transformers, config.get("model_type")), getattr(transformers, name, None)):
+        if is_model_class(cls) and cls.__name__ == name:
+            return cls
+    raise MHCError("MHC405", f"transformers {transformers.__version__} has no model {name}")
+
+
+def is_model_class(value: Any) -> bool:
+    """Return whether `value` is a model class of transformers or a subclass of one; imports nothing."""
+    transformers = sys.modules.get("transformers")
+    return isinstance(value, type) and transformers is not None and issubclass(value, transformers.PreTrainedModel)
+
+
+def _registered(transformers: ModuleType, model_type: Any) -> Iterator[Any]:
+    """Yield the classes that Auto classes know for a configuration's type: also those that a user registered."""
+    auto: Any = transformers.models.auto
+    if not isinstance(model_type, str) or model_type not in auto.CONFIG_MAPPING:
+        return
+    config_class = auto.CONFIG_MAPPING[model_type]
+    for factory in vars(auto.modeling_auto).values():
+        mapping = getattr(factory, "_model_mapping", None)
+        if isinstance(factory, type) and mapping is not None:
+            classes = mapping.get(config_class, ())
+            yield from classes if isinstance(classes, tuple) else (classes,)
+
+
+def configuration(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the configuration of a folder for `cls`, without its guard, and the keywords that are not its own."""
+    config, rest = cls.config_class.from_pretrained(
+        folder, return_unused_kwargs=True, trust_remote_code=False, local_files_only=True, **kwargs
+    )
+    vars(config).pop("transformers_weights", None)
+    return config, rest
 
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:

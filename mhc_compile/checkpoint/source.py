@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mhc_compile.checkpoint.manifest import NAME as MANIFEST
-from mhc_compile.checkpoint.shards import Shard, read_shard
+from mhc_compile.checkpoint.shards import Shard, read_json, read_shard
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import names
 
+CONFIG = "config.json"
 VARIANT = "mhc"
 """What transformers calls the weights of a converted folder: without asking for it, it finds no weights there."""
+_NOTICE = "converted by mhc-compile: load this folder with mhc_compile.from_pretrained"
+_GUARD = f'\n  "transformers_weights": "{_NOTICE}",'.encode()
+"""What a converted folder's `config.json` has after its first brace. transformers takes it for the name of the weight
+file, whatever class and variant it is asked for, and raises an error that quotes it."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_OWN_MODEL = "give the model that the folder was saved from: mhc_compile.load(model, folder)"
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx",
     ".onnx_data", ".ot", ".npz", ".tflite", ".mlmodel",
@@ -43,8 +49,8 @@ class Checkpoint:
         return sum(shard.size for shard in self.shards)
 
 
-def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
-    """Read the configuration and the headers of all weight files.
+def open_checkpoint(folder: Path, *, variant: str | None = None, configured: bool = True) -> Checkpoint:
+    """Read the configuration and the headers of all weight files; without `configured` no configuration.
 
     Raises MHC401, 402, 403 or 407 for a folder that is none, is incomplete, damaged or pickled, and MHC405 or 406 for a
     configuration that asks for code of its own or is quantised.
@@ -52,13 +58,15 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
     if not folder.is_dir():
         raise MHCError("MHC401", f"{folder} is {'a file' if folder.exists() else 'not there'}")
     weights, index = variant_name(WEIGHTS, variant), variant_name(INDEX, variant)
-    path = folder / "config.json"
-    if not path.is_file():
+    path = folder / CONFIG
+    config: dict[str, Any] = {}
+    if configured and not path.is_file():
         if (folder / weights).exists() or (folder / index).exists():
-            raise MHCError("MHC402", f"{path} is missing")
-        raise MHCError("MHC401", f"{folder} holds neither config.json nor {weights}")
-    config = read_json(path)
-    refuse_config(path, config)
+            raise MHCError("MHC402", f"{path} is missing", way_out=None if variant is None else _OWN_MODEL)
+        raise MHCError("MHC401", f"{folder} holds neither {CONFIG} nor {weights}")
+    if configured:
+        config = read_json(path)
+        refuse_config(path, config)
     # transformers prefers the single file where there are both.
     if (folder / weights).is_file():
         return Checkpoint(folder, config, (read_shard(folder / weights),), None, {})
@@ -94,15 +102,14 @@ def index_text(metadata: Mapping[str, Any], files: Mapping[str, Shard]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises MHC402 for anything else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise MHCError("MHC402", f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise MHCError("MHC402", f"{path} holds no JSON object")
-    return content
+def guarded(config: bytes) -> bytes:
+    """Return the text of a `config.json` with which transformers refuses to load the folder's weights."""
+    return config if _GUARD in config else config.replace(b"{", b"{" + _GUARD, 1)
+
+
+def unguarded(config: bytes) -> bytes:
+    """Return the text that `guarded` was given, byte for byte."""
+    return config.replace(_GUARD, b"", 1)
 
 
 def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
@@ -126,6 +133,21 @@ def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
         elif entry.name not in rewritten and entry != checkpoint.index:
             (taken if entry.is_file() and not _is_weights(entry) else left).append(relative)
     return taken, left
+
+
+def refuse_links_out(folder: Path, files: Iterable[Path]) -> None:
+    """Raise MHC416 where one of `files` is a link out of `folder`, or of the hub's cache around it.
+
+    The cache holds a snapshot `models--x/snapshots/<revision>` as links into `models--x/blobs`.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
+        allowed.append(root.parents[1] / "blobs")
+    for path in files:
+        place = path.resolve()
+        if not any(place.is_relative_to(above) for above in allowed):
+            raise MHCError("MHC416", f"{path} -> {place}")
 
 
 def _is_weights(path: Path) -> bool:
@@ -161,7 +183,7 @@ def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
     for key, value in _items(config):
         if key == "auto_map" and value:
             raise MHCError("MHC405", f"{path} names code of its own (auto_map: {names(map(str, value))})")
-        if key == "transformers_weights" and value:
+        if key == "transformers_weights" and value and value != _NOTICE:
             raise MHCError("MHC405", f"{path} chooses its weight file itself (transformers_weights: {value})")
         if key in ("quantization_config", "compression_config") and value:
             method = value.get("quant_method", "unknown method") if isinstance(value, dict) else value

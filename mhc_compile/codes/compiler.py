@@ -250,6 +250,11 @@ COMPILER: dict[str, Diagnostic] = {
         "copy it again",
     ),
     "MHC415": Diagnostic("transformers or accelerate is not installed", "pip install 'mhc-compile[hf]'"),
+    "MHC416": Diagnostic(
+        "a link leads out of the folder",
+        "put the file itself into the folder, if it belongs there: only links inside the folder, and into the blobs of "
+        "the hub's cache, are followed when it is copied",
+    ),
     "MHC501": Diagnostic(
         "no n-stream program to export",
         "convert the model first, mhc_compile.convert(model), and export a call that runs its converted part",

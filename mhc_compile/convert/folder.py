@@ -11,16 +11,20 @@ from typing import Any, Literal, get_args
 from mhc_compile.checkpoint.loading import open_converted, read_streams, streams_shard
 from mhc_compile.checkpoint.manifest import Manifest, Owner, is_converted
 from mhc_compile.checkpoint.saving import prefix
-from mhc_compile.checkpoint.shards import Shard, copy_file, copy_shard, read_shard, write_shard, write_text
+from mhc_compile.checkpoint.shards import Shard, copy_file, copy_shard, read_shard, sync, write_shard, write_text
 from mhc_compile.checkpoint.skeleton import skeleton
 from mhc_compile.checkpoint.source import (
+    CONFIG,
     INDEX,
     VARIANT,
     Checkpoint,
     companions,
+    guarded,
     index_text,
     open_checkpoint,
+    refuse_links_out,
     shard_names,
+    unguarded,
     variant_name,
 )
 from mhc_compile.checkpoint.staging import check_target, staged
@@ -79,7 +83,8 @@ def convert_folder(
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a
     folder that cannot be converted, MHC409 to 411 for one in the other form already or with trained streams, MHC412
-    and 413 where the result cannot be written, MHC414 for a damaged `mhc.json`.
+    and 413 where the result cannot be written, MHC414 for a damaged `mhc.json` or weights that are not those that were
+    converted, MHC416 for a link to a file outside of the folder.
     """
     if to not in get_args(Form):
         raise MHCError("MHC204", f"to={to!r}; known: {', '.join(get_args(Form))}")
@@ -100,6 +105,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     if is_converted(source):
         raise MHCError("MHC409", str(source))
     checkpoint = open_checkpoint(source)
+    taken, left = _companions(checkpoint)
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "finding the streams")
     model = skeleton(checkpoint)
@@ -110,8 +116,8 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     tables = sum(t.weight.nbytes for held in made.values() for _, t in tables_of(held))
     check_target(target, source, size=checkpoint.size + tables)
     streams = {f"{prefix(owner)}{name}": t for owner, held in made.items() for name, t in held.kept().items()}
-    if taken := streams.keys() & {name for shard in checkpoint.shards for name in shard.tensors}:
-        raise MHCError("MHC207", f"a weight is named {min(taken)}")
+    if clash := streams.keys() & {name for shard in checkpoint.shards for name in shard.tensors}:
+        raise MHCError("MHC207", f"a weight is named {min(clash)}")
     *base_names, streams_file = shard_names(len(checkpoint.shards) + 1, VARIANT)
     metadata = _count_parameters(checkpoint.metadata, sum(p.numel() for p in streams.values()))
     with staged(target) as staging:
@@ -122,7 +128,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
             progress(checkpoint.size, checkpoint.size, "writing tables")
             write_tables(staging, made)
         write_text(staging / variant_name(INDEX, VARIANT), index_text(metadata, files))
-        left = _copy_companions(checkpoint, staging)
+        _copy_companions(checkpoint, taken, staging, guarded)
         Manifest(
             architecture=type(model).__name__,
             owners={owner: Owner.of(p) for owner, p in made.items()},
@@ -136,6 +142,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
 
 def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
     checkpoint, manifest = open_converted(source)
+    taken, left = _companions(checkpoint)
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "reading the streams")
     made = read_streams(checkpoint, manifest, Options())
@@ -150,7 +157,7 @@ def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
                 raise MHCError("MHC414", f"{shard.path} is not the file that was written (sha256)")
         if len(shards) > 1:
             write_text(staging / INDEX, index_text(_count_parameters(checkpoint.metadata, -parameters), files))
-        left = _copy_companions(checkpoint, staging)
+        _copy_companions(checkpoint, taken, staging, unguarded)
         progress(checkpoint.size, checkpoint.size, "finishing")
     return Converted(target, 0, parameters, tuple(left))
 
@@ -187,13 +194,25 @@ def _copy(
     return files, sha256
 
 
-def _copy_companions(checkpoint: Checkpoint, folder: Path) -> list[Path]:
-    """Copy configuration, tokenizer and the like; returns what was left."""
+def _companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
+    """As `companions`. Raises MHC416 where a file that would be copied lies elsewhere."""
     taken, left = companions(checkpoint)
+    files = [*(checkpoint.folder / relative for relative in taken), *(shard.path for shard in checkpoint.shards)]
+    refuse_links_out(checkpoint.folder, files)
+    return taken, left
+
+
+def _copy_companions(
+    checkpoint: Checkpoint, taken: Sequence[Path], folder: Path, edit: Callable[[bytes], bytes]
+) -> None:
+    """Copy tokenizer and the like as they are, and the configuration as `edit` changes it."""
     for relative in taken:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         copy_file(checkpoint.folder / relative, folder / relative)
-    return left
+    config = folder / CONFIG
+    config.write_bytes(edit(config.read_bytes()))
+    with config.open("rb+") as file:
+        sync(file)
 
 
 def _count_parameters(metadata: Mapping[str, Any], more: int) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def convert(
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options or a model converted
     already, MHC303 for one that is compiled or wrapped. A refused model is left as it was.
     """
+    _refuse_other_than_module(model)
     stream, own = split_options(options)
     spec, settings = stream_spec(stream), Options(**own)
     requests = (requested(engram, tokenizer, model, start=engram_start), over_requested(over_encoding))
@@ -82,6 +83,15 @@ def convert(
     )
     install(root, made)
     return model
+
+
+def _refuse_other_than_module(model: object) -> None:
+    """Raise MHC204 for what is no module: a path, most often."""
+    if not isinstance(model, nn.Module):
+        way_out = (
+            "convert_folder(path, target) converts a checkpoint folder, from_pretrained(folder) loads a converted one"
+        )
+        raise MHCError("MHC204", f"convert takes a module, not {type(model).__name__} {model!r:.80}", way_out=way_out)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from mhc_compile.arm import disarm
 from mhc_compile.checkpoint.saving import save_without_streams
 from mhc_compile.convert.folder import refuse_trained
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.initialise import start_without_streams
 from mhc_compile.parameters import owners
 from mhc_compile.traceable import restore_generation
 
@@ -27,6 +28,7 @@ def to_residual(model: Model) -> Model:
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
     refuse_trained(made)
     save_without_streams(model)
+    start_without_streams(model)
     restore_generation(model)
     for path in made:
         owner = model.get_submodule(path)

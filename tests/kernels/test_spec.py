@@ -55,6 +55,7 @@ def test_defaults_and_omitted_fields() -> None:
         ({"manifold": "permutations", "streams": 7}, "MHC203"),
         ({"manifold": "kronecker", "streams": 6}, "MHC203"),
         ({"iterations": -1}, "MHC204"),
+        ({"iterations": 1001}, "MHC204"),
         ({"iterations": 2.5}, "MHC204"),
         ({"iterations": True}, "MHC204"),
         ({"exit": "max"}, "MHC204"),

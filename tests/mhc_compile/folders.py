@@ -74,6 +74,18 @@ def copied(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "copied"))
 
 
+def snapshot_of(folder: Path, cache: Path) -> Path:
+    """A folder as the hub's cache lays it out: a snapshot of links into a folder of blobs."""
+    snapshot, blobs = cache / "snapshots" / "abc123", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copy(path, blobs / path.name)
+            (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
+    return snapshot
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 

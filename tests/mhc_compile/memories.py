@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from mhc_compile import convert
@@ -17,6 +18,15 @@ PRESETS = ("paper", "v41", "qwen_ple")
 def small(preset: str, **fields: Any) -> MemorySettings:
     """A preset with tables of a few hundred rows, at the first two layers."""
     return MemorySettings.preset(preset, **{"rows_per_head": 97, "row_width": 4, "layers": (0, 1), **fields})
+
+
+def tokenizer() -> Tokenizer:
+    """Letters in both cases: half of the ids stand for the same texts."""
+    vocab = {t: i for i, t in enumerate(["<pad>", "</s>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    return made
 
 
 def with_memory(model: Any, preset: str = "paper", *, inner: str = "eager", **fields: Any) -> Any:

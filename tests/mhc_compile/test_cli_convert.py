@@ -7,6 +7,7 @@ import filecmp
 import os
 import re
 import shlex
+import shutil
 import signal
 import threading
 import time
@@ -64,7 +65,6 @@ def test_what_is_left_out_is_said(original: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        (["{original}", "{out}", "--streams", "9"], "MHC201"),
         (["{original}", "{out}", "--to", "residual"], "MHC410"),
         (["{original}", "{original}/out"], "MHC412"),
         (["{out}/nothing", "{out}"], "MHC401"),
@@ -92,7 +92,9 @@ def test_a_refusal_is_one_coded_message(
 @pytest.mark.parametrize(
     "words",
     [[], ["convert"], ["convert", "a"], ["transmute"], ["convert", "a", "b", "--streams", "two"],
-     ["convert", "a", "b", "--convention", "mine"], ["convert", "a", "b", "--stream", "2", "--strange"]],
+     ["convert", "a", "b", "--convention", "mine"], ["convert", "a", "b", "--stream", "2"],
+     ["convert", "a", "b", "--strange"], ["convert", "a", "b", "--engram-l", "1"], ["inspect", "a", "--htm", "x"],
+     ["train", "a", "--field"]],
 )  # fmt: skip
 def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -101,12 +103,31 @@ def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert "usage: mhc-compile" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["convert", "{original}", "{out}", "--streams", "9"], "MHC201"),
+        (["convert", "{original}", "{out}", "--iterations", "-1"], "MHC204"),
+        (["convert", "{original}", "{out}", "--manifold", "kronecker", "--streams", "3"], "MHC203"),
+        (["convert", "{original}", "{out}", "--engram-rows", "3"], "MHC220"),
+        (["diff", "{original}", "{original}", "--b", "streams=9"], "MHC201"),
+        (["diff", "{original}", "{original}", "--b", "manifold=bad"], "MHC203"),
+    ],
+)
+def test_wrong_values_of_options(
+    words: list[str], code: str, original: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(original=original, out=tmp_path / "out") for word in words]) == 2
+    assert capfd.readouterr().err.startswith(code)
+    assert not (tmp_path / "out").exists()
+
+
 def test_interrupted(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A file that takes far longer to copy than the interruption takes to arrive.
     source = tmp_path / "source"
     source.mkdir()
     for path in original.iterdir():
-        (source / path.name).symlink_to(path)
+        shutil.copy(path, source)
     with (source / "notes.txt").open("wb") as file:
         file.truncate(4 << 30)
     staging = tmp_path / ".out.mhc-partial"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -396,3 +397,14 @@ def test_conversion_from_scratch_draws_phi() -> None:
     assert not any(at_start(p) for p in owners(model).values())
     phis = torch.cat([p.flatten() for name, p in stream_parameters(model).items() if name.endswith("phi")])
     assert 0.015 < phis.std() < 0.025
+
+
+@pytest.mark.parametrize("path", ["./model", Path("model"), None])
+def test_a_path_is_no_model(path: Any) -> None:
+    with pytest.raises(MHCError, match=r"(?s)MHC204.*convert_folder.*from_pretrained"):
+        convert(path)
+
+
+def test_stream_parameters_have_a_value_for_every_member() -> None:
+    model = convert(chain(), ids(), inner="eager")
+    assert dict(inspect.getmembers(model.mhc))["vocab"] is None

@@ -230,7 +230,7 @@ def test_a_file_that_inspect_wrote(folder: Path, tmp_path: Path, capsys: pytest.
     assert found.same
     assert [(n.which, n.error) for n in found.numerics] == [("start", 0), ("moved", 0)]
     capsys.readouterr()
-    assert main(["inspect", str(folder), "--outputs"]) == 1
+    assert main(["inspect", str(folder), "--outputs"]) == 2
     assert capsys.readouterr().err.startswith("MHC520")
 
 
@@ -244,5 +244,5 @@ def test_the_command(folder: Path, report: Path, capsys: pytest.CaptureFixture[s
     assert "was not run" in out
     assert main(["diff", str(report), str(folder), "--b", "inner=eager"]) == 0
     capsys.readouterr()
-    assert main(["diff", str(folder), str(folder), "--a", "wrong=1"]) == 1
+    assert main(["diff", str(folder), str(folder), "--a", "wrong=1"]) == 2
     assert capsys.readouterr().err.startswith("MHC204")

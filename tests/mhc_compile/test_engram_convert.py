@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from memories import PRESETS, shake_memory, small, with_memory
+from memories import PRESETS, shake_memory, small, tokenizer, with_memory
 from tiny_models import HIDDEN, VOCAB, close, gpt2, ids, llama, shake, t5
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -155,15 +154,6 @@ def test_autocast() -> None:
     half.backward()
     assert close(half, model(ids(), labels=ids(), use_cache=False).loss, 0.02)
     assert all(t.gradient is not None for t in tables(model))
-
-
-def tokenizer() -> Tokenizer:
-    """Letters in both cases: half of the ids stand for the same texts."""
-    vocab = {t: i for i, t in enumerate(["<pad>", "</s>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"])}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made.decoder = decoders.Fuse()
-    return made
 
 
 def test_compressed_ids_are_looked_up_alike() -> None:

@@ -191,7 +191,7 @@ def test_the_command_adds_memories(source: Path, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
     assert "2..4 x 8" in capsys.readouterr().out
-    assert main(["convert", str(source), str(tmp_path / "no"), "--engram-rows", "50"]) == 1
+    assert main(["convert", str(source), str(tmp_path / "no"), "--engram-rows", "50"]) == 2
     assert "MHC220" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "no"), "--engram", "v41", "--engram-layers", "7",
                  "--engram-rows", "50"]) == 1  # fmt: skip

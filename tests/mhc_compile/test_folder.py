@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from folders import assert_same_tree, make, weights
+from folders import assert_same_tree, make, snapshot_of, weights
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    LlamaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -43,7 +44,7 @@ def test_weights_are_copied_byte_by_byte_and_streams_follow(original: Path, conv
 
 
 def test_companions_are_copied_as_they_are(original: Path, converted: Path) -> None:
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "extra/template.jinja"):
+    for name in ("generation_config.json", "tokenizer.json", "extra/template.jinja"):
         assert filecmp.cmp(original / name, converted / name, shallow=False)
 
 
@@ -70,9 +71,26 @@ def test_sites_and_start_are_those_of_a_conversion_in_memory(converted: Path) ->
             assert torch.equal(p, q)
 
 
-def test_a_plain_from_pretrained_finds_no_weights(converted: Path) -> None:
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(converted)
+@pytest.mark.parametrize("variant", [None, "mhc"])
+def test_a_plain_from_pretrained_says_what_loads_it(variant: str | None, converted: Path) -> None:
+    for cls in (AutoModelForCausalLM, LlamaForCausalLM):
+        with pytest.raises(ValueError, match=r"mhc_compile\.from_pretrained"):
+            cls.from_pretrained(converted, variant=variant)
+
+
+def test_the_configuration_has_one_entry_more(original: Path, converted: Path) -> None:
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (original, converted))
+    assert "mhc-compile" in after.pop("transformers_weights")
+    assert before == after
+
+
+@pytest.mark.parametrize("text", [lambda c: json.dumps(c), lambda c: "\t" + json.dumps(c, indent=1) + "\n\n"])
+def test_a_configuration_of_any_spelling_comes_back(text: Any, copied: Path, tmp_path: Path) -> None:
+    path = copied / "config.json"
+    path.write_text(text(json.loads(path.read_text())))
+    convert_folder(copied, tmp_path / "there")
+    convert_folder(tmp_path / "there", tmp_path / "back", to="residual")
+    assert filecmp.cmp(path, tmp_path / "back" / "config.json", shallow=False)
 
 
 @pytest.mark.compat
@@ -149,15 +167,13 @@ def test_other_formats_and_folders_with_weights_stay_behind(copied: Path, tmp_pa
 
 
 def test_files_that_are_links_are_followed(original: Path, tmp_path: Path) -> None:
-    # The hub's cache lays out a snapshot as links into a folder of blobs.
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for path in original.iterdir():
-        if path.is_file():
-            (snapshot / path.name).symlink_to(path)
-    done = convert_folder(snapshot, tmp_path / "out")
+    snapshot = snapshot_of(original, tmp_path / "models--tiny")
+    (snapshot / "again.txt").symlink_to("config.json")
+    (tmp_path / "here").symlink_to(snapshot)
+    done = convert_folder(tmp_path / "here", tmp_path / "out")
     assert not any(p.is_symlink() for p in done.folder.rglob("*"))
-    assert filecmp.cmp(original / "config.json", done.folder / "config.json", shallow=False)
+    for name in ("generation_config.json", "again.txt"):
+        assert filecmp.cmp(snapshot / name, done.folder / name, shallow=False)
 
 
 def test_an_empty_output_folder_is_used(original: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import make
+from folders import make, snapshot_of
 from safetensors.torch import load_file, save_file
 
 import mhc_compile
@@ -81,12 +81,18 @@ def damage(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return edit
 
 
+def nested_header(depth: int = 100_000) -> bytes:
+    text = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+    return len(text).to_bytes(8, "little") + text
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "empty": (lambda f: [shutil.rmtree(f), f.mkdir()], "MHC401", "neither config.json"),
     "not there": (shutil.rmtree, "MHC401", "is not there"),
     "a file": (lambda f: [shutil.rmtree(f), f.write_text("x")], "MHC401", "is a file"),
     "no config": (lambda f: (f / "config.json").unlink(), "MHC402", "config.json is missing"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "MHC402", "is not JSON"),
+    "config nested too deeply": (lambda f: (f / "config.json").write_text("[" * 100_000), "MHC402", "is not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "MHC402", "no JSON object"),
     "no weights": (empty_weights, "MHC402", "neither model.safetensors"),
     "missing shard": (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), "MHC402", "00002-of-00003"),
@@ -100,6 +106,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "tensor twice": (repeat, "MHC402", "repeats tensors"),
     "cut short": (damage(lambda b: b[:-1]), "MHC403", "00002-of-00003"),
     "empty file": (damage(lambda _: b""), "MHC403", "00002-of-00003"),
+    "header nested too deeply": (damage(lambda _: nested_header()), "MHC403", "00002-of-00003"),
     "header of noise": (damage(lambda _: b"\x10" + b"\0" * 7 + b"?" * 64), "MHC403", "00002-of-00003"),
     "tensor missing": (edit_shard(lambda t: t.pop(first(t))), "MHC404", "missing: "),
     "tensor too many": (edit_shard(lambda t: t.update(ghost=torch.ones(3))), "MHC404", "unexpected: ghost"),
@@ -234,6 +241,42 @@ def test_a_location_that_is_read_only(original: Path, tmp_path: Path) -> None:
         target = Path("/proc/mhc-out")  # permissions do not bind an administrator, the kernel's own folders do
     with pytest.raises(MHCError, match="MHC412"):
         convert_folder(original, target)
+
+
+LINKS: dict[str, Callable[[Path], Path]] = {
+    "a companion": lambda f: f / "notes.txt",
+    "the tokenizer": lambda f: f / "tokenizer.json",
+    "further down": lambda f: f / "extra" / "notes.txt",
+    "the configuration": lambda f: f / "config.json",
+    "weights": lambda f: f / "model-00002-of-00003.safetensors",
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_a_link_out_of_the_folder(case: str, copied: Path, tmp_path: Path) -> None:
+    link, secret = LINKS[case](copied), tmp_path / "secret"
+    secret.write_bytes(link.read_bytes() if link.exists() else b"secret")
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    with pytest.raises(MHCError, match=rf"MHC416.*{link.name}.*secret"):
+        convert_folder(copied, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_out_of_a_converted_folder(converted: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(converted, tmp_path / "changed"))
+    (tmp_path / "secret").write_text("x")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(MHCError, match="MHC416"):
+        convert_folder(folder, tmp_path / "out", to="residual")
+
+
+def test_blobs_of_another_model_in_the_cache(original: Path, tmp_path: Path) -> None:
+    snapshot = snapshot_of(original, tmp_path / "models--a")
+    snapshot_of(original, tmp_path / "models--b")
+    (snapshot / "notes.txt").symlink_to(tmp_path / "models--b" / "blobs" / "config.json")
+    with pytest.raises(MHCError, match=r"MHC416.*notes\.txt"):
+        convert_folder(snapshot, tmp_path / "out")
 
 
 def test_a_disk_that_is_too_small(original: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_a_converted_folder(source: Path, tmp_path: Path, capsys: pytest.Capture
     assert not list(back.glob("over-encoding*"))
     capsys.readouterr()
     for wrong in ("rows", "rows=x", "width=3", "order=1", "rows=97,"):
-        assert main(["convert", str(source), str(tmp_path / "no"), "--over-encoding", wrong]) == 1
+        assert main(["convert", str(source), str(tmp_path / "no"), "--over-encoding", wrong]) == 2
         assert "MHC220" in capsys.readouterr().err
 
 

@@ -57,7 +57,7 @@ def test_the_command_prints_both_ends_of_the_law(capsys: pytest.CaptureFixture[s
     assert "20% memory" in out
     assert "25% memory" in out
     assert "rows per head" in out
-    assert main(["plan", "--budget", "1e3", "--share", "0.5"]) == 1
+    assert main(["plan", "--budget", "1e3", "--share", "0.5"]) == 2
     assert "MHC220" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "--budget", "many"])

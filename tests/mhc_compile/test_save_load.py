@@ -14,16 +14,31 @@ from typing import Any
 
 import pytest
 import torch
+from memories import tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import chain, gpt2, ids, llama, shake, t5
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import mhc_compile
-from mhc_compile import MHCError, convert, from_pretrained, save_pretrained
+from mhc_compile import MHCError, convert, from_pretrained, save_pretrained, to_residual
 from mhc_compile.arm import is_armed
 from mhc_compile.parameters import owners
 
@@ -175,9 +190,58 @@ def test_sharded_parameters_are_gathered_by_the_caller(tmp_path: Path) -> None:
 # --- what a folder holds -------------------------------------------------------------------------------------------
 
 
-def test_transformers_alone_does_not_load_it(saved: Path) -> None:
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(saved)
+PLAIN_LOADS: dict[str, Any] = {
+    "AutoModel": AutoModel.from_pretrained,
+    "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained,
+    "variant": lambda f: AutoModel.from_pretrained(f, variant="mhc"),
+    "variant of a causal model": lambda f: AutoModelForCausalLM.from_pretrained(f, variant="mhc"),
+    "another head": lambda f: AutoModelForSequenceClassification.from_pretrained(f, variant="mhc"),
+    "the class": LlamaForCausalLM.from_pretrained,
+    "variant of the class": lambda f: LlamaForCausalLM.from_pretrained(f, variant="mhc"),
+    "variant of the base": lambda f: LlamaModel.from_pretrained(f, variant="mhc", device_map="cpu"),
+    "remote code": lambda f: AutoModelForCausalLM.from_pretrained(f, variant="mhc", trust_remote_code=True),
+    "its configuration": lambda f: LlamaModel.from_pretrained(f, config=LlamaConfig.from_pretrained(f), variant="mhc"),
+    "pipeline": lambda f: pipeline("text-generation", model=str(f), model_kwargs={"variant": "mhc"}),
+    "plain pipeline": lambda f: pipeline("text-generation", model=str(f)),
+}
+
+
+@pytest.mark.parametrize("load", PLAIN_LOADS)
+def test_transformers_alone_does_not_load_it(load: str, copied: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer()).save_pretrained(copied)
+    with pytest.raises((OSError, ValueError), match=r"mhc_compile\.from_pretrained"):
+        PLAIN_LOADS[load](copied)
+
+
+def test_transformers_alone_reads_what_is_beside_the_weights(copied: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer()).save_pretrained(copied)
+    assert AutoTokenizer.from_pretrained(copied)("ab").input_ids
+    assert AutoConfig.from_pretrained(copied).hidden_size == 32
+    assert GenerationConfig.from_pretrained(copied).pad_token_id == 0
+
+
+def test_the_configuration_of_a_loaded_model_is_the_original(saved: Path, tmp_path: Path) -> None:
+    model = from_pretrained(saved, inner="eager")
+    assert not hasattr(model.config, "transformers_weights")
+    convert(llama(), inner="eager").save_pretrained(tmp_path / "start")
+    to_residual(from_pretrained(tmp_path / "start", inner="eager")).save_pretrained(tmp_path / "residual")
+    llama().save_pretrained(tmp_path / "original")
+    texts = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("residual", "original")]
+    assert texts[0] | {"dtype": "float32"} == texts[1] | {"dtype": "float32"}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "residual")
+
+
+def test_every_weight_file_is_compared_with_what_was_written(copied: Path) -> None:
+    manifest = json.loads((copied / "mhc.json").read_text())
+    files = sorted(copied.glob("*.safetensors"))
+    assert len(files) > 2
+    assert set(manifest["sha256"]) == {p.name for p in files}
+    content = bytearray(files[0].read_bytes())
+    content[-1] ^= 1
+    files[0].write_bytes(content)
+    with pytest.raises(MHCError, match=f"MHC414.*{files[0].name}.*sha256"):
+        from_pretrained(copied, inner="eager")
+    from_pretrained(copied, inner="eager", verify=False)
 
 
 def test_streams_lie_in_a_shard_of_their_own(saved: Path) -> None:
@@ -332,6 +396,12 @@ DAMAGE: dict[str, tuple[Any, str, str]] = {
     "no mhc.json": (lambda f: (f / "mhc.json").unlink(), "MHC402", "mhc.json is missing"),
     "mhc.json not JSON": (lambda f: (f / "mhc.json").write_text("{"), "MHC414", "is not JSON"),
     "mhc.json of nothing": (lambda f: (f / "mhc.json").write_text("{}"), "MHC414", "no format"),
+    "mhc.json nested too deeply": (
+        lambda f: (f / "mhc.json").write_text('{"a":' * 100_000), "MHC414", "is not JSON",
+    ),
+    "iterations without end": (
+        lambda f: edit(f, owners=owner(spec={"iterations": 10_000_000})), "MHC414", "iterations=10000000",
+    ),
     "a later format": (lambda f: edit(f, format=3), "MHC414", "format 3"),
     "no owners": (lambda f: edit(f, owners={}), "MHC414", "no owners"),
     "no sites": (lambda f: edit(f, owners=owner(sites={})), "MHC414", "without sites"),
