@@ -201,6 +201,8 @@ def _marked(value: Any, carried: tuple[Any, ...]) -> Any:
 
 
 def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_exporting():
+        raise MHCError("MHC301", "torch.export has no backend")
     if owner not in _compiled:
         _compiled[owner] = _compile(owner, traced), torch._dynamo.config._make_closure_patcher(**tracing_config())
     run, configure = _compiled[owner]
@@ -268,12 +270,21 @@ def graph_break_error(owner: nn.Module, error: Exception) -> MHCError:
     return graph_break(str(error), type(owner).__name__)
 
 
+def call_error(model: nn.Module, error: Exception) -> MHCError:
+    """Return MHC109 for an operation of the model's own that rejects what it is given, with its message and place."""
+    return _coded("MHC109", str(error), type(model).__name__)
+
+
 def graph_break(account: str, module: str) -> MHCError:
     """MHC104 from the text by which Dynamo accounts for a break: its explanation, its hints, the user's line."""
+    return _coded("MHC104", account, module)
+
+
+def _coded(code: str, account: str, module: str) -> MHCError:
     lines = [ln.strip() for ln in account.splitlines() if ln.strip()]
     told = [ln for ln in lines if ln.startswith(("Explanation:", "Hint:"))]
     where = [ln for ln in lines if ln.startswith("File ")]
-    return MHCError("MHC104", " ".join(told or lines[:1]), module=module, source=where[-1] if where else None)
+    return MHCError(code, " ".join(told or lines[:1]), module=module, source=where[-1] if where else None)
 
 
 def _compile(owner: Any, traced: Callable[..., Any]) -> Callable[..., Any]:

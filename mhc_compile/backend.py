@@ -141,7 +141,9 @@ class Backend:
             gm = run_passes(gm, context, ANALYSIS, self.options)
         except MHCError as error:
             if error.code == "MHC101" and not frame.is_whole():
-                warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
+                # What a step of training computes beside its model, an optimizer's update for one, holds no streams.
+                if any(node.meta.get("nn_module_stack") for node in gm.graph.nodes):
+                    warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
                 return compile_inner(gm, example_inputs, self.options)
             if error.code == "MHC107":
                 warn("MHC308", f"{error.detail}, which no known convention of hyper-connections computes")

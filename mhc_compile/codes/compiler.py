@@ -43,6 +43,11 @@ COMPILER: dict[str, Diagnostic] = {
         "an operation on the stream has no n-stream form",
         "move the operation into a branch, or before the first or after the last layer",
     ),
+    "MHC109": Diagnostic(
+        "the model's forward fails on these inputs",
+        "call the model with them before it is converted to see its own error, and pass one call's inputs that it takes: "
+        "convert(model, *example_args, example_kwargs={...})",
+    ),
     "MHC110": Diagnostic(
         "a pass changed the results",
         "this is a mistake of ours: please report the model and the text above",
@@ -134,7 +139,9 @@ COMPILER: dict[str, Diagnostic] = {
     "MHC233": Diagnostic("matplotlib is not installed", "pip install 'mhc-compile[demo]'"),
     "MHC301": Diagnostic(
         "the converted model was compiled without backend 'mhc'",
-        'call torch.compile(model, backend="mhc"), or run the model uncompiled',
+        'call torch.compile(model, backend="mhc"), or run the model uncompiled: it compiles itself, so leave '
+        "torch_compile and torch_compile_backend out of TrainingArguments; instead of torch.export and torch.onnx.export(model) "
+        "call mhc_compile.export(model, ...), whose program torch.onnx.export takes",
     ),
     "MHC302": Diagnostic(
         "the model was converted at its first call",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -324,8 +325,11 @@ def test_a_bad_specification_has_its_code_through_an_op() -> None:
     assert caught.value.code == "MHC204"
 
 
+SIGNATURE = json.dumps({"spec": str(StreamSpec()), "names": ["a", "b"]})
+
+
 def marked(x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.mhc.mark(x, [w, w.sin()], str(StreamSpec()), [], "") * 2
+    return torch.ops.mhc.mark(x, [w, w.sin()], SIGNATURE, [], "") * 2
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", None])
@@ -337,6 +341,7 @@ def test_mark_never_runs(backend: str | None, grad: bool) -> None:
         fn(normal(3).requires_grad_(grad), normal(2).requires_grad_(grad))
     assert caught.value.code == "MHC301"
     assert 'backend="mhc"' in str(caught.value)
+    assert caught.value.detail == str(StreamSpec())
 
 
 def test_mark_is_traced_and_can_be_removed() -> None:
@@ -361,7 +366,7 @@ def test_mark_has_a_fake_and_a_gradient_for_tracing() -> None:
     with FakeTensorMode() as mode:
         fake = marked(mode.from_tensor(x), mode.from_tensor(w))
         assert (fake.shape, fake.dtype) == (x.shape, x.dtype)
-    meta = torch.ops.mhc.mark(x.detach().to("meta"), [], str(StreamSpec()), [], "")
+    meta = torch.ops.mhc.mark(x.detach().to("meta"), [], SIGNATURE, [], "")
     assert meta.device.type == "meta"
 
     def joint(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
