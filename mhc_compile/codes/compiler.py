@@ -45,8 +45,8 @@ COMPILER: dict[str, Diagnostic] = {
     ),
     "MHC109": Diagnostic(
         "the model's forward fails on these inputs",
-        "call the model with them before it is converted to see its own error, and pass one call's inputs that it takes: "
-        "convert(model, *example_args, example_kwargs={...})",
+        "call the model with them before it is converted to see its own error, and pass one call's inputs that it "
+        "takes: convert(model, *example_args, example_kwargs={...})",
     ),
     "MHC110": Diagnostic(
         "a pass changed the results",
@@ -140,8 +140,8 @@ COMPILER: dict[str, Diagnostic] = {
     "MHC301": Diagnostic(
         "the converted model was compiled without backend 'mhc'",
         'call torch.compile(model, backend="mhc"), or run the model uncompiled: it compiles itself, so leave '
-        "torch_compile and torch_compile_backend out of TrainingArguments; instead of torch.export and torch.onnx.export(model) "
-        "call mhc_compile.export(model, ...), whose program torch.onnx.export takes",
+        "torch_compile and torch_compile_backend out of TrainingArguments; torch.export and torch.onnx take the "
+        "n-stream form from mhc_compile.export(model, ...), a program of PyTorch's own operations",
     ),
     "MHC302": Diagnostic(
         "the model was converted at its first call",

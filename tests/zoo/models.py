@@ -32,6 +32,9 @@ class Size(NamedTuple):
     length: int = LENGTH
 
 
+SIZE = Size()
+
+
 def causal_architectures() -> list[str]:
     """Every model type that `AutoModelForCausalLM` of the installed transformers can build."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -137,7 +140,7 @@ def _from_auto(auto: Any, model_type: str, **more: Any) -> PreTrainedModel:
         return auto.from_config(tiny_config(model_type, **more), dtype=torch.float32)
 
 
-def tiny(model_type: str, task: str = "causal", size: Size = Size()) -> tuple[nn.Module, Inputs]:
+def tiny(model_type: str, task: str = "causal", size: Size = SIZE) -> tuple[nn.Module, Inputs]:
     """A tiny model of that architecture in eval mode, and keyword inputs for it.
 
     `task` is `causal` or one of `TASKS`; for `home`, `model_type` names one of our own modules.
@@ -296,7 +299,7 @@ def all_names() -> list[str]:
     return causal_architectures() + [f"{task}/{m}" for task, types in _OTHERS.items() for m in types.split()]
 
 
-def named(name: str, size: Size = Size()) -> tuple[nn.Module, Inputs]:
+def named(name: str, size: Size = SIZE) -> tuple[nn.Module, Inputs]:
     """Return the model of a row, with inputs of that size."""
     task, _, model_type = name.rpartition("/")
     return tiny(model_type, task or "causal", size)
