@@ -271,8 +271,8 @@ def graph_break_error(owner: nn.Module, error: Exception) -> MHCError:
 
 
 def call_error(model: nn.Module, error: Exception) -> MHCError:
-    """Return MHC109 for an operation of the model's own that rejects what it is given, with its message and place."""
-    return _coded("MHC109", str(error), type(model).__name__)
+    """Return MHC111 for an operation of the model's own that rejects what it is given, with its message and place."""
+    return _coded("MHC111", str(error), type(model).__name__)
 
 
 def graph_break(account: str, module: str) -> MHCError:

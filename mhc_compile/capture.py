@@ -63,6 +63,7 @@ def find_marks(gm: GraphModule) -> list[Mark]:
                     given=brought,
                     memory=Memory.parse(known["memory"]) if "memory" in known else None,
                     over=OverEncoding.parse(known["over"]) if "over" in known else None,
+                    partial=tuple(frozenset(names) for names in known.get("partial", ())),
                     node=node,
                 )
             )

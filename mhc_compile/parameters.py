@@ -35,7 +35,8 @@ class StreamParameters(nn.Module):
     With a `memory` its layers' parameters (`mhc_compile.engram.parameters`) lie at `engram.<layer>`, each with its
     `table`, and `engram.compression` [V] where ids are compressed. With `over`, `over_encoding` holds W and a table.
 
-    `sites` maps each site's name, in the order of the stream, to C.
+    `sites` maps each site's name, in the order of the stream, to C. `partial` has the smaller sets of them that the
+    model's graphs in one mode, training or evaluation, hold.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class StreamParameters(nn.Module):
         memory_start: Start = "zero",
         over: OverEncoding | None = None,
         tables_on: torch.device | str | None = None,
+        partial: Iterable[Iterable[str]] = (),
     ) -> None:
         super().__init__()
         self.probe_slot: Tensor | None = None
@@ -61,6 +63,7 @@ class StreamParameters(nn.Module):
         self.table_places: dict[str, str] = {}
         """Where every table lies, by what names it: its layer, or `over-encoding`."""
         self.sites = dict(sites)
+        self.partial = tuple(frozenset(names) for names in partial)
         self.options = options or Options()
         for index, (name, hidden) in enumerate(self.sites.items()):
             self._place(name, form_of(spec).start(spec, index, hidden, scratch=scratch), device)
@@ -72,8 +75,10 @@ class StreamParameters(nn.Module):
         if over is not None:
             self._place_over_encoding(over, device, tables_on or device)
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
-        held = {name: x.plain() for name, x in (("memory", memory), ("over", over)) if x is not None}
+        held: dict[str, Any] = {n: x.plain() for n, x in (("memory", memory), ("over", over)) if x is not None}
         self.hidden = next(iter(self.sites.values()), 0)
+        if self.partial:
+            held["partial"] = [sorted(names) for names in self.partial]
         self.signature = json.dumps({"spec": str(spec), "names": list(self.in_graph()), **held})
 
     def _place(self, path: str, values: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:

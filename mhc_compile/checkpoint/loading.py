@@ -99,7 +99,7 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
     with torch.device("meta"):
         for path, owner in manifest.owners.items():
             made[path] = StreamParameters(
-                owner.spec, owner.sites, options=options, memory=owner.memory, over=owner.over
+                owner.spec, owner.sites, options=options, memory=owner.memory, over=owner.over, partial=owner.partial
             )
     wanted = {f"{prefix(path)}{name}": p.shape for path, held in made.items() for name, p in held.kept().items()}
     stored = {name: torch.Size(tensor.shape) for name, tensor in shard.tensors.items()}

@@ -30,16 +30,20 @@ class Owner:
     """The sites' names, in the order of the stream, with C."""
     memory: Memory | None = None
     over: OverEncoding | None = None
+    partial: tuple[frozenset[str], ...] = ()
+    """The smaller sets of sites that graphs in one mode, training or evaluation, hold."""
 
     @classmethod
     def of(cls, parameters: StreamParameters) -> Owner:
         """What a manifest says of an owner's parameters."""
-        return cls(parameters.spec, parameters.sites, parameters.memory, parameters.over)
+        return cls(parameters.spec, parameters.sites, parameters.memory, parameters.over, parameters.partial)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         more = {"memory": self.memory, "over_encoding": self.over}
-        held = {name: x.plain() for name, x in more.items() if x is not None}
+        held: dict[str, Any] = {name: x.plain() for name, x in more.items() if x is not None}
+        if self.partial:
+            held["partial"] = [sorted(names) for names in self.partial]
         return {"spec": _plain(self.spec), "sites": self.sites, **held}
 
 
@@ -124,8 +128,11 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
     if memory is not None and (unknown := {m.site for m in memory.layers} - set(sites)):
         raise TypeError(f"a memory at {sorted(unknown)}, which are no sites")
     over = OverEncoding.parse(_mapping(entry["over_encoding"])) if "over_encoding" in entry else None
+    partial = tuple(frozenset(names) for names in entry.get("partial", ()))
+    if any(not names < set(sites) for names in partial):
+        raise TypeError("a mode with sites that the owner has not")
     # An unknown field is a TypeError of the dataclass.
-    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory, over)
+    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory, over, partial)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -43,14 +43,14 @@ COMPILER: dict[str, Diagnostic] = {
         "an operation on the stream has no n-stream form",
         "move the operation into a branch, or before the first or after the last layer",
     ),
-    "MHC109": Diagnostic(
-        "the model's forward fails on these inputs",
-        "call the model with them before it is converted to see its own error, and pass one call's inputs that it "
-        "takes: convert(model, *example_args, example_kwargs={...})",
-    ),
     "MHC110": Diagnostic(
         "a pass changed the results",
         "this is a mistake of ours: please report the model and the text above",
+    ),
+    "MHC111": Diagnostic(
+        "the model's forward fails on these inputs",
+        "call the model with them before it is converted to see its own error, and pass one call's inputs that it "
+        "takes: convert(model, *example_args, example_kwargs={...})",
     ),
     "MHC201": Diagnostic("streams out of range", "choose an integer number of streams from 1 to 8"),
     "MHC202": Diagnostic("unknown convention", "use one of the names listed"),
@@ -93,6 +93,11 @@ COMPILER: dict[str, Diagnostic] = {
         "FSDP shards inside the stream",
         "shard each stream owner as a whole: fully_shard(owner) on the converted model, or FSDP with "
         "use_orig_params=True",
+    ),
+    "MHC213": Diagnostic(
+        "training and evaluation have different streams",
+        "the parameters of a site must mean one addition in both modes: convert a submodule that adds the same in "
+        "both, or move what one mode adds into a module of its own",
     ),
     "MHC220": Diagnostic("invalid memory", "see `mhc_compile.MemorySettings` for the fields, presets and their values"),
     "MHC221": Diagnostic(

@@ -98,7 +98,7 @@ def test_inputs_that_the_forward_rejects() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x).reshape(-1, 3, *x.shape[1:], VOCAB)
 
-    assert refused(Rows(), ids()) == "MHC109"
+    assert refused(Rows(), ids()) == "MHC111"
     with pytest.raises(MHCError, match=r"reshape[\s\S]*source: .*test_convert_memory.py"):
         convert(Rows(), ids())
 
