@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers mhc::mark)
 from mhc_compile.diagnostics import MHCError
@@ -203,6 +204,7 @@ def _marked(value: Any, carried: tuple[Any, ...]) -> Any:
 def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_exporting():
         raise MHCError("MHC301", "torch.export has no backend")
+    _refuse_transforms(owner)
     if owner not in _compiled:
         _compiled[owner] = _compile(owner, traced), torch._dynamo.config._make_closure_patcher(**tracing_config())
     run, configure = _compiled[owner]
@@ -226,6 +228,13 @@ def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...]
     finally:
         restore()
     return _call_compiled(owner, traced, args, kwargs)
+
+
+def _refuse_transforms(owner: nn.Module) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise MHCError("MHC311", "a transform of torch.func is active", module=type(owner).__name__)
+    if forward_ad._current_level >= 0:
+        raise MHCError("MHC311", "forward-mode differentiation is active", module=type(owner).__name__)
 
 
 def tracing_config() -> dict[str, Any]:

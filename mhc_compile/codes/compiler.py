@@ -189,6 +189,12 @@ COMPILER: dict[str, Diagnostic] = {
         "sites that lie in two graphs stay as they are: torch.compile(..., fullgraph=True) also captures sizes that "
         "depend on data, or names what cannot be captured",
     ),
+    "MHC311": Diagnostic(
+        "a converted model cannot be transformed",
+        "its owners are compiled, which torch.func.grad, vmap, jvp and forward-mode differentiation cannot look into: "
+        "take gradients with loss.backward() or torch.autograd.grad, those of gradients with a model converted with "
+        "inner='eager' and kernels='none'",
+    ),
     "MHC401": Diagnostic(
         "not a checkpoint folder",
         "give a local folder as transformers saves it: config.json beside model.safetensors, or beside "

@@ -174,12 +174,21 @@ def test_chunks_of_tokens_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same([sinkhorn.forward(logits, spec), sinkhorn.backward(grad, logits, spec)], list(whole), 1e-7)
 
 
-def test_no_second_derivative_of_the_opaque_op() -> None:
-    logits = normal(2, 4, 4).requires_grad_()
-    H = torch.ops.mhc_kernels.sinkhorn(logits, str(StreamSpec(iterations=2)))
-    (grad,) = torch.autograd.grad(H.square().sum(), logits, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        grad.sum().backward()
+@pytest.mark.parametrize("convention", list(Convention))
+def test_derivatives_of_any_order_of_the_opaque_op(convention: Convention) -> None:
+    spec = StreamSpec(convention=convention, iterations=3)
+    logits, weights = normal(2, 4, 4).double(), normal(2, 4, 4, seed=1).double()
+    found = []
+    for project in (lambda x: torch.ops.mhc_kernels.sinkhorn(x, str(spec)), lambda x: reference.sinkhorn(x, spec)):
+        x = logits.clone().requires_grad_()
+        value, orders = (project(x) * weights).square().sum(), []
+        for _ in range(3):
+            (orders_of_x,) = torch.autograd.grad(value, x, create_graph=True)
+            orders.append(orders_of_x)
+            value = (orders_of_x * weights).square().sum()
+        found.append(orders)
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("spec", CASES, ids=name)
