@@ -25,6 +25,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram import carry
 from mhc_compile.parameters import active_parameters
 from mhc_compile.passes.base import PROBE
+from mhc_compile.sharded import gathered_layers
 from mhc_compile.traceable import install_recorders, leave_fast_path, skip_input_gradients
 
 _OWN_FORWARD = "_mhc_forward"
@@ -210,7 +211,8 @@ def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...]
     run, configure = _compiled[owner]
     restore = configure()
     try:
-        return run(owner, *args, **kwargs)
+        with gathered_layers(owner):
+            return run(owner, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, MHCError):
             raise error.inner_exception from None

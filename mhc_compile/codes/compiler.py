@@ -91,8 +91,8 @@ COMPILER: dict[str, Diagnostic] = {
     ),
     "MHC212": Diagnostic(
         "FSDP shards inside the stream",
-        "shard each stream owner as a whole: fully_shard(owner) on the converted model, or FSDP with "
-        "use_orig_params=True",
+        "shard each stream owner, and its layers if you like, in one dtype: fully_shard(layer), then "
+        "fully_shard(owner), on the converted model; or FSDP with use_orig_params=True around the owner",
     ),
     "MHC213": Diagnostic(
         "training and evaluation have different streams",

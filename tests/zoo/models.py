@@ -284,12 +284,12 @@ TASKS: dict[str, Callable[[str, Size], tuple[nn.Module, Inputs]]] = {
     "home": _home,
 }
 _OTHERS: dict[str, str] = {
-    "text": "glm5_next_text",  # no class of its own for language modelling
+    "text": "glm5_next_text hy_v4_vl_text",  # no classes of their own for language modelling
     "masked": "albert bert convbert deberta-v2 distilbert electra esm funnel mobilebert modernbert mpnet roberta"
     " squeezebert",
     "seq2seq": "bart blenderbot led longt5 m2m_100 marian mbart mt5 pegasus prophetnet switch_transformers t5 umt5",
     "vision": "beit convnext deit dinov2 dinov3_vit pvt swin vit",
-    "speech": "hubert wav2vec2 whisper",
+    "speech": "hubert omniasr_ctc wav2vec2 whisper",
     "home": "nanogpt encoder_pre_norm encoder_post_norm decoder_pre_norm decoder_post_norm",
 }
 

