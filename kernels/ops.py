@@ -21,6 +21,7 @@ stands at every module that reads a stream: it is removed where the graph holds 
 
 from __future__ import annotations
 
+import json
 from typing import Any, NoReturn
 
 import torch
@@ -76,7 +77,7 @@ def _reduce(
 
 
 def _mark(x: Tensor, params: list[Tensor], spec: str, given: list[Tensor], names: str) -> NoReturn:  # noqa: ARG001
-    raise MHCError("MHC301", f"streams of {spec!r}")
+    raise MHCError("MHC301", json.loads(spec)["spec"])
 
 
 def _mark_fake(x: Tensor, params: list[Tensor], spec: str, given: list[Tensor], names: str) -> Tensor:  # noqa: ARG001

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,11 +156,20 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return torch.ops.mhc_kernels.sinkhorn_backward(grad, logits, ctx.spec), None
 
 
-def _no_second_order(ctx: Any, grad: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "mhc_kernels::sinkhorn has no second derivative; use mhc_compile.kernels.reference.sinkhorn, whose gradient is "
-        "PyTorch's own, for gradients of gradients"
-    )
+def _save_backward(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:2])
+    ctx.spec = inputs[2]
+
+
+def _differentiate_backward(ctx: Any, flow: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the backward, which PyTorch's own of the reference give; of any order."""
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        grad, logits = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors)
+        H = reference.sinkhorn(logits, parse_spec(ctx.spec))
+        (first,) = torch.autograd.grad(H, logits, grad, create_graph=True)
+        second = torch.autograd.grad(first, (grad, logits), flow, create_graph=further)
+    return *second, None
 
 
 def _register() -> None:
@@ -172,7 +181,9 @@ def _register() -> None:
     torch.library.register_fake("mhc_kernels::sinkhorn", _fake, lib=LIBRARY)
     torch.library.register_fake("mhc_kernels::sinkhorn_backward", _fake_backward, lib=LIBRARY)
     torch.library.register_autograd("mhc_kernels::sinkhorn", _differentiate, setup_context=_save, lib=LIBRARY)
-    torch.library.register_autograd("mhc_kernels::sinkhorn_backward", _no_second_order, lib=LIBRARY)
+    torch.library.register_autograd(
+        "mhc_kernels::sinkhorn_backward", _differentiate_backward, setup_context=_save_backward, lib=LIBRARY
+    )
 
 
 _register()

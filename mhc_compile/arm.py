@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers mhc::mark)
 from mhc_compile.diagnostics import MHCError
@@ -26,6 +27,7 @@ from mhc_compile.guard import guard, holds_tensor, unguard, with_first_tensor
 from mhc_compile.integrations.transformers import Roles, follow_caches
 from mhc_compile.parameters import active_parameters
 from mhc_compile.passes.base import PROBE
+from mhc_compile.sharded import gathered_layers
 from mhc_compile.traceable import install_recorders, leave_fast_path, skip_input_gradients
 
 _OWN_FORWARD = "_mhc_forward"
@@ -182,12 +184,16 @@ def _refuse_unmarkable(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_exporting():
+        raise MHCError("MHC301", "torch.export has no backend")
+    _refuse_transforms(owner)
     if owner not in _compiled:
         _compiled[owner] = _compile(owner, traced), torch._dynamo.config._make_closure_patcher(**tracing_config())
     run, configure = _compiled[owner]
     restore = configure()
     try:
-        return run(owner, *args, **kwargs)
+        with gathered_layers(owner):
+            return run(owner, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, MHCError):
             raise error.inner_exception from None
@@ -206,6 +212,13 @@ def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...]
     finally:
         restore()
     return _call_compiled(owner, traced, args, kwargs)
+
+
+def _refuse_transforms(owner: nn.Module) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise MHCError("MHC311", "a transform of torch.func is active", module=type(owner).__name__)
+    if forward_ad._current_level >= 0:
+        raise MHCError("MHC311", "forward-mode differentiation is active", module=type(owner).__name__)
 
 
 def tracing_config() -> dict[str, Any]:
@@ -250,12 +263,21 @@ def graph_break_error(owner: nn.Module, error: Exception) -> MHCError:
     return graph_break(str(error), type(owner).__name__)
 
 
+def call_error(model: nn.Module, error: Exception) -> MHCError:
+    """Return MHC111 for an operation of the model's own that rejects what it is given, with its message and place."""
+    return _coded("MHC111", str(error), type(model).__name__)
+
+
 def graph_break(account: str, module: str) -> MHCError:
     """MHC104 from the text by which Dynamo accounts for a break: its explanation, its hints, the user's line."""
+    return _coded("MHC104", account, module)
+
+
+def _coded(code: str, account: str, module: str) -> MHCError:
     lines = [ln.strip() for ln in account.splitlines() if ln.strip()]
     told = [ln for ln in lines if ln.startswith(("Explanation:", "Hint:"))]
     where = [ln for ln in lines if ln.startswith("File ")]
-    return MHCError("MHC104", " ".join(told or lines[:1]), module=module, source=where[-1] if where else None)
+    return MHCError(code, " ".join(told or lines[:1]), module=module, source=where[-1] if where else None)
 
 
 def _compile(owner: Any, traced: Callable[..., Any]) -> Callable[..., Any]:

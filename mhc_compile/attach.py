@@ -21,6 +21,7 @@ from mhc_compile.engram.request import Request
 from mhc_compile.guard import stream_readers
 from mhc_compile.initialise import start_with_streams
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.modes import joined_sites
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
 from mhc_compile.passes.ownership import OWNED
@@ -39,27 +40,38 @@ def rewrite_with_parameters(
     *,
     scratch: bool = False,
     requests: Sequence[Request] = (),
+    others: Sequence[ResidualStream] = (),
 ) -> tuple[dict[str, StreamParameters], GraphModule]:
     """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is left as it is.
 
     Returns what `install` takes, and the graph with a placeholder for each of `graph_inputs` behind those it had. What
-    `requests` add goes to the last owner: the decoder. Raises what a pass refuses, and MHC207 as `install` does.
+    `requests` add goes to the last owner: the decoder. Sites that `others`, the streams of the other mode, have alone
+    get parameters as well. Raises what a pass refuses, and MHC207 as `install` does.
     """
     made: dict[str, StreamParameters] = {}
+    joined, partial = joined_sites(sites_of_owners(streams), sites_of_owners(others))
     # An inference tensor could never be trained.
     with torch.inference_mode(False):
-        for path, sites in sites_of_owners(streams).items():
+        for path, sites in joined.items():
             refuse_unarmable(_owner(root, path), path)
-            stream = [s for s in streams if s.owner == path][-1]
+            stream = [s for s in (*others, *streams) if s.owner == path][-1]
             device = value(stream.exit).device
             held: dict[str, Any] = {}
             for request in requests if path == streams[-1].owner else ():
                 held |= request.of(stream.entry, list(sites))
-            readers = stream_readers(s for s in streams if s.owner == path)
+            readers = stream_readers(s for s in (*streams, *others) if s.owner == path)
             made[path] = StreamParameters(
-                spec, sites, options=options, scratch=scratch, device=device, readers=readers, **held
+                spec,
+                sites,
+                options=options,
+                scratch=scratch,
+                device=device,
+                partial=partial[path],
+                readers=readers,
+                **held,
             )
-    context = Context(marks=[append_parameters(gm, path, p) for path, p in made.items()])
+    present = sites_of_owners(streams)
+    context = Context(marks=[append_parameters(gm, path, p) for path, p in made.items() if path in present])
     if options.debug == "numeric":
         context.inputs = [*inputs, *(t for p in made.values() for t in graph_inputs(p).values())]
     # The analysis holds nodes of this very graph: run it again over the graph with the new placeholders. It runs once,
@@ -133,4 +145,12 @@ def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters)
         last.meta[OWNED] = True
         nodes[name] = last
     held = {name: nodes.pop(name) for name in parameters.in_graph()}
-    return Mark(owner, str(parameters.spec), held, given=nodes, memory=parameters.memory, over=parameters.over)
+    return Mark(
+        owner,
+        str(parameters.spec),
+        held,
+        given=nodes,
+        memory=parameters.memory,
+        over=parameters.over,
+        partial=parameters.partial,
+    )

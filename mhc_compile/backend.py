@@ -102,8 +102,6 @@ class Backend:
         context = Context(marks=marks)
         if self.options.debug == "numeric":
             context.inputs = inputs_at_start(gm, marks, example_inputs)
-        if self.options.kinds:
-            providers.look_for_compilers(_device(example_inputs))
         sampled = (Probe(),) if any(mark.probe is not None for mark in marks) else ()
         try:
             gm = run_passes(gm, context, (*compile_passes(self._now), *sampled), self.options)
@@ -141,7 +139,9 @@ class Backend:
             gm = run_passes(gm, context, ANALYSIS, self.options)
         except MHCError as error:
             if error.code == "MHC101" and not frame.is_whole():
-                warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
+                # What a step of training computes beside its model, an optimizer's update for one, holds no streams.
+                if any(node.meta.get("nn_module_stack") for node in gm.graph.nodes):
+                    warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
                 return compile_inner(gm, example_inputs, self.options)
             if error.code == "MHC107":
                 warn("MHC308", f"{error.detail}, which no known convention of hyper-connections computes")
@@ -160,10 +160,6 @@ class Backend:
             return gm(*inputs, *(t for path in made for t in graph_inputs(held[path]).values()))
 
         return first_call
-
-
-def _device(inputs: Sequence[Any]) -> str:
-    return next((t.device.type for t in inputs if isinstance(t, Tensor)), "cpu")
 
 
 def _root_of(streams: Sequence[ResidualStream], names: ModuleNames) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from mhc_compile.arm import graph_break_error, tracing_config
+from mhc_compile.arm import call_error, graph_break_error, tracing_config
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.guard import erase_guards
 from mhc_compile.identity import identify
@@ -67,6 +67,7 @@ def find_marks(gm: GraphModule) -> list[Mark]:
                     given=brought,
                     memory=Memory.parse(known["memory"]) if "memory" in known else None,
                     over=OverEncoding.parse(known["over"]) if "over" in known else None,
+                    partial=tuple(frozenset(names) for names in known.get("partial", ())),
                     node=node,
                 )
             )
@@ -74,8 +75,11 @@ def find_marks(gm: GraphModule) -> list[Mark]:
     return marks
 
 
-class _Done(Exception):
-    """Ends the capture before anything is compiled or run."""
+class _Done(BaseException):
+    """Ends the capture before anything is compiled or run.
+
+    No `Exception`: Dynamo would report it as a compilation that failed, in its logs and to tlparse.
+    """
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
@@ -99,16 +103,16 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         # Dynamo counts this capture with the model's own compiled graphs.
         with torch._dynamo.config.patch(tracing_config()):
             torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, _Done):
-            return held[0]
-        raise
+    except _Done:
+        return held[0]
     # A user error is how Dynamo calls a size or a branch that depends on data.
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
         # A mixture of experts that returns its router's logits records them, as hidden states are recorded.
         if "output_capturing.py" in str(error) and install_recorders(model):
             return capture(model, args, kwargs)
         raise graph_break_error(model, error) from error
+    except torch._dynamo.exc.TorchRuntimeError as error:
+        raise call_error(model, error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         sizes.clear()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class StreamParameters(nn.Module):
     With a `memory` its layers' parameters (`mhc_compile.engram.parameters`) lie at `engram.<layer>`, each with its
     `table`, and `engram.compression` [V] where ids are compressed. With `over`, `over_encoding` holds W and a table.
 
-    `sites` maps each site's name, in the order of the stream, to C.
+    `sites` maps each site's name, in the order of the stream, to C. `partial` has the smaller sets of them that the
+    model's graphs in one mode, training or evaluation, hold.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class StreamParameters(nn.Module):
         over: OverEncoding | None = None,
         tables_on: torch.device | str | None = None,
         readers: Iterable[str] = (),
+        partial: Iterable[Iterable[str]] = (),
     ) -> None:
         super().__init__()
         self.own_readers = tuple(readers)
@@ -78,18 +80,25 @@ class StreamParameters(nn.Module):
         self.table_places: dict[str, str] = {}
         """Where every table lies, by what names it: its layer, or `over-encoding`."""
         self.sites = dict(sites)
+        self.partial = tuple(frozenset(names) for names in partial)
         self.options = options or Options()
         for index, (name, hidden) in enumerate(self.sites.items()):
-            self._place(name, partial(_start_of_site, spec, index, hidden, scratch=scratch), device)
+            self._place(name, functools.partial(_start_of_site, spec, index, hidden, scratch=scratch), device)
         if spec.exit == "head":
-            self._place("head", partial(_start_of_head, spec, next(iter(self.sites.values())), scratch=scratch), device)
+            self._place(
+                "head",
+                functools.partial(_start_of_head, spec, next(iter(self.sites.values())), scratch=scratch),
+                device,
+            )
         if memory is not None:
             self._place_memory(memory, compression, memory_start, device, tables_on or device)
         if over is not None:
             self._place_over_encoding(over, device, tables_on or device)
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
-        held = {name: x.plain() for name, x in (("memory", memory), ("over", over)) if x is not None}
+        held: dict[str, Any] = {n: x.plain() for n, x in (("memory", memory), ("over", over)) if x is not None}
         self.hidden = next(iter(self.sites.values()), 0)
+        if self.partial:
+            held["partial"] = [sorted(names) for names in self.partial]
         self.signature = json.dumps({"spec": str(spec), "names": list(self.in_graph()), **held})
 
     def _place(
@@ -117,7 +126,7 @@ class StreamParameters(nn.Module):
     ) -> None:
         hidden = next(iter(self.sites.values()))
         for layer in memory.layers:
-            values = partial(layer_values, memory, self.spec.streams, hidden, start=start, device=None)
+            values = functools.partial(layer_values, memory, self.spec.streams, hidden, start=start, device=None)
             place = self._place(f"{MEMORIES}.{layer.layer}", values, device)
             place.add_module("table", new_table(layer.rows, memory.settings.row_width, tables_on))
             self.table_places[layer.layer] = f"{MEMORIES}.{layer.layer}"
@@ -131,13 +140,13 @@ class StreamParameters(nn.Module):
             root = self.get_submodule(MEMORIES)
             root.register_buffer("compression", held)
             if compression is not None:
-                root.start = partial(dict, compression=compression.cpu())  # type: ignore[assignment]
+                root.start = functools.partial(dict, compression=compression.cpu())  # type: ignore[assignment]
 
     def _place_over_encoding(
         self, over: OverEncoding, device: torch.device | str | None, tables_on: torch.device | str | None
     ) -> None:
         """W = 0: the function is unchanged, and W gets a gradient because the rows are random."""
-        place = self._place(OVER_ENCODING, partial(_start_of_over_encoding, over), device)
+        place = self._place(OVER_ENCODING, functools.partial(_start_of_over_encoding, over), device)
         place.add_module("table", new_table(over.hash.rows, over.width, tables_on))
         self.table_places[OVER_TABLE] = OVER_ENCODING
         self.over_order = over.hash.order  # which a traced call reads

@@ -77,6 +77,8 @@ class Observer:
         before, size = (text_of(gm) if keep else ""), len(gm.graph.nodes)
         numeric = options.debug == "numeric" and bool(context.inputs)
         reference = run_float64(gm, context.inputs) if numeric else []
+        if isinstance(step, Fuse):
+            step.prepare(gm)
         start = time.perf_counter()
         gm = step.apply(gm, context)
         gm.graph.lint()

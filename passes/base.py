@@ -34,6 +34,8 @@ class Mark:
     """The owner's memories."""
     over: OverEncoding | None = None
     """The over-encoding of the owner's embedding."""
+    partial: tuple[frozenset[str], ...] = ()
+    """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
     probe: Node | None = None
     """The slot that a sampled step brings for gradients (`mhc_compile.passes.probe`); None in every other step."""
     node: Node | None = None

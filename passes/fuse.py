@@ -26,7 +26,7 @@ from mhc_compile.kernels.chain import Chain, Kind
 from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.fused import op_of
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import Context, copy_meta, gradient_modes, site_path, value
+from mhc_compile.passes.base import Context, copy_meta, gradient_modes, is_tensor, site_path, value
 from mhc_compile.passes.memories import MEMORIES, fuse_memories
 from mhc_compile.passes.norms import BranchNorm, match_norm
 
@@ -49,6 +49,12 @@ class Fuse:
     name: ClassVar[str] = "fuse"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
     provides: ClassVar[tuple[str, ...]] = ("fused",)
+
+    def prepare(self, gm: GraphModule) -> None:
+        """Find out what this machine compiles, which takes seconds once a process and is no time of this pass."""
+        dialect = [n for n in gm.graph.nodes if is_tensor(n) and getattr(n.target, "namespace", "") == "mhc"]
+        if dialect and self.kernels:
+            providers.look_for_compilers(value(dialect[0]).device.type)
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""

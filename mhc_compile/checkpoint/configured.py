@@ -50,7 +50,8 @@ def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
     owners = read_manifest(path).owners
     try:
         held = {
-            p: StreamParameters(o.spec, o.sites, device=device, memory=o.memory, over=o.over) for p, o in owners.items()
+            p: StreamParameters(o.spec, o.sites, device=device, memory=o.memory, over=o.over, partial=o.partial)
+            for p, o in owners.items()
         }
         install(model, held)
     except AttributeError as error:

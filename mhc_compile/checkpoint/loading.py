@@ -150,6 +150,7 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
                 memory=owner.memory,
                 over=owner.over,
                 readers=owner.readers,
+                partial=owner.partial,
             )
     wanted = {f"{prefix(path)}{name}": p.shape for path, held in made.items() for name, p in held.kept().items()}
     stored = {name: torch.Size(tensor.shape) for name, tensor in shard.tensors.items()}

@@ -32,18 +32,22 @@ class Owner:
     over: OverEncoding | None = None
     readers: tuple[str, ...] = ()
     """`StreamParameters.own_readers`."""
+    partial: tuple[frozenset[str], ...] = ()
+    """The smaller sets of sites that graphs in one mode, training or evaluation, hold."""
 
     @classmethod
     def of(cls, parameters: StreamParameters) -> Owner:
         """What a manifest says of an owner's parameters."""
-        return cls(parameters.spec, parameters.sites, parameters.memory, parameters.over, parameters.own_readers)
+        p = parameters
+        return cls(p.spec, p.sites, p.memory, p.over, p.own_readers, p.partial)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         more = {"memory": self.memory, "over_encoding": self.over}
         lookups = {name: x.plain() for name, x in more.items() if x is not None}
         readers = {"readers": list(self.readers)} if self.readers else {}
-        return {"spec": _plain(self.spec), "sites": self.sites, **readers, **lookups}
+        partial = {"partial": [sorted(names) for names in self.partial]} if self.partial else {}
+        return {"spec": _plain(self.spec), "sites": self.sites, **readers, **partial, **lookups}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +128,15 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
     if memory is not None and (unknown := {m.site for m in memory.layers} - set(sites)):
         raise TypeError(f"a memory at {sorted(unknown)}, which are no sites")
     over = OverEncoding.parse(_mapping(entry["over_encoding"])) if "over_encoding" in entry else None
+    partial = tuple(frozenset(names) for names in entry.get("partial", ()))
+    if any(not names < set(sites) for names in partial):
+        raise TypeError("a mode with sites that the owner has not")
     # An unknown field is a TypeError of the dataclass.
     readers = entry.get("readers", [])
     if not isinstance(readers, list):
         raise TypeError(f"{readers!r} is not a list of modules")
-    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory, over, tuple(_site(str(r)) for r in readers))
+    own_readers = tuple(_site(str(reader)) for reader in readers)
+    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory, over, own_readers, partial)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

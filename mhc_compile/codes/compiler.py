@@ -47,6 +47,11 @@ COMPILER: dict[str, Diagnostic] = {
         "a pass changed the results",
         "this is a mistake of ours: please report the model and the text above",
     ),
+    "MHC111": Diagnostic(
+        "the model's forward fails on these inputs",
+        "call the model with them before it is converted to see its own error, and pass one call's inputs that it "
+        "takes: convert(model, *example_args, example_kwargs={...})",
+    ),
     "MHC201": Diagnostic("streams out of range", "choose an integer number of streams from 1 to 8"),
     "MHC202": Diagnostic("unknown convention", "use one of the names listed"),
     "MHC203": Diagnostic(
@@ -86,8 +91,13 @@ COMPILER: dict[str, Diagnostic] = {
     ),
     "MHC212": Diagnostic(
         "FSDP shards inside the stream",
-        "shard each stream owner as a whole: fully_shard(owner) on the converted model, or FSDP with "
-        "use_orig_params=True",
+        "shard each stream owner, and its layers if you like, in one dtype: fully_shard(layer), then "
+        "fully_shard(owner), on the converted model; or FSDP with use_orig_params=True around the owner",
+    ),
+    "MHC213": Diagnostic(
+        "training and evaluation have different streams",
+        "the parameters of a site must mean one addition in both modes: convert a submodule that adds the same in "
+        "both, or move what one mode adds into a module of its own",
     ),
     "MHC220": Diagnostic("invalid memory", "see `mhc_compile.MemorySettings` for the fields, presets and their values"),
     "MHC221": Diagnostic(
@@ -139,7 +149,9 @@ COMPILER: dict[str, Diagnostic] = {
     ),
     "MHC301": Diagnostic(
         "the converted model was compiled without backend 'mhc'",
-        'call torch.compile(model, backend="mhc"), or run the model uncompiled',
+        'call torch.compile(model, backend="mhc"), or run the model uncompiled: it compiles itself, so leave '
+        "torch_compile and torch_compile_backend out of TrainingArguments; torch.export and torch.onnx take the "
+        "n-stream form from mhc_compile.export(model, ...), a program of PyTorch's own operations",
     ),
     "MHC302": Diagnostic(
         "the model was converted at its first call",
@@ -181,6 +193,12 @@ COMPILER: dict[str, Diagnostic] = {
         "a graph break cuts through the model's hyper-connections",
         "sites that lie in two graphs stay as they are: torch.compile(..., fullgraph=True) also captures sizes that "
         "depend on data, or names what cannot be captured",
+    ),
+    "MHC311": Diagnostic(
+        "a converted model cannot be transformed",
+        "its owners are compiled, which torch.func.grad, vmap, jvp and forward-mode differentiation cannot look into: "
+        "take gradients with loss.backward() or torch.autograd.grad, those of gradients with a model converted with "
+        "inner='eager' and kernels='none'",
     ),
     "MHC313": Diagnostic(
         "a layer of a converted model would run without its streams",

@@ -27,7 +27,9 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     ids = torch.arange(2, 2 + LENGTH, device=device).remainder(
         max(int(getattr(text, "vocab_size", LENGTH) or LENGTH), 1)
     )
-    ids = ids.expand(2, -1).contiguous()
+    # MusicGen takes the codebooks of a sample as rows of the batch.
+    rows = 2 * int(getattr(getattr(config, "decoder", text), "num_codebooks", None) or 1)
+    ids = ids.expand(rows, -1).contiguous()
     inputs: dict[str, Any]
     if name == IDS:
         inputs = {IDS: ids}

@@ -18,6 +18,7 @@ from mhc_compile.engram.parameters import Start
 from mhc_compile.engram.request import MemoryRequest, OverEncodingRequest, over_requested, requested
 from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.modes import other_mode, reads_mode
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.residual import ResidualStream
@@ -56,8 +57,11 @@ def convert(
     (arXiv 2501.16975): random rows of a float32 table, through a projection that is 0 at the start. Of an encoder and a
     decoder the decoder gets them.
 
+    The model is looked at in training and in evaluation: sites that one mode leaves out have parameters, too.
+
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options or a model converted
-    already, MHC303 for one that is compiled or wrapped. A refused model is left as it was.
+    already, MHC213 where training adds to a stream in a module that adds otherwise in evaluation, MHC303 for one that
+    is compiled or wrapped. A refused model is left as it was.
     """
     _refuse_other_than_module(model)
     stream, own = split_options(options)
@@ -80,6 +84,7 @@ def convert(
         found.inputs,
         scratch=scratch,
         requests=[r for r in requests if r is not None],
+        others=streams_of_other_mode(root, args, kwargs, settings),
     )
     install(root, made)
     return model
@@ -92,6 +97,23 @@ def _refuse_other_than_module(model: object) -> None:
             "convert_folder(path, target) converts a checkpoint folder, from_pretrained(folder) loads a converted one"
         )
         raise MHCError("MHC204", f"convert takes a module, not {type(model).__name__} {model!r:.80}", way_out=way_out)
+
+
+def streams_of_other_mode(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options
+) -> list[ResidualStream]:
+    """Return the streams of `model` in training if it is in evaluation mode, and the other way round.
+
+    Empty where nothing in the model reads its mode, and where the other graph cannot be followed: a call in that mode
+    says why.
+    """
+    if not reads_mode(model):
+        return []
+    try:
+        with other_mode(model):
+            return find_streams(model, args, kwargs, options).streams
+    except MHCError:
+        return []
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -173,12 +174,21 @@ def test_chunks_of_tokens_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same([sinkhorn.forward(logits, spec), sinkhorn.backward(grad, logits, spec)], list(whole), 1e-7)
 
 
-def test_no_second_derivative_of_the_opaque_op() -> None:
-    logits = normal(2, 4, 4).requires_grad_()
-    H = torch.ops.mhc_kernels.sinkhorn(logits, str(StreamSpec(iterations=2)))
-    (grad,) = torch.autograd.grad(H.square().sum(), logits, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        grad.sum().backward()
+@pytest.mark.parametrize("convention", list(Convention))
+def test_derivatives_of_any_order_of_the_opaque_op(convention: Convention) -> None:
+    spec = StreamSpec(convention=convention, iterations=3)
+    logits, weights = normal(2, 4, 4).double(), normal(2, 4, 4, seed=1).double()
+    found = []
+    for project in (lambda x: torch.ops.mhc_kernels.sinkhorn(x, str(spec)), lambda x: reference.sinkhorn(x, spec)):
+        x = logits.clone().requires_grad_()
+        value, orders = (project(x) * weights).square().sum(), []
+        for _ in range(3):
+            (orders_of_x,) = torch.autograd.grad(value, x, create_graph=True)
+            orders.append(orders_of_x)
+            value = (orders_of_x * weights).square().sum()
+        found.append(orders)
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("spec", CASES, ids=name)
@@ -324,8 +334,11 @@ def test_a_bad_specification_has_its_code_through_an_op() -> None:
     assert caught.value.code == "MHC204"
 
 
+SIGNATURE = json.dumps({"spec": str(StreamSpec()), "names": ["a", "b"]})
+
+
 def marked(x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.mhc.mark(x, [w, w.sin()], str(StreamSpec()), [], "") * 2
+    return torch.ops.mhc.mark(x, [w, w.sin()], SIGNATURE, [], "") * 2
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", None])
@@ -337,6 +350,7 @@ def test_mark_never_runs(backend: str | None, grad: bool) -> None:
         fn(normal(3).requires_grad_(grad), normal(2).requires_grad_(grad))
     assert caught.value.code == "MHC301"
     assert 'backend="mhc"' in str(caught.value)
+    assert caught.value.detail == str(StreamSpec())
 
 
 def test_mark_is_traced_and_can_be_removed() -> None:
@@ -361,7 +375,7 @@ def test_mark_has_a_fake_and_a_gradient_for_tracing() -> None:
     with FakeTensorMode() as mode:
         fake = marked(mode.from_tensor(x), mode.from_tensor(w))
         assert (fake.shape, fake.dtype) == (x.shape, x.dtype)
-    meta = torch.ops.mhc.mark(x.detach().to("meta"), [], str(StreamSpec()), [], "")
+    meta = torch.ops.mhc.mark(x.detach().to("meta"), [], SIGNATURE, [], "")
     assert meta.device.type == "meta"
 
     def joint(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:

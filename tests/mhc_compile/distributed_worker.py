@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -126,12 +126,56 @@ def fsdp2() -> str:
     return "same" if not wrong else f"differ: {wrong}"
 
 
-def fsdp2_layers() -> str:
-    model = converted()
+def fsdp2_layers(inner: str = "eager") -> str:
+    model = converted(inner=inner)
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    return refusal(lambda: model(ids()))
+    with torch.no_grad():
+        model(ids())
+    assert all(isinstance(p, DTensor) for p in model.layers.parameters())  # sharded again
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model, dist.get_rank()).backward()
+        assert all(isinstance(p, DTensor) for p in model.layers.parameters())
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    wrong = disagree(found, expected(), 1e-5)
+    return "same" if not wrong else f"differ: {wrong}"
+
+
+def fsdp2_layers_aot() -> str:
+    return fsdp2_layers("aot_eager")
+
+
+def fsdp2_layers_train() -> str:
+    torch.manual_seed(0)
+    model, whole = converted(), converted()
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, whole)]
+    for step in range(3):
+        loss_of(model, 2 * step + dist.get_rank()).backward()
+        (sum(loss_of(whole, 2 * step + rank) for rank in range(WORLD)) / WORLD).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    found = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    wrong = disagree(found, {name: p.detach() for name, p in whole.named_parameters()}, 1e-5)
+    return "same" if not wrong else f"differ: {wrong}"
+
+
+def fsdp2_layers_alone() -> str:
+    model = converted()
+    for layer in model.layers:
+        fully_shard(layer)
+    codes = [refusal(lambda: model(ids()))]
+    model = converted()
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(model)
+    codes.append(refusal(lambda: model(ids())))
+    return " ".join(codes)
 
 
 def fsdp1() -> str:
@@ -170,7 +214,8 @@ CHECKS = {
     f.__name__: f
     for f in (
         ddp_eager, ddp_aot, ddp_probes, ddp_compiled, compiled_in_ddp, ddp_no_sync, ddp_split_graphs, ddp_unconverted,
-        ddp_trains, fsdp2, fsdp2_layers, fsdp1, fsdp1_flat, fsdp_unconverted,
+        ddp_trains, fsdp2, fsdp2_layers, fsdp2_layers_aot, fsdp2_layers_train, fsdp2_layers_alone, fsdp1, fsdp1_flat,
+        fsdp_unconverted,
     )
 }  # fmt: skip
 

@@ -167,6 +167,35 @@ def test_a_function_that_calls_a_converted_model() -> None:
     assert not codes
 
 
+@pytest.mark.parametrize("argument", [True, False])
+def test_a_step_of_training_compiled_whole(argument: bool) -> None:
+    model = convert(chain(), ids(), inner="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten())
+        loss.backward()
+        optimizer.step()
+        return loss.detach() * 1
+
+    step: Any = train_step if argument else lambda x: train_step(model, optimizer, x)
+    compiled = torch.compile(step, backend="mhc", options={"inner": "eager"})
+    inputs = (model, optimizer, ids()) if argument else (ids(),)
+    with warned() as codes:
+        losses = [float(compiled(*inputs)) for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    assert not codes
+
+
+def test_torch_export_names_the_export_that_works() -> None:
+    model = convert(chain(), ids(), inner="eager")
+    with pytest.raises(MHCError, match="MHC301") as caught:
+        torch.export.export(model, (ids(),))
+    assert "mhc_compile.export" in str(caught.value)
+    assert "{" not in caught.value.detail
+
+
 def test_breaks_outside_the_owner_of_a_converted_model() -> None:
     model = Outer(convert(chain(), ids(), inner="eager"))
     shake(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -51,3 +52,23 @@ def test_model_keeps_no_mark_of_the_capture() -> None:
     before = set(vars(model))
     capture(model, (torch.ones(2, 3, 8),), {})
     assert set(vars(model)) == before
+
+
+def test_a_capture_is_no_failed_compilation_in_structured_logs() -> None:
+    artifacts: list[str] = []
+
+    class Names(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            artifacts.append(getattr(record, "metadata", {}).get("artifact", {}).get("name", ""))
+
+    trace, handler = logging.getLogger("torch.__trace"), Names()
+    level = trace.level
+    trace.addHandler(handler)
+    trace.setLevel(logging.DEBUG)
+    try:
+        capture(Two(), (torch.ones(2, 3, 8),), {})
+    finally:
+        trace.removeHandler(handler)
+        trace.setLevel(level)
+    assert artifacts
+    assert "dynamo_error" not in artifacts

@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_models import VOCAB, Block, Chain, chain, close, gradients, ids, llama, logits, loss_of, shake, state, t5
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, MusicgenForCausalLM
+from transformers.models.musicgen import MusicgenDecoderConfig
 
 from mhc_compile import MHCError, convert, stream_parameters
 from mhc_compile.arm import is_armed
@@ -85,6 +86,33 @@ def test_a_graph_break(where: str) -> None:
 
 def test_no_example_inputs() -> None:
     assert refused(chain()) == "MHC209"
+
+
+def test_inputs_that_the_forward_rejects() -> None:
+    class Rows(nn.Module):
+        """Takes the rows of the batch in threes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).reshape(-1, 3, *x.shape[1:], VOCAB)
+
+    assert refused(Rows(), ids()) == "MHC111"
+    with pytest.raises(MHCError, match=r"reshape[\s\S]*source: .*test_convert_memory.py"):
+        convert(Rows(), ids())
+
+
+def test_the_example_of_a_model_whose_batch_holds_codebooks() -> None:
+    config = MusicgenDecoderConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, num_codebooks=3
+    )
+    model = MusicgenForCausalLM(config).eval()
+    codes = ids(6)
+    before = logits(model(codes))
+    convert(model, inner="eager")
+    assert close(logits(model(codes)), before)
 
 
 def test_a_graph_module() -> None:

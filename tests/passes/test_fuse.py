@@ -6,16 +6,21 @@ from typing import Any, get_args
 import pytest
 import torch
 from recipes import ONE_BY_ONE, Recipe
-from stepping import Stepped, stepped
+from stepping import Stepped, analysed, stepped
 from torch import Tensor, nn
 from toys import toy
 
+from mhc_compile.attach import append_parameters, sites_of_owners
+from mhc_compile.config import Options
 from mhc_compile.kernels import providers
 from mhc_compile.kernels.chain import Kind
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import call_nodes
+from mhc_compile.parameters import StreamParameters
+from mhc_compile.passes.base import Context, call_nodes
 from mhc_compile.passes.fuse import Fuse
+from mhc_compile.passes.widen import Widen
+from mhc_compile.pipeline import ANALYSIS, run_passes
 
 Golden = Callable[[str], None]
 SPEC = StreamSpec(streams=3)
@@ -190,3 +195,23 @@ def test_without_a_compiler_everything_stays_plain_with_one_warning(monkeypatch:
             cached.cache_clear()
     assert len([w for w in caught if "MHC309" in str(w.message)]) == 1
     assert "plain_coefficients" in ops(out)
+
+
+def test_the_search_for_compilers_is_no_part_of_the_pass_and_only_for_streams() -> None:
+    model, ids = toy(Recipe(layers=2))
+    gm, streams = analysed(model.float(), ids)
+    held = {owner: StreamParameters(SPEC, sites) for owner, sites in sites_of_owners(streams).items()}
+    context = Context(marks=[append_parameters(gm, owner, parameters) for owner, parameters in held.items()])
+    providers.no_compiler.cache_clear()
+    Fuse().prepare(torch.fx.symbolic_trace(nn.Linear(4, 4)))
+    assert providers.no_compiler.cache_info().currsize == 0
+    observed = 0
+
+    class Counting(Fuse):
+        def apply(self, gm: Any, context: Any) -> Any:
+            nonlocal observed
+            observed = providers.no_compiler.cache_info().currsize
+            return super().apply(gm, context)
+
+    run_passes(gm, context, (*ANALYSIS, Widen(), Counting()), Options())
+    assert observed == 1

@@ -15,6 +15,7 @@ _SITES_A_LAYER: dict[int, str] = {
         masked/mobilebert nemotron_h phi zamba zamba2
         """,
     3: "gemma4 gemma4_text xmod",
+    4: "dory",
 }
 _LAYER_SITES = {name: count for count, names in _SITES_A_LAYER.items() for name in names.split()}
 # How many sites there are in all, where no rule says it.
@@ -29,6 +30,8 @@ _SITES: dict[str, int] = {
     "speech/wav2vec2": 5,
     "speech/whisper": 10,
 }
+# Parts of these run under `torch.no_grad()` in their own forward: their stream parameters get no gradient.
+PARTLY_FROZEN = {"blt", "hrm_text"}
 # Models that carry several streams already, one stream inside another, reversible pairs, or stages.
 _UNUSUAL = {
     "blt",
@@ -37,12 +40,14 @@ _UNUSUAL = {
     "gemma3n_text",
     "hrm_text",
     "hy_v4",
+    "inkling2_loop_text",
     "inkling2_text",
     "masked/funnel",
     "qwen4_exp",
     "qwen4_exp_text",
     "reformer",
     "text/glm5_next_text",
+    "text/hy_v4_vl_text",
     "vision/convnext",
     "vision/pvt",
     "vision/swin",

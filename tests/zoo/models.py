@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,6 +23,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 Inputs = dict[str, Any]
+
+
+class Size(NamedTuple):
+    """How many sequences a model's inputs hold, and how many tokens each has."""
+
+    batch: int = BATCH
+    length: int = LENGTH
+
+
+SIZE = Size()
 
 
 def causal_architectures() -> list[str]:
@@ -119,9 +129,9 @@ def seed(name: str) -> None:
     torch.manual_seed(zlib.crc32(name.encode()))
 
 
-def ids(low: int = 10, high: int = 90, length: int = LENGTH) -> Tensor:
-    """Token ids that are never special."""
-    return torch.randint(low, high, (BATCH, length))
+def ids(size: Size, low: int = 10, high: int = 90) -> Tensor:
+    """Return token ids that are never special."""
+    return torch.randint(low, high, (size.batch, size.length))
 
 
 def _from_auto(auto: Any, model_type: str, **more: Any) -> PreTrainedModel:
@@ -130,7 +140,7 @@ def _from_auto(auto: Any, model_type: str, **more: Any) -> PreTrainedModel:
         return auto.from_config(tiny_config(model_type, **more), dtype=torch.float32)
 
 
-def tiny(model_type: str, task: str = "causal") -> tuple[nn.Module, Inputs]:
+def tiny(model_type: str, task: str = "causal", size: Size = SIZE) -> tuple[nn.Module, Inputs]:
     """A tiny model of that architecture in eval mode, and keyword inputs for it.
 
     `task` is `causal` or one of `TASKS`; for `home`, `model_type` names one of our own modules.
@@ -139,7 +149,7 @@ def tiny(model_type: str, task: str = "causal") -> tuple[nn.Module, Inputs]:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model, inputs = TASKS[task](model_type)
+        model, inputs = TASKS[task](model_type, size)
     finally:
         transformers.logging.set_verbosity(verbosity)
     seed(f"{task}/{model_type}/noise")
@@ -147,45 +157,49 @@ def tiny(model_type: str, task: str = "causal") -> tuple[nn.Module, Inputs]:
     return model.eval(), inputs
 
 
-def _causal(model_type: str) -> tuple[nn.Module, Inputs]:
+def _causal(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
     auto = transformers.AutoModelForCausalLM
     if model_type.startswith("musicgen"):  # the class takes the decoder's part of this configuration
         whole = tiny_config(model_type)
         config = whole.decoder
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)]._from_config(config, dtype=torch.float32)
-        codes = torch.randint(10, 90, (BATCH * config.num_codebooks, LENGTH))
+        codes = torch.randint(10, 90, (size.batch * config.num_codebooks, size.length))
         return model, {"input_ids": codes, "use_cache": False}
     model = _from_auto(auto, model_type)
     config = model.config.get_text_config()
     if model_type.endswith("_assistant"):  # drafts from the hidden states and the keys and values of another model
-        states = torch.randn(BATCH, LENGTH, 2 * model.config.backbone_hidden_size)
-        shape = (BATCH, KV_HEADS, LENGTH, HEAD_DIM)
+        states = torch.randn(size.batch, size.length, 2 * model.config.backbone_hidden_size)
+        shape = (size.batch, KV_HEADS, size.length, HEAD_DIM)
         kinds = ("full_attention", "sliding_attention")
         return model, {
             "inputs_embeds": states,
-            "position_ids": torch.arange(LENGTH).expand(BATCH, -1),
+            "position_ids": torch.arange(size.length).expand(size.batch, -1),
             "shared_kv_states": {kind: (torch.randn(shape), torch.randn(shape)) for kind in kinds},
         }
-    inputs = {"input_ids": ids(), "use_cache": False}
+    inputs = {"input_ids": ids(size), "use_cache": False}
     if model_type == "mllama":  # without them its cross-attention layers are left out
-        inputs["cross_attention_states"] = torch.randn(BATCH, 5, HIDDEN)
+        inputs["cross_attention_states"] = torch.randn(size.batch, 5, HIDDEN)
     return model, inputs
 
 
-def _text(model_type: str) -> tuple[nn.Module, Inputs]:
-    return _from_auto(transformers.AutoModel, model_type), {"input_ids": ids(), "use_cache": False}
+def _text(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
+    return _from_auto(transformers.AutoModel, model_type), {"input_ids": ids(size), "use_cache": False}
 
 
-def _masked(model_type: str) -> tuple[nn.Module, Inputs]:
-    return _from_auto(transformers.AutoModelForMaskedLM, model_type), {"input_ids": ids()}
+def _masked(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
+    return _from_auto(transformers.AutoModelForMaskedLM, model_type), {"input_ids": ids(size)}
 
 
-def _seq2seq(model_type: str) -> tuple[nn.Module, Inputs]:
+def _seq2seq(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
     model = _from_auto(transformers.AutoModelForSeq2SeqLM, model_type)
-    return model, {"input_ids": ids(), "decoder_input_ids": ids(length=LENGTH - 3), "use_cache": False}
+    return model, {
+        "input_ids": ids(size),
+        "decoder_input_ids": ids(size._replace(length=size.length - 3)),
+        "use_cache": False,
+    }
 
 
-def _vision(model_type: str) -> tuple[nn.Module, Inputs]:
+def _vision(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
     if model_type == "deit":  # the table of classes has two for it
         config = tiny_config(model_type)
         model = transformers.DeiTForImageClassification._from_config(config, dtype=torch.float32)
@@ -193,15 +207,15 @@ def _vision(model_type: str) -> tuple[nn.Module, Inputs]:
         model = _from_auto(transformers.AutoModel, model_type)
     else:
         model = _from_auto(transformers.AutoModelForImageClassification, model_type)
-    return model, {"pixel_values": torch.randn(BATCH, 3, 32, 32)}
+    return model, {"pixel_values": torch.randn(size.batch, 3, 32, 32)}
 
 
-def _speech(model_type: str) -> tuple[nn.Module, Inputs]:
+def _speech(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
     if model_type == "whisper":
         model = _from_auto(transformers.AutoModelForSpeechSeq2Seq, model_type)
-        features = torch.randn(BATCH, model.config.num_mel_bins, 2 * model.config.max_source_positions)
-        return model, {"input_features": features, "decoder_input_ids": ids(), "use_cache": False}
-    return _from_auto(transformers.AutoModelForCTC, model_type), {"input_values": torch.randn(BATCH, 4000)}
+        features = torch.randn(size.batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        return model, {"input_features": features, "decoder_input_ids": ids(size), "use_cache": False}
+    return _from_auto(transformers.AutoModelForCTC, model_type), {"input_values": torch.randn(size.batch, 4000)}
 
 
 class Block(nn.Module):
@@ -246,21 +260,21 @@ class NanoGPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def _home(name: str) -> tuple[nn.Module, Inputs]:
+def _home(name: str, size: Size) -> tuple[nn.Module, Inputs]:
     size: dict[str, Any] = {"d_model": HIDDEN, "nhead": HEADS, "dim_feedforward": INNER, "batch_first": True}
-    x = torch.randn(BATCH, LENGTH, HIDDEN)
+    x = torch.randn(size.batch, size.length, HIDDEN)
     if name == "nanogpt":
-        return NanoGPT(), {"input_ids": ids()}
+        return NanoGPT(), {"input_ids": ids(size)}
     first = name.endswith("pre_norm")
     if name.startswith("encoder"):
         norm = nn.LayerNorm(HIDDEN) if first else None
         one = nn.TransformerEncoderLayer(**size, norm_first=first)
         return nn.TransformerEncoder(one, 2, norm=norm, enable_nested_tensor=False), {"src": x}
     layer = nn.TransformerDecoderLayer(**size, norm_first=first)
-    return nn.TransformerDecoder(layer, 2), {"tgt": x, "memory": torch.randn(BATCH, 7, HIDDEN)}
+    return nn.TransformerDecoder(layer, 2), {"tgt": x, "memory": torch.randn(size.batch, 7, HIDDEN)}
 
 
-TASKS: dict[str, Callable[[str], tuple[nn.Module, Inputs]]] = {
+TASKS: dict[str, Callable[[str, Size], tuple[nn.Module, Inputs]]] = {
     "causal": _causal,
     "text": _text,
     "masked": _masked,
@@ -270,12 +284,12 @@ TASKS: dict[str, Callable[[str], tuple[nn.Module, Inputs]]] = {
     "home": _home,
 }
 _OTHERS: dict[str, str] = {
-    "text": "glm5_next_text",  # no class of its own for language modelling
+    "text": "glm5_next_text hy_v4_vl_text",  # no classes of their own for language modelling
     "masked": "albert bert convbert deberta-v2 distilbert electra esm funnel mobilebert modernbert mpnet roberta"
     " squeezebert",
     "seq2seq": "bart blenderbot led longt5 m2m_100 marian mbart mt5 pegasus prophetnet switch_transformers t5 umt5",
     "vision": "beit convnext deit dinov2 dinov3_vit pvt swin vit",
-    "speech": "hubert wav2vec2 whisper",
+    "speech": "hubert omniasr_ctc wav2vec2 whisper",
     "home": "nanogpt encoder_pre_norm encoder_post_norm decoder_pre_norm decoder_post_norm",
 }
 
@@ -285,7 +299,7 @@ def all_names() -> list[str]:
     return causal_architectures() + [f"{task}/{m}" for task, types in _OTHERS.items() for m in types.split()]
 
 
-def named(name: str) -> tuple[nn.Module, Inputs]:
-    """The model of a row."""
+def named(name: str, size: Size = SIZE) -> tuple[nn.Module, Inputs]:
+    """Return the model of a row, with inputs of that size."""
     task, _, model_type = name.rpartition("/")
-    return tiny(model_type, task or "causal")
+    return tiny(model_type, task or "causal", size)

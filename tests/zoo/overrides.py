@@ -250,6 +250,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dinov3_vit": {"image_size": 32, "patch_size": 8},
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 3},
     "hubert": {"conv_dim": (HIDDEN,) * 7},
+    "omniasr_ctc": {"audio_config": {"conv_dim": (HIDDEN,) * 7}},
     "wav2vec2": {"conv_dim": (HIDDEN,) * 7},
     "longt5": {"local_radius": 2},
     "got_ocr2": {"vision_config": {"image_size": 64, "patch_size": 8}},

@@ -1,0 +1,102 @@
+"""Compare the streams that a model has in training with those that it has in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from mhc_compile.diagnostics import MHCError
+
+Sites = dict[str, dict[str, int]]
+"""By owner: the sites' names, in the order of the stream, with C."""
+FLAG = "training"
+
+
+@contextmanager
+def other_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module of `model` into the mode that `model` is not in: training or evaluation."""
+    modes = {module: module.training for module in model.modules()}
+    other = not model.training
+    try:
+        for module in modes:
+            module.training = other
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def reads_mode(model: nn.Module) -> bool:
+    """Return whether functions that the model's classes define or call name the flag `training`.
+
+    torch's own modules do, and add to a stream in no mode.
+    """
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    own = [cls for cls in classes if not cls.__module__.startswith("torch.")]
+    seen: set[FunctionType] = set()
+    todo = [f for cls in own for value in vars(cls).values() for f in _functions(value)]
+    while todo:
+        function = todo.pop()
+        if function in seen or str(function.__module__).startswith("torch."):
+            continue
+        seen.add(function)
+        named = set(_names(function.__code__))
+        if FLAG in named:
+            return True
+        todo += [f for name in named for f in _functions(function.__globals__.get(name))]
+        todo += [f for cell in function.__closure__ or () for f in _functions(_content(cell))]
+    return False
+
+
+def _functions(value: Any) -> list[FunctionType]:
+    parts = (value, *(getattr(value, name, None) for name in ("__func__", "__wrapped__", "fget", "func")))
+    return [part for part in parts if isinstance(part, FunctionType)]
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names and strings that a function's code and the code in it use."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str):
+            yield constant
+
+
+def joined_sites(now: Sites, other: Sites) -> tuple[Sites, dict[str, tuple[frozenset[str], ...]]]:
+    """Return the sites of both modes by owner, and the smaller sets of them that one mode has.
+
+    A mode may leave out whole modules. Raises MHC213 where it has other sites in a module that both modes run: their
+    numbers would mean other additions.
+    """
+    sites, partial = {}, {}
+    for owner in [*now, *(path for path in other if path not in now)]:
+        modes = [held[owner] for held in (now, other) if owner in held]
+        _refuse_mixed(owner, modes)
+        larger = max(modes, key=len)
+        sites[owner] = larger | {name: hidden for mode in modes for name, hidden in mode.items() if name not in larger}
+        partial[owner] = tuple(frozenset(mode) for mode in modes if len(mode) < len(sites[owner]))
+    return sites, partial
+
+
+def _refuse_mixed(owner: str, modes: Sequence[dict[str, int]]) -> None:
+    one, two = modes[0], modes[-1]
+    shared = {_module_of(name) for name in one} & {_module_of(name) for name in two}
+    wrong = [name for name in one | two if _module_of(name) in shared and one.get(name) != two.get(name)]
+    if wrong:
+        raise MHCError("MHC213", f"{', '.join(wrong)}: not the same in both, in modules that both run", module=owner)
+
+
+def _module_of(site: str) -> str:
+    return site.partition("#")[0]
