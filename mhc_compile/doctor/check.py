@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+State = Literal["ok", "note", "FAIL"]
+
 
 @dataclass(frozen=True)
 class Check:
     """What was looked at, whether it is well, what was seen, and what to do where it is not."""
 
     name: str
-    state: Literal["ok", "note", "FAIL"]
+    state: State
     detail: str
     todo: str = ""
 

@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     subparsers.add_parser(
         "doctor",
         help="check the installation and say what to do; bug reports need its output",
-        description="Compares the installed versions with those that the tests ran with, tries the compilers, lists the "
-        "devices, checks who may write to the caches, and converts, trains, generates with, saves and loads a tiny "
+        description="Compares the installed versions with those that the tests ran with, tries the compilers, lists "
+        "the devices, checks who may write to the caches, and converts, trains, generates with, saves and loads a tiny "
         "model. Prints a line for each; exits with 1 if one says FAIL.",
     )
 

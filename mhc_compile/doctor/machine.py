@@ -10,7 +10,7 @@ import torch
 from packaging.version import Version
 
 from mhc_compile import versions
-from mhc_compile.doctor.check import Check
+from mhc_compile.doctor.check import Check, State
 from mhc_compile.kernels import cache
 from mhc_compile.kernels.cpp import build
 
@@ -30,7 +30,7 @@ def stack() -> Iterator[Check]:
             todo = f"if something breaks, install {package} {newest}"
             yield Check(package, "note", f"{version} is newer than the tests; {known}", todo)
         elif Version(version).release[:2] < oldest.release[:2]:
-            state = "FAIL" if package in REQUIRED else "note"
+            state: State = "FAIL" if package in REQUIRED else "note"
             yield Check(package, state, f"{version} is older than the tests; {known}", f"install {package} {newest}")
         else:
             yield Check(package, "ok", f"{version}; {known}")

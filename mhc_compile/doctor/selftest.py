@@ -110,7 +110,7 @@ class LlamaTrial(Trial):
 
     def generate(self) -> str:
         """Generate with a cache what is generated without one."""
-        fixed = {
+        fixed: dict[str, Any] = {
             "max_new_tokens": 4,
             "do_sample": False,
             "pad_token_id": 0,
