@@ -203,7 +203,8 @@ class StreamAnalysis:
                 for v in (site.previous, *site.chain):
                     # What re-enters later layers from the stream's entry is the embedding itself, not the stream.
                     feeds = inside if i == 0 and v is stream.entry else inside | all_branches
-                    readers = [u for u in v.users if u not in own and flow.bit(u) & feeds]
+                    # `zeros_like(v)` asks for its shape alone.
+                    readers = [u for u in v.users if u not in own and flow.bit(u) & feeds and v in flow.inputs[u]]
                     if readers or v in site.branches:
                         site.reads[v] = readers
 

@@ -1,6 +1,6 @@
 """Rewrite residual adds that are spelt as another operation into `x + F`, the one spelling that `residual` reads.
 
-`x - F` and `where(mask, x + F, x)` stay equal in every bit (but for the sign of a zero). The fused operations (`addcmul`,
+`x - F` and `where(mask, x + F, x)` stay equal in every bit (but for the sign of a zero). Fused operations (`addcmul`,
 `addcdiv`, `lerp`, `addmm`, `baddbmm`, `addbmm`), sums of a `stack` of more than two and repeated indices of `index_add`
 and its like stay equal up to rounding. Only an operation that would be a site is rewritten.
 """
@@ -50,6 +50,15 @@ class Reading:
     """Make the nodes of the carry and of the branch."""
     contracts: bool = False
     """Whether the operation itself contracts a source with a parameter."""
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """What is read: an operation, its arguments by name, and the sites in front of it."""
+
+    node: Node
+    arguments: dict[str, Any]
+    search: SiteSearch
 
 
 @dataclass
@@ -135,7 +144,7 @@ def _readings(node: Node, flow: Dataflow, search: SiteSearch) -> Iterator[Readin
     arguments = _arguments(node)
     if arguments is None:
         return
-    for reading in _READERS[op_name(node)](node, arguments, search):
+    for reading in _READERS[op_name(node)](_Operation(node, arguments, search)):
         reading.contracts = op_name(node) in CONTRACTIONS and any(n in flow.parametric for n in reading.sources)
         reading.sources = [n for n in reading.sources if n in flow.hot]
         if reading.carry in flow.hot and is_tensor(reading.carry) and reading.sources:
@@ -176,23 +185,29 @@ def _arguments(node: Node) -> dict[str, Any] | None:
 # --- one function for each spelling -------------------------------------------------------------------------------
 
 
-def _of_difference(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Reading]:
-    left, right = (a["other"], a["input"]) if op_name(node) == "rsub" else (a["input"], a["other"])
-    alpha = a.get("alpha", 1)
+def _of_difference(op: _Operation) -> Iterator[Reading]:
+    left, right = (
+        (op.arguments["other"], op.arguments["input"])
+        if op_name(op.node) == "rsub"
+        else (op.arguments["input"], op.arguments["other"])
+    )
+    alpha = op.arguments.get("alpha", 1)
     yield Reading(left, [right], lambda w: (left, w.call(operator.neg, w.scaled(right, alpha))))
     yield Reading(right, [left], lambda w: (w.call(operator.neg, w.scaled(right, alpha)), left))
 
 
-def _of_product(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Reading]:
-    function = operator.mul if op_name(node) == "addcmul" else operator.truediv
-    factors = a["tensor1"], a["tensor2"]
+def _of_product(op: _Operation) -> Iterator[Reading]:
+    function = operator.mul if op_name(op.node) == "addcmul" else operator.truediv
+    factors = op.arguments["tensor1"], op.arguments["tensor2"]
     yield Reading(
-        a["input"], [*factors], lambda w: (a["input"], w.scaled(w.call(function, *factors), a.get("value", 1)))
+        op.arguments["input"],
+        [*factors],
+        lambda w: (op.arguments["input"], w.scaled(w.call(function, *factors), op.arguments.get("value", 1))),
     )
 
 
-def _of_lerp(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Reading]:
-    start, end, weight = a["input"], a["end"], a["weight"]
+def _of_lerp(op: _Operation) -> Iterator[Reading]:
+    start, end, weight = op.arguments["input"], op.arguments["end"], op.arguments["weight"]
     given = [weight] if isinstance(weight, Node) else []
     yield Reading(
         start, [end, *given], lambda w: (start, w.call(operator.mul, w.call(operator.sub, end, start), weight))
@@ -205,38 +220,42 @@ def _of_lerp(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Read
     yield Reading(end, [start, *given], from_end)
 
 
-def _of_contraction(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Reading]:
-    first, second = (a["mat1"], a["mat2"]) if op_name(node) == "addmm" else (a["batch1"], a["batch2"])
-    beta = a.get("beta", 1)
+def _of_contraction(op: _Operation) -> Iterator[Reading]:
+    first, second = (
+        (op.arguments["mat1"], op.arguments["mat2"])
+        if op_name(op.node) == "addmm"
+        else (op.arguments["batch1"], op.arguments["batch2"])
+    )
+    beta = op.arguments.get("beta", 1)
 
     def write(w: _Writer) -> tuple[Node, Node]:
-        product = w.call(torch.mm if op_name(node) == "addmm" else torch.bmm, first, second)
-        product.meta["example_value"] = value(product).to(value(node).dtype)  # under autocast
-        if op_name(node) == "addbmm":
+        product = w.call(torch.mm if op_name(op.node) == "addmm" else torch.bmm, first, second)
+        product.meta["example_value"] = value(product).to(value(op.node).dtype)  # under autocast
+        if op_name(op.node) == "addbmm":
             product = w.call(torch.sum, product, 0)
-        return w.scaled(a["input"], beta), w.scaled(product, a.get("alpha", 1))
+        return w.scaled(op.arguments["input"], beta), w.scaled(product, op.arguments.get("alpha", 1))
 
     if beta != 0:
-        yield Reading(a["input"], [first, second], write)
+        yield Reading(op.arguments["input"], [first, second], write)
 
 
-def _of_accumulation(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Reading]:
-    target, name = a["input"], op_name(node)
-    source = a[{"index_add": "source", "scatter_add": "src", "index_put": "values"}[name]]
+def _of_accumulation(op: _Operation) -> Iterator[Reading]:
+    target, name = op.arguments["input"], op_name(op.node)
+    source = op.arguments[{"index_add": "source", "scatter_add": "src", "index_put": "values"}[name]]
 
     def write(w: _Writer) -> tuple[Node, Node]:
         zeros = w.call(torch.zeros_like, target)
         if name == "index_put":
-            return target, w.call(torch.index_put, zeros, a["indices"], source, accumulate=True)
-        added = w.scaled(source, a.get("alpha", 1))
-        return target, w.call(getattr(torch, name), zeros, a["dim"], a["index"], added)
+            return target, w.call(torch.index_put, zeros, op.arguments["indices"], source, accumulate=True)
+        added = w.scaled(source, op.arguments.get("alpha", 1))
+        return target, w.call(getattr(torch, name), zeros, op.arguments["dim"], op.arguments["index"], added)
 
-    if name != "index_put" or a.get("accumulate") is True:
+    if name != "index_put" or op.arguments.get("accumulate") is True:
         yield Reading(target, [source], write)
 
 
-def _of_stack(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Reading]:
-    parts = _stacked(node)
+def _of_stack(op: _Operation) -> Iterator[Reading]:
+    parts = _stacked(op.node)
     assert parts is not None
     for i, carry in enumerate(parts):
         others = [*parts[:i], *parts[i + 1 :]]
@@ -244,7 +263,7 @@ def _of_stack(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Rea
             continue
 
         def write(w: _Writer, carry: Node = carry, others: list[Node] = others) -> tuple[Node, Node]:
-            share = 1 / len(parts) if op_name(node) == "mean" else 1
+            share = 1 / len(parts) if op_name(op.node) == "mean" else 1
             branch = reduce(lambda x, y: w.call(operator.add, x, y), others)
             return w.scaled(carry, share), w.scaled(branch, share)
 
@@ -270,25 +289,28 @@ def _stacked(node: Node) -> list[Node] | None:
     return list(parts)  # type: ignore[arg-type]
 
 
-def _of_where(node: Node, a: dict[str, Any], search: SiteSearch) -> Iterator[Reading]:
-    for carry, added, chosen in ((a["other"], a["input"], True), (a["input"], a["other"], False)):
-        site = search.sites.get(added)
+def _of_where(op: _Operation) -> Iterator[Reading]:
+    for carry, added, chosen in (
+        (op.arguments["other"], op.arguments["input"], True),
+        (op.arguments["input"], op.arguments["other"], False),
+    ):
+        site = op.search.sites.get(added)
         if site is None or site.carry is not carry:
             continue
 
         def write(w: _Writer, carry: Node = carry, added: Node = added, chosen: bool = chosen) -> tuple[Node, Node]:
             # The spelling of `added` itself has been rewritten by now; a tree of adds keeps its leaves.
             branches = (
-                [n for n in added.args if n is not carry] if carry in added.args else search.sites[added].branches
+                [n for n in added.args if n is not carry] if carry in added.args else op.search.sites[added].branches
             )
             branch = reduce(lambda x, y: w.call(operator.add, x, y), branches)  # type: ignore[arg-type, return-value]
             operands = (branch, 0.0) if chosen else (0.0, branch)
-            return carry, w.call(torch.where, a["condition"], *operands)
+            return carry, w.call(torch.where, op.arguments["condition"], *operands)
 
         yield Reading(carry, site.branches, write)
 
 
-_READERS: dict[str, Callable[[Node, dict[str, Any], SiteSearch], Iterator[Reading]]] = {
+_READERS: dict[str, Callable[[_Operation], Iterator[Reading]]] = {
     "sub": _of_difference, "subtract": _of_difference, "rsub": _of_difference, "addcmul": _of_product,
     "addcdiv": _of_product, "lerp": _of_lerp, "index_add": _of_accumulation, "scatter_add": _of_accumulation,
     "index_put": _of_accumulation, "sum": _of_stack, "mean": _of_stack, "where": _of_where,

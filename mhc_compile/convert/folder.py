@@ -75,8 +75,8 @@ def convert_folder(
     where ids are to be compressed; `over_encoding` adds embeddings of n-grams as `convert` does. Their tables are files
     of their own, written a block at a time.
 
-    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`), and `strict`. With
-    `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
+    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`), and
+    `strict`. With `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
     stream parameters are at their start.
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a

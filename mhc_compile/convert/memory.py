@@ -46,8 +46,8 @@ def convert(
 
     `example_args` and `example_kwargs` are one call's inputs, used for shapes; Hugging Face models need none.
     `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`) and of
-    `Options` (`inner`, `mode`, `debug`, `strict`). Where residual adds are left, or a stream begins again at every layer,
-    MHC109 warns; with `strict=True` it is raised.
+    `Options` (`inner`, `mode`, `debug`, `strict`). Where residual adds are left, or a stream begins again at every
+    layer, MHC109 warns; with `strict=True` it is raised.
 
     With `engram`, a preset's name or `MemorySettings`, hashed n-gram memories are added at the entry of its layers
     (arXiv 2601.07372), in float32 tables on the model's device; of an encoder and a decoder the decoder gets them. Ids

@@ -52,29 +52,33 @@ def masked_else(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     return x.where(torch.arange(LENGTH)[:, None] == 0, x - y)
 
 
+def halves(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([a + b for a, b in zip(x.chunk(2, -1), y.chunk(2, -1), strict=True)], -1)
+
+
 def gated(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     gate = torch.sigmoid(y)
     return (1 - gate) * x + gate * y
 
 
-spelt("Subtracted", lambda layer, x, y: x - y)
-spelt("SubtractedScaled", lambda layer, x, y: torch.sub(x, y, alpha=0.5))
-spelt("SubtractedFrom", lambda layer, x, y: torch.rsub(x, y))
+spelt("Subtracted", lambda _, x, y: x - y)
+spelt("SubtractedScaled", lambda _, x, y: torch.sub(x, y, alpha=0.5))
+spelt("SubtractedFrom", lambda _, x, y: torch.rsub(x, y))
 spelt("LayerScaleByAddcmul", lambda layer, x, y: torch.addcmul(x, layer.scale, y, value=0.5))
 spelt("AddcmulInPlace", in_place)
 spelt("DividedByAddcdiv", lambda layer, x, y: x.addcdiv(y, layer.scale))
-spelt("Interpolated", lambda layer, x, y: torch.lerp(x, y, 0.3))
+spelt("Interpolated", lambda _, x, y: torch.lerp(x, y, 0.3))
 spelt("InterpolatedByWeights", lambda layer, x, y: y.lerp(x, torch.sigmoid(layer.scale)))
 spelt("IndexAdd", by_index)
 spelt("ScatterAdd", by_scatter)
 spelt("IndexPut", by_put)
-spelt("StackSum", lambda layer, x, y: torch.stack([x, y]).sum(0))
-spelt("StackMean", lambda layer, x, y: torch.stack((y, x), dim=-1).mean(-1))
+spelt("StackSum", lambda _, x, y: torch.stack([x, y]).sum(0))
+spelt("StackMean", lambda _, x, y: torch.stack((y, x), dim=-1).mean(-1))
 spelt("WhereMasked", masked)
 spelt("WhereElse", masked_else)
-spelt("InPlaceAdds", lambda layer, x, y: x.mul(0.9).add_(y, alpha=0.5))
-spelt("Halves", lambda layer, x, y: torch.cat([a + b for a, b in zip(x.chunk(2, -1), y.chunk(2, -1))], -1), 0, "MHC101")
-spelt("Largest", lambda layer, x, y: torch.maximum(x, y), 0, "MHC101")
+spelt("InPlaceAdds", lambda _, x, y: x.mul(0.9).add_(y, alpha=0.5))
+spelt("Halves", halves, 0, "MHC101")
+spelt("Largest", lambda _, x, y: torch.maximum(x, y), 0, "MHC101")
 spelt("Highway", gated, 0, "MHC101")
 
 
@@ -205,7 +209,7 @@ class MixtureOfDepths(Language):
 
 @plain(DEPTH + 1)
 class Reversible(Language):
-    """RevNet, Reformer: two streams, each adding a branch of the other; the second is part of the first one's branches."""
+    """RevNet, Reformer: two streams, each adding a branch of the other; one is the other's branches."""
 
     def run(self, x: Tensor) -> Tensor:
         a = b = x
