@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # Operations that may put a value and what a branch makes of it together.
 JOINS = {
     "add", "sub", "rsub", "lerp", "where", "addcmul", "addcdiv", "addmm", "baddbmm", "addbmm", "index_add",
-    "index_copy", "index_put", "scatter_add", "scatter", "masked_scatter", "slice_scatter", "select_scatter", "sum", "setitem",
-    "maximum", "minimum",
+    "index_copy", "index_put", "scatter_add", "scatter", "masked_scatter", "slice_scatter", "select_scatter", "sum",
+    "setitem", "maximum", "minimum",
 }  # fmt: skip
 ENDS = 2
 """Sites of a stream at which H gets no gradient: the first and the last."""

@@ -129,7 +129,7 @@ class SiteSearch:
         for branch in sources:
             root = self._root_for(carry, branch, contracts=contracts)
             if root is not None:
-                return None if self._reinjects(root, branch) else root
+                return None if not contracts and self._reinjects(root, branch) else root
         last = self.trace(carry)[-1]
         return last if any(self._older(carry, branch, contracts=contracts) for branch in sources) else None
 

@@ -286,7 +286,7 @@ def _stacked(node: Node) -> list[Node] | None:
         return None
     if not isinstance(parts, (tuple, list)) or len(parts) < 2 or not all(is_tensor(p) for p in parts):
         return None
-    return list(parts)  # type: ignore[arg-type]
+    return list(parts)
 
 
 def _of_where(op: _Operation) -> Iterator[Reading]:
@@ -303,7 +303,7 @@ def _of_where(op: _Operation) -> Iterator[Reading]:
             branches = (
                 [n for n in added.args if n is not carry] if carry in added.args else op.search.sites[added].branches
             )
-            branch = reduce(lambda x, y: w.call(operator.add, x, y), branches)  # type: ignore[arg-type, return-value]
+            branch = reduce(lambda x, y: w.call(operator.add, x, y), branches)
             operands = (branch, 0.0) if chosen else (0.0, branch)
             return carry, w.call(torch.where, op.arguments["condition"], *operands)
 

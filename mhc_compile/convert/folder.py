@@ -76,8 +76,8 @@ def convert_folder(
     of their own, written a block at a time.
 
     `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`), and
-    `strict`. With `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
-    stream parameters are at their start.
+    `strict`. With `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as
+    long as its stream parameters are at their start.
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a
     folder that cannot be converted, MHC409 to 411 for one in the other form already or with trained streams, MHC412

@@ -44,7 +44,7 @@ ROUNDED: dict[str, Body] = {
     "mean of a stack": lambda x, y, w: torch.stack([x, y, w * y]).mean(0),
     "addmm": lambda x, y, w: torch.addmm(x, y, w.expand(WIDTH, WIDTH), beta=0.5, alpha=0.3),
     "addmm in place": lambda x, y, w: (x * 2).addmm_(y, w.expand(WIDTH, WIDTH)),
-    "baddbmm": lambda x, y, w: torch.baddbmm(x[None], y[None], w.expand(1, WIDTH, WIDTH))[0],
+    "baddbmm": lambda x, y, w: torch.baddbmm(x.view(2, 1, WIDTH), y.view(2, 1, WIDTH), w.expand(2, WIDTH, WIDTH)),
     "addbmm": lambda x, y, w: torch.addbmm(x, y[None], w.expand(1, WIDTH, WIDTH)),
     "repeated indices": lambda x, y, _w: x.index_add(0, INDEX, torch.cat([y, y[:1]]), alpha=0.3),
 }  # fmt: skip
@@ -126,7 +126,7 @@ def test_what_is_no_residual_add_is_left() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = torch.addcmul(self.a(x), self.b(x), x - x.mean(-1, keepdim=True))
-            return x + torch.addmm(self.bias, y - self.b(y), self.a.weight)
+            return x + torch.addmm(self.bias, self.a(y) - self.b(y), self.a.weight)
 
     model = Other()
     gm = apply(Normalize(), captured(model, torch.randn(2, WIDTH)).graph, Context())

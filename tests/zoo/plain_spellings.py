@@ -107,12 +107,9 @@ class GatedAttention(Language):
     """Attention joins the stream through a gate; only the feed-forward is added."""
 
     class Layer(Layer):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Linear(WIDTH, WIDTH)
-
         def forward(self, x: Tensor) -> Tensor:
-            return super().add(h := gated(self, x, self.gate(self.attention(x))), self.feed(h))
+            x = gated(self, x, self.attention(x))
+            return x + self.feed(x)
 
     def __init__(self) -> None:
         super().__init__(self.Layer, 2)
