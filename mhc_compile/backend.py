@@ -151,6 +151,8 @@ class Backend:
         spec = stream_spec(self.stream)
         made, gm, coverage = rewrite_with_parameters(root, gm, context.streams, spec, self.options, example_inputs)
 
+        _guard(root)
+
         def first_call(*inputs: Any) -> Any:
             # Not before now: after this backend has returned, Dynamo makes guards from the model as it traced it.
             if not owners(root):
@@ -160,6 +162,17 @@ class Backend:
             return gm(*inputs, *(t for path in made for t in graph_inputs(held[path]).values()))
 
         return first_call
+
+
+def _guard(root: nn.Module) -> None:
+    """Have Dynamo trace anew for another module of the same class: this graph holds the streams of `root`."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import LocalSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    for name, held in InstructionTranslator.current_tx().output.root_tx.f_locals.items():
+        if held is root:
+            install_guard(LocalSource(name, is_input=True).make_guard(GuardBuilder.ID_MATCH))
 
 
 def _device(inputs: Sequence[Any]) -> str:

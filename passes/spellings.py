@@ -314,4 +314,5 @@ _READERS: dict[str, Callable[[_Operation], Iterator[Reading]]] = {
     "sub": _of_difference, "subtract": _of_difference, "rsub": _of_difference, "addcmul": _of_product,
     "addcdiv": _of_product, "lerp": _of_lerp, "index_add": _of_accumulation, "scatter_add": _of_accumulation,
     "index_put": _of_accumulation, "sum": _of_stack, "mean": _of_stack, "where": _of_where,
-} | dict.fromkeys(CONTRACTIONS, _of_contraction)  # fmt: skip
+    **dict.fromkeys(CONTRACTIONS, _of_contraction),
+}  # fmt: skip

@@ -39,7 +39,6 @@ from mhc_compile.passes.perstream import apply_per_stream
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.passes.sites import Site
 
-
 REORDERS = {"transpose", "permute", "t", "movedim", "swapaxes", "swapdims"}
 """Operations behind which tokens come in another order."""
 
@@ -135,8 +134,8 @@ class _Widening:
                 one = copy_meta(self.graph.call_method("select", (self.wide[site.carry], -2, 0)), site.add)
                 branch = copy_meta(self.graph.call_method("expand_as", (branch, one)), site.add)
             laid_out = [self._laid_out(c, k, read_at, site.carry, site) for c, k in ((post, 1), (mix, 2))]
-            arguments = (self.wide[site.carry], branch, *laid_out)
-            new = self._call(torch.ops.mhc.distribute.default, arguments, site.add)
+            operands: tuple[Node, ...] = (self.wide[site.carry], branch, *laid_out)
+            new = self._call(torch.ops.mhc.distribute.default, operands, site.add)
         new.meta["mhc_site"] = triple.meta["mhc_site"] = site.name
         self.reads[site.name] = triple
         self.wide[site.add] = new
