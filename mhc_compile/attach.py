@@ -15,7 +15,7 @@ from mhc_compile.adapters import give_to_adapters
 from mhc_compile.arm import arm, refuse_unarmable
 from mhc_compile.checkpoint.saving import save_with_streams
 from mhc_compile.config import Options
-from mhc_compile.diagnostics import MHCError
+from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.engram import carry
 from mhc_compile.engram.request import Request
 from mhc_compile.guard import stream_readers
@@ -24,9 +24,10 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.modes import joined_sites
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
+from mhc_compile.passes.coverage import Coverage
 from mhc_compile.passes.ownership import OWNED
 from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import compile_passes, run_passes
+from mhc_compile.pipeline import compile_passes, log, run_passes
 from mhc_compile.traceable import compile_generation
 
 
@@ -41,12 +42,13 @@ def rewrite_with_parameters(
     scratch: bool = False,
     requests: Sequence[Request] = (),
     others: Sequence[ResidualStream] = (),
-) -> tuple[dict[str, StreamParameters], GraphModule]:
+) -> tuple[dict[str, StreamParameters], GraphModule, Coverage]:
     """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is left as it is.
 
-    Returns what `install` takes, and the graph with a placeholder for each of `graph_inputs` behind those it had. What
-    `requests` add goes to the last owner: the decoder. Sites that `others`, the streams of the other mode, have alone
-    get parameters as well. Raises what a pass refuses, and MHC207 as `install` does.
+    Returns what `install` takes, the graph with a placeholder for each of `graph_inputs` behind those it had, and how
+    many residual adds it covers. What `requests` add goes to the last owner: the decoder. Sites that `others`, the
+    streams of the other mode, have alone get parameters as well. Raises what a pass refuses, MHC207 as `install` does,
+    and MHC109 as `report_coverage` does.
     """
     made: dict[str, StreamParameters] = {}
     joined, partial = joined_sites(sites_of_owners(streams), sites_of_owners(others))
@@ -77,7 +79,20 @@ def rewrite_with_parameters(
     # The analysis holds nodes of this very graph: run it again over the graph with the new placeholders. It runs once,
     # which no kernel is worth compiling for.
     once = replace(options, kernels="none", recompute="off")
-    return made, run_passes(gm, context, compile_passes(once), once)
+    gm = run_passes(gm, context, compile_passes(once), once)
+    report_coverage(context.coverage, spec, options)
+    return made, gm, context.coverage
+
+
+def report_coverage(coverage: Coverage, spec: StreamSpec, options: Options) -> None:
+    """Warn of a degenerate conversion, or with `strict` raise MHC109."""
+    log.info("%s are part of a stream", coverage)
+    constrained = spec.form == "mhc" and spec.manifold not in ("identity", "unconstrained")
+    problem = (coverage if constrained else replace(coverage, short=False)).problem
+    if problem and options.strict:
+        raise MHCError("MHC109", problem)
+    if problem:
+        warn("MHC109", problem)
 
 
 def sites_of_owners(streams: Sequence[ResidualStream]) -> dict[str, dict[str, int]]:

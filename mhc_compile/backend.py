@@ -149,13 +149,14 @@ class Backend:
             raise
         root = _root_of(context.streams, names)
         spec = stream_spec(self.stream)
-        made, gm = rewrite_with_parameters(root, gm, context.streams, spec, self.options, example_inputs)
+        made, gm, coverage = rewrite_with_parameters(root, gm, context.streams, spec, self.options, example_inputs)
+        frame.guard_identity(root)
 
         def first_call(*inputs: Any) -> Any:
             # Not before now: after this backend has returned, Dynamo makes guards from the model as it traced it.
             if not owners(root):
                 install(root, made)
-                warn("MHC302", f"{sum(len(p.sites) for p in made.values())} sites")
+                warn("MHC302", f"{sum(len(p.sites) for p in made.values())} sites, {coverage}")
             held = owners(root)  # not what was made: an adapter may have its own
             return gm(*inputs, *(t for path in made for t in graph_inputs(held[path]).values()))
 

@@ -34,6 +34,8 @@ class Options:
     """What of the streams is computed again in the backward pass, so that it need not be kept: `off`; `auto`, blocks of
     sites with the smallest peak; `stage`, all sites as one block; a number of sites a block; or bytes that the stream
     part may hold ("2GiB"). The inner compiler `eager` keeps everything."""
+    strict: bool = False
+    """Refuse a model of which not every residual add joins a stream, instead of warning (MHC109)."""
     debug: Debug = False
     """True: verify the whole graph after each pass. `"numeric"`: also compare it before and after in float64."""
 
@@ -42,6 +44,8 @@ class Options:
             raise MHCError("MHC204", f"inner={self.inner!r}; known: {', '.join(get_args(Inner))}")
         if self.debug not in get_args(Debug):
             raise MHCError("MHC204", f"debug={self.debug!r}; known: False, True, 'numeric'")
+        if not isinstance(self.strict, bool):
+            raise MHCError("MHC204", f"strict={self.strict!r}; known: False, True")
         _ = self.kinds
         if parse_blocks(self.recompute)[0] != "off" and self.inner == "eager":
             raise MHCError("MHC625", f"recompute={self.recompute!r}")

@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
@@ -74,6 +75,13 @@ def traced_modules() -> dict[int, nn.Module]:
     tracked = InstructionTranslator.current_tx().output.side_effects.id_to_variable
     values = {n: v.value for n, v in tracked.items() if isinstance(v, UnspecializedNNModuleVariable)}
     return {number: value for number, value in values.items() if isinstance(value, nn.Module)}
+
+
+def guard_identity(module: nn.Module) -> None:
+    """Have Dynamo trace anew for another module of the same class: this graph is to hold the streams of `module`."""
+    variable = InstructionTranslator.current_tx().output.side_effects.id_to_variable.get(id(module))
+    if variable is not None and variable.source is not None:
+        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def starred_from() -> int:

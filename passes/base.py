@@ -48,6 +48,8 @@ class Context:
 
     marks: list[Mark] = field(default_factory=list)
     streams: list[Any] = field(default_factory=list)
+    coverage: Any = None
+    """How many residual adds the streams cover (`mhc_compile.passes.coverage`)."""
     widened: list[Any] = field(default_factory=list)
     """The streams that `widen` rewrote, with their marks, in graph order."""
     native: list[Any] = field(default_factory=list)

@@ -12,18 +12,29 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.base import Context, copy_meta, erase_unused, is_tensor, op_name, value
-from mhc_compile.passes.dataflow import in_place_option, storage_root
+from mhc_compile.passes.dataflow import METADATA_OPS, in_place_option, storage_root
+from mhc_compile.passes.spellings import unify_spellings
 
 # In-place spelling -> its out-of-place function.
 FUNCTIONAL: dict[str, Callable[..., Any]] = {
     "iadd": operator.add, "add_": torch.add, "isub": operator.sub, "sub_": torch.sub, "imul": operator.mul,
-    "mul_": torch.mul, "itruediv": operator.truediv, "div_": torch.div,
+    "mul_": torch.mul, "itruediv": operator.truediv, "div_": torch.div, "subtract_": torch.sub, "multiply_": torch.mul,
+    "divide_": torch.div, "addcmul_": torch.addcmul, "addcdiv_": torch.addcdiv, "lerp_": torch.lerp,
 }  # fmt: skip
+# As above, but only where what is written into is no fresh buffer (the sum over experts), which stays as it is.
+FUNCTIONAL_ACCUMULATION: dict[str, Callable[..., Any]] = {
+    "index_add_": torch.index_add, "scatter_add_": torch.scatter_add, "index_put_": torch.index_put,
+}  # fmt: skip
+# As above, but not under autocast, which treats the two spellings differently.
+FUNCTIONAL_CONTRACTIONS: dict[str, Callable[..., Any]] = {
+    "addmm_": torch.addmm, "baddbmm_": torch.baddbmm, "addbmm_": torch.addbmm,
+}  # fmt: skip
+FRESH = METADATA_OPS | {"zeros", "ones", "empty", "full"}
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """Inlines and tags activation-checkpoint bodies, makes in-place arithmetic functional, unifies `add`."""
+    """Inlines and tags activation-checkpoint bodies, makes in-place arithmetic functional, unifies residual adds."""
 
     name: ClassVar[str] = "normalize"
     requires: ClassVar[tuple[str, ...]] = ()
@@ -36,6 +47,7 @@ class Normalize:
         functionalise(gm, context)
         for node in gm.graph.nodes:
             unify_add(gm, node)
+        unify_spellings(gm)
         return gm
 
 
@@ -140,12 +152,18 @@ def functionalise(gm: GraphModule, context: Context) -> None:
 def _has_functional_form(node: Node) -> bool:
     if "out" in node.kwargs:
         return False
-    return op_name(node) in FUNCTIONAL or in_place_option(node) is not None
+    name = op_name(node)
+    if name in FUNCTIONAL_ACCUMULATION:
+        return op_name(storage_root(node)) not in FRESH
+    if name in FUNCTIONAL_CONTRACTIONS:
+        return not any("enter_autocast" in op_name(n) for n in node.graph.nodes)
+    return name in FUNCTIONAL or in_place_option(node) is not None
 
 
 def _functional(gm: GraphModule, node: Node) -> list[Node]:
     """Nodes that compute out of place what `node` computes in place; the last holds the result, in its dtype."""
-    function, option = FUNCTIONAL.get(op_name(node)), in_place_option(node)
+    spellings = FUNCTIONAL | FUNCTIONAL_ACCUMULATION | FUNCTIONAL_CONTRACTIONS
+    function, option = spellings.get(op_name(node)), in_place_option(node)
     if function is None:
         new = copy_meta(gm.graph.node_copy(node), node)
         if isinstance(option, int):
@@ -164,11 +182,13 @@ def _functional(gm: GraphModule, node: Node) -> list[Node]:
 
 
 def _promoted(node: Node) -> torch.dtype:
-    left, right = node.args[0], node.args[1]
+    left, *others = node.args
     assert isinstance(left, Node)
-    dtype = value(left).dtype
-    if isinstance(right, Node) and is_tensor(right):
-        dtype = torch.result_type(value(left), value(right))
+    promoted = value(left)
+    for other in others:
+        if isinstance(other, Node) and is_tensor(other) and value(other).is_floating_point():
+            promoted = promoted.to(torch.result_type(promoted, value(other)))
+    dtype: torch.dtype = promoted.dtype
     return dtype
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from mhc_compile.passes.base import Context, module_calls, module_path, op_name, refuse, shape
+from mhc_compile.passes.coverage import coverage
 from mhc_compile.passes.dataflow import Dataflow, storage_root
 from mhc_compile.passes.multistream import multistream, side_by_side
 from mhc_compile.passes.ownership import is_owned
@@ -46,7 +47,7 @@ class ResidualStream:
 
 @dataclass(frozen=True)
 class Residual:
-    """Fills `context.streams`. Raises MHC101, 102, 103, 105, 106, 107 or 108."""
+    """Fills `context.streams` and `context.coverage`. Raises MHC101, 102, 103, 105, 106, 107 or 108."""
 
     name: ClassVar[str] = "residual"
     requires: ClassVar[tuple[str, ...]] = ("normal-form",)
@@ -55,7 +56,10 @@ class Residual:
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Analyse `gm`; the graph is not changed."""
         flow = Dataflow(gm.graph, is_owned)
-        context.streams = StreamAnalysis(flow, context).streams()
+        analysis = StreamAnalysis(flow, context)
+        context.streams = analysis.streams()
+        context.coverage = coverage(flow, analysis.search, context.streams)
+        context.notes.append(context.coverage.problem or str(context.coverage))
         return gm
 
 
@@ -199,7 +203,8 @@ class StreamAnalysis:
                 for v in (site.previous, *site.chain):
                     # What re-enters later layers from the stream's entry is the embedding itself, not the stream.
                     feeds = inside if i == 0 and v is stream.entry else inside | all_branches
-                    readers = [u for u in v.users if u not in own and flow.bit(u) & feeds]
+                    # `zeros_like(v)` asks for its shape alone.
+                    readers = [u for u in v.users if u not in own and flow.bit(u) & feeds and v in flow.inputs[u]]
                     if readers or v in site.branches:
                         site.reads[v] = readers
 

@@ -17,7 +17,7 @@ from mhc_compile.passes.dataflow import Dataflow
 THROUGH_FIRST = {
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach", "dropout",
     "dropout1d", "view", "reshape", "flatten", "transpose", "permute", "layer_norm", "rms_norm", "alias",
-    "feature_dropout", "mark",
+    "feature_dropout", "mark", "view_as", "reshape_as", "unflatten", "swapaxes", "swapdims", "movedim",
 }  # fmt: skip
 # The stream passes through these by the one operand that is hot, if the others are not.
 THROUGH_HOT = {"mul", "truediv", "div", "add", "sub", "where", "masked_fill", "clamp", "multiply"}
@@ -67,7 +67,7 @@ class SiteSearch:
         """The sites of the graph in order, without those inside branches of others."""
         for node in self.flow.nodes:
             if op_name(node) == "add" and node in self.flow.hot and is_tensor(node):
-                self._consider(node)
+                self.consider(node)
         return self._outermost()
 
     def up(self, node: Node) -> Node | None:
@@ -121,14 +121,26 @@ class SiteSearch:
         """Whether `carry + branch` would be a site."""
         return carry in self.flow.hot and branch in self.flow.hot and self._root_for(carry, branch) is not None
 
-    def _root_for(self, carry: Node, branch: Node) -> Node | None:
+    def joins(self, carry: Node, sources: list[Node], *, contracts: bool = False) -> Node | None:
+        """The stream value from which `carry + branch` would start; None where that would be no site.
+
+        The branch is computed from `sources`, with a parameter of its own if it `contracts`.
+        """
+        for branch in sources:
+            root = self._root_for(carry, branch, contracts=contracts)
+            if root is not None:
+                return None if not contracts and self._reinjects(root, branch) else root
+        last = self.trace(carry)[-1]
+        return last if any(self._older(carry, branch, contracts=contracts) for branch in sources) else None
+
+    def _root_for(self, carry: Node, branch: Node, *, contracts: bool = False) -> Node | None:
         """The stream value from which `carry` is carried and on which `branch` depends through parameters."""
         for root in self.trace(carry):
-            if self.flow.depends(branch, root) and self._holds_parameters(root, branch):
+            if self.flow.depends(branch, root) and (contracts or self._holds_parameters(root, branch)):
                 return root
         return None
 
-    def _older(self, carry: Node, branch: Node) -> Node | None:
+    def _older(self, carry: Node, branch: Node, *, contracts: bool = False) -> Node | None:
         """The stream value from before the site that made `carry` on which `branch` depends through parameters."""
         last = self.trace(carry)[-1]
         if last not in self.sites:
@@ -141,12 +153,13 @@ class SiteSearch:
         # What adds to itself on the way is a stream of its own: two towers that meet.
         if any(between & self.flow.bit(add) for add in self.sites):
             return None
-        return root if between & self.flow.matmuls else None
+        return root if contracts or between & self.flow.matmuls else None
 
     def _holds_parameters(self, root: Node, branch: Node) -> bool:
         return bool(self.flow.between(root, branch) & self.flow.matmuls & ~self.flow.bit(root))
 
-    def _consider(self, add: Node) -> None:
+    def consider(self, add: Node) -> None:
+        """Record `add` as a site if it is one; nodes are considered in graph order."""
         if len(add.args) != 2 or not all(isinstance(a, Node) and a in self.flow.hot for a in add.args):
             return
         left, right = add.args

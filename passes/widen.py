@@ -29,6 +29,8 @@ from mhc_compile.passes.base import (
     copy_meta,
     erase_unused,
     gradient_modes,
+    op_name,
+    refuse,
     shape,
     switches_gradients,
 )
@@ -36,6 +38,9 @@ from mhc_compile.passes.naming import pair_with_marks
 from mhc_compile.passes.perstream import apply_per_stream
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.passes.sites import Site
+
+REORDERS = {"transpose", "permute", "t", "movedim", "swapaxes", "swapdims"}
+"""Operations behind which tokens come in another order."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Widened:
 
 @dataclass(frozen=True)
 class Widen:
-    """Rewrites every stream of `context.streams` with the parameters of its owner's mark. Raises MHC206."""
+    """Rewrites every stream of `context.streams` with the parameters of its owner's mark. Raises MHC108, MHC206."""
 
     name: ClassVar[str] = "widen"
     requires: ClassVar[tuple[str, ...]] = ("streams",)
@@ -116,7 +121,8 @@ class _Widening:
         read: dict[Node, Node] = {}
         for v in values:
             with self.graph.inserting_before(self._behind(max(mix, self.wide[v]), v, first[v], site.add)):
-                read[v] = self._call(torch.ops.mhc.aggregate.default, (self.wide[v], pre), site.add)
+                arguments = (self.wide[v], self._laid_out(pre, 1, read_at, v, site))
+                read[v] = self._call(torch.ops.mhc.aggregate.default, arguments, site.add)
             for u in site.reads[v]:
                 u.replace_input_with(v, read[v])
         with self.graph.inserting_before(site.add):
@@ -127,11 +133,26 @@ class _Widening:
                 # What the add broadcast.
                 one = copy_meta(self.graph.call_method("select", (self.wide[site.carry], -2, 0)), site.add)
                 branch = copy_meta(self.graph.call_method("expand_as", (branch, one)), site.add)
-            arguments = (self.wide[site.carry], branch, post, mix)
-            new = self._call(torch.ops.mhc.distribute.default, arguments, site.add)
+            laid_out = [self._laid_out(c, k, read_at, site.carry, site) for c, k in ((post, 1), (mix, 2))]
+            operands: tuple[Node, ...] = (self.wide[site.carry], branch, *laid_out)
+            new = self._call(torch.ops.mhc.distribute.default, operands, site.add)
         new.meta["mhc_site"] = triple.meta["mhc_site"] = site.name
         self.reads[site.name] = triple
         self.wide[site.add] = new
+
+    def _laid_out(self, coefficients: Node, rank: int, read_at: Node, v: Node, site: Site) -> Node:
+        """The coefficients computed at `read_at`, their last `rank` dimensions n, for the tokens as they lie in `v`.
+
+        Raises MHC108 where more than a view is between the two.
+        """
+        tokens = shape(v)[:-1]
+        if tokens == shape(read_at)[:-1]:
+            return coefficients
+        sizes = [d if isinstance(d, int) else -1 for d in tokens]
+        if sizes.count(-1) > 1 or any(op_name(n) in REORDERS for n in site.chain):
+            raise refuse("MHC108", "the stream is laid out anew between where it is read and where it is added to", v)
+        sizes += [self.spec.streams] * rank
+        return copy_meta(self.graph.call_method("reshape", (coefficients, tuple(sizes))), site.add)
 
     def _reduce_for(self, v: Node, readers: list[Node]) -> None:
         """Give readers outside all branches the reduction: the exit's own form at the exit, the mean elsewhere."""

@@ -43,6 +43,11 @@ COMPILER: dict[str, Diagnostic] = {
         "an operation on the stream has no n-stream form",
         "move the operation into a branch, or before the first or after the last layer",
     ),
+    "MHC109": Diagnostic(
+        "not every residual add is part of a stream",
+        "write the adds as `x + branch(x)`, and convert or compile the whole model rather than its layers one by one: "
+        "where a stream begins again at every layer, its matrices get no gradient; strict=True refuses such models",
+    ),
     "MHC110": Diagnostic(
         "a pass changed the results",
         "this is a mistake of ours: please report the model and the text above",

@@ -18,7 +18,7 @@ from mhc_compile.kernels.engram.settings import PRESETS, MemorySettings
 from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, FormName, Manifold
 
 NAME = "convert"
-_OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form")
+_OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form", "strict")
 _DESCRIPTION = """\
 Turn a residual Transformer, saved by transformers as safetensors, into its n-stream mHC form.
 
@@ -73,6 +73,9 @@ def add_parser(subparsers: Any) -> None:
         "--form",
         choices=get_args(FormName),
         help="what a site computes: mHC (default), or Hyper-Connections, dynamic or static, which are unconstrained",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", default=None, help="refuse a model of which residual adds would be left"
     )
     parser.add_argument("--engram", choices=sorted(PRESETS), help="add n-gram memories as this system has them")
     parser.add_argument(
@@ -138,6 +141,6 @@ def _summary(done: Converted, form: Form) -> str:
     if form == "residual":
         return f"{done.folder}: residual again, {done.parameters:,} stream parameters removed"
     return (
-        f"{done.folder}: streams at {done.sites} sites, {done.parameters:,} stream parameters added\n"
+        f"{done.folder}: streams at {done.sites} sites, {done.adds}, {done.parameters:,} stream parameters added\n"
         f'load it with mhc_compile.from_pretrained("{done.folder}")'
     )

@@ -30,7 +30,7 @@ from mhc_compile.checkpoint.source import (
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.checkpoint.tables import read_tokenizer, write_tables
 from mhc_compile.config import STREAM_FIELDS, Options, split_options, stream_spec
-from mhc_compile.convert.memory import convert
+from mhc_compile.convert.memory import convert_with_coverage
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.parameters import tables as tables_of
 from mhc_compile.engram.request import over_requested, requested
@@ -50,6 +50,8 @@ class Converted:
     folder: Path
     sites: int
     """Residual sites that have streams now; 0 for a residual folder."""
+    adds: str
+    """How many residual adds of a forward have streams: `48 of 48 adds`; empty for a residual folder."""
     parameters: int
     """Stream parameters added, or removed."""
     left_out: tuple[Path, ...]
@@ -77,9 +79,9 @@ def convert_folder(
     where ids are to be compressed; `over_encoding` adds embeddings of n-grams as `convert` does. Their tables are files
     of their own, written a block at a time.
 
-    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`). With
-    `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
-    stream parameters are at their start.
+    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`), and
+    `strict`. With `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as
+    long as its stream parameters are at their start.
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a
     folder that cannot be converted, MHC409 to 411 for one in the other form already or with trained streams, MHC412
@@ -111,7 +113,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     model = skeleton(checkpoint)
     memory = requested(options["engram"], lambda: read_tokenizer(source), model, tables_on="meta")
     over = over_requested(options["over_encoding"], tables_on="meta")
-    model = convert(model, **{**options, "engram": memory, "over_encoding": over})
+    coverage = convert_with_coverage(model, (), {}, **{**options, "engram": memory, "over_encoding": over})
     made = owners(model)
     tables = sum(t.weight.nbytes for held in made.values() for _, t in tables_of(held))
     check_target(target, source, size=checkpoint.size + tables)
@@ -137,7 +139,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
         ).write(staging)
         progress(checkpoint.size, checkpoint.size, "finishing")
     sites = sum(len(p.sites) for p in made.values())
-    return Converted(target, sites, sum(p.numel() for p in streams.values()), tuple(left))
+    return Converted(target, sites, str(coverage), sum(p.numel() for p in streams.values()), tuple(left))
 
 
 def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
@@ -159,7 +161,7 @@ def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
             write_text(staging / INDEX, index_text(_count_parameters(checkpoint.metadata, -parameters), files))
         _copy_companions(checkpoint, taken, staging, unguarded)
         progress(checkpoint.size, checkpoint.size, "finishing")
-    return Converted(target, 0, parameters, tuple(left))
+    return Converted(target, 0, "", parameters, tuple(left))
 
 
 def refuse_trained(made: Mapping[str, StreamParameters]) -> None:
@@ -225,9 +227,11 @@ def _check_options(options: Mapping[str, Any], to: Form) -> None:
     """Raises MHC201 to 204 for an option that is unknown, out of range, or without meaning here."""
     stream, own = split_options(options)
     stream_spec(stream)
-    if own:
-        known = ", ".join(sorted(STREAM_FIELDS))
-        raise MHCError("MHC204", f"{next(iter(own))} is chosen when the folder is loaded; known here: {known}")
+    if own.keys() - {"strict"}:
+        known = ", ".join(sorted({*STREAM_FIELDS, "strict"}))
+        raise MHCError(
+            "MHC204", f"{min(own.keys() - {'strict'})} is chosen when the folder is loaded; known here: {known}"
+        )
     if options and to == "residual":
         raise MHCError("MHC204", f"{next(iter(options))} has no meaning for to='residual'", way_out="leave it out")
 

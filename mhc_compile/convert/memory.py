@@ -21,6 +21,7 @@ from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.modes import other_mode, reads_mode
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
+from mhc_compile.passes.coverage import Coverage
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import ANALYSIS, run_passes
 
@@ -46,7 +47,8 @@ def convert(
 
     `example_args` and `example_kwargs` are one call's inputs, used for shapes; Hugging Face models need none.
     `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`) and of
-    `Options` (`inner`, `mode`, `debug`).
+    `Options` (`inner`, `mode`, `debug`, `strict`). Where residual adds are left, or a stream begins again at every
+    layer, MHC109 warns; with `strict=True` it is raised.
 
     With `engram`, a preset's name or `MemorySettings`, hashed n-gram memories are added at the entry of its layers
     (arXiv 2601.07372), in float32 tables on the model's device; of an encoder and a decoder the decoder gets them. Ids
@@ -64,6 +66,24 @@ def convert(
     is compiled or wrapped. A refused model is left as it was.
     """
     _refuse_other_than_module(model)
+    arguments = {"engram": engram, "tokenizer": tokenizer, "engram_start": engram_start, "over_encoding": over_encoding}
+    convert_with_coverage(model, example_args, example_kwargs or {}, scratch=scratch, **arguments, **options)
+    return model
+
+
+def convert_with_coverage(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    scratch: bool = False,
+    engram: str | MemorySettings | MemoryRequest | None = None,
+    tokenizer: Any = None,
+    engram_start: Start = "zero",
+    over_encoding: str | OverEncodingSettings | OverEncodingRequest | None = None,
+    **options: Any,
+) -> Coverage:
+    """Convert `model` as `convert` does, and return how many of its residual adds are part of a stream."""
     stream, own = split_options(options)
     spec, settings = stream_spec(stream), Options(**own)
     requests = (requested(engram, tokenizer, model, start=engram_start), over_requested(over_encoding))
@@ -71,11 +91,10 @@ def convert(
     root = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
     if owners(root):
         raise MHCError("MHC208", f"{type(root).__name__} holds stream parameters")
-    args, kwargs = (example_args, dict(example_kwargs or {}))
     if not args and not kwargs:
         args, kwargs = (), example_inputs(root)
     found = find_streams(root, args, kwargs, settings)
-    made, _ = rewrite_with_parameters(
+    made, _, coverage = rewrite_with_parameters(
         root,
         found.graph,
         found.streams,
@@ -87,7 +106,7 @@ def convert(
         others=streams_of_other_mode(root, args, kwargs, settings),
     )
     install(root, made)
-    return model
+    return coverage
 
 
 def _refuse_other_than_module(model: object) -> None:
@@ -121,6 +140,7 @@ class Analysed(Captured):
     """A captured graph with its residual streams."""
 
     streams: list[ResidualStream]
+    coverage: Coverage
 
 
 def find_streams(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Analysed:
@@ -129,4 +149,4 @@ def find_streams(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         captured = capture(model, args, kwargs)
     context = Context()
     graph = run_passes(captured.graph, context, ANALYSIS, options)
-    return Analysed(graph, captured.inputs, context.streams)
+    return Analysed(graph, captured.inputs, context.streams, context.coverage)

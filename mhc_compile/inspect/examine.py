@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mhc_compile.attach import report_coverage
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
@@ -101,10 +102,13 @@ def _look(
             return Inspection(**about, passes=tuple(watcher.records), refusal=error)
         found = reach(watcher.normalised) if watcher.normalised is not None else None
         return Inspection(**about, passes=tuple(watcher.records), refusal=error, reach=found)
-    layer = watcher.layer
+    layer, coverage = watcher.layer, watcher.coverage
+    assert coverage is not None
+    report_coverage(coverage, StreamSpec.parse(marks[0].spec) if marks else spec, replace(options, strict=False))
     return Inspection(
         **about,
         streams=watcher.streams(),
+        coverage=coverage,
         head_parameters=sum(_head_size(m) for m in {m.owner: m for m in marks}.values()),
         passes=tuple(watcher.records),
         layer=None if layer is None else LayerView(layer, tuple(watcher.before), tuple(watcher.after)),

@@ -18,6 +18,7 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.build import Direction
 from mhc_compile.kernels.engram import providers as memories
 from mhc_compile.kernels.engram.entry import Entry
+from mhc_compile.passes.coverage import Coverage
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
 from mhc_compile.printed import Printed
@@ -117,6 +118,8 @@ class Inspection(Printed):
     parameters: int
     """Elements of the model's own parameters."""
     streams: tuple[StreamReport, ...] = ()
+    coverage: Coverage | None = None
+    """How many residual adds are part of a stream; None for a refused model."""
     memories: tuple[MemoryReport, ...] = ()
     head_parameters: int = 0
     """Elements of the learned exits (`exit="head"`)."""

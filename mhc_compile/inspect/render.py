@@ -61,7 +61,8 @@ def _summary(found: Inspection) -> Iterator[RenderableType]:
         verb = "hold" if found.converted else "would add"
         count = len(set(found.streams))
         streams = "1 stream" if count == 1 else f"{count} streams"
-        yield Text(f"{streams}, {len(found.sites)} sites; the sites {verb} {found.added:,} parameters{share}")
+        sites = f"{len(found.sites)} sites, {found.coverage}"
+        yield Text(f"{streams}, {sites}; the sites {verb} {found.added:,} parameters{share}")
 
 
 def _native(sites: Sequence[NativeSite]) -> Iterator[RenderableType]:

@@ -54,7 +54,8 @@ def data_of(found: Inspection) -> dict[str, Any]:
             "mhc_compile": version("mhc-compile"), "torch": torch.__version__, "python": platform.python_version()
         },
         "model": {
-            "name": found.model, "state": _state(found), "parameters": found.parameters, "added": found.added
+            "name": found.model, "state": _state(found), "parameters": found.parameters, "added": found.added,
+            "adds": str(found.coverage or ""),
         },
         "options": _options(found),
         **work.data(),

@@ -20,6 +20,7 @@ from mhc_compile.inspect.topology import branch_nodes, topology
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, Mark, Pass, describe, module_path, module_stack, shape, source_line, value
+from mhc_compile.passes.coverage import Coverage
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.fuse import chains_of
 from mhc_compile.passes.ownership import is_owned
@@ -55,6 +56,7 @@ class Watcher(Observer):
         self.marks = marks
         self.shots = Snapshots({node: f"mhc.{name}" for m in marks for name, node in m.parameters.items()})
         self.found: list[Found] = []
+        self.coverage: Coverage | None = None
         self.lines: list[list[Line]] = []
         """The graph before the first pass and after every pass."""
         self.texts: list[str] = []
@@ -86,7 +88,7 @@ class Watcher(Observer):
         if step.name == "normalize":
             self.normalised = gm
         elif step.name == "residual":
-            self.found = _found(gm, context)
+            self.found, self.coverage = _found(gm, context), context.coverage
         elif step.name == "native" and context.native:
             self.native = draw_native(gm.graph)
         elif step.name in ("engram", "overencoding"):

@@ -19,7 +19,7 @@ function overview({ line = null, kernel = null, code = line !== null }) {
   return parts.filter(Boolean);
 }
 
-function modelFacts({ state, parameters, added }) {
+function modelFacts({ state, parameters, added, adds }) {
   const [streams, sites] = ["stream", "site"].map((kind) => elements.filter((element) => element.kind === kind).length);
   const share = ((100 * added) / Math.max(1, parameters)).toFixed(2);
   const versions = Object.entries(report.versions).map(([what, version]) => `${what} ${version}`);
@@ -27,6 +27,7 @@ function modelFacts({ state, parameters, added }) {
     ["state", state],
     ["parameters", count(parameters)],
     ["streams", streams ? `${several(streams, "stream")}, ${several(sites, "site")}` : null],
+    ["residual adds", adds || null],
     ["the sites add", added ? `${several(added, "parameter")} (${share} %)` : null],
     ["made by", versions.join(", ")],
   ]);

@@ -1,0 +1,171 @@
+"""Count the residual adds that joined a stream, and find those that did not: what makes a conversion degenerate.
+
+At the first site of a stream all streams are copies of one value, which no doubly stochastic H changes; what the last H
+does is lost in the mean behind it. H can learn at the sites in between. A stream that ends and begins again at every
+layer has none: it costs parameters and time, and stays a residual model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import TYPE_CHECKING
+
+import sympy
+from torch.fx import Node
+
+from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, source_line
+from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.sites import SiteSearch, branch_mask
+
+if TYPE_CHECKING:
+    from mhc_compile.passes.residual import ResidualStream
+
+# Operations that may put a value and what a branch makes of it together.
+JOINS = {
+    "add", "sub", "rsub", "lerp", "where", "addcmul", "addcdiv", "addmm", "baddbmm", "addbmm", "index_add",
+    "index_copy", "index_put", "scatter_add", "scatter", "masked_scatter", "slice_scatter", "select_scatter", "sum",
+    "setitem", "maximum", "minimum",
+}  # fmt: skip
+ENDS = 2
+"""Sites of a stream at which H gets no gradient: the first and the last."""
+MAX_LAYER_SITES = 3
+"""A graph that is one stream of at most so many sites and nothing else is taken for a layer: a decoder's has three."""
+MAX_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many residual adds of one graph became sites."""
+
+    sites: int = 0
+    left: tuple[str, ...] = ()
+    """The residual adds that are no sites: the operation, its module and source line."""
+    restarts: tuple[str, ...] = ()
+    """Where a stream ends and the next begins with nothing but an add that was left, or less, between them."""
+    short: bool = False
+    """Whether the streams are several, and none has a site whose H gets a gradient."""
+
+    def __str__(self) -> str:
+        return f"{self.sites} of {self.sites + len(self.left)} adds"
+
+    @property
+    def problem(self) -> str:
+        """What is degenerate about the conversion; empty where nothing is."""
+        parts = []
+        if self.left:
+            parts.append(f"{len(self.left)} left, which combine a value with its branch otherwise: {_few(self.left)}")
+        if self.restarts:
+            parts.append(f"the stream ends and begins again {len(self.restarts)} times: {_few(self.restarts)}")
+        if self.short:
+            parts.append(f"no stream has more than {ENDS} sites, and no H gets a gradient at the first and the last")
+        return "; ".join([str(self), *parts]) if parts else ""
+
+
+def coverage(flow: Dataflow, search: SiteSearch, streams: Sequence[ResidualStream]) -> Coverage:
+    """Compare the sites of `streams` with all that adds to the residual path outside of branches."""
+    inside = 0
+    for stream in streams:
+        for site in stream.sites:
+            inside |= branch_mask(flow, site) & ~flow.ancestors[site.carry]
+    around = _around(flow, streams)
+    carried = _carried(flow)
+    left = [
+        node
+        for node in flow.nodes
+        if op_name(node) in JOINS
+        and node not in search.sites
+        and flow.bit(node) & around & ~inside
+        and _joins(flow, search, carried, node)
+    ]
+    restarts = [*_restarts(flow, carried, streams), *_layers(flow, streams)]
+    return Coverage(
+        sites=sum(len(stream.sites) for stream in streams),
+        left=tuple(map(_place, left)),
+        restarts=tuple(restarts),
+        short=len(streams) > 1 and all(len(stream.sites) <= ENDS for stream in streams),
+    )
+
+
+def _around(flow: Dataflow, streams: Sequence[ResidualStream]) -> int:
+    """Bit mask of what the streams come from and what comes from them."""
+    mask = 0
+    for stream in streams:
+        mask |= flow.ancestors[stream.entry] | flow.descendants[stream.exit]
+    return mask
+
+
+def _carried(flow: Dataflow) -> dict[Node, int]:
+    """Bit mask of the hot values from which each one can be reached past all contractions with parameters."""
+    carried: dict[Node, int] = {}
+    for node in flow.nodes:
+        mask = flow.bit(node)
+        if not mask & flow.matmuls:
+            for n in flow.inputs[node]:
+                mask |= carried.get(n, 0)
+        if node in flow.hot or op_name(node) == "setitem":
+            carried[node] = mask
+    return carried
+
+
+def _joins(flow: Dataflow, search: SiteSearch, carried: dict[Node, int], node: Node) -> bool:
+    """Whether `node` puts a value of its own shape together with what parameters make of that value."""
+    written = node.args[0] if op_name(node) == "setitem" else node
+    if not isinstance(written, Node) or not is_tensor(written) or len(shape(written)) < 2:
+        return False
+    if is_tensor(node) and search.up(node) is not None:
+        return False
+    hot = [n for n in flow.inputs[node] if n in flow.hot and is_tensor(n)]
+    for carry, branch in permutations(hot, 2):
+        for root in reversed(flow.members(carried[carry] & flow.ancestors[branch])):
+            if (
+                is_tensor(root)
+                and shape(root) == shape(written)
+                and flow.between(root, branch) & flow.matmuls & ~flow.bit(root)
+            ):
+                return True
+    return False
+
+
+def _restarts(flow: Dataflow, carried: dict[Node, int], streams: Sequence[ResidualStream]) -> Iterable[str]:
+    """A stream whose entry carries the exit of another, in the same size and with no stream between them."""
+    for stream in streams:
+        for other in streams:
+            above = other.exit
+            if stream is other or above is stream.entry or not carried.get(stream.entry, 0) & flow.bit(above):
+                continue
+            between = flow.between(above, stream.entry)
+            others = (s.add for o in streams if o is not other for s in o.sites)
+            if sympy.prod(shape(above)) == sympy.prod(shape(stream.entry)) and not any(
+                between & flow.bit(add) for add in others
+            ):
+                yield _place(stream.entry)
+
+
+def _layers(flow: Dataflow, streams: Sequence[ResidualStream]) -> Iterable[str]:
+    """The one stream of a graph that holds nothing else: a layer that is converted without its neighbours."""
+    if len(streams) != 1 or len(streams[0].sites) > MAX_LAYER_SITES:
+        return
+    stream = streams[0]
+    inside = flow.between(stream.entry, stream.exit)
+    embeds = any(
+        n.op not in ("placeholder", "get_attr") and n in flow.hot for n in flow.nodes if not _in(flow, n, inside)
+    )
+    if stream.entry.op == "placeholder" and not embeds:
+        yield f"a stream of {len(stream.sites)} sites from the graph's input to its output, as of one layer by itself"
+
+
+def _in(flow: Dataflow, node: Node, mask: int) -> bool:
+    return bool(flow.bit(node) & mask) or node.op == "output"
+
+
+def _place(node: Node) -> str:
+    where = source_line(node)
+    return f"{op_name(node)} in {module_path(node) or 'the model itself'}" + (f" ({where})" if where else "")
+
+
+def _few(lines: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(lines))
+    more = f", and {len(distinct) - MAX_SHOWN} more places" if len(distinct) > MAX_SHOWN else ""
+    return ", ".join(distinct[:MAX_SHOWN]) + more
