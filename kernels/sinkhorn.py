@@ -168,8 +168,8 @@ def _differentiate_backward(ctx: Any, flow: Tensor) -> tuple[Tensor | None, ...]
         grad, logits = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors)
         H = reference.sinkhorn(logits, parse_spec(ctx.spec))
         (first,) = torch.autograd.grad(H, logits, grad, create_graph=True)
-        second = torch.autograd.grad(first, (grad, logits), flow, create_graph=further)
-    return *second, None
+        to_grad, to_logits = torch.autograd.grad(first, (grad, logits), flow, create_graph=further)
+    return to_grad, to_logits, None
 
 
 def _register() -> None:

@@ -215,7 +215,9 @@ def _speech(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
         model = _from_auto(transformers.AutoModelForSpeechSeq2Seq, model_type)
         features = torch.randn(size.batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
         return model, {"input_features": features, "decoder_input_ids": ids(size), "use_cache": False}
-    return _from_auto(transformers.AutoModelForCTC, model_type), {"input_values": torch.randn(size.batch, 4000)}
+    model = _from_auto(transformers.AutoModelForCTC, model_type)
+    channels = (1,) if model_type == "omniasr_ctc" else ()
+    return model, {"input_values": torch.randn(size.batch, *channels, 4000)}
 
 
 class Block(nn.Module):

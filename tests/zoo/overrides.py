@@ -187,6 +187,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoeshared": SCALED | {"shared_intermediate_size": INNER},
     "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
     "hyperclovax": SCALED,
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM, "num_experts": 4, "moe_topk": 2},
     "inkling_text": {"mlp_layer_types": ["dense", "sparse"]},
