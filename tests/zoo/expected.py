@@ -26,6 +26,7 @@ _SITES: dict[str, int] = {
     "home/decoder_post_norm": 6,
     "home/nanogpt": 4,
     "seq2seq/led": 10,
+    "speech/omniasr_ctc": 5,
     "speech/hubert": 5,  # with the convolution that adds positions
     "speech/wav2vec2": 5,
     "speech/whisper": 10,
