@@ -50,7 +50,7 @@ NOT_CAPTURED = {
     "seq2seq/switch_transformers", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant",
 }  # fmt: skip
 # Refused by code: attention over the outputs of earlier blocks; channels before tokens.
-OTHERS_REFUSED = {"inkling2_loop_text", "inkling2_text", "masked/squeezebert", "vision/convnext"}
+OTHERS_REFUSED = {"inkling2_loop_text", "inkling2_text", "text/hy_v4_vl_text", "masked/squeezebert", "vision/convnext"}
 
 
 @pytest.fixture(autouse=True)
