@@ -42,22 +42,26 @@ def runs(path: Path = TESTED) -> list[dict[str, Any]]:
     return rows
 
 
-def tested(package: str) -> tuple[Version, Version]:
-    """Return the oldest and the newest version of a package in `STACK` that the tests ran with."""
+def tested(package: str) -> tuple[Version, Version] | None:
+    """Return the oldest and the newest version of a package in `STACK` that the tests ran with; None without a run."""
     versions = [Version(row[package]) for row in runs() if package in row]
-    return min(versions), max(versions)
+    return (min(versions), max(versions)) if versions else None
 
 
 def newer(package: str, version: str) -> bool:
     """Return whether `version` belongs to a newer minor version than those that the tests ran with."""
-    return Version(version).release[:2] > tested(package)[1].release[:2]
+    span = tested(package)
+    return span is not None and Version(version).release[:2] > span[1].release[:2]
 
 
 def warn_of_newer() -> None:
     """Issue one warning (MHC320) that names each installed version that is newer than the tests, and the tested one."""
-    versions = installed()
-    if untested := [package for package in versions if newer(package, versions[package])]:
-        named = (f"{p} {versions[p]} is installed, the newest tested is {tested(p)[1]}" for p in untested)
+    named = [
+        f"{package} {version} is installed, the newest tested is {span[1]}"
+        for package, version in installed().items()
+        if (span := tested(package)) is not None and newer(package, version)
+    ]
+    if named:
         warn("MHC320", "; ".join(named), stacklevel=3)
 
 

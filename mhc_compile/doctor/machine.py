@@ -21,7 +21,11 @@ def stack() -> Iterator[Check]:
     """Compare each installed version with those that the tests ran with."""
     present = versions.installed()
     for package in versions.STACK:
-        oldest, newest = versions.tested(package)
+        span = versions.tested(package)
+        if span is None:
+            yield Check(package, "note", f"{present.get(package, 'not installed')}; no run of the tests is recorded")
+            continue
+        oldest, newest = span
         known = f"tested with {oldest}" + (f" to {newest}" if newest != oldest else "")
         version = present.get(package)
         if version is None:
@@ -62,7 +66,7 @@ def devices() -> Iterator[Check]:
                 yield Check(name, "note", f"{detail}: kernels are for 8.0 and later", "use it with kernels='none'")
             else:
                 yield Check(name, "ok", detail)
-    elif (accelerator := torch.accelerator.current_accelerator()) is not None:
+    elif (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         yield Check(str(accelerator), "note", "no kernels for this device", "use it with kernels='none'")
     else:
         yield Check("GPU", "ok", "none that torch can use")

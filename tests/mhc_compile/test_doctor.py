@@ -66,7 +66,9 @@ def test_versions_that_the_tests_do_not_know(tmp_path: Path) -> None:
     assert "FAIL  torch             1.0 is older than the tests" in out
     assert "note  peft              0.1 is older than the tests" in out
     assert "note  transformers      999.0 is newer than the tests" in out
-    assert f"do: install torch {versions.tested('torch')[1]}" in out
+    span = versions.tested("torch")
+    assert span is not None
+    assert f"do: install torch {span[1]}" in out
 
 
 def states(folder: Path) -> dict[str, Check]:

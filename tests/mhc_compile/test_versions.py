@@ -13,14 +13,21 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from mhc_compile import versions
 
 ROOT = Path(__file__).parents[2]
 
 
+def span(package: str) -> tuple[Version, Version]:
+    found = versions.tested(package)
+    assert found is not None, f"no run with {package} is recorded: pytest -m compat --record mhc_compile/tested.json"
+    return found
+
+
 def next_minor(package: str) -> str:
-    release = versions.tested(package)[1].release[:2]
+    release = span(package)[1].release[:2]
     return ".".join(map(str, (*release[:-1], release[-1] + 1)))
 
 
@@ -34,13 +41,13 @@ def bounds() -> dict[str, SpecifierSet]:
 @pytest.mark.parametrize("package", versions.STACK)
 def test_bounds_end_with_the_newest_minor_that_the_tests_ran_with(package: str) -> None:
     specifier = bounds()[package]
-    assert versions.tested(package)[1] in specifier
+    assert span(package)[1] in specifier
     assert next_minor(package) not in specifier
 
 
 @pytest.mark.parametrize("package", ["python", "torch", "transformers", "triton"])
 def test_bounds_begin_with_the_oldest_that_the_tests_ran_with(package: str) -> None:
-    oldest = versions.tested(package)[0]
+    oldest = span(package)[0]
     assert oldest in bounds()[package]
     assert f"{oldest.major}.{oldest.minor - 1}.99" not in bounds()[package]
 
@@ -82,7 +89,7 @@ def test_newer_versions_are_told_once_by_one_warning(tmp_path: Path) -> None:
     told = [line for line in lines if "MHC320" in line]
     assert len(told) == 1
     for package in ("torch", "peft"):
-        assert f"{package} 999.1 is installed, the newest tested is {versions.tested(package)[1]}" in told[0]
+        assert f"{package} 999.1 is installed, the newest tested is {span(package)[1]}" in told[0]
 
 
 def test_tested_versions_are_not_told(tmp_path: Path) -> None:
