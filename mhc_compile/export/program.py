@@ -13,7 +13,6 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._dynamo.functional_export import clean_nn_module_stack_and_source_fn
 from torch.export import ExportedProgram
 from torch.export import _trace as torch_export
 from torch.fx import GraphModule, Node
@@ -26,6 +25,7 @@ from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.engram import carry
 from mhc_compile.export.decompose import Decompose, leftovers
 from mhc_compile.export.outline import Outline, noting_sinkhorn
+from mhc_compile.identity import ModuleNames
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, op_name
 from mhc_compile.pipeline import EXPORT, run_passes
@@ -61,7 +61,7 @@ def export(
     if not args and not kwargs:
         kwargs = example_inputs(model)
     shapes = _complete(model, args, kwargs, dynamic_shapes)
-    with _one_at_a_time, _rewriting(), _quietly():
+    with _one_at_a_time, _rewriting(model), _quietly():
         program = _export(model, args, kwargs, shapes)
     assert not leftovers(program.graph_module), leftovers(program.graph_module)
     _erase_dead_queries(program)
@@ -89,16 +89,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
 
 
 @contextmanager
-def _rewriting() -> Iterator[None]:
+def _rewriting(model: nn.Module) -> Iterator[None]:
     """Let our passes rewrite the graph that `torch.export` captures with Dynamo, before it traces that to ATen."""
     capture: Callable[..., GraphModule] = torch_export._export_to_torch_ir
 
     def captured_and_rewritten(*args: Any, **kwargs: Any) -> GraphModule:
         gm = capture(*args, **kwargs)
-        for body in gm.children():
-            # Checkpointed layers: torch takes its wrapper's name out of the paths in the outer graph alone.
-            if isinstance(body, GraphModule):
-                clean_nn_module_stack_and_source_fn(body, True)
+        ModuleNames(model, {}).rename(gm)
         context = Context(marks=find_marks(gm))
         if not context.marks:
             raise MHCError("MHC501", "this call reaches none of the model's stream owners")
