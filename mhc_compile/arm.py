@@ -140,6 +140,8 @@ def armed_class(base: type) -> type:
         return (_new_armed, (base, is_armed(self) and active_parameters(self.mhc).reads_ids), *state)
 
     forward.__signature__ = inspect.signature(base_forward)  # type: ignore[attr-defined]
+    # What unwraps a model, as accelerate does, would go past this forward to the residual one.
+    del forward.__wrapped__
     armed = type(
         base.__name__,
         (base,),

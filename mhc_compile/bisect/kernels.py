@@ -43,11 +43,14 @@ class Judged:
         return self.kernel.error / max(self.allowed, 1e-300)
 
 
-def allowed(error: Difference, dtype: torch.dtype) -> float:
-    """What an error may be where that of plain PyTorch is `error`: `FACTOR` times it, and of half a unit in the last
-    place of the largest value where it is smaller than that."""
+def allowed(error: Difference, dtype: torch.dtype, terms: int = 1) -> float:
+    """Return what an error may be where that of plain PyTorch is `error`: `FACTOR` times it.
+
+    Where it is smaller than half a unit in the last place of the largest value, that counts in its place, times the
+    square root of the `terms` that each value sums: their roundings add up like a random walk.
+    """
     floor = torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
-    return FACTOR * max(error.error, floor * error.scale)
+    return FACTOR * max(error.error, floor * error.scale * max(terms, 1) ** 0.5)
 
 
 def fused_calls(gm: GraphModule) -> Iterator[tuple[Node, Chain]]:
@@ -78,7 +81,9 @@ def judge(chain: Chain, args: Sequence[Any]) -> list[Judged]:
         if name == "z":
             continue  # the kernel's own note for its backward
         rounding = difference(wanted[name], by_plain[name])
-        found.append(Judged(name, difference(wanted[name], t), rounding, allowed(rounding, by_plain[name].dtype)))
+        terms = values["X"].numel() // t.numel()
+        limit = allowed(rounding, by_plain[name].dtype, terms)
+        found.append(Judged(name, difference(wanted[name], t), rounding, limit))
     return found
 
 

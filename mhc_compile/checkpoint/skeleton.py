@@ -68,7 +68,7 @@ def _registered(transformers: ModuleType, model_type: Any) -> Iterator[Any]:
 def configuration(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the configuration of a folder for `cls`, without its guard, and the keywords that are not its own."""
     config, rest = cls.config_class.from_pretrained(
-        folder, return_unused_kwargs=True, trust_remote_code=False, local_files_only=True, **kwargs
+        folder, **{**kwargs, "return_unused_kwargs": True, "trust_remote_code": False, "local_files_only": True}
     )
     vars(config).pop("transformers_weights", None)
     return config, rest
