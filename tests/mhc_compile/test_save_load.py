@@ -84,16 +84,17 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 # --- there and back ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize(
     ("make", "options", "shard"),
     [
-        (llama, {}, "30KB"),
-        (llama_bf16, {"convention": "deepseek_v4"}, "50GB"),
-        (gpt2, {"streams": 2, "manifold": "kronecker"}, "50GB"),
-        (t5, {"exit": "sum"}, "30KB"),
+        pytest.param(llama, {}, "30KB", id="llama", marks=pytest.mark.compat),
+        pytest.param(
+            llama_bf16, {"convention": "deepseek_v4"}, "50GB", id="llama-bf16-tied-head", marks=pytest.mark.compat
+        ),
+        pytest.param(gpt2, {"streams": 2, "manifold": "kronecker"}, "50GB", id="gpt2-tied", marks=pytest.mark.compat),
+        # No part of compat: Dynamo of torch 2.11 does not trace T5 where it makes its own cache (docs/limits.md).
+        pytest.param(t5, {"exit": "sum"}, "30KB", id="t5"),
     ],
-    ids=["llama", "llama-bf16-tied-head", "gpt2-tied", "t5"],
 )
 def test_round_trip_is_bit_equal(make: Any, options: dict[str, Any], shard: str, tmp_path: Path) -> None:
     model = converted(make(), **options)
