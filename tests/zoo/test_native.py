@@ -133,7 +133,7 @@ def test_as_exact_as_the_eager_model(name: str, dtype: torch.dtype) -> None:
     assert float(a.square().mean().sqrt()) <= 2 * float(b.square().mean().sqrt())
 
 
-@pytest.mark.compat
+# No part of compat: under torch 2.11 AOTAutograd does not trace the backward of transformers' grouped experts.
 @pytest.mark.parametrize("name", QUICK)
 def test_a_training_step_follows_the_eager_model(name: str) -> None:
     losses = []
