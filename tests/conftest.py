@@ -18,9 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    """Record what ran with what; pytest calls this once, in the process that collects the results of all."""
+    """Record what ran with what, in the process that collects the results of all: workers know only their own."""
     path = config.getoption("--record")
-    if path is not None and exitstatus == 0:
+    if path is not None and exitstatus == 0 and not hasattr(config, "workerinput"):
         counts = {name: len(terminalreporter.getreports(name)) for name in ("passed", "skipped")}
         versions.record(path, config.getoption("-m"), counts)
 
