@@ -145,6 +145,7 @@ class Stages(Patches):
         return x
 
 
+@plain(3 + 1 + 3, inputs=image)
 class UNet(nn.Module):
     """Stages down and up, channels last; what lies below a skip is the branch of the add that closes it."""
 
