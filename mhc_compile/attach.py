@@ -47,8 +47,8 @@ def rewrite_with_parameters(
 
     Returns what `install` takes, the graph with a placeholder for each of `graph_inputs` behind those it had, and how
     many residual adds it covers. What `requests` add goes to the last owner: the decoder. Sites that `others`, the
-    streams of the other mode, have alone get parameters as well. Raises what a pass refuses, MHC207 as `install` does,
-    and MHC109 as `report_coverage` does.
+    streams of the other mode, have alone get parameters as well. Raises what a pass refuses, and MHC207 as `install`
+    does.
     """
     made: dict[str, StreamParameters] = {}
     joined, partial = joined_sites(sites_of_owners(streams), sites_of_owners(others))
@@ -80,13 +80,16 @@ def rewrite_with_parameters(
     # which no kernel is worth compiling for.
     once = replace(options, kernels="none", recompute="off")
     gm = run_passes(gm, context, compile_passes(once), once)
-    report_coverage(context.coverage, spec, options)
     return made, gm, context.coverage
 
 
-def report_coverage(coverage: Coverage, spec: StreamSpec, options: Options) -> None:
-    """Warn of a degenerate conversion, or with `strict` raise MHC109."""
+def report_coverage(coverage: Coverage, spec: StreamSpec, options: Options, *, whole: bool) -> None:
+    """Warn of a degenerate conversion, or with `strict` raise MHC109.
+
+    `whole` tells that the graph is that of a model; what was compiled may be a layer of one.
+    """
     log.info("%s are part of a stream", coverage)
+    coverage = replace(coverage, alone=0) if whole else coverage
     constrained = spec.form == "mhc" and spec.manifold not in ("identity", "unconstrained")
     problem = (coverage if constrained else replace(coverage, short=False)).problem
     if problem and options.strict:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from mhc_compile import frame
 from mhc_compile.arm import graph_break
-from mhc_compile.attach import graph_inputs, install, refuse_wrapped, rewrite_with_parameters
+from mhc_compile.attach import graph_inputs, install, refuse_wrapped, report_coverage, rewrite_with_parameters
 from mhc_compile.capture import find_marks, private_copy
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
@@ -150,6 +150,7 @@ class Backend:
         root = _root_of(context.streams, names)
         spec = stream_spec(self.stream)
         made, gm, coverage = rewrite_with_parameters(root, gm, context.streams, spec, self.options, example_inputs)
+        report_coverage(coverage, spec, self.options, whole=False)
         frame.guard_identity(root)
 
         def first_call(*inputs: Any) -> Any:

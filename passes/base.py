@@ -144,6 +144,23 @@ def shape(node: Node) -> tuple[Any, ...]:
     return tuple(d if isinstance(d, int) else d.node.expr for d in value(node).shape)
 
 
+def same_shape(a: Node, b: Node) -> bool:
+    """Return whether two tensors that meet in an element-wise operation have the same sizes.
+
+    Dynamic sizes may be equal by a guard that their expressions do not show: of `4 * (S // 4)` and `S`, added to each
+    other. So two of them are compared by the sizes of the inputs at hand, without adding a guard.
+    """
+    if len(shape(a)) != len(shape(b)):
+        return False
+    return all(map(_same_size, value(a).shape, value(b).shape))
+
+
+def _same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+    if isinstance(m, int) or isinstance(n, int):
+        return isinstance(m, int) and isinstance(n, int) and m == n
+    return bool(m.node.expr == n.node.expr or (m.node.hint is not None and m.node.hint == n.node.hint))
+
+
 def op_name(node: Node) -> str:
     """The operation's plain name, whichever way it was spelt: `add` for `x + y`, `torch.add(x, y)` and `x.add(y)`."""
     if node.op == "call_method":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import sympy
 from torch.fx import Node
 
-from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, source_line
+from mhc_compile.passes.base import is_tensor, module_path, op_name, same_shape, shape, source_line
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.sites import SiteSearch, branch_mask
 
@@ -46,6 +46,8 @@ class Coverage:
     """Where a stream ends and the next begins with nothing but an add that was left, or less, between them."""
     short: bool = False
     """Whether the streams are several, and none has a site whose H gets a gradient."""
+    alone: int = 0
+    """Sites of a graph that is one short stream from its input to its output: a layer's, if not a tiny model's."""
 
     def __str__(self) -> str:
         return f"{self.sites} of {self.sites + len(self.left)} adds"
@@ -58,6 +60,8 @@ class Coverage:
             parts.append(f"{len(self.left)} left, which combine a value with its branch otherwise: {_few(self.left)}")
         if self.restarts:
             parts.append(f"the stream ends and begins again {len(self.restarts)} times: {_few(self.restarts)}")
+        if self.alone:
+            parts.append(f"the graph is one stream of {self.alone} sites, as of one layer compiled by itself")
         if self.short:
             parts.append(f"no stream has more than {ENDS} sites, and no H gets a gradient at the first and the last")
         return "; ".join([str(self), *parts]) if parts else ""
@@ -79,12 +83,12 @@ def coverage(flow: Dataflow, search: SiteSearch, streams: Sequence[ResidualStrea
         and flow.bit(node) & around & ~inside
         and _joins(flow, search, carried, node)
     ]
-    restarts = [*_restarts(flow, carried, streams), *_layers(flow, streams)]
     return Coverage(
         sites=sum(len(stream.sites) for stream in streams),
         left=tuple(map(_place, left)),
-        restarts=tuple(restarts),
+        restarts=tuple(_restarts(flow, carried, streams)),
         short=len(streams) > 1 and all(len(stream.sites) <= ENDS for stream in streams),
+        alone=_alone(flow, streams),
     )
 
 
@@ -121,7 +125,7 @@ def _joins(flow: Dataflow, search: SiteSearch, carried: dict[Node, int], node: N
         for root in reversed(flow.members(carried[carry] & flow.ancestors[branch])):
             if (
                 is_tensor(root)
-                and shape(root) == shape(written)
+                and same_shape(root, written)
                 and flow.between(root, branch) & flow.matmuls & ~flow.bit(root)
             ):
                 return True
@@ -143,17 +147,16 @@ def _restarts(flow: Dataflow, carried: dict[Node, int], streams: Sequence[Residu
                 yield _place(stream.entry)
 
 
-def _layers(flow: Dataflow, streams: Sequence[ResidualStream]) -> Iterable[str]:
-    """The one stream of a graph that holds nothing else: a layer that is converted without its neighbours."""
+def _alone(flow: Dataflow, streams: Sequence[ResidualStream]) -> int:
+    """Return the number of sites of a graph that holds nothing else than one short stream, else 0."""
     if len(streams) != 1 or len(streams[0].sites) > MAX_LAYER_SITES:
-        return
+        return 0
     stream = streams[0]
     inside = flow.between(stream.entry, stream.exit)
     embeds = any(
         n.op not in ("placeholder", "get_attr") and n in flow.hot for n in flow.nodes if not _in(flow, n, inside)
     )
-    if stream.entry.op == "placeholder" and not embeds:
-        yield f"a stream of {len(stream.sites)} sites from the graph's input to its output, as of one layer by itself"
+    return 0 if embeds or stream.entry.op != "placeholder" else len(stream.sites)
 
 
 def _in(flow: Dataflow, node: Node, mask: int) -> bool:

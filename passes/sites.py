@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from mhc_compile.passes.base import is_tensor, op_name, shape
+from mhc_compile.passes.base import is_tensor, op_name, same_shape, shape
 from mhc_compile.passes.dataflow import Dataflow
 
 # The stream passes through these by their first operand, whatever the others are.
@@ -84,13 +84,13 @@ class SiteSearch:
         name = op_name(node)
         if name in THROUGH_FIRST and hot and hot[0] is node.args[0]:
             return hot[0]
-        if name in THROUGH_HOT and len(hot) == 1 and is_tensor(hot[0]) and shape(hot[0]) == shape(node):
+        if name in THROUGH_HOT and len(hot) == 1 and is_tensor(hot[0]) and same_shape(hot[0], node):
             return hot[0]
         # Otherwise the nearest value that all of this one comes from: a norm written out, a clamp by its own maximum.
         if node not in flow.dominators:
             return None
         above = flow.dominators[node]
-        if above is None or not is_tensor(above) or shape(above) != shape(node):
+        if above is None or not is_tensor(above) or not same_shape(above, node):
             return None
         region = flow.between(above, node)
         if region & flow.matmuls & ~flow.bit(above) or region.bit_count() > MAX_NORM_NODES:
@@ -167,7 +167,7 @@ class SiteSearch:
         assert isinstance(right, Node)
         if len(shape(add)) < 2 or left is right:
             return
-        pairs = [(c, b) for c, b in ((left, right), (right, left)) if shape(c) == shape(add)]
+        pairs = [(c, b) for c, b in ((left, right), (right, left)) if same_shape(c, add)]
         for carry, branch in pairs:
             root = self._root_for(carry, branch)
             if root is None:
@@ -199,7 +199,7 @@ class SiteSearch:
         if len(leaves) < 3:
             return False
         for carry in leaves:
-            if shape(carry) != shape(add) or leaves.count(carry) > 1:
+            if not same_shape(carry, add) or leaves.count(carry) > 1:
                 continue
             rest = [n for n in leaves if n is not carry]
             # The leaf must be the one from which every other leaf comes, or the stream's values before it.
@@ -221,7 +221,7 @@ class SiteSearch:
                 and len(arg.users) == 1
                 and len(arg.args) == 2
                 and arg.args[0] is not arg.args[1]
-                and all(isinstance(a, Node) and a in self.flow.hot and shape(a) == shape(add) for a in arg.args)
+                and all(isinstance(a, Node) and a in self.flow.hot and same_shape(a, add) for a in arg.args)
             ):
                 below, deeper = self._flatten(arg)
                 leaves += below

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mhc_compile.passes.base import copy_meta, is_tensor, op_name, shape, value
+from mhc_compile.passes.base import copy_meta, is_tensor, op_name, same_shape, shape, value
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.sites import Site, SiteSearch
@@ -110,7 +110,7 @@ def unify_spellings(gm: GraphModule) -> None:
         elif _candidate(node):
             for reading in _readings(node, flow, search):
                 root = search.joins(reading.carry, reading.sources, contracts=reading.contracts)
-                if root is not None and shape(reading.carry) == shape(node):
+                if root is not None and same_shape(reading.carry, node):
                     search.sites[node] = Site(node, reading.carry, reading.sources, root, [])
                     spelt.append((node, reading))
                     break

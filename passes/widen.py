@@ -31,6 +31,7 @@ from mhc_compile.passes.base import (
     gradient_modes,
     op_name,
     refuse,
+    same_shape,
     shape,
     switches_gradients,
 )
@@ -129,7 +130,7 @@ class _Widening:
             branch, *others = (read.get(b, b) for b in site.branches)
             for other in others:
                 branch = self._call(operator.add, (branch, other), site.add)
-            if any(shape(b) != shape(site.add) for b in site.branches):
+            if any(not same_shape(b, site.add) for b in site.branches):
                 # What the add broadcast.
                 one = copy_meta(self.graph.call_method("select", (self.wide[site.carry], -2, 0)), site.add)
                 branch = copy_meta(self.graph.call_method("expand_as", (branch, one)), site.add)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mhc_compile.attach import install, refuse_wrapped, rewrite_with_parameters
+from mhc_compile.attach import install, refuse_wrapped, report_coverage, rewrite_with_parameters
 from mhc_compile.capture import Captured, capture
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
@@ -105,6 +105,7 @@ def convert_with_coverage(
         requests=[r for r in requests if r is not None],
         others=streams_of_other_mode(root, args, kwargs, settings),
     )
+    report_coverage(coverage, spec, settings, whole=True)
     install(root, made)
     return coverage
 

@@ -9,6 +9,7 @@ from torch.fx import Node
 from mhc_compile.inspect.elements import Drawing, Element, Found
 from mhc_compile.inspect.watch import Watcher
 from mhc_compile.passes.base import module_path
+from mhc_compile.passes.ownership import INPUT
 
 Sites = dict[tuple[str, str], int]
 """Site elements by the owner and the name under which their parameters lie."""
@@ -92,6 +93,7 @@ def _add_memories(drawing: Drawing, watcher: Watcher, sites: Sites) -> None:
         for name, node in [*mark.parameters.items(), *mark.given.items()]:
             # `engram.layers.3.key`, `table:layers.3:...`, `state.gate:layers.3`
             layer = next((x for x in by_length if f".{x}." in name or f":{x}" in name), "")
-            looks_up = name in mark.given or name.startswith(("engram.", "over_encoding."))
+            brought = name in mark.given and INPUT not in node.meta  # the ids and the mask are the caller's
+            looks_up = brought or name.startswith(("engram.", "over_encoding."))
             if held and looks_up:
                 drawing.of[node] = held.get(layer, next(iter(held.values())))

@@ -104,7 +104,8 @@ def _look(
         return Inspection(**about, passes=tuple(watcher.records), refusal=error, reach=found)
     layer, coverage = watcher.layer, watcher.coverage
     assert coverage is not None
-    report_coverage(coverage, StreamSpec.parse(marks[0].spec) if marks else spec, replace(options, strict=False))
+    built = StreamSpec.parse(marks[0].spec) if marks else spec
+    report_coverage(coverage, built, replace(options, strict=False), whole=True)
     return Inspection(
         **about,
         streams=watcher.streams(),

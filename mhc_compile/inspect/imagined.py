@@ -38,7 +38,7 @@ def imagined_marks(captured: Captured, spec: StreamSpec, options: Options, obser
         for name, size in shapes.items():
             with graph.inserting_after(last), fake:
                 last = graph.placeholder(f"mhc_{owner}_{name}".replace(".", "_").replace("#", "_"))
-                last.meta["example_value"] = torch.empty(size, device=device)
+                last.meta["example_value"] = torch.nn.Parameter(torch.empty(size, device=device))
             last.meta[OWNED] = True
             nodes[name] = last
         marks.append(Mark(owner, str(spec), nodes))

@@ -118,7 +118,8 @@ def test_separation_after_each_site_follows_the_equations(ids: Tensor) -> None:
         pre, post, H = reference.coefficients(X, site.phi, site.alpha, site.bias, state.spec)
         h = reference.aggregate(X, pre)
         block = model.layers[0]
-        X = reference.distribute(X, block(h) - h, post, H)
+        branch = block.down(F.gelu(block.up(block.norm(h))))
+        X = reference.distribute(X, branch, post, H)
     found = measure_streams(model, ids)[""]
     assert found.separation[0] == pytest.approx(separation(X).mean().item(), rel=1e-4)
 

@@ -95,7 +95,7 @@ def converted() -> Data:
 
 def test_the_drawing_of_a_converted_llama(converted: Data) -> None:
     assert converted["model"] == {
-        "name": "LlamaForCausalLM", "state": "converted",
+        "name": "LlamaForCausalLM", "state": "converted", "adds": "6 of 6 adds",
         "parameters": sum(p.numel() for p in llama(num_hidden_layers=3).parameters()),
         "added": sum(e["parameters"] for e in converted["elements"] if e["kind"] == "stream")
         - sum(e["parameters"] for e in converted["elements"] if e["kind"] == "branch"),

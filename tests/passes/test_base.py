@@ -211,7 +211,7 @@ def test_the_observer_keeps_notes_of_each_pass_apart() -> None:
     first, second = observer.records
     assert (first.name, second.name) == ("normalize", "residual")
     assert (first.notes, context.notes) == ([], [])
-    assert second.notes == ["0 parameter contractions outside all branches"]
+    assert second.notes == ["0 parameter contractions outside all branches", "2 of 2 adds"]
     assert second.before == second.after
     assert first.nodes_after == second.nodes_before
 

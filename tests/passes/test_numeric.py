@@ -25,7 +25,7 @@ NUMERIC = Options(inner="eager", debug="numeric")
 
 @dataclass(frozen=True)
 class SwapsOperands:
-    """Wrong on purpose: turns `a - b` into `b - a`."""
+    """Wrong on purpose: turns `a / b` into `b / a`."""
 
     name: ClassVar[str] = "swaps_operands"
     requires: ClassVar[tuple[str, ...]] = ("normal-form",)
@@ -33,7 +33,7 @@ class SwapsOperands:
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         for node in gm.graph.nodes:
-            if op_name(node) == "sub":
+            if op_name(node) == "truediv":
                 node.args = (node.args[1], node.args[0])
         return gm
 
@@ -59,7 +59,7 @@ class Difference(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self.linear(x)
-        return y - x, y
+        return y / (x + 3), y
 
 
 def run_with(step: Pass, options: Options = NUMERIC) -> GraphModule:

@@ -263,16 +263,16 @@ class NanoGPT(nn.Module):
 
 
 def _home(name: str, size: Size) -> tuple[nn.Module, Inputs]:
-    size: dict[str, Any] = {"d_model": HIDDEN, "nhead": HEADS, "dim_feedforward": INNER, "batch_first": True}
+    layout: dict[str, Any] = {"d_model": HIDDEN, "nhead": HEADS, "dim_feedforward": INNER, "batch_first": True}
     x = torch.randn(size.batch, size.length, HIDDEN)
     if name == "nanogpt":
         return NanoGPT(), {"input_ids": ids(size)}
     first = name.endswith("pre_norm")
     if name.startswith("encoder"):
         norm = nn.LayerNorm(HIDDEN) if first else None
-        one = nn.TransformerEncoderLayer(**size, norm_first=first)
+        one = nn.TransformerEncoderLayer(**layout, norm_first=first)
         return nn.TransformerEncoder(one, 2, norm=norm, enable_nested_tensor=False), {"src": x}
-    layer = nn.TransformerDecoderLayer(**size, norm_first=first)
+    layer = nn.TransformerDecoderLayer(**layout, norm_first=first)
     return nn.TransformerDecoder(layer, 2), {"tgt": x, "memory": torch.randn(size.batch, 7, HIDDEN)}
 
 
