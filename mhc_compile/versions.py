@@ -1,6 +1,6 @@
 """Tell which versions the tests ran with, and warn of newer ones.
 
-`tested.json` beside this file has a row for each stack; `pytest --record FILE` writes it and `python docs/versions.py`
+`tested.json` beside this file has a row for each stack; `pytest --record=FILE` writes it and `python docs/versions.py`
 renders it. The bounds in pyproject.toml follow from it, which `tests/mhc_compile/test_versions.py` checks.
 """
 

@@ -152,13 +152,14 @@ def same_shape(a: Node, b: Node) -> bool:
     """
     if len(shape(a)) != len(shape(b)):
         return False
-    return all(map(_same_size, value(a).shape, value(b).shape))
+    sizes = zip(shape(a), shape(b), value(a).shape, value(b).shape, strict=True)
+    return all(bool(one == other) or _same_hint(m, n) for one, other, m, n in sizes)
 
 
-def _same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+def _same_hint(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
     if isinstance(m, int) or isinstance(n, int):
-        return isinstance(m, int) and isinstance(n, int) and m == n
-    return bool(m.node.expr == n.node.expr or (m.node.hint is not None and m.node.hint == n.node.hint))
+        return False
+    return m.node.hint is not None and bool(m.node.hint == n.node.hint)
 
 
 def op_name(node: Node) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import sympy
 from torch.fx import Node
 
-from mhc_compile.passes.base import is_tensor, module_path, op_name, same_shape, shape, source_line
+from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, source_line
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.sites import SiteSearch, branch_mask
 
@@ -125,7 +125,7 @@ def _joins(flow: Dataflow, search: SiteSearch, carried: dict[Node, int], node: N
         for root in reversed(flow.members(carried[carry] & flow.ancestors[branch])):
             if (
                 is_tensor(root)
-                and same_shape(root, written)
+                and shape(root) == shape(written)
                 and flow.between(root, branch) & flow.matmuls & ~flow.bit(root)
             ):
                 return True

@@ -90,7 +90,7 @@ class SiteSearch:
         if node not in flow.dominators:
             return None
         above = flow.dominators[node]
-        if above is None or not is_tensor(above) or not same_shape(above, node):
+        if above is None or not is_tensor(above) or shape(above) != shape(node):
             return None
         region = flow.between(above, node)
         if region & flow.matmuls & ~flow.bit(above) or region.bit_count() > MAX_NORM_NODES:
