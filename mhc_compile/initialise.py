@@ -30,7 +30,7 @@ def start_with_streams(root: nn.Module) -> None:
 
 
 def start_without_streams(root: nn.Module) -> None:
-    """The inverse of `start_with_streams`."""
+    """Undo `start_with_streams`."""
     for module in root.modules():
         own = module.__dict__.get(_METHOD)
         if isinstance(own, functools.partial) and own.func is _start:

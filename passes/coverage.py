@@ -54,7 +54,7 @@ class Coverage:
 
     @property
     def problem(self) -> str:
-        """What is degenerate about the conversion; empty where nothing is."""
+        """Return what is degenerate about the conversion; empty where nothing is."""
         parts = []
         if self.left:
             parts.append(f"{len(self.left)} left, which combine a value with its branch otherwise: {_few(self.left)}")
@@ -93,7 +93,7 @@ def coverage(flow: Dataflow, search: SiteSearch, streams: Sequence[ResidualStrea
 
 
 def _around(flow: Dataflow, streams: Sequence[ResidualStream]) -> int:
-    """Bit mask of what the streams come from and what comes from them."""
+    """Return a bit mask of what the streams come from and what comes from them."""
     mask = 0
     for stream in streams:
         mask |= flow.ancestors[stream.entry] | flow.descendants[stream.exit]
@@ -101,7 +101,7 @@ def _around(flow: Dataflow, streams: Sequence[ResidualStream]) -> int:
 
 
 def _carried(flow: Dataflow) -> dict[Node, int]:
-    """Bit mask of the hot values from which each one can be reached past all contractions with parameters."""
+    """Return a bit mask of the hot values from which each one can be reached past all contractions with parameters."""
     carried: dict[Node, int] = {}
     for node in flow.nodes:
         mask = flow.bit(node)
@@ -114,7 +114,7 @@ def _carried(flow: Dataflow) -> dict[Node, int]:
 
 
 def _joins(flow: Dataflow, search: SiteSearch, carried: dict[Node, int], node: Node) -> bool:
-    """Whether `node` puts a value of its own shape together with what parameters make of that value."""
+    """Return whether `node` puts a value of its own shape together with what parameters make of that value."""
     written = node.args[0] if op_name(node) == "setitem" else node
     if not isinstance(written, Node) or not is_tensor(written) or len(shape(written)) < 2:
         return False
@@ -133,7 +133,7 @@ def _joins(flow: Dataflow, search: SiteSearch, carried: dict[Node, int], node: N
 
 
 def _restarts(flow: Dataflow, carried: dict[Node, int], streams: Sequence[ResidualStream]) -> Iterable[str]:
-    """A stream whose entry carries the exit of another, in the same size and with no stream between them."""
+    """Yield the place of each stream that begins with the end of another, of the same size, with no stream between."""
     for stream in streams:
         for other in streams:
             above = other.exit

@@ -13,7 +13,7 @@ tensors are read, and written at the end, in place.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
-from mhc_compile.kernels.engram.memory import LayerMemory, Memory
+from mhc_compile.kernels.engram.memory import LayerMemory, Memory, layers_of
 from mhc_compile.passes.base import Context, gradient_modes, value
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.tokens import token_ids
@@ -45,7 +45,10 @@ class Engram:
         """Rewrite `gm` in place."""
         for widened in context.widened:
             if widened.mark.memory is not None:
-                _Inserting(gm.graph, widened, widened.mark.memory, plain=self.plain).run()
+                of_mark = [w for w in context.widened if w.mark is widened.mark]
+                # Of this graph: the first site of a layer may be one that its mode leaves out.
+                entries = layers_of([site for w in of_mark for site in w.reads])
+                _Inserting(gm.graph, widened, widened.mark.memory, entries, plain=self.plain).run()
                 layers = ", ".join(m.layer for m in widened.mark.memory.layers)
                 context.notes.append(f"memory at {layers} of {widened.mark.owner or 'the model'}")
         return gm
@@ -54,14 +57,18 @@ class Engram:
 class _Inserting(Lookups):
     """The memories of one stream."""
 
-    def __init__(self, graph: Graph, widened: Widened, memory: Memory, *, plain: bool) -> None:
+    def __init__(
+        self, graph: Graph, widened: Widened, memory: Memory, entries: Mapping[str, str], *, plain: bool
+    ) -> None:
         ids = token_ids(widened.entry, memory.vocab, widened.mark.given.get("ids"))
         super().__init__(graph, widened, ids, plain=plain)
         self.memory = memory
+        self.entries = {layer: site for layer, site in entries.items() if site in widened.reads}
+        """The site in front of which each layer of the stream gets its memory."""
         self.modes = gradient_modes(graph)
 
     def run(self) -> None:
-        layers = [m for m in self.memory.layers if m.site in self.widened.reads]
+        layers = [m for m in self.memory.layers if m.layer in self.entries]
         if not layers:
             return
         ids, reach, before = self._tokens()
@@ -89,7 +96,7 @@ class _Inserting(Lookups):
     # --- at the layer --------------------------------------------------------------------------------------------
 
     def _fuse(self, m: LayerMemory, look_up: Callable[[], Node], reach: Node) -> None:
-        site = self.widened.reads[m.site]
+        site = self.widened.reads[self.entries[m.layer]]
         X = site.args[0]
         assert isinstance(X, Node)
         readers = [u for u in X.users if u.target is not torch.ops.mhc.reduce.default]

@@ -34,6 +34,10 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "where": ("condition", "input", "other"),
 }  # fmt: skip
 """Names of positional arguments by operation."""
+TENSORS = {
+    "input", "other", "tensor1", "tensor2", "end", "mat1", "mat2", "batch1", "batch2", "source", "src", "values",
+}  # fmt: skip
+"""The positional arguments that must be tensors."""
 OPTIONS = {"alpha", "beta", "value"}
 CONTRACTIONS = {"addmm", "baddbmm", "addbmm"}
 ACCUMULATING = {"index_add", "scatter_add", "index_put"}
@@ -140,7 +144,7 @@ def _rewrite(gm: GraphModule, node: Node, reading: Reading) -> None:
 
 
 def _readings(node: Node, flow: Dataflow, search: SiteSearch) -> Iterator[Reading]:
-    """The ways to read `node` as an add; its carry and its sources are hot tensors."""
+    """Yield the ways to read `node` as an add; its carry and its sources are hot tensors."""
     arguments = _arguments(node)
     if arguments is None:
         return
@@ -152,7 +156,7 @@ def _readings(node: Node, flow: Dataflow, search: SiteSearch) -> Iterator[Readin
 
 
 def _arguments(node: Node) -> dict[str, Any] | None:
-    """The arguments by name; None for a spelling with others (old overloads, `out=`, `dtype=`)."""
+    """Return the arguments by name; None for a spelling with others (old overloads, `out=`, `dtype=`)."""
     names = PARAMETERS[op_name(node)]
     if op_name(node) == "where" and node.op == "call_method":
         names = ("input", "condition", "other")
@@ -163,21 +167,7 @@ def _arguments(node: Node) -> dict[str, Any] | None:
     ):
         return None
     arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
-    tensors = {
-        "input",
-        "other",
-        "tensor1",
-        "tensor2",
-        "end",
-        "mat1",
-        "mat2",
-        "batch1",
-        "batch2",
-        "source",
-        "src",
-        "values",
-    }
-    if any(not is_tensor(arguments.get(name)) for name in tensors & set(names)):
+    if any(not is_tensor(arguments.get(name)) for name in TENSORS & set(names)):
         return None
     return arguments
 
@@ -186,11 +176,9 @@ def _arguments(node: Node) -> dict[str, Any] | None:
 
 
 def _of_difference(op: _Operation) -> Iterator[Reading]:
-    left, right = (
-        (op.arguments["other"], op.arguments["input"])
-        if op_name(op.node) == "rsub"
-        else (op.arguments["input"], op.arguments["other"])
-    )
+    left, right = op.arguments["input"], op.arguments["other"]
+    if op_name(op.node) == "rsub":
+        left, right = right, left
     alpha = op.arguments.get("alpha", 1)
     yield Reading(left, [right], lambda w: (left, w.call(operator.neg, w.scaled(right, alpha))))
     yield Reading(right, [left], lambda w: (w.call(operator.neg, w.scaled(right, alpha)), left))
@@ -221,11 +209,7 @@ def _of_lerp(op: _Operation) -> Iterator[Reading]:
 
 
 def _of_contraction(op: _Operation) -> Iterator[Reading]:
-    first, second = (
-        (op.arguments["mat1"], op.arguments["mat2"])
-        if op_name(op.node) == "addmm"
-        else (op.arguments["batch1"], op.arguments["batch2"])
-    )
+    _, first, second = (op.arguments[name] for name in PARAMETERS[op_name(op.node)])
     beta = op.arguments.get("beta", 1)
 
     def write(w: _Writer) -> tuple[Node, Node]:
@@ -271,7 +255,7 @@ def _of_stack(op: _Operation) -> Iterator[Reading]:
 
 
 def _stacked(node: Node) -> list[Node] | None:
-    """The tensors whose `stack` is reduced along the dimension in which they lie."""
+    """Return the tensors whose `stack` is reduced along the dimension in which they lie."""
     arguments = _arguments(node)
     stack = None if arguments is None else arguments["input"]
     if not isinstance(stack, Node) or op_name(stack) != "stack" or stack.op != "call_function":

@@ -25,7 +25,7 @@ from mhc_compile.checkpoint.skeleton import (
     refuse_misfits,
     transformers_module,
 )
-from mhc_compile.checkpoint.source import VARIANT, Checkpoint, open_checkpoint
+from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.tables import check_tokenizer, read_tables
 from mhc_compile.config import OPTION_FIELDS, STREAM_FIELDS, Options
 from mhc_compile.diagnostics import MHCError
@@ -112,7 +112,7 @@ def open_converted(folder: Path, *, configured: bool = True) -> tuple[Checkpoint
     if not is_converted(folder):
         open_checkpoint(folder)  # whatever else is wrong with it
     manifest = read_manifest(folder)
-    checkpoint = open_checkpoint(folder, variant=VARIANT, configured=configured)
+    checkpoint = open_checkpoint(folder, converted=True, configured=configured)
     if configured and manifest.architecture not in (checkpoint.config.get("architectures") or []):
         raise MHCError("MHC414", f"{folder}: converted as {manifest.architecture}, which config.json does not name")
     return checkpoint, manifest
@@ -186,16 +186,18 @@ def _load_base(checkpoint: Checkpoint, cls: Any, kwargs: dict[str, Any]) -> nn.M
     }
     reader: Any = type(cls.__name__, (cls,), body)
     config, kwargs = configuration(cls, checkpoint.folder, kwargs)
+    assert checkpoint.index is not None
+    config.transformers_weights = checkpoint.index.name
     model, report = reader.from_pretrained(
         checkpoint.folder,
         config=config,
-        variant=VARIANT,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         **kwargs,
     )
     model.__class__ = cls
+    del model.config.transformers_weights
     refuse_misfits(str(checkpoint.folder), report)
     if len(spread := set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise MHCError(

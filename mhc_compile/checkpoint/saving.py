@@ -1,8 +1,8 @@
 """Save a converted model so that no reader can take it for a residual one.
 
-The streams go into a shard of their own. transformers' own files carry the variant `mhc`, and `config.json` names a
-weight file that there is not (`source.guarded`), so that every plain `from_pretrained` of the folder raises and says
-what loads it, instead of leaving the streams out.
+The streams go into a shard of their own. The index has a name that transformers does not look for, and `config.json`
+names a weight file that there is not (`source.guarded`), so that every plain `from_pretrained` of the folder raises and
+says what loads it, instead of leaving the streams out.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from mhc_compile.checkpoint.shards import read_shard, sha256, sync, write_shard,
 from mhc_compile.checkpoint.skeleton import is_model_class
 from mhc_compile.checkpoint.source import (
     CONFIG,
+    CONVERTED_INDEX,
     INDEX,
-    VARIANT,
     WEIGHTS,
     guarded,
     index_text,
     open_checkpoint,
     shard_names,
-    variant_name,
 )
 from mhc_compile.checkpoint.staging import check_target, staged, sync_folder
 from mhc_compile.checkpoint.tables import TABLES, write_tables
@@ -56,7 +55,7 @@ def save_pretrained(
     table_dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> None:
-    """Save a converted Hugging Face model: transformers' files as `variant="mhc"`, the streams' shard, and `mhc.json`.
+    """Save a converted Hugging Face model: transformers' files, the streams' shard, and `mhc.json`.
 
     The same as the model's own `save_pretrained`, whose arguments it takes. A folder with other files in it (a
     trainer's) is added to; an earlier save there is replaced. Load it with `mhc_compile.from_pretrained`. The tables of
@@ -73,8 +72,8 @@ def save_pretrained(
     if base_save is None:
         way_out = "mhc_compile.save(model, folder), and mhc_compile.load(model, folder) to load it"
         raise MHCError("MHC405", f"{type(model).__name__} has no save_pretrained", way_out=way_out)
-    if variant not in (None, VARIANT):
-        raise MHCError("MHC204", f"variant={variant!r}: a converted model is saved as variant {VARIANT!r}")
+    if variant is not None:
+        raise MHCError("MHC204", f"variant={variant!r}: a converted folder has none", way_out="leave it out")
     for name, instead in _REFUSED.items():
         if kwargs.pop(name, False):
             raise MHCError("MHC204", f"{name}=True", way_out=instead)
@@ -85,8 +84,10 @@ def save_pretrained(
     base, streams = _split(model, held, state_dict)
 
     def write_base(folder: Path) -> _Base:
-        base_save(model, folder, state_dict=base, variant=VARIANT, **kwargs)
-        saved = open_checkpoint(folder, variant=VARIANT)
+        base_save(model, folder, state_dict=base, **kwargs)
+        saved = open_checkpoint(folder)
+        if saved.index is not None:
+            saved.index.unlink()
         (folder / CONFIG).write_bytes(guarded((folder / CONFIG).read_bytes()))
         # As transformers wrote it: FSDP2 renames the class.
         return _Base(saved.config["architectures"][0], [shard.path for shard in saved.shards], saved.metadata)
@@ -137,7 +138,7 @@ def save_with_streams(root: nn.Module) -> None:
 
 
 def save_without_streams(root: nn.Module) -> None:
-    """The inverse of `save_with_streams`."""
+    """Undo `save_with_streams`."""
     for module in root.modules():
         own = module.__dict__.get("save_pretrained")
         if isinstance(own, functools.partial) and own.func is save_pretrained:
@@ -236,7 +237,7 @@ def _write(
     if occupied:
         # The finished files are moved in; a folder that does not hold any is renamed as a whole.
         _refuse_residual_weights(folder)
-        target = folder / f".{VARIANT}-finished"
+        target = folder / ".mhc-finished"
         shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
     target = check_target(target)
     with staged(target) as staging:
@@ -253,15 +254,14 @@ def _add_streams(
     table_dtype: torch.dtype | None,
 ) -> None:
     """Number the base's weight files anew, with the streams' as the last, and describe them."""
-    *base_names, streams_file = shard_names(len(base.paths) + 1, VARIANT)
+    *base_names, streams_file = shard_names(len(base.paths) + 1, converted=True)
     for name, path in zip(base_names, base.paths, strict=True):
         path.rename(folder / name)
     digests = {name: sha256(folder / name) for name in base_names}
     digests[streams_file] = write_shard(folder / streams_file, streams)
     write_tables(folder, held, dtype=table_dtype)
-    index = folder / variant_name(INDEX, VARIANT)
-    index.unlink(missing_ok=True)
-    write_text(index, index_text(base.metadata, {name: read_shard(folder / name) for name in digests}))
+    index = index_text(base.metadata, {name: read_shard(folder / name) for name in digests})
+    write_text(folder / CONVERTED_INDEX, index)
     for path in folder.iterdir():
         if path.is_file():
             with path.open("rb+") as file:
@@ -279,9 +279,9 @@ def _move_in(finished: Path, folder: Path) -> None:
     try:
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
-        weights = (f"model.{VARIANT}*.safetensors", *TABLES)
-        for old in (*(p for name in weights for p in folder.glob(name)), folder / variant_name(INDEX, VARIANT)):
-            old.unlink(missing_ok=True)
+        for name in ("model.mhc*.safetensors", CONVERTED_INDEX, *TABLES):
+            for old in folder.glob(name):
+                old.unlink()
         for path in sorted(finished.iterdir(), key=lambda p: p.name == MANIFEST):
             path.replace(folder / path.name)
         finished.rmdir()

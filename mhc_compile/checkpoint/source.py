@@ -14,14 +14,15 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import names
 
 CONFIG = "config.json"
-VARIANT = "mhc"
-"""What transformers calls the weights of a converted folder: without asking for it, it finds no weights there."""
 _NOTICE = "converted by mhc-compile: load this folder with mhc_compile.from_pretrained"
 _GUARD = f'\n  "transformers_weights": "{_NOTICE}",'.encode()
 """What a converted folder's `config.json` has after its first brace. transformers takes it for the name of the weight
 file, whatever class and variant it is asked for, and raises an error that quotes it."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONVERTED_INDEX = "mhc.safetensors.index.json"
+"""The index of a converted folder: transformers asks for no such name, whatever configuration and variant it is given,
+and reads it where a configuration names it."""
 _OWN_MODEL = "give the model that the folder was saved from: mhc_compile.load(model, folder)"
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx",
@@ -49,48 +50,45 @@ class Checkpoint:
         return sum(shard.size for shard in self.shards)
 
 
-def open_checkpoint(folder: Path, *, variant: str | None = None, configured: bool = True) -> Checkpoint:
-    """Read the configuration and the headers of all weight files; without `configured` no configuration.
+def open_checkpoint(folder: Path, *, converted: bool = False, configured: bool = True) -> Checkpoint:
+    """Read the configuration and the headers of all weight files, of a residual folder or of a `converted` one.
+
+    Without `configured` no configuration is read.
 
     Raises MHC401, 402, 403 or 407 for a folder that is none, is incomplete, damaged or pickled, and MHC405 or 406 for a
     configuration that asks for code of its own or is quantised.
     """
     if not folder.is_dir():
         raise MHCError("MHC401", f"{folder} is {'a file' if folder.exists() else 'not there'}")
-    weights, index = variant_name(WEIGHTS, variant), variant_name(INDEX, variant)
+    weights = [CONVERTED_INDEX] if converted else [WEIGHTS, INDEX]
     path = folder / CONFIG
     config: dict[str, Any] = {}
     if configured and not path.is_file():
-        if (folder / weights).exists() or (folder / index).exists():
-            raise MHCError("MHC402", f"{path} is missing", way_out=None if variant is None else _OWN_MODEL)
-        raise MHCError("MHC401", f"{folder} holds neither {CONFIG} nor {weights}")
+        if any((folder / name).exists() for name in weights):
+            raise MHCError("MHC402", f"{path} is missing", way_out=_OWN_MODEL if converted else None)
+        raise MHCError("MHC401", f"{folder} holds neither {CONFIG} nor {weights[0]}")
     if configured:
         config = read_json(path)
         refuse_config(path, config)
     # transformers prefers the single file where there are both.
-    if (folder / weights).is_file():
-        return Checkpoint(folder, config, (read_shard(folder / weights),), None, {})
-    if (folder / index).is_file():
-        shards, metadata = _read_index(folder / index)
-        return Checkpoint(folder, config, shards, folder / index, metadata)
-    if not variant and (folder / variant_name(INDEX, VARIANT)).exists():
+    for file in (folder / name for name in weights):
+        if file.is_file() and file.suffix == ".json":
+            shards, metadata = _read_index(file)
+            return Checkpoint(folder, config, shards, file, metadata)
+        if file.is_file():
+            return Checkpoint(folder, config, (read_shard(file),), None, {})
+    if not converted and (folder / CONVERTED_INDEX).exists():
         raise MHCError("MHC402", f"{folder} holds a converted model's weights, but {MANIFEST} is missing")
     if pickled := sorted(p.name for pattern in _OTHER_WEIGHTS for p in folder.glob(pattern)):
         raise MHCError("MHC407", f"{folder} holds {names(pickled)}")
-    raise MHCError("MHC402", f"{folder} holds neither {weights} nor {index}")
+    raise MHCError("MHC402", f"{folder} does not hold {' or '.join(weights)}")
 
 
-def variant_name(name: str, variant: str | None) -> str:
-    """`name` as transformers spells it for a variant: `model.mhc.safetensors`, `model.safetensors.index.mhc.json`."""
-    stem, _, suffix = name.rpartition(".")
-    return f"{stem}.{variant}.{suffix}" if variant else name
-
-
-def shard_names(count: int, variant: str | None = None) -> list[str]:
-    """The names of `count` weight files; a single one has no number."""
-    stem = variant_name(WEIGHTS, variant).removesuffix(".safetensors")
-    if count == 1:
-        return [f"{stem}.safetensors"]
+def shard_names(count: int, *, converted: bool = False) -> list[str]:
+    """Return the names of `count` weight files; of a residual folder a single one has no number."""
+    if count == 1 and not converted:
+        return [WEIGHTS]
+    stem = "model.mhc" if converted else "model"
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 

@@ -15,8 +15,8 @@ from mhc_compile.checkpoint.shards import Shard, copy_file, copy_shard, read_sha
 from mhc_compile.checkpoint.skeleton import skeleton
 from mhc_compile.checkpoint.source import (
     CONFIG,
+    CONVERTED_INDEX,
     INDEX,
-    VARIANT,
     Checkpoint,
     companions,
     guarded,
@@ -25,7 +25,6 @@ from mhc_compile.checkpoint.source import (
     refuse_links_out,
     shard_names,
     unguarded,
-    variant_name,
 )
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.checkpoint.tables import read_tokenizer, write_tables
@@ -120,7 +119,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     streams = {f"{prefix(owner)}{name}": t for owner, held in made.items() for name, t in held.kept().items()}
     if clash := streams.keys() & {name for shard in checkpoint.shards for name in shard.tensors}:
         raise MHCError("MHC207", f"a weight is named {min(clash)}")
-    *base_names, streams_file = shard_names(len(checkpoint.shards) + 1, VARIANT)
+    *base_names, streams_file = shard_names(len(checkpoint.shards) + 1, converted=True)
     metadata = _count_parameters(checkpoint.metadata, sum(p.numel() for p in streams.values()))
     with staged(target) as staging:
         files, sha256 = _copy(checkpoint, checkpoint.shards, base_names, staging, progress, refuse_nonfinite=True)
@@ -129,7 +128,7 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
         if tables:
             progress(checkpoint.size, checkpoint.size, "writing tables")
             write_tables(staging, made)
-        write_text(staging / variant_name(INDEX, VARIANT), index_text(metadata, files))
+        write_text(staging / CONVERTED_INDEX, index_text(metadata, files))
         _copy_companions(checkpoint, taken, staging, guarded)
         Manifest(
             architecture=type(model).__name__,

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from folders import converted, copied, original  # noqa: F401  (fixtures)
+from folders import converted, copied, original, saved, saved_copy  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(autouse=True)

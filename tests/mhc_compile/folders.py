@@ -1,4 +1,4 @@
-"""Checkpoint folders to convert: made by transformers, converted once, and copies to damage."""
+"""Checkpoint folders: to convert, converted or saved once, and copies to damage."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import llama, shake
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,7 +23,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mhc_compile import convert_folder
+from mhc_compile import convert, convert_folder
+from mhc_compile.arm import is_armed
+from mhc_compile.parameters import owners
 
 torch.set_num_threads(1)
 LLAMA = {
@@ -95,3 +99,37 @@ def assert_same_tree(left: Path, right: Path) -> None:
     for path in left.rglob("*"):
         if path.is_file():
             assert filecmp.cmp(path, right / path.relative_to(left), shallow=False), path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained, converted Llama in several shards."""
+    folder = tmp_path_factory.mktemp("saved") / "llama"
+    with_streams(llama()).save_pretrained(folder, max_shard_size="30KB")
+    return folder
+
+
+@pytest.fixture
+def saved_copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "saved_copy"))
+
+
+def with_streams(model: nn.Module, **options: Any) -> Any:
+    """The model converted, its streams far from their start."""
+    model = convert(model, inner="eager", **options)
+    shake(model)
+    return model
+
+
+def assert_same(left: nn.Module, right: nn.Module) -> None:
+    assert type(left).__name__ == type(right).__name__
+    a, b = left.state_dict(), right.state_dict()
+    assert a.keys() == b.keys()
+    for name, t in a.items():
+        assert t.dtype == b[name].dtype
+        assert torch.equal(t, b[name]), name
+    mine, others = owners(left), owners(right)
+    assert {path: (p.spec, list(p.sites.items())) for path, p in mine.items()} == {
+        path: (p.spec, list(p.sites.items())) for path, p in others.items()
+    }
+    assert all(is_armed(right.get_submodule(path)) for path in others)

@@ -36,7 +36,7 @@ def test_weights_are_copied_byte_by_byte_and_streams_follow(original: Path, conv
     streams = load_file(converted / "model.mhc-00004-of-00004.safetensors")
     assert "model.mhc.layers.0#0.phi" in streams
     assert {t.dtype for t in streams.values()} == {torch.float32}
-    index = json.loads((converted / "model.safetensors.index.mhc.json").read_text())
+    index = json.loads((converted / "mhc.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(weights(original)) | set(streams)
     for name, file in index["weight_map"].items():
         assert name in load_file(converted / file)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import Block, chain, close, shake
+from memories import shake_memory, small
+from tiny_models import VOCAB, Block, chain, close, ids, shake
 from torch import Tensor, nn
 
 from mhc_compile import MHCError, convert, stream_parameters
@@ -103,6 +104,56 @@ def test_manifests_keep_what_each_mode_holds() -> None:
     assert _owner(written) == Owner.of(held)
     with pytest.raises(TypeError):
         _owner(written | {"partial": [["layers.9#0"]]})
+
+
+class Halves(nn.Module):
+    """Layers of two blocks, of which evaluation leaves out the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, 32)
+        self.layers = nn.ModuleList(nn.ModuleDict({"first": Block(), "second": Block()}) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for layer in self.layers:
+            h = layer["second"](layer["first"](h) if self.training else h)
+        return h
+
+
+class Exits(Layers):
+    """The early exit with token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.embed(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_memory_is_read_in_both_modes_where_one_leaves_out_its_site(training: bool) -> None:
+    model = convert(Halves().train(training), ids(), engram=small("v41", layers=(1,)), inner="eager")
+    assert owners(model)[""].memory.layers[0].site == "layers.1.first#0"
+    before = [model.train(mode)(ids()).detach() for mode in (True, False)]
+    shake_memory(model)
+    for mode, silent in zip((True, False), before, strict=True):
+        model.zero_grad()
+        got = model.train(mode)(ids())
+        assert not close(got.detach(), silent, 1e-2)
+        got.square().sum().backward()
+        assert all(p.grad.abs().max() > 0 for n, p in stream_parameters(model).items() if n.endswith(".value"))
+
+
+def test_a_memory_of_a_layer_that_evaluation_leaves_out() -> None:
+    model = convert(Exits(), ids(), engram=small("v41", layers=(3,)), inner="eager")
+    before = [model.train(mode)(ids()).detach() for mode in (True, False)]
+    shake_memory(model)
+    after = [model.train(mode)(ids()).detach() for mode in (True, False)]
+    assert not close(after[0], before[0], 1e-2)
+    assert torch.equal(after[1], before[1])
 
 
 def test_sites_that_would_mean_other_additions_are_refused() -> None:

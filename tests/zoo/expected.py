@@ -26,6 +26,7 @@ _SITES: dict[str, int] = {
     "home/decoder_post_norm": 6,
     "home/nanogpt": 4,
     "seq2seq/led": 10,
+    "speech/omniasr": 9,  # with the convolution that adds positions, and the decoder's four
     "speech/omniasr_ctc": 5,
     "speech/hubert": 5,  # with the convolution that adds positions
     "speech/wav2vec2": 5,
@@ -36,11 +37,15 @@ PARTLY_FROZEN = {"blt", "hrm_text"}
 # Models that carry several streams already, one stream inside another, reversible pairs, or stages.
 _UNUSUAL = {
     "blt",
+    "codec/wavtokenizer",
     "deepseek_v4",
     "gemma3n",
     "gemma3n_text",
     "hrm_text",
     "hy_v4",
+    "image_text/hy_v4_vl",
+    "image_text/inkling2",
+    "image_text/inkling2_loop",
     "inkling2_loop_text",
     "inkling2_text",
     "masked/funnel",

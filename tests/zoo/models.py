@@ -210,11 +210,28 @@ def _vision(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
     return model, {"pixel_values": torch.randn(size.batch, 3, 32, 32)}
 
 
+def _image_text(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
+    """Build the whole model and give it text alone: how many tokens an image has is data to most of them."""
+    return _from_auto(transformers.AutoModelForImageTextToText, model_type), {
+        "input_ids": ids(size),
+        "use_cache": False,
+    }
+
+
+def _codec(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
+    return _from_auto(transformers.AutoModel, model_type), {"input_values": torch.randn(size.batch, 1, 480)}
+
+
 def _speech(model_type: str, size: Size) -> tuple[nn.Module, Inputs]:
     if model_type == "whisper":
         model = _from_auto(transformers.AutoModelForSpeechSeq2Seq, model_type)
         features = torch.randn(size.batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
         return model, {"input_features": features, "decoder_input_ids": ids(size), "use_cache": False}
+    if model_type == "omniasr":  # the frames of the encoder replace as many placeholders in the decoder's text
+        model = _from_auto(transformers.AutoModelForSpeechSeq2Seq, model_type)
+        placeholders = torch.full((size.batch, 12), model.config.audio_token_id)
+        text = torch.cat([placeholders, ids(size)], 1)
+        return model, {"input_ids": text, "input_values": torch.randn(size.batch, 1, 4000), "use_cache": False}
     model = _from_auto(transformers.AutoModelForCTC, model_type)
     channels = (1,) if model_type == "omniasr_ctc" else ()
     return model, {"input_values": torch.randn(size.batch, *channels, 4000)}
@@ -282,7 +299,9 @@ TASKS: dict[str, Callable[[str, Size], tuple[nn.Module, Inputs]]] = {
     "masked": _masked,
     "seq2seq": _seq2seq,
     "vision": _vision,
+    "image_text": _image_text,
     "speech": _speech,
+    "codec": _codec,
     "home": _home,
 }
 _OTHERS: dict[str, str] = {
@@ -291,7 +310,9 @@ _OTHERS: dict[str, str] = {
     " squeezebert",
     "seq2seq": "bart blenderbot led longt5 m2m_100 marian mbart mt5 pegasus prophetnet switch_transformers t5 umt5",
     "vision": "beit convnext deit dinov2 dinov3_vit pvt swin vit",
-    "speech": "hubert omniasr_ctc wav2vec2 whisper",
+    "image_text": "apertus1p5 exaone4_5 hy_v4_vl inkling2 inkling2_loop",  # of 5.24; older ones are causal as well
+    "speech": "hubert omniasr omniasr_ctc wav2vec2 whisper",
+    "codec": "wavtokenizer",
     "home": "nanogpt encoder_pre_norm encoder_post_norm decoder_pre_norm decoder_post_norm",
 }
 

@@ -85,6 +85,7 @@ _GEMMA3N = {
     "intermediate_size": [INNER] * 4,
     "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
 }
+_HY_V4_VL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 _LLAMA4 = {
     "num_hidden_layers": 4,
     "interleave_moe_layer_step": 2,
@@ -106,6 +107,31 @@ _QWEN4 = {
     "make_ngram_vocab_size_divisible_by": 2,
     "eos_token_id": 2,
 }
+_WAVTOKENIZER = {
+    "hidden_size": HIDDEN,
+    "codebook_size": VOCAB,
+    "codebook_dim": HIDDEN,
+    "decoder_hidden_size": HIDDEN,
+    "decoder_intermediate_size": INNER,
+    "decoder_num_layers": 2,
+    "decoder_attention_num_groups": 2,
+    "num_filters": 8,
+    "upsampling_ratios": [3, 4, 2],
+    "num_lstm_layers": 1,
+}
+_APERTUS = {  # the ids of image and audio codes end the vocabulary
+    "image_token_offset": VOCAB - 32,
+    "audio_token_offset": VOCAB - 16,
+    "vision_config": {
+        "codebook_size": 16,
+        "base_channels": 32,
+        "latent_channels": HIDDEN,
+        "channel_multiplier": (1, 1),
+        "num_res_blocks": 1,
+        "attn_resolutions": (),
+    },
+    "audio_config": _WAVTOKENIZER | {"codebook_size": 16},
+}
 SCALED = {  # published values differ from the defaults of one, which would show nothing
     "residual_multiplier": 0.5,
     "embedding_multiplier": 3.0,
@@ -113,6 +139,7 @@ SCALED = {  # published values differ from the defaults of one, which would show
     "logits_scaling": 2.0,
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "apertus1p5": _APERTUS,
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},  # short inputs switch to it, with a logged warning
     "bigbird_pegasus": {"attention_type": "original_full"},
@@ -187,7 +214,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoeshared": SCALED | {"shared_intermediate_size": INNER},
     "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
     "hyperclovax": SCALED,
-    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "hy_v4_vl_text": _HY_V4_VL,
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM, "num_experts": 4, "moe_topk": 2},
     "inkling_text": {"mlp_layer_types": ["dense", "sparse"]},
@@ -251,6 +278,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dinov3_vit": {"image_size": 32, "patch_size": 8},
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 3},
     "hubert": {"conv_dim": (HIDDEN,) * 7},
+    "exaone4_5": {"text_config": {"model_type": "exaone4"}},  # its class reads it without a default
+    "hy_v4_vl": {"text_config": _HY_V4_VL},
+    "inkling2": {"vision_config": {"text_hidden_size": HIDDEN}},
+    "inkling2_loop": {"vision_config": {"text_hidden_size": HIDDEN}},
+    "omniasr": {"audio_config": {"conv_dim": (HIDDEN,) * 7}},
     "omniasr_ctc": {"audio_config": {"conv_dim": (HIDDEN,) * 7}},
     "wav2vec2": {"conv_dim": (HIDDEN,) * 7},
     "longt5": {"local_radius": 2},
@@ -277,6 +309,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_heads": [2, 4],
         "window_size": 4,
     },
+    "wavtokenizer": _WAVTOKENIZER,
     "vit": {"image_size": 32, "patch_size": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},

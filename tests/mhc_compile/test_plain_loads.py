@@ -1,0 +1,60 @@
+"""transformers alone and folders of converted models: no way to load one leaves the streams out in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memories import tokenizer
+from tiny_models import llama
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+PLAIN_LOADS: dict[str, Any] = {
+    "AutoModel": AutoModel.from_pretrained,
+    "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained,
+    "variant": lambda f: AutoModel.from_pretrained(f, variant="mhc"),
+    "variant of a causal model": lambda f: AutoModelForCausalLM.from_pretrained(f, variant="mhc"),
+    "another head": lambda f: AutoModelForSequenceClassification.from_pretrained(f, variant="mhc"),
+    "the class": LlamaForCausalLM.from_pretrained,
+    "variant of the class": lambda f: LlamaForCausalLM.from_pretrained(f, variant="mhc"),
+    "variant of the base": lambda f: LlamaModel.from_pretrained(f, variant="mhc", device_map="cpu"),
+    "remote code": lambda f: AutoModelForCausalLM.from_pretrained(f, variant="mhc", trust_remote_code=True),
+    "its configuration": lambda f: LlamaModel.from_pretrained(f, config=LlamaConfig.from_pretrained(f), variant="mhc"),
+    "pipeline": lambda f: pipeline("text-generation", model=str(f), model_kwargs={"variant": "mhc"}),
+    "plain pipeline": lambda f: pipeline("text-generation", model=str(f)),
+}
+
+
+@pytest.mark.parametrize("load", PLAIN_LOADS)
+def test_transformers_alone_does_not_load_it(load: str, saved_copy: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer()).save_pretrained(saved_copy)
+    with pytest.raises((OSError, ValueError), match=r"mhc_compile\.from_pretrained"):
+        PLAIN_LOADS[load](saved_copy)
+
+
+def test_transformers_alone_reads_what_is_beside_the_weights(saved_copy: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer()).save_pretrained(saved_copy)
+    assert AutoTokenizer.from_pretrained(saved_copy)("ab").input_ids
+    assert AutoConfig.from_pretrained(saved_copy).hidden_size == 32
+    assert GenerationConfig.from_pretrained(saved_copy).pad_token_id == 0
+
+
+@pytest.mark.parametrize("variant", [None, "mhc"])
+def test_a_configuration_from_elsewhere_finds_no_weights(variant: str | None, saved: Path, converted: Path) -> None:
+    for folder in (saved, converted):
+        for cls in (AutoModel, AutoModelForCausalLM, LlamaForCausalLM):
+            with pytest.raises(OSError, match="no file named model"):
+                cls.from_pretrained(folder, config=llama().config, variant=variant)
