@@ -44,8 +44,8 @@ REFUSED = {
     "text/glm5_next_text": "MHC107",
     "qwen4_exp_text": "MHC104",  # Dynamo does not capture its n-gram code: a size depends on data
 }
-# Dynamo does not capture these as one graph (`wavtokenizer` computes its padding in tensors and branches on it), or they
-# cannot be built here.
+# Dynamo does not capture these as one graph, or they cannot be built here; wavtokenizer computes its padding in tensors
+# and branches on it.
 NOT_CAPTURED = {
     "codec/wavtokenizer", "ctrl", "dbrx", "longcat_flash", "qwen4_exp", "reformer", "seq2seq/led", "seq2seq/longt5",
     "seq2seq/switch_transformers", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant",
