@@ -187,6 +187,7 @@ def test_a_deep_copy_is_converted_and_independent(make: Any) -> None:
     assert owners(other).keys() == owners(model).keys()
 
 
+@pytest.mark.slow
 def test_a_pickle_opens_converted_in_a_fresh_process(tmp_path: Path) -> None:
     model = convert(llama(), inner="eager")
     shake(model)

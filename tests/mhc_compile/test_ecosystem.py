@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from tiny_models import chain, close, code_of, gpt2, gradients, ids, llama, logits, shake, t5
+from tiny_models import chain, close, code_of, gpt2, gradients, ids, llama, logits, shake, t5, variants
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
@@ -88,7 +88,7 @@ def quantised(kind: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", [Int8Linear, PackedLinear])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", variants("eager", "aot_eager"))
 def test_quantised_weights(kind: type[nn.Module], inner: str) -> None:
     model = quantised(kind)
     expected = model(ids()).logits

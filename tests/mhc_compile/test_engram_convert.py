@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from memories import PRESETS, shake_memory, small, tokenizer, with_memory
-from tiny_models import HIDDEN, VOCAB, close, gpt2, ids, llama, shake, t5
+from tiny_models import HIDDEN, VOCAB, close, gpt2, ids, llama, shake, t5, variants
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -40,7 +40,7 @@ def tables(model: nn.Module) -> list[Any]:
     return [held.table(layer) for held in owners(model).values() if held.memory for layer in held.memory_layers]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", variants(*PRESETS))
 def test_a_memory_at_its_start_changes_nothing_at_all(preset: str) -> None:
     plain = convert(llama(eos_token_id=5), inner="eager")
     model = convert(llama(eos_token_id=5), engram=small(preset), inner="eager")
@@ -51,8 +51,8 @@ def test_a_memory_at_its_start_changes_nothing_at_all(preset: str) -> None:
         assert not torch.equal(started(ids()).logits, plain(ids()).logits)
 
 
-@pytest.mark.parametrize("make", [gpt2, bert])
-@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("make", variants(gpt2, bert))
+@pytest.mark.parametrize("streams", variants(1, 2))
 def test_other_models_and_numbers_of_streams(make: Any, streams: int) -> None:
     plain = convert(make(), streams=streams, inner="eager")
     model = convert(make(), streams=streams, engram=small("paper"), inner="eager")
@@ -63,7 +63,7 @@ def test_other_models_and_numbers_of_streams(make: Any, streams: int) -> None:
         assert float((model(ids())[0] - before).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("preset", ["paper", "v41"])
+@pytest.mark.parametrize("preset", variants("paper", "v41"))
 def test_training_moves_rows_and_projections(preset: str) -> None:
     model = convert(llama(), engram=small(preset), inner="aot_eager").train()
     before = {name: p.detach().clone() for name, p in stream_parameters(model).items() if ".engram." in name}
@@ -107,7 +107,7 @@ def test_gradients_that_nobody_takes_are_said() -> None:
         train()
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", variants(True, False))
 def test_checkpointed_layers_give_the_same_gradients(cache: bool) -> None:
     plain, saved = with_memory(llama()).train(), with_memory(llama()).train()
     saved.gradient_checkpointing_enable()
@@ -191,7 +191,7 @@ def test_documents_do_not_see_each_other() -> None:
         assert close(a[:, 4:], alone, 1e-5)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", variants(*PRESETS))
 def test_lengths_share_one_graph(preset: str) -> None:
     model = with_memory(llama(eos_token_id=5, num_hidden_layers=1), preset, layers=(0,))
     torch._dynamo.utils.counters.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from memories import PRESETS, with_memory
 from test_generate import DYNAMIC, NO_CACHE, STATIC, generated, padded
-from tiny_models import cache_in, cached, close, ids, llama, shake, t5
+from tiny_models import cache_in, cached, close, ids, llama, shake, t5, variants
 from transformers import DynamicCache, StaticCache
 
 from mhc_compile import MHCError
@@ -42,7 +42,7 @@ def test_caches_change_nothing(trained: Any, cache: dict[str, Any], search: str)
     assert torch.equal(generated(trained, **cache, **options), generated(trained, **NO_CACHE, **options))
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p != "paper"])
+@pytest.mark.parametrize("preset", variants(*(p for p in PRESETS if p != "paper")))
 def test_other_presets(preset: str) -> None:
     model = speaking(preset, layers=(0,))
     for search in ("beams", "left-padded"):
@@ -64,7 +64,9 @@ def test_left_padding_changes_nothing_for_the_tokens_behind_it(trained: Any) -> 
         assert close(trained(wide, attention_mask=mask, position_ids=positions).logits[:, 3:], wanted)
 
 
-@pytest.mark.parametrize(("cut", "kind"), [([1] * 8, "static"), ([1, 6, 1], "dynamic"), ([3, 5], "own")], ids=str)
+@pytest.mark.parametrize(
+    ("cut", "kind"), variants(([3, 5], "own"), ([1] * 8, "static"), ([1, 6, 1], "dynamic")), ids=str
+)
 def test_calls_that_go_on_equal_the_whole(trained: Any, cut: list[int], kind: str) -> None:
     with torch.no_grad():
         whole = trained(ids(), use_cache=False).logits

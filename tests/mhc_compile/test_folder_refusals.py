@@ -94,7 +94,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "MHC402", "is not JSON"),
     "config nested too deeply": (lambda f: (f / "config.json").write_text("[" * 100_000), "MHC402", "is not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "MHC402", "no JSON object"),
-    "no weights": (empty_weights, "MHC402", "neither model.safetensors"),
+    "no weights": (empty_weights, "MHC402", "does not hold model.safetensors or model.safetensors.index.json"),
     "missing shard": (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), "MHC402", "00002-of-00003"),
     "index names too much": (
         edit_index(lambda i: i["weight_map"].update(ghost="model-00001-of-00003.safetensors")), "MHC402", "ghost",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import HIDDEN, cached, close, ids, llama, shake, t5
+from tiny_models import HIDDEN, cached, close, ids, llama, shake, t5, variants
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache
 
@@ -90,7 +90,7 @@ def test_static_caches_that_generate_compiles_by_itself() -> None:
     assert "get_compiled_call" not in vars(model)
 
 
-@pytest.mark.parametrize("cache", [DYNAMIC, STATIC, {"num_beams": 2}], ids=["dynamic", "static", "beams"])
+@pytest.mark.parametrize("cache", variants({"num_beams": 2}, DYNAMIC, STATIC), ids=["beams", "dynamic", "static"])
 def test_encoder_and_decoder_streams(cache: dict[str, Any]) -> None:
     model = convert(t5(), inner="eager")
     shake(model, 0.5)

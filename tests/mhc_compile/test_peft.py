@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from tiny_models import chain, close, disagree, gradients, ids, llama, logits, shake, warned
+from tiny_models import chain, close, disagree, gradients, ids, llama, logits, shake, variants, warned
 from torch import nn
 
 from mhc_compile import convert, parameter_groups, stream_parameters
@@ -38,7 +38,7 @@ def train(model: nn.Module, steps: int = 3) -> None:
     model.eval()
 
 
-both_orders = pytest.mark.parametrize("make", [converted_first, converted_last])
+both_orders = pytest.mark.parametrize("make", variants(converted_first, converted_last))
 
 
 @both_orders
@@ -101,7 +101,7 @@ def test_adapters_under_torch_compile(make: Any) -> None:
     assert close(logits(torch.compile(model, backend="mhc", options={"inner": "eager"})(ids())), expected)
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", variants(True, False))
 def test_gradient_checkpointing_on_frozen_weights(before: bool) -> None:
     expected = gradients(converted_last().train())
     model = llama(use_cache=False)

@@ -49,6 +49,7 @@ def deep(browser: Browser, data: Data, folder: Path, site: str) -> Iterator[Open
         report.check()
 
 
+@pytest.mark.slow
 def test_ninety_six_layers(browser: Browser, tmp_path: Path) -> None:
     data = mhc_compile.inspect(Chain(depth=96), ids(), inner="eager").data()
     with deep(browser, data, tmp_path, "layers.57#0") as report:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_save_load import converted
+from folders import with_streams
 from tiny_models import ids, llama
 
 from mhc_compile import MHCError, convert, to_residual
@@ -32,7 +32,7 @@ def test_to_residual_undoes_convert(tmp_path: Path) -> None:
 
 
 def test_to_residual_refuses_trained_streams() -> None:
-    model = converted(llama())
+    model = with_streams(llama())
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(MHCError, match="MHC411"):
         to_residual(model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import chain, close, disagree, gpt2, gradients, ids, llama, loss_of, shake, t5
+from tiny_models import chain, close, disagree, gpt2, gradients, ids, llama, loss_of, shake, t5, variants
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -22,7 +22,7 @@ def hf_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("make", "inner"), [(llama, "aot_eager"), (gpt2, "eager"), (t5, "eager")])
+@pytest.mark.parametrize(("make", "inner"), variants((llama, "aot_eager"), (gpt2, "eager"), (t5, "eager")))
 def test_gradients_at_the_start_are_those_of_the_residual_model(make: Any, inner: str) -> None:
     model = make()
     expected = hf_gradients(model)
@@ -107,7 +107,7 @@ def test_modes_without_gradients() -> None:
     model(ids()).sum().backward()
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", variants("aot_eager", "eager"))
 def test_autocast_keeps_to_the_residual_model(inner: str) -> None:
     model = llama()
     exact = copy.deepcopy(model).double()(ids()).logits
@@ -133,7 +133,7 @@ def test_coefficients_stay_in_float32_under_autocast() -> None:
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(plain, cast, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "inner"), [(torch.bfloat16, "aot_eager"), (torch.float16, "eager")])
+@pytest.mark.parametrize(("dtype", "inner"), variants((torch.bfloat16, "aot_eager"), (torch.float16, "eager")))
 def test_half_precision_models_err_no_more_than_twice_the_residual(dtype: torch.dtype, inner: str) -> None:
     model = llama()
     exact = copy.deepcopy(model).double()(ids()).logits
@@ -161,6 +161,7 @@ def test_a_gradient_scaler_for_float16() -> None:
     assert not torch.equal(model.head.weight, before)
 
 
+@pytest.mark.slow
 def test_batch_and_sequence_may_change_with_few_recompiles() -> None:
     shapes = [(2, 8), (2, 12), (3, 12), (4, 5), (3, 20), (7, 9), (1, 7), (2, 1)]
     model = llama()

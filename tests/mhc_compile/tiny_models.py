@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -207,3 +208,9 @@ def state(model: nn.Module) -> tuple[Any, ...]:
     """What a refusal must leave as it was: modules, their classes, parameters and their values."""
     modules = [(name, type(m), m.training) for name, m in model.named_modules()]
     return modules, [(name, id(p), p._version, p.requires_grad) for name, p in model.named_parameters()]
+
+
+def variants(first: Any, *others: Any) -> list[Any]:
+    """Return parameters for `parametrize`, a tuple for several arguments; all but the first are `slow`."""
+    rows = [other if isinstance(other, tuple) else (other,) for other in others]
+    return [first, *(pytest.param(*row, marks=pytest.mark.slow) for row in rows)]

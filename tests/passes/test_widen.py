@@ -56,7 +56,7 @@ def test_each_feature(recipe: Recipe) -> None:
     check_against_hand(recipe, StreamSpec(streams=3))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(recipes(), st.integers(1, 8))
 def test_any_combination_of_features(recipe: Recipe, streams: int) -> None:
     check_against_hand(recipe, StreamSpec(streams=streams))

@@ -51,7 +51,11 @@ def folder(tmp_path: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "world", "memory"),
-    [("tied", 1, False), ("llama", 2, True), pytest.param("mixtral", 1, False, marks=pytest.mark.slow)],
+    [
+        ("llama", 2, True),
+        pytest.param("tied", 1, False, marks=pytest.mark.slow),
+        pytest.param("mixtral", 1, False, marks=pytest.mark.slow),
+    ],
 )
 def test_logits_of_the_exported_folder(kind: str, world: int, memory: bool, tmp_path: Path) -> None:
     source = folder(tmp_path, kind)

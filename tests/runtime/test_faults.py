@@ -210,6 +210,7 @@ def same_losses(broken: Path, whole: Path, steps: int) -> None:
     assert sorted(found) == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_in_a_coded_error_and_the_run_goes_on(material: Path, tmp_path: Path) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     process = real(broken, material, stages=2, timeout=8, restarts=1)

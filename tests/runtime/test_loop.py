@@ -247,6 +247,7 @@ def test_documents_of_a_sequence_do_not_see_each_other(material: Path, tmp_path:
     assert found != pytest.approx(loss(input_ids=batch["input_ids"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_documents_need_a_model_that_is_told_positions(tmp_path: Path, material: Path) -> None:
     config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4)
     MambaForCausalLM(config).save_pretrained(tmp_path / "model")

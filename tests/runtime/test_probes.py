@@ -41,6 +41,7 @@ def test_a_memory_between_the_sites() -> None:
     assert difference(stream_figures(stages_of(model, [1, 4], [0, 1, 2]), BATCH), model) < 1e-12
 
 
+@pytest.mark.slow
 def test_two_streams_are_named_by_their_owners() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -67,6 +68,7 @@ def test_measuring_changes_nothing() -> None:
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in held.items())
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     worker = Path(__file__).with_name("probe_worker.py")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -214,6 +214,7 @@ def test_inductor_and_fused_kernels() -> None:
     assert not [k for k in operations(parts.weights) if "mhc_kernels" in k]
 
 
+@pytest.mark.slow
 def test_memories_leave_their_gradients_once() -> None:
     whole, split = last_stages(memory(), 2, AOT)
     assert all(torch.equal(a, b) for a, b in zip(train(split), train(whole), strict=True))

@@ -37,7 +37,7 @@ def summed(stages: list[Any]) -> dict[str, Tensor]:
     return {name: sum(p.grad for p in held) for name, held in found.items()}
 
 
-@pytest.mark.parametrize("form", ["hc", "hc_static"])
+@pytest.mark.parametrize("form", ["hc_static", pytest.param("hc", marks=pytest.mark.slow)])
 def test_stages_of_hyper_connections(form: str) -> None:
     model, tokens = llama(form=form), ids()
     stages = stages_of(program_of(model, tokens), [2, 4])
@@ -50,9 +50,16 @@ def test_stages_of_hyper_connections(form: str) -> None:
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("starts", "units"), [([], "stage"), ([2, 4], "stage"), ([1, 2, 5], "stage"), ([3], "blocks")], ids=str
+    ("starts", "units"),
+    [
+        ([2, 4], "stage"),
+        ([3], "blocks"),
+        pytest.param([], "stage", marks=pytest.mark.slow),
+        pytest.param([1, 2, 5], "stage", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_stages_are_the_model(inner: str, starts: list[int], units: str) -> None:
     model, tokens = llama(memory=True, inner="eager"), ids()
@@ -115,7 +122,7 @@ def test_masters_are_float32_where_the_graph_computes_in_bfloat16() -> None:
     assert {p.grad.dtype for s in stages for p in s.parameters() if p.grad is not None} == {torch.float32}
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
 def test_microbatches_share_the_weights_that_were_cast(inner: str) -> None:
     """Two microbatches in flight keep one copy, gradients are those of casts of their own, changed weights count."""
     model, tokens = llama(dtype="bfloat16").to(torch.bfloat16), [ids(seed=1), ids(seed=2)]
@@ -210,7 +217,7 @@ def test_equal_layers_are_compiled_once() -> None:
     assert len({id(c) for c in compiled}) == 3  # the first holds the embedding, the last the head
 
 
-@pytest.mark.parametrize(("recompute", "units"), [(2, 3), ("off", 3)])
+@pytest.mark.parametrize(("recompute", "units"), [(2, 3), pytest.param("off", 3, marks=pytest.mark.slow)])
 def test_units_are_recompute_blocks(recompute: str | int, units: int) -> None:
     tokens = ids()
     program = program_of(llama(), tokens)

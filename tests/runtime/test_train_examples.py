@@ -58,6 +58,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")  # an evaluation that keeps gradients
+@pytest.mark.slow
 def test_the_demo_trains(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = [
         "model.inner=eager", "data.sequence=32", "train.steps=3", "train.warmup=1", "train.evaluate_every=2",
