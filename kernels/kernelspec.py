@@ -6,7 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class KernelSpec(ABC):
     kind: str
     width: int
     """C, the hidden size."""
-    WIDE: tuple[str, ...]
+    WIDE: ClassVar[tuple[str, ...]]
     """The values that have the size of the streams or of the hidden size."""
 
     @property

@@ -27,7 +27,7 @@ from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
 from mhc_compile.passes.base import Context, Mark
 from mhc_compile.passes.fuse import kernels_in
 from mhc_compile.passes.fuse_memory import prepare_hashes
-from mhc_compile.passes.naming import sites_of
+from mhc_compile.passes.match_marks import sites_of
 from mhc_compile.passes.probe import Probe
 from mhc_compile.passes.recompute import is_tagged
 from mhc_compile.passes.residual import ResidualStream

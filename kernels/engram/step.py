@@ -154,8 +154,9 @@ class MemoryStep(KernelSpec):
 
     def of_dtypes(self, values: Values) -> Self:
         """Return the step for streams, keys and values of the dtypes at hand."""
-        fields = {"X": "streams_dtype", "keys": "keys_dtype", "value": "value_dtype"}
-        return replace(self, **{field: values[name].dtype for name, field in fields.items() if name in values})
+        known = {name: values[name].dtype for name in self.floats()}
+        keys, value = (known.get(name, torch.float32) for name in ("keys", "value"))
+        return replace(self, streams_dtype=known["X"], keys_dtype=keys, value_dtype=value)
 
     def call(self, values: Values, direction: Direction) -> dict[str, Tensor]:
         """Return the inputs of one direction, in order. Raises `MHCError` MHC220 for shapes that do not fit."""
@@ -171,13 +172,15 @@ class MemoryStep(KernelSpec):
 
         The streams may be missing where the gradients do not depend on them.
         """
-        value = values.get("value")
         X = values["X"] if "X" in values else values["d_next_X"].new_zeros(values["d_next_X"].shape)
-        a = values["a"] if not self.gates else fusion.gate(X, *(values[k] for k in _INPUTS["gate"][1:]), self.spec)
-        if value is None:
+        if self.gates:
+            a = fusion.gate(X, values["keys"], values["query_gain"], values["key_gain"], self.spec)
+        else:
+            a = values["a"]
+        if not self.adds:
             return {"a": a, **({"next_X": X} if self.joins else {})}
         reach, gain, conv = (values.get(name) for name in ("reach", "conv_gain", "conv"))
-        return {"next_X": fusion.inject(X, a, value, reach, gain, conv, self.spec)}
+        return {"next_X": fusion.inject(X, a, values["value"], reach, gain, conv, self.spec)}
 
     def bytes_moved(self, tokens: int, *, backward: bool = False) -> int:
         """Return what must travel between memory and processor: every value once, without parameters and gates.

@@ -23,7 +23,7 @@ from mhc_compile.bisect.values import Values, run_as_it_is
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import Pass, kernels_of, module_path, op_name
+from mhc_compile.passes.base import Pass, kernels_of, op_name
 from mhc_compile.pipeline import compile_passes, native_passes
 
 
@@ -88,7 +88,7 @@ def _kernels(search: Search) -> Wrong | None:
         if not j.kernel.error <= j.allowed:
             search.checked.append(Checked("kernels", True, None, largest))
             parts = ("mhc_mixes", "mhc_reads") if j.mixes else ("mhc_reads", "mhc_mixes")
-            site = next((node.meta[part] for part in parts if part in node.meta), None) or module_path(node) or None
+            site = next((node.meta[part] for part in parts if part in node.meta), None)
             what = f"{j.name} of {j.spec.name}"
             dtype = str(j.spec.floats()["X"]).removeprefix("torch.")
             finding = search.finding("kernels", site, what, node, j.kernel, j.allowed, dtype, added=False)

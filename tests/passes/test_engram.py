@@ -10,7 +10,6 @@ import pytest
 import torch
 from goldens import graph_text
 from inserting import SPEC, Inserted, insert
-from mhc_compile.passes.memories import fuse_memories
 from recipes import ONE_BY_ONE, Recipe
 from stepping import run
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import call_nodes, op_name
 from mhc_compile.passes.engram import Engram
+from mhc_compile.passes.fuse_memory import fuse_memories
 
 Golden = Callable[[str], None]
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from goldens import graph_text
 from inserting import SPEC, Inserted, insert, step
-from mhc_compile.passes.memories import fuse_memories
 from recipes import Recipe
 from stepping import CHECKED, captured, run
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSetting
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, op_name
+from mhc_compile.passes.fuse_memory import fuse_memories
 from mhc_compile.passes.overencoding import OverEncode
 from mhc_compile.passes.widen import Widen
 from mhc_compile.pipeline import ANALYSIS, EXPORT, compile_passes, run_passes
