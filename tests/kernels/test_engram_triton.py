@@ -61,7 +61,7 @@ def test_outputs_are_written_whole_whatever_comes_in(interpreted: list[dict[str,
 
 @needs_triton
 def test_ops_arrive_there_and_long_sequences_are_cut(interpreted: list[dict[str, Any]]) -> None:
-    assert interpreted[0] == {"through the op": True, "long sequences": True}
+    assert interpreted[0] == {"through the op": True, "long sequences": True, "any tile": True}
 
 
 @pytest.mark.parametrize("step", STEPS, ids=name_of)
@@ -83,6 +83,15 @@ def test_what_has_no_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     targets.choose.cache_clear()
     assert targets.choose(STEPS[0], "cuda") == ("reference", "Triton is not installed")
     targets.choose.cache_clear()
+
+
+@pytest.mark.parametrize("step", STEPS, ids=name_of)
+def test_measuring_tries_tiles_of_every_kernel_and_the_default_first(step: MemoryStep) -> None:
+    for direction in DIRECTIONS:
+        for kernel in launcher.kernels(step, direction):
+            tiles = launcher.tiles(step, kernel, 90)
+            assert len(set(tiles)) == len(tiles) > 8
+            assert tiles[0].stages == 2
 
 
 def step_of(kind: str, width: int, dtype: torch.dtype) -> MemoryStep:
