@@ -10,11 +10,11 @@ from functools import cache
 from torch import Tensor
 
 from mhc_compile.kernels.cpp.build import no_compiler
-from mhc_compile.kernels.cpp.target import Cpp
+from mhc_compile.kernels.in_cpp import Cpp
+from mhc_compile.kernels.in_triton import Triton
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values
 from mhc_compile.kernels.target import Reference, Source, Target
 from mhc_compile.kernels.triton.launch import interprets
-from mhc_compile.kernels.triton.target import Triton
 
 TARGETS: dict[str, Target] = {target.name: target for target in (Triton(), Cpp(), Reference())}
 _ONLY: ContextVar[str] = ContextVar("only", default="")

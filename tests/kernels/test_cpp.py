@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mhc_compile.kernels import in_cpp as cpp
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp import build, memory
-from mhc_compile.kernels.cpp import target as cpp
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.target import Reference
 

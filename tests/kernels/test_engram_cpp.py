@@ -12,9 +12,9 @@ from engram_steps import STEPS, Values, errors, exactly, name_of, random_flow, r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhc_compile.kernels import in_cpp as cpp
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.cpp import build, memory
-from mhc_compile.kernels.cpp import target as cpp
 from mhc_compile.kernels.engram.spec import FusionSpec
 from mhc_compile.kernels.engram.step import MemoryStep
 from mhc_compile.kernels.kernelspec import Sizes

@@ -17,8 +17,8 @@ from engram_steps import STEPS, name_of
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.engram.spec import FusionSpec
 from mhc_compile.kernels.engram.step import MemoryStep
+from mhc_compile.kernels.in_triton import Triton, launcher_of
 from mhc_compile.kernels.kernelspec import DIRECTIONS
-from mhc_compile.kernels.triton.target import Triton, launcher_of
 
 triton, launcher = Triton(), launcher_of(STEPS[0])
 needs_triton = pytest.mark.skipif(bool(triton.unsupported(STEPS[0])), reason="Triton is not installed")

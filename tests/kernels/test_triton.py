@@ -16,11 +16,11 @@ from chains import CHAINS, name_of
 
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.in_triton import Triton
 from mhc_compile.kernels.kernelspec import Direction
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.traffic import table
 from mhc_compile.kernels.triton import tiles
-from mhc_compile.kernels.triton.target import Triton
 
 needs_triton = pytest.mark.skipif(
     bool(Triton().unsupported(Chain(kind="boundary", stream=StreamSpec(), width=8))),

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mhc_compile.kernels.chain import Chain, Norm
+from mhc_compile.kernels.in_triton import Triton, launcher_of
 from mhc_compile.kernels.kernelspec import Direction
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.triton.build import Compiled
-from mhc_compile.kernels.triton.target import Triton, launcher_of
 
 
 def boundary(width: int, dtype: torch.dtype, norm: Norm = "none") -> Chain:

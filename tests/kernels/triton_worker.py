@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mhc_compile.kernels import fused, targets
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.in_triton import Triton, launcher_of
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.kernels.target import Reference
-from mhc_compile.kernels.triton.target import Triton, launcher_of
 
 HALF = {"streams_dtype": torch.float16, "branch_dtype": torch.float16}
 MORE = [
