@@ -166,7 +166,13 @@ def test_a_wrong_kernel_of_a_memory(result: str, kind: str, preset: str, tmp_pat
     finally:
         undo()
     assert run_here(path) == 0
-    assert bisect(model, ids(), inner="eager", kernels="all").finding is None
+
+
+@needs_compiler
+def test_right_kernels_of_a_memory_are_judged_and_right() -> None:
+    found = bisect(with_memory(llama(), layers=(1,)), ids(), inner="eager", kernels="all")
+    assert found.finding is None
+    assert next(c.rounding for c in found.checked if c.name == "kernels") is not None
 
 
 def test_a_wrong_inner_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
