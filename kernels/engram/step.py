@@ -179,8 +179,11 @@ class MemoryStep(KernelSpec):
             a = values["a"]
         if not self.adds:
             return {"a": a, **({"next_X": X} if self.joins else {})}
+        value, lead = values["value"], X.shape
+        if self.gates:  # of any leading dimensions
+            X, a, value = (t.reshape(1, -1, *t.shape[len(lead) - 2 :]) for t in (X, a, value))
         reach, gain, conv = (values.get(name) for name in ("reach", "conv_gain", "conv"))
-        return {"next_X": fusion.inject(X, a, values["value"], reach, gain, conv, self.spec)}
+        return {"next_X": fusion.inject(X, a, value, reach, gain, conv, self.spec).view(lead)}
 
     def bytes_moved(self, tokens: int, *, backward: bool = False) -> int:
         """Return what must travel between memory and processor: every value once, without parameters and gates.

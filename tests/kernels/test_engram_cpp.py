@@ -47,6 +47,8 @@ def test_every_step_equals_the_reference(step: MemoryStep) -> None:
     assert targets.choose(step, "cpu") == ("cpp", "")
     check(step, sizes_of(step, 2, 37), seed=0)
     check(step, sizes_of(step, 1, 150, step.spec.history), seed=1)  # several blocks
+    if step.gates:
+        check(step, (5,), seed=2)
 
 
 @SOME
