@@ -9,15 +9,28 @@ A chain reads the streams of a block of tokens once and does up to three things 
 
 `boundary`, all three in one, is the step from one site to the next: `(3n+1)C` of traffic in one pass instead of three
 (arXiv 2512.24880, Table 2 and section 4.3).
+
+Values: `T` tokens (all leading dimensions flattened), `n` streams, `C` hidden size, `R` rows of phi. Streams, h and y
+are in the chain's dtypes, all else is float32 (float64 where one of them is).
+
+    X [T, n, C]   y [T, C]   post [T, n]   mix [T, n, n]   pre [T, n]   phi [R, n*C]   alpha [3], of a head [1]
+    bias [R]   norm_weight, norm_bias [C]
+    next_X [T, n, C]   h [T, C]   next_pre, next_post [T, n]   next_mix [T, n, n]
+    z [T, R + 1]  phi @ X before the norm, and the sum of squares: all that the backward needs of the coefficients
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from mhc_compile.kernels import reference
+from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Sizes, Values, dtype_names
 from mhc_compile.kernels.spec import StreamSpec
 
 Weights = Literal["none", "given", "site", "head", "mean", "sum"]
@@ -26,8 +39,10 @@ Kind = Literal["distribute", "aggregate", "coefficients", "read", "boundary", "r
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain:
-    """One fused chain, forward and backward. Hashable: generated code is cached under it."""
+class Chain(KernelSpec):
+    """One fused chain."""
+
+    WIDE: ClassVar[tuple[str, ...]] = ("X", "next_X", "y", "h")
 
     kind: Kind
     stream: StreamSpec
@@ -41,6 +56,11 @@ class Chain:
     norm: Norm = "none"
     """What h goes through before it is written, over C with a weight (`rms`), or a weight and a bias (`layer`)."""
     norm_eps: float = 0.0
+
+    @property
+    def n(self) -> int:
+        """The number of streams."""
+        return self.stream.streams
 
     @property
     def mixes(self) -> bool:
@@ -85,14 +105,121 @@ class Chain:
     @property
     def name(self) -> str:
         """A name for generated functions and tables: `boundary_n4_c1024_float32`."""
-        dtypes = [str(self.streams_dtype).removeprefix("torch.")]
-        if self.mixes and self.branch_dtype != self.streams_dtype:
-            dtypes.append(str(self.branch_dtype).removeprefix("torch."))
         normed = "" if self.norm == "none" else f"_{self.norm}"
-        return f"{self.kind}{normed}_n{self.stream.streams}_c{self.width}_{'_'.join(dtypes)}"
+        return f"{self.kind}{normed}_n{self.n}_c{self.width}_{dtype_names([*self.floats().values()])}"
+
+    def floats(self) -> dict[str, torch.dtype]:
+        """Return the dtypes of streams and branch."""
+        return {"X": self.streams_dtype, **({"y": self.branch_dtype} if self.mixes else {})}
+
+    def inputs(self, direction: Direction = "forward") -> tuple[str, ...]:
+        """Return the names of what one direction reads, in order."""
+        names = ["X"]
+        if self.mixes:
+            names += ["y", "post", "mix"]
+        if self.weights == "given":
+            names.append("pre")
+        if self.projects:
+            names += ["phi", "alpha", "bias"]
+        if self.norm != "none":
+            names.append("norm_weight")
+        if self.norm == "layer":
+            names.append("norm_bias")
+        if direction == "forward":
+            return tuple(names)
+        gradients = (f"d_{name}" for name in self.outputs() if name != "z")
+        return (*names, *(("z",) if self.projects else ()), *gradients)
+
+    def outputs(self, direction: Direction = "forward") -> tuple[str, ...]:
+        """Return the names of what one direction writes; `z` is kept for the backward and has no gradient."""
+        if direction == "backward":
+            return tuple(f"d_{name}" for name in self.inputs())
+        names = []
+        if self.keeps_streams:
+            names.append("next_X")
+        if self.collapses:
+            names.append("h")
+        if self.kind == "coefficients":
+            names.append("next_pre")
+        if self.weights == "site":
+            names += ["next_post", "next_mix"]
+        if self.projects:
+            names.append("z")
+        return tuple(names)
+
+    def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
+        """Return the shape of a value; `sizes` are its leading dimensions."""
+        n, rows = self.n, self.rows
+        by_name: dict[str, tuple[int, ...]] = {
+            "X": (*sizes, n, self.width),
+            "y": (*sizes, self.width),
+            "h": (*sizes, self.width),
+            "pre": (*sizes, n),
+            "post": (*sizes, n),
+            "mix": (*sizes, n, n),
+            "z": (*sizes, rows + 1),
+            "phi": (rows, n * self.width),
+            "alpha": (1 if self.weights == "head" else 3,),
+            "bias": (rows,),
+            "norm_weight": (self.width,),
+            "norm_bias": (self.width,),
+        }
+        return by_name[name.removeprefix("d_").removeprefix("next_")]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a value."""
+        name = name.removeprefix("d_")
+        if name in ("X", "next_X", "h"):
+            return self.streams_dtype
+        if name == "y":
+            return self.branch_dtype
+        return reference.compute_dtype(self.streams_dtype, self.branch_dtype)
+
+    def sizes(self, values: Values) -> Sizes:
+        """Return the leading dimensions of the streams."""
+        return tuple(values["X"].shape[:-2])
+
+    def numbers(self, sizes: Sizes) -> dict[str, int]:
+        """Return the number of tokens."""
+        return {"tokens": math.prod(sizes)}
+
+    def of_dtypes(self, values: Values) -> Self:
+        """Return the chain for streams and branches of the dtypes at hand."""
+        X = values["X"]
+        return replace(self, streams_dtype=X.dtype, branch_dtype=values["y"].dtype if "y" in values else X.dtype)
+
+    def reference(self, values: Values) -> dict[str, Tensor]:
+        """Compute the outputs of the forward in plain PyTorch."""
+        X, out = values["X"], {}
+        if self.mixes:
+            X = reference.distribute(X, values["y"], values["post"], values["mix"])
+            out["next_X"] = X
+        if self.weights == "given":
+            out["h"] = reference.aggregate(X, values["pre"])
+        elif self.weights == "site":
+            pre, post, mix = reference.coefficients(X, values["phi"], values["alpha"], values["bias"], self.stream)
+            out |= {"next_pre": pre, "next_post": post, "next_mix": mix, "h": reference.aggregate(X, pre)}
+        elif self.weights != "none":
+            head = (values["phi"], values["bias"], values["alpha"]) if self.weights == "head" else None
+            out["h"] = reference.reduce(X, self.stream, head)
+        if self.norm != "none":
+            out["h"] = self._normed(out["h"], values)
+        if self.projects:
+            v = X.flatten(-2).to(self.dtype("z"))
+            u = F.linear(v, values["phi"].to(v.dtype))
+            out["z"] = torch.cat([u, v.square().sum(-1, keepdim=True)], -1)
+        return {name: out[name] for name in self.outputs()}
+
+    def _normed(self, h: Tensor, values: Values) -> Tensor:
+        # From h as it is stored.
+        wide, weight = h.to(self.dtype("z")), values["norm_weight"]
+        if self.norm == "rms":
+            return F.rms_norm(wide, (self.width,), weight.to(wide.dtype), self.norm_eps).to(h.dtype)
+        bias = values["norm_bias"].to(wide.dtype)
+        return F.layer_norm(wide, (self.width,), weight.to(wide.dtype), bias, self.norm_eps).to(h.dtype)
 
     def bytes_moved(self, tokens: int, *, backward: bool = False) -> int:
-        """What must travel between memory and processor: every stream, branch and coefficient value once, phi once.
+        """Return what must travel between memory and processor: streams, branch and coefficients once, phi once.
 
         Forward of a boundary: `n*C + C` read, `n*C + C` written a token, 10C at n = 4; backward 15C, because X' is
         computed again from X and y (math: `(3n+3)C`).
@@ -118,13 +245,3 @@ class Chain:
         if backward:  # X' again and two products a product of the forward
             return tokens * self.width * (3 * mix + 2 * project + 2 * collapse)
         return tokens * self.width * (mix + project + collapse)
-
-
-def dtypes_against(chain: Chain, known: tuple[torch.dtype, ...]) -> str:
-    """Why a target whose kernels are for streams and branches of the `known` dtypes has none; nothing where it has."""
-    if chain.streams_dtype not in known or (chain.mixes and chain.branch_dtype not in known):
-        names = ", ".join(str(t).removeprefix("torch.") for t in known)
-        return f"kernels are for {names}, not {chain.streams_dtype} streams and {chain.branch_dtype} branches"
-    if chain.mixes and torch.promote_types(chain.streams_dtype, chain.branch_dtype) != chain.streams_dtype:
-        return f"a branch in {chain.branch_dtype} makes the streams change from {chain.streams_dtype}"
-    return ""

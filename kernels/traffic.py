@@ -1,6 +1,6 @@
 """Memory traffic of the fused boundary on paper: `python -m mhc_compile.kernels.traffic [width] [streams]`.
 
-The model is `Chain.bytes_moved` (arXiv 2512.24880, Table 2); a kernel that finds the streams in a cache when it
+The model is `Chain.bytes_token` (arXiv 2512.24880, Table 2); a kernel that finds the streams in a cache when it
 weighs them moves this much, one that does not reads `n * C` values a token once more.
 """
 
@@ -11,10 +11,11 @@ import sys
 import torch
 
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.kernelspec import DIRECTIONS
 from mhc_compile.kernels.spec import StreamSpec
 
 
-def table(width: int, streams: int = 4, tokens: int = 1 << 16) -> str:
+def table(width: int, streams: int = 4) -> str:
     """Values of the hidden size that a boundary and its three parts move a token, forward and backward, in bfloat16."""
     spec = StreamSpec(streams=streams)
     lines = [f"{'chain':<14}{'forward':>9}{'backward':>10}   (times C = {width} values a token, n = {streams})"]
@@ -22,7 +23,7 @@ def table(width: int, streams: int = 4, tokens: int = 1 << 16) -> str:
         chain = Chain(
             kind=kind, stream=spec, width=width, streams_dtype=torch.bfloat16, branch_dtype=torch.bfloat16
         )  # fmt: skip
-        moved = [chain.bytes_moved(tokens, backward=b) / (2 * tokens * width) for b in (False, True)]
+        moved = [chain.bytes_token(direction) / (2 * width) for direction in DIRECTIONS]
         lines.append(f"{kind:<14}{moved[0]:>9.2f}{moved[1]:>10.2f}")
     return "\n".join(lines)
 

@@ -19,17 +19,15 @@ from mhc_compile.capture import find_marks, private_copy
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.identity import ModuleNames, identify
-from mhc_compile.kernels import providers
+from mhc_compile.kernels import targets
 from mhc_compile.kernels.engram import prefetch
-from mhc_compile.kernels.engram import providers as memories
-from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.forms import width_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
 from mhc_compile.passes.base import Context, Mark
-from mhc_compile.passes.fuse import chains_of
-from mhc_compile.passes.memories import prepare_hashes
-from mhc_compile.passes.naming import sites_of
+from mhc_compile.passes.fuse import kernels_in
+from mhc_compile.passes.fuse_memory import prepare_hashes
+from mhc_compile.passes.match_marks import sites_of
 from mhc_compile.passes.probe import Probe
 from mhc_compile.passes.recompute import is_tagged
 from mhc_compile.passes.residual import ResidualStream
@@ -231,11 +229,8 @@ def compile_inner(
     `backward(gm, example_inputs, compile)` compiles the backward graph instead, with the inner compiler's `compile`,
     at once rather than at the first backward.
     """
-    for chain, device in chains_of(gm):
-        if isinstance(chain, Entry):
-            memories.prepare(chain, device)
-        else:
-            providers.prepare(chain, device)
+    for spec, device in kernels_in(gm):
+        targets.prepare(spec, device)
     prepare_hashes(gm.graph)
     if options.inner == "eager":
         return gm.forward

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
+from mhc_compile.kernels.kernelspec import KernelSpec
 
 PROBE = "probe"
 """The name by which `mhc::mark` is given the slot of a sampled step."""
@@ -210,3 +211,13 @@ def gradient_modes(graph: Graph) -> dict[Node, object]:
         on = node.args[0] if switches_gradients(node) else on
         found[node] = on
     return found
+
+
+KERNELS_OF = "mhc_kernels"
+"""Key of a node's metadata: the specifications of the kernels that it calls, in order."""
+
+
+def kernels_of(node: Node) -> tuple[KernelSpec, ...]:
+    """Return the specifications of the kernels that a node calls, in order; none where it calls no fused kernel."""
+    specs: tuple[KernelSpec, ...] = node.meta.get(KERNELS_OF, ())
+    return specs

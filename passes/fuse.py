@@ -21,13 +21,22 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.fused  # noqa: F401  (registers the ops)
-from mhc_compile.kernels import providers, signature
+from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain, Kind
-from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.fused import op_of
+from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import Context, copy_meta, gradient_modes, is_tensor, site_path, value
-from mhc_compile.passes.memories import MEMORIES, fuse_memories
+from mhc_compile.passes.base import (
+    KERNELS_OF,
+    Context,
+    copy_meta,
+    gradient_modes,
+    is_tensor,
+    kernels_of,
+    site_path,
+    value,
+)
+from mhc_compile.passes.fuse_memory import MEMORIES, fuse_memories
 from mhc_compile.passes.norms import BranchNorm, match_norm
 
 DIALECT = torch.ops.mhc
@@ -54,7 +63,7 @@ class Fuse:
         """Find out what this machine compiles, which takes seconds once a process and is no time of this pass."""
         dialect = [n for n in gm.graph.nodes if is_tensor(n) and getattr(n.target, "namespace", "") == "mhc"]
         if dialect and self.kernels:
-            providers.look_for_compilers(value(dialect[0]).device.type)
+            targets.look_for_compilers(value(dialect[0]).device.type)
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
@@ -149,18 +158,18 @@ class _Fusing:
             self.notes[f"{kind} {otherwise}: {reason}"] += 1
             return False
         op = getattr(torch.ops.mhc_kernels, op_of(chain)).default
-        arguments = tuple(values[name] for name in signature.inputs(chain))
+        arguments = tuple(values[name] for name in chain.inputs())
         with self.graph.inserting_before(first):
             static: tuple[str, float] | tuple[str] = (str(spec), chain.norm_eps) if parts.norm else (str(spec),)
             fused = copy_meta(self.graph.call_function(op, (*arguments, *static)), parts.nodes[-1])
-            fused.meta["mhc_chain"] = chain
+            fused.meta[KERNELS_OF] = (chain,)
             fused.meta["mhc_parts"] = tuple(n.name for n in parts.nodes)
             if site := first.meta.get("mhc_site"):
                 fused.meta["mhc_site"] = site
             for part, made_of in (("mhc_mixes", parts.mix), ("mhc_reads", parts.site)):
                 if made_of is not None:
                     fused.meta[part] = site_path(made_of)
-            names = signature.outputs(chain)
+            names = chain.outputs()
             items = {n: self._item(fused, i) if len(names) > 1 else fused for i, n in enumerate(names) if n != "z"}
         self._redirect(parts, items)
         self.notes[f"{op_of(chain)} in {chain.name}"] += 1
@@ -194,12 +203,12 @@ class _Fusing:
             return "gradients are switched on or off inside it"
         if len({(n.meta.get("ac_graph_id"), n.meta.get("recompute")) for n in parts.nodes}) > 1:
             return "it crosses a recompute boundary"
-        if any(values[name] >= first for name in signature.inputs(chain)):
+        if any(values[name] >= first for name in chain.inputs()):
             return "a parameter is computed inside it"
         if self.plain:
             return ""
-        provider, reason = providers.choose(chain, device_of(values["X"]))
-        return reason if provider == "reference" else ""
+        target, reason = targets.choose(chain, device_of(values["X"]))
+        return reason if target == "reference" else ""
 
     def _redirect(self, parts: _Parts, items: dict[str, Node]) -> None:
         """Give the readers of the old nodes the new ones and erase the old."""
@@ -229,14 +238,9 @@ def device_of(X: Node) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if found == "meta" else found
 
 
-def chains_of(gm: GraphModule) -> dict[tuple[Chain | Entry, str], int]:
-    """The fused kernels of a graph with the device that computes them, and how often each occurs."""
-    found: Counter[tuple[Chain | Entry, str]] = Counter()
-    for n in gm.graph.nodes:
-        held = n.meta.get("mhc_chain", ())
-        for chain in held if isinstance(held, tuple) else (held,):
-            found[chain, device_of(n.args[0])] += 1
-    return dict(found)
+def kernels_in(gm: GraphModule) -> dict[tuple[KernelSpec, str], int]:
+    """Return the fused kernels of a graph with the type of device that computes them, and how often each occurs."""
+    return dict(Counter((spec, device_of(n.args[0])) for n in gm.graph.nodes for spec in kernels_of(n)))
 
 
 def _take_place(new: Node, old: Node) -> None:

@@ -19,11 +19,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
-from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.kernels.probe_ops import watch
-from mhc_compile.passes.base import Context, Mark, copy_meta, op_name, value
+from mhc_compile.passes.base import Context, Mark, copy_meta, kernels_of, op_name, value
 from mhc_compile.passes.numeric import RECORDED
 
 PROBES = torch.ops.mhc_probes
@@ -122,10 +121,10 @@ class _Probing:
         name = found[1].rpartition(".")[0]
         earlier = self._earlier(X)
         self._watch(owner, name, mix)
-        fused = mix.meta.get("mhc_chain")
+        fused = _chain(mix)
         mixed = fused is None or fused.keeps_streams
         with self.graph.inserting_before(_behind(mix, *(u for u in mix.users if u.target is operator.getitem))):
-            several = fused is not None and len(signature.outputs(fused)) > 1
+            several = fused is not None and len(fused.outputs()) > 1
             after = (self._item(mix, 0) if several else mix) if mixed else X
             both = self._record(PROBES.site.default, (after, y, self._pre(triple), post, H, earlier, mixed), mix)
             owner.figures.append(self._item(both, 0))
@@ -152,11 +151,11 @@ class _Probing:
 
     def _pre(self, triple: Node) -> Node:
         """The weights with which the site's branch reads the streams; made from `z` where a kernel kept that alone."""
-        chain: Chain | None = triple.meta.get("mhc_chain")
+        chain = _chain(triple)
         if chain is None or chain.kind == "coefficients":
             return self._item(triple, 0)
-        given = dict(zip(signature.inputs(chain), triple.args, strict=False))
-        z = self._item(triple, signature.outputs(chain).index("z"))
+        given = dict(zip(chain.inputs(), triple.args, strict=False))
+        z = self._item(triple, chain.outputs().index("z"))
         operands = (z, given["alpha"], given["bias"], chain.width, str(chain.stream))
         return self._record(PROBES.pre.default, operands, triple)
 
@@ -212,8 +211,13 @@ class _Probing:
 
 def _mixes(node: Node) -> bool:
     """Whether `node` reads streams, a branch, post and H, and mixes them."""
-    chain = node.meta.get("mhc_chain")
-    return node.target is torch.ops.mhc.distribute.default or (isinstance(chain, Chain) and chain.mixes)
+    chain = _chain(node)
+    return node.target is torch.ops.mhc.distribute.default or (chain is not None and chain.mixes)
+
+
+def _chain(node: Node) -> Chain | None:
+    """Return the fused chain that a node computes."""
+    return next((spec for spec in kernels_of(node) if isinstance(spec, Chain)), None)
 
 
 def _maker(node: Node) -> Node:

@@ -35,7 +35,7 @@ from mhc_compile.passes.base import (
     shape,
     switches_gradients,
 )
-from mhc_compile.passes.naming import pair_with_marks
+from mhc_compile.passes.match_marks import pair_with_marks
 from mhc_compile.passes.perstream import apply_per_stream
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.passes.sites import Site

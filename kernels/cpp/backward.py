@@ -18,7 +18,7 @@ from mhc_compile.kernels.cpp.forward import (
     unpack,
 )
 from mhc_compile.kernels.cpp.norm import norm_source
-from mhc_compile.kernels.signature import gradients_in, inputs, saved
+from mhc_compile.kernels.target import Source
 
 WEIGH = """\
 // d(loss)/d(weights) = <dh, X'[i]> of one token.
@@ -198,8 +198,8 @@ BACKWARD_ARGUMENTS = {
 }  # fmt: skip
 
 
-def backward_source(chain: Chain, lanes: int) -> str:
-    """The whole C++ file of the chain's backward."""
+def backward_source(chain: Chain, lanes: int) -> Source:
+    """Return the whole C++ file of the chain's backward."""
     alphas = 1 if chain.weights == "head" else 3
     parts = [header(chain, lanes)]
     parts.append(MIX.format(out_arg="", write="") if chain.mixes else TAKE.format())
@@ -212,7 +212,7 @@ def backward_source(chain: Chain, lanes: int) -> str:
     parts.append(MIX_BACKWARD.format() if chain.mixes else GIVE.format())
     if chain.projects:
         parts.append(PROJECT_BACKWARD.format())
-    names = (*saved(chain), *(f"d_{g}" for g in gradients_in(chain)), *(f"d_{i}" for i in inputs(chain)))
+    names = (*chain.inputs("backward"), *chain.outputs("backward"))
     pieces = {
         name: text.format(alphas=alphas) if chain.projects else ""
         for name, text in (("shared", _SHARED), ("prepare", _PREPARE), ("collect", _COLLECT), ("finish", _FINISH))
@@ -225,7 +225,23 @@ def backward_source(chain: Chain, lanes: int) -> str:
             bias=" d_norm_bias[k] = sums[V * LANES + k];" if chain.norm == "layer" else ""
         )
     parts.append(BACKWARD.format(arguments=unpack(names, BACKWARD_ARGUMENTS), body=_body(chain), **pieces))
-    return "\n".join(parts)
+    return Source("\n".join(parts), _passes(chain))
+
+
+def _passes(chain: Chain) -> dict[str, int]:
+    """X and y make X' again and then the gradients of H and post; d_h those of the weights and of X'."""
+    passes = dict.fromkeys(chain.wide("backward"), 1)
+    if chain.mixes:
+        passes |= {"X": 2, "y": 2}
+    elif not _reads_streams(chain):
+        del passes["X"]
+    if chain.collapses and chain.norm == "none" and (chain.projects or chain.weights == "given"):
+        passes["d_h"] = 2
+    return passes
+
+
+def _reads_streams(chain: Chain) -> bool:
+    return chain.mixes or chain.projects or chain.weights == "given"
 
 
 def _gather(chain: Chain) -> str:
@@ -250,7 +266,7 @@ def _dh(chain: Chain) -> str:
 
 def _body(chain: Chain) -> str:
     n = chain.stream.streams
-    lines = [load_tokens(chain, keeps=False)] if chain.mixes or chain.projects or chain.weights == "given" else []
+    lines = [load_tokens(chain, keeps=False)] if _reads_streams(chain) else []
     if chain.projects:
         lines[0] = lines[0].replace("      Lanes square[LANES] = {};\n", "").replace("square[t] = ", "")
     weights = "weights + t * N"

@@ -11,15 +11,11 @@ from concurrent.futures import Future
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import BoundedSemaphore, Thread
-from typing import Any, Literal
 
+from mhc_compile.diagnostics import warn
 from mhc_compile.kernels.cache import cache_dir, write_once
-from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.cpp.backward import backward_source
-from mhc_compile.kernels.cpp.forward import forward_source
 from mhc_compile.kernels.cpp.prelude import prelude
 
-Direction = Literal["forward", "backward"]
 # Multiplications and additions may fuse, as in the reference's matrix products; lane loops are unrolled into registers.
 FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-funroll-loops", "-w")
 
@@ -35,11 +31,6 @@ def lanes() -> int:
     return max(4, isa.nelements()) if isa else 4
 
 
-def source(chain: Chain, direction: Direction) -> str:
-    """The generated C++ of one direction for this machine."""
-    return (forward_source if direction == "forward" else backward_source)(chain, lanes())
-
-
 @cache
 def compiler_problem() -> str:
     """What keeps C++ from being compiled on this machine; nothing where a small file compiles and loads."""
@@ -52,20 +43,13 @@ def compiler_problem() -> str:
     return ""
 
 
-def start(chain: Chain) -> None:
-    """Begin to compile both directions, beside whatever else is compiled meanwhile."""
-    _library(chain, "forward")
-    _library(chain, "backward")
-
-
-def load(chain: Chain, direction: Direction) -> Any:
-    """The compiled function: from the cache, or as soon as it is compiled."""
-    return getattr(_library(chain, direction).result(), direction)
-
-
 @cache
-def _library(chain: Chain, direction: Direction) -> Future[ctypes.CDLL]:
-    return begin(f"{chain.name}_{direction}", lambda: source(chain, direction))
+def no_compiler() -> bool:
+    """Return whether this machine compiles no C++, and warn once a process where it does not."""
+    problem = compiler_problem()
+    if problem:
+        warn("MHC309", problem)
+    return bool(problem)
 
 
 def begin(name: str, code: Callable[[], str]) -> Future[ctypes.CDLL]:

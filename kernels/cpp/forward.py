@@ -10,6 +10,7 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.coefficients import coefficients_source
 from mhc_compile.kernels.cpp.norm import norm_source
 from mhc_compile.kernels.cpp.prelude import ROWS, prelude
+from mhc_compile.kernels.target import Source
 
 HEADER = """\
 // {name}: {spec}
@@ -185,10 +186,8 @@ def unpack(names: tuple[str, ...], types: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def forward_source(chain: Chain, lanes: int) -> str:
-    """The whole C++ file of the chain's forward."""
-    from mhc_compile.kernels.signature import inputs, outputs
-
+def forward_source(chain: Chain, lanes: int) -> Source:
+    """Return the whole C++ file of the chain's forward."""
     keeps = chain.keeps_streams
     parts = [header(chain, lanes)]
     if chain.mixes:
@@ -214,14 +213,14 @@ def forward_source(chain: Chain, lanes: int) -> str:
         shared.append("  float* packed = scratch((int64_t)N * V * ROWS * LANES);")
     parts.append(
         FORWARD.format(
-            arguments=unpack((*inputs(chain), *outputs(chain)), FORWARD_ARGUMENTS),
+            arguments=unpack((*chain.inputs(), *chain.outputs()), FORWARD_ARGUMENTS),
             shared="\n".join(shared),
             prepare=_PREPARE if chain.projects else "",
             body=_body(chain),
             finish="  free(packed);\n" if chain.projects else "",
         )
     )
-    return "\n".join(parts)
+    return Source("\n".join(parts), dict.fromkeys(chain.wide("forward"), 1))
 
 
 # Results of this size leave nothing of each other in the caches.

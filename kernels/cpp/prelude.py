@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import Template
 
-from mhc_compile.kernels.cpp.halves import halves
+from mhc_compile.kernels.cpp.float16 import halves
 
 PRELUDE = Template("""\
 #include <cstdint>

@@ -20,11 +20,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import providers
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.engram import hashing, over_cpp, overencoding, rows_cpp, rows_triton
 from mhc_compile.kernels.engram.spec import HashSpec, OverEncodingSpec
-from mhc_compile.kernels.triton.run import interprets
+from mhc_compile.kernels.triton.launch import interprets
 
 DIALECT = torch.library.Library("engram", "FRAGMENT")
 KERNELS = torch.library.Library("engram_kernels", "FRAGMENT")
@@ -32,19 +31,16 @@ RUN = {"cpp": rows_cpp.run, "triton": rows_triton.run, "reference": hashing.rows
 
 
 @cache
-def provider(device: str) -> providers.Provider:
-    """Who hashes on a type of device (`cpu`, `cuda`, ...)."""
+def target(device: str) -> str:
+    """Return which target hashes on a type of device (`cpu`, `cuda`, ...)."""
     if (device == "cuda" or (device == "cpu" and interprets())) and importlib.util.find_spec("triton") is not None:
         return "triton"
-    if device != "cpu":
-        return "reference"
-    providers.look_for_compilers(device)  # says once that there is none
-    return "reference" if build.compiler_problem() else "cpp"
+    return "reference" if device != "cpu" or build.no_compiler() else "cpp"
 
 
 def prepare(spec: HashSpec | OverEncodingSpec, device: str) -> None:
     """Begin to compile what will hash like `spec` on a type of device, so that the first call does not wait."""
-    if provider(device) == "cpp":
+    if target(device) == "cpp":
         over_cpp.start() if isinstance(spec, OverEncodingSpec) else rows_cpp.start(spec)
 
 
@@ -57,7 +53,7 @@ def _rows(ids: Tensor, reach: Tensor, before: Tensor | None, hash_spec: str) -> 
 
 
 def _rows_opaque(ids: Tensor, reach: Tensor, before: Tensor | None, hash_spec: str) -> Tensor:
-    return RUN[provider(ids.device.type)](ids, reach, before, HashSpec.parse(hash_spec))
+    return RUN[target(ids.device.type)](ids, reach, before, HashSpec.parse(hash_spec))
 
 
 def _rows_fake(ids: Tensor, reach: Tensor, before: Tensor | None, hash_spec: str) -> Tensor:  # noqa: ARG001
@@ -69,7 +65,7 @@ def _over_rows(ids: Tensor, reach: Tensor, before: Tensor | None, spec: str) -> 
 
 
 def _over_rows_opaque(ids: Tensor, reach: Tensor, before: Tensor | None, spec: str) -> Tensor:
-    run = over_cpp.run if provider(ids.device.type) == "cpp" else overencoding.rows
+    run = over_cpp.run if target(ids.device.type) == "cpp" else overencoding.rows
     return run(ids, reach, before, OverEncodingSpec.parse(spec))
 
 

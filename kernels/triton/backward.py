@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.signature import gradients_in, inputs, saved
+from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm, text
 from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
 from mhc_compile.kernels.triton.forward import logit
@@ -26,8 +26,8 @@ def pairs(x):
 """
 
 
-def backward_source(chain: Chain) -> str:
-    """The whole Python file of the chain's backward: the kernels `backward` and `phi_gradient` and what they call."""
+def backward_source(chain: Chain) -> Source:
+    """Return the whole Python file of the chain's backward: `backward`, `phi_gradient` and what they call."""
     parts = [text.header(chain, "backward")]
     if chain.projects and chain.streams_dtype == torch.bfloat16:
         parts.append(text.DOT_STREAMS)
@@ -46,15 +46,25 @@ def backward_source(chain: Chain) -> str:
     if chain.projects:
         pointers = ("X", *(("y", "post", "mix") if chain.mixes else ()), "du", "partial")
         parts.append(text.kernel("phi_gradient", pointers, ("tokens", "per_split", "x_stride"), _phi_gradient(chain)))
-    return "\n\n".join(parts)
+    return Source("\n\n".join(parts), _passes(chain))
+
+
+def _passes(chain: Chain) -> dict[str, int]:
+    """Streams, branch and d_h are read for the weights' gradients, for those of X, and for phi's."""
+    passes = dict.fromkeys(chain.wide("backward"), 1)
+    weighs = (2 if chain.norm == "layer" else 1) if chain.projects and chain.collapses else 0
+    reads = weighs + (chain.mixes or chain.projects or chain.weights == "given") + chain.projects
+    passes |= {name: reads for name in ("X", "y") if name in passes}
+    if chain.collapses:
+        passes["d_h"] = 1 + (weighs > 0)
+    return {name: count for name, count in passes.items() if count}
 
 
 def backward_pointers(chain: Chain) -> tuple[str, ...]:
     """The kernel's tensors: the signature's, and in place of the parameters' gradients what these are summed from."""
-    given = (*saved(chain), *(f"d_{name}" for name in gradients_in(chain)))
-    taken = tuple(f"d_{name}" for name in inputs(chain) if name not in PARAMETERS)
+    taken = tuple(name for name in chain.outputs("backward") if name.removeprefix("d_") not in PARAMETERS)
     extra = (*(("dlogits", "du", "sums") if chain.projects else ()), *(("norm_sums",) if chain.norm != "none" else ()))
-    return (*given, *taken, *extra)
+    return (*chain.inputs("backward"), *taken, *extra)
 
 
 def _weigh(chain: Chain) -> list[str]:

@@ -8,37 +8,12 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import torch
-
-from mhc_compile.kernels import signature
 from mhc_compile.kernels.cache import cache_dir, write_once
-from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.triton.backward import backward_pointers, backward_source
-from mhc_compile.kernels.triton.blocks import Blocks
-from mhc_compile.kernels.triton.forward import forward_source
-
-Direction = Literal["forward", "backward"]
-Kernel = Literal["forward", "backward", "phi_gradient"]
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-
-
-def source(chain: Chain, direction: Direction) -> str:
-    """The generated Python file of one direction."""
-    return (forward_source if direction == "forward" else backward_source)(chain)
-
-
-@cache
-def load(chain: Chain, direction: Direction) -> ModuleType:
-    """The generated file as a module, whose kernels Triton compiles at their first call.
-
-    Under `TRITON_INTERPRET=1` they run on CPU tensors. Raises ImportError where there is no Triton.
-    """
-    return module_of(f"{chain.name}_{direction}", source(chain, direction))
+from mhc_compile.kernels.triton.tiles import TileConfig
 
 
 def module_of(name: str, code: str) -> ModuleType:
@@ -52,17 +27,6 @@ def module_of(name: str, code: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def precision(chain: Chain, kernel: Kernel, backend: str) -> str:
-    """How float32 products are formed on tensor cores: as three TF32 products on NVIDIA, in float32 elsewhere.
-
-    What the backward adds to a gradient that is rounded to half precision is one TF32 product; to a float32 gradient it
-    is added without tensor cores, whose layout would leave too few registers.
-    """
-    if backend != "cuda" or (kernel == "backward" and chain.streams_dtype == torch.float32):
-        return "ieee"
-    return "tf32" if kernel == "backward" else "tf32x3"
 
 
 @dataclass(frozen=True)
@@ -88,27 +52,6 @@ class Compiled:
         return int(found[1]), int(found[2])
 
 
-def compile_for(
-    chain: Chain, kernel: Kernel, backend: Literal["cuda", "hip"], arch: int | str, blocks: Blocks
-) -> Compiled:
-    """Compile one kernel of `chain` for an architecture (`("cuda", 90)`, `("hip", "gfx942")`) on any machine.
-
-    Raises ImportError without Triton and what its compiler raises.
-    """
-    fn = getattr(load(chain, "forward" if kernel == "forward" else "backward"), kernel)
-    constants = {"BT": blocks.tokens, "BK": blocks.columns, "PRECISION": precision(chain, kernel, backend)}
-    names = pointers(chain, kernel)
-    types = {
-        name: _POINTERS[dtype_of(chain, name)] if name in names else "constexpr" if name in constants else "i64"
-        for name in fn.arg_names
-    }
-    # What a launch finds for itself: storage begins at multiples of 16 bytes, and so do tokens of such a width.
-    aligned = [i for i, name in enumerate(fn.arg_names) if name in names]
-    if chain.stream.streams * chain.width % 16 == 0:
-        aligned.append(fn.arg_names.index("x_stride"))
-    return compile_kernel(fn, types, constants, aligned, backend, arch, blocks)
-
-
 def compile_kernel(
     fn: Any,
     types: dict[str, str],
@@ -116,7 +59,7 @@ def compile_kernel(
     aligned: list[int],
     backend: Literal["cuda", "hip"],
     arch: int | str,
-    blocks: Blocks,
+    tile: TileConfig,
 ) -> Compiled:
     """Compile any kernel for an architecture; `aligned` are the arguments that are multiples of 16.
 
@@ -129,22 +72,6 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(fn, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}),
         target=GPUTarget(backend, arch, 64 if backend == "hip" else 32),
-        options={"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True},
+        options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
     )
     return Compiled(dict(compiled.asm), compiled.metadata.shared)
-
-
-def pointers(chain: Chain, kernel: Kernel) -> tuple[str, ...]:
-    """The tensors that a kernel takes, in order."""
-    if kernel == "forward":
-        return (*signature.inputs(chain), *signature.outputs(chain))
-    if kernel == "backward":
-        return backward_pointers(chain)
-    return ("X", *(("y", "post", "mix") if chain.mixes else ()), "du", "partial")
-
-
-def dtype_of(chain: Chain, name: str) -> torch.dtype:
-    """The dtype of a kernel's tensor."""
-    if name in ("dlogits", "du", "sums", "norm_sums", "partial"):
-        return torch.float32
-    return signature.dtype(chain, name.removeprefix("d_"))

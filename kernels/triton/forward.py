@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.signature import inputs, outputs
+from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm, text
 from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
 
 
-def forward_source(chain: Chain) -> str:
-    """The whole Python file of the chain's forward: the kernel `forward` and what it calls."""
+def forward_source(chain: Chain) -> Source:
+    """Return the whole Python file of the chain's forward: the kernel `forward` and what it calls."""
     parts = [text.header(chain, "forward")]
     if chain.projects and chain.streams_dtype == torch.bfloat16:
         parts.append(text.DOT_STREAMS)
@@ -24,8 +24,18 @@ def forward_source(chain: Chain) -> str:
         parts.append(functions)
     body = [*text.token_lines(), *text.site_lines(chain), *_weights_known_before(chain)]
     body += _with_coefficients(chain) if chain.projects else _in_one_pass(chain)
-    parts.append(text.kernel("forward", (*inputs(chain), *outputs(chain)), ("tokens", "x_stride"), body))
-    return "\n\n".join(parts)
+    parts.append(text.kernel("forward", (*chain.inputs(), *chain.outputs()), ("tokens", "x_stride"), body))
+    return Source("\n\n".join(parts), _passes(chain))
+
+
+def _passes(chain: Chain) -> dict[str, int]:
+    """What is weighed is read again behind the projection; a norm reads h again, and writes it again."""
+    passes = dict.fromkeys(chain.wide("forward"), 1)
+    if chain.projects and chain.collapses:
+        again = ("next_X",) if chain.keeps_streams else ("X", "y")
+        passes |= {name: 2 for name in again if name in passes}
+        passes["h"] += {"none": 0, "rms": 2, "layer": 3}[chain.norm]
+    return passes
 
 
 def _weights_known_before(chain: Chain) -> list[str]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mhc_compile.bench.contest import Contender, contest, distance, say, show
 from mhc_compile.bench.gpu_contenders import Package, Work, select
-from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import StreamSpec
 
@@ -46,10 +45,10 @@ def random_inputs(chain: Chain, tokens: int, device: torch.device) -> list[Tenso
     """The boundary's inputs, of the sizes that training sees: a doubly stochastic mix, small phi."""
     rng = torch.Generator().manual_seed(0)
     values = []
-    for name in signature.inputs(chain):
-        value = torch.randn(signature.shape(chain, name, (tokens,)), generator=rng)
+    for name in chain.inputs():
+        value = torch.randn(chain.shape(name, (tokens,)), generator=rng)
         value = {"mix": lambda v: torch.softmax(v, -1), "phi": lambda v: 0.02 * v}.get(name, lambda v: v)(value)
-        values.append(value.to(device, signature.dtype(chain, name)))
+        values.append(value.to(device, chain.dtype(name)))
     return values
 
 
@@ -93,11 +92,9 @@ def _contenders(
     backward: bool,
 ) -> list[Contender]:
     rng = torch.Generator().manual_seed(1)
-    names, wanted = signature.inputs(chain), signature.outputs(chain)[:4]
+    names, wanted = chain.inputs(), chain.outputs()[:4]
     gradients = [
-        torch.randn(signature.shape(chain, name, (tokens,)), generator=rng).to(
-            inputs[0].device, signature.dtype(chain, name)
-        )
+        torch.randn(chain.shape(name, (tokens,)), generator=rng).to(inputs[0].device, chain.dtype(name))
         for name in wanted
     ]
     exact = _exactly(chain, inputs, gradients, backward=backward)

@@ -16,7 +16,7 @@ from torch import nn
 
 from mhc_compile.bench.contest import Row, distance, show
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels import cache
+from mhc_compile.kernels import cache, in_cpp
 from mhc_compile.kernels.cpp import build
 
 OURS = "mhc-compile"
@@ -68,7 +68,7 @@ def _compile(model: nn.Module, ids: torch.Tensor, backend: str) -> tuple[float, 
 @contextmanager
 def _empty_caches() -> Iterator[None]:
     """Our own kernels compiled anew, too."""
-    cached = (cache.cache_dir, build._library, build.compiler_problem)
+    cached = (cache.cache_dir, in_cpp.library, build.compiler_problem)
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"MHC_COMPILE_CACHE_DIR": folder}):
         for function in cached:
             function.cache_clear()

@@ -23,7 +23,7 @@ from mhc_compile.bisect.values import Values, run_as_it_is
 from mhc_compile.config import Options, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import Pass, op_name
+from mhc_compile.passes.base import Pass, kernels_of, op_name
 from mhc_compile.pipeline import compile_passes, native_passes
 
 
@@ -79,18 +79,18 @@ def _kernels(search: Search) -> Wrong | None:
     subject, gm = search.subject, search.graph
     largest: float | None = None
     own = run_as_it_is(gm, subject.own, {})
-    for node, chain in kernels.fused_calls(gm):
-        judged = kernels.judge(chain, [own[a.name] if isinstance(a, Node) else a for a in node.args])
+    for node in filter(kernels_of, gm.graph.nodes):
+        judged = kernels.judge(node.target, [own[a.name] if isinstance(a, Node) else a for a in node.args])
         if not judged:
             continue
         j = kernels.worst(judged)
         largest = max(largest or 0.0, j.ratio)
         if not j.kernel.error <= j.allowed:
             search.checked.append(Checked("kernels", True, None, largest))
-            held = ("mhc_mixes", "mhc_reads") if j.mixes else ("mhc_reads", "mhc_mixes")
-            site = next((node.meta[part] for part in held if part in node.meta), None)
-            what = f"{j.name} of {chain.name}"
-            dtype = str(chain.streams_dtype).removeprefix("torch.")
+            parts = ("mhc_mixes", "mhc_reads") if j.mixes else ("mhc_reads", "mhc_mixes")
+            site = next((node.meta[part] for part in parts if part in node.meta), None)
+            what = f"{j.name} of {j.spec.name}"
+            dtype = str(j.spec.floats()["X"]).removeprefix("torch.")
             finding = search.finding("kernels", site, what, node, j.kernel, j.allowed, dtype, added=False)
             source = Source(node.name)
             given = [Pair(Source(n.name), Source(n.name), None) for n in node.all_input_nodes]

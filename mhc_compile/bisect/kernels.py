@@ -1,18 +1,18 @@
-"""Judge the generated kernels of a graph, each by itself: forward and backward against plain PyTorch in float64."""
+"""Judge every generated kernel of a graph by itself: forward and backward against plain PyTorch in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
 
-from mhc_compile.bisect.values import Difference, Values, difference, named, of_dtypes
-from mhc_compile.kernels import plain, providers, signature
-from mhc_compile.kernels.chain import Chain
+from mhc_compile.bisect.values import Difference, difference
+from mhc_compile.kernels import targets
+from mhc_compile.kernels.kernelspec import KernelSpec, Values
+from mhc_compile.kernels.registration import registered
 
 FACTOR = 10.0
 """How much larger than that of plain PyTorch in the same dtype the error of a kernel, a rewritten graph or the inner
@@ -23,8 +23,9 @@ compiler's code may be."""
 class Judged:
     """One result of one kernel."""
 
+    spec: KernelSpec
     name: str
-    """As `mhc_compile.kernels.signature` names it: `next_X`, `h`, ...; gradients `d_X`, `d_phi`, ..."""
+    """As the specification names it: `next_X`, `h`, ...; gradients `d_X`, `d_phi`, ..."""
     kernel: Difference
     """From plain PyTorch in float64."""
     plain: Difference
@@ -53,38 +54,42 @@ def allowed(error: Difference, dtype: torch.dtype, terms: int = 1) -> float:
     return FACTOR * max(error.error, floor * error.scale * max(terms, 1) ** 0.5)
 
 
-def fused_calls(gm: GraphModule) -> Iterator[tuple[Node, Chain]]:
-    """The fused chains of a graph, in order."""
-    for node in gm.graph.nodes:
-        if isinstance(chain := node.meta.get("mhc_chain"), Chain):
-            yield node, chain
+def judge(target: Any, args: Sequence[Any]) -> list[Judged]:
+    """Judge every result of the kernels that a fused op calls on `args`, forward and backward from seeded gradients.
 
-
-def judge(chain: Chain, args: Sequence[Any]) -> list[Judged]:
-    """Every result of the kernel that computes `chain` on `args`, forward and backward, from seeded gradients.
-
-    `args` are the op's own. Empty where the chain has no kernel on their device, or they are not finite.
+    Return nothing where they have no kernel on the arguments' device, or the arguments are not finite.
     """
-    values = {name: t.detach() for name, t in named(chain, args).items()}
-    chain = of_dtypes(chain, values)
-    device = values["X"].device.type
-    finite = all(bool(t.isfinite().all()) for t in values.values())
-    if not finite or providers.choose(chain, device)[0] == "reference":
+    op = registered(target)
+    assert op is not None
+    values, specs = op.parse([a.detach() if isinstance(a, Tensor) else a for a in args])
+    if not all(bool(t.isfinite().all()) for t in values.values()):
         return []
-    gradients = _seeded(chain, values)
-    wide = {name: t.double() for name, t in values.items()}
-    wanted = _results(plain.run, of_dtypes(chain, wide), wide, {n: g.double() for n, g in gradients.items()})
-    by_plain = _results(plain.run, chain, values, gradients)
-    by_kernel = _results(providers.run, chain, values, gradients)
-    found = []
-    for name, t in by_kernel.items():
-        if name == "z":
+    judged: list[Judged] = []
+    for spec in specs:
+        judged += _judge(spec, values)
+        with torch.no_grad(), targets.only("reference"):
+            values |= targets.run(spec, "forward", values)
+    return judged
+
+
+def _judge(spec: KernelSpec, values: Values) -> list[Judged]:
+    values = spec.call(values, "forward")
+    name = targets.choose(spec, values["X"].device.type)[0]
+    if name == "reference":
+        return []
+    gradients = _seeded(spec, values)
+    wide, wide_gradients = ({n: _widened(t) for n, t in each.items()} for each in (values, gradients))
+    exact = _results("reference", spec.of_dtypes(wide), wide, wide_gradients)
+    by_reference = _results("reference", spec, values, gradients)
+    judged = []
+    for result, t in _results(name, spec, values, gradients).items():
+        if result == "z":
             continue  # the kernel's own note for its backward
-        rounding = difference(wanted[name], by_plain[name])
+        rounding = difference(exact[result], by_reference[result])
         terms = values["X"].numel() // t.numel()
-        limit = allowed(rounding, by_plain[name].dtype, terms)
-        found.append(Judged(name, difference(wanted[name], t), rounding, limit))
-    return found
+        limit = allowed(rounding, by_reference[result].dtype, terms)
+        judged.append(Judged(spec, result, difference(exact[result], t), rounding, limit))
+    return judged
 
 
 def worst(found: Sequence[Judged]) -> Judged:
@@ -92,21 +97,25 @@ def worst(found: Sequence[Judged]) -> Judged:
     return max(found, key=lambda j: j.ratio)
 
 
-def _results(run: Any, chain: Chain, values: Values, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    lead = tuple(values["X"].shape[:-2])
+def _results(name: str, spec: KernelSpec, values: Values, gradients: Values) -> dict[str, Tensor]:
+    """Return all that one target computes, forward and backward, in order."""
+    target = targets.TARGETS[name]
     with torch.no_grad():
-        out = dict(run(chain, "forward", values, signature.outputs(chain), lead))
-        held = {**values, **out, **gradients}
-        wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
-        given = {**{n: held[n] for n in signature.saved(chain)}, **gradients}
-        return out | dict(run(chain, "backward", given, wanted, lead))
+        out = target.run(spec, "forward", values)
+        every = {**values, **out, **gradients}
+        return out | target.run(spec, "backward", {n: every[n] for n in spec.inputs("backward")})
 
 
-def _seeded(chain: Chain, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    lead, device = tuple(values["X"].shape[:-2]), values["X"].device
+def _seeded(spec: KernelSpec, values: Values) -> dict[str, Tensor]:
+    """Return random gradients of what the backward reads gradients of."""
+    sizes, device = spec.sizes(values), values["X"].device
     generator = torch.Generator().manual_seed(0)
-    found = {}
-    for name in signature.gradients_in(chain):
-        made = torch.randn(signature.shape(chain, name, lead), generator=generator)
-        found[f"d_{name}"] = made.to(device, signature.dtype(chain, name))
-    return found
+    return {
+        name: torch.randn(spec.shape(name, sizes), generator=generator).to(device, spec.dtype(name))
+        for name in spec.inputs("backward")
+        if name.startswith("d_")
+    }
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t

@@ -19,9 +19,8 @@ from torch.fx import GraphModule, Node
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
 from mhc_compile.bisect.values import Values
-from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.passes.base import module_path, op_name, site_path, source_line
+from mhc_compile.passes.base import kernels_of, module_path, op_name, site_path, source_line
 from mhc_compile.passes.norms import match_norm
 from mhc_compile.passes.residual import ResidualStream
 
@@ -120,7 +119,8 @@ def places_of(gm: GraphModule, residual: Iterable[ResidualSite]) -> Places:
                     found.add(site.site, part, held)
         return found
     for node in ours:
-        if isinstance(chain := node.meta.get("mhc_chain"), Chain):
+        chain = next((spec for spec in kernels_of(node) if isinstance(spec, Chain)), None)
+        if chain is not None:
             _of_chain(found, node, chain)
         elif op_name(node) == "distribute":
             found.add(site_path(node), "stream", node.name)
@@ -130,7 +130,7 @@ def places_of(gm: GraphModule, residual: Iterable[ResidualSite]) -> Places:
 
 
 def _of_chain(found: Places, node: Node, chain: Chain) -> None:
-    names = signature.outputs(chain)
+    names = chain.outputs()
     for i, name in enumerate(names):
         item = i if len(names) > 1 else None
         if name == "next_X" and "mhc_mixes" in node.meta:

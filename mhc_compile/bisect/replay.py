@@ -9,7 +9,6 @@ import base64
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from mhc_compile.bisect import inner, kernels
 from mhc_compile.bisect.values import difference, run_as_it_is, run_in_float64
 from mhc_compile.capture import Captured, capture
 from mhc_compile.config import Options
-from mhc_compile.kernels import fused
+from mhc_compile.kernels.registration import registered
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
-from mhc_compile.passes.base import Context, Pass, op_name
+from mhc_compile.passes.base import Context, Pass
 from mhc_compile.passes.verify import verify
 from mhc_compile.pipeline import ANALYSIS, run_passes
 
@@ -84,24 +83,16 @@ def kernel(computes: Function, inputs: Inputs) -> int:
     """Judge the generated kernel of the one fused op that `computes` calls, forward and backward."""
     held = _graph(computes, inputs, ())
     nodes = held.graph.graph.nodes
-    (node,) = [n for n in nodes if getattr(n.target, "namespace", "") == "mhc_kernels"]
+    (node,) = [n for n in nodes if registered(n.target) is not None]
     values = dict(zip((n for n in nodes if n.op == "placeholder"), held.inputs, strict=True))
-    args = [values[a] if isinstance(a, Node) else a for a in node.args]
-    static = [a for a in args if not isinstance(a, Tensor)]
-    chain = replace(
-        fused.prototypes()[op_name(node)],
-        stream=StreamSpec.parse(static[0]),
-        width=int(args[0].shape[-1]),
-        norm_eps=static[1] if len(static) > 1 else 0.0,
-    )
-    judged = kernels.judge(chain, args)
+    judged = kernels.judge(node.target, [values[a] if isinstance(a, Node) else a for a in node.args])
     if not judged:
         print("no kernel: plain PyTorch computes this here")
         return 0
     for j in judged:
         print(f"  {j.name:<10} error {j.kernel.error:.3g}, plain PyTorch {j.plain.error:.3g}, allowed {j.allowed:.3g}")
     j = kernels.worst(judged)
-    return _said(j.kernel.error, j.kernel.scale, j.allowed, f"{j.name} of {chain.name}")
+    return _said(j.kernel.error, j.kernel.scale, j.allowed, f"{j.name} of {j.spec.name}")
 
 
 def compiled(computes: Function, inputs: Inputs, options: Mapping[str, Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mhc_compile.kernels import plain, signature
-from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels import targets
 from mhc_compile.passes.base import op_name
 from mhc_compile.passes.dataflow import storage_root, writes_first_operand
 from mhc_compile.passes.numeric import KEEPS, Float64Interpreter, widen
@@ -94,7 +93,7 @@ def run_in_float64(gm: GraphModule, inputs: Sequence[Any]) -> Values:
 
 
 class _RecordingOwn(Interpreter):
-    """In the graph's own dtypes, dropout off, fused chains by plain PyTorch; what is anchored goes on as it should."""
+    """In the graph's own dtypes, dropout off; what is anchored goes on as it should."""
 
     def __init__(self, gm: GraphModule, anchors: Mapping[str, Any]) -> None:
         super().__init__(gm)
@@ -105,8 +104,6 @@ class _RecordingOwn(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.meta.get(KEEPS) or (op_name(n) in ("dropout", "mark") and n.op == "call_function"):
             out = self.fetch_args_kwargs_from_env(n)[0][0]
-        elif isinstance(chain := n.meta.get("mhc_chain"), Chain) and n.op == "call_function":
-            out = run_plain(chain, self.fetch_args_kwargs_from_env(n)[0])
         else:
             out = _defined(n, super().run_node(n))
         self.values[n.name] = _recorded(out, copy=n.name in self.written)
@@ -124,32 +121,13 @@ def run_as_it_is(gm: GraphModule, inputs: Sequence[Any], anchors: Mapping[str, A
     """What every node of `gm` gives in its own dtype, each from what `anchors` say that the nodes before should give.
 
     So errors do not add up along the graph, and each value shows the rounding of what lies between it and the anchors.
-    Fused chains are computed by plain PyTorch: kernels are judged by themselves (`mhc_compile.bisect.kernels`).
+    Fused kernels are left to plain PyTorch: they are judged by themselves (`mhc_compile.bisect.kernels`).
     """
     run = _RecordingOwn(gm, anchors)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), targets.only("reference"):
         torch.manual_seed(0)
         run.run(*map(_kept, inputs))
     return run.values
-
-
-def run_plain(chain: Chain, args: Sequence[Any]) -> Any:
-    """A fused op's results, by the plain PyTorch of its chain."""
-    values = named(chain, args)
-    names = signature.outputs(chain)
-    found = plain.run(of_dtypes(chain, values), "forward", values, names, tuple(values["X"].shape[:-2]))
-    return tuple(found[name] for name in names) if len(names) > 1 else found[names[0]]
-
-
-def named(chain: Chain, args: Sequence[Any]) -> dict[str, Tensor]:
-    """The tensors among a fused op's arguments, by the names of `mhc_compile.kernels.signature`."""
-    return dict(zip(signature.inputs(chain), args, strict=False))
-
-
-def of_dtypes(chain: Chain, values: Mapping[str, Tensor]) -> Chain:
-    """The chain for streams and branches of the dtypes at hand."""
-    X = values["X"]
-    return replace(chain, streams_dtype=X.dtype, branch_dtype=values["y"].dtype if "y" in values else X.dtype)
 
 
 def like(wanted: Any, found: Any) -> Any:

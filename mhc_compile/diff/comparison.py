@@ -173,8 +173,8 @@ def _kernels(c: Comparison) -> Table | None:
     )
     for name, x, y in c.kernels:
         calls = [f"{v[0]:,}" if v else "-" for v in (x, y)]
-        table.add_row(name, *calls, *(f"{v[0] * v[1]:,}" if v else "-" for v in (x, y)))
-    table.add_row("all", "", "", f"{c.a.bytes_token:,}", f"{c.b.bytes_token:,}")
+        table.add_row(name, *calls, *(f"{v[1]:,}" if v else "-" for v in (x, y)))
+    table.add_row("all calls", "", "", f"{c.a.bytes_token:,}", f"{c.b.bytes_token:,}")
     return table
 
 

@@ -35,7 +35,7 @@ class Function:
     name: str
     body: GraphModule
     arguments: list[str]
-    """What each argument is, as in `mhc_compile.kernels.signature`; `""` where that does not show."""
+    """The name of each argument as `KernelSpec.inputs` has it; "" where that does not show."""
     results: list[str]
 
 

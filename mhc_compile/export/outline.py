@@ -17,11 +17,11 @@ from torch.fx import GraphModule, Node
 from torch.fx import traceback as fx_traceback
 
 from mhc_compile.capture import private_copy
-from mhc_compile.kernels import reference, signature
-from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.engram.entry import Entry
+from mhc_compile.kernels import reference
+from mhc_compile.kernels.engram.step import MemoryStep
+from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import Context
+from mhc_compile.passes.base import Context, kernels_of
 from mhc_compile.passes.fuse import Fuse
 
 CHAIN = "mhc_chain"
@@ -49,7 +49,7 @@ class Outline:
         nodes = {n.name: n for n in gm.graph.nodes}
         calls = [n for n in trial.graph.nodes if "mhc_parts" in n.meta]
         for number, fused in enumerate(calls):
-            note = {"call": number, **_described(fused.meta["mhc_chain"])}
+            note = {"call": number, **_described(kernels_of(fused))}
             for part in fused.meta["mhc_parts"]:
                 nodes[part].meta["custom"] = {**nodes[part].meta.get("custom", {}), CHAIN: note}
         context.notes.append(f"{len(calls)} chains noted")
@@ -77,15 +77,11 @@ def noting_sinkhorn() -> Iterator[None]:
         yield
 
 
-def _described(found: Chain | Entry | tuple[Entry, ...]) -> dict[str, Any]:
-    if isinstance(found, Chain):
-        name, n, width = f"mhc_{found.name}", found.stream.streams, found.width
-        takes, gives = signature.inputs(found), signature.outputs(found)
-    elif isinstance(found, Entry):
-        name, n, width = f"engram_{found.name}", found.streams, found.width
-        takes, gives = found.arguments("forward"), found.outputs("forward")
-    else:
-        gate, inject = found
-        name, n, width = f"engram_recall_{inject.name.removeprefix('inject_')}", gate.streams, gate.width
-        takes, gives = (*gate.arguments("forward"), *inject.arguments("forward")[2:]), inject.outputs("forward")
-    return {"name": name, "streams": n, "width": width, "takes": list(takes), "gives": list(gives)}
+def _described(specs: tuple[KernelSpec, ...]) -> dict[str, Any]:
+    *before, last = specs
+    name = f"{'engram' if isinstance(last, MemoryStep) else 'mhc'}_{last.name}"
+    takes = last.inputs()
+    for gate in before:
+        name = name.replace(last.kind, "recall", 1)
+        takes = (*gate.inputs(), *(n for n in takes if n not in (*gate.inputs(), *gate.outputs())))
+    return {"name": name, "streams": last.n, "width": last.width, "takes": list(takes), "gives": list(last.outputs())}

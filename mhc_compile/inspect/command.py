@@ -16,6 +16,7 @@ from mhc_compile.diff.outputs import with_outputs
 from mhc_compile.export.mlir import Dialect
 from mhc_compile.inspect.examine import inspect
 from mhc_compile.inspect.mlir import mlir_of
+from mhc_compile.kernels.kernelspec import DIRECTIONS
 from mhc_compile.writing import write_whole
 
 COMMAND = "inspect"
@@ -82,8 +83,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(found) if console.is_terminal else print(found)
     if args.kernels:
         for kernel in found.kernels:
-            for direction in ("forward", "backward"):
-                print(f"\n===== {kernel.chain.name}, {direction} =====\n{kernel.source(direction)}")
+            for direction in DIRECTIONS:
+                if (source := kernel.source(direction)) is not None:
+                    print(f"\n===== {kernel.spec.name}, {direction} =====\n{source.text}")
     as_json = partial(with_outputs, found, args.model, **options) if args.outputs else found.json
     for file, text in ((args.html, found.html), (args.json, as_json)):
         if file is not None:

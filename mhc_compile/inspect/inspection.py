@@ -13,11 +13,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.inspect.reach import Reach
-from mhc_compile.kernels import providers
-from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.cpp.build import Direction
-from mhc_compile.kernels.engram import providers as memories
-from mhc_compile.kernels.engram.entry import Entry
+from mhc_compile.kernels import targets
+from mhc_compile.kernels.kernelspec import Direction, KernelSpec
+from mhc_compile.kernels.target import Source
 from mhc_compile.passes.coverage import Coverage
 from mhc_compile.passes.native import NativeSite
 from mhc_compile.pipeline import Record
@@ -91,17 +89,23 @@ class LayerView:
 class KernelReport:
     """One fused kernel that the compiled model calls."""
 
-    chain: Chain | Entry
+    spec: KernelSpec
     device: str
     """The type of device it is generated for."""
     calls: int
     """How often one forward calls it."""
 
-    def source(self, direction: Direction) -> str:
-        """The generated code of its `forward` or `backward`."""
-        if isinstance(self.chain, Entry):
-            return memories.source(self.chain, direction, self.device)
-        return providers.source(self.chain, direction, self.device)
+    def source(self, direction: Direction) -> Source | None:
+        """Return the generated code of its `forward` or `backward`; None where plain PyTorch computes it."""
+        try:
+            return targets.source(self.spec, direction, self.device)
+        except ValueError:
+            return None
+
+    def bytes_token(self, direction: Direction) -> int:
+        """Return the bytes that a token moves, as the code counts them; at least, where plain PyTorch computes it."""
+        source = self.source(direction)
+        return self.spec.bytes_token(direction, source and source.passes)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from mhc_compile.inspect.elements import Drawing, Element
 from mhc_compile.inspect.lines import input_name
-from mhc_compile.passes.base import module_path
+from mhc_compile.passes.base import kernels_of, module_path
 from mhc_compile.passes.ownership import is_owned
 
 INPUTS, OUTPUT = "(inputs)", "(output)"
@@ -59,7 +59,7 @@ class Placement:
 
     def _inherited(self, node: Node, element: int) -> int:
         """What a kernel computes belongs to the site, the branch's own norm in it as well."""
-        fused = "mhc_chain" in node.meta
+        fused = bool(kernels_of(node))
         return self.drawing.parent[element] if fused and self.drawing.elements[element].kind == "branch" else element
 
     # --- by module path ------------------------------------------------------------------------------------------

@@ -136,8 +136,7 @@ def _notes(records: Sequence[Record]) -> Iterator[RenderableType]:
 def _kernels(kernels: Sequence[KernelReport]) -> RenderableType:
     table = _table("fused kernel", "calls", "device", "bytes a token", numbers=("calls", "bytes"))
     for k in kernels:
-        moved = k.chain.bytes_moved(1024) // 1024
-        table.add_row(*map(Text, (k.chain.name, str(k.calls), k.device, f"{moved:,}")))
+        table.add_row(*map(Text, (k.spec.name, str(k.calls), k.device, f"{k.bytes_token('forward'):,}")))
     return table
 
 

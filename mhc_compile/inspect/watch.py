@@ -22,7 +22,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, Mark, Pass, describe, module_path, module_stack, shape, source_line, value
 from mhc_compile.passes.coverage import Coverage
 from mhc_compile.passes.dataflow import Dataflow
-from mhc_compile.passes.fuse import chains_of
+from mhc_compile.passes.fuse import kernels_in
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.residual import ResidualStream
 from mhc_compile.pipeline import Observer
@@ -94,7 +94,7 @@ class Watcher(Observer):
         elif step.name in ("engram", "overencoding"):
             self._look_for_memories(step.name, context)
         elif step.name == "fuse":
-            self.kernels = tuple(KernelReport(chain, device, n) for (chain, device), n in chains_of(gm).items())
+            self.kernels = tuple(KernelReport(spec, device, n) for (spec, device), n in kernels_in(gm).items())
         elif step.name == "widen" and self.layer is not None:
             self.after = lines_of(self.lines[-1], self.layer)
         return gm

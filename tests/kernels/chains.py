@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import plain, signature
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import Convention, StreamSpec
 
@@ -46,25 +45,23 @@ def random_inputs(chain: Chain, lead: tuple[int, ...], seed: int, scale: float =
     """Inputs by name; `scale` multiplies what the logits are made of."""
     rng = torch.Generator().manual_seed(seed)
     values = {}
-    for name in signature.inputs(chain):
-        value = torch.randn(signature.shape(chain, name, lead), generator=rng)
+    for name in chain.inputs():
+        value = torch.randn(chain.shape(name, lead), generator=rng)
         if name == "phi":
             value *= scale / value.shape[1] ** 0.5
         elif name == "bias":
             value *= scale
         elif name == "mix":
             value = torch.softmax(value, -1)
-        values[name] = value.to(signature.dtype(chain, name))
+        values[name] = value.to(chain.dtype(name))
     return values
 
 
 def random_gradients(chain: Chain, lead: tuple[int, ...], seed: int) -> dict[str, Tensor]:
     """Gradients of the outputs by `d_` and their name."""
     rng = torch.Generator().manual_seed(seed)
-    return {
-        f"d_{name}": torch.randn(signature.shape(chain, name, lead), generator=rng).to(signature.dtype(chain, name))
-        for name in signature.gradients_in(chain)
-    }
+    names = [name for name in chain.inputs("backward") if name.startswith("d_")]
+    return {name: torch.randn(chain.shape(name, lead), generator=rng).to(chain.dtype(name)) for name in names}
 
 
 def exactly(
@@ -72,8 +69,8 @@ def exactly(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs, and gradients of the inputs, of the reference in `dtype`."""
     leaves = {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
-    found = plain._forward(chain, leaves)
-    names = list(signature.gradients_in(chain))
+    found = chain.reference(leaves)
+    names = [name.removeprefix("d_") for name in gradients]
     grads = torch.autograd.grad(
         [found[n] for n in names if found[n].requires_grad],
         list(leaves.values()),
@@ -88,8 +85,8 @@ def backward_values(
     chain: Chain, inputs: dict[str, Tensor], outputs: dict[str, Tensor], gradients: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What the backward is called with, in its order."""
-    saved = {name: inputs[name] if name in inputs else outputs[name] for name in signature.saved(chain)}
-    return {**saved, **gradients}
+    every = {**inputs, **outputs, **gradients}
+    return {name: every[name] for name in chain.inputs("backward")}
 
 
 def error(found: Tensor, exact: Tensor) -> float:

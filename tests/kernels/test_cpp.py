@@ -12,35 +12,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mhc_compile.kernels import plain, providers, signature
+from mhc_compile.kernels import in_cpp as cpp
+from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp import build, memory
-from mhc_compile.kernels.cpp import run as cpp
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.target import Reference
 
 pytestmark = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler: plain PyTorch computes")
 HALF = next(c for c in CHAINS if c.kind == "distribute" and c.streams_dtype == torch.float16)
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-def forward(chain: Chain, inputs: dict[str, Tensor], lead: tuple[int, ...]) -> dict[str, Tensor]:
-    return dict(cpp.run(chain, "forward", inputs, signature.outputs(chain), lead))
+CPP = targets.TARGETS["cpp"]
 
 
-def both(chain: Chain, inputs: dict[str, Tensor], gradients: dict[str, Tensor], lead: tuple[int, ...]) -> list[Tensor]:
-    out = forward(chain, inputs, lead)
-    wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
-    grads = cpp.run(chain, "backward", backward_values(chain, inputs, out, gradients), wanted, lead)
+def forward(chain: Chain, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return CPP.run(chain, "forward", inputs)
+
+
+def both(chain: Chain, inputs: dict[str, Tensor], gradients: dict[str, Tensor]) -> list[Tensor]:
+    out = forward(chain, inputs)
+    grads = CPP.run(chain, "backward", backward_values(chain, inputs, out, gradients))
     return [*out.values(), *grads.values()]
 
 
 def tolerances(chain: Chain, inputs: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, float]:
     """Twice the error of plain PyTorch in the chain's own dtypes, and a floor of a few roundings."""
-    lead = tuple(inputs["X"].shape[:-2])
     exact_out, exact_grads = exactly(chain, inputs, gradients)
-    out = plain.run(chain, "forward", inputs, signature.outputs(chain), lead)
-    wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
-    grads = plain.run(chain, "backward", backward_values(chain, inputs, dict(out), gradients), wanted, lead)
+    out = Reference().run(chain, "forward", inputs)
+    grads = Reference().run(chain, "backward", backward_values(chain, inputs, out, gradients))
     floors = {torch.float32: 4e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
     floor = max(floors[chain.streams_dtype], floors[chain.branch_dtype])
     return {
@@ -55,18 +56,17 @@ def check(chain: Chain, lead: tuple[int, ...], seed: int, scale: float = 1.0) ->
     inputs, gradients = random_inputs(chain, lead, seed, scale), random_gradients(chain, lead, seed + 1)
     exact_out, exact_grads = exactly(chain, inputs, gradients)
     allowed = tolerances(chain, inputs, gradients)
-    out = forward(chain, inputs, lead)
-    wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
-    grads = cpp.run(chain, "backward", backward_values(chain, inputs, out, gradients), wanted, lead)
+    out = forward(chain, inputs)
+    grads = CPP.run(chain, "backward", backward_values(chain, inputs, out, gradients))
     for found, exact in ((out, exact_out), (grads, exact_grads)):
         for name, want in exact.items():
-            assert found[name].dtype == signature.dtype(chain, name.removeprefix("d_"))
+            assert found[name].dtype == chain.dtype(name)
             assert error(found[name], want) <= allowed[name], name
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=name_of)
 def test_every_specification_equals_the_reference(chain: Chain) -> None:
-    assert providers.choose(chain, "cpu") == ("cpp", "")
+    assert targets.choose(chain, "cpu") == ("cpp", "")
     check(chain, (37,), seed=0)
 
 
@@ -80,10 +80,10 @@ def test_any_number_of_tokens(chain: Chain, lead: tuple[int, ...], seed: int) ->
 @given(st.sampled_from([c for c in CHAINS if c.weights == "site"]), st.integers(0, 99), st.sampled_from([30.0, 1e4]))
 def test_extreme_logits_stay_finite_and_the_last_axis_sums_to_one(chain: Chain, seed: int, scale: float) -> None:
     inputs = random_inputs(chain, (13,), seed, scale)
-    out = forward(chain, inputs, (13,))
+    out = forward(chain, inputs)
     found = [*out.values()]
     assert all(t.isfinite().all() for t in found)
-    grads = both(chain, inputs, random_gradients(chain, (13,), seed), (13,))
+    grads = both(chain, inputs, random_gradients(chain, (13,), seed))
     assert all(t.isfinite().all() for t in grads)
     fields = chain.stream.convention.fields
     if chain.stream.manifold == "sinkhorn":
@@ -101,17 +101,17 @@ def test_every_output_is_written_and_two_runs_are_bit_equal(chain: Chain, monkey
         return empty(self, shape, dtype).fill_(float("nan"))
 
     inputs, gradients = random_inputs(chain, (29,), 0), random_gradients(chain, (29,), 1)
-    first = both(chain, inputs, gradients, (29,))
+    first = both(chain, inputs, gradients)
     monkeypatch.setattr(memory.Pool, "empty", poisoned)
-    second = both(chain, inputs, gradients, (29,))
+    second = both(chain, inputs, gradients)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("chain", CHAINS[:6:5] + CHAINS[8:12], ids=name_of)
 def test_zero_tokens(chain: Chain) -> None:
     inputs, gradients = random_inputs(chain, (2, 0), 0), random_gradients(chain, (2, 0), 1)
-    found = both(chain, inputs, gradients, (2, 0))
-    wanted = [signature.shape(chain, n, (2, 0)) for n in (*signature.outputs(chain), *signature.inputs(chain))]
+    found = both(chain, inputs, gradients)
+    wanted = [chain.shape(n, (2, 0)) for n in (*chain.outputs(), *chain.inputs())]
     assert [tuple(t.shape) for t in found] == wanted
     assert all((t == 0).all() for t in found)  # parameters get a gradient of zero
 
@@ -126,16 +126,16 @@ def test_layouts_other_than_contiguous(chain: Chain) -> None:
         "channels apart": torch.stack([X, X * 0], -1)[..., 0],
         "streams apart": X.transpose(-1, -2).contiguous().transpose(-1, -2),
     }
-    expected = both(chain, inputs, gradients, (6, 5))
+    expected = both(chain, inputs, gradients)
     for name, layout in layouts.items():
         assert torch.equal(layout, X)
-        found = both(chain, {**inputs, "X": layout}, gradients, (6, 5))
+        found = both(chain, {**inputs, "X": layout}, gradients)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), name
     spread = {
         k: v[:1, :1].expand(v.shape) if v.dim() > 2 or k in ("y", "post", "pre") else v for k, v in inputs.items()
     }
     dense = {k: v.contiguous() for k, v in spread.items()}
-    for a, b in zip(both(chain, spread, gradients, (6, 5)), both(chain, dense, gradients, (6, 5)), strict=True):
+    for a, b in zip(both(chain, spread, gradients), both(chain, dense, gradients), strict=True):
         assert torch.equal(a, b)
 
 
@@ -148,22 +148,22 @@ def test_offsets_beyond_32_bits() -> None:
         storage = torch.UntypedStorage.from_file(str(Path(folder) / "sparse"), True, 4 * (2 * step + n * C))
         far = torch.empty(0).set_(storage, 0, (3, n, C), (step, C, 1))
         far.copy_(inputs["X"])
-        found = both(chain, {**inputs, "X": far}, gradients, (3,))
+        found = both(chain, {**inputs, "X": far}, gradients)
         del far, storage
-    expected = both(chain, inputs, gradients, (3,))
+    expected = both(chain, inputs, gradients)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("lanes", [4, 8])
 def test_machines_with_shorter_vectors(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "lanes", lambda: lanes)
-    build._library.cache_clear()
+    cpp.library.cache_clear()
     try:
         for chain in (CHAINS[1], CHAINS[4], CHAINS[8], HALF):
-            assert f"constexpr int LANES = {lanes};" in build.source(chain, "forward")
+            assert f"constexpr int LANES = {lanes};" in CPP.source(chain, "forward").text
             check(chain, (13,), seed=0)
     finally:
-        build._library.cache_clear()
+        cpp.library.cache_clear()
 
 
 def equal_bits(found: Tensor, exact: Tensor) -> bool:
@@ -184,7 +184,7 @@ def check_conversions() -> None:
     y = torch.cat([halves, halves[:fill]]).view(-1, C)
     lead = (len(y),)
     inputs = {"X": zero(*lead, n, C).half(), "y": y, "post": torch.ones(*lead, n), "mix": zero(*lead, n, n)}
-    assert equal_bits(forward(HALF, inputs, lead)["next_X"], (y[:, None] + 0.0).expand(*lead, n, C).contiguous())
+    assert equal_bits(forward(HALF, inputs)["next_X"], (y[:, None] + 0.0).expand(*lead, n, C).contiguous())
 
     numbers = halves[halves.isfinite()].float().unique()
     middle = (numbers[1:] + numbers[:-1]) / 2
@@ -198,7 +198,7 @@ def check_conversions() -> None:
     inputs = {"X": zero(*lead, n, C).half(), "y": one, "post": post, "mix": zero(*lead, n, n)}
     want = (post + 0.0).half()[..., None].expand(*lead, n, C).contiguous()
     assert want.isinf().any()
-    assert equal_bits(forward(HALF, inputs, lead)["next_X"], want)
+    assert equal_bits(forward(HALF, inputs)["next_X"], want)
 
 
 @pytest.mark.parametrize("flags", [(), ("-U__F16C__",)], ids=["the machine's own", "by arithmetic"])
@@ -208,18 +208,18 @@ def test_float16_is_converted_as_pytorch_casts(
 ) -> None:
     monkeypatch.setattr(build, "lanes", lambda: lanes)
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
-    build._library.cache_clear()
+    cpp.library.cache_clear()
     try:
         check_conversions()
     finally:
-        build._library.cache_clear()
+        cpp.library.cache_clear()
 
 
 def test_gradients_too_large_for_float16_are_infinite_as_a_cast_makes_them() -> None:
     inputs, gradients = random_inputs(HALF, (9,), 0), random_gradients(HALF, (9,), 1)
     gradients["d_next_X"] = torch.full_like(gradients["d_next_X"], 6e4)
     inputs["post"] = torch.full_like(inputs["post"], 0.3)  # the sum of four: 72000
-    *_, dy, _, _ = both(HALF, inputs, gradients, (9,))
+    *_, dy, _, _ = both(HALF, inputs, gradients)
     assert (dy == torch.inf).all()
 
 
@@ -230,7 +230,7 @@ def test_the_number_of_threads_changes_sums_by_rounding_alone() -> None:
         results = []
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(both(chain, inputs, gradients, (100,)))
+            results.append(both(chain, inputs, gradients))
     finally:
         torch.set_num_threads(threads)
     for a, b in zip(*results, strict=True):
@@ -248,13 +248,13 @@ def test_the_number_of_threads_changes_sums_by_rounding_alone() -> None:
     ],
 )
 def test_what_has_no_kernel_is_left_to_plain_pytorch(chain: Chain, reason: str) -> None:
-    provider, why = providers.choose(chain, "cpu")
-    assert provider == "reference"
+    target, why = targets.choose(chain, "cpu")
+    assert target == "reference"
     assert reason in why
 
 
 def test_source_is_readable_and_says_what_it_is() -> None:
-    text = build.source(CHAINS[0], "forward")
+    text = CPP.source(CHAINS[0], "forward").text
     assert "boundary_n4_c48_float32" in text
     assert "convention=paper" in text
     assert "constexpr int N = 4, C = 48, ROWS = 24;" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,11 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         ((X, a, value, None, gain, conv), FusionSpec()),
         ((X, a, value, None, gain, conv[..., :2]), FusionSpec(dilation=2)),
     ):
-        for inject in (fusion.inject, lambda *x: torch.ops.engram_kernels.inject(*x[:-1], str(x[-1]))):
+
+        def fused(*x: Any) -> Any:
+            kernels = torch.ops.engram_kernels
+            return kernels.add(*x[:3], str(x[-1])) if x[5] is None else kernels.inject(*x[:-1], str(x[-1]))
+
+        for inject in (fusion.inject, fused):
             with pytest.raises(MHCError, match="MHC220"):
                 inject(*args, spec)

@@ -284,23 +284,26 @@ def test_compression_lets_negative_ids_through() -> None:
 
 
 def test_who_hashes_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    hash_ops.provider.cache_clear()
+    hash_ops.target.cache_clear()
+    build.no_compiler.cache_clear()
     try:
-        assert hash_ops.provider("cpu") == ("reference" if build.compiler_problem() else "cpp")
-        assert hash_ops.provider("xpu") == "reference"
-        hash_ops.provider.cache_clear()
+        assert hash_ops.target("cpu") == ("reference" if build.compiler_problem() else "cpp")
+        assert hash_ops.target("xpu") == "reference"
+        hash_ops.target.cache_clear()
+        build.no_compiler.cache_clear()
         monkeypatch.setattr(build, "compiler_problem", lambda: "CppCompileError: no g++")
-        assert hash_ops.provider("cpu") == "reference"
+        assert hash_ops.target("cpu") == "reference"
         ids = torch.randint(0, 9, (1, 4))
         found = torch.ops.engram_kernels.rows(ids, ids, None, str(PUBLISHED))
         assert torch.equal(found, hashing.rows(ids, ids, None, PUBLISHED))
     finally:
-        hash_ops.provider.cache_clear()
+        hash_ops.target.cache_clear()
+        build.no_compiler.cache_clear()
 
 
 @needs_triton
 def test_gpus_get_triton_and_its_kernel_gives_the_reference() -> None:
-    assert hash_ops.provider("cuda") == "triton"
+    assert hash_ops.target("cuda") == "triton"
     worker = Path(__file__).with_name("engram_worker.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     found = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True)

@@ -9,8 +9,9 @@ import torch
 from chains import error
 from torch import Tensor
 
-from mhc_compile.kernels.engram import ops
+import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.engram.spec import FusionSpec
+from mhc_compile.kernels.registration import registered
 
 KERNELS = torch.ops.engram_kernels
 SPEC = FusionSpec(dilation=2, taps=3)
@@ -43,7 +44,7 @@ def calls(dtype: torch.dtype = torch.float32, tokens: int = 6) -> dict[str, tupl
         "recall": (*remember[:-1], reach, t["conv_gain"], t["conv"], TEXT),
         "inject": (*inject, reach, t["conv_gain"], t["conv"], TEXT),
         "inject everywhere": (*inject, None, t["conv_gain"], t["conv"], TEXT),
-        "inject values": (*inject, None, None, None, TEXT),
+        "add": (*inject, TEXT),
     }
 
 
@@ -61,6 +62,11 @@ def dialect(name: str) -> Any:
         out = torch.ops.engram.inject(X, a, value, *(convolution or (None, None, None)), spec)
         return (out, a) if convolution else out
 
+    def add(*arguments: Any) -> Any:
+        return torch.ops.engram.inject(*arguments[:-1], None, None, None, arguments[-1])
+
+    if name == "add":
+        return add
     return remember if name in ("remember", "recall") else getattr(torch.ops.engram, name.split()[0])
 
 
@@ -99,7 +105,7 @@ def test_the_opaque_op_is_the_dialect_s(name: str, dtype: torch.dtype) -> None:
 
 
 def test_the_gradient_of_the_streams_is_handed_on_as_it_is() -> None:
-    for name in ("inject", "inject values"):
+    for name in ("inject", "add"):
         made, leaves = leaves_of(calls()[name])
         flow = torch.randn_like(leaves[0])
         (found,) = torch.autograd.grad(opaque(name)(*made), [leaves[0]], flow)
@@ -112,7 +118,7 @@ def test_parameters_in_half_precision_get_gradients_of_their_own_dtype() -> None
         narrow = [t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() else t for t in wide]
         streams = 3 if name in ("remember", "recall") else 2 if name == "gate" else 1
         arguments = (*wide[:streams], *narrow[streams:])
-        if name.startswith("inject"):
+        if name.startswith(("inject", "add")):
             arguments = (*arguments[:2], wide[2], *arguments[3:])
         for a, b in zip(results(opaque(name), arguments), results(dialect(name), arguments), strict=True):
             assert a.dtype == b.dtype
@@ -166,11 +172,17 @@ def test_the_dialect_decomposes() -> None:
         assert targets == {"aten"}
 
 
-def test_an_op_s_entry_is_known_from_fake_tensors() -> None:
+def test_an_op_s_steps_are_known_from_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         X, value = torch.empty(2, 3, 4, 8, dtype=torch.bfloat16), torch.empty(2, 3, 8)
-        entry = ops.entry_of("inject", X, TEXT, value=value)
-    assert (entry.kind, entry.streams, entry.width, entry.spec) == ("inject", 4, 8, SPEC)
-    assert (entry.streams_dtype, entry.value_dtype) == (torch.bfloat16, torch.float32)
+        gains = torch.empty(4, 8), torch.empty(4, 8)
+        op = registered(KERNELS.recall.default)
+        assert op is not None
+        _, steps = op.parse([X, X, value, *gains, None, gains[0], torch.empty(4, 8, SPEC.taps), TEXT])
+    assert [(step.kind, step.n, step.width) for step in steps] == [("gate", 4, 8), ("inject", 4, 8)]
+    assert [step.floats() for step in steps] == [
+        {"X": torch.bfloat16, "keys": torch.bfloat16}, {"X": torch.bfloat16, "value": torch.float32},
+    ]  # fmt: skip
+    assert registered(torch.ops.aten.add.Tensor) is None

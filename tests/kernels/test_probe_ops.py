@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import plain, probe_ops, reference
+from mhc_compile.kernels import probe_ops, reference
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.engram import fusion
 from mhc_compile.kernels.engram.spec import FusionSpec
@@ -63,7 +63,7 @@ def test_pre_from_what_a_kernel_keeps(convention: Convention) -> None:
     phi, alpha, bias = start_site(spec, 0, 5)
     phi, alpha = torch.randn(phi.shape), torch.tensor([0.3, 0.2, 0.1])
     X = torch.randn(2, 7, 3, 5)
-    kept = plain.run(chain, "forward", {"X": X, "phi": phi, "alpha": alpha, "bias": bias}, ("z",), (2, 7))["z"]
+    kept = chain.reference({"X": X, "phi": phi, "alpha": alpha, "bias": bias})["z"]
     expected, _, _ = reference.coefficients(X, phi, alpha, bias, spec)
     torch.testing.assert_close(OPS.pre(kept, alpha, bias, 5, str(spec)), expected)
 

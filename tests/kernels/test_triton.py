@@ -14,15 +14,16 @@ import pytest
 import torch
 from chains import CHAINS, name_of
 
-from mhc_compile.kernels import providers
+from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.in_triton import Triton
+from mhc_compile.kernels.kernelspec import Direction
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.traffic import table
-from mhc_compile.kernels.triton import blocks, build
-from mhc_compile.kernels.triton import run as triton_run
+from mhc_compile.kernels.triton import tiles
 
 needs_triton = pytest.mark.skipif(
-    triton_run.unsupported(Chain(kind="boundary", stream=StreamSpec(), width=8)) is not None,
+    bool(Triton().unsupported(Chain(kind="boundary", stream=StreamSpec(), width=8))),
     reason="Triton is not installed",
 )
 
@@ -77,28 +78,28 @@ def test_a_large_mean_leaves_the_variance_its_bits(interpreted: list[dict[str, A
 
 @pytest.mark.parametrize("chain", CHAINS, ids=name_of)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_text_is_python_with_a_real_loop(chain: Chain, direction: build.Direction) -> None:
-    text = build.source(chain, direction)
+def test_text_is_python_with_a_real_loop(chain: Chain, direction: Direction) -> None:
+    text = Triton().source(chain, direction).text
     compile(text, chain.name, "exec")
     assert f"def {direction}(" in text
     assert "atomic" not in text
     more = replace(chain, stream=replace(chain.stream, iterations=10 * chain.stream.iterations))
-    assert len(build.source(more, direction).splitlines()) <= len(text.splitlines()) * 1.5
+    assert len(Triton().source(more, direction).text.splitlines()) <= len(text.splitlines()) * 1.5
     if chain.weights == "site" and chain.stream.manifold == "sinkhorn":
         assert ("def sinkhorn(" if direction == "forward" else "def sinkhorn_backward(") in text
 
 
 def test_gpus_get_triton_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     chain = Chain(kind="boundary", stream=StreamSpec(), width=24)
-    providers.choose.cache_clear()
+    targets.choose.cache_clear()
     try:
-        found = providers.choose(chain, "cuda")
-        assert found == (("triton", "") if triton_run.unsupported(chain) is None else ("reference", found[1]))
-        providers.choose.cache_clear()
+        found = targets.choose(chain, "cuda")
+        assert found == (("triton", "") if not Triton().unsupported(chain) else ("reference", found[1]))
+        targets.choose.cache_clear()
         monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-        assert providers.choose(chain, "cuda") == ("reference", "Triton is not installed")
+        assert targets.choose(chain, "cuda") == ("reference", "Triton is not installed")
     finally:
-        providers.choose.cache_clear()
+        targets.choose.cache_clear()
 
 
 @needs_triton
@@ -113,33 +114,33 @@ def test_gpus_get_triton_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_has_no_kernel_says_why(chain: Chain, reason: str) -> None:
-    assert reason in (triton_run.unsupported(chain) or "")
+    assert reason in Triton().unsupported(chain)
 
 
-def test_measured_blocks_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "cache_dir", lambda: tmp_path)
+def test_measured_tiles_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "cache_dir", lambda: tmp_path)
     chain = Chain(kind="boundary", stream=StreamSpec(), width=64)
-    choices = blocks.candidates(chain, "forward", 90)
-    assert choices[0] == blocks.default(chain, "forward", 90)
+    choices = tiles.candidates(chain, "forward", 90)
+    assert choices[0] == tiles.default(chain, "forward", 90)
     assert len(set(choices)) == len(choices) > 8
-    asked: list[blocks.Blocks] = []
+    asked: list[tiles.TileConfig] = []
 
-    def seconds(choice: blocks.Blocks) -> float:
+    def seconds(choice: tiles.TileConfig) -> float:
         asked.append(choice)
         if choice == choices[3]:
             raise RuntimeError("out of shared memory")
         return 1.0 if choice == choices[5] else 2.0
 
-    assert blocks.fastest("key", choices, seconds) == choices[5]
+    assert tiles.fastest("key", choices, seconds) == choices[5]
     assert asked == choices
-    assert blocks.fastest("key", choices, seconds) == choices[5]
+    assert tiles.fastest("key", choices, seconds) == choices[5]
     assert asked == choices  # not measured again
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gpus_whose_matrix_operands_lie_in_registers_are_cut_alike(dtype: torch.dtype) -> None:
     chain = Chain(kind="boundary", stream=StreamSpec(), width=64, streams_dtype=dtype, branch_dtype=dtype)
-    cuts = {arch: blocks.default(chain, "forward", arch) for arch in (80, 86, 90, 100, 120)}
+    cuts = {arch: tiles.default(chain, "forward", arch) for arch in (80, 86, 90, 100, 120)}
     assert cuts[80] == cuts[86] == cuts[120]
     assert cuts[90] == cuts[100]
     assert cuts[80].tokens < cuts[90].tokens
@@ -147,9 +148,9 @@ def test_gpus_whose_matrix_operands_lie_in_registers_are_cut_alike(dtype: torch.
 
 def test_measuring_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MHC_COMPILE_AUTOTUNE", raising=False)
-    assert not blocks.autotunes()
+    assert not tiles.autotunes()
     monkeypatch.setenv("MHC_COMPILE_AUTOTUNE", "1")
-    assert blocks.autotunes()
+    assert tiles.autotunes()
 
 
 def test_a_boundary_moves_ten_values_a_token_forward_and_fifteen_backward() -> None:

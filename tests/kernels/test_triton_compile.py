@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mhc_compile.kernels.chain import Chain, Norm
+from mhc_compile.kernels.in_triton import Triton, launcher_of
+from mhc_compile.kernels.kernelspec import Direction
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.kernels.triton import blocks, build
-from mhc_compile.kernels.triton import run as triton_run
+from mhc_compile.kernels.triton.build import Compiled
 
 
 def boundary(width: int, dtype: torch.dtype, norm: Norm = "none") -> Chain:
@@ -23,9 +24,9 @@ def boundary(width: int, dtype: torch.dtype, norm: Norm = "none") -> Chain:
 
 
 pytestmark = pytest.mark.skipif(
-    triton_run.unsupported(boundary(8, torch.float32)) is not None, reason="Triton is not installed"
+    bool(Triton().unsupported(boundary(8, torch.float32))), reason="Triton is not installed"
 )
-KERNELS = get_args(build.Kernel)
+KERNELS = ("forward", "backward", "phi_gradient")
 Target = tuple[Literal["cuda", "hip"], int | str]
 TARGETS: list[Target] = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
 # Bytes of shared memory that a program may have.
@@ -38,7 +39,12 @@ def _own_caches(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # or what an earlier version compiled would be looked at
 
 
-def spilled(compiled: build.Compiled, backend: str) -> int:
+def compiled_for(chain: Chain, kernel: str, backend: Literal["cuda", "hip"], arch: int | str) -> Compiled:
+    direction: Direction = "forward" if kernel == "forward" else "backward"
+    return launcher_of(chain).compile_for(chain, direction, kernel, backend, arch)
+
+
+def spilled(compiled: Compiled, backend: str) -> int:
     """Bytes of memory that a thread keeps values in for want of registers."""
     if backend == "cuda":
         return compiled.registers()[1]
@@ -49,10 +55,10 @@ def spilled(compiled: build.Compiled, backend: str) -> int:
 
 @pytest.mark.parametrize("norm", get_args(Norm))
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_boundary_compiles_for_sm_90(kernel: build.Kernel, norm: Norm) -> None:
+def test_boundary_compiles_for_sm_90(kernel: str, norm: Norm) -> None:
     chain = boundary(1280, torch.bfloat16, norm)
-    cut = blocks.default(chain, kernel, 90)
-    compiled = build.compile_for(chain, kernel, "cuda", 90, cut)
+    cut = launcher_of(chain).tiles(chain, kernel, 90)[0]
+    compiled = compiled_for(chain, kernel, "cuda", 90)
     assert re.search(r"mma\.sync|wgmma\.mma_async", compiled.texts["ptx"])
     assert compiled.shared <= 227 * 1024
     registers, stack = compiled.registers()
@@ -76,7 +82,7 @@ def test_every_target_compiles_and_keeps_its_values_in_registers(
 ) -> None:
     chain, (backend, arch) = boundary(width, dtype, norm), target
     for kernel in KERNELS if norm == "none" else KERNELS[:2]:  # phi's gradient knows no norm
-        compiled = build.compile_for(chain, kernel, backend, arch, blocks.default(chain, kernel, arch))
+        compiled = compiled_for(chain, kernel, backend, arch)
         used = compiled.registers()[0] if backend == "cuda" else "?"
         print(f"{arch} {chain.name} {kernel}: {used} registers, {compiled.shared} bytes shared")
         assert spilled(compiled, backend) == 0, kernel
@@ -91,5 +97,5 @@ def test_every_kind_compiles(kind: Literal["read"]) -> None:
         chains += [replace(chains[0], norm=norm) for norm in get_args(Norm)[1:]]
     for chain in chains:
         for kernel in KERNELS if chain.projects else KERNELS[:2]:
-            compiled = build.compile_for(chain, kernel, "cuda", 90, blocks.default(chain, kernel, 90))
+            compiled = compiled_for(chain, kernel, "cuda", 90)
             assert compiled.registers()[1] == 0

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chains import BF16, CHAINS, V4, backward_values, error, exactly, name_of, random_gradients, random_inputs
 from torch import Tensor
 
-from mhc_compile.kernels import fused, plain, providers, signature
+from mhc_compile.kernels import fused, targets
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.in_triton import Triton, launcher_of
 from mhc_compile.kernels.spec import Convention, StreamSpec
-from mhc_compile.kernels.triton import build
-from mhc_compile.kernels.triton import run as triton
+from mhc_compile.kernels.target import Reference
 
 HALF = {"streams_dtype": torch.float16, "branch_dtype": torch.float16}
 MORE = [
@@ -36,25 +36,24 @@ MORE = [
     Chain(kind="read", stream=StreamSpec(streams=1), width=34, norm="rms", norm_eps=1e-6, **HALF),
     Chain(kind="read", stream=StreamSpec(streams=5, manifold="identity"), width=70, norm="rms"),
 ]
-TRIED = [chain for chain in CHAINS if triton.unsupported(chain) is None] + MORE
+triton = Triton()
+TRIED = [chain for chain in CHAINS if not triton.unsupported(chain)] + MORE
 LEAD = (3, 7)  # 21 tokens: more than one block of the backward, and a ragged one
 Values = dict[str, Tensor]
 
 
-def both(chain: Chain, inputs: Values, gradients: Values, lead: tuple[int, ...]) -> tuple[Values, Values]:
-    out = triton.run(chain, "forward", inputs, signature.outputs(chain), lead)
-    wanted = tuple(f"d_{name}" for name in signature.inputs(chain))
-    return out, triton.run(chain, "backward", backward_values(chain, inputs, out, gradients), wanted, lead)
+def both(chain: Chain, inputs: Values, gradients: Values) -> tuple[Values, Values]:
+    out = triton.run(chain, "forward", inputs)
+    return out, triton.run(chain, "backward", backward_values(chain, inputs, out, gradients))
 
 
 def errors(chain: Chain, offset: float = 0.0) -> dict[str, tuple[float, float]]:
     inputs, gradients = random_inputs(chain, LEAD, 0), random_gradients(chain, LEAD, 1)
     inputs["X"] += offset
     exact_out, exact_grads = exactly(chain, inputs, gradients)
-    out, grads = both(chain, inputs, gradients, LEAD)
-    plain_out = plain.run(chain, "forward", inputs, signature.outputs(chain), LEAD)
-    values = backward_values(chain, inputs, dict(plain_out), gradients)
-    plain_grads = plain.run(chain, "backward", values, tuple(exact_grads), LEAD)
+    out, grads = both(chain, inputs, gradients)
+    plain_out = Reference().run(chain, "forward", inputs)
+    plain_grads = Reference().run(chain, "backward", backward_values(chain, inputs, plain_out, gradients))
     return {
         name: (error(found[name], exact), error(theirs[name], exact))
         for found, theirs, exacts in ((out, plain_out, exact_out), (grads, plain_grads, exact_grads))
@@ -65,20 +64,20 @@ def errors(chain: Chain, offset: float = 0.0) -> dict[str, tuple[float, float]]:
 def poisoned(chain: Chain) -> dict[str, bool]:
     """With every new tensor full of NaN: nothing is left of it, two runs are bit-equal, strides do not matter."""
     inputs, gradients = random_inputs(chain, LEAD, 2), random_gradients(chain, LEAD, 3)
-    first = both(chain, inputs, gradients, LEAD)
+    first = both(chain, inputs, gradients)
     fresh = Tensor.new_empty
     Tensor.new_empty = lambda like, *a, **k: fresh(like, *a, **k).fill_(torch.nan)  # type: ignore[method-assign]
     try:
-        second = both(chain, inputs, gradients, LEAD)
+        second = both(chain, inputs, gradients)
         # Not contiguous: every second value of a larger tensor, and streams that are expanded over the batch.
         apart = {k: torch.stack([v, v], -1)[..., 0] for k, v in inputs.items()}
-        third = both(chain, apart, {k: torch.stack([v, v], -1)[..., 0] for k, v in gradients.items()}, LEAD)
+        third = both(chain, apart, {k: torch.stack([v, v], -1)[..., 0] for k, v in gradients.items()})
         wide = {**inputs, "X": inputs["X"][:1].expand(LEAD[0], *inputs["X"].shape[1:])}
-        expanded = both(chain, wide, gradients, LEAD)
+        expanded = both(chain, wide, gradients)
     finally:
         Tensor.new_empty = fresh  # type: ignore[method-assign]
-    same = both(chain, {**wide, "X": wide["X"].contiguous()}, gradients, LEAD)
-    none = both(chain, random_inputs(chain, (0, 4), 4), random_gradients(chain, (0, 4), 5), (0, 4))
+    same = both(chain, {**wide, "X": wide["X"].contiguous()}, gradients)
+    none = both(chain, random_inputs(chain, (0, 4), 4), random_gradients(chain, (0, 4), 5))
     return {
         "finite": all(bool(t.isfinite().all()) for part in second for t in part.values()),
         "bit-equal": equal(first, second),
@@ -102,12 +101,13 @@ def through_the_op(norm: str) -> bool:
     h.sum().backward()
     gradients = {n: torch.zeros_like(t) for n, t in random_gradients(chain, LEAD, 7).items()}
     gradients["d_h"] += 1.0
-    out, grads = both(chain, inputs, gradients, LEAD)
+    out, grads = both(chain, inputs, gradients)
     same = all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, grads.values(), strict=True))
-    return providers.choose(chain, "cpu")[0] == "triton" and torch.equal(h, out["h"]) and same
+    return targets.choose(chain, "cpu")[0] == "triton" and torch.equal(h, out["h"]) and same
 
 
-split = build.load(next(c for c in TRIED if c.projects and c.streams_dtype == torch.bfloat16), "forward").parts
+HALVES = next(c for c in TRIED if c.projects and c.streams_dtype == torch.bfloat16)
+split = launcher_of(HALVES).load(HALVES, "forward").parts
 
 
 @tt.jit

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from mhc_compile.kernels import providers
-from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels import targets
+from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.passes.base import Context, copy_meta, op_name
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.lower import Lower
@@ -135,16 +135,17 @@ class Breaks(Lower):
 
 def plant_kernel(result: str = "next_mix", kind: str = "boundary", change: float = 1e-4) -> Callable[[], None]:
     """Make generated kernels of one kind return one result a little too large; returns what takes that back."""
-    right = providers.RUN["cpp"]
+    right = targets.TARGETS["cpp"]
 
-    def run(chain: Chain, direction: Any, values: Any, wanted: tuple[str, ...], lead: tuple[int, ...]) -> Any:
-        found = dict(right(chain, direction, values, wanted, lead))
-        if WRONG and chain.kind == kind and result in found:
-            found[result] = found[result] * (1 + change)
-        return found
+    class Wrong(type(right)):  # type: ignore[misc]
+        def run(self, spec: KernelSpec, direction: Any, values: Any) -> dict[str, torch.Tensor]:
+            results: dict[str, torch.Tensor] = right.run(spec, direction, values)
+            if WRONG and spec.kind == kind and result in results:
+                results[result] = results[result] * (1 + change)
+            return results
 
     def undo() -> None:
-        providers.RUN["cpp"] = right
+        targets.TARGETS["cpp"] = right
 
-    providers.RUN["cpp"] = run
+    targets.TARGETS["cpp"] = Wrong()
     return undo

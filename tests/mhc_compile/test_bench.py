@@ -20,7 +20,6 @@ from mhc_compile.bench import boundary, engram, engram_step, passes
 from mhc_compile.bench.gpu_contenders import PACKAGES, Package, Work, select
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.spec import StreamSpec
@@ -186,10 +185,10 @@ DOCUMENTED = {
 @pytest.mark.parametrize("backward", [False, True])
 def test_layouts_and_documented_equations_give_the_conventions_results(package: Package, backward: bool) -> None:
     chain = Chain(kind="boundary", stream=StreamSpec(convention=package.convention), width=6)
-    names, wanted = signature.inputs(chain), signature.outputs(chain)[:4]
+    names, wanted = chain.inputs(), chain.outputs()[:4]
     inputs = [v.double() for v in boundary.random_inputs(chain, 5, CPU)]
     inputs[names.index("phi")] *= 40  # where the order of rows and columns matters, after 20 iterations, too
-    gradients = [torch.randn(signature.shape(chain, name, (5,))).double() for name in wanted]
+    gradients = [torch.randn(chain.shape(name, (5,))).double() for name in wanted]
     work = Work(
         package, DOCUMENTED[package.name], dict(zip(names, inputs, strict=True)),
         dict(zip(wanted, gradients, strict=True)), backward=backward,

@@ -13,6 +13,7 @@ from typing import Any
 import planted_passes
 import pytest
 import torch
+from memories import with_memory
 from planted_passes import ForgetsABranch, MistakesPre, ReversesPost, ReversesPostOf, Rounds, SwapsOperands
 from tiny_models import chain, gpt2, ids, llama, shake, state, t5
 from torch import Tensor, nn
@@ -144,6 +145,34 @@ def test_a_wrong_kernel(result: str, kind: str, site: str, tmp_path: Path) -> No
     assert found.finding.what.startswith(f"{result} of {kind}")
     assert found.finding.dtype == "float32"
     assert run_here(path) == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("result", "kind", "preset"),
+    [("d_keys", "gate", "paper"), ("next_X", "inject", "paper"), ("d_value", "remember", "v41")],
+)
+def test_a_wrong_kernel_of_a_memory(result: str, kind: str, preset: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    model = with_memory(llama(), preset, layers=(1,))
+    undo = planted_passes.plant_kernel(result, kind, 1e-2)
+    try:
+        found = bisect(model, ids(), inner="eager", kernels="all", reproducer=path)
+        assert found.finding is not None
+        assert (found.step, found.site) == ("kernels", None)
+        assert found.finding.what.startswith(f"{result} of {kind}")
+        assert found.finding.module.startswith("model.layers.1")
+        assert run_here(path) == 1
+    finally:
+        undo()
+    assert run_here(path) == 0
+
+
+@needs_compiler
+def test_right_kernels_of_a_memory_are_judged_and_right() -> None:
+    found = bisect(with_memory(llama(), layers=(1,)), ids(), inner="eager", kernels="all")
+    assert found.finding is None
+    assert next(c.rounding for c in found.checked if c.name == "kernels") is not None
 
 
 def test_a_wrong_inner_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -333,12 +333,13 @@ class Three(nn.Module):
 
 def test_the_kernels_are_named_and_their_code_is_printed() -> None:
     found = mhc_compile.inspect(Three(), torch.randn(2, 3, HIDDEN))
-    names = {kernel.chain.kind: kernel for kernel in found.kernels}
+    names = {kernel.spec.kind: kernel for kernel in found.kernels}
     assert set(names) == {"read", "boundary", "leave"}
     assert names["boundary"].calls == 2
     assert "boundary_n4" in str(found)
-    code = names["boundary"].source("backward")
-    assert 'extern "C" void backward' in code
+    source = names["boundary"].source("backward")
+    assert source is not None
+    assert 'extern "C" void backward' in source.text
 
 
 def test_no_kernels_where_none_are_wanted() -> None:

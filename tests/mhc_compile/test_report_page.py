@@ -102,7 +102,7 @@ def test_facts_of_a_site(report: Opened, data: Data) -> None:
     text = report.page.locator("#detail").inner_text()
     for part in (site["topology"], site["dtype"] + site["shape"], f"{site['parameters']:,}", site["module"]):
         assert part in text
-    assert f"{site['block'] + 1} of {len(data['blocks'])}: keeps {block['kept'] / 1024:.1f} KiB" in text
+    assert f"{site['block']} of {len(data['blocks'])}: keeps {block['kept'] / 1024:.1f} KiB" in text
     assert f"{site['stage']} of 2" in text
     assert source["text"] in text
     assert f"{source['file']}:{source['line']}, in {source['function']}" in text

@@ -17,7 +17,7 @@ from tiny_models import HIDDEN, VOCAB, Late, chain, code_of, ids, llama
 import mhc_compile
 from mhc_compile import MHCWarning
 from mhc_compile.inspect.elements import MAX_SITES, layers_of
-from mhc_compile.kernels import providers
+from mhc_compile.kernels import targets
 from mhc_compile.kernels.cpp import build
 
 
@@ -119,7 +119,7 @@ def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_warnings_are_in_the_report_and_still_given(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget() -> None:
-        for cached in (providers.choose, providers.no_compiler):
+        for cached in (targets.choose, build.no_compiler):
             cached.cache_clear()
 
     forget()

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from sympy import ceiling, simplify, sqrt
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.cost import (
@@ -128,11 +127,11 @@ def test_what_is_moved_is_what_the_kernels_move(streams: int) -> None:
 
     def held(name: str) -> int:
         count = 1
-        for size in signature.shape(chains["boundary"], name, (tokens,)):
+        for size in chains["boundary"].shape(name, (tokens,)):
             count *= size
         return 4 * count
 
-    made = sum(held(name) for name in signature.outputs(chains["boundary"]) if name != "next_X")
+    made = sum(held(name) for name in chains["boundary"].outputs() if name != "next_X")
     site = SiteCost(held("X"), made, held("y"), 4 * spec.rows * streams * width)  # type: ignore[arg-type]
     assert site.again == pytest.approx(chains["boundary"].bytes_moved(tokens), rel=0.01)
     assert site.first == pytest.approx(chains["read"].bytes_moved(tokens), rel=0.01)

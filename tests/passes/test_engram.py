@@ -23,7 +23,7 @@ from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import call_nodes, op_name
 from mhc_compile.passes.engram import Engram
-from mhc_compile.passes.memories import fuse_memories
+from mhc_compile.passes.fuse_memory import fuse_memories
 
 Golden = Callable[[str], None]
 

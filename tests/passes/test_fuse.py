@@ -12,7 +12,7 @@ from toys import toy
 
 from mhc_compile.attach import append_parameters, sites_of_owners
 from mhc_compile.config import Options
-from mhc_compile.kernels import providers
+from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Kind
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.spec import StreamSpec
@@ -184,14 +184,14 @@ def test_no_chain_crosses_a_recompute_boundary() -> None:
 
 def test_without_a_compiler_everything_stays_plain_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "compiler_problem", lambda: "CppCompileError: no g++")
-    for cached in (providers.choose, providers.no_compiler):
+    for cached in (targets.choose, build.no_compiler):
         cached.cache_clear()
     model, ids = toy(Recipe(layers=2))
     try:
         with pytest.warns(UserWarning, match="MHC309") as caught:
             out = fused(model, ids)
     finally:
-        for cached in (providers.choose, providers.no_compiler):
+        for cached in (targets.choose, build.no_compiler):
             cached.cache_clear()
     assert len([w for w in caught if "MHC309" in str(w.message)]) == 1
     assert "plain_coefficients" in ops(out)
@@ -202,15 +202,15 @@ def test_the_search_for_compilers_is_no_part_of_the_pass_and_only_for_streams() 
     gm, streams = analysed(model.float(), ids)
     held = {owner: StreamParameters(SPEC, sites) for owner, sites in sites_of_owners(streams).items()}
     context = Context(marks=[append_parameters(gm, owner, parameters) for owner, parameters in held.items()])
-    providers.no_compiler.cache_clear()
+    build.no_compiler.cache_clear()
     Fuse().prepare(torch.fx.symbolic_trace(nn.Linear(4, 4)))
-    assert providers.no_compiler.cache_info().currsize == 0
+    assert build.no_compiler.cache_info().currsize == 0
     observed = 0
 
     class Counting(Fuse):
         def apply(self, gm: Any, context: Any) -> Any:
             nonlocal observed
-            observed = providers.no_compiler.cache_info().currsize
+            observed = build.no_compiler.cache_info().currsize
             return super().apply(gm, context)
 
     run_passes(gm, context, (*ANALYSIS, Widen(), Counting()), Options())

@@ -22,7 +22,7 @@ from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSetting
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, op_name
-from mhc_compile.passes.memories import fuse_memories
+from mhc_compile.passes.fuse_memory import fuse_memories
 from mhc_compile.passes.overencoding import OverEncode
 from mhc_compile.passes.widen import Widen
 from mhc_compile.pipeline import ANALYSIS, EXPORT, compile_passes, run_passes

@@ -19,11 +19,10 @@ from toys import toy
 from mhc_compile.attach import sites_of_owners
 from mhc_compile.capture import private_copy
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels import signature
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
-from mhc_compile.passes.base import Context, call_nodes, op_name, value
+from mhc_compile.passes.base import Context, call_nodes, kernels_of, op_name, value
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.recompute import Recompute, block_boundaries, is_tagged, plan_of
 from mhc_compile.passes.stages import cut, sites
@@ -284,12 +283,12 @@ def test_costs_are_what_the_kernels_save(style: str) -> None:
     saved: set[Node] = set()
     z = 0
     for n in call_nodes(gm):
-        chain = n.meta.get("mhc_chain")
-        if chain is None:
+        if not (specs := kernels_of(n)):
             continue
-        names = dict(zip(signature.inputs(chain), n.args, strict=False))
+        (chain,) = specs
+        names = dict(zip(chain.inputs(), n.args, strict=False))
         saved |= {names[i] for i in names if i in ("X", "y", "post", "mix", "pre")}  # type: ignore[misc]
-        outputs = signature.outputs(chain)
+        outputs = chain.outputs()
         if "z" in outputs:
             z += 4 * (chain.stream.rows + 1) * ids.numel()
             # What the branch reads and keeps.

@@ -16,7 +16,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import FormName, StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, op_name
-from mhc_compile.passes.naming import sites_of
+from mhc_compile.passes.match_marks import sites_of
 from mhc_compile.passes.widen import Widen
 
 Golden = Callable[[str], None]

@@ -16,7 +16,8 @@ block, too.
 from __future__ import annotations
 
 from mhc_compile.kernels.engram.cpp.header import arguments, header
-from mhc_compile.kernels.engram.entry import Entry
+from mhc_compile.kernels.engram.step import MemoryStep
+from mhc_compile.kernels.target import Source
 
 SHARED = """\
 constexpr int BLOCK = {block};  // rows of a block
@@ -72,7 +73,7 @@ static inline Reads look_back(
 
 FORWARD = """\
 extern "C" void forward(void** p, const int64_t* size, int threads) {{
-  const int64_t batch = size[0], tokens = size[1], before = size[2], x_stride = size[3];
+  const int64_t tokens = size[1], batch = size[0] / tokens, before = size[2], x_stride = size[3];
 {arguments}
   const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
   threads = least(threads, batch * blocks);  // a token alone is not worth waking others
@@ -177,7 +178,7 @@ static inline void back_to_row(
 }}
 
 extern "C" void backward(void** p, const int64_t* size, int threads) {{
-  const int64_t batch = size[0], tokens = size[1], before = size[2], rows = before + tokens;
+  const int64_t tokens = size[1], batch = size[0] / tokens, before = size[2], rows = before + tokens;
 {arguments}
   const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
   threads = least(threads, batch * blocks);  // a token alone is not worth waking others
@@ -264,14 +265,16 @@ extern "C" void backward(void** p, const int64_t* size, int threads) {{
 """
 
 
-def forward_source(entry: Entry, lanes: int) -> str:
-    """The whole C++ file of the forward."""
-    body = FORWARD.format(arguments=arguments(entry, "forward", ()))
-    return "\n".join([header(entry, lanes), SHARED.format(block=32), body])
+def forward_source(step: MemoryStep, lanes: int) -> Source:
+    """Return the whole C++ file of the forward: values are read for their norms and by every tap."""
+    body = FORWARD.format(arguments=arguments(step, "forward", ()))
+    text = "\n".join([header(step, lanes), SHARED.format(block=32), body])
+    return Source(text, {"X": 1, "value": 1 + step.spec.taps, "next_X": 1})
 
 
-def backward_source(entry: Entry, lanes: int) -> str:
-    """The whole C++ file of the backward."""
-    block = 64 if entry.width <= 2048 else 32  # rows of dv that the cache holds beside the ring
-    body = BACKWARD.format(arguments=arguments(entry, "backward", ()))
-    return "\n".join([header(entry, lanes), SHARED.format(block=block), body])
+def backward_source(step: MemoryStep, lanes: int) -> Source:
+    """Return the whole C++ file of the backward: values are read for their norms, by every tap, and twice for dv."""
+    block = 64 if step.width <= 2048 else 32  # rows of dv that the cache holds beside the ring
+    body = BACKWARD.format(arguments=arguments(step, "backward", ()))
+    text = "\n".join([header(step, lanes), SHARED.format(block=block), body])
+    return Source(text, {"value": 3 + step.spec.taps, "d_next_X": 2, "d_value": 1})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mhc_compile.kernels.cpp.forward import C_TYPES, STREAMING_BYTES
 from mhc_compile.kernels.cpp.prelude import ROWS, prelude
-from mhc_compile.kernels.engram.entry import Direction, Entry
+from mhc_compile.kernels.engram.step import MemoryStep
+from mhc_compile.kernels.kernelspec import Direction
 
 HEADER = """\
 // {name}: {spec}
@@ -36,20 +37,20 @@ TYPES = {
 }  # fmt: skip
 
 
-def header(entry: Entry, lanes: int) -> str:
+def header(step: MemoryStep, lanes: int) -> str:
     """What forward and backward share."""
-    streams, keys, value = (C_TYPES[str(t)] for t in (entry.streams_dtype, entry.keys_dtype, entry.value_dtype))
+    streams, keys, value = (C_TYPES[str(t)] for t in (step.streams_dtype, step.keys_dtype, step.value_dtype))
     return HEADER.format(
-        name=entry.name, spec=entry.spec, prelude=prelude(lanes), access=ROWS, n=entry.streams, width=entry.width,
-        streams=streams, keys=keys, value=value, gates=str(entry.gates).lower(), adds=str(entry.adds).lower(),
-        joins=str(entry.joins).lower(), taps=entry.spec.taps, dilation=entry.spec.dilation,
-        eps=float(entry.spec.eps), large=STREAMING_BYTES,
+        name=step.name, spec=step.spec, prelude=prelude(lanes), access=ROWS, n=step.streams, width=step.width,
+        streams=streams, keys=keys, value=value, gates=str(step.gates).lower(), adds=str(step.adds).lower(),
+        joins=str(step.joins).lower(), taps=step.spec.taps, dilation=step.spec.dilation,
+        eps=float(step.spec.eps), large=STREAMING_BYTES,
     )  # fmt: skip
 
 
-def arguments(entry: Entry, direction: Direction, known: tuple[str, ...]) -> str:
-    """The pointers in `p` by name, in order; those `known` to the text that this entry has not are null."""
-    given, taken = entry.arguments(direction), entry.outputs(direction)
+def arguments(step: MemoryStep, direction: Direction, known: tuple[str, ...]) -> str:
+    """The pointers in `p` by name, in order; those `known` to the text that this step has not are null."""
+    given, taken = step.inputs(direction), step.outputs(direction)
     lines = []
     for name in dict.fromkeys((*given, *taken, *known)):
         kind = TYPES[name.removeprefix("d_")]

@@ -12,8 +12,10 @@ dp is summed in float32, a sum for each thread, added in the threads' order: two
 from __future__ import annotations
 
 from mhc_compile.kernels.engram.cpp.header import arguments, header
-from mhc_compile.kernels.engram.entry import Entry
 from mhc_compile.kernels.engram.fusion import ROOT_FLOOR
+from mhc_compile.kernels.engram.step import MemoryStep
+from mhc_compile.kernels.kernelspec import Direction
+from mhc_compile.kernels.target import Source
 
 GATE = """\
 constexpr bool SIGNED_ROOT = {signed_root};
@@ -69,7 +71,7 @@ static inline Sums sum_up(const streams_t* x, const keys_t* k, const float* p, c
 
 FORWARD = """\
 extern "C" void forward(void** p, const int64_t* size, int threads) {{
-  const int64_t tokens = size[0] * size[1], length = size[1], before = size[2], x_stride = size[3];
+  const int64_t tokens = size[0], length = size[1], before = size[2], x_stride = size[3];
 {arguments}
   threads = threads < tokens ? threads : tokens;
   float* product = scratch(N * V * LANES);
@@ -101,7 +103,7 @@ extern "C" void forward(void** p, const int64_t* size, int threads) {{
 
 BACKWARD = """\
 extern "C" void backward(void** p, const int64_t* size, int threads) {{
-  const int64_t tokens = size[0] * size[1], length = size[1], before = size[2], x_stride = size[3];
+  const int64_t tokens = size[0], length = size[1], before = size[2], x_stride = size[3];
 {arguments}
   constexpr int64_t ALL = (int64_t)N * V * LANES;
   threads = threads < tokens ? threads : tokens;
@@ -133,6 +135,10 @@ extern "C" void backward(void** p, const int64_t* size, int threads) {{
           gate[i] = a[row * N + i];
           d_a_out[row * N + i] = found.flow;
         }}
+      }}
+      if (!GATES && token % length == 0) {{  // history takes no part in it
+        memset(d_a_out + (row - before) * N, 0, before * N * sizeof(float));
+        memset(d_value + (row - before) * C, 0, before * C * sizeof(value_t));
       }}
       for (int c = 0; c < V; ++c) {{
         Lanes memory = all(0.0f);
@@ -169,20 +175,29 @@ extern "C" void backward(void** p, const int64_t* size, int threads) {{
 _KNOWN = ("X", "keys", "query_gain", "key_gain", "a", "value")
 
 
-def forward_source(entry: Entry, lanes: int) -> str:
-    """The whole C++ file of the forward."""
-    known = arguments(entry, "forward", (*_KNOWN, "next_X")) + "\n  float* a_out = (float*)a;"
-    return "\n".join([header(entry, lanes), _gate(entry), SUM_UP, FORWARD.format(arguments=known)])
+def passes(step: MemoryStep, direction: Direction) -> dict[str, int]:
+    """Return how often the code goes over each wide value: twice where sums over the width come first."""
+    counts = dict.fromkeys(step.wide(direction), 1)
+    if direction == "forward":
+        return counts | ({"X": 2} if step.gates and step.adds else {})
+    return counts | ({"X": 2, "keys": 2} if step.gates else {}) | ({"d_next_X": 2} if step.adds else {})
 
 
-def backward_source(entry: Entry, lanes: int) -> str:
-    """The whole C++ file of the backward."""
+def forward_source(step: MemoryStep, lanes: int) -> Source:
+    """Return the whole C++ file of the forward."""
+    known = arguments(step, "forward", (*_KNOWN, "next_X")) + "\n  float* a_out = (float*)a;"
+    text = "\n".join([header(step, lanes), _gate(step), SUM_UP, FORWARD.format(arguments=known)])
+    return Source(text, passes(step, "forward"))
+
+
+def backward_source(step: MemoryStep, lanes: int) -> Source:
+    """Return the whole C++ file of the backward."""
     known = (*_KNOWN, "d_next_X", "d_X", "d_keys", "d_value", "d_query_gain", "d_key_gain", "d_a")
-    text = arguments(entry, "backward", known) + "\n  float* d_a_out = (float*)d_a;"
-    body = BACKWARD.format(arguments=text, scale=entry.width**-0.5)
-    return "\n".join([header(entry, lanes), _gate(entry), SUM_UP, body])
+    text = arguments(step, "backward", known) + "\n  float* d_a_out = (float*)d_a;"
+    body = BACKWARD.format(arguments=text, scale=step.width**-0.5)
+    return Source("\n".join([header(step, lanes), _gate(step), SUM_UP, body]), passes(step, "backward"))
 
 
-def _gate(entry: Entry) -> str:
-    root = str(entry.spec.signed_root).lower()
-    return GATE.format(signed_root=root, floor=ROOT_FLOOR, scale=entry.width**-0.5)
+def _gate(step: MemoryStep) -> str:
+    root = str(step.spec.signed_root).lower()
+    return GATE.format(signed_root=root, floor=ROOT_FLOOR, scale=step.width**-0.5)

@@ -8,8 +8,10 @@ which are added in their order afterwards. Two runs are bit-equal.
 
 from __future__ import annotations
 
-from mhc_compile.kernels.engram.entry import Entry
+from mhc_compile.kernels.engram.cpp.tokens import passes
 from mhc_compile.kernels.engram.fusion import ROOT_FLOOR
+from mhc_compile.kernels.engram.step import MemoryStep
+from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton.text import indent, kernel, load
 
 HEADER = '''\
@@ -43,52 +45,53 @@ PLAIN = """\
     slope = 1.0"""
 
 
-def header(entry: Entry, direction: str) -> str:
+def header(step: MemoryStep, direction: str) -> str:
     """The file's docstring and imports."""
-    return HEADER.format(name=entry.name, direction=direction, spec=entry.spec, n=entry.streams, width=entry.width)
+    return HEADER.format(name=step.name, direction=direction, spec=step.spec, n=step.streams, width=step.width)
 
 
-def forward_pointers(entry: Entry) -> tuple[str, ...]:
+def forward_pointers(step: MemoryStep) -> tuple[str, ...]:
     """The tensors that the kernel `forward` takes, in order."""
-    return (*entry.arguments("forward"), *entry.outputs("forward"))
+    return (*step.inputs(), *step.outputs())
 
 
-def backward_pointers(entry: Entry) -> tuple[str, ...]:
+def backward_pointers(step: MemoryStep) -> tuple[str, ...]:
     """The tensors of `backward`: `sums` [programs, n, C] in place of the gains' gradients."""
-    taken = tuple(name for name in entry.outputs("backward") if not name.endswith("gain"))
-    return (*entry.arguments("backward"), *taken, *(("sums",) if entry.gates else ()))
+    taken = tuple(name for name in step.outputs("backward") if not name.endswith("gain"))
+    return (*step.inputs("backward"), *taken, *(("sums",) if step.gates else ()))
 
 
-def forward_source(entry: Entry) -> str:
-    """The whole Python file of the forward."""
-    n, C = entry.streams, entry.width
-    body = ["token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)", *_token_lines(entry)]
-    if entry.gates:
-        body += [*_sums(entry, ("xx", "kk", "xk")), *_gates(entry)]
+def forward_source(step: MemoryStep) -> Source:
+    """Return the whole Python file of the forward."""
+    n, C = step.streams, step.width
+    body = ["token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)", *_token_lines(step)]
+    if step.gates:
+        body += [*_sums(step, ("xx", "kk", "xk")), *_gates(step)]
     else:
         body += [f"a_{i} = tl.load(a + row * {n} + {i}, live, other=0.0)" for i in range(n)]
-    if entry.adds:
+    if step.adds:
         lines = [f"memory = {load('value + at_value')}"]
         for i in range(n):
             lines.append(f"x = {load(f'X + at_X + {i * C}')}")
             lines.append(f"tl.store(next_X + at + {i * C}, x + a_{i}[:, None] * memory, inside)")
-        body += _loop(entry, lines, backwards=True)
+        body += _loop(step, lines, backwards=True)
     else:
         body += [f"tl.store(a + token * {n} + {i}, a_{i}, live)" for i in range(n)]
     numbers = ("tokens", "length", "before", "x_stride")
-    text = kernel("forward", forward_pointers(entry), numbers, body, ("BT", "BK"))
-    return header(entry, "forward") + (_gate_text(entry) if entry.gates else "") + text
+    text = kernel("forward", forward_pointers(step), numbers, body, ("BT", "BK"))
+    text = header(step, "forward") + (_gate_text(step) if step.gates else "") + text
+    return Source(text, passes(step, "forward"))
 
 
-def backward_source(entry: Entry) -> str:
-    """The whole Python file of the backward."""
-    n, C = entry.streams, entry.width
-    names = (*(("xx", "kk", "xk") if entry.gates else ()), *(("flow",) if entry.adds else ()))
-    body = ["token = block * BT + tl.arange(0, BT)", *_token_lines(entry), *_sums(entry, names)]
-    if entry.gates:
-        body += _gates(entry)
+def backward_source(step: MemoryStep) -> Source:
+    """Return the whole Python file of the backward."""
+    n, C = step.streams, step.width
+    names = (*(("xx", "kk", "xk") if step.gates else ()), *(("flow",) if step.adds else ()))
+    body = ["token = block * BT + tl.arange(0, BT)", *_token_lines(step), *_sums(step, names)]
+    if step.gates:
+        body += _gates(step)
         for i in range(n):
-            flow = f"flow_{i}" if entry.adds else f"tl.load(d_a + token * {n} + {i}, live, other=0.0)"
+            flow = f"flow_{i}" if step.adds else f"tl.load(d_a + token * {n} + {i}, live, other=0.0)"
             body += [
                 f"ds = {flow} * slope_{i}",
                 f"across_{i} = ds * rx_{i} * rk_{i} * {C**-0.5!r}",
@@ -98,8 +101,8 @@ def backward_source(entry: Entry) -> str:
     else:
         body += [f"a_{i} = tl.load(a + row * {n} + {i}, live, other=0.0)" for i in range(n)]
         body += [f"tl.store(d_a + row * {n} + {i}, flow_{i}, live)" for i in range(n)]
-    body += _loop(entry, _flow_back(entry), backwards=True)
-    if entry.gates:
+    body += _loop(step, _flow_back(step), backwards=True)
+    if step.gates:
         # The next block of tokens adds to what other threads of the program have written.
         body.append("tl.debug_barrier()")
     lines = [
@@ -110,25 +113,26 @@ def backward_source(entry: Entry) -> str:
         *indent(body, 1),
     ]
     numbers = ("tokens", "length", "before", "x_stride", "per_program")
-    text = kernel("backward", backward_pointers(entry), numbers, lines, ("BT", "BK"))
-    return header(entry, "backward") + (_gate_text(entry) if entry.gates else "") + text
+    text = kernel("backward", backward_pointers(step), numbers, lines, ("BT", "BK"))
+    text = header(step, "backward") + (_gate_text(step) if step.gates else "") + text
+    return Source(text, passes(step, "backward"))
 
 
-def _flow_back(entry: Entry) -> list[str]:
+def _flow_back(step: MemoryStep) -> list[str]:
     """The second loop of the backward."""
-    C = entry.width
-    lines = ["memory = tl.zeros([BT, BK], tl.float32)"] if entry.adds else []
-    for i in range(entry.streams):
+    C = step.width
+    lines = ["memory = tl.zeros([BT, BK], tl.float32)"] if step.adds else []
+    for i in range(step.streams):
         flow = ""
-        if entry.adds or entry.joins:
+        if step.adds or step.joins:
             lines.append(f"g = {load(f'd_next_X + at + {i * C}')}")
             flow = "g + "
-        if entry.adds:
+        if step.adds:
             lines.append(f"memory += a_{i}[:, None] * g")
-        if entry.gates:
+        if step.gates:
             lines += [
-                *_stream(entry, i),
-                f"sum = sums + tl.program_id(0).to(tl.int64) * {entry.streams * C} + {i * C} + c",
+                *_stream(step, i),
+                f"sum = sums + tl.program_id(0).to(tl.int64) * {step.streams * C} + {i * C} + c",
                 f"before_it = tl.load(sum, c < tl.where(block > first, {C}, 0), other=0.0)",
                 f"tl.store(sum, before_it + tl.sum(across_{i}[:, None] * x * k, 0), c < {C})",
                 f"dx = {flow}across_{i}[:, None] * p * k - along_x_{i}[:, None] * x",
@@ -136,24 +140,24 @@ def _flow_back(entry: Entry) -> list[str]:
                 f"dk = across_{i}[:, None] * p * x - along_k_{i}[:, None] * k",
                 f"tl.store(d_keys + at + {i * C}, dk, inside)",
             ]
-    if entry.adds:
+    if step.adds:
         lines.append("tl.store(d_value + at_value, memory, inside)")
     return lines
 
 
-def _gate_text(entry: Entry) -> str:
-    root = SIGNED.format(floor=ROOT_FLOOR) if entry.spec.signed_root else PLAIN
-    return GATE.format(mean=1 / entry.width, eps=float(entry.spec.eps), scale=entry.width**-0.5, root=root) + "\n"
+def _gate_text(step: MemoryStep) -> str:
+    root = SIGNED.format(floor=ROOT_FLOOR) if step.spec.signed_root else PLAIN
+    return GATE.format(mean=1 / step.width, eps=float(step.spec.eps), scale=step.width**-0.5, root=root) + "\n"
 
 
-def _token_lines(entry: Entry) -> list[str]:
+def _token_lines(step: MemoryStep) -> list[str]:
     """`live` tokens, and the rows of `a` and `value` that are theirs."""
-    return ["live = token < tokens", "row = token" if entry.gates else "row = token + (token // length + 1) * before"]
+    return ["live = token < tokens", "row = token" if step.gates else "row = token + (token // length + 1) * before"]
 
 
-def _loop(entry: Entry, body: list[str], *, backwards: bool = False) -> list[str]:
+def _loop(step: MemoryStep, body: list[str], *, backwards: bool = False) -> list[str]:
     """Over the columns; backwards, so that it begins with what the caches have seen last."""
-    n, C = entry.streams, entry.width
+    n, C = step.streams, step.width
     columns = [
         "c = c0 + tl.arange(0, BK)",
         f"inside = live[:, None] & (c < {C})[None, :]",
@@ -167,9 +171,9 @@ def _loop(entry: Entry, body: list[str], *, backwards: bool = False) -> list[str
     return [f"for back in range(0, {C}, BK):", *indent([last, *columns, *body], 1)]
 
 
-def _stream(entry: Entry, i: int) -> list[str]:
+def _stream(step: MemoryStep, i: int) -> list[str]:
     """`x`, its key `k` and `p`, the product of the gains, of one stream of a tile."""
-    C = entry.width
+    C = step.width
     gain = f"tl.load({{}} + {i * C} + c, c < {C}, other=0.0)"
     return [
         f"x = {load(f'X + at_X + {i * C}')}",
@@ -178,19 +182,19 @@ def _stream(entry: Entry, i: int) -> list[str]:
     ]
 
 
-def _sums(entry: Entry, names: tuple[str, ...]) -> list[str]:
+def _sums(step: MemoryStep, names: tuple[str, ...]) -> list[str]:
     """The first loop: `xx_i`, `kk_i`, `xk_i` and `flow_i`, whichever are asked for, of every stream."""
-    n, C = entry.streams, entry.width
+    n, C = step.streams, step.width
     each = {"xx": "x * x", "kk": "k * k", "xk": "p * x * k", "flow": "g * memory"}
     lines = [f"{name}_{i} = tl.zeros([BT, BK], tl.float32)" for i in range(n) for name in names]
     body = [f"memory = {load('value + at_value')}"] if "flow" in names else []
     for i in range(n):
-        body += _stream(entry, i) if "xx" in names else []
+        body += _stream(step, i) if "xx" in names else []
         body += [f"g = {load(f'd_next_X + at + {i * C}')}"] if "flow" in names else []
         body += [f"{name}_{i} += {each[name]}" for name in names]
-    lines += _loop(entry, body) if names else []
+    lines += _loop(step, body) if names else []
     return lines + [f"{name}_{i} = tl.sum({name}_{i}, 1)" for i in range(n) for name in names]
 
 
-def _gates(entry: Entry) -> list[str]:
-    return [f"a_{i}, slope_{i}, s_{i}, rx_{i}, rk_{i} = gate_of(xx_{i}, kk_{i}, xk_{i})" for i in range(entry.streams)]
+def _gates(step: MemoryStep) -> list[str]:
+    return [f"a_{i}, slope_{i}, s_{i}, rx_{i}, rk_{i} = gate_of(xx_{i}, kk_{i}, xk_{i})" for i in range(step.streams)]

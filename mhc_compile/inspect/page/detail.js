@@ -77,7 +77,7 @@ function blockText(index) {
   if (index === null || index === undefined) return null;
   const block = report.blocks[index];
   const sizes = block ? `: keeps ${bytes(block.kept)}, makes ${bytes(block.again)} again in the backward pass` : "";
-  return `${index + 1} of ${report.blocks.length}${sizes}`;
+  return `${index} of ${report.blocks.length}${sizes}`;
 }
 
 function stageText(index) {

@@ -96,13 +96,7 @@ function partButton(id) {
 
 function blocksTable() {
   if (!report.blocks.length) return null;
-  const row = ({ first, last, kept, again }, i) => [
-    i + 1,
-    partButton(first),
-    partButton(last),
-    bytes(kept),
-    bytes(again),
-  ];
+  const row = ({ first, last, kept, again }, i) => [i, partButton(first), partButton(last), bytes(kept), bytes(again)];
   return section("Recompute blocks", table(["#block", "from", "to", "#keeps", "#makes again"], report.blocks.map(row)));
 }
 

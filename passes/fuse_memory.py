@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import mhc_compile.kernels.engram.gather  # noqa: F401  (registers its ops)
+import mhc_compile.kernels.engram.gather
+import mhc_compile.kernels.engram.ops  # noqa: F401  (these register the ops)
 from mhc_compile.kernels.engram import hash_ops
-from mhc_compile.kernels.engram.entry import Entry
-from mhc_compile.kernels.engram.ops import entry_of
 from mhc_compile.kernels.engram.spec import HashSpec, OverEncodingSpec
-from mhc_compile.passes.base import copy_meta, value
+from mhc_compile.kernels.kernelspec import KernelSpec
+from mhc_compile.kernels.registration import registered
+from mhc_compile.passes.base import KERNELS_OF, copy_meta, value
 
 ENGRAM = torch.ops.engram
 KERNELS = torch.ops.engram_kernels
@@ -32,16 +33,28 @@ def fuse_memories(graph: Graph) -> list[str]:
     for node in graph.nodes:
         for name in ("rows", "gate", "inject"):
             if node.target is getattr(ENGRAM, name).default:
-                node.target = getattr(KERNELS, name).default
+                _in_a_kernel(node, name)
                 notes[f"memory's {name} in a kernel"] += 1
-                if name != "rows":
-                    node.meta["mhc_chain"] = _entry(node, name)
-                    node.meta["mhc_parts"] = (node.name,)
         # Other devices have no kernel, and their compilers do well with a chain of whole numbers.
         if node.target is ENGRAM.over_rows.default and value(node.args[0]).device.type in ("cpu", "meta"):
             node.target = KERNELS.over_rows.default
             notes["over-encoding's rows in a kernel"] += 1
     return [f"{count} x {text}" for text, count in notes.items()]
+
+
+def _in_a_kernel(node: Node, name: str) -> None:
+    """Give a dialect op the kernel of the same name; `add` where nothing is convolved."""
+    if name == "inject" and node.args[5] is None:
+        name, node.args = "add", (*node.args[:3], node.args[-1])
+    node.target = getattr(KERNELS, name).default
+    if name != "rows":
+        node.meta |= {KERNELS_OF: _specs(node), "mhc_parts": (node.name,)}
+
+
+def _specs(node: Node) -> tuple[KernelSpec, ...]:
+    op = registered(node.target)
+    assert op is not None
+    return op.parse([value(a) if isinstance(a, Node) else a for a in node.args])[1]
 
 
 def prepare_hashes(graph: Graph) -> None:
@@ -53,31 +66,20 @@ def prepare_hashes(graph: Graph) -> None:
             hash_ops.prepare(OverEncodingSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
 
 
-def _entry(node: Node, name: str) -> Entry:
-    arguments: tuple[Any, ...] = node.args
-    X, second, third, *_, conv, spec = arguments
-    if name == "gate":
-        return entry_of("gate", value(X), spec, keys=value(second))
-    return entry_of("inject" if conv is not None else "add", value(X), spec, value=value(third))
-
-
 def _merge(graph: Graph, inject: Node) -> None:
-    """One op for `inject` and the gate that it reads."""
+    """Replace `inject` and the gate that it reads by one op."""
     arguments: tuple[Any, ...] = inject.args
     X, gate, fact, reach, conv_gain, conv, spec = arguments
     keys, query_gain, key_gain = gate.args[1:4]
     given = (X, keys, fact, query_gain, key_gain)
+    target = KERNELS.remember.default if conv is None else KERNELS.recall.default
     with graph.inserting_before(inject):
-        if conv is None:
-            new = copy_meta(graph.call_function(KERNELS.remember.default, (*given, spec)), inject)
-            new.meta["mhc_chain"] = entry_of("remember", value(X), spec, keys=value(keys), value=value(fact))
-        else:
-            both = graph.call_function(KERNELS.recall.default, (*given, reach, conv_gain, conv, spec))
-            first = entry_of("gate", value(X), spec, keys=value(keys), joins=True)
-            copy_meta(both, inject).meta["mhc_chain"] = (first, entry_of("inject", value(X), spec, value=value(fact)))
-            new = copy_meta(graph.call_function(operator.getitem, (both, 0)), inject)
+        merged = graph.call_function(target, (*given, *((reach, conv_gain, conv) if conv is not None else ()), spec))
+        new = copy_meta(merged, inject)
+        merged.meta |= {KERNELS_OF: _specs(merged), "mhc_parts": (gate.name, inject.name)}
+        if conv is not None:
+            new = copy_meta(graph.call_function(operator.getitem, (merged, 0)), inject)
     new.meta["example_value"] = value(inject)
-    (new if conv is None else both).meta["mhc_parts"] = (gate.name, inject.name)
     inject.replace_all_uses_with(new)
     graph.erase_node(inject)
     graph.erase_node(gate)

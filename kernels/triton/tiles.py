@@ -1,4 +1,4 @@
-"""How a kernel's work is cut: tokens and columns of a tile, warps, stages. Fixed by default, measured where asked.
+"""How a kernel's work is cut into tiles: tokens, columns, warps, stages. Fixed by default, measured where asked.
 
 More tokens a block read phi less often, fewer leave the streams in the level-2 cache until they are weighed. Every
 choice gives a fixed order of additions, but two choices give two orders: results are bit-equal for one choice alone.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,11 +21,11 @@ MAX_SPLITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks:
+class TileConfig:
     """One way to cut a kernel's work."""
 
     tokens: int
-    """BT; of `phi_gradient` the tokens of one step."""
+    """BT; of `phi_gradient` the tokens of one step, of a memory's `walk` its steps."""
     columns: int
     """BK."""
     warps: int
@@ -33,8 +33,8 @@ class Blocks:
     """Depth of the software pipeline of loads."""
 
 
-def _cut(tokens: int, columns: int, warps: int) -> Blocks:
-    return Blocks(tokens=tokens, columns=columns, warps=warps)
+def _cut(tokens: int, columns: int, warps: int) -> TileConfig:
+    return TileConfig(tokens=tokens, columns=columns, warps=warps)
 
 
 # Of chains with a projection, by kernel and family of GPUs: for streams in float32, for streams in half precision.
@@ -49,7 +49,7 @@ _CUTS = {
 }
 
 
-def default(chain: Chain, kernel: str, arch: int | str) -> Blocks:
+def default(chain: Chain, kernel: str, arch: int | str) -> TileConfig:
     """The choice without measuring, for an architecture (80, 90, ... of NVIDIA's, "gfx942", ... of AMD's)."""
     if kernel == "phi_gradient":
         return _cut(16, 64, 4)
@@ -66,20 +66,26 @@ def _family(arch: int | str) -> str:
     return "sm_90" if 90 <= arch < 120 else "sm_80"
 
 
-def candidates(chain: Chain, kernel: str, arch: int | str) -> list[Blocks]:
+def candidates(chain: Chain, kernel: str, arch: int | str) -> list[TileConfig]:
     """What measuring tries, the default first."""
     tokens = (16, 32, 64) if chain.projects or kernel == "phi_gradient" else (2, 4, 8)
     columns = (32, 64, 128) if chain.projects or kernel == "phi_gradient" else (128, 256, 512)
+    return tried_with(default(chain, kernel, arch), tokens, columns, warps=(4, 8))
+
+
+def tried_with(
+    first: TileConfig, tokens: Sequence[int], columns: Sequence[int], *, warps: Sequence[int], largest: int = 4096
+) -> list[TileConfig]:
+    """Return the tiles of these sizes with 512 to `largest` values, behind the `first`."""
     tried = [
-        Blocks(tokens=t, columns=c, warps=w, stages=s)
+        TileConfig(tokens=t, columns=c, warps=w, stages=s)
         for t in tokens
         for c in columns
-        for w in (4, 8)
+        for w in warps
         for s in (2, 3)
-        if 512 <= t * c <= 4096
+        if 512 <= t * c <= largest
     ]
-    first = default(chain, kernel, arch)
-    return [first, *(b for b in tried if b != first)]
+    return [first, *(tile for tile in tried if tile != first)]
 
 
 def autotunes() -> bool:
@@ -87,15 +93,15 @@ def autotunes() -> bool:
     return os.environ.get("MHC_COMPILE_AUTOTUNE", "0") == "1"
 
 
-def fastest(key: str, choices: list[Blocks], seconds: Callable[[Blocks], float]) -> Blocks:
+def fastest(key: str, choices: list[TileConfig], seconds: Callable[[TileConfig], float]) -> TileConfig:
     """The choice with the least `seconds`, found once for `key` and kept in the cache directory.
 
     A choice for which `seconds` raises RuntimeError (too much shared memory, say) is left out; the first one is taken
     where all do.
     """
-    path = cache_dir() / f"{key}.blocks.json"
+    path = cache_dir() / f"{key}.tile.json"
     if path.exists():
-        return Blocks(**json.loads(path.read_text(encoding="utf-8")))
+        return TileConfig(**json.loads(path.read_text(encoding="utf-8")))
     best, least = choices[0], float("inf")
     for choice in choices:
         try:

@@ -1,0 +1,85 @@
+"""Generated C++: compile it and call it on tensors of a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.cpp import backward, build, forward
+from mhc_compile.kernels.cpp.memory import POOL
+from mhc_compile.kernels.engram.cpp import convolution, tokens
+from mhc_compile.kernels.engram.step import MemoryStep
+from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec, Values, dtypes_against, laid_out
+from mhc_compile.kernels.target import Source, Target
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# A backward keeps every step's matrix of LANES tokens on a thread's stack.
+MAX_STEPS_BYTES = 1 << 20
+
+
+class Cpp(Target):
+    """C++ for this machine's vectors."""
+
+    name = "cpp"
+
+    def unsupported(self, spec: KernelSpec) -> str:
+        """Return why there is no generated C++ for `spec`, or ""."""
+        if reason := dtypes_against(spec, FLOATS):
+            return f"C++: {reason}"
+        if isinstance(spec, Chain) and spec.weights == "site":
+            stream = spec.stream
+            if stream.manifold not in ("sinkhorn", "identity", "unconstrained"):
+                return f"no C++ kernel for the manifold {stream.manifold}"
+            if stream.manifold == "sinkhorn" and not 1 <= stream.iterations <= MAX_STEPS_BYTES // (128 * spec.n**2):
+                return f"no C++ kernel for {stream.iterations} Sinkhorn iterations"
+        return "no C++ compiler" if build.no_compiler() else ""
+
+    def source(self, spec: KernelSpec, direction: Direction) -> Source:
+        """Generate the C++ of one direction."""
+        return _emitter(spec, direction)(spec, build.lanes())
+
+    def prepare(self, spec: KernelSpec) -> None:
+        """Begin to compile both directions, beside whatever else is compiled meanwhile."""
+        for direction in DIRECTIONS:
+            library(spec, direction)
+
+    def run(self, spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Tensor]:
+        """Call the compiled function: from the cache, or as soon as it is compiled."""
+        sizes = spec.sizes(values)
+        out = {name: POOL.empty(spec.shape(name, sizes), spec.dtype(name)) for name in spec.outputs(direction)}
+        numbers = spec.numbers(sizes)
+        if not numbers["tokens"]:
+            return {name: t.zero_() for name, t in out.items()}
+        given, stride = laid_out(spec, values)
+        pointers = [t.data_ptr() for t in (*given.values(), *out.values())]
+        counts = [*numbers.values(), stride]
+        getattr(library(spec, direction).result(), direction)(
+            (ctypes.c_void_p * len(pointers))(*pointers),
+            (ctypes.c_int64 * len(counts))(*counts),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+        return out
+
+
+def _emitter(spec: KernelSpec, direction: Direction) -> Callable[[Any, int], Source]:
+    if isinstance(spec, Chain):
+        return forward.forward_source if direction == "forward" else backward.backward_source
+    assert isinstance(spec, MemoryStep)
+    emits = convolution if spec.convolves else tokens
+    return emits.forward_source if direction == "forward" else emits.backward_source
+
+
+@cache
+def library(spec: KernelSpec, direction: Direction) -> Future[Any]:
+    """Return the library with one direction, which is being compiled; the future raises what goes wrong."""
+    return build.begin(f"{spec.name}_{direction}", lambda: TARGET.source(spec, direction).text)
+
+
+TARGET = Cpp()

@@ -1,0 +1,109 @@
+"""Launch the generated Triton of chains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.kernelspec import Direction, Values, laid_out
+from mhc_compile.kernels.target import Source
+from mhc_compile.kernels.triton import norm
+from mhc_compile.kernels.triton.backward import backward_pointers, backward_source
+from mhc_compile.kernels.triton.forward import forward_source
+from mhc_compile.kernels.triton.launch import Call, Launcher, arch_of
+from mhc_compile.kernels.triton.tiles import MAX_SPLITS, TileConfig, candidates
+
+
+class ChainLauncher(Launcher):
+    """The kernels `forward` and `backward`, and `phi_gradient` where a chain projects."""
+
+    SCRATCH = ("dlogits", "du", "sums", "norm_sums", "partial")
+
+    def source(self, spec: Chain, direction: Direction) -> Source:
+        """Generate the Python file of one direction."""
+        return (forward_source if direction == "forward" else backward_source)(spec)
+
+    def kernels(self, spec: Chain, direction: Direction) -> tuple[str, ...]:
+        """Return the kernels of one direction, in the order of their launches."""
+        return (direction, "phi_gradient") if direction == "backward" and spec.projects else (direction,)
+
+    def pointers(self, spec: Chain, kernel: str) -> tuple[str, ...]:
+        """Return the tensors that a kernel takes, in order."""
+        if kernel == "forward":
+            return (*spec.inputs(), *spec.outputs())
+        if kernel == "backward":
+            return backward_pointers(spec)
+        return ("X", *(("y", "post", "mix") if spec.mixes else ()), "du", "partial")
+
+    def tiles(self, spec: Chain, kernel: str, arch: int | str) -> list[TileConfig]:
+        """Return what measuring tries, first the choice without measuring."""
+        return candidates(spec, kernel, arch)
+
+    def constants(self, spec: Chain, kernel: str, backend: str, tile: TileConfig) -> dict[str, Any]:
+        """Return the sizes of a tile, and how float32 products are formed on tensor cores.
+
+        That is as three TF32 products on NVIDIA, in float32 elsewhere. What the backward adds to a gradient that is
+        rounded to half precision is one TF32 product; to a float32 gradient it is added without tensor cores, whose
+        layout would leave too few registers.
+        """
+        backward = kernel == "backward"
+        exact = backend != "cuda" or (backward and spec.streams_dtype == torch.float32)
+        precision = "ieee" if exact else "tf32" if backward else "tf32x3"
+        return {"BT": tile.tokens, "BK": tile.columns, "PRECISION": precision}
+
+    def run(self, spec: Chain, direction: Direction, values: Values) -> dict[str, Tensor]:
+        """Launch the kernels of one direction; return its outputs by name."""
+        sizes, like = spec.sizes(values), values["X"]
+        out = {n: like.new_empty(spec.shape(n, sizes), dtype=spec.dtype(n)) for n in spec.outputs(direction)}
+        given, stride = laid_out(spec, values)
+        numbers = {**spec.numbers(sizes), "x_stride": stride}
+        tokens, device = numbers["tokens"], like.device
+        every = {**given, **out}
+        if direction == "backward" and spec.projects:
+            every["dlogits"], every["du"] = (given["z"].new_empty(tokens, spec.rows) for _ in range(2))
+
+        def call(tile: TileConfig) -> Call:
+            programs = -(-tokens // tile.tokens)
+            scratch = _sums(spec, given["z"], programs) if direction == "backward" and spec.projects else {}
+            return Call({**every, **scratch}, numbers, (programs, 1))
+
+        launched = self.launch(spec, direction, direction, device, call)
+        if direction == "backward" and spec.projects:
+            self._parameters(spec, launched, out)
+        return out
+
+    def _parameters(self, spec: Chain, launched: Call, out: dict[str, Tensor]) -> None:
+        """Add up what each block of tokens adds to the parameters' gradients, in one order."""
+        n, values, numbers = spec.n, launched.values, launched.numbers
+        biases, per_row = values["sums"].sum(0)
+        out["d_bias"].copy_(biases)
+        groups = (per_row,) if spec.weights == "head" else (per_row[:n], per_row[n : 2 * n], per_row[2 * n :])
+        out["d_alpha"].copy_(torch.stack([group.sum() for group in groups]))
+        if spec.norm != "none":
+            for name, gradient in zip(("d_norm_weight", "d_norm_bias"), values["norm_sums"].sum(0), strict=False):
+                out[name].copy_(gradient)
+        # Each program adds up a fixed range of tokens; the ranges' sums are added in one order.
+        tokens, device = numbers["tokens"], values["X"].device
+        step = self.tiles(spec, "phi_gradient", arch_of(device))[0].tokens * 16
+        splits = min(MAX_SPLITS, -(-tokens // step))
+        per_split = -(-tokens // (splits * step)) * step
+        splits = -(-tokens // per_split)
+        partial = values["z"].new_empty(splits, spec.rows, n * spec.width)
+
+        def call(tile: TileConfig) -> Call:
+            grid = (-(-spec.width // tile.columns), splits)
+            return Call({**values, "partial": partial}, {**numbers, "per_split": per_split}, grid)
+
+        self.launch(spec, "backward", "phi_gradient", device, call)
+        torch.sum(partial, 0, out=out["d_phi"])
+
+
+def _sums(chain: Chain, like: Tensor, programs: int) -> dict[str, Tensor]:
+    """Return room for what each block of tokens adds to the gradients of the parameters but phi."""
+    sums = {"sums": like.new_empty(programs, 2, chain.rows)}
+    if chain.norm != "none":
+        sums["norm_sums"] = like.new_empty(programs, norm.gradients(chain), chain.width)
+    return sums
