@@ -22,10 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.engram.memory import LayerMemory, Memory
-from mhc_compile.passes.base import Context, gradient_modes, value
+from mhc_compile.passes.base import Context, Widened, gradient_modes, value
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.tokens import token_ids
-from mhc_compile.passes.widen import Widened
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from torch.fx import Graph, Node
 import mhc_compile.kernels.engram.gather
 import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (these register the ops)
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import copy_meta, refuse, shape, value
+from mhc_compile.passes.base import Widened, copy_meta, refuse, shape, value
 from mhc_compile.passes.numeric import KEEPS
 from mhc_compile.passes.tokens import reaches
-from mhc_compile.passes.widen import Widened
 
 ENGRAM = torch.ops.engram
 KERNELS = torch.ops.engram_kernels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mhc_compile.passes.base import Mark, refuse
-from mhc_compile.passes.residual import ResidualStream
+from mhc_compile.passes.results import ResidualStream
 
 
 def pair_with_marks(streams: list[ResidualStream], marks: list[Mark]) -> list[tuple[ResidualStream, Mark]]:

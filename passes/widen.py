@@ -26,6 +26,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import (
     Context,
     Mark,
+    Widened,
     copy_meta,
     erase_unused,
     gradient_modes,
@@ -37,22 +38,10 @@ from mhc_compile.passes.base import (
 )
 from mhc_compile.passes.naming import pair_with_marks
 from mhc_compile.passes.perstream import apply_per_stream
-from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.passes.sites import Site
+from mhc_compile.passes.results import ResidualStream, Site
 
 REORDERS = {"transpose", "permute", "t", "movedim", "swapaxes", "swapdims"}
 """Operations behind which tokens come in another order."""
-
-
-@dataclass(frozen=True)
-class Widened:
-    """What passes behind `widen` may know of a stream that it rewrote."""
-
-    mark: Mark
-    entry: Node
-    """What was the stream's first value, which `mhc.expand` reads."""
-    reads: dict[str, Node]
-    """The coefficients of every site by the site's name."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.build import Direction
 from mhc_compile.kernels.engram import providers as memories
 from mhc_compile.kernels.engram.entry import Entry
-from mhc_compile.passes.coverage import Coverage
-from mhc_compile.passes.native import NativeSite
-from mhc_compile.pipeline import Record
+from mhc_compile.passes.observer import Record
+from mhc_compile.passes.results import Coverage, NativeSite
 from mhc_compile.printed import Printed
 from mhc_compile.writing import write_whole
 
