@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
@@ -109,37 +109,21 @@ def _write(value: Any) -> str:
 
 def _read(text: str, kind: Any) -> Any:
     """Return the value of type `kind` that `text` stands for. Raises ValueError where it stands for none."""
-    origin = get_origin(kind)
+    origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
-        return tuple(_read(part, get_args(kind)[0]) for part in re.findall(_ITEM, text) if part)
+        return tuple(_read(part, arguments[0]) for part in re.findall(_ITEM, text) if part)
     if origin in (Union, UnionType):
-        return _first(text, sorted(get_args(kind), key=lambda k: k is str))  # every text is a str
-    if origin is Literal:
-        return _one_of({_write(value): value for value in get_args(kind)})(text)
-    return _READ.get(kind, _refuse)(text)
-
-
-def _first(text: str, kinds: list[Any]) -> Any:
-    for kind in kinds:
-        try:
-            return _read(text, kind)
-        except ValueError:
-            continue
-    return _refuse(text)
-
-
-def _refuse(text: str) -> Any:
+        for one in sorted(arguments, key=lambda k: k is str):  # every text is a str
+            with suppress(ValueError):
+                return _read(text, one)
+    for value in _VALUES.get(kind, arguments if origin is Literal else ()):
+        if _write(value) == text:
+            return value
+    if kind in (int, float):
+        return kind(text)
+    if kind is str:
+        return json.loads(text) if text.startswith('"') else text
     raise ValueError(text)
 
 
-def _one_of(values: dict[str, Any]) -> Callable[[str], Any]:
-    return lambda text: values[text] if text in values else _refuse(text)
-
-
-_READ: dict[Any, Callable[[str], Any]] = {
-    bool: _one_of({"true": True, "false": False}),
-    NoneType: _one_of({"none": None}),
-    int: int,
-    float: float,
-    str: lambda text: json.loads(text) if text.startswith('"') else text,
-}
+_VALUES: dict[Any, tuple[Any, ...]] = {bool: (True, False), NoneType: (None,)}
