@@ -25,8 +25,10 @@ from mhc_compile.passes.text import describe, parse
 from mhc_compile.passes.widen import Widen
 
 TIMED = "mhc_compile.passes"
-_OURS = (Normalize, Residual, Native, Widen, OverEncode, Engram, Recompute, Fuse, Lower, Probe)
-BUILT_IN: dict[str, type[Any]] = {cls.name: cls for cls in _OURS}
+_OURS: tuple[type[Any], ...] = (
+    Normalize, Residual, Native, Widen, OverEncode, Engram, Recompute, Fuse, Lower, Probe,
+)  # fmt: skip
+BUILT_IN = {cls.name: cls for cls in _OURS}
 
 
 @dataclass(frozen=True)

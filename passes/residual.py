@@ -171,9 +171,10 @@ class StreamAnalysis:
             for site in stream.sites:
                 all_branches |= branch_mask(flow, site)
         for stream in streams:
-            own, sites = set(stream.values), []
+            own, sites = set(stream.values), list[Site]()
             for i, site in enumerate(stream.sites):
-                inside, reads = branch_mask(flow, site), {}
+                inside = branch_mask(flow, site)
+                reads: dict[Node, tuple[Node, ...]] = {}
                 for v in (site.previous, *site.chain):
                     # What re-enters later layers from the stream's entry is the embedding itself, not the stream.
                     feeds = inside if i == 0 and v is stream.entry else inside | all_branches

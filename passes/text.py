@@ -62,12 +62,13 @@ def _class_of(name: str, built_in: dict[str, type[Any]]) -> type[Any]:
         raise MHCError("MHC240", f"there is no pass {name!r}; known: {known}")
     point = installed[name]
     try:
-        cls = point.load()
+        cls: Any = point.load()
     except (ImportError, AttributeError) as error:
         raise MHCError("MHC240", f"{name} is {point.value}, which cannot be imported: {error}") from error
-    if not (is_dataclass(cls) and callable(getattr(cls, "apply", None)) and getattr(cls, "name", None) == name):
+    is_pass = isinstance(cls, type) and is_dataclass(cls) and callable(getattr(cls, "apply", None))
+    if not is_pass or getattr(cls, "name", None) != name:
         raise MHCError("MHC240", f"{point.value} is no frozen dataclass with a method `apply` and the name {name!r}")
-    return cls  # type: ignore[return-value]
+    return cls
 
 
 def _made(cls: type[Any], text: str) -> Pass:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -130,7 +130,7 @@ def streams_of_other_mode(
         return []
     try:
         with other_mode(model):
-            return find_streams(model, args, kwargs, options).context.streams
+            return find_streams(model, args, kwargs, replace(options, debug=bool(options.debug))).context.streams
     except MHCError:
         return []
 
@@ -146,6 +146,6 @@ def find_streams(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     """Capture one call of `model` without running it, and analyse its graph."""
     with torch.no_grad():
         captured = capture(model, args, kwargs)
-    context = Context()
+    context = Context(inputs=list(captured.inputs) if options.debug == "numeric" else [])
     analysis, _ = compile_pipeline(options).split("residual")
     return Analysed(analysis.run(captured.graph, context, debug=options.debug), captured.inputs, context)
