@@ -48,8 +48,8 @@ class Widened:
     """What passes behind `widen` may know of a stream that it rewrote."""
 
     mark: Mark
-    entry: Node
-    """What was the stream's first value, which `mhc.expand` reads."""
+    stream: ResidualStream
+    """Its sites are named as in the mark; `mhc.expand` reads its entry."""
     reads: dict[str, Node]
     """The coefficients of every site by the site's name."""
 

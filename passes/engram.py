@@ -54,7 +54,7 @@ class _Inserting(Lookups):
     """The memories of one stream."""
 
     def __init__(self, graph: Graph, widened: Widened, memory: Memory, *, plain: bool) -> None:
-        ids = token_ids(widened.entry, memory.vocab, widened.mark.given.get("ids"))
+        ids = token_ids(widened.stream.entry, memory.vocab, widened.mark.given.get("ids"))
         super().__init__(graph, widened, ids, plain=plain)
         self.memory = memory
         self.modes = gradient_modes(graph)

@@ -32,7 +32,7 @@ class Lookups:
         self.given, self.parameters = widened.mark.given, widened.mark.parameters
         self.last = max(ids, *self.given.values(), *self.parameters.values())
         """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
-        self.like = widened.entry
+        self.like = widened.stream.entry
         """Whose module and source line the nodes inserted now get."""
         self.kept: dict[str, Node] = {}
         """What every tensor of the state becomes."""

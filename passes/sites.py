@@ -6,6 +6,8 @@ parameters, and the branch depends on that same stream value through at least on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from mhc_compile.passes.base import is_tensor, op_name, same_shape, shape
@@ -99,7 +101,7 @@ class SiteSearch:
         """Whether `carry + branch` would be a site."""
         return carry in self.flow.hot and branch in self.flow.hot and self._root_for(carry, branch) is not None
 
-    def joins(self, carry: Node, sources: list[Node], *, contracts: bool = False) -> Node | None:
+    def joins(self, carry: Node, sources: Sequence[Node], *, contracts: bool = False) -> Node | None:
         """The stream value from which `carry + branch` would start; None where that would be no site.
 
         The branch is computed from `sources`, with a parameter of its own if it `contracts`.

@@ -8,7 +8,7 @@ and its like stay equal up to rounding. Only an operation that would be a site i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -45,7 +45,7 @@ class Reading:
     """One way to read an operation as `carry + branch`."""
 
     carry: Node
-    sources: list[Node]
+    sources: Sequence[Node]
     """What the branch is computed from."""
     write: Callable[[_Writer], tuple[Node, Node]]
     """Make the nodes of the carry and of the branch."""

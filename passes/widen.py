@@ -57,7 +57,7 @@ class Widen:
         for stream, mark in pair_with_marks(context.streams, context.marks):
             work = _Widening(gm.graph, stream, mark)
             work.run()
-            context.widened.append(Widened(mark, stream.entry, work.reads))
+            context.widened.append(Widened(mark, stream, work.reads))
         for mark in context.marks:
             if mark.node is not None:
                 mark.node.replace_all_uses_with(mark.node.args[0])  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule, Node
 
@@ -96,8 +96,10 @@ class Watcher(Observer):
             self._look_for_memories(step.name, context)
         elif step.name == "fuse":
             self.kernels = tuple(KernelReport(chain, device, n) for (chain, device), n in chains_of(gm).items())
-        elif step.name == "widen" and self.layer is not None:
-            self.after = lines_of(self.lines[-1], self.layer)
+        elif step.name == "widen":
+            named = {widened.stream.entry: widened.stream for widened in context.widened}
+            self.found = [replace(f, stream=named.get(f.stream.entry, f.stream)) for f in self.found]
+            self.after = lines_of(self.lines[-1], self.layer) if self.layer is not None else []
         return gm
 
     def _look_for_memories(self, name: str, context: Context) -> None:
