@@ -27,6 +27,7 @@ from mhc_compile.passes.base import Context, Mark, value
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.observer import log
 from mhc_compile.passes.ownership import OWNED
+from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.results import Coverage, ResidualStream
 from mhc_compile.traceable import compile_generation
 
@@ -79,9 +80,19 @@ def rewrite_with_parameters(
         context.inputs = [*inputs, *(t for p in made.values() for t in graph_inputs(p).values())]
     # The graph runs once, which no kernel is worth compiling for.
     analysis, rest = compile_pipeline(options.without_recompute()).split("residual")
+    refuse_missing(rest, context.marks)
     if "fuse" in rest.names:
         rest = rest.replace("fuse", Fuse(()))
     return made, rest.run(gm, context, debug=options.debug, provided=analysis.provides)
+
+
+def refuse_missing(passes: Pipeline, marks: Sequence[Mark]) -> None:
+    """Raise MHC241 for a pipeline without a pass that adds what the marked owners have."""
+    adding = {"engram": any(mark.memory for mark in marks), "overencoding": any(mark.over for mark in marks)}
+    for name in adding:
+        if adding[name] and name not in passes.names:
+            detail = f"the model looks n-grams up, which {passes} leaves out"
+            raise MHCError("MHC241", detail, way_out=f"put {name} after widen")
 
 
 def report_coverage(coverage: Coverage, spec: StreamSpec, options: Options, *, whole: bool) -> None:

@@ -13,7 +13,14 @@ from torch.fx import GraphModule
 
 from mhc_compile import frame
 from mhc_compile.arm import graph_break
-from mhc_compile.attach import graph_inputs, install, refuse_wrapped, report_coverage, rewrite_with_parameters
+from mhc_compile.attach import (
+    graph_inputs,
+    install,
+    refuse_missing,
+    refuse_wrapped,
+    report_coverage,
+    rewrite_with_parameters,
+)
 from mhc_compile.capture import find_marks, private_copy
 from mhc_compile.config import Options, compile_pipeline, native_pipeline, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
@@ -133,7 +140,7 @@ class Backend:
         if self.options.debug == "numeric":
             context.inputs = inputs_at_start(gm, marks, example_inputs)
         passes = compile_pipeline(self._now)
-        _refuse_missing(passes, marks)
+        refuse_missing(passes, marks)
         if any(mark.probe is not None for mark in marks):
             passes = Pipeline((*passes, Probe()))
         try:
@@ -208,15 +215,6 @@ def _root_of(streams: Sequence[ResidualStream], names: ModuleNames) -> nn.Module
     if len(roots) > 1:
         raise MHCError("MHC303", f"one graph holds the streams of {len(roots)} modules")
     return roots.pop()
-
-
-def _refuse_missing(passes: Pipeline, marks: Sequence[Mark]) -> None:
-    """Raise MHC241 for a pipeline without a pass that adds what the marked owners have."""
-    adding = {"engram": any(mark.memory for mark in marks), "overencoding": any(mark.over for mark in marks)}
-    for name in adding:
-        if adding[name] and name not in passes.names:
-            detail = f"the model looks n-grams up, which {passes} leaves out"
-            raise MHCError("MHC241", detail, way_out=f"put {name} after widen")
 
 
 def _refuse_layer(root: nn.Module, whole: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from memories import small
 from tiny_models import close, ids, llama, logits, warned
 from torch.fx import GraphModule
 
@@ -147,10 +148,13 @@ def test_the_first_call_looks_at_the_graph_once_and_by_the_same_pipeline(passes_
 
 
 def test_memories_are_not_left_out_in_silence() -> None:
-    model = convert(llama(), engram="v41", streams=2, inner="eager")
+    told = r"MHC241 .*looks n-grams up(?s:.)*put engram after widen"
+    with pytest.raises(MHCError, match=told):
+        convert(llama(), engram=small("paper"), streams=2, inner="eager", pipeline=TEXT)
+    model = convert(llama(), engram=small("paper"), streams=2, inner="eager")
     (held,) = owners(model).values()
     held.options = Options(inner="eager", pipeline=TEXT)
-    with pytest.raises(MHCError, match=r"MHC241 .*looks n-grams up(?s:.)*put engram after widen"):
+    with pytest.raises(MHCError, match=told):
         model(ids())
 
 
