@@ -13,7 +13,7 @@ Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the stream
 `mhc_compile.diff` and `mhc_compile.bisect` (two forms side by side, what goes wrong where),
 `mhc_compile.conventions` and `mhc_compile.parameters`, `mhc_compile.engram` (memories), `mhc_compile.kernels.functions`
 (the kernels by hand), `mhc_compile.runtime` (training); and the compiler: `mhc_compile.backend`, `mhc_compile.capture`,
-`mhc_compile.pipeline`, `mhc_compile.passes`, `mhc_compile.kernels`.
+`mhc_compile.passes` (pipelines: `mhc_compile.passes.pipeline`), `mhc_compile.kernels`.
 """
 
 from mhc_compile.checkpoint.loading import from_pretrained, load

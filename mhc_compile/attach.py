@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from mhc_compile.adapters import give_to_adapters
 from mhc_compile.arm import arm, refuse_unarmable
 from mhc_compile.checkpoint.saving import save_with_streams
-from mhc_compile.config import Options
+from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.engram import carry
 from mhc_compile.engram.request import Request
@@ -24,17 +24,18 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.modes import joined_sites
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
-from mhc_compile.passes.coverage import Coverage
+from mhc_compile.passes.fuse import Fuse
+from mhc_compile.passes.observer import log
 from mhc_compile.passes.ownership import OWNED
-from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import compile_passes, log, run_passes
+from mhc_compile.passes.pipeline import Pipeline
+from mhc_compile.passes.results import Coverage, ResidualStream
 from mhc_compile.traceable import compile_generation
 
 
 def rewrite_with_parameters(
     root: nn.Module,
     gm: GraphModule,
-    streams: Sequence[ResidualStream],
+    context: Context,
     spec: StreamSpec,
     options: Options,
     inputs: Sequence[Any],
@@ -42,14 +43,15 @@ def rewrite_with_parameters(
     scratch: bool = False,
     requests: Sequence[Request] = (),
     others: Sequence[ResidualStream] = (),
-) -> tuple[dict[str, StreamParameters], GraphModule, Coverage]:
+) -> tuple[dict[str, StreamParameters], GraphModule]:
     """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is left as it is.
 
-    Returns what `install` takes, the graph with a placeholder for each of `graph_inputs` behind those it had, and how
-    many residual adds it covers. What `requests` add goes to the last owner: the decoder. Sites that `others`, the
-    streams of the other mode, have alone get parameters as well. Raises what a pass refuses, and MHC207 as `install`
-    does.
+    `context` has what the passes up to `residual` found in `gm`. Returns what `install` takes, and the graph with a
+    placeholder for each of `graph_inputs` behind those it had. What `requests` add goes to the last owner: the
+    decoder. Sites that `others`, the streams of the other mode, have alone get parameters as well. Raises what a pass
+    refuses, and MHC207 as `install` does.
     """
+    streams = context.streams
     made: dict[str, StreamParameters] = {}
     joined, partial = joined_sites(sites_of_owners(streams), sites_of_owners(others))
     # An inference tensor could never be trained.
@@ -73,14 +75,24 @@ def rewrite_with_parameters(
                 **held,
             )
     present = sites_of_owners(streams)
-    context = Context(marks=[append_parameters(gm, path, p) for path, p in made.items() if path in present])
+    context.marks = [append_parameters(gm, path, p) for path, p in made.items() if path in present]
     if options.debug == "numeric":
         context.inputs = [*inputs, *(t for p in made.values() for t in graph_inputs(p).values())]
-    # The analysis holds nodes of this very graph: run it again over the graph with the new placeholders. It runs once,
-    # which no kernel is worth compiling for.
-    once = replace(options, kernels="none", recompute="off")
-    gm = run_passes(gm, context, compile_passes(once), once)
-    return made, gm, context.coverage
+    # The graph runs once, which no kernel is worth compiling for.
+    analysis, rest = compile_pipeline(options.without_recompute()).split("residual")
+    refuse_missing(rest, context.marks)
+    if "fuse" in rest.names:
+        rest = rest.replace("fuse", Fuse(()))
+    return made, rest.run(gm, context, debug=options.debug, provided=analysis.provides)
+
+
+def refuse_missing(passes: Pipeline, marks: Sequence[Mark]) -> None:
+    """Raise MHC241 for a pipeline without a pass that adds what the marked owners have."""
+    adding = {"engram": any(mark.memory for mark in marks), "overencoding": any(mark.over for mark in marks)}
+    for name in adding:
+        if adding[name] and name not in passes.names:
+            detail = f"the model looks n-grams up, which {passes} leaves out"
+            raise MHCError("MHC241", detail, way_out=f"put {name} after widen")
 
 
 def report_coverage(coverage: Coverage, spec: StreamSpec, options: Options, *, whole: bool) -> None:

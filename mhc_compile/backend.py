@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,16 @@ from torch.fx import GraphModule
 
 from mhc_compile import frame
 from mhc_compile.arm import graph_break
-from mhc_compile.attach import graph_inputs, install, refuse_wrapped, report_coverage, rewrite_with_parameters
+from mhc_compile.attach import (
+    graph_inputs,
+    install,
+    refuse_missing,
+    refuse_wrapped,
+    report_coverage,
+    rewrite_with_parameters,
+)
 from mhc_compile.capture import find_marks, private_copy
-from mhc_compile.config import Options, split_options, stream_spec
+from mhc_compile.config import Options, compile_pipeline, native_pipeline, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.identity import ModuleNames, identify
 from mhc_compile.kernels import targets
@@ -28,10 +34,10 @@ from mhc_compile.passes.base import Context, Mark
 from mhc_compile.passes.fuse import kernels_in
 from mhc_compile.passes.fuse_memory import prepare_hashes
 from mhc_compile.passes.match_marks import sites_of
+from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.probe import Probe
 from mhc_compile.passes.recompute import is_tagged
-from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import ANALYSIS, compile_passes, native_passes, run_passes
+from mhc_compile.passes.results import ResidualStream
 from mhc_compile.probes.recording import recording
 
 Compiled = Callable[..., Any]
@@ -48,7 +54,7 @@ def mhc(
     """`torch.compile(model, backend="mhc", options={...})`.
 
     Options: the fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`) for an
-    unconverted model, and those of `Options` (`inner`, `mode`, `kernels`, `recompute`, `debug`). Raises `MHCError`,
+    unconverted model, and those of `Options` (`inner`, `mode`, `kernels`, `pipeline`, ...). Raises `MHCError`,
     which Dynamo wraps in `BackendCompilerFailed` (`error.inner_exception`).
     """
     stream, own = split_options(options)
@@ -77,21 +83,52 @@ class Backend:
         if any(owners(module) for module in frame.modules()):
             # A part of a converted model beside its owners: the head, the loss.
             return compile_inner(copy, example_inputs, self.options)
-        raised = self._raise_native(copy, example_inputs)
-        if raised is not None:
-            return compile_inner(raised, example_inputs, self.options)
-        return self._convert_at_first_call(copy, example_inputs, names)
+        return self._compile_unconverted(copy, example_inputs, names)
 
-    def _raise_native(self, gm: GraphModule, example_inputs: list[Any]) -> GraphModule | None:
-        """The graph with the hyper-connections that its model writes out by hand in the dialect; None without any."""
-        context = Context(inputs=list(example_inputs) if self.options.debug == "numeric" else [])
-        gm = run_passes(private_copy(gm), context, native_passes(self._now), self.options)
+    def _compile_unconverted(self, gm: GraphModule, example_inputs: list[Any], names: ModuleNames) -> Compiled:
+        """Compile hyper-connections that the model writes out by hand, or convert the module that holds the streams.
+
+        The graph is looked at once: what both pipelines begin with, the normal form, is shared.
+        """
+        debug = self.options.debug
+        analysis, _ = compile_pipeline(self._now).split("residual")
+        begin, analyse, lift = analysis.shared_with(native_pipeline(self._now))
+        context = Context(inputs=list(example_inputs) if debug == "numeric" else [])
+        normal = begin.run(private_copy(gm), context, debug=debug)
+        lifted = self._lift_native(private_copy(normal), lift, begin.provides, context.inputs)
+        if lifted is not None:
+            return compile_inner(lifted, example_inputs, self.options)
+        for module in frame.modules():
+            refuse_wrapped(module)
+        try:
+            normal = analyse.run(normal, context, debug=debug, provided=begin.provides)
+        except MHCError as error:
+            if error.code == "MHC101" and not frame.is_whole():
+                # What a step of training computes beside its model, an optimizer's update for one, holds no streams.
+                if any(node.meta.get("nn_module_stack") for node in gm.graph.nodes):
+                    warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
+                return compile_inner(gm, example_inputs, self.options)
+            if error.code == "MHC107":
+                warn("MHC308", f"{error.detail}, which no known convention of hyper-connections computes")
+                return compile_inner(gm, example_inputs, self.options)
+            raise
+        return self._convert_at_first_call(normal, context, example_inputs, names)
+
+    def _lift_native(
+        self, gm: GraphModule, passes: Pipeline, provided: Collection[str], inputs: list[Any]
+    ) -> GraphModule | None:
+        """Lift hand-written hyper-connections into the dialect and lower it; return None if there are none."""
+        context, debug = Context(inputs=inputs), self.options.debug
+        lift, kernels = passes.split("native")
+        gm = lift.run(gm, context, debug=debug, provided=provided)
         for text in dict.fromkeys(site.spec for site in context.native):
             self._check_options(StreamSpec.parse(text))
         reason = frame.broke() if context.native or context.cut else None
         if reason is not None:
             warn("MHC310", reason)
-        return gm if context.native or reason is not None else None
+        if context.native:
+            return kernels.run(gm, context, debug=debug, provided={*provided, *lift.provides})
+        return None if reason is None else gm
 
     def _compile_converted(self, gm: GraphModule, marks: list[Mark], example_inputs: list[Any]) -> Compiled:
         _refuse_split_graphs()
@@ -100,9 +137,12 @@ class Backend:
         context = Context(marks=marks)
         if self.options.debug == "numeric":
             context.inputs = inputs_at_start(gm, marks, example_inputs)
-        sampled = (Probe(),) if any(mark.probe is not None for mark in marks) else ()
+        passes = compile_pipeline(self._now)
+        refuse_missing(passes, marks)
+        if any(mark.probe is not None for mark in marks):
+            passes = Pipeline((*passes, Probe()))
         try:
-            gm = run_passes(gm, context, (*compile_passes(self._now), *sampled), self.options)
+            gm = passes.run(gm, context, debug=self.options.debug)
         except MHCError as error:
             reason = frame.broke()
             if reason is None or error.code not in ("MHC101", "MHC206"):
@@ -116,7 +156,7 @@ class Backend:
     @property
     def _now(self) -> Options:
         """The options of the graph at hand: without gradients there is nothing to compute again."""
-        return self.options if torch.is_grad_enabled() else replace(self.options, recompute="off")
+        return self.options if torch.is_grad_enabled() else self.options.without_recompute()
 
     def _check_options(self, spec: StreamSpec) -> None:
         for name, wanted in self.stream.items():
@@ -124,30 +164,17 @@ class Backend:
             if str(getattr(held, "value", held)) != str(getattr(wanted, "value", wanted)):
                 raise MHCError("MHC304", f"{name}={wanted!r} asked for, the model has {spec}")
 
-    def _convert_at_first_call(self, gm: GraphModule, example_inputs: list[Any], names: ModuleNames) -> Compiled:
+    def _convert_at_first_call(
+        self, gm: GraphModule, context: Context, example_inputs: list[Any], names: ModuleNames
+    ) -> Compiled:
         """Convert the module being compiled, and run this one call of it uncompiled.
 
-        From the second call on its owners are armed: their frames are new to Dynamo and are compiled as those of any
-        converted model. Compiling this graph too would be thrown away.
+        `context` has the streams of the analysed graph. From the second call on its owners are armed: their frames are
+        new to Dynamo and are compiled as those of any converted model. Compiling this graph too would be thrown away.
         """
-        for module in frame.modules():
-            refuse_wrapped(module)
-        context = Context()
-        try:
-            gm = run_passes(gm, context, ANALYSIS, self.options)
-        except MHCError as error:
-            if error.code == "MHC101" and not frame.is_whole():
-                # What a step of training computes beside its model, an optimizer's update for one, holds no streams.
-                if any(node.meta.get("nn_module_stack") for node in gm.graph.nodes):
-                    warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
-                return compile_inner(gm, example_inputs, self.options)
-            if error.code == "MHC107":
-                warn("MHC308", f"{error.detail}, which no known convention of hyper-connections computes")
-                return compile_inner(gm, example_inputs, self.options)
-            raise
-        root = _root_of(context.streams, names)
+        root, coverage = _root_of(context.streams, names), context.coverage
         spec = stream_spec(self.stream)
-        made, gm, coverage = rewrite_with_parameters(root, gm, context.streams, spec, self.options, example_inputs)
+        made, gm = rewrite_with_parameters(root, gm, context, spec, self.options, example_inputs)
         report_coverage(coverage, spec, self.options, whole=False)
         frame.guard_identity(root)
 

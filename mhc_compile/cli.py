@@ -32,7 +32,7 @@ COMMANDS: dict[str, ModuleType] = {
     **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""
-ARGUMENTS = {"MHC201", "MHC202", "MHC203", "MHC204", "MHC220", "MHC520"}
+ARGUMENTS = {"MHC201", "MHC202", "MHC203", "MHC204", "MHC220", "MHC240", "MHC241", "MHC520"}
 """Codes of options whose values are not possible: wrong arguments, like those that argparse rejects by itself."""
 _EPILOG = """\
 mhc-compile COMMAND --help explains a command, with examples.

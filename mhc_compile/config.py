@@ -1,25 +1,31 @@
-"""Options of the backend and of `convert`, checked by name and value."""
+"""Options of the backend and of `convert`, checked by name and value, and the pipelines that they ask for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.chain import Kind
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.passes.cost import parse_blocks
+from mhc_compile.passes.fuse import KERNELS, Fuse, Fused
+from mhc_compile.passes.lower import Lower
+from mhc_compile.passes.observer import Debug
+from mhc_compile.passes.pipeline import NATIVE, WIDENING, Pipeline
+from mhc_compile.passes.recompute import Recompute
 
 Inner = Literal["inductor", "aot_eager", "eager"]
-Debug = Literal[False, True, "numeric"]
+OPTIONAL = ("recompute", "fuse")
+"""Passes without which a graph computes the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a rewritten graph is compiled. Raises `MHCError` MHC204 for a value that is not one of those named.
 
-    MHC625 where the inner compiler cannot do what `recompute` asks for.
+    MHC625 where the inner compiler cannot do what `recompute` asks for, MHC240 and MHC241 for a `pipeline` that cannot
+    run.
     """
 
     inner: Inner = "inductor"
@@ -38,6 +44,11 @@ class Options:
     """Refuse a model of which not every residual add joins a stream, instead of warning (MHC109)."""
     debug: Debug = False
     """True: verify the whole graph after each pass. `"numeric"`: also compare it before and after in float64."""
+    pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None = None
+    """The passes for converted models: a pipeline, its text, or a function that returns one from the default. One with
+    the pass `native` is for models that write their hyper-connections out by hand instead."""
+    disable: str = ""
+    """Passes to leave out, separated by commas: `recompute`, `fuse`."""
 
     def __post_init__(self) -> None:
         if self.inner not in get_args(Inner):
@@ -49,6 +60,10 @@ class Options:
         _ = self.kinds
         if parse_blocks(self.recompute)[0] != "off" and self.inner == "eager":
             raise MHCError("MHC625", f"recompute={self.recompute!r}")
+        if unknown := set(self.disabled) - set(OPTIONAL):
+            raise MHCError("MHC204", f"disable={min(unknown)!r}; may be left out: {', '.join(OPTIONAL)}")
+        for chosen in (compile_pipeline(self), native_pipeline(self)):
+            chosen.check()
         if self.mode is not None:
             from torch._inductor import list_mode_options
 
@@ -59,18 +74,61 @@ class Options:
                 raise MHCError("MHC204", f"mode={self.mode!r} is one of Inductor's, inner={self.inner!r} has none")
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[Fused, ...]:
         """The kinds of chain that `kernels` allows, and `engram`, the kernels of memories."""
-        known: tuple[str, ...] = (*get_args(Kind), "engram")
         if self.kernels in ("auto", "all", "none"):
             every = self.kernels == "all" or (self.kernels == "auto" and self.inner == "inductor")
-            return known if every else ()
+            return KERNELS if every else ()
         named = [name.strip() for name in self.kernels.split(",")]
         without = [name.startswith("-") for name in named]
-        if {name.removeprefix("-") for name in named} - set(known) or len(set(without)) > 1:
-            names = ", ".join(known)
+        if {name.removeprefix("-") for name in named} - set(KERNELS) or len(set(without)) > 1:
+            names = ", ".join(KERNELS)
             raise MHCError("MHC204", f"kernels={self.kernels!r}; known: auto, all, none, {names}; or all but -KIND")
-        return tuple(k for k in known if (f"-{k}" not in named if without[0] else k in named))
+        return tuple(k for k in KERNELS if (f"-{k}" not in named if without[0] else k in named))
+
+    @property
+    def disabled(self) -> tuple[str, ...]:
+        """The passes that `disable` names."""
+        return tuple(name.strip() for name in self.disable.split(",") if name.strip())
+
+    def without_recompute(self) -> Options:
+        """Return options for a graph without a backward pass."""
+        return replace(self, disable=",".join({*self.disabled, "recompute"}))
+
+
+def compile_pipeline(options: Options) -> Pipeline:
+    """Return what a converted model's graph goes through."""
+    chosen = _chosen(Pipeline((*WIDENING, *lowering(options))), options)
+    for name in ("residual", "widen"):
+        if name not in chosen.names:
+            raise MHCError("MHC241", f"{chosen} leaves the model residual", way_out=f"keep the pass {name}")
+    return chosen
+
+
+def native_pipeline(options: Options) -> Pipeline:
+    """Return what the graph of a model with hyper-connections of its own goes through."""
+    return _chosen(Pipeline((*NATIVE, *lowering(options))), options)
+
+
+def lowering(options: Options) -> Pipeline:
+    """Return what turns the dialect into kernels and plain PyTorch, of a whole graph or a pipeline stage's."""
+    recompute = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
+    return Pipeline((*recompute, Fuse(options.kinds), Lower()))
+
+
+def _chosen(default: Pipeline, options: Options) -> Pipeline:
+    """Return `default`, or what `options.pipeline` puts in its place, without the passes that `disable` names."""
+    wanted = options.pipeline
+    chosen = default
+    native = "native" in default.names
+    if callable(wanted) and not native:
+        chosen = wanted(default)
+    elif wanted is not None and not callable(wanted):
+        named = Pipeline.parse(wanted) if isinstance(wanted, str) else wanted
+        chosen = default if isinstance(named, Pipeline) and ("native" in named.names) != native else named
+    if not isinstance(chosen, Pipeline):
+        raise MHCError("MHC204", f"pipeline={wanted!r}; known: a Pipeline, its text, or a function that returns one")
+    return Pipeline(tuple(step for step in chosen if step.name not in options.disabled))
 
 
 STREAM_FIELDS = {f.name for f in fields(StreamSpec)}

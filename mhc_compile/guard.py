@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Mark, module_path, module_stack, source_line
-from mhc_compile.passes.residual import ResidualStream
+from mhc_compile.passes.results import ResidualStream
 
 
 def stream_readers(streams: Iterable[ResidualStream]) -> list[str]:

@@ -16,17 +16,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import measures
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, module_path, switches_gradients
-from mhc_compile.passes.fuse import Fuse
-from mhc_compile.passes.lower import Lower
-from mhc_compile.pipeline import compile_passes, run_passes
+from mhc_compile.passes.pipeline import WIDENING
 
-WIDENING = tuple(step for step in compile_passes(Options()) if not isinstance(step, (Fuse, Lower)))
-"""What a graph goes through before kernels hide the equations."""
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
@@ -79,7 +74,7 @@ def measuring(model: nn.Module, batch: Batch) -> Callable[[], dict[str, StreamMe
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
     with evaluating(model):
         captured = capture(model, *arguments_of(batch))
-        graph = run_passes(captured.graph, Context(marks=find_marks(captured.graph)), WIDENING, Options())
+        graph = WIDENING.run(captured.graph, Context(marks=find_marks(captured.graph)))
 
     def measure() -> dict[str, StreamMeasures]:
         watch = StreamInterpreter(graph)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.kernels.kernelspec import KernelSpec
+from mhc_compile.passes.results import Coverage, NativeSite, Probed, ResidualStream
 
 PROBE = "probe"
 """The name by which `mhc::mark` is given the slot of a sampled step."""
@@ -43,23 +44,34 @@ class Mark:
     """The `mhc::mark` itself, which `widen` removes; None where there is none (export, the first call of a model)."""
 
 
+@dataclass(frozen=True)
+class Widened:
+    """What passes behind `widen` may know of a stream that it rewrote."""
+
+    mark: Mark
+    stream: ResidualStream
+    """Its sites are named as in the mark; `mhc.expand` reads its entry."""
+    reads: dict[str, Node]
+    """The coefficients of every site by the site's name."""
+
+
 @dataclass
 class Context:
     """What passes hand on beside the graph. `streams` is the result of `residual`, read by all later passes."""
 
     marks: list[Mark] = field(default_factory=list)
-    streams: list[Any] = field(default_factory=list)
-    coverage: Any = None
-    """How many residual adds the streams cover (`mhc_compile.passes.coverage`)."""
-    widened: list[Any] = field(default_factory=list)
+    streams: list[ResidualStream] = field(default_factory=list)
+    coverage: Coverage = field(default_factory=Coverage)
+    """How many residual adds the streams cover."""
+    widened: list[Widened] = field(default_factory=list)
     """The streams that `widen` rewrote, with their marks, in graph order."""
-    native: list[Any] = field(default_factory=list)
-    """The hand-written sites that the pass `native` raised, in graph order."""
-    probed: list[Any] = field(default_factory=list)
+    native: list[NativeSite] = field(default_factory=list)
+    """The hand-written sites that the pass `native` lifted, in graph order."""
+    probed: list[Probed] = field(default_factory=list)
     """What the pass `probe` records, by owner."""
     cut: int = 0
     """Hand-written sites of which the graph holds only the beginning."""
-    inputs: list[Any] = field(default_factory=list)
+    inputs: list[object] = field(default_factory=list)
     """Real values for the graph's placeholders, stream parameters at their start, when `debug="numeric"` needs them."""
     notes: list[str] = field(default_factory=list)
     """One line each: what a pass decided and why, shown by `inspect` and in the debug log."""
@@ -75,12 +87,6 @@ class Pass(Protocol):
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` (a private copy) or fill in `context`; raise `MHCError` to refuse the whole graph."""
         ...
-
-
-def describe(step: Pass) -> str:
-    """`name{option=value ...}`, the form in which a pass is logged and printed."""
-    options = " ".join(f"{f.name}={getattr(step, f.name)}" for f in fields(step))  # type: ignore[arg-type]
-    return f"{step.name}{{{options}}}" if options else step.name
 
 
 def module_stack(node: Node) -> list[str]:

@@ -8,19 +8,15 @@ layer has none: it costs parameters and time, and stays a residual model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import permutations
-from typing import TYPE_CHECKING
 
 import sympy
 from torch.fx import Node
 
 from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, source_line
 from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.results import ENDS, Coverage, ResidualStream
 from mhc_compile.passes.sites import SiteSearch, branch_mask
-
-if TYPE_CHECKING:
-    from mhc_compile.passes.residual import ResidualStream
 
 # Operations that may put a value and what a branch makes of it together.
 JOINS = {
@@ -28,43 +24,8 @@ JOINS = {
     "index_copy", "index_put", "scatter_add", "scatter", "masked_scatter", "slice_scatter", "select_scatter", "sum",
     "setitem", "maximum", "minimum",
 }  # fmt: skip
-ENDS = 2
-"""Sites of a stream at which H gets no gradient: the first and the last."""
 MAX_LAYER_SITES = 3
 """A graph that is one stream of at most so many sites and nothing else is taken for a layer: a decoder's has three."""
-MAX_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How many residual adds of one graph became sites."""
-
-    sites: int = 0
-    left: tuple[str, ...] = ()
-    """The residual adds that are no sites: the operation, its module and source line."""
-    restarts: tuple[str, ...] = ()
-    """Where a stream ends and the next begins with nothing but an add that was left, or less, between them."""
-    short: bool = False
-    """Whether the streams are several, and none has a site whose H gets a gradient."""
-    alone: int = 0
-    """Sites of a graph that is one short stream from its input to its output: a layer's, if not a tiny model's."""
-
-    def __str__(self) -> str:
-        return f"{self.sites} of {self.sites + len(self.left)} adds"
-
-    @property
-    def problem(self) -> str:
-        """Return what is degenerate about the conversion; empty where nothing is."""
-        parts = []
-        if self.left:
-            parts.append(f"{len(self.left)} left, which combine a value with its branch otherwise: {_few(self.left)}")
-        if self.restarts:
-            parts.append(f"the stream ends and begins again {len(self.restarts)} times: {_few(self.restarts)}")
-        if self.alone:
-            parts.append(f"the graph is one stream of {self.alone} sites, as of one layer compiled by itself")
-        if self.short:
-            parts.append(f"no stream has more than {ENDS} sites, and no H gets a gradient at the first and the last")
-        return "; ".join([str(self), *parts]) if parts else ""
 
 
 def coverage(flow: Dataflow, search: SiteSearch, streams: Sequence[ResidualStream]) -> Coverage:
@@ -166,9 +127,3 @@ def _in(flow: Dataflow, node: Node, mask: int) -> bool:
 def _place(node: Node) -> str:
     where = source_line(node)
     return f"{op_name(node)} in {module_path(node) or 'the model itself'}" + (f" ({where})" if where else "")
-
-
-def _few(lines: Sequence[str]) -> str:
-    distinct = list(dict.fromkeys(lines))
-    more = f", and {len(distinct) - MAX_SHOWN} more places" if len(distinct) > MAX_SHOWN else ""
-    return ", ".join(distinct[:MAX_SHOWN]) + more

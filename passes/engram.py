@@ -22,10 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.engram.memory import LayerMemory, Memory, layers_of
-from mhc_compile.passes.base import Context, gradient_modes, value
+from mhc_compile.passes.base import Context, Widened, gradient_modes, value
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.tokens import token_ids
-from mhc_compile.passes.widen import Widened
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class _Inserting(Lookups):
     def __init__(
         self, graph: Graph, widened: Widened, memory: Memory, entries: Mapping[str, str], *, plain: bool
     ) -> None:
-        ids = token_ids(widened.entry, memory.vocab, widened.mark.given.get("ids"))
+        ids = token_ids(widened.stream.entry, memory.vocab, widened.mark.given.get("ids"))
         super().__init__(graph, widened, ids, plain=plain)
         self.memory = memory
         self.entries = {layer: site for layer, site in entries.items() if site in widened.reads}

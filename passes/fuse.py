@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -40,19 +40,20 @@ from mhc_compile.passes.fuse_memory import MEMORIES, fuse_memories
 from mhc_compile.passes.norms import BranchNorm, match_norm
 
 DIALECT = torch.ops.mhc
-KERNELS: tuple[str, ...] = (*get_args(Kind), MEMORIES)
+Fused = Literal[Kind, "engram"]
+KERNELS: tuple[Fused, ...] = get_args(Fused)
 """What may be switched off: the kinds of chain, and the kernels of memories."""
 
 
 @dataclass(frozen=True)
 class Fuse:
-    """Replaces dialect ops by `mhc_kernels` ops; `kernels` names the kinds of chain that may be used.
+    """Replaces dialect ops by `mhc_kernels` ops; `kinds` names the kinds of chain that may be used.
 
     With `engram` among them memories get their kernels, too. `plain`: chains are merged whether or not a kernel exists
     for them, which shows what belongs together.
     """
 
-    kernels: tuple[str, ...] = KERNELS
+    kinds: tuple[Fused, ...] = KERNELS
     plain: bool = False
 
     name: ClassVar[str] = "fuse"
@@ -62,15 +63,15 @@ class Fuse:
     def prepare(self, gm: GraphModule) -> None:
         """Find out what this machine compiles, which takes seconds once a process and is no time of this pass."""
         dialect = [n for n in gm.graph.nodes if is_tensor(n) and getattr(n.target, "namespace", "") == "mhc"]
-        if dialect and self.kernels:
+        if dialect and self.kinds:
             targets.look_for_compilers(value(dialect[0]).device.type)
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
-        work = _Fusing(gm.graph, self.kernels, plain=self.plain)
+        work = _Fusing(gm.graph, self.kinds, plain=self.plain)
         work.run()
         context.notes += [f"{count} x {text}" for text, count in work.notes.items()]
-        if MEMORIES in self.kernels:
+        if MEMORIES in self.kinds:
             context.notes += fuse_memories(gm.graph)
         return gm
 

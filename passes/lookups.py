@@ -12,10 +12,9 @@ from torch.fx import Graph, Node
 import mhc_compile.kernels.engram.gather
 import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (these register the ops)
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import copy_meta, refuse, shape, value
+from mhc_compile.passes.base import Widened, copy_meta, refuse, shape, value
 from mhc_compile.passes.numeric import KEEPS
 from mhc_compile.passes.tokens import reaches
-from mhc_compile.passes.widen import Widened
 
 ENGRAM = torch.ops.engram
 KERNELS = torch.ops.engram_kernels
@@ -33,7 +32,7 @@ class Lookups:
         self.given, self.parameters = widened.mark.given, widened.mark.parameters
         self.last = max(ids, *self.given.values(), *self.parameters.values())
         """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
-        self.like = widened.entry
+        self.like = widened.stream.entry
         """Whose module and source line the nodes inserted now get."""
         self.kept: dict[str, Node] = {}
         """What every tensor of the state becomes."""

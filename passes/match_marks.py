@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mhc_compile.passes.base import Mark, refuse
-from mhc_compile.passes.residual import ResidualStream
+from mhc_compile.passes.results import ResidualStream
 
 
 def pair_with_marks(streams: list[ResidualStream], marks: list[Mark]) -> list[tuple[ResidualStream, Mark]]:
-    """Each stream of a converted owner with its mark; sites are renamed relative to that owner.
+    """Return each stream of a converted owner with its mark, its sites named relative to that owner.
 
     Streams of modules that are not converted stay residual. Raises MHC206 where the sites found and the parameters
     held differ, showing both lists; a graph may hold a smaller set that is the owner's in one mode.
     """
-    pairs = [(stream, mark) for stream in streams if (mark := _mark_for(stream, marks)) is not None]
+    pairs = [(_named_below(s, mark), mark) for s in streams if (mark := _mark_for(s, marks)) is not None]
     for mark in marks:
         held = sites_of(mark)
         calls = [s for s, m in pairs if m is mark]
@@ -42,9 +44,10 @@ def _mark_for(stream: ResidualStream, marks: list[Mark]) -> Mark | None:
     order = {n: i for i, n in enumerate(stream.exit.graph.nodes)}
     calls = [m for m in around if len(m.owner) == depth]
     before = [m for m in calls if m.node is None or order[m.node] <= order[stream.sites[0].add]]
-    mark = (before or calls)[-1]
-    below = owner.removeprefix(mark.owner).strip(".")
-    if below:
-        for site in stream.sites:
-            site.name = f"{below}.{site.name}" if not site.name.startswith("#") else f"{below}{site.name}"
-    return mark
+    return (before or calls)[-1]
+
+
+def _named_below(stream: ResidualStream, mark: Mark) -> ResidualStream:
+    below = stream.owner.removeprefix(mark.owner).strip(".")
+    names = (f"{below}.{site.name}".replace(".#", "#").strip(".") for site in stream.sites)
+    return replace(stream, sites=tuple(replace(s, name=n) for s, n in zip(stream.sites, names, strict=True)))

@@ -9,7 +9,7 @@ from torch.fx import Node
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import is_tensor, op_name, refuse, shape
 from mhc_compile.passes.dataflow import CASTS, Dataflow
-from mhc_compile.passes.sites import Site
+from mhc_compile.passes.results import Site
 
 MAX_PUBLISHED_STREAMS = 16
 """The published systems carry 2 to 8."""

@@ -33,19 +33,10 @@ from mhc_compile.passes.confirm import Confirmed, Verdict, confirm_exit, confirm
 from mhc_compile.passes.dataflow import CASTS, Dataflow
 from mhc_compile.passes.hyperconnections import NotApart, Proposal, cast_behind, local, proposals
 from mhc_compile.passes.ownership import is_owned
+from mhc_compile.passes.results import NativeSite
 
 MAX_EXITS = 8
 """Values computed from the last streams that are tried as their reduction."""
-
-
-@dataclass(frozen=True)
-class NativeSite:
-    """A hand-written site that was raised."""
-
-    name: str
-    """Module path and ordinal of the value that holds the next streams."""
-    spec: str
-    """The `StreamSpec` that computes what the model wrote, as text."""
 
 
 @dataclass(frozen=True)

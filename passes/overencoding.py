@@ -49,7 +49,7 @@ class OverEncode:
             over = widened.mark.over
             if over is None:
                 continue
-            found = token_embedding(widened.entry, over.hash.vocab, widened.mark.given.get("ids"))
+            found = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.given.get("ids"))
             # Where it lies outside, calls of the owner alone would not find it.
             if widened.mark.owner not in module_stack(found.node):
                 raise refuse("MHC225", f"{widened.mark.owner}, which holds the stream, is given embeddings", found.node)

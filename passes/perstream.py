@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ REDUCTIONS = {"mean", "sum", "var", "amax"}
 NORMS = {"layer_norm", "rms_norm"}
 
 
-def apply_per_stream(graph: Graph, source: Node, chain: list[Node], wide: dict[Node, Node], n: int) -> None:
+def apply_per_stream(graph: Graph, source: Node, chain: Sequence[Node], wide: dict[Node, Node], n: int) -> None:
     """Extend `wide` (plain stream value -> its [..., n, C] form) over `chain`, whose values come from `source`.
 
     Operations with a form for the extra dimension are rewritten; a chain with any other operation runs once per stream.
@@ -71,7 +72,7 @@ def _widened(graph: Graph, node: Node, members: set[Node], wide: dict[Node, Node
     return copy_meta(new, node)
 
 
-def _once_per_stream(graph: Graph, source: Node, chain: list[Node], wide: dict[Node, Node], n: int) -> None:
+def _once_per_stream(graph: Graph, source: Node, chain: Sequence[Node], wide: dict[Node, Node], n: int) -> None:
     behind = {node: node.next for node in chain}
     with graph.inserting_before(behind[chain[0]]):
         parts = copy_meta(graph.call_function(torch.unbind, (wide[source], -2)), chain[0])

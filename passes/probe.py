@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.kernels.probe_ops import watch
 from mhc_compile.passes.base import Context, Mark, copy_meta, kernels_of, op_name, value
 from mhc_compile.passes.numeric import RECORDED
+from mhc_compile.passes.results import Probed
 
 PROBES = torch.ops.mhc_probes
 _ENGRAM, _KERNELS = torch.ops.engram, torch.ops.engram_kernels
@@ -39,22 +40,6 @@ _GATES = {
 
 _MOVES = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "roll", "flip", "index_select"}
 """Operations behind which another token may stand in a token's place."""
-
-
-@dataclass
-class Probed:
-    """What is recorded of one owner in a graph."""
-
-    slot: Node
-    """`[sites, n + 1]`: its gradient is that of `watch` for every name of `rows`."""
-    streams: int
-    rows: list[str] = field(default_factory=list)
-    sites: list[str] = field(default_factory=list)
-    """The names of the calls of sites in the order of the graph, of which `figures` `[calls, values]` has a row."""
-    layers: list[str] = field(default_factory=list)
-    """The same of memories and `counts` `[calls, n, bins]`."""
-    figures: list[Node] = field(default_factory=list)
-    counts: list[Node] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Context, gradient_modes
 from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, optimal_block, parse_blocks
-from mhc_compile.passes.fuse import KERNELS
+from mhc_compile.passes.fuse import KERNELS, Fused
 from mhc_compile.passes.stages import sites
 from mhc_compile.passes.streamsites import StreamSite, by_stream, size_hints, stream_sites
 
@@ -37,15 +37,18 @@ class Recompute:
 
     `blocks`: `off`; `auto`, the blocks with the smallest peak (arXiv 2512.24880, Eq. 20, with the bytes of this graph);
     `stage`, all sites of the graph as one block; a number of sites; or a budget for the stream part ("2GiB"), for which
-    the blocks are chosen that take the least time and fit. `kernels`: the kinds of chain that `fuse` will make.
+    the blocks are chosen that take the least time and fit. `kinds`: the kinds of chain that `fuse` will make.
     """
 
     blocks: str | int = "auto"
-    kernels: tuple[str, ...] = KERNELS
+    kinds: tuple[Fused, ...] = KERNELS
 
     name: ClassVar[str] = "recompute"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
     provides: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        parse_blocks(self.blocks)
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Tag the nodes of `gm` in place."""
@@ -56,7 +59,7 @@ class Recompute:
         if not runs:
             context.notes.append("no site is there to be computed again")
             return gm
-        plan = _plan(gm.graph, runs, self.blocks, self.kernels)
+        plan = _plan(gm.graph, runs, self.blocks, self.kinds)
         _tag(gm.graph, runs, plan, {site.state for site in found})
         context.notes += _notes(plan)
         return gm

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch.fx import GraphModule, Node
@@ -12,37 +13,11 @@ from mhc_compile.passes.coverage import coverage
 from mhc_compile.passes.dataflow import Dataflow, storage_root
 from mhc_compile.passes.multistream import multistream, side_by_side
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.passes.sites import Site, SiteSearch, branch_mask
+from mhc_compile.passes.results import ResidualStream, Site
+from mhc_compile.passes.sites import SiteSearch, branch_mask
 
 MAX_OUTER_MATMULS = 8
 """Parameter contractions allowed outside all branches: embedding projections, heads. More: the stream was missed."""
-
-
-@dataclass
-class ResidualStream:
-    """One stream: where it starts, its sites in order, and the module whose forward holds it from end to end."""
-
-    entry: Node
-    sites: list[Site]
-    owner: str = ""
-    """Module path of the stream owner in this graph."""
-    call: str = ""
-    """Tells the calls apart of the innermost module that holds all sites."""
-
-    @property
-    def values(self) -> list[Node]:
-        """Every node that is the stream itself rather than a reader of it, in graph order."""
-        return [self.entry, *(n for s in self.sites for n in (*s.chain, *reversed(s.inner_adds), s.add))]
-
-    @property
-    def exit(self) -> Node:
-        """The last site's add."""
-        return self.sites[-1].add
-
-    @property
-    def hidden(self) -> int:
-        """C, the size of the stream's last dimension."""
-        return int(shape(self.exit)[-1])
 
 
 @dataclass(frozen=True)
@@ -81,18 +56,17 @@ class StreamAnalysis:
         if not streams:
             raise refuse("MHC101", "no add of a carried value and a branch with parameters was found")
         self._check_coverage(streams)
-        counts: dict[tuple[str, str], dict[str, int]] = {}
         for stream in streams:
             self._check(stream)
-            self._name(stream, counts)
         self._check_splits(streams)
-        self._find_reads(streams)
+        counts: dict[tuple[str, str], dict[str, int]] = {}
+        streams = [self._named(stream, counts) for stream in self._with_reads(streams)]
         _check_names(streams)
         return streams
 
     def _link(self, kept: list[Site]) -> list[ResidualStream]:
-        streams: list[ResidualStream] = []
-        tail: dict[Node, ResidualStream] = {}
+        streams: list[list[Site]] = []
+        tail: dict[Node, list[Site]] = {}
         heads: dict[Node, Site] = {}
         for site in kept:
             stream = tail.pop(site.previous, None)
@@ -100,12 +74,12 @@ class StreamAnalysis:
                 if site.previous in heads:
                     first = heads[site.previous].add.name
                     raise refuse("MHC102", f"{first} and {site.add.name} both continue {site.previous.name}", site.add)
-                stream = ResidualStream(site.previous, [])
+                stream = []
                 streams.append(stream)
             heads[site.previous] = site
-            stream.sites.append(site)
+            stream.append(site)
             tail[site.add] = stream
-        return streams
+        return [ResidualStream(stream[0].previous, tuple(stream)) for stream in streams]
 
     def _refuse_kept_adds(self, sites: list[Site]) -> None:
         """Refuse `x += branch(x)` that normalising had to leave: what else sees `x` change would not."""
@@ -189,7 +163,7 @@ class StreamAnalysis:
 
     # --- reads -------------------------------------------------------------------------------------------------
 
-    def _find_reads(self, streams: list[ResidualStream]) -> None:
+    def _with_reads(self, streams: list[ResidualStream]) -> Iterator[ResidualStream]:
         """A reader on the way into any branch reads at the site behind the value; others (outputs) are not listed."""
         flow = self.flow
         all_branches = 0
@@ -197,34 +171,40 @@ class StreamAnalysis:
             for site in stream.sites:
                 all_branches |= branch_mask(flow, site)
         for stream in streams:
-            own = set(stream.values)
+            own, sites = set(stream.values), list[Site]()
             for i, site in enumerate(stream.sites):
                 inside = branch_mask(flow, site)
+                reads: dict[Node, tuple[Node, ...]] = {}
                 for v in (site.previous, *site.chain):
                     # What re-enters later layers from the stream's entry is the embedding itself, not the stream.
                     feeds = inside if i == 0 and v is stream.entry else inside | all_branches
                     # `zeros_like(v)` asks for its shape alone.
-                    readers = [u for u in v.users if u not in own and flow.bit(u) & feeds and v in flow.inputs[u]]
-                    if readers or v in site.branches:
-                        site.reads[v] = readers
+                    readers = (u for u in v.users if u not in own and flow.bit(u) & feeds and v in flow.inputs[u])
+                    if (read_by := tuple(readers)) or v in site.branches:
+                        reads[v] = read_by
+                sites.append(replace(site, reads=reads))
+            yield replace(stream, sites=tuple(sites))
 
     # --- names -------------------------------------------------------------------------------------------------
 
-    def _name(self, stream: ResidualStream, counts: dict[tuple[str, str], dict[str, int]]) -> None:
+    def _named(self, stream: ResidualStream, counts: dict[tuple[str, str], dict[str, int]]) -> ResidualStream:
+        """Return the stream with its owner and call, its size, and its sites with their names."""
         around = [site.add for site in stream.sites]
-        stream.call, _ = _common(around)
+        call, _ = _common(around)
         if stream.entry.op != "placeholder":
             around.append(stream.entry)
         around += [u for u in stream.exit.users if u.op != "output"]
-        _, stream.owner = _common(around)
-        # One call may hold several streams, one behind the other.
-        count = counts.setdefault((stream.owner, stream.call), {})
+        _, owner = _common(around)
+        # One call may hold several streams, one after the other.
+        count = counts.setdefault((owner, call), {})
+        sites = []
         for site in stream.sites:
-            path = module_path(site.add)
-            relative = path.removeprefix(stream.owner).strip(".")
+            relative = module_path(site.add).removeprefix(owner).strip(".")
             ordinal = count.get(relative, 0)
             count[relative] = ordinal + 1
-            site.name = f"{relative}#{ordinal}"
+            sites.append(replace(site, name=f"{relative}#{ordinal}"))
+        hidden = int(shape(stream.exit)[-1])
+        return replace(stream, sites=tuple(sites), hidden=hidden, owner=owner, call=call)
 
 
 def _common(nodes: list[Node]) -> tuple[str, str]:

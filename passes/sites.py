@@ -6,12 +6,13 @@ parameters, and the branch depends on that same stream value through at least on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from torch.fx import Node
 
 from mhc_compile.passes.base import is_tensor, op_name, same_shape, shape
 from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.results import Site
 
 # The stream passes through these by their first operand, whatever the others are.
 THROUGH_FIRST = {
@@ -23,27 +24,6 @@ THROUGH_FIRST = {
 THROUGH_HOT = {"mul", "truediv", "div", "add", "sub", "where", "masked_fill", "clamp", "multiply"}
 MAX_NORM_NODES = 64
 """A norm written out is a dozen nodes; a jump over more is a missed layer."""
-
-
-@dataclass
-class Site:
-    """One residual add. `previous` is the stream value it starts from: the site before, or the stream's entry."""
-
-    add: Node
-    carry: Node
-    """The operand of the add that carries the stream (`previous` itself, or the end of `chain`)."""
-    branches: list[Node]
-    """The other operands: one, or several for a tree of adds (parallel attention and MLP)."""
-    previous: Node
-    chain: list[Node]
-    """Nodes between `previous` (excluded) and `carry` (included), in graph order: applied per stream."""
-    inner_adds: list[Node] = field(default_factory=list)
-    """Adds of a flattened tree that this site swallows."""
-    older: list[Node] = field(default_factory=list)
-    """Stream values from before `previous` from which branches start that do not read `previous`."""
-    reads: dict[Node, list[Node]] = field(default_factory=dict)
-    """Stream values of this site (`previous`, then `chain`) with the nodes that read them on the way into a branch."""
-    name: str = ""
 
 
 def branch_mask(flow: Dataflow, site: Site) -> int:
@@ -121,7 +101,7 @@ class SiteSearch:
         """Whether `carry + branch` would be a site."""
         return carry in self.flow.hot and branch in self.flow.hot and self._root_for(carry, branch) is not None
 
-    def joins(self, carry: Node, sources: list[Node], *, contracts: bool = False) -> Node | None:
+    def joins(self, carry: Node, sources: Sequence[Node], *, contracts: bool = False) -> Node | None:
         """The stream value from which `carry + branch` would start; None where that would be no site.
 
         The branch is computed from `sources`, with a parameter of its own if it `contracts`.
@@ -247,7 +227,7 @@ class SiteSearch:
         if previous is not carry:
             region = self.flow.between(previous, carry) & ~self.flow.bit(previous)
             chain = self.flow.members(region)
-        self.sites[add] = Site(add, carry, branches, previous, chain, inner, older)
+        self.sites[add] = Site(add, carry, tuple(branches), previous, tuple(chain), tuple(inner), tuple(older))
 
     def _nested(self, inner: Site, outer: Site) -> bool:
         """Whether `inner`, made inside the branch of `outer`, depends on what the outer carry starts from."""

@@ -8,7 +8,7 @@ and its like stay equal up to rounding. Only an operation that would be a site i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -20,7 +20,8 @@ from torch.fx import GraphModule, Node
 from mhc_compile.passes.base import copy_meta, is_tensor, op_name, same_shape, shape, value
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.passes.sites import Site, SiteSearch
+from mhc_compile.passes.results import Site
+from mhc_compile.passes.sites import SiteSearch
 
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "sub": ("input", "other"), "subtract": ("input", "other"), "rsub": ("input", "other"),
@@ -48,7 +49,7 @@ class Reading:
     """One way to read an operation as `carry + branch`."""
 
     carry: Node
-    sources: list[Node]
+    sources: Sequence[Node]
     """What the branch is computed from."""
     write: Callable[[_Writer], tuple[Node, Node]]
     """Make the nodes of the carry and of the branch."""
@@ -115,7 +116,7 @@ def unify_spellings(gm: GraphModule) -> None:
             for reading in _readings(node, flow, search):
                 root = search.joins(reading.carry, reading.sources, contracts=reading.contracts)
                 if root is not None and same_shape(reading.carry, node):
-                    search.sites[node] = Site(node, reading.carry, reading.sources, root, [])
+                    search.sites[node] = Site(node, reading.carry, tuple(reading.sources), root)
                     spelt.append((node, reading))
                     break
     for node, reading in spelt:
@@ -285,7 +286,7 @@ def _of_where(op: _Operation) -> Iterator[Reading]:
         def write(w: _Writer, carry: Node = carry, added: Node = added, chosen: bool = chosen) -> tuple[Node, Node]:
             # The spelling of `added` itself has been rewritten by now; a tree of adds keeps its leaves.
             branches = (
-                [n for n in added.args if n is not carry] if carry in added.args else op.search.sites[added].branches
+                [n for n in added.args if n is not carry] if carry in added.args else [*op.search.sites[added].branches]
             )
             branch = reduce(lambda x, y: w.call(operator.add, x, y), branches)
             operands = (branch, 0.0) if chosen else (0.0, branch)

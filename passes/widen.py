@@ -26,6 +26,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import (
     Context,
     Mark,
+    Widened,
     copy_meta,
     erase_unused,
     gradient_modes,
@@ -37,22 +38,10 @@ from mhc_compile.passes.base import (
 )
 from mhc_compile.passes.match_marks import pair_with_marks
 from mhc_compile.passes.perstream import apply_per_stream
-from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.passes.sites import Site
+from mhc_compile.passes.results import ResidualStream, Site
 
 REORDERS = {"transpose", "permute", "t", "movedim", "swapaxes", "swapdims"}
 """Operations behind which tokens come in another order."""
-
-
-@dataclass(frozen=True)
-class Widened:
-    """What passes behind `widen` may know of a stream that it rewrote."""
-
-    mark: Mark
-    entry: Node
-    """What was the stream's first value, which `mhc.expand` reads."""
-    reads: dict[str, Node]
-    """The coefficients of every site by the site's name."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,7 @@ class Widen:
         for stream, mark in pair_with_marks(context.streams, context.marks):
             work = _Widening(gm.graph, stream, mark)
             work.run()
-            context.widened.append(Widened(mark, stream.entry, work.reads))
+            context.widened.append(Widened(mark, stream, work.reads))
         for mark in context.marks:
             if mark.node is not None:
                 mark.node.replace_all_uses_with(mark.node.args[0])  # type: ignore[arg-type]

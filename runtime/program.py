@@ -9,14 +9,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import without_cache
 from mhc_compile.kernels.engram.tables import MemoryTable
-from mhc_compile.measure import WIDENING
 from mhc_compile.passes.base import Context, is_tensor, value
+from mhc_compile.passes.pipeline import WIDENING
 from mhc_compile.passes.stages import sites
-from mhc_compile.pipeline import run_passes
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
     marks = find_marks(captured.graph)
     if not marks:
         raise MHCError("MHC501", f"{type(model).__name__} holds no stream parameters")
-    graph = run_passes(captured.graph, Context(marks=marks), WIDENING, Options())
+    graph = WIDENING.run(captured.graph, Context(marks=marks))
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     known = {id(t): name for name, t in (*buffers.items(), *parameters.items())}

@@ -16,9 +16,9 @@ from mhc_compile.integrations.transformers import IDS
 from mhc_compile.kernels.engram.memory import layers_of
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.passes.base import Context, value
+from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.stages import Piece, cut, sites
-from mhc_compile.pipeline import run_passes
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.unit import Compiled, Crossing, Given, Held, Source, Unit, resolve
 
@@ -312,7 +312,7 @@ def _tagged(graph: GraphModule, options: Options) -> GraphModule:
     held = Graph()
     held.output(held.graph_copy(graph.graph, {}))
     again = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
-    return run_passes(GraphModule(graph, held), Context(), again, options, provided=("dialect",))
+    return Pipeline(again).run(GraphModule(graph, held), Context(), debug=options.debug, provided=("dialect",))
 
 
 def _unit_starts(graph: GraphModule) -> list[int]:

@@ -12,10 +12,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from mhc_compile.backend import compile_inner
-from mhc_compile.config import Options
+from mhc_compile.config import Options, lowering
 from mhc_compile.passes.base import Context, op_name, value
 from mhc_compile.passes.stages import Piece, dropout_of, is_random
-from mhc_compile.pipeline import lowering, run_passes
 from mhc_compile.runtime.split import SplitFunction, compile_split
 
 Compiled = Callable[..., Any]
@@ -138,7 +137,7 @@ class Unit(nn.Module):
         text = "" if self.split else signature(gm)
         if text and text in self._shared:
             return self._shared[text]
-        gm = run_passes(gm, Context(), lowering(self.options), self.options, provided=("dialect",))
+        gm = lowering(self.options).run(gm, Context(), debug=self.options.debug, provided=("dialect",))
         examples = [_example(a, s) for a, s in zip(arguments, self.sources, strict=True)]
         if self.split and trains:
             function = compile_split(

@@ -5,21 +5,19 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from mhc_compile import backend
 from mhc_compile.bench.contest import Contender, contest, show
 from mhc_compile.checkpoint.loading import from_pretrained
-from mhc_compile.config import Options
 from mhc_compile.convert import convert
 from mhc_compile.demo.experiment import residual_model
 from mhc_compile.demo.settings import FULL, QUICK
@@ -27,9 +25,8 @@ from mhc_compile.demo.text import build_corpus, training_batches
 from mhc_compile.demo.training import Spread, spread, threads
 from mhc_compile.engram.optimizer import TableAdamW
 from mhc_compile.parameters import owners, parameter_groups
-from mhc_compile.passes.base import Context, Pass
-from mhc_compile.passes.engram import Engram
-from mhc_compile.pipeline import compile_passes
+from mhc_compile.passes.base import Context
+from mhc_compile.passes.pipeline import Pipeline
 
 KERNELS = torch.ops.engram_kernels
 MAPPED = "mapped from disk"
@@ -108,21 +105,16 @@ class Steps:
     def __init__(
         self, model: nn.Module, batches: Sequence[Tensor], inner: str, *, given: Sequence[Tensor] | None = None
     ) -> None:
-        self._program = torch.compile(model, backend="mhc", options={"inner": inner}, dynamic=False)
+        options: dict[str, Any] = {"inner": inner}
+        if given is not None:
+            options["pipeline"] = partial(without_look_ups, given)
+        self._program = torch.compile(model, backend="mhc", options=options, dynamic=False)
         self._optimizer = TableAdamW(parameter_groups(model, weight_decay=0.0, lr=_LEARNING_RATE), fused=True)
         self._batches = itertools.cycle(batches)
-        self._given = given
         self.seconds: list[float] = []
 
     def __call__(self) -> Tensor:
         """Forward, backward, AdamW; the loss."""
-        if self.seconds or self._given is None:
-            return self._step()
-        passes = without_look_ups(self._given)
-        with patch.object(backend, "compile_passes", passes):  # this first call compiles
-            return self._step()
-
-    def _step(self) -> Tensor:
         batch = next(self._batches)
         begin = time.perf_counter()
         loss: Tensor = self._program(input_ids=batch, labels=batch, use_cache=False).loss
@@ -186,12 +178,6 @@ class Given:
         return gm
 
 
-def without_look_ups(values: Sequence[Tensor]) -> Callable[[Options], tuple[Pass, ...]]:
-    """`compile_passes` with `Given` behind the pass that inserts memories."""
-
-    def passes(options: Options) -> tuple[Pass, ...]:
-        usual = compile_passes(options)
-        place = next(i for i, step in enumerate(usual) if isinstance(step, Engram)) + 1
-        return (*usual[:place], Given(values), *usual[place:])
-
-    return passes
+def without_look_ups(values: Sequence[Tensor], usual: Pipeline) -> Pipeline:
+    """Return the usual passes with `Given` after the one that inserts memories."""
+    return usual.after("engram", Given(values))

@@ -18,15 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_compile.bench.contest import Contender, contest, show
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.config import Options
 from mhc_compile.convert import convert
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.measure import WIDENING
 from mhc_compile.parameters import stream_parameters
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.cost import Plan
+from mhc_compile.passes.pipeline import WIDENING
 from mhc_compile.passes.recompute import plan_of
-from mhc_compile.pipeline import run_passes
 
 KEPT, AGAIN = "all is kept", "computed again"
 
@@ -145,7 +143,7 @@ def plan_for(model: nn.Module, x: Tensor, blocks: str | int) -> Plan:
     """What the cost model says of a converted model."""
     captured = capture(model, (x,), {})
     marks = find_marks(captured.graph)
-    return plan_of(run_passes(captured.graph, Context(marks=marks), WIDENING, Options()).graph, blocks)
+    return plan_of(WIDENING.run(captured.graph, Context(marks=marks)).graph, blocks)
 
 
 def run(console: Console, *, quick: bool) -> dict[str, Any]:

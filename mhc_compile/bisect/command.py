@@ -48,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help="as of convert and of the backend: streams=2",
     )
+    parser.add_argument("--passes", metavar="TEXT", help="the passes to search in place of the usual: docs/options.md")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of random weights and token ids (default 0)")
     parser.add_argument("--reproducer", metavar="FILE", type=Path, help="write a Python file that shows what is wrong")
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     reproducer cannot be written.
     """
     options = parse_options(args.option)
+    if args.passes is not None:
+        options["pipeline"] = args.passes
     model, converted, _ = weighted(args.model, seed=args.seed)
     if converted and (settled := sorted(STREAM_FIELDS & set(options))):
         raise MHCError("MHC304", f"{settled[0]}; {args.model / NAME} says how the folder was converted")

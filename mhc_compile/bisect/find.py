@@ -20,18 +20,16 @@ from mhc_compile.bisect.search import Search, Wrong, not_finite, output_of
 from mhc_compile.bisect.slices import code_of, nodes_of, slice_of
 from mhc_compile.bisect.subject import subject_of
 from mhc_compile.bisect.values import Values, run_as_it_is
-from mhc_compile.config import Options, split_options, stream_spec
+from mhc_compile.config import Options, compile_pipeline, native_pipeline, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import Pass, kernels_of, op_name
-from mhc_compile.pipeline import compile_passes, native_passes
+from mhc_compile.passes.base import kernels_of, op_name
 
 
 def bisect(
     model: nn.Module,
     *example_args: Any,
     example_kwargs: Mapping[str, Any] | None = None,
-    passes: tuple[Pass, ...] | None = None,
     tolerance: float | None = None,
     reproducer: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -39,9 +37,9 @@ def bisect(
     """Find the first step that changes the model's results on one batch, and the site at which it does.
 
     `example_args` and `example_kwargs` are one call's inputs; Hugging Face models need none. The model is run in its
-    own mode, with dropout off and everything else that is random seeded; it is not changed. `passes` are what is
-    searched, by default those of the backend. `options` are the fields of `StreamSpec`, for a model that is not
-    converted, and those of `Options`: which kernels are judged and which inner compiler (`inner="eager"`: none).
+    own mode, with dropout off and everything else that is random seeded; it is not changed. `options` are
+    the fields of `StreamSpec`, for a model that is not converted, and those of `Options`: which passes are searched,
+    which kernels are judged and which inner compiler (`inner="eager"`: none).
     `tolerance` is a relative error in float64 in place of `TOLERANCE` and `START_TOLERANCE`
     (`mhc_compile.bisect.search`). `reproducer` names a Python file to be written when something is wrong.
 
@@ -61,9 +59,8 @@ def bisect(
     if not args and not kwargs:
         kwargs = example_inputs(model)
     subject = subject_of(model, args, kwargs, spec, settings)
-    steps = passes or (native_passes(settings) if subject.native else compile_passes(settings))
     search = Search(subject, tolerance)
-    wrong = search.run(steps)
+    wrong = search.run(native_pipeline(settings) if subject.native else compile_pipeline(settings))
     notes: list[str] = []
     if wrong is None:
         values = search.values()

@@ -22,7 +22,7 @@ from mhc_compile.bisect.values import Values
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.passes.base import kernels_of, module_path, op_name, site_path, source_line
 from mhc_compile.passes.norms import match_norm
-from mhc_compile.passes.residual import ResidualStream
+from mhc_compile.passes.results import ResidualStream
 
 PARTS = {
     "reads": "what its branch reads",

@@ -24,8 +24,8 @@ from mhc_compile.kernels.registration import registered
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Pass
+from mhc_compile.passes.pipeline import ANALYSIS
 from mhc_compile.passes.verify import verify
-from mhc_compile.pipeline import ANALYSIS, run_passes
 
 Function = Callable[..., Any]
 Inputs = Mapping[str, Any]
@@ -137,13 +137,13 @@ def _imported(step: tuple[str, str, Mapping[str, Any]]) -> Pass:
 def _applied(step: Pass, held: Captured, spec: str | None) -> Captured:
     context, inputs = Context(), held.inputs
     if spec is not None:
-        run_passes(held.graph, context, ANALYSIS, Options())
+        ANALYSIS.run(held.graph, context)
         for owner, sites in sites_of_owners(context.streams).items():
             parameters = StreamParameters(StreamSpec.parse(spec), sites)
             context.marks.append(append_parameters(held.graph, owner, parameters))
             inputs = [*inputs, *(t.detach() for t in graph_inputs(parameters).values())]
         context.streams = []
-        run_passes(held.graph, context, ANALYSIS, Options())
+        ANALYSIS.run(held.graph, context)
     graph = step.apply(held.graph, context)
     verify(graph, whole=False, after=step.name)
     return Captured(graph, inputs)

@@ -16,6 +16,7 @@ or with moved ones where these are at the start, because equal streams hide what
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +34,8 @@ from mhc_compile.bisect.values import Difference, Values, difference, run_as_it_
 from mhc_compile.capture import private_copy
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, Pass, module_path, source_line, value
+from mhc_compile.passes.observer import text_of
 from mhc_compile.passes.verify import VerificationError, verify
-from mhc_compile.pipeline import text_of
 
 TOLERANCE = 1e-9
 """In float64, of a value's scale: passes that keep the function agree to rounding."""
@@ -101,7 +102,7 @@ class Search:
         self._known: dict[bool, Values] = {}
         """Of the graph as it is, in float64, by whether the streams are at their start."""
 
-    def run(self, steps: tuple[Pass, ...]) -> Wrong | None:
+    def run(self, steps: Iterable[Pass]) -> Wrong | None:
         """What the first wrong pass does; None where none is wrong."""
         return next((wrong for step in steps if (wrong := self._step(step)) is not None), None)
 

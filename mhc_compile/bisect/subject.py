@@ -14,12 +14,11 @@ from mhc_compile.attach import append_parameters, graph_inputs, sites_of_owners
 from mhc_compile.backend import inputs_at_start
 from mhc_compile.bisect.places import ResidualSite, residual_sites
 from mhc_compile.capture import capture, find_marks, private_copy
-from mhc_compile.config import Options
+from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, owners
 from mhc_compile.passes.base import Context, Mark
-from mhc_compile.pipeline import ANALYSIS, run_passes
 
 NOISE = 0.3
 """Standard deviation of what moves stream parameters off their start, where all streams would be equal."""
@@ -54,7 +53,8 @@ def subject_of(
     graph, inputs = captured.graph, captured.inputs
     context = Context()
     try:
-        run_passes(private_copy(graph), context, ANALYSIS, options)
+        analysis, _ = compile_pipeline(options).split("residual")
+        analysis.run(private_copy(graph), context, debug=options.debug)
     except MHCError as error:
         if error.code != "MHC107" or owners(model):
             raise

@@ -152,6 +152,12 @@ COMPILER: dict[str, Diagnostic] = {
         "name the argument of the token ids `input_ids`, and if there are any that of the mask (0 for padding) "
         "`attention_mask` and that of the positions `position_ids`: no other is taken for one of them then",
     ),
+    "MHC240": Diagnostic(
+        "invalid pipeline",
+        "write passes as docs/options.md shows, with the names and options listed; a package that brings a pass names "
+        'it under [project.entry-points."mhc_compile.passes"]',
+    ),
+    "MHC241": Diagnostic("passes cannot run in this order", "put a pass before it that provides what it requires"),
     "MHC301": Diagnostic(
         "the converted model was compiled without backend 'mhc'",
         'call torch.compile(model, backend="mhc"), or run the model uncompiled: it compiles itself, so leave '

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from mhc_compile.attach import install, refuse_wrapped, report_coverage, rewrite_with_parameters
 from mhc_compile.capture import Captured, capture
-from mhc_compile.config import Options, split_options, stream_spec
+from mhc_compile.config import Options, compile_pipeline, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.parameters import Start
@@ -21,9 +21,7 @@ from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.modes import other_mode, reads_mode
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
-from mhc_compile.passes.coverage import Coverage
-from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import ANALYSIS, run_passes
+from mhc_compile.passes.results import Coverage, ResidualStream
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,10 +92,10 @@ def convert_with_coverage(
     if not args and not kwargs:
         args, kwargs = (), example_inputs(root)
     found = find_streams(root, args, kwargs, settings)
-    made, _, coverage = rewrite_with_parameters(
+    made, _ = rewrite_with_parameters(
         root,
         found.graph,
-        found.streams,
+        found.context,
         spec,
         settings,
         found.inputs,
@@ -105,6 +103,7 @@ def convert_with_coverage(
         requests=[r for r in requests if r is not None],
         others=streams_of_other_mode(root, args, kwargs, settings),
     )
+    coverage = found.context.coverage
     report_coverage(coverage, spec, settings, whole=True)
     install(root, made)
     return coverage
@@ -131,23 +130,22 @@ def streams_of_other_mode(
         return []
     try:
         with other_mode(model):
-            return find_streams(model, args, kwargs, options).streams
+            return find_streams(model, args, kwargs, replace(options, debug=bool(options.debug))).context.streams
     except MHCError:
         return []
 
 
 @dataclass
 class Analysed(Captured):
-    """A captured graph with its residual streams."""
+    """A captured graph with what the passes up to `residual` found in it."""
 
-    streams: list[ResidualStream]
-    coverage: Coverage
+    context: Context
 
 
 def find_streams(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Analysed:
     """Capture one call of `model` without running it, and analyse its graph."""
     with torch.no_grad():
         captured = capture(model, args, kwargs)
-    context = Context()
-    graph = run_passes(captured.graph, context, ANALYSIS, options)
-    return Analysed(graph, captured.inputs, context.streams, context.coverage)
+    context = Context(inputs=list(captured.inputs) if options.debug == "numeric" else [])
+    analysis, _ = compile_pipeline(options).split("residual")
+    return Analysed(analysis.run(captured.graph, context, debug=options.debug), captured.inputs, context)

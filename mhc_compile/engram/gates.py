@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.measure import WIDENING, Batch, arguments_of, evaluating
+from mhc_compile.measure import Batch, arguments_of, evaluating
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, Mark
-from mhc_compile.pipeline import run_passes
+from mhc_compile.passes.pipeline import WIDENING
 
 
 def gate_values(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -38,7 +37,7 @@ def gate_values(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     with evaluating(model):
         captured = capture(model, *arguments_of(batch))
         marks = find_marks(captured.graph)
-        watch = _GateInterpreter(run_passes(captured.graph, Context(marks=marks), WIDENING, Options()), marks)
+        watch = _GateInterpreter(WIDENING.run(captured.graph, Context(marks=marks)), marks)
         watch.run(*captured.inputs)
     return {layer: torch.cat(calls) for layer, calls in watch.gates.items()}
 

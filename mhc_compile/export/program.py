@@ -19,7 +19,6 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile.arm import graph_break_error, tracing_config
 from mhc_compile.capture import find_marks
-from mhc_compile.config import Options
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.engram import carry
@@ -28,7 +27,7 @@ from mhc_compile.export.outline import Outline, noting_sinkhorn
 from mhc_compile.identity import ModuleNames
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, op_name
-from mhc_compile.pipeline import EXPORT, run_passes
+from mhc_compile.passes.pipeline import EXPORT, Pipeline
 
 _NO_PROGRAM = ("unrecognized type", "attempts to add additional input")
 """Dynamo's words for an output of a class that pytree does not know, and for a number from Python's `random`."""
@@ -99,7 +98,7 @@ def _rewriting(model: nn.Module) -> Iterator[None]:
         context = Context(marks=find_marks(gm))
         if not context.marks:
             raise MHCError("MHC501", "this call reaches none of the model's stream owners")
-        return run_passes(gm, context, (*EXPORT, Outline(), Decompose()), Options())
+        return Pipeline((*EXPORT, Outline(), Decompose())).run(gm, context)
 
     with (
         torch._dynamo.config.patch(tracing_config()),

@@ -28,11 +28,12 @@ _EXAMPLES = """\
 examples:
   mhc-compile inspect ./Llama-3.2-1B
   mhc-compile inspect ./Llama-3.2-1B --layer model.layers.0 --streams 2
+  mhc-compile inspect ./Llama-3.2-1B --passes "normalize,residual,widen,fuse{kinds=boundary},lower"
   mhc-compile inspect ./config.json --recompute auto --stages 4 --html report.html
   mhc-compile inspect ./Llama-3.2-1B --mlir linalg --out llama.mlir
 """
 
-_OF_THE_REPORT = ("layer", "kernels", "recompute", "stages", "html", "json", "outputs")
+_OF_THE_REPORT = ("layer", "passes", "kernels", "recompute", "stages", "html", "json", "outputs")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
     parser.add_argument("--layer", metavar="PATH", help="show this module's graph before and after: model.layers.0")
     parser.add_argument("--streams", metavar="N", type=int, help="number of streams to convert with (default 4)")
+    parser.add_argument("--passes", metavar="TEXT", help="the passes to show in place of the usual: docs/options.md")
     parser.add_argument("--kernels", action="store_true", help="print the generated code of the fused kernels, too")
     parser.add_argument("--recompute", metavar="BLOCKS", help="show the blocks computed again: auto, stage, 6, 2GiB")
     parser.add_argument("--stages", metavar="N", type=int, help="show the model in this many pipeline stages")
@@ -77,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     options = _stream_options(args, converted=converted)
     if args.recompute is not None:
         options["recompute"] = int(args.recompute) if args.recompute.isdigit() else args.recompute
+    if args.passes is not None:
+        options["pipeline"] = args.passes
     found = inspect(model, layer=args.layer, stages=args.stages, **options)
     console = Console()
     # Source lines are long: in a pipe or a file they are not broken at 80 characters.

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from mhc_compile.passes.base import module_path, op_name
 from mhc_compile.passes.dataflow import MATMULS
-from mhc_compile.passes.residual import ResidualStream
+from mhc_compile.passes.results import ResidualStream
 
 Kind = Literal["outside", "stream", "layer", "site", "branch", "memory", "exit"]
 MAX_SITES = 6

@@ -12,7 +12,7 @@ from torch import nn
 
 from mhc_compile.attach import report_coverage
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.config import Options, split_options, stream_spec
+from mhc_compile.config import Options, compile_pipeline, native_pipeline, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.inspect.imagined import imagined_marks
@@ -23,7 +23,6 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters, owners
 from mhc_compile.passes.base import Context, Mark, value
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
-from mhc_compile.pipeline import compile_passes, native_passes, run_passes
 
 
 def inspect(
@@ -58,7 +57,7 @@ def inspect(
         kwargs = example_inputs(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = _look(model, args, kwargs, Watcher(layer, stages), settings, spec)
+        found = _look(model, args, kwargs, Watcher(settings, layer, stages), settings, spec)
     once = {(str(w.message), w.filename, w.lineno): w for w in caught}.values()
     for w in once:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
@@ -90,14 +89,14 @@ def _look(
             captured = capture(model, args, kwargs)
         marks = find_marks(captured.graph) if held else imagined_marks(captured, spec, options, watcher)
         watcher.begin(marks)
-        run_passes(captured.graph, Context(marks=marks), compile_passes(options), options, watcher)
+        compile_pipeline(options).run(captured.graph, Context(marks=marks), watcher, debug=options.debug)
     except MHCError as error:
         if error.code == "MHC507" or error.code.startswith("MHC6"):  # what was asked for, not the model, is refused
             raise
         if error.code == "MHC107":
             own_streams = Context()
             watcher.begin([])
-            run_passes(captured.graph, own_streams, native_passes(options), options, watcher)
+            native_pipeline(options).run(captured.graph, own_streams, watcher, debug=options.debug)
             about |= {"kernels": watcher.kernels, "native": tuple(own_streams.native)}
             return Inspection(**about, passes=tuple(watcher.records), refusal=error)
         found = reach(watcher.normalised) if watcher.normalised is not None else None

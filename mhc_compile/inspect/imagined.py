@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from mhc_compile.capture import Captured, private_copy
-from mhc_compile.config import Options
+from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, Mark, value
+from mhc_compile.passes.observer import Observer
 from mhc_compile.passes.ownership import OWNED
-from mhc_compile.pipeline import ANALYSIS, Observer, run_passes
 
 
 def imagined_marks(captured: Captured, spec: StreamSpec, options: Options, observer: Observer) -> list[Mark]:
@@ -19,7 +19,8 @@ def imagined_marks(captured: Captured, spec: StreamSpec, options: Options, obser
     Raises `MHCError` as the analysis of the graph does.
     """
     analysed, context = private_copy(captured.graph), Context()
-    run_passes(analysed, context, ANALYSIS, options, observer)
+    analysis, _ = compile_pipeline(options).split("residual")
+    analysis.run(analysed, context, observer, debug=options.debug)
     graph = captured.graph.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     fake = next(m for n in graph.nodes if (m := getattr(value(n), "fake_mode", None)))

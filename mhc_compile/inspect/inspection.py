@@ -16,9 +16,8 @@ from mhc_compile.inspect.reach import Reach
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec
 from mhc_compile.kernels.target import Source
-from mhc_compile.passes.coverage import Coverage
-from mhc_compile.passes.native import NativeSite
-from mhc_compile.pipeline import Record
+from mhc_compile.passes.observer import Record
+from mhc_compile.passes.results import Coverage, NativeSite
 from mhc_compile.printed import Printed
 from mhc_compile.writing import write_whole
 

@@ -16,8 +16,8 @@ from mhc_compile.inspect.fold import fold
 from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, MemoryReport, SiteReport, StreamReport
 from mhc_compile.inspect.lines import short_path
 from mhc_compile.inspect.reach import Reach
-from mhc_compile.passes.native import NativeSite
-from mhc_compile.pipeline import Record
+from mhc_compile.passes.observer import Record
+from mhc_compile.passes.results import NativeSite
 
 MAX_NOTES = 4
 """Notes of one pass shown; more are counted."""

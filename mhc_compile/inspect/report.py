@@ -36,8 +36,8 @@ from mhc_compile.inspect.placement import Placement, in_order
 from mhc_compile.inspect.reach import Reach
 from mhc_compile.inspect.watch import Watcher
 from mhc_compile.passes.base import is_tensor, shape, value
+from mhc_compile.passes.observer import Record
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.pipeline import Record
 
 FORMAT = 1
 """Changes when what the data means does."""

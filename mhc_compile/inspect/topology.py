@@ -8,8 +8,8 @@ from torch.fx import Node
 
 from mhc_compile.passes.base import is_tensor, op_name, shape
 from mhc_compile.passes.dataflow import MATMULS, Dataflow
-from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.passes.sites import Site, branch_mask
+from mhc_compile.passes.results import ResidualStream, Site
+from mhc_compile.passes.sites import branch_mask
 
 NORMS = {"layer_norm", "rms_norm", "group_norm", "normalize"}
 # What a norm written out cannot do without.

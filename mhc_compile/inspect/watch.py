@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule, Node
 
@@ -19,13 +19,13 @@ from mhc_compile.inspect.parts import Block, Stage, blocks_of, stages_of
 from mhc_compile.inspect.topology import branch_nodes, topology
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.passes.base import Context, Mark, Pass, describe, module_path, module_stack, shape, source_line, value
-from mhc_compile.passes.coverage import Coverage
+from mhc_compile.passes.base import Context, Mark, Pass, module_path, module_stack, shape, source_line, value
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.fuse import kernels_in
+from mhc_compile.passes.observer import Debug, Observer
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.passes.residual import ResidualStream
-from mhc_compile.pipeline import Observer
+from mhc_compile.passes.results import Coverage, ResidualStream
+from mhc_compile.passes.text import describe
 
 
 @dataclass
@@ -41,8 +41,9 @@ class Memories:
 class Watcher(Observer):
     """An observer that keeps snapshots, streams, kernels, and the graph of one `layer` before and after `widen`."""
 
-    def __init__(self, layer: str | None, stages: int | None = None) -> None:
+    def __init__(self, options: Options, layer: str | None, stages: int | None = None) -> None:
         super().__init__()
+        self.options = options
         self.layer, self.count = layer, stages
         self.normalised: GraphModule | None = None
         self.before: list[str] = []
@@ -69,16 +70,16 @@ class Watcher(Observer):
         self.blocks: list[Block] | None = None
         self.stages: list[Stage] = []
 
-    def run(self, step: Pass, gm: GraphModule, context: Context, options: Options) -> GraphModule:
+    def run(self, step: Pass, gm: GraphModule, context: Context, debug: Debug) -> GraphModule:
         """Apply one pass under observation."""
         if not self.lines:
             self.lines.append(self.shots.take(gm.graph))
         if self.blocks is None and step.name in ("recompute", "fuse"):
-            self.blocks = blocks_of(gm.graph, options)
+            self.blocks = blocks_of(gm.graph, self.options)
             self.stages = stages_of(gm, self.count) if self.count is not None else []
         if step.name == "widen" and self.layer is not None:
             self.before = lines_of(self.lines[-1], self.layer)
-        gm = super().run(step, gm, context, options)
+        gm = super().run(step, gm, context, debug)
         self.lines.append(self.shots.take(gm.graph))
         self.records[-1].before, self.records[-1].after = (
             "\n".join(line.text for line in lines) for lines in self.lines[-2:]
@@ -95,8 +96,10 @@ class Watcher(Observer):
             self._look_for_memories(step.name, context)
         elif step.name == "fuse":
             self.kernels = tuple(KernelReport(spec, device, n) for (spec, device), n in kernels_in(gm).items())
-        elif step.name == "widen" and self.layer is not None:
-            self.after = lines_of(self.lines[-1], self.layer)
+        elif step.name == "widen":
+            named = {widened.stream.entry: widened.stream for widened in context.widened}
+            self.found = [replace(f, stream=named.get(f.stream.entry, f.stream)) for f in self.found]
+            self.after = lines_of(self.lines[-1], self.layer) if self.layer is not None else []
         return gm
 
     def _look_for_memories(self, name: str, context: Context) -> None:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mhc_compile.parameters import StreamParameters
-from mhc_compile.passes.probe import Probed
+from mhc_compile.passes.results import Probed
 
 
 @dataclass

@@ -22,23 +22,21 @@ from torch.fx import GraphModule
 import mhc_compile
 from mhc_compile.bisect import Bisection, bisect, inner
 from mhc_compile.cli import main
-from mhc_compile.config import Options
+from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.cpp import build
 from mhc_compile.passes.base import Pass
-from mhc_compile.pipeline import compile_passes
+from mhc_compile.passes.pipeline import Pipeline
 
 HERE = Path(__file__).parent
 needs_compiler = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler: nothing is fused")
 EAGER = Options(inner="eager")
 
 
-def passes_with(step: Pass, *, instead: str | None = None, kernels: str = "none") -> tuple[Pass, ...]:
-    """The usual passes with `step` behind `widen`, or instead of another."""
-    usual = compile_passes(Options(inner="eager", kernels=kernels))
-    if instead is not None:
-        return tuple(step if s.name == instead else s for s in usual)
-    return (*usual[:3], step, *usual[3:])
+def passes_with(step: Pass, *, instead: str | None = None, kernels: str = "none") -> Pipeline:
+    """The usual passes with `step` after `widen`, or in the place of another."""
+    usual = compile_pipeline(Options(inner="eager", kernels=kernels))
+    return usual.after("widen", step) if instead is None else usual.replace(instead, step)
 
 
 def run_file(path: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
@@ -80,7 +78,7 @@ def test_a_wrong_pass_is_found_at_its_site(
 ) -> None:
     step, instead, wrong, site = PLANTED[name]
     path = tmp_path / "wrong.py"
-    found = bisect(llama(), inner="eager", passes=passes_with(step, instead=instead), reproducer=path)
+    found = bisect(llama(), inner="eager", pipeline=passes_with(step, instead=instead), reproducer=path)
     assert (found.step, found.site) == (wrong, site)
     assert found.checked[-1].name == wrong
     assert found.finding is not None
@@ -103,7 +101,7 @@ def test_a_wrong_pass_is_found_at_its_site(
 
 def test_the_reproducer_runs_by_itself(tmp_path: Path, mended: Path) -> None:
     path = tmp_path / "wrong.py"
-    found = bisect(llama(), inner="eager", passes=passes_with(ReversesPostOf("layers.0#1")), reproducer=path)
+    found = bisect(llama(), inner="eager", pipeline=passes_with(ReversesPostOf("layers.0#1")), reproducer=path)
     assert (found.step, found.site) == ("reverses_post_of", "model.layers.0#1")
     assert len(path.read_text(encoding="utf-8")) < 30_000  # the site's part of the graph alone
     shown, gone, alone = run_file(path, HERE), run_file(path, mended), run_file(path)
@@ -119,7 +117,7 @@ def test_the_reproducer_runs_by_itself(tmp_path: Path, mended: Path) -> None:
 def test_a_branch_forgotten_by_fuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "wrong.py"
     steps = passes_with(ForgetsABranch(Options(kernels="all").kinds), instead="fuse", kernels="all")
-    found = bisect(llama(), inner="eager", passes=steps, reproducer=path)
+    found = bisect(llama(), inner="eager", pipeline=steps, reproducer=path)
     assert (found.step, found.site) == ("fuse", "model.layers.0#1")
     assert run_here(path) == 1
     monkeypatch.setattr(planted_passes, "WRONG", False)
@@ -190,7 +188,7 @@ def test_a_wrong_inner_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_a_graph_that_cannot_be_run() -> None:
-    found = bisect(llama(), inner="eager", passes=passes_with(planted_passes.Breaks(), instead="lower"))
+    found = bisect(llama(), inner="eager", pipeline=passes_with(planted_passes.Breaks(), instead="lower"))
     assert (found.step, found.site) == ("lower", "model.layers.1#0")
     assert found.finding is not None
     assert "cannot be run" in found.finding.what
@@ -201,7 +199,7 @@ def test_a_pass_that_cannot_be_imported_is_shown_as_recorded(tmp_path: Path) -> 
         pass
 
     path = tmp_path / "wrong.py"
-    found = bisect(llama(), inner="eager", passes=passes_with(Local()), reproducer=path)
+    found = bisect(llama(), inner="eager", pipeline=passes_with(Local()), reproducer=path)
     assert found.site == "model.layers.1#0"
     text = path.read_text(encoding="utf-8")
     assert "step=None" in text
@@ -214,7 +212,7 @@ def test_inputs_that_are_too_many_are_drawn_at_random(tmp_path: Path, monkeypatc
     monkeypatch.setattr("mhc_compile.bisect.reproducer.EMBEDDED", 1 << 10)
     monkeypatch.setattr("mhc_compile.bisect.reproducer.SMALL", 1 << 8)
     path = tmp_path / "wrong.py"
-    bisect(llama(), inner="eager", passes=passes_with(ReversesPostOf("layers.0#1")), reproducer=path)
+    bisect(llama(), inner="eager", pipeline=passes_with(ReversesPostOf("layers.0#1")), reproducer=path)
     text = path.read_text(encoding="utf-8")
     assert "replay.seeded(" in text
     assert len(text) < 5_000
@@ -233,7 +231,7 @@ def test_a_user_s_line_cannot_break_out_of_the_heading(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     path = tmp_path / "wrong.py"
-    found = bisect(Quoted(), ids(), inner="eager", passes=passes_with(ReversesPost(0)), reproducer=path)
+    found = bisect(Quoted(), ids(), inner="eager", pipeline=passes_with(ReversesPost(0)), reproducer=path)
     assert found.finding is not None
     assert '"""' in str(found.finding.source)
     assert run_here(path) == 1
@@ -268,7 +266,7 @@ def test_a_converted_model_is_searched_with_its_own_parameters() -> None:
     before = state(model)
     found = bisect(model, ids(), inner="eager", example_kwargs={"use_cache": False})
     assert found.finding is None, str(found)
-    wrong = bisect(model, ids(), inner="eager", passes=passes_with(ReversesPost()))
+    wrong = bisect(model, ids(), inner="eager", pipeline=passes_with(ReversesPost()))
     assert (wrong.step, wrong.site) == ("reverses_post", "model.layers.1#0")
     assert wrong.finding is not None
     assert wrong.finding.values == "the model's own parameters"
@@ -306,7 +304,7 @@ def test_a_pass_that_makes_numbers_undefined(monkeypatch: pytest.MonkeyPatch) ->
             planted_passes.changed(gm, planted_passes.distributes(gm)[1], 1, "mul", float("inf"))
             return gm
 
-    found = bisect(llama(), inner="eager", passes=passes_with(Divides()))
+    found = bisect(llama(), inner="eager", pipeline=passes_with(Divides()))
     assert (found.step, found.site) == ("divides", "model.layers.0#1")
     assert found.finding is not None
     assert found.finding.error == float("inf")
@@ -314,7 +312,7 @@ def test_a_pass_that_makes_numbers_undefined(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_tolerance_can_be_chosen() -> None:
     assert bisect(chain(), ids(), inner="eager", tolerance=1e-12).step == "widen"  # whose parameters are float32
-    found = bisect(chain(), ids(), inner="eager", passes=passes_with(ReversesPost(1)), tolerance=1.0)
+    found = bisect(chain(), ids(), inner="eager", pipeline=passes_with(ReversesPost(1)), tolerance=1.0)
     assert found.finding is None
 
 

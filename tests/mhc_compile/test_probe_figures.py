@@ -16,14 +16,13 @@ from torch.nn import functional as F
 
 from mhc_compile import convert
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.config import Options
 from mhc_compile.engram.gates import gate_values
 from mhc_compile.kernels import measures, reference
 from mhc_compile.kernels.probe_ops import BINS
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.measure import WIDENING, measure_streams
+from mhc_compile.measure import measure_streams
 from mhc_compile.passes.base import Context
-from mhc_compile.pipeline import run_passes
+from mhc_compile.passes.pipeline import WIDENING
 
 
 class _Reference(Interpreter):
@@ -52,7 +51,7 @@ class _Reference(Interpreter):
 def reference_of(model: nn.Module) -> _Reference:
     """One step of the model, computed by the equations."""
     graph = capture(model, (ids(),), {})
-    watch = _Reference(run_passes(graph.graph, Context(marks=find_marks(graph.graph)), WIDENING, Options()))
+    watch = _Reference(WIDENING.run(graph.graph, Context(marks=find_marks(graph.graph))))
     (out,) = watch.run(*graph.inputs)
     F.cross_entropy(out.flatten(0, 1), ids(seed=1).flatten()).backward()
     return watch

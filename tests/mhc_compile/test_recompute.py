@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_compile import MHCError, convert, inspect
 from mhc_compile.bench.recompute import Stack, StreamBytes, plan_for, stream_bytes
-from mhc_compile.config import Options
+from mhc_compile.config import Options, compile_pipeline, lowering
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.cost import Plan
-from mhc_compile.pipeline import compile_passes, lowering
 
 needs_compiler = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler: nothing is fused")
 
@@ -211,7 +210,7 @@ def test_without_gradients_nothing_is_tagged() -> None:
 
 def test_passes_and_what_inspect_tells() -> None:
     assert [p.name for p in lowering(Options(recompute=3))] == ["recompute", "fuse", "lower"]
-    assert "recompute" not in [p.name for p in compile_passes(Options())]
+    assert "recompute" not in [p.name for p in compile_pipeline(Options())]
     found = inspect(chain(depth=4), ids(), recompute=2)
     (record,) = (r for r in found.passes if r.name == "recompute")
     assert record.notes[0] == "4 sites in 2 blocks of up to 2"

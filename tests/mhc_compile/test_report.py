@@ -18,11 +18,11 @@ from torch.fx import GraphModule
 import mhc_compile
 from mhc_compile import OverEncodingSettings
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.config import Options
+from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.kernels.cpp import build
 from mhc_compile.passes.base import Context, Pass
 from mhc_compile.passes.cost import bytes_text
-from mhc_compile.pipeline import Observer, compile_passes, run_passes
+from mhc_compile.passes.observer import Debug, Observer
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.program import capture_program
 
@@ -150,10 +150,10 @@ class Edges(Observer):
         at = {n: i for i, n in enumerate(gm.graph.nodes)}
         self.graphs.append([(n.name, {at[a] for a in n.all_input_nodes}) for n in gm.graph.nodes])
 
-    def run(self, step: Pass, gm: GraphModule, context: Context, options: Options) -> GraphModule:
+    def run(self, step: Pass, gm: GraphModule, context: Context, debug: Debug) -> GraphModule:
         if not self.graphs:
             self.keep(gm)
-        gm = super().run(step, gm, context, options)
+        gm = super().run(step, gm, context, debug)
         self.keep(gm)
         return gm
 
@@ -163,7 +163,7 @@ def test_the_code_is_the_graph_node_for_node(converted: Data) -> None:
     with torch.no_grad():
         graph = capture(model, (ids(),), {}).graph
     edges, options = Edges(), Options(recompute=2)
-    run_passes(graph, Context(marks=find_marks(graph)), compile_passes(options), options, edges)
+    compile_pipeline(options).run(graph, Context(marks=find_marks(graph)), edges, debug=options.debug)
     codes = [converted["captured"], *(p["code"] for p in converted["passes"])]
     assert len(edges.graphs) == len(codes) == 9
     for wanted, numbers, step in zip(edges.graphs, codes, [None, *converted["passes"]], strict=True):
@@ -183,7 +183,7 @@ def test_passes_have_times_and_notes(converted: Data) -> None:
     names = ["normalize", "residual", "widen", "overencoding", "engram", "recompute", "fuse", "lower"]
     assert [p["name"] for p in converted["passes"]] == names
     recompute = converted["passes"][5]
-    assert recompute["text"].startswith("recompute{blocks=2 kernels=")
+    assert recompute["text"].startswith("recompute{blocks=2")
     assert recompute["purpose"].startswith("Choose blocks of sites whose streams are computed again")
     assert all(p["purpose"] for p in converted["passes"])
     assert all(p["ms"] >= 0 and p["verify_ms"] >= 0 for p in converted["passes"])

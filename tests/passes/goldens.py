@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mhc_compile.passes.base import call_nodes, is_tensor, module_path, op_name, value
-from mhc_compile.passes.residual import ResidualStream
+from mhc_compile.passes.results import ResidualStream
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -13,8 +13,9 @@ from mhc_compile.attach import append_parameters, graph_inputs, sites_of_owners
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Pass
+from mhc_compile.passes.observer import Observer
+from mhc_compile.passes.pipeline import ANALYSIS
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import ANALYSIS, Observer, run_passes
 
 SPEC = StreamSpec(streams=3)
 
@@ -33,7 +34,7 @@ class Inserted:
 def insert(work: Pass, request: Any, model: nn.Module, ids: Tensor) -> Inserted:
     """The passes up to `work`, for what `request` asks; every parameter random and in float64."""
     found, context = captured(model, ids), Context()
-    gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
+    gm = ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
     ((owner, sites),) = sites_of_owners(context.streams).items()
     held = randomise(StreamParameters(SPEC, sites, **request.of(context.streams[0].entry, list(sites))), 1)
     for name in held.table_places:

@@ -20,10 +20,11 @@ from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.lower import Lower
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.ownership import OWNED
-from mhc_compile.passes.residual import Residual, ResidualStream
+from mhc_compile.passes.pipeline import ANALYSIS
+from mhc_compile.passes.residual import Residual
+from mhc_compile.passes.results import ResidualStream
 from mhc_compile.passes.verify import verify
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import ANALYSIS, run_passes
 
 CHECKED = Options(inner="eager", debug=True)
 
@@ -58,7 +59,7 @@ def normal(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
 def analysed(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[GraphModule, list[ResidualStream]]:
     """The captured graph in normal form and its streams."""
     context = Context()
-    gm = run_passes(captured(model, *args, **kwargs).graph, context, ANALYSIS, CHECKED)
+    gm = ANALYSIS.run(captured(model, *args, **kwargs).graph, context, debug=CHECKED.debug)
     return gm, context.streams
 
 

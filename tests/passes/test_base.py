@@ -10,13 +10,12 @@ from goldens import check_golden
 from stepping import captured, normal
 from torch import Tensor, nn
 
-from mhc_compile.config import Options
+from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import (
     Context,
     call_nodes,
     copy_meta,
-    describe,
     erase_unused,
     module_calls,
     module_path,
@@ -28,9 +27,11 @@ from mhc_compile.passes.base import (
 )
 from mhc_compile.passes.lower import Lower
 from mhc_compile.passes.normalize import Normalize
+from mhc_compile.passes.observer import Observer
+from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.residual import Residual
+from mhc_compile.passes.text import describe
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import Observer, compile_passes, run_passes
 
 
 class Inner(nn.Module):
@@ -187,9 +188,9 @@ def test_passes_print_with_their_options() -> None:
         size: int = 3
         deep: bool = False
 
-    assert describe(Optional(size=5)) == "optional{size=5 deep=False}"
+    assert describe(Optional(size=5)) == "optional{size=5}"
     names = ["normalize", "residual", "widen", "overencoding", "engram", "fuse", "lower"]
-    assert [p.name for p in compile_passes(Options())] == names
+    assert [p.name for p in compile_pipeline(Options())] == names
 
 
 def test_a_pass_that_misses_what_it_requires_does_not_run() -> None:
@@ -198,8 +199,8 @@ def test_a_pass_that_misses_what_it_requires_does_not_run() -> None:
     for passes in ((Residual(),), (Normalize(), Widen()), (Normalize(), Residual(), Lower())):
         provided = {p for step in passes[:-1] for p in step.provides}
         assert not set(passes[-1].requires) <= provided
-    with pytest.raises(AssertionError, match="residual requires"):
-        run_passes(gm, Context(), (Residual(),), Options(inner="eager"))
+    with pytest.raises(MHCError, match=r"MHC241 .*residual requires normal-form[^!]*put normalize before residual"):
+        Pipeline((Residual(),)).run(gm, Context())
     assert str(gm.graph) == before
 
 
@@ -207,7 +208,7 @@ def test_the_observer_keeps_notes_of_each_pass_apart() -> None:
     gm = captured(Outer(), torch.randn(2, 4)).graph
     observer = Observer(snapshots=True)
     context = Context()
-    run_passes(gm, context, (Normalize(), Residual()), Options(inner="eager"), observer)
+    Pipeline((Normalize(), Residual())).run(gm, context, observer)
     first, second = observer.records
     assert (first.name, second.name) == ("normalize", "residual")
     assert (first.notes, context.notes) == ([], [])

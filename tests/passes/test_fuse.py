@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from toys import toy
 
 from mhc_compile.attach import append_parameters, sites_of_owners
-from mhc_compile.config import Options
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Kind
 from mhc_compile.kernels.cpp import build
@@ -19,8 +18,8 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes
 from mhc_compile.passes.fuse import Fuse
+from mhc_compile.passes.pipeline import ANALYSIS, Pipeline
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import ANALYSIS, run_passes
 
 Golden = Callable[[str], None]
 SPEC = StreamSpec(streams=3)
@@ -213,5 +212,5 @@ def test_the_search_for_compilers_is_no_part_of_the_pass_and_only_for_streams() 
             observed = build.no_compiler.cache_info().currsize
             return super().apply(gm, context)
 
-    run_passes(gm, context, (*ANALYSIS, Widen(), Counting()), Options())
+    Pipeline((*ANALYSIS, Widen(), Counting())).run(gm, context)
     assert observed == 1

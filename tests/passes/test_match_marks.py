@@ -15,7 +15,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, call_nodes, module_path, op_name
 from mhc_compile.passes.match_marks import pair_with_marks, sites_of
-from mhc_compile.passes.residual import ResidualStream
+from mhc_compile.passes.results import ResidualStream
 from mhc_compile.passes.widen import Widen
 
 Golden = Callable[[str], None]

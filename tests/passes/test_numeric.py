@@ -18,7 +18,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Context, Pass, op_name
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.numeric import TOLERANCE, compare, run_float64
-from mhc_compile.pipeline import ANALYSIS, run_passes
+from mhc_compile.passes.pipeline import ANALYSIS, Pipeline
 
 NUMERIC = Options(inner="eager", debug="numeric")
 
@@ -65,7 +65,7 @@ class Difference(nn.Module):
 def run_with(step: Pass, options: Options = NUMERIC) -> GraphModule:
     found = captured(Difference(), torch.randn(2, 4))
     context = Context(inputs=found.inputs)
-    return run_passes(found.graph, context, (Normalize(), step), options)
+    return Pipeline((Normalize(), step)).run(found.graph, context, debug=options.debug)
 
 
 def test_mhc110_names_the_wrong_pass() -> None:
@@ -101,7 +101,7 @@ def test_right_passes_are_left_in_peace(style: str, streams: int) -> None:
 def test_analysis_of_a_model_in_bfloat16_is_compared_in_float64() -> None:
     model, ids = toy(Recipe())
     found = captured(model.to(torch.bfloat16), ids)
-    run_passes(found.graph, Context(inputs=found.inputs), ANALYSIS, NUMERIC)
+    ANALYSIS.run(found.graph, Context(inputs=found.inputs), debug=NUMERIC.debug)
 
 
 class Mixed(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from toys import VOCAB, WIDTH, Sites, toy
 
 from mhc_compile.attach import append_parameters, sites_of_owners
+from mhc_compile.config import compile_pipeline
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.request import MemoryRequest, OverEncodingRequest
 from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
@@ -24,8 +25,8 @@ from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, op_name
 from mhc_compile.passes.fuse_memory import fuse_memories
 from mhc_compile.passes.overencoding import OverEncode
+from mhc_compile.passes.pipeline import ANALYSIS, EXPORT
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import ANALYSIS, EXPORT, compile_passes, run_passes
 
 Golden = Callable[[str], None]
 REQUEST = OverEncodingRequest(settings=OverEncodingSettings(order=3, heads=1, rows=31))
@@ -134,7 +135,7 @@ def test_a_tied_head_reads_the_weight() -> None:
 def test_graphs_without_n_grams_stay_as_they_are() -> None:
     model, ids = toy(Recipe())
     found, context = captured(model, ids), Context()
-    gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
+    gm = ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
     ((owner, sites),) = sites_of_owners(context.streams).items()
     context.marks = [append_parameters(gm, owner, StreamParameters(SPEC, sites))]
     gm = step(Widen(), gm, context)
@@ -145,7 +146,7 @@ def test_graphs_without_n_grams_stay_as_they_are() -> None:
 def test_the_memory_of_a_model_with_both_reads_the_same_ids() -> None:
     model, ids = toy(Recipe())
     found, context = captured(model, ids), Context()
-    run_passes(found.graph, context, ANALYSIS, CHECKED)
+    ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
     ((owner, sites),) = sites_of_owners(context.streams).items()
     chosen = MemorySettings.preset("v41", rows_per_head=31, row_width=2, heads=2, layers=(0,))
     memory = MemoryRequest(settings=chosen, fill=0, compression=None, start="zero")
@@ -153,10 +154,10 @@ def test_the_memory_of_a_model_with_both_reads_the_same_ids() -> None:
     held = StreamParameters(SPEC, sites, **(memory.of(entry, list(sites)) | REQUEST.of(entry, list(sites))))
     assert set(held.table_places) == {"layers.0", "over-encoding"}
     assert held.vocab == VOCAB
-    for passes in (compile_passes(CHECKED), EXPORT):
+    for passes in (compile_pipeline(CHECKED), EXPORT):
         copy, context = captured(model, ids).graph, Context()
         context.marks = [append_parameters(copy, owner, held)]
-        copy = run_passes(copy, context, passes, CHECKED)
+        copy = passes.run(copy, context, debug=CHECKED.debug)
         names = [op_name(n) for n in call_nodes(copy)]
         assert names.count("over_rows") == names.count("rows") == 1
 

@@ -24,9 +24,10 @@ from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, call_nodes, value
 from mhc_compile.passes.fuse import KERNELS, Fuse
 from mhc_compile.passes.lower import Lower
-from mhc_compile.passes.probe import Probe, Probed
+from mhc_compile.passes.pipeline import ANALYSIS, Pipeline
+from mhc_compile.passes.probe import Probe
+from mhc_compile.passes.results import Probed
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import ANALYSIS, run_passes
 
 Golden = Callable[[str], None]
 SPEC = StreamSpec(streams=3)
@@ -50,7 +51,7 @@ class Recorded:
 def recorded(model: nn.Module, *args: Any, spec: StreamSpec = SPEC, kernels: tuple[str, ...] = ()) -> Recorded:
     """The pass on the graph of a model whose stream parameters are random."""
     found, context = captured(model, *args), Context()
-    gm = run_passes(found.graph, context, ANALYSIS, CHECKED)
+    gm = ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
     inputs: list[Any] = list(found.inputs)
     for owner, sites in sites_of_owners(context.streams).items():
         held = randomise(StreamParameters(spec, sites), 0)
@@ -61,9 +62,9 @@ def recorded(model: nn.Module, *args: Any, spec: StreamSpec = SPEC, kernels: tup
         mark.probe = add_slot(gm, mark, inputs[-1])
         context.marks.append(mark)
     names = [site.name for stream in context.streams for site in stream.sites]
-    gm = run_passes(gm, context, (Widen(), Fuse(kernels), Lower()), CHECKED, provided={"streams"})
+    gm = Pipeline((Widen(), Fuse(kernels), Lower())).run(gm, context, debug=CHECKED.debug, provided={"streams"})
     plain, before = graph_text(gm), run(gm, inputs)
-    gm = run_passes(gm, context, (Probe(),), CHECKED, provided={"kernels"})
+    gm = Pipeline((Probe(),)).run(gm, context, debug=CHECKED.debug, provided={"kernels"})
     out = run(gm, inputs)
     return Recorded(plain, graph_text(gm), gm, context.probed, before, out[: len(before)], out[len(before) :], names)
 

@@ -24,11 +24,11 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, kernels_of, op_name, value
 from mhc_compile.passes.fuse import Fuse
+from mhc_compile.passes.pipeline import ANALYSIS, Pipeline
 from mhc_compile.passes.recompute import Recompute, block_boundaries, is_tagged, plan_of
 from mhc_compile.passes.stages import cut, sites
 from mhc_compile.passes.streamsites import stream_sites
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import ANALYSIS, run_passes
 
 Golden = Callable[[str], None]
 SPEC = StreamSpec(streams=3)
@@ -40,10 +40,10 @@ def dialect(model: nn.Module, *args: Any, spec: StreamSpec = SPEC) -> GraphModul
     """The graph behind `widen`, in float32, as the backend would have it."""
     gm = captured(model.float(), *args).graph
     context = Context()
-    gm = run_passes(gm, context, ANALYSIS, CHECKED)
+    gm = ANALYSIS.run(gm, context, debug=CHECKED.debug)
     for owner, found in sites_of_owners(context.streams).items():
         context.marks.append(add_parameters(gm, owner, StreamParameters(spec, found)))
-    return run_passes(gm, context, (Widen(),), CHECKED, provided=("streams",))
+    return Pipeline((Widen(),)).run(gm, context, debug=CHECKED.debug, provided=("streams",))
 
 
 def tagged(gm: GraphModule, blocks: str | int) -> tuple[GraphModule, list[str]]:

@@ -12,11 +12,11 @@ from torch.fx import GraphModule
 
 from mhc_compile import MHCError, convert
 from mhc_compile.capture import capture
-from mhc_compile.config import Options
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.normalize import Normalize
+from mhc_compile.passes.observer import Observer
+from mhc_compile.passes.pipeline import ANALYSIS, Pipeline
 from mhc_compile.passes.verify import VerificationError, verify
-from mhc_compile.pipeline import ANALYSIS, Observer, run_passes
 
 WIDTH = 16
 
@@ -187,21 +187,21 @@ def test_numeric_debugging_finds_a_wrong_pass() -> None:
     captured = capture(Fork(), (X,), {})
     context = Context(inputs=captured.inputs)
     with pytest.raises(MHCError, match="pass wrong moved output") as found:
-        run_passes(captured.graph, context, (Normalize(), Wrong()), Options(debug="numeric"))
+        Pipeline((Normalize(), Wrong())).run(captured.graph, context, debug="numeric")
     assert found.value.code == "MHC110"
 
 
 def test_a_wrong_shape_does_not_pass_verification() -> None:
     captured = capture(Fork(), (X,), {})
     with pytest.raises(VerificationError, match="after pass wrong"):
-        run_passes(captured.graph, Context(), (Normalize(), Wrong(shift=True)), Options(debug=True))
+        Pipeline((Normalize(), Wrong(shift=True))).run(captured.graph, Context(), debug=True)
 
 
 def test_the_right_passes_pass_both_checks() -> None:
     captured = capture(Plain(), (X,), {})
     observer = Observer(snapshots=True)
     context = Context(inputs=captured.inputs)
-    gm = run_passes(captured.graph, context, ANALYSIS, Options(debug="numeric"), observer)
+    gm = ANALYSIS.run(captured.graph, context, observer, debug="numeric")
     verify(gm, whole=True, after="all")
     assert [r.name for r in observer.records] == ["normalize", "residual"]
     assert [len(s.sites) for s in context.streams] == [3]

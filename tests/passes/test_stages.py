@@ -19,13 +19,11 @@ from toys import toy
 
 import mhc_compile
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.measure import WIDENING
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
+from mhc_compile.passes.pipeline import WIDENING
 from mhc_compile.passes.stages import Piece, balanced, cut, dropout_of, is_random, sites
-from mhc_compile.pipeline import run_passes
 
 Golden = Callable[[str], None]
 
@@ -36,7 +34,7 @@ def dialect(model: nn.Module, *args: Any) -> tuple[GraphModule, list[Any]]:
     for i, held in enumerate(owners(model).values()):
         randomise(held, i)
     found = capture(model, args, {})
-    gm = run_passes(found.graph, Context(marks=find_marks(found.graph)), WIDENING, Options(inner="eager", debug=True))
+    gm = WIDENING.run(found.graph, Context(marks=find_marks(found.graph)), debug=True)
     return gm, found.inputs
 
 

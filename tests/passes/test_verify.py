@@ -18,9 +18,9 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, copy_meta, op_name, value
 from mhc_compile.passes.normalize import Normalize
+from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.verify import VerificationError, verify
 from mhc_compile.passes.widen import Widen
-from mhc_compile.pipeline import run_passes
 
 Change = Callable[[GraphModule, Node], None]
 
@@ -39,7 +39,7 @@ def planted(change: Change, options: Options = CHECKED) -> None:
             return gm
 
     found = captured(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))
-    run_passes(found.graph, Context(), (Normalize(), Planted()), options)
+    Pipeline((Normalize(), Planted())).run(found.graph, Context(), debug=options.debug)
 
 
 def insert(gm: GraphModule, node: Node, method: str, *args: object) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile.capture import Captured, capture
-from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCWarning
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.native import Native
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.numeric import Float64Interpreter, widen
-from mhc_compile.pipeline import Observer, run_passes
+from mhc_compile.passes.observer import Observer
+from mhc_compile.passes.pipeline import Pipeline
 
 SITES = {
     "deepseek_v4": (4, "streams=4 convention=deepseek_v4 manifold=sinkhorn iterations=20 exit=head"),
@@ -57,7 +57,7 @@ def raised(found: Captured) -> tuple[Any, Context, list[str]]:
     """The graph behind `native`, verified whole, and the notes of the pass."""
     context, observer = Context(), Observer()
     steps = (Normalize(), Native())
-    gm = run_passes(found.graph, context, steps, Options(inner="eager", debug=True), observer)
+    gm = Pipeline(steps).run(found.graph, context, observer, debug=True)
     return gm, context, observer.records[-1].notes
 
 

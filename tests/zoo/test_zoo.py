@@ -146,7 +146,7 @@ def site_names(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, list
     """Owner and sites of every stream in the graph of one call."""
     torch._dynamo.reset()
     found = find_streams(model, (), inputs, mhc_compile.Options(inner="eager"))
-    return [(stream.owner, [site.name for site in stream.sites]) for stream in found.streams]
+    return [(stream.owner, [site.name for site in stream.sites]) for stream in found.context.streams]
 
 
 @pytest.mark.parametrize("name", ["llama", "seq2seq/t5", "masked/bert"])

@@ -1,52 +1,25 @@
-"""Run passes in their declared order, under an observer that owns verification, timing, logging and snapshots."""
+"""Watch passes run: verification, timing, comparison, logging and snapshots, which no pass does itself."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
-from torch._dynamo.utils import dynamo_timed
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
-from mhc_compile.config import Options
-from mhc_compile.passes.base import Context, Pass, describe
-from mhc_compile.passes.engram import Engram
+from mhc_compile.passes.base import Context, Pass
 from mhc_compile.passes.fuse import Fuse
-from mhc_compile.passes.lower import Lower
-from mhc_compile.passes.native import Native
-from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.numeric import compare, run_float64
-from mhc_compile.passes.overencoding import OverEncode
-from mhc_compile.passes.recompute import Recompute
-from mhc_compile.passes.residual import Residual
+from mhc_compile.passes.text import describe
 from mhc_compile.passes.verify import verify
-from mhc_compile.passes.widen import Widen
 
 log = logging.getLogger("mhc_compile")
-TIMED = "mhc_compile.passes"
-
-ANALYSIS: tuple[Pass, ...] = (Normalize(), Residual())
-EXPORT: tuple[Pass, ...] = (*ANALYSIS, Widen(), OverEncode(plain=True), Engram(plain=True))
-
-
-def compile_passes(options: Options) -> tuple[Pass, ...]:
-    """What a converted model's graph goes through."""
-    return (*ANALYSIS, Widen(), OverEncode(), Engram(), *lowering(options))
-
-
-def native_passes(options: Options) -> tuple[Pass, ...]:
-    """What the graph of a model with hyper-connections of its own goes through."""
-    return (Normalize(), Native(), *lowering(options))
-
-
-def lowering(options: Options) -> tuple[Pass, ...]:
-    """What turns the dialect into kernels and plain PyTorch, of a whole graph or a pipeline stage's."""
-    again = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
-    return (*again, Fuse(options.kinds), Lower())
+Debug = Literal[False, True, "numeric"]
+"""What is checked after each pass: see `mhc_compile.Options`."""
 
 
 @dataclass
@@ -71,11 +44,11 @@ class Observer:
     snapshots: bool = False
     records: list[Record] = field(default_factory=list)
 
-    def run(self, step: Pass, gm: GraphModule, context: Context, options: Options) -> GraphModule:
+    def run(self, step: Pass, gm: GraphModule, context: Context, debug: Debug) -> GraphModule:
         """Apply one pass under observation."""
         keep = self.snapshots or log.isEnabledFor(logging.DEBUG) or _tracing()
         before, size = (text_of(gm) if keep else ""), len(gm.graph.nodes)
-        numeric = options.debug == "numeric" and bool(context.inputs)
+        numeric = debug == "numeric" and bool(context.inputs)
         reference = run_float64(gm, context.inputs) if numeric else []
         if isinstance(step, Fuse):
             step.prepare(gm)
@@ -83,7 +56,7 @@ class Observer:
         gm = step.apply(gm, context)
         gm.graph.lint()
         middle = time.perf_counter()
-        verify(gm, whole=bool(options.debug), after=step.name)
+        verify(gm, whole=bool(debug), after=step.name)
         if numeric:
             compare(reference, run_float64(gm, context.inputs), step.name)
         end = time.perf_counter()
@@ -130,25 +103,3 @@ def diff_of(record: Record) -> str:
             lineterm="", n=1,
         )
     )  # fmt: skip
-
-
-def run_passes(
-    gm: GraphModule,
-    context: Context,
-    passes: tuple[Pass, ...],
-    options: Options,
-    observer: Observer | None = None,
-    *,
-    provided: Iterable[str] = (),
-) -> GraphModule:
-    """Run `passes` over `gm` (a private copy) in order; each finds what it requires: `provided`, or made before."""
-    observer = observer or Observer()
-    provided = set(provided)
-    # Shown by `torch._dynamo.utils.compile_times()` beside the compiler's own phases.
-    with dynamo_timed(TIMED):
-        for step in passes:
-            assert set(step.requires) <= provided, f"{step.name} requires {step.requires}, provided so far: {provided}"
-            gm = observer.run(step, gm, context, options)
-            provided |= set(step.provides)
-        gm.recompile()
-    return gm
