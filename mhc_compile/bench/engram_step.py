@@ -18,7 +18,6 @@ from torch.fx import GraphModule
 
 from mhc_compile import backend
 from mhc_compile.bench.contest import Contender, contest, show
-from mhc_compile.checkpoint.loading import from_pretrained
 from mhc_compile.config import Options
 from mhc_compile.convert import convert
 from mhc_compile.demo.experiment import residual_model
@@ -26,6 +25,7 @@ from mhc_compile.demo.settings import FULL, QUICK
 from mhc_compile.demo.text import build_corpus, training_batches
 from mhc_compile.demo.training import Spread, spread, threads
 from mhc_compile.engram.optimizer import TableAdamW
+from mhc_compile.loading import from_pretrained
 from mhc_compile.parameters import owners, parameter_groups
 from mhc_compile.passes.base import Context, Pass
 from mhc_compile.passes.engram import Engram

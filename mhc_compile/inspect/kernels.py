@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from mhc_compile.inspect.inspection import KernelReport
 from mhc_compile.inspect.placement import Placement
 from mhc_compile.kernels import signature
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp.build import Direction
 from mhc_compile.kernels.engram.entry import Entry
+
+if TYPE_CHECKING:
+    from mhc_compile.inspect.inspection import KernelReport
 
 
 def kernel_entries(kernels: Sequence[KernelReport], nodes: Sequence[Node], place: Placement) -> list[dict[str, Any]]:
