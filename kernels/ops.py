@@ -15,7 +15,7 @@ always `str(StreamSpec)`.
 
 `mark` shows the backend `mhc` a converted model and is removed by it. Running it raises MHCError MHC301: the model was
 compiled by something else, which would silently compute the residual network. `given` is what an owner with a memory
-brings of its call, by the comma-separated `names`: masks, positions, carried state, anchors of its tables. `inside`
+brings of its call, which the JSON `names` describes: masks, positions, carried state, anchors of its tables. `inside`
 stands at every module that reads a stream: it is removed where the graph holds its owner's mark; it raises MHC313.
 """
 

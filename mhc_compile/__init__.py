@@ -16,7 +16,6 @@ Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the stream
 `mhc_compile.passes` (pipelines: `mhc_compile.passes.pipeline`), `mhc_compile.kernels`.
 """
 
-from mhc_compile.checkpoint.loading import from_pretrained, load
 from mhc_compile.checkpoint.saving import save, save_pretrained
 from mhc_compile.config import Options
 from mhc_compile.convert import convert, convert_folder, to_residual
@@ -27,9 +26,10 @@ from mhc_compile.inspect import Inspection, inspect
 from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
+from mhc_compile.loading import from_pretrained, load
 from mhc_compile.parameters import parameter_groups, stream_parameters
 from mhc_compile.probes import Probes
-from mhc_compile.versions import warn_of_newer
+from mhc_compile.versions import VERSION, warn_of_newer
 
 __all__ = [
     "Convention",
@@ -56,6 +56,6 @@ __all__ = [
     "to_mlir",
     "to_residual",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 warn_of_newer()

@@ -1,35 +1,32 @@
-"""Make the parameters of a model's streams, and give them to the stream owners: the step that converts a model."""
+"""Make the parameters of a model's streams and rewrite its graph with them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from mhc_compile.adapters import give_to_adapters
-from mhc_compile.arm import arm, refuse_unarmable
-from mhc_compile.checkpoint.saving import save_with_streams
+from mhc_compile import carry
 from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError, warn
-from mhc_compile.engram import carry
 from mhc_compile.engram.request import Request
 from mhc_compile.guard import stream_readers
-from mhc_compile.initialise import start_with_streams
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.modes import joined_sites
+from mhc_compile.owner import refuse_unconvertible
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, value
 from mhc_compile.passes.fuse import Fuse
+from mhc_compile.passes.marks import Described, inputs_of
 from mhc_compile.passes.observer import log
 from mhc_compile.passes.ownership import OWNED
 from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.results import Coverage, ResidualStream
-from mhc_compile.traceable import compile_generation
 
 
 def rewrite_with_parameters(
@@ -46,10 +43,10 @@ def rewrite_with_parameters(
 ) -> tuple[dict[str, StreamParameters], GraphModule]:
     """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is left as it is.
 
-    `context` has what the passes up to `residual` found in `gm`. Returns what `install` takes, and the graph with a
-    placeholder for each of `graph_inputs` behind those it had. What `requests` add goes to the last owner: the
+    `context` has what the passes up to `residual` found in `gm`. Returns what `convert_owners` takes, and the graph
+    with a placeholder for each of `graph_inputs` after those it had. What `requests` add goes to the last owner: the
     decoder. Sites that `others`, the streams of the other mode, have alone get parameters as well. Raises what a pass
-    refuses, and MHC207 as `install` does.
+    refuses, and MHC207 as `convert_owners` does.
     """
     streams = context.streams
     made: dict[str, StreamParameters] = {}
@@ -57,7 +54,7 @@ def rewrite_with_parameters(
     # An inference tensor could never be trained.
     with torch.inference_mode(False):
         for path, sites in joined.items():
-            refuse_unarmable(_owner(root, path), path)
+            refuse_unconvertible(_owner(root, path), path)
             stream = [s for s in (*others, *streams) if s.owner == path][-1]
             device = value(stream.exit).device
             held: dict[str, Any] = {}
@@ -119,23 +116,6 @@ def sites_of_owners(streams: Sequence[ResidualStream]) -> dict[str, dict[str, in
     }
 
 
-def install(root: nn.Module, made: Mapping[str, StreamParameters]) -> None:
-    """Register and arm what `made` holds by owner path; all or nothing.
-
-    Raises MHC207 where an owner has an attribute `mhc` already or cannot be armed.
-    """
-    for path in made:
-        refuse_unarmable(root.get_submodule(path), path)
-    for path, parameters in made.items():
-        owner = root.get_submodule(path)
-        owner.add_module("mhc", parameters)
-        arm(owner)
-    give_to_adapters(root)
-    compile_generation(root)
-    save_with_streams(root)
-    start_with_streams(root)
-
-
 def _owner(root: nn.Module, path: str) -> nn.Module:
     try:
         return root.get_submodule(path)
@@ -158,28 +138,31 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise MHCError("MHC303", "it is wrapped in DDP or FSDP, which do not know parameters made now")
 
 
-def graph_inputs(parameters: StreamParameters) -> dict[str, Tensor]:
-    """What every graph of an owner takes beside the model's own inputs, by name."""
-    return {**parameters.in_graph(), **carry.table_inputs(parameters)}
+def graph_inputs(parameters: StreamParameters) -> dict[str | Described, Tensor]:
+    """Return what every graph of an owner takes beside the model's own inputs: parameters by name, then tables."""
+    tables = carry.table_inputs(parameters)
+    inputs: list[tuple[str | Described, Tensor]] = [*parameters.in_graph().items(), *tables.items()]
+    return dict(inputs)
 
 
 def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:
     """Append a placeholder for each of `graph_inputs` to the graph's inputs; returns the mark that names them."""
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     fake = next(m for n in gm.graph.nodes if (m := getattr(n.meta.get("example_value"), "fake_mode", None)))
-    nodes = {}
+    nodes: dict[str | Described, Node] = {}
     for name, p in graph_inputs(parameters).items():
+        words = name if isinstance(name, str) else "_".join(map(str, name))
         with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(re.sub(r"\W", "_", f"mhc_{owner}_{name}"))
+            last = gm.graph.placeholder(re.sub(r"\W", "_", f"mhc_{owner}_{words}"))
         last.meta["example_value"] = fake.from_tensor(p, static_shapes=True)
         last.meta[OWNED] = True
         nodes[name] = last
-    held = {name: nodes.pop(name) for name in parameters.in_graph()}
+    tables = [name for name in nodes if not isinstance(name, str)]
     return Mark(
         owner,
         str(parameters.spec),
-        held,
-        given=nodes,
+        {name: node for name, node in nodes.items() if isinstance(name, str)},
+        inputs=dict(zip(inputs_of(tables), (nodes[name] for name in tables), strict=True)),
         memory=parameters.memory,
         over=parameters.over,
         partial=parameters.partial,

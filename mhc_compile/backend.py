@@ -12,15 +12,7 @@ from torch._functorch import config as functorch_config
 from torch.fx import GraphModule
 
 from mhc_compile import frame
-from mhc_compile.arm import graph_break
-from mhc_compile.attach import (
-    graph_inputs,
-    install,
-    refuse_missing,
-    refuse_wrapped,
-    report_coverage,
-    rewrite_with_parameters,
-)
+from mhc_compile.attach import graph_inputs, refuse_missing, refuse_wrapped, report_coverage, rewrite_with_parameters
 from mhc_compile.capture import find_marks, private_copy
 from mhc_compile.config import Options, compile_pipeline, native_pipeline, split_options, stream_spec
 from mhc_compile.diagnostics import MHCError, warn
@@ -29,6 +21,7 @@ from mhc_compile.kernels import targets
 from mhc_compile.kernels.engram import prefetch
 from mhc_compile.kernels.forms import width_of
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.owner import convert_owners
 from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
 from mhc_compile.passes.base import Context, Mark
 from mhc_compile.passes.fuse import kernels_in
@@ -39,6 +32,7 @@ from mhc_compile.passes.probe import Probe
 from mhc_compile.passes.recompute import is_tagged
 from mhc_compile.passes.results import ResidualStream
 from mhc_compile.probes.recording import recording
+from mhc_compile.tracing import graph_break
 
 Compiled = Callable[..., Any]
 BackwardCompiler = Callable[..., Any]
@@ -169,8 +163,9 @@ class Backend:
     ) -> Compiled:
         """Convert the module being compiled, and run this one call of it uncompiled.
 
-        `context` has the streams of the analysed graph. From the second call on its owners are armed: their frames are
-        new to Dynamo and are compiled as those of any converted model. Compiling this graph too would be thrown away.
+        `context` has the streams of the analysed graph. From the second call on its owners are converted: their frames
+        are new to Dynamo and are compiled as those of any converted model. A compiled form of this graph would be
+        thrown away.
         """
         root, coverage = _root_of(context.streams, names), context.coverage
         spec = stream_spec(self.stream)
@@ -181,7 +176,7 @@ class Backend:
         def first_call(*inputs: Any) -> Any:
             # Not before now: after this backend has returned, Dynamo makes guards from the model as it traced it.
             if not owners(root):
-                install(root, made)
+                convert_owners(root, made)
                 warn("MHC302", f"{sum(len(p.sites) for p in made.values())} sites, {coverage}")
             held = owners(root)  # not what was made: an adapter may have its own
             return gm(*inputs, *(t for path in made for t in graph_inputs(held[path]).values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +11,13 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from mhc_compile.arm import call_error, graph_break_error, tracing_config
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.guard import erase_guards
 from mhc_compile.identity import identify
-from mhc_compile.kernels.engram.memory import Memory
-from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
-from mhc_compile.passes.base import PROBE, Mark, module_path
-from mhc_compile.traceable import install_recorders
+from mhc_compile.integrations.transformers import install_recorders, remove_recorders
+from mhc_compile.passes.base import Mark, module_path
+from mhc_compile.passes.marks import ProbeSlot, Signature, parse_inputs
+from mhc_compile.tracing import call_error, graph_break_error, tracing_config
 
 
 @dataclass
@@ -48,26 +46,26 @@ def private_copy(gm: GraphModule) -> GraphModule:
 
 
 def find_marks(gm: GraphModule) -> list[Mark]:
-    """Return the marks that armed owners left in the graph, in graph order, and erase the guards of their layers.
+    """Return the marks that converted owners left in the graph, in graph order, and erase the guards of their layers.
 
     Raises MHC313 for a layer of a converted model that is called outside of its owner.
     """
     marks = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in (torch.ops.mhc.mark, torch.ops.mhc.mark.default):
-            _, parameters, signature, given, names = node.args
-            known = json.loads(signature)
-            brought = dict(zip(names.split(",") if names else (), given, strict=True))
+            _, parameters, signature, tensors, described = node.args
+            known = Signature.parse(signature)
+            inputs = dict(zip(parse_inputs(described), tensors, strict=True))
             marks.append(
                 Mark(
                     owner=module_path(node),
-                    spec=known["spec"],
-                    parameters=dict(zip(known["names"], parameters, strict=True)),
-                    probe=brought.pop(PROBE, None),
-                    given=brought,
-                    memory=Memory.parse(known["memory"]) if "memory" in known else None,
-                    over=OverEncoding.parse(known["over"]) if "over" in known else None,
-                    partial=tuple(frozenset(names) for names in known.get("partial", ())),
+                    spec=known.spec,
+                    parameters=dict(zip(known.names, parameters, strict=True)),
+                    probe=inputs.pop(ProbeSlot(), None),
+                    inputs=inputs,
+                    memory=known.memory,
+                    over=known.over,
+                    partial=known.partial,
                     node=node,
                 )
             )
@@ -109,7 +107,10 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
         # A mixture of experts that returns its router's logits records them, as hidden states are recorded.
         if "output_capturing.py" in str(error) and install_recorders(model):
-            return capture(model, args, kwargs)
+            try:
+                return capture(model, args, kwargs)
+            finally:
+                remove_recorders(model)
         raise graph_break_error(model, error) from error
     except torch._dynamo.exc.TorchRuntimeError as error:
         raise call_error(model, error) from error

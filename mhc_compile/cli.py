@@ -9,7 +9,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from mhc_compile import __version__
 from mhc_compile.bench import command as bench
 from mhc_compile.bisect import command as bisect
 from mhc_compile.convert import command as convert
@@ -19,6 +18,7 @@ from mhc_compile.diff import command as diff
 from mhc_compile.doctor import command as doctor
 from mhc_compile.inspect import command as inspect
 from mhc_compile.probes import command as probe
+from mhc_compile.versions import VERSION
 
 RUNTIME = {
     "data": "mhc_compile.runtime.data.command",
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"mhc-compile {__version__}")
+    top.add_argument("--version", action="version", version=f"mhc-compile {VERSION}")
     subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS.values():
         module.add_parser(subparsers)

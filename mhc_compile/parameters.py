@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -22,6 +21,7 @@ from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import start_head
+from mhc_compile.passes.marks import Signature
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
@@ -95,11 +95,8 @@ class StreamParameters(nn.Module):
         if over is not None:
             self._place_over_encoding(over, device, tables_on or device)
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
-        held: dict[str, Any] = {n: x.plain() for n, x in (("memory", memory), ("over", over)) if x is not None}
+        self.signature = str(Signature(str(spec), tuple(self.in_graph()), memory, over, self.partial))
         self.hidden = next(iter(self.sites.values()), 0)
-        if self.partial:
-            held["partial"] = [sorted(names) for names in self.partial]
-        self.signature = json.dumps({"spec": str(spec), "names": list(self.in_graph()), **held})
 
     def _place(
         self, path: str, start: Callable[[], Mapping[str, Tensor]], device: torch.device | str | None
@@ -130,7 +127,7 @@ class StreamParameters(nn.Module):
             place = self._place(f"{MEMORIES}.{layer.layer}", values, device)
             place.add_module("table", new_table(layer.rows, memory.settings.row_width, tables_on))
             self.table_places[layer.layer] = f"{MEMORIES}.{layer.layer}"
-        # What a traced call reads (`mhc_compile.engram.carry`).
+        # What a traced call reads (`mhc_compile.carry`).
         self.memory_layers = tuple(m.layer for m in memory.layers)
         self.memory_order, self.memory_fill = memory.layers[0].hash.order, memory.layers[0].hash.fill
         self.memory_history = memory.fusion.history if memory.fusion.dilation else 0
@@ -289,14 +286,19 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.01, lr: float 
     ]
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Return whether `module` is a stream owner whose calls go through the backend (`mhc_compile.owner`)."""
+    # Without parameters it is a residual module that something made from the class of a converted one.
+    return hasattr(type(module), "_mhc_base") and "mhc" in module._modules
+
+
 def owners(model: nn.Module) -> dict[str, StreamParameters]:
     """The stream parameters of every converted owner in `model`, by the owner's module path."""
-    held = {
-        name: module._modules.get("mhc")
+    return {
+        name: active_parameters(module.get_submodule("mhc"))
         for name, module in model.named_modules(remove_duplicate=False)
-        if hasattr(type(module), "_mhc_base")
+        if is_converted(module)
     }
-    return {name: active_parameters(state) for name, state in held.items() if state is not None}
 
 
 def at_start(parameters: StreamParameters) -> bool:

@@ -18,6 +18,8 @@ from packaging.version import Version
 
 from mhc_compile.diagnostics import warn
 
+VERSION = "0.1.0"
+"""Of this package."""
 PACKAGES = ("torch", "transformers", "triton", "accelerate", "peft", "torch-mlir")
 """Packages of whose internals something is used: a new minor version may break them."""
 STACK = ("python", *PACKAGES)

@@ -14,10 +14,8 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.kernels.kernelspec import KernelSpec
+from mhc_compile.passes.marks import Input
 from mhc_compile.passes.results import Coverage, NativeSite, Probed, ResidualStream
-
-PROBE = "probe"
-"""The name by which `mhc::mark` is given the slot of a sampled step."""
 
 
 @dataclass
@@ -30,8 +28,8 @@ class Mark:
     """The owner's `StreamSpec` as text."""
     parameters: dict[str, Node]
     """Placeholder (or attribute) node of every stream parameter by name relative to the owner's `mhc` module."""
-    given: dict[str, Node] = field(default_factory=dict)
-    """What an owner that looks ids up brings of its call, by name (`mhc_compile.engram.carry`)."""
+    inputs: dict[Input, Node] = field(default_factory=dict)
+    """What an owner that looks ids up brings of its call beside parameters."""
     memory: Memory | None = None
     """The owner's memories."""
     over: OverEncoding | None = None

@@ -24,6 +24,7 @@ import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.engram.memory import LayerMemory, Memory, layers_of
 from mhc_compile.passes.base import Context, Widened, gradient_modes, value
 from mhc_compile.passes.lookups import ENGRAM, Lookups
+from mhc_compile.passes.marks import Argument, Compression, State
 from mhc_compile.passes.tokens import token_ids
 
 
@@ -59,7 +60,7 @@ class _Inserting(Lookups):
     def __init__(
         self, graph: Graph, widened: Widened, memory: Memory, entries: Mapping[str, str], *, plain: bool
     ) -> None:
-        ids = token_ids(widened.stream.entry, memory.vocab, widened.mark.given.get("ids"))
+        ids = token_ids(widened.stream.entry, memory.vocab, widened.mark.inputs.get(Argument("ids")))
         super().__init__(graph, widened, ids, plain=plain)
         self.memory = memory
         self.entries = {layer: site for layer, site in entries.items() if site in widened.reads}
@@ -87,10 +88,10 @@ class _Inserting(Lookups):
         ids = self.ids
         if self.memory.compressed:
             inside = self._early(torch.clamp, ids, 0)
-            compressed = self._early(operator.getitem, self.given["compression"], inside)
+            compressed = self._early(operator.getitem, self.inputs[Compression()], inside)
             ids = self._early(torch.where, self._early(operator.lt, ids, 0), ids, compressed)
         eos = self.memory.layers[0].hash.fill if self.memory.settings.resets_after_eos else -1
-        return ids, *self._documents(ids, eos, "state")
+        return ids, *self._documents(ids, eos, "")
 
     # --- at the layer --------------------------------------------------------------------------------------------
 
@@ -120,11 +121,12 @@ class _Inserting(Lookups):
         gate = self._call(ENGRAM.gate.default, X, keys, self._gain(p["query_gain"]), self._gain(p["key_gain"]), spec)
         if not self.memory.fusion.dilation:
             return self._call(ENGRAM.inject.default, X, gate, fact, None, None, None, spec)
-        if f"state.gate:{m.layer}" in self.given:
-            gate = self._call(torch.cat, (self.given[f"state.gate:{m.layer}"], gate), 1)
-            fact = self._call(torch.cat, (self.given[f"state.value:{m.layer}"], fact), 1)
-            self._keep_end(f"state.gate:{m.layer}", gate)
-            self._keep_end(f"state.value:{m.layer}", fact)
+        gates, facts = State("gate", m.layer), State("value", m.layer)
+        if gates in self.inputs:
+            gate = self._call(torch.cat, (self.inputs[gates], gate), 1)
+            fact = self._call(torch.cat, (self.inputs[facts], fact), 1)
+            self._keep_end(gates, gate)
+            self._keep_end(facts, fact)
         gain, conv = self._gain(self._parameter(m, "conv_gain")), self._parameter(m, "conv")
         return self._call(ENGRAM.inject.default, X, gate, fact, reach, gain, conv, spec)
 

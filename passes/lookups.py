@@ -13,6 +13,7 @@ import mhc_compile.kernels.engram.gather
 import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (these register the ops)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Widened, copy_meta, refuse, shape, value
+from mhc_compile.passes.marks import Argument, State, Table, Unknown, Weight
 from mhc_compile.passes.numeric import KEEPS
 from mhc_compile.passes.tokens import reaches
 
@@ -29,12 +30,12 @@ class Lookups:
 
     def __init__(self, graph: Graph, widened: Widened, ids: Node, *, plain: bool) -> None:
         self.graph, self.widened, self.ids, self.plain = graph, widened, ids, plain
-        self.given, self.parameters = widened.mark.given, widened.mark.parameters
-        self.last = max(ids, *self.given.values(), *self.parameters.values())
+        self.inputs, self.parameters = widened.mark.inputs, widened.mark.parameters
+        self.last = max(ids, *self.inputs.values(), *self.parameters.values())
         """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
         self.like = widened.stream.entry
         """Whose module and source line the nodes inserted now get."""
-        self.kept: dict[str, Node] = {}
+        self.kept: dict[State, Node] = {}
         """What every tensor of the state becomes."""
         self._refuse_unknown()
 
@@ -43,65 +44,64 @@ class Lookups:
 
         Whatever the ids are made from is the ids themselves, and targets are read behind the streams alone.
         """
-        unknown = {n: node for n, node in self.given.items() if n.startswith("unknown:")}
+        unknown = {x.argument: node for x, node in self.inputs.items() if isinstance(x, Unknown)}
         sources = [node for node in unknown.values() if value(node).dtype != torch.bool and reaches(node, self.ids)]
-        for name, node in unknown.items():
+        for argument, node in unknown.items():
             if sources != [node] and reaches(node, torch.ops.mhc.reduce.default):
-                argument = name.removeprefix("unknown:")
                 owner = self.widened.mark.owner or "the model"
                 detail = f"{argument} {list(shape(node))} of {owner} may be ids, a mask or positions"
                 raise refuse("MHC236", detail, node)
 
     # --- early in the graph: ids, rows ---------------------------------------------------------------------------
 
-    def _documents(self, ids: Node, eos: int, state: str) -> tuple[Node, Node | None]:
-        """Reach [B, S] of `ids`, and the ids in front of them that `state` carries; it will carry on the last."""
-        given = self.given
-        optional = (given.get("mask"), given.get("positions"), given.get(f"{state}.reach"))
+    def _documents(self, ids: Node, eos: int, of: str) -> tuple[Node, Node | None]:
+        """Reach [B, S] of `ids`, and the ids in front of them that the state `of` carries, with the last ones kept."""
+        mask, positions = (self.inputs.get(Argument(role)) for role in ("mask", "positions"))
+        optional = (mask, positions, self.inputs.get(State("reach", of)))
         reach = self._early(ENGRAM.reach.default, ids, *optional, eos)
-        before = given.get(f"{state}.ids")
+        before = self.inputs.get(State("ids", of))
         if before is not None:
-            self._keep_end(f"{state}.ids", self._early(torch.cat, (before, ids), 1))
+            self._keep_end(State("ids", of), self._early(torch.cat, (before, ids), 1))
             following = self._early(operator.add, self._early(operator.getitem, reach, (_ALL, -1)), 1)
             # A document ends with its end-of-text token, and in front of padding.
-            for tensor, end in ((ids, eos), (given.get("mask"), 0)):
+            for tensor, end in ((ids, eos), (mask, 0)):
                 if tensor is not None and end >= 0:
                     last = self._early(operator.getitem, tensor, (_ALL, -1))
                     following = self._early(operator.mul, following, self._early(operator.ne, last, end))
-            self.kept[f"{state}.reach"] = following
+            self.kept[State("reach", of)] = following
         return reach, before
 
     def _look_up(self, table: str, rows: Node, width: int) -> Callable[[], Node]:
         """Begin to fetch the rows; returns what gives the node of their values, inserted where it is called."""
         if self.plain:
-            if f"weight:{table}" not in self.given:
+            if Weight(table) not in self.inputs:
                 detail = f"the rows of {table} are no float32 or bfloat16 tensor in memory"
                 raise MHCError("MHC504", detail, way_out='load the folder with tables="device"')
-            found = self._early(torch.nn.functional.embedding, rows, self.given[f"weight:{table}"])
+            found = self._early(torch.nn.functional.embedding, rows, self.inputs[Weight(table)])
             flat = self._early(torch.flatten, found, -2)
             return lambda: flat
-        name = next(n for n in self.given if n.startswith(f"table:{table}:"))
-        anchor, handle, far = self.given[name], int(name.split(":")[2]), name.endswith(":far")
-        dtype = torch.float32 if name.split(":")[3] == "float32" else torch.bfloat16
-        if not far:
-            return lambda: self._call(KERNELS.gather.default, rows, anchor, handle, width, dtype)
-        ticket = self._early(KERNELS.prefetch.default, rows, handle)
-        return lambda: self._call(KERNELS.collect.default, ticket, rows, anchor, handle, width, dtype)
+        held = next(x for x in self.inputs if isinstance(x, Table) and x.of == table)
+        dtype = torch.float32 if held.dtype == "float32" else torch.bfloat16
+        gathered = (rows, self.inputs[held], held.handle, width, dtype)
+        if not held.early:
+            return lambda: self._call(KERNELS.gather.default, *gathered)
+        ticket = self._early(KERNELS.prefetch.default, rows, held.handle)
+        return lambda: self._call(KERNELS.collect.default, ticket, *gathered)
 
     # --- state ---------------------------------------------------------------------------------------------------
 
-    def _keep_end(self, name: str, whole: Node) -> None:
-        """The state becomes the end of `whole`."""
+    def _keep_end(self, state: State, whole: Node) -> None:
+        """Keep the end of `whole` as the `state` to carry on."""
         with self.graph.inserting_before(self._behind(whole)):
-            end = self._call(operator.getitem, whole, (_ALL, slice(-value(self.given[name]).shape[1], None)))
-            self.kept[name] = self._method("detach", end)
+            end = self._call(operator.getitem, whole, (_ALL, slice(-value(self.inputs[state]).shape[1], None)))
+            self.kept[state] = self._method("detach", end)
 
     def _keep(self) -> None:
         """Write the state, once everything has read it."""
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         with self.graph.inserting_before(output):
-            for name, new in self.kept.items():
-                self._method("copy_", self.given[name], new).meta[KEEPS] = True
+            for state, new in self.kept.items():
+                self._method("copy_", self.inputs[state], new).meta[KEEPS] = True
 
     # --- nodes ---------------------------------------------------------------------------------------------------
 

@@ -19,13 +19,13 @@ from torch.fx import GraphModule, Node
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.passes.base import Context, module_stack, refuse, value
 from mhc_compile.passes.lookups import ENGRAM, Lookups
+from mhc_compile.passes.marks import Argument
 from mhc_compile.passes.tokens import token_embedding
 
 ROOT = "over_encoding"
 """The module among the owner's parameters that holds `projection` [C, H * D], all W_ij side by side, and the table."""
 TABLE = "over-encoding"
 """What names the table among what the owner gives. No layer of a model, whose memory might be meant, has a hyphen."""
-STATE = "state.over"
 _NO_EOS = -1
 
 
@@ -49,7 +49,7 @@ class OverEncode:
             over = widened.mark.over
             if over is None:
                 continue
-            found = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.given.get("ids"))
+            found = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.inputs.get(Argument("ids")))
             # Where it lies outside, calls of the owner alone would not find it.
             if widened.mark.owner not in module_stack(found.node):
                 raise refuse("MHC225", f"{widened.mark.owner}, which holds the stream, is given embeddings", found.node)
@@ -68,7 +68,7 @@ class _Encoding(Lookups):
         """Give all readers of `embedding` the sum."""
         self.like = embedding
         readers = list(embedding.users)
-        reach, before = self._documents(self.ids, _NO_EOS, STATE)
+        reach, before = self._documents(self.ids, _NO_EOS, TABLE)
         rows = self._early(ENGRAM.over_rows.default, self.ids, reach, before, str(over.hash))
         look_up = self._look_up(TABLE, rows, over.width)
         with self.graph.inserting_before(self._behind(max(embedding, self.last))):

@@ -62,7 +62,7 @@ class Widen:
             if mark.node is not None:
                 mark.node.replace_all_uses_with(mark.node.args[0])  # type: ignore[arg-type]
                 gm.graph.erase_node(mark.node)
-        if not any(mark.given for mark in context.marks):  # else the passes behind this one have use for them
+        if not any(mark.inputs for mark in context.marks):  # else the passes behind this one have use for them
             erase_unused(gm)
         return gm
 

@@ -11,8 +11,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mhc_compile.attach import install
-from mhc_compile.checkpoint.loading import open_converted, read_streams
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.shards import read_json
 from mhc_compile.checkpoint.skeleton import model_class, quiet, skeleton, transformers_module, weightless
@@ -23,6 +21,8 @@ from mhc_compile.convert.memory import convert
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.request import requested
 from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.loading import open_converted, read_streams
+from mhc_compile.owner import convert_owners
 from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.recipe_tables import StreamsTable
 
@@ -80,7 +80,7 @@ def _converted(
         except AttributeError as error:
             raise MHCError("MHC414", f"{folder}: {type(model).__name__} has no module {owner!r}") from error
         parameters._apply(lambda t: t if t.is_meta else t.to(device))  # rows of tables are nowhere
-    install(_hollow(model, device), made)
+    convert_owners(_hollow(model, device), made)
     return model
 
 

@@ -12,18 +12,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mhc_compile.checkpoint.loading import open_converted
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
 from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
+from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.checkpoint.tables import hash_specs, table_name
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.files import fill_rows
 from mhc_compile.engram.parameters import DEVIATION, ROOT, layer_values
 from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.start import start_head
+from mhc_compile.loading import open_converted
 from mhc_compile.parameters import StreamParameters, names, owners
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.runtime.program import Program

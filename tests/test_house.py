@@ -25,15 +25,18 @@ EVERY = [p for room in ROOMS for p in sources(room)]
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports, wherever in it."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found.update(a.name for a in node.names)
+    """Return the modules that a file imports wherever in it, but for those whose types alone it names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    checking = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    exempt = {inner for node in checking for inner in ast.walk(node)}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and node not in exempt:
+            names.update(a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.update(f"{node.module}.{a.name}" for a in node.names)
-    return {name for name in found if name.split(".")[0] in (*ROOMS, "tests")}
+            names.update(f"{node.module}.{a.name}" for a in node.names if node not in exempt)
+    return {name for name in names if name.split(".")[0] in (*ROOMS, "tests")}
 
 
 # The leaf that every room may import: it imports nothing of ours but the codes.
@@ -54,6 +57,82 @@ def test_imports_point_one_way(path: Path) -> None:
         assert name.startswith(ALLOWED[room]), f"{path} imports {name}"
         if room != "runtime":
             assert not name.startswith("mhc_compile.runtime"), f"{path} imports {name}"
+
+
+# Inside mhc_compile/: each line may import those above it, and nothing below or beside it. A folder is one unit, but
+# for its command.py, which only `cli` imports. `(package)` is mhc_compile/__init__.py.
+LAYERS = """
+    codes
+    diagnostics
+    kernels frame printed writing versions modes sharded tracing
+    conventions plan passes
+    config identity guard engram
+    pipeline parameters
+    checkpoint probes
+    integrations
+    carry capture
+    owner measure
+    attach loading gates
+    backend configured
+    convert
+    bisect
+    export
+    inspect
+    diff demo
+    bench
+    (package) runtime
+    doctor
+    commands
+    cli
+    __main__
+"""
+LEVEL = {unit: level for level, line in enumerate(LAYERS.split("\n")) for unit in line.split()}
+
+
+def module_name(path: Path) -> str:
+    """Return the name by which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "mhc_compile" else ("mhc_compile", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in EVERY}
+
+
+def module_of(name: str) -> str:
+    """Return the module that holds what `name` is imported as: itself or one around it."""
+    while name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+ARROWS = {module: {module_of(name) for name in imports(path)} - {module} for module, path in MODULES.items()}
+
+
+def unit_of(module: str) -> str:
+    """Return the name of a module in `LAYERS`."""
+    parts = module.split(".")[1:]
+    if parts[1:] == ["command"] and parts[0] != "runtime":
+        return "commands"
+    return parts[0] if parts else "(package)"
+
+
+def test_no_import_circle_of_files() -> None:
+    # The first line that cannot be peeled off names the files of a circle and those that lead to one.
+    left = dict(ARROWS)
+    while free := [module for module, below in left.items() if not below & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_up_the_table_of_layers(module: str) -> None:
+    unit = unit_of(module)
+    assert unit in LEVEL, f"give {unit} a layer"
+    for other in sorted(ARROWS[module]):
+        above = unit_of(other)
+        assert above == unit or LEVEL[above] < LEVEL[unit], f"{module} imports {other}"
 
 
 def test_leaf_imports_nothing_of_ours() -> None:

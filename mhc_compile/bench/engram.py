@@ -16,7 +16,7 @@ from torch import Tensor
 import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (registers the ops)
 from mhc_compile.bench.contest import Contender, Row, contest, say, show
 from mhc_compile.bench.engram_step import run_steps
-from mhc_compile.engram.files import open_table, write_table
+from mhc_compile.checkpoint.table_files import open_table, write_table
 from mhc_compile.kernels.engram import hashing
 from mhc_compile.kernels.engram.settings import MemorySettings, hash_specs
 from mhc_compile.kernels.engram.spec import HashSpec

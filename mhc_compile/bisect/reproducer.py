@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-import mhc_compile
 from mhc_compile.bisect.bisection import Bisection, Finding
 from mhc_compile.bisect.search import Wrong
 from mhc_compile.bisect.slices import code_of, inputs_of, names_of, slice_of
@@ -26,6 +25,7 @@ from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Pass, module_path, op_name, value
 from mhc_compile.passes.ownership import is_owned
+from mhc_compile.versions import VERSION
 
 EMBEDDED = 1 << 20
 """Bytes of inputs up to which all are written down; of more, tensors above `SMALL` are drawn at random."""
@@ -143,7 +143,7 @@ def _heading(found: Bisection, f: Finding) -> str:
         f"{f.step} is wrong {where} of {found.model}: {f.what}.",
         "",
         f"Error {f.error:.3g} at a scale of {f.scale:.3g}, allowed {f.allowed:.3g}, in {f.dtype}, with {f.values}.",
-        f"Written by mhc-compile {mhc_compile.__version__} with torch {torch.__version__}.",
+        f"Written by mhc-compile {VERSION} with torch {torch.__version__}.",
         *([f"The site's source: {f.source}"] if f.source else []),
         "",
         "Run it with python: it exits with 1 while the error is there, and with 0 once it is gone.",

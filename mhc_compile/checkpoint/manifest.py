@@ -15,6 +15,7 @@ from mhc_compile.kernels.engram.memory import Memory
 from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
+from mhc_compile.versions import VERSION
 
 NAME = "mhc.json"
 FORMAT = 2
@@ -65,11 +66,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `mhc.json` in `folder`."""
-        from mhc_compile import __version__
 
         content = {
             "format": FORMAT if any(o.memory or o.over for o in self.owners.values()) else 1,
-            "mhc_compile": __version__,
+            "mhc_compile": VERSION,
             "architecture": self.architecture,
             "owners": {path: o.plain() for path, o in self.owners.items()},
             "streams_file": self.streams_file,

@@ -7,10 +7,8 @@ says what loads it, instead of leaving the streams out.
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +32,9 @@ from mhc_compile.checkpoint.source import (
     shard_names,
 )
 from mhc_compile.checkpoint.staging import check_target, staged, sync_folder
+from mhc_compile.checkpoint.table_files import SHARD_BYTES
 from mhc_compile.checkpoint.tables import TABLES, write_tables
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.files import SHARD_BYTES
 from mhc_compile.parameters import StreamParameters, names, owners
 
 _REFUSED = {
@@ -125,24 +123,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, table_dtype: torch
         return _Base(type(model).__name__, paths, {})
 
     _write(Path(folder), write_base, held, streams, table_dtype)
-
-
-def save_with_streams(root: nn.Module) -> None:
-    """Make `save_pretrained` of every transformers model of `root` that holds streams the function above."""
-    transformers = sys.modules.get("transformers")
-    for module in root.modules():
-        # PEFT's models have one too, which saves adapters alone.
-        if transformers is not None and isinstance(module, transformers.PreTrainedModel) and owners(module):
-            # On the instance: it is copied and pickled with the module, and leaves classes alone.
-            module.__dict__["save_pretrained"] = functools.partial(save_pretrained, module)
-
-
-def save_without_streams(root: nn.Module) -> None:
-    """Undo `save_with_streams`."""
-    for module in root.modules():
-        own = module.__dict__.get("save_pretrained")
-        if isinstance(own, functools.partial) and own.func is save_pretrained:
-            del module.__dict__["save_pretrained"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -10,9 +10,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from mhc_compile.checkpoint.table_files import open_table, row_blocks, write_rows
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram.compression import TABLE, Compression
-from mhc_compile.engram.files import open_table, row_blocks, write_rows
 from mhc_compile.engram.parameters import DEVIATION, ROOT, new_seed
 from mhc_compile.kernels.engram.tables import MemoryTable, Storage, drawn_rows
 from mhc_compile.parameters import StreamParameters

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mhc_compile.checkpoint.loading import open_converted, read_streams, streams_shard
 from mhc_compile.checkpoint.manifest import Manifest, Owner, is_converted
 from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.shards import Shard, copy_file, copy_shard, read_shard, sync, write_shard, write_text
@@ -35,6 +34,7 @@ from mhc_compile.engram.parameters import tables as tables_of
 from mhc_compile.engram.request import over_requested, requested
 from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.loading import open_converted, read_streams, streams_shard
 from mhc_compile.parameters import StreamParameters, at_start, owners
 
 Form = Literal["mhc", "residual"]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mhc_compile.attach import install, refuse_wrapped, report_coverage, rewrite_with_parameters
+from mhc_compile.attach import refuse_wrapped, report_coverage, rewrite_with_parameters
 from mhc_compile.capture import Captured, capture
 from mhc_compile.config import Options, compile_pipeline, split_options, stream_spec
 from mhc_compile.convert.example_inputs import example_inputs
@@ -19,6 +19,7 @@ from mhc_compile.engram.request import MemoryRequest, OverEncodingRequest, over_
 from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.engram.settings import MemorySettings
 from mhc_compile.modes import other_mode, reads_mode
+from mhc_compile.owner import convert_owners
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.results import Coverage, ResidualStream
@@ -105,7 +106,7 @@ def convert_with_coverage(
     )
     coverage = found.context.coverage
     report_coverage(coverage, spec, settings, whole=True)
-    install(root, made)
+    convert_owners(root, made)
     return coverage
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from mhc_compile.checkpoint.configured import configured, weighted
 from mhc_compile.checkpoint.manifest import NAME
 from mhc_compile.config import STREAM_FIELDS, parse_options
+from mhc_compile.configured import configured, weighted
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff.outputs import outputs_of
 from mhc_compile.inspect import inspect

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mhc_compile.bisect.subject import NOISE
-from mhc_compile.checkpoint.configured import weighted
+from mhc_compile.configured import weighted
 from mhc_compile.convert import convert
 from mhc_compile.convert.example_inputs import seeded_inputs
 from mhc_compile.diagnostics import MHCError

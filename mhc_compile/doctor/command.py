@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mhc_compile import __version__
 from mhc_compile.doctor.check import Check
 from mhc_compile.doctor.machine import compilers, devices, folders, stack
 from mhc_compile.doctor.selftest import selftest
+from mhc_compile.versions import VERSION
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,7 +36,7 @@ def checks() -> Iterator[Check]:
 
 def run(args: argparse.Namespace) -> int:  # noqa: ARG001 - every command's run takes them
     """Print each check as it ends; return 1 if one failed."""
-    print(f"mhc-compile {__version__} on {platform.platform()}")
+    print(f"mhc-compile {VERSION} on {platform.platform()}")
     failed = []
     for check in checks():
         print(check, flush=True)

@@ -17,17 +17,17 @@ from torch.export import ExportedProgram
 from torch.export import _trace as torch_export
 from torch.fx import GraphModule, Node
 
-from mhc_compile.arm import graph_break_error, tracing_config
+from mhc_compile import carry
 from mhc_compile.capture import find_marks
 from mhc_compile.convert.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError, warn
-from mhc_compile.engram import carry
 from mhc_compile.export.decompose import Decompose, leftovers
 from mhc_compile.export.outline import Outline, noting_sinkhorn
 from mhc_compile.identity import ModuleNames
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, op_name
 from mhc_compile.passes.pipeline import EXPORT, Pipeline
+from mhc_compile.tracing import graph_break_error, tracing_config
 
 _NO_PROGRAM = ("unrecognized type", "attempts to add additional input")
 """Dynamo's words for an output of a class that pytree does not know, and for a number from Python's `random`."""

@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from mhc_compile.checkpoint.configured import configured
 from mhc_compile.checkpoint.manifest import NAME
+from mhc_compile.configured import configured
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff.outputs import with_outputs
 from mhc_compile.export.mlir import Dialect

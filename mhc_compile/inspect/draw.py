@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
 from mhc_compile.inspect.elements import Drawing, Element, Found
-from mhc_compile.inspect.watch import Watcher
 from mhc_compile.passes.base import module_path
+from mhc_compile.passes.marks import State, Table, Weight
 from mhc_compile.passes.ownership import INPUT
+
+if TYPE_CHECKING:
+    from mhc_compile.inspect.watch import Watcher
 
 Sites = dict[tuple[str, str], int]
 """Site elements by the owner and the name under which their parameters lie."""
@@ -90,10 +94,13 @@ def _add_memories(drawing: Drawing, watcher: Watcher, sites: Sites) -> None:
     for mark in watcher.marks:
         held = {layer: number for (owner, layer), number in known.items() if owner == mark.owner}
         by_length = sorted(filter(None, held), key=len, reverse=True)
-        for name, node in [*mark.parameters.items(), *mark.given.items()]:
-            # `engram.layers.3.key`, `table:layers.3:...`, `state.gate:layers.3`
-            layer = next((x for x in by_length if f".{x}." in name or f":{x}" in name), "")
-            brought = name in mark.given and INPUT not in node.meta  # the ids and the mask are the caller's
-            looks_up = brought or name.startswith(("engram.", "over_encoding."))
-            if held and looks_up:
-                drawing.of[node] = held.get(layer, next(iter(held.values())))
+        added = {
+            node: next((x for x in by_length if f".{x}." in name), "")  # `engram.layers.3.key`
+            for name, node in mark.parameters.items()
+            if name.startswith(("engram.", "over_encoding."))
+        }
+        for x, node in mark.inputs.items():
+            if INPUT not in node.meta:  # the ids and the mask are the caller's
+                added[node] = x.of if isinstance(x, (Table, Weight, State)) else ""
+        for node, layer in added.items() if held else ():
+            drawing.of[node] = held.get(layer, next(iter(held.values())))

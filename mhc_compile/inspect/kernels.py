@@ -8,14 +8,16 @@ once; a kernel that finds in a cache what it reads again comes close to it. Both
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from mhc_compile.inspect.inspection import KernelReport
 from mhc_compile.inspect.placement import Placement
 from mhc_compile.kernels.kernelspec import DIRECTIONS, KernelSpec
 from mhc_compile.passes.base import kernels_of
+
+if TYPE_CHECKING:
+    from mhc_compile.inspect.inspection import KernelReport
 
 
 def kernel_entries(kernels: Sequence[KernelReport], nodes: Sequence[Node], place: Placement) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mhc_compile.checkpoint.configured import configured
 from mhc_compile.checkpoint.skeleton import transformers_module
+from mhc_compile.configured import configured
 from mhc_compile.convert import convert
 from mhc_compile.export import export, to_mlir
 from mhc_compile.export.mlir import Dialect

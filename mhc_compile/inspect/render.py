@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -13,11 +14,20 @@ from rich.text import Text
 
 from mhc_compile.diagnostics import TABLE, MHCError
 from mhc_compile.inspect.fold import fold
-from mhc_compile.inspect.inspection import Inspection, KernelReport, LayerView, MemoryReport, SiteReport, StreamReport
 from mhc_compile.inspect.lines import short_path
 from mhc_compile.inspect.reach import Reach
 from mhc_compile.passes.observer import Record
 from mhc_compile.passes.results import NativeSite
+
+if TYPE_CHECKING:
+    from mhc_compile.inspect.inspection import (
+        Inspection,
+        KernelReport,
+        LayerView,
+        MemoryReport,
+        SiteReport,
+        StreamReport,
+    )
 
 MAX_NOTES = 4
 """Notes of one pass shown; more are counted."""

@@ -21,7 +21,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
@@ -29,15 +29,17 @@ from torch.fx import Node
 from mhc_compile.diagnostics import TABLE, MHCError, MHCWarning
 from mhc_compile.inspect.draw import draw
 from mhc_compile.inspect.elements import Element
-from mhc_compile.inspect.inspection import Inspection
 from mhc_compile.inspect.kernels import kernel_entries
 from mhc_compile.inspect.lines import Line, Sources, is_buffer, short_path
 from mhc_compile.inspect.placement import Placement, in_order
 from mhc_compile.inspect.reach import Reach
-from mhc_compile.inspect.watch import Watcher
 from mhc_compile.passes.base import is_tensor, shape, value
 from mhc_compile.passes.observer import Record
 from mhc_compile.passes.ownership import is_owned
+
+if TYPE_CHECKING:
+    from mhc_compile.inspect.inspection import Inspection
+    from mhc_compile.inspect.watch import Watcher
 
 FORMAT = 1
 """Changes when what the data means does."""

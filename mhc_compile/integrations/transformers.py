@@ -1,28 +1,35 @@
-"""Tell what the arguments of a forward are for: token ids, mask, positions, cache.
+"""Transformers: what the arguments of a forward are for, and what its models are to know of streams.
 
 The only module that knows what transformers calls its arguments. A cache is told by its class, whatever the argument is
 called (`past_key_values` and `cache_params` up to transformers 5.23, `cache` from 5.24 on). Ids, masks and positions
 share dtypes and shapes, so that names decide between them where a forward has transformers' names; of other forwards
 only a call with a single two-dimensional tensor of integers tells its ids by itself, and `unknown_of` returns the rest.
 
-Dynamo traces what takes a `Roles`; annotations are read once for every class, before.
+Dynamo traces what takes a `Roles`; annotations are read once for every class, before. What is set on models is set on
+instances: it is copied and pickled with them, and leaves classes alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
+import sys
 import typing
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.integrations.attributes import replace_attribute
+from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.parameters import Started, is_converted, owners
 
 IDS, DECODER_IDS, MASK, POSITIONS = "input_ids", "decoder_input_ids", "attention_mask", "position_ids"
 PIXELS, FEATURES = "pixel_values", "input_features"
@@ -32,6 +39,9 @@ STATE = "mhc_memory"
 
 _cache_types: tuple[Any, ...] = ()
 """`transformers.Cache`, once `follow_caches` has run and where transformers is installed."""
+_followers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_methods: dict[tuple[type, str], Callable[..., Any]] = {}
+"""What the methods of caches were before `follow_caches`."""
 
 
 @dataclass(frozen=True)
@@ -215,9 +225,13 @@ def is_filled(cache: Any) -> bool:
     return bool(length)
 
 
-def follow_caches(roles: Roles) -> None:
-    """Let caches take the state along when their rows are reordered, repeated, selected or reset."""
+def follow_caches(owner: nn.Module, roles: Roles) -> None:
+    """Let caches take the state along when their rows are reordered, repeated, selected or reset.
+
+    Their classes are changed for as long as there is such an `owner`; `leave_caches` takes one out.
+    """
     global _cache_types
+    _followers.add(owner)
     classes = roles.caches
     with contextlib.suppress(ImportError):
         from transformers import Cache, EncoderDecoderCache
@@ -227,8 +241,17 @@ def follow_caches(roles: Roles) -> None:
     for cls in classes:
         for name, change in _CHANGES.items():
             method = vars(cls).get(name)
-            if method is not None and not hasattr(method, STATE):
+            if method is not None and (cls, name) not in _methods:
+                _methods[cls, name] = method
                 setattr(cls, name, _followed(method, change))
+
+
+def leave_caches(owner: nn.Module) -> None:
+    """Undo `follow_caches` for `owner`, and with the last one for the classes."""
+    _followers.discard(owner)
+    while _methods and not _followers:
+        (cls, name), method = _methods.popitem()
+        setattr(cls, name, method)
 
 
 def _followed(method: Callable[..., Any], change: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -239,7 +262,6 @@ def _followed(method: Callable[..., Any], change: Callable[..., Tensor]) -> Call
             vars(cache)[STATE] = {name: change(tensor, *args, **kwargs) for name, tensor in state.items()}
         return method(cache, *args, **kwargs)
 
-    setattr(followed, STATE, True)
     return followed
 
 
@@ -254,3 +276,114 @@ _CHANGES: dict[str, Callable[..., Tensor]] = {
     "batch_select_indices": lambda t, indices: t[indices],
     "crop": _crop,
 }
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+_INIT, _COMPILED_CALL = "_init_weights", "get_compiled_call"
+_RECORDERS, _RECORDED = "_mhc_recorders", "_output_capturing_hooks_installed"
+
+
+def on_convert(root: nn.Module) -> None:
+    """Tell the models of `root` of the streams that they have just been given.
+
+    `generate()` compiles them with this backend (on a GPU it compiles static caches by itself), and `init_weights`
+    starts stream parameters that have no values yet, as after `to_empty()`.
+    """
+    for parameters in owners(root).values():
+        for module in parameters.modules():
+            # transformers passes by modules that are marked so: what was made or loaded is not drawn again.
+            values: Any = not any(t.is_meta for t in module.parameters(recurse=False))
+            module._is_hf_initialized = values
+    for module in _models(root):
+        if hasattr(module, _COMPILED_CALL):
+            replace_attribute(module, _COMPILED_CALL, functools.partial(_compiled_call, module))
+        if owners(module):
+            replace_attribute(module, _INIT, functools.partial(_start, module))
+    for owner in root.modules():
+        if is_converted(owner):
+            skip_input_gradients(owner)
+
+
+def on_restore(root: nn.Module) -> None:
+    """Take off what this package did to hooks; attributes are put back by `mhc_compile.owner`."""
+    remove_recorders(root)
+    for module in root.modules():
+        for key, hook in module._forward_hooks.items():
+            if isinstance(hook, _EagerOnly):
+                module._forward_hooks[key] = hook.hook
+
+
+def _models(root: nn.Module) -> list[Any]:
+    transformers = sys.modules.get("transformers")
+    return [m for m in root.modules() if transformers is not None and isinstance(m, transformers.PreTrainedModel)]
+
+
+def _start(model: Any, module: nn.Module) -> None:
+    if isinstance(module, (Started, MemoryTable)):
+        module.reset_parameters()
+    else:
+        getattr(type(model), _INIT)(model, module)
+
+
+def _compiled_call(model: Any, compile_config: Any) -> Callable[..., Any]:
+    from transformers import CompileConfig
+
+    config = CompileConfig() if compile_config is None else copy.copy(compile_config)
+    if config.backend == "inductor":
+        config.backend = "mhc"
+    return type(model).get_compiled_call(model, config)
+
+
+def skip_input_gradients(owner: nn.Module) -> bool:
+    """Skip while tracing the hooks by which transformers and peft make embeddings of frozen weights need gradients.
+
+    Checkpointed blocks need that in eager mode alone: a graph holds the parameters of its blocks. Returns whether
+    there was a hook to change.
+    """
+    changed = False
+    for module in owner.modules():
+        for key, hook in module._forward_hooks.items():
+            if getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads"):
+                module._forward_hooks[key] = _EagerOnly(hook)
+                changed = True
+    return changed
+
+
+class _EagerOnly:
+    """A forward hook that does nothing while Dynamo traces."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, *call: Any) -> Any:
+        return None if torch.compiler.is_dynamo_compiling() else self.hook(*call)
+
+
+def install_recorders(root: nn.Module) -> bool:
+    """Install the hooks by which transformers records hidden states. Returns whether they were missing.
+
+    It does so itself when they are first asked for, under a lock that Dynamo cannot trace. They cannot be pickled, so
+    a model that is never asked does not get them.
+    """
+    install = getattr(sys.modules.get("transformers.utils.output_capturing"), "maybe_install_capturing_hooks", None)
+    if install is None or root not in _models(root) or getattr(root, _RECORDED, False):
+        return False
+    before = {module: set(module._forward_hooks) for module in root.modules()}
+    marked = {module for module in before if _RECORDED in vars(module)}
+    install(root)
+    for module, keys in before.items():
+        added = [key for key in module._forward_hooks if key not in keys]
+        if added or (_RECORDED in vars(module) and module not in marked):
+            vars(module)[_RECORDERS] = added
+    return True
+
+
+def remove_recorders(root: nn.Module) -> None:
+    """Undo `install_recorders` below `root`."""
+    for module in root.modules():
+        added = vars(module).pop(_RECORDERS, None)
+        for key in added or ():
+            module._forward_hooks.pop(key, None)
+        if added is not None:
+            vars(module).pop(_RECORDED, None)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mhc_compile.checkpoint.shards import CHUNK, DTYPES, read_shard, sha256, sync
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.versions import VERSION
 
 NAME = "checkpoint.json"
 FORMAT = 1
@@ -76,7 +77,6 @@ class Description:
 
     def text(self) -> str:
         """As the file holds it."""
-        from mhc_compile import __version__
 
         tensors = {
             name: {
@@ -87,7 +87,7 @@ class Description:
             for name, t in self.tensors.items()
         }
         files = {f.name: {"bytes": f.size, "sha256": f.sha256} for f in self.files.values()}
-        content = {"format": FORMAT, "mhc_compile": __version__, "step": self.step, "world": self.world}
+        content = {"format": FORMAT, "mhc_compile": VERSION, "step": self.step, "world": self.world}
         return json.dumps({**content, "progress": self.progress, "files": files, "tensors": tensors}, indent=1) + "\n"
 
 

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.files import fill_rows
 from mhc_compile.engram.optimizer import TableAdamW, table_groups
 from mhc_compile.kernels.engram.gradient import RowGradient, merge
 from mhc_compile.kernels.engram.prefetch import desk

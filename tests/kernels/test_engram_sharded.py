@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_compile.engram.files import write_files
+from mhc_compile.checkpoint.table_files import write_files
 from mhc_compile.kernels.engram.tables import MemoryTable, drawn_rows
 
 WORKER = Path(__file__).parent / "engram_sharded_worker.py"

@@ -24,8 +24,7 @@ from transformers import (
 )
 
 from mhc_compile import convert, convert_folder
-from mhc_compile.arm import is_armed
-from mhc_compile.parameters import owners
+from mhc_compile.parameters import is_converted, owners
 
 torch.set_num_threads(1)
 LLAMA = {
@@ -132,4 +131,4 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
     assert {path: (p.spec, list(p.sites.items())) for path, p in mine.items()} == {
         path: (p.spec, list(p.sites.items())) for path, p in others.items()
     }
-    assert all(is_armed(right.get_submodule(path)) for path in others)
+    assert all(is_converted(right.get_submodule(path)) for path in others)

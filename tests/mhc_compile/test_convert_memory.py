@@ -18,8 +18,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, MusicgenForCausalLM
 from transformers.models.musicgen import MusicgenDecoderConfig
 
 from mhc_compile import MHCError, convert, stream_parameters
-from mhc_compile.arm import is_armed
-from mhc_compile.parameters import at_start, owners
+from mhc_compile.parameters import at_start, is_converted, owners
 
 # --- the converted model ----------------------------------------------------------------------------------------------
 
@@ -125,16 +124,16 @@ def test_a_new_model_of_the_class_of_a_converted_one_is_residual() -> None:
     model = convert(chain(), ids(), inner="eager")
     torch.manual_seed(0)
     other = type(model)().eval()
-    assert not is_armed(other)
+    assert not is_converted(other)
     assert torch.equal(other(ids()), chain()(ids()))
     convert(other, ids(), inner="eager")
-    assert is_armed(other)
+    assert is_converted(other)
     assert close(other(ids()), model(ids()))
 
 
 @torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True)
 def test_more_graphs_than_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mhc_compile.arm.RECOMPILE_LIMIT", 3)
+    monkeypatch.setattr("mhc_compile.tracing.RECOMPILE_LIMIT", 3)
     model = convert(chain(), ids(), inner="eager")
     for length in (2, 3, 4):
         model(ids(1, length))
@@ -206,7 +205,7 @@ print(torch.equal(model(x).logits, expected))
 def test_each_pickle_protocol(protocol: int) -> None:
     model = convert(chain(), ids(), inner="eager")
     other = pickle.loads(pickle.dumps(model, protocol))
-    assert is_armed(other)
+    assert is_converted(other)
     assert torch.equal(other(ids()), model(ids()))
 
 

@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mhc_compile.checkpoint.table_files import open_table, read_info, write_files, write_rows, write_table
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.engram import files
-from mhc_compile.engram.files import open_table, read_info, write_files, write_rows, write_table
 from mhc_compile.kernels.engram.quantise import FP8, dequantise, quantise
 from mhc_compile.kernels.engram.tables import MemoryTable
 
@@ -237,7 +237,7 @@ def test_changed_rows_are_seen_when_asked(tmp_path: Path) -> None:
 SERVE = """
 import os, resource, sys
 import torch
-from mhc_compile.engram.files import open_table
+from mhc_compile.checkpoint.table_files import open_table
 from mhc_compile.kernels.engram.tables import MemoryTable
 
 torch.set_num_threads(1)

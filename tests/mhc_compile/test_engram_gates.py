@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import MHCError
-from mhc_compile.engram.gates import gate_values
+from mhc_compile.gates import gate_values
 from mhc_compile.kernels.engram import fusion, hashing
 from mhc_compile.parameters import owners
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mhc_compile import convert
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.engram.gates import gate_values
+from mhc_compile.gates import gate_values
 from mhc_compile.kernels import measures, reference
 from mhc_compile.kernels.probe_ops import BINS
 from mhc_compile.kernels.spec import StreamSpec

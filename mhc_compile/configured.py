@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhc_compile.attach import install
-from mhc_compile.checkpoint.loading import from_pretrained
 from mhc_compile.checkpoint.manifest import NAME, is_converted, read_manifest
 from mhc_compile.checkpoint.shards import read_json
 from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
 from mhc_compile.checkpoint.source import open_checkpoint
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.loading import from_pretrained
+from mhc_compile.owner import convert_owners
 from mhc_compile.parameters import StreamParameters
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -53,7 +53,7 @@ def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
             p: StreamParameters(o.spec, o.sites, device=device, memory=o.memory, over=o.over, partial=o.partial)
             for p, o in owners.items()
         }
-        install(model, held)
+        convert_owners(model, held)
     except AttributeError as error:
         raise MHCError("MHC414", f"{path / NAME}: {error}") from error
     return model, True

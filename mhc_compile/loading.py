@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mhc_compile.attach import install
 from mhc_compile.checkpoint.manifest import Manifest, is_converted, read_manifest
 from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.shards import Shard, sha256
@@ -30,6 +29,7 @@ from mhc_compile.checkpoint.tables import check_tokenizer, read_tables
 from mhc_compile.config import OPTION_FIELDS, STREAM_FIELDS, Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.engram.tables import Storage
+from mhc_compile.owner import convert_owners
 from mhc_compile.parameters import StreamParameters, names, owners
 
 STREAM_NAMES = r"(^|\.)mhc\."
@@ -95,7 +95,7 @@ def from_pretrained(
         except (AttributeError, StopIteration) as error:
             raise MHCError("MHC414", f"{checkpoint.folder}: {type(loaded).__name__} has no module {owner!r}") from error
         parameters.to(first.device)
-    install(loaded, made)
+    convert_owners(loaded, made)
     return loaded
 
 

@@ -1,18 +1,8 @@
 """What a call of an owner that looks ids up brings into its graph beside parameters, and what a cached call carries on.
 
-By name, in the order in which `mhc::mark` gets them:
-
-    ids [B, S], mask [B, T], positions [B or 1, S]    of the call
-    unknown:<argument>               what may be ids, a mask or positions, as far as the call tells
-    compression                      the projection of ids [V]
-    table:<name>:<handle>:<dtype>:near|far    the anchor of a table; far: looked up ahead
-    weight:<name>                    a table's rows, for programs that run without this package
-    state.ids [B, N-1], state.reach [B], state.gate:<layer> [B, P, n], state.value:<layer> [B, P, C]
-    state.over.ids [B, n-1], state.over.reach [B]
-
-Tables are named by a memory's layer, or `over-encoding`.
-The state lies in the cache that transformers hands from call to call, as `cache.mhc_memory`, and follows what is done
-to it: beams are reordered, batches repeated and selected. Dynamo traces this module.
+Each tensor comes under a tuple that describes it as in `mhc_compile.passes.marks`. The state lies in the cache that
+transformers hands from call to call, as `cache.mhc_memory`, and follows what is done to it: beams are reordered,
+batches repeated and selected. Dynamo traces this module.
 """
 
 from __future__ import annotations
@@ -39,53 +29,56 @@ from mhc_compile.integrations.transformers import (
     unknown_of,
 )
 from mhc_compile.kernels.engram.hashing import check_ids
+from mhc_compile.passes.marks import Described
+from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
+State = dict[tuple[str, str], Tensor]
+"""What a cached call carries on, by the fields of its `mhc_compile.passes.marks.State`."""
 EXPORTING = False
 """Whether `mhc_compile.export` is tracing: torch 2.11 says so of every trace."""
 
 
-def call_inputs(roles: Roles, arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what `mhc::mark` is given of the call itself, by name."""
-    inputs: dict[str, Tensor] = {}
+def call_inputs(roles: Roles, arguments: Mapping[str, Any], state: State) -> dict[Described, Tensor]:
+    """Return what `mhc::mark` is given of the call itself."""
+    inputs: dict[Described, Tensor] = {}
     ids, mask, positions = ids_of(roles, arguments), mask_of(arguments), positions_of(arguments)
     if ids is not None:
-        inputs["ids"] = ids
+        inputs["Argument", "ids"] = ids
     if mask is not None:
-        inputs["mask"] = mask
+        inputs["Argument", "mask"] = mask
     if positions is not None:
-        inputs["positions"] = positions
+        inputs["Argument", "positions"] = positions
     for name, value in unknown_of(roles, arguments).items():
-        inputs[f"unknown:{name}"] = value
-    for name in state:
-        inputs[f"state.{name}"] = state[name]
+        inputs["Unknown", name] = value
+    for part, of in state:
+        inputs["State", part, of] = state[part, of]
     return inputs
 
 
-def table_inputs(parameters: Any) -> dict[str, Tensor]:
-    """Return what `mhc::mark` is given of the owner beside its parameters, by name."""
-    found: dict[str, Tensor] = {}
+def table_inputs(parameters: Any) -> dict[Described, Tensor]:
+    """Return what `mhc::mark` is given of the owner beside its parameters."""
+    inputs: dict[Described, Tensor] = {}
     if parameters.memory is not None and parameters.memory.compressed:
-        found["compression"] = parameters.get_submodule(ROOT).compression
+        inputs["Compression",] = parameters.get_submodule(ROOT).compression
     for name in parameters.table_places:
         table = parameters.table(name)
-        place = "far" if table.early else "near"
         dtype = "float32" if table.dtype == torch.float32 else "bfloat16"
         if not EXPORTING:  # an exported program has no look-up of ours
-            found[f"table:{name}:{table.handle}:{dtype}:{place}"] = table.anchor
+            inputs["Table", name, table.handle, dtype, table.early] = table.anchor
         weight = getattr(table, "weight", None)
         if weight is not None and table.dtype.itemsize > 1:
-            found[f"weight:{name}"] = weight
-    return found
+            inputs["Weight", name] = weight
+    return inputs
 
 
-def state_of(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+def state_of(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> State:
     """Return the state that this call reads and writes: its cache's, new for an empty one, {} if nothing is cached.
 
     Raises MHC229 for a cache that was filled without it.
     """
     cache = cache_of(roles, arguments)
     if cache is not None:
-        held: dict[str, Tensor] | None = getattr(cache, STATE, None)
+        held: State | None = getattr(cache, STATE, None)
         if held is None:
             refuse_foreign_cache(roles, arguments)
             held = new_state(parameters, roles, arguments)
@@ -111,29 +104,29 @@ def refuse_foreign_cache(roles: Roles, arguments: Mapping[str, Any]) -> None:
         raise MHCError("MHC229", "the cache holds tokens whose ids and convolution inputs are not known")
 
 
-def keep(output: Any, roles: Roles, arguments: Mapping[str, Any], state: dict[str, Tensor]) -> None:
+def keep(output: Any, roles: Roles, arguments: Mapping[str, Any], state: State) -> None:
     """Hand `state` on with the cache that the owner made itself."""
     if state and cache_of(roles, arguments) is None:
         for cache in caches_in(roles, output):
             setattr(cache, STATE, state)
 
 
-def new_state(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+def new_state(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> State:
     """Return the state before the first token; empty for a call without ids, which the pass refuses."""
     placed = batch_of(roles, arguments)
     if placed is None:
         return {}
     batch, device = placed
-    state: dict[str, Tensor] = {}
+    state: State = {}
     if parameters.memory is not None:
         before, past = (batch, parameters.memory_order - 1), parameters.memory_history
-        state["ids"] = torch.full(before, parameters.memory_fill, dtype=torch.int64, device=device)
-        state["reach"] = torch.zeros(batch, dtype=torch.int64, device=device)
+        state["ids", ""] = torch.full(before, parameters.memory_fill, dtype=torch.int64, device=device)
+        state["reach", ""] = torch.zeros(batch, dtype=torch.int64, device=device)
         streams, hidden, dtype = parameters.spec.streams, parameters.hidden, parameters.memory_dtype
         for layer in parameters.memory_layers if past else ():
-            state[f"gate:{layer}"] = torch.zeros(batch, past, streams, dtype=dtype, device=device)
-            state[f"value:{layer}"] = torch.zeros(batch, past, hidden, dtype=dtype, device=device)
+            state["gate", layer] = torch.zeros(batch, past, streams, dtype=dtype, device=device)
+            state["value", layer] = torch.zeros(batch, past, hidden, dtype=dtype, device=device)
     if parameters.over is not None:
-        state["over.ids"] = torch.zeros(batch, parameters.over_order - 1, dtype=torch.int64, device=device)
-        state["over.reach"] = torch.zeros(batch, dtype=torch.int64, device=device)
+        state["ids", OVER_TABLE] = torch.zeros(batch, parameters.over_order - 1, dtype=torch.int64, device=device)
+        state["reach", OVER_TABLE] = torch.zeros(batch, dtype=torch.int64, device=device)
     return state

@@ -1,0 +1,74 @@
+"""How Dynamo is set to trace a stream owner as one graph, and the coded errors for what it cannot trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhc_compile.diagnostics import MHCError
+
+RECOMPILE_LIMIT = 64
+"""Prefill, decode, each batch layout and training are graphs of their own; Dynamo's default of 8 is soon used up."""
+
+
+def tracing_config() -> dict[str, Any]:
+    """Settings of Dynamo under which an owner is captured as one graph."""
+    return {
+        # DDP's optimizer would split the owner's graph; its buckets are still reduced as gradients arrive.
+        "optimize_ddp": False,
+        "recompile_limit": RECOMPILE_LIMIT,
+        "accumulated_recompile_limit": 4 * RECOMPILE_LIMIT,
+        # Hooks put on a layer between two calls must run, as they would in the residual model.
+        "skip_nnmodule_hook_guards": False,
+        # A model that logs (transformers warns once that checkpointing turns the cache off) is no reason to refuse it.
+        _IGNORED: _Functions(set.union(getattr(torch._dynamo.config, _IGNORED), _log_methods())),
+    }
+
+
+_IGNORED = next(k for k in ("ignore_logging_functions", "ignore_logger_methods") if hasattr(torch._dynamo.config, k))
+
+
+class _Functions(set[Any]):
+    """A set of functions that lists itself by name: torch 2.11 sorts this setting and writes it as JSON."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(str(getattr(f, "__qualname__", f)) for f in super().__iter__()))
+
+
+def _log_methods() -> list[Any]:
+    known = (getattr(logging.Logger, name, None) for name in (*_LOG_METHODS, "warning_once"))  # transformers adds this
+    return [method for method in known if method is not None]
+
+
+_LOG_METHODS = ("debug", "info", "warning", "error", "critical")
+
+
+def graph_break_error(owner: nn.Module, error: Exception) -> MHCError:
+    """MHC104 with Dynamo's own account of the break, or the code of what is known to break."""
+    account = str(error).replace("\\", "/")
+    known = {"/accelerate/hooks.py": "MHC211", "/distributed/fsdp/": "MHC212"}
+    for place, code in known.items():
+        if place in account:
+            return MHCError(code, module=type(owner).__name__)
+    return graph_break(str(error), type(owner).__name__)
+
+
+def call_error(model: nn.Module, error: Exception) -> MHCError:
+    """Return MHC111 for an operation of the model's own that rejects what it is given, with its message and place."""
+    return _coded("MHC111", str(error), type(model).__name__)
+
+
+def graph_break(account: str, module: str) -> MHCError:
+    """MHC104 from the text by which Dynamo accounts for a break: its explanation, its hints, the user's line."""
+    return _coded("MHC104", account, module)
+
+
+def _coded(code: str, account: str, module: str) -> MHCError:
+    lines = [ln.strip() for ln in account.splitlines() if ln.strip()]
+    told = [ln for ln in lines if ln.startswith(("Explanation:", "Hint:"))]
+    where = [ln for ln in lines if ln.startswith("File ")]
+    return MHCError(code, " ".join(told or lines[:1]), module=module, source=where[-1] if where else None)
