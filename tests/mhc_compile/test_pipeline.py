@@ -167,7 +167,7 @@ def test_inspect_and_bisect_take_pipelines() -> None:
     assert parse_options([f"pipeline={TEXT}"]) == {"pipeline": TEXT}
     wrong = bisect(llama(), ids(), inner="eager", pipeline=TEXT)
     assert wrong.finding is None
-    assert [checked.step for checked in wrong.checked][:3] == ["normalize", "residual", "widen"]
+    assert [checked.name for checked in wrong.checked][:3] == ["normalize", "residual", "widen"]
 
 
 def test_passes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
