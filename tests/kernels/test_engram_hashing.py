@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,11 +19,10 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.engram import hash_ops, hashing, rows_cpp, rows_triton
 from mhc_compile.kernels.engram.spec import HashSpec
-from mhc_compile.kernels.triton import run as triton_run
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 needs_compiler = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler")
-needs_triton = pytest.mark.skipif(triton_run.importlib.util.find_spec("triton") is None, reason="no Triton")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
 INT64 = st.one_of(
     st.integers(-(2**63), 2**63 - 1),

@@ -141,4 +141,4 @@ def test_models_without_ids_are_refused() -> None:
 def test_memory_with_a_convolution(golden: Golden) -> None:
     model, ids = toy(Recipe(layers=1, style="single"))
     text = graph_text(inserted(model, ids, settings("paper", 0)).graph)
-    golden(re.sub(r"_\d+_float32_near, \d+,", "_HANDLE_float32_near, HANDLE,", text))
+    golden(re.sub(r"_\d+_float32_False, \d+,", "_HANDLE_float32_False, HANDLE,", text))

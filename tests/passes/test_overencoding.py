@@ -94,7 +94,7 @@ def test_whatever_reads_the_embedding(recipe: Recipe) -> None:
 def test_the_graph(golden: Golden) -> None:
     model, ids = toy(Recipe(layers=1, style="single"))
     text = graph_text(inserted(model, ids).graph)
-    golden(re.sub(r"_\d+_float32_near, \d+,", "_HANDLE_float32_near, HANDLE,", text))
+    golden(re.sub(r"_\d+_float32_False, \d+,", "_HANDLE_float32_False, HANDLE,", text))
 
 
 def test_plain_programs_read_the_table_as_an_embedding() -> None:
