@@ -80,7 +80,8 @@ def restore_owners(root: nn.Module) -> None:
 
 def _convert(owner: Any, parameters: StreamParameters) -> None:
     """Swap the class of `owner`."""
-    owner.__class__ = converted_class(type(owner))
+    # The class may be that of another converted owner: `type(model)(...)` made this one.
+    owner.__class__ = converted_class(getattr(type(owner), "_mhc_base", type(owner)))
     if "forward" in vars(owner) and not accelerate.wraps_forward(owner):
         vars(owner)[_OWN_FORWARD] = vars(owner).pop("forward")
     guard(owner, parameters.readers)
