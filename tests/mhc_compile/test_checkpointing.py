@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Block, chain, disagree, gradients, ids, llama, loss_of, shake
+from tiny_models import Block, chain, disagree, gradients, ids, llama, loss_of, shake, variants
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,7 +42,7 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize(("first", "inner", "reentrant"), [(True, "aot_eager", True), (True, "eager", False)])
+@pytest.mark.parametrize(("first", "inner", "reentrant"), variants((True, "aot_eager", True), (True, "eager", False)))
 def test_switched_on_before_conversion(first: bool, inner: str, reentrant: bool) -> None:
     model = llama().train()
     expected = gradients(model)
@@ -51,7 +51,7 @@ def test_switched_on_before_conversion(first: bool, inner: str, reentrant: bool)
     assert not disagree(gradients(model), expected, 2e-6)
 
 
-@pytest.mark.parametrize(("inner", "reentrant"), [("aot_eager", False), ("eager", True)])
+@pytest.mark.parametrize(("inner", "reentrant"), variants(("aot_eager", False), ("eager", True)))
 def test_switched_on_after_conversion(inner: str, reentrant: bool) -> None:
     model = convert(llama(), inner=inner).train()
     shake(model)
@@ -62,7 +62,7 @@ def test_switched_on_after_conversion(inner: str, reentrant: bool) -> None:
     assert not disagree(gradients(model), expected, 2e-6)
 
 
-@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("outer", variants(True, False))
 def test_checkpointed_blocks_are_recomputed(outer: bool) -> None:
     sizes = []
     for recompute in (False, True):
@@ -75,7 +75,7 @@ def test_checkpointed_blocks_are_recomputed(outer: bool) -> None:
     assert sizes[1] < 0.35 * sizes[0]
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", variants(False, True))
 def test_blocks_checkpointed_by_hand(reentrant: bool) -> None:
     model = chain(depth=3)
     expected = gradients(model)

@@ -82,6 +82,7 @@ def test_without_transformers(tmp_path: Path) -> None:
     assert "transformers is not installed" in seen["generate"]
 
 
+@pytest.mark.slow
 def test_steps_after_one_that_fails_are_not_run(tmp_path: Path) -> None:
     (tmp_path / "model").touch()  # where the checkpoint folder belongs
     checks = states(tmp_path)

@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mhc_compile.checkpoint import table_files as files
 from mhc_compile.checkpoint.table_files import open_table, read_info, write_files, write_rows, write_table
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.checkpoint import table_files as files
 from mhc_compile.kernels.engram.quantise import FP8, dequantise, quantise
 from mhc_compile.kernels.engram.tables import MemoryTable
 
