@@ -108,7 +108,7 @@ def test_without_a_compiler_plain_pytorch_computes(monkeypatch: pytest.MonkeyPat
     ids = torch.randint(0, 11, (2, 5))
     reach = hashing.reach(ids, None, None, None)
     wanted = OPS[1](ids, reach, None, str(spec))
-    monkeypatch.setattr(hash_ops, "provider", lambda _: "reference")
+    monkeypatch.setattr(hash_ops, "target", lambda _: "reference")
     calls = []
     monkeypatch.setattr(overencoding, "rows", lambda *a, f=overencoding.rows: (calls.append(a), f(*a))[1])
     assert torch.equal(OPS[1](ids, reach, None, str(spec)), wanted)
