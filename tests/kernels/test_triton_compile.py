@@ -53,7 +53,7 @@ def spilled(compiled: Compiled, backend: str) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("norm", [n if n == "rms" else pytest.param(n, marks=pytest.mark.slow) for n in get_args(Norm)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_boundary_compiles_for_sm_90(kernel: str, norm: Norm) -> None:
     chain = boundary(1280, torch.bfloat16, norm)

@@ -267,6 +267,7 @@ def test_calls_follow_zipfs_law() -> None:
     assert not torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_a_step_with_its_rows_given_computes_the_same_without_a_look_up(tmp_path: Path) -> None:
     model = with_memory(llama())
     model.save_pretrained(tmp_path / "model")

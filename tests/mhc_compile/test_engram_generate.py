@@ -80,6 +80,7 @@ def test_calls_that_go_on_equal_the_whole(trained: Any, cut: list[int], kind: st
     assert close(torch.cat(steps, 1), whole, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_copied_cache_goes_its_own_way(trained: Any) -> None:
     first, second = ids().split([4, 4], 1)
     with torch.no_grad():
@@ -98,6 +99,7 @@ def test_a_cache_used_again_starts_anew(trained: Any) -> None:
         assert close(cached(trained, ids(), cache).logits, whole, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_generates_the_same(trained: Any) -> None:
     expected = generated(trained)
     compiled = torch.compile(trained, backend="mhc", options={"inner": "eager"})

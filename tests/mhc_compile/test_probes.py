@@ -132,6 +132,7 @@ def test_outputs_without_gradients_stay_without() -> None:
 # --- however the model is called ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_from_outside() -> None:
     model = converted(llama())
     (expected,) = sampled(model)
@@ -225,6 +226,7 @@ def test_a_checkpointed_forward_is_recorded_once(reentrant: bool) -> None:
     assert ("branch_gradient" in sample.values) != reentrant
 
 
+@pytest.mark.slow
 def test_layers_that_are_checkpointed() -> None:
     model = converted(llama(), inner="aot_eager").train()
     model.gradient_checkpointing_enable()

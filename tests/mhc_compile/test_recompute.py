@@ -151,6 +151,7 @@ def test_bytes_are_those_predicted() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_inductor_keeps_as_little_and_computes_the_same() -> None:
     # One block: the graph is the one without recomputation but for its tags, which caches must not mistake.
     kept, again = measured("off", "inductor", 2), measured("stage", "inductor", 2)

@@ -113,7 +113,7 @@ def test_every_site_is_raised_and_exact_in_float64(name: str) -> None:
     assert float(errors(in_float64(found, model), before).max()) <= 1e-10
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", QUICK)
 def test_as_exact_as_the_eager_model(name: str, dtype: torch.dtype) -> None:
     ours, theirs = [], []
@@ -204,6 +204,7 @@ def test_other_streams_are_left_to_the_inner_compiler(name: str, codes: set[str]
         assert torch.equal(got, logits_of(model(**inputs)))
 
 
+@pytest.mark.slow
 def test_a_break_through_the_sites_is_said_and_the_rest_is_raised() -> None:
     model, inputs = far_from_start("text/glm5_next_text")
     step = torch.compile(model, backend="mhc", options={"inner": "eager"})
