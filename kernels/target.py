@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Generated code, and its own count of what it moves."""
 
     text: str

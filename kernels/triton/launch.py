@@ -7,9 +7,10 @@ import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*f
 _MEASURED: dict[tuple[KernelSpec, Direction, str, str], TileConfig] = {}
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """One launch of a kernel with one tile configuration."""
 
     values: dict[str, Tensor]

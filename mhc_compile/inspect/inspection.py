@@ -104,7 +104,7 @@ class KernelReport:
     def bytes_token(self, direction: Direction) -> int:
         """Return the bytes that a token moves, as the code counts them; at least, where plain PyTorch computes it."""
         source = self.source(direction)
-        return self.spec.bytes_token(direction, source and source.passes)
+        return self.spec.bytes_token(direction, source.passes if source else None)
 
 
 @dataclass(frozen=True)
