@@ -32,7 +32,8 @@ def _classes(model: nn.Module) -> set[type]:
     own = {base for module in model.modules() for base in type(module).__mro__}
     libraries = (m for name, m in list(sys.modules.items()) if name.split(".")[0] in LIBRARIES)
     public = {v for m in libraries if type(m) is types.ModuleType for v in vars(m).values() if isinstance(v, type)}
-    return {cls for cls in own | public if cls.__module__ != "builtins"}
+    # Dynamo patches `nn.Module` itself when it first traces.
+    return {cls for cls in own | public if cls.__module__.split(".")[0] not in ("builtins", "torch")}
 
 
 def _copied(value: Any) -> Any:
