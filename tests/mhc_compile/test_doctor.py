@@ -36,6 +36,7 @@ def broken(**variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_and_a_cache_that_others_write_to(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -43,6 +43,7 @@ def test_caches_change_nothing(trained: Any, cache: dict[str, Any], search: str)
 
 
 @pytest.mark.parametrize("preset", variants(*(p for p in PRESETS if p != "paper")))
+@pytest.mark.slow
 def test_other_presets(preset: str) -> None:
     model = speaking(preset, layers=(0,))
     for search in ("beams", "left-padded"):
@@ -110,6 +111,7 @@ def test_a_compiled_model_generates_the_same(trained: Any) -> None:
         assert close(torch.cat(steps, 1), trained(ids(), use_cache=False).logits, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_decoder_of_a_pair_gets_the_memory() -> None:
     model = with_memory(t5(num_layers=1), layers=(0,))
     assert model.encoder.mhc.memory is None

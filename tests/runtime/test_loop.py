@@ -220,6 +220,7 @@ def test_mistakes_are_found_before_the_first_step(
     assert not list((tmp_path / "run").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_documents_of_a_sequence_do_not_see_each_other(material: Path, tmp_path: Path) -> None:
     """The first loss is the model's own with positions that begin again, not the one of a single text."""
     shutil.copytree(material / "model", tmp_path / "model")
