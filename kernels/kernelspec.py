@@ -1,4 +1,4 @@
-"""What a kernel computes, whatever it is generated for: the protocol of `Chain` and `MemoryStep`."""
+"""Specify what a kernel computes, independent of the target: the base class of `Chain` and `MemoryStep`."""
 
 from __future__ import annotations
 

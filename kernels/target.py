@@ -1,4 +1,4 @@
-"""What computes kernels: the protocol of `Cpp`, `Triton` and `Reference`, and the last of them, plain PyTorch."""
+"""Define `Target`, the base class of `Cpp` and `Triton`, and `Reference`, which computes in plain PyTorch."""
 
 from __future__ import annotations
 

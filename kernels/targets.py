@@ -1,4 +1,4 @@
-"""Which target computes a kernel: generated C++ on a CPU, generated Triton on a GPU, otherwise plain PyTorch."""
+"""Choose the target of a kernel: generated C++ on a CPU, generated Triton on a GPU, otherwise plain PyTorch."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the stream
 `mhc_compile.passes` (pipelines: `mhc_compile.passes.pipeline`), `mhc_compile.kernels`.
 """
 
+import mhc_compile.backend  # noqa: F401  (registers it with Dynamo)
 from mhc_compile.checkpoint.saving import save, save_pretrained
 from mhc_compile.config import Options
 from mhc_compile.convert import convert, convert_folder, to_residual

@@ -21,7 +21,7 @@ from mhc_compile.kernels import targets
 from mhc_compile.kernels.engram import prefetch
 from mhc_compile.kernels.forms import width_of
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.owner import convert_owners
+from mhc_compile.owner import BACKEND, convert_owners
 from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
 from mhc_compile.passes.base import Context, Mark
 from mhc_compile.passes.fuse import kernels_in
@@ -55,6 +55,9 @@ def mhc(
     if mode is not None:
         own["mode"] = mode
     return Backend(Options(**own), stream)(gm, example_inputs)
+
+
+torch._dynamo.register_backend(mhc, name=BACKEND, tags=("debug",))
 
 
 class Backend:
@@ -98,7 +101,7 @@ class Backend:
             normal = analyse.run(normal, context, debug=debug, provided=begin.provides)
         except MHCError as error:
             if error.code == "MHC101" and not frame.is_whole():
-                # What a step of training computes beside its model, an optimizer's update for one, holds no streams.
+                # A compiled training step also has graphs without a model in them, such as the optimizer's update.
                 if any(node.meta.get("nn_module_stack") for node in gm.graph.nodes):
                     warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
                 return compile_inner(gm, example_inputs, self.options)

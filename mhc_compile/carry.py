@@ -1,4 +1,4 @@
-"""What a call of an owner that looks ids up brings into its graph beside parameters, and what a cached call carries on.
+"""Pass extra graph inputs to owners with memories, and keep the state of a cached call.
 
 Each tensor comes under a tuple that describes it as in `mhc_compile.passes.marks`. The state lies in the cache that
 transformers hands from call to call, as `cache.mhc_memory`, and follows what is done to it: beams are reordered,

@@ -32,7 +32,9 @@ from mhc_compile.tracing import RECOMPILE_LIMIT, graph_break_error, tracing_conf
 
 _ON_CONVERT = (accelerate.on_convert, peft.on_convert, transformers.on_convert, saving.on_convert)
 _ON_RESTORE = (transformers.on_restore, peft.on_restore, accelerate.on_restore)
-"""What other libraries need, called with the model; attributes that were replaced are put back besides."""
+"""Called with the model to prepare other libraries, and to undo it; replaced attributes are restored afterwards."""
+BACKEND = "mhc_compile"
+"""The name under which `mhc_compile.backend` registers itself with Dynamo."""
 _OWN_FORWARD = "_mhc_forward"
 """Attribute of a converted owner: the forward that was set on the instance before, which would hide that of the class.
 """
@@ -148,7 +150,7 @@ def converted_class(base: type) -> type:
         return (_new_owner, (base, is_converted(self) and active_parameters(self.mhc).reads_ids), *state)
 
     forward.__signature__ = inspect.signature(base_forward)  # type: ignore[attr-defined]
-    # What unwraps a model, as accelerate does, would go past this forward to the residual one.
+    # Code that unwraps a model, such as accelerate, would follow it past this forward to the residual one.
     del forward.__wrapped__
     converted = type(
         base.__name__,
@@ -242,5 +244,7 @@ def _compile(owner: Any, traced: Callable[..., Any]) -> Callable[..., Any]:
     own = types.FunctionType(
         traced.__code__.replace(), traced.__globals__, traced.__name__, traced.__defaults__, traced.__closure__
     )
-    # By the name that it has for torch: the backend converts models at their first call, and so imports this module.
-    return torch.compile(own, backend="mhc", options=dict(vars(active_parameters(owner.mhc).options)), fullgraph=True)
+    # By the name under which it registers itself: the backend converts models at their first call, and so imports this
+    # module. The entry point `mhc` is there only where the package is installed.
+    options = dict(vars(active_parameters(owner.mhc).options))
+    return torch.compile(own, backend=BACKEND, options=options, fullgraph=True)

@@ -127,7 +127,7 @@ class StreamParameters(nn.Module):
             place = self._place(f"{MEMORIES}.{layer.layer}", values, device)
             place.add_module("table", new_table(layer.rows, memory.settings.row_width, tables_on))
             self.table_places[layer.layer] = f"{MEMORIES}.{layer.layer}"
-        # What a traced call reads (`mhc_compile.carry`).
+        # A traced call reads these attributes (`mhc_compile.carry`).
         self.memory_layers = tuple(m.layer for m in memory.layers)
         self.memory_order, self.memory_fill = memory.layers[0].hash.order, memory.layers[0].hash.fill
         self.memory_history = memory.fusion.history if memory.fusion.dilation else 0

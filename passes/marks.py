@@ -59,7 +59,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class State:
-    """What a cached call carries on.
+    """A tensor of the state that a cached call carries on.
 
     Of all memories (`of=""`) and of the over-encoding `ids` [B, N-1] and `reach` [B]; of a memory's layer `gate`
     [B, P, n] and `value` [B, P, C].

@@ -39,7 +39,7 @@ _INPUTS: dict[Kind, tuple[str, ...]] = {
     "inject": ("X", "a", "value", "reach", "conv_gain", "conv"),
     "remember": ("X", "keys", "value", "query_gain", "key_gain"),
 }
-# What every token reaches where no reach is given.
+# Stands for the reach of every token where the caller gives none: no limit.
 _FAR = torch.iinfo(torch.int64).max
 
 
@@ -59,11 +59,11 @@ class MemoryStep(KernelSpec):
     """C, the hidden size."""
     spec: FusionSpec
     streams_dtype: torch.dtype = torch.float32
-    """Of X and X'."""
+    """The dtype of the streams before and after the step, X and X'."""
     keys_dtype: torch.dtype = torch.float32
     value_dtype: torch.dtype = torch.float32
     joins: bool = False
-    """Of a gate whose streams go on to an `inject`: its backward adds the gradient of X' to that of X."""
+    """Whether a `gate` hands its streams on to an `inject`; its backward then adds the gradient of X' to that of X."""
 
     @property
     def n(self) -> int:

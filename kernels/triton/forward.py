@@ -29,7 +29,7 @@ def forward_source(chain: Chain) -> Source:
 
 
 def _passes(chain: Chain) -> dict[str, int]:
-    """What is weighed is read again behind the projection; a norm reads h again, and writes it again."""
+    """Count the passes over each wide value: aggregating rereads the streams after projecting, a norm rereads h."""
     passes = dict.fromkeys(chain.wide("forward"), 1)
     if chain.projects and chain.collapses:
         again = ("next_X",) if chain.keeps_streams else ("X", "y")

@@ -136,7 +136,7 @@ class Launcher(ABC):
                 return "constexpr" if name in constants else "i64"
             return _POINTERS[torch.float32 if name in self.SCRATCH else spec.dtype(name)]
 
-        # What a launch finds for itself: storage begins at multiples of 16 bytes, and so do tokens of such a width.
+        # A launch would detect this from the tensors: storage is aligned to 16 bytes, as are tokens of such a width.
         aligned = [i for i, name in enumerate(fn.arg_names) if name in names]
         if spec.n * spec.width % 16 == 0 and "x_stride" in fn.arg_names:
             aligned.append(fn.arg_names.index("x_stride"))

@@ -25,7 +25,7 @@ class Judged:
 
     spec: KernelSpec
     name: str
-    """As the specification names it: `next_X`, `h`, ...; gradients `d_X`, `d_phi`, ..."""
+    """The value's name in the specification: `next_X`, `h`, ...; gradients are `d_X`, `d_phi`, ..."""
     kernel: Difference
     """From plain PyTorch in float64."""
     plain: Difference

@@ -41,7 +41,7 @@ _cache_types: tuple[Any, ...] = ()
 """`transformers.Cache`, once `follow_caches` has run and where transformers is installed."""
 _followers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _methods: dict[tuple[type, str], Callable[..., Any]] = {}
-"""What the methods of caches were before `follow_caches`."""
+"""The original methods of the cache classes, which `follow_caches` replaced."""
 
 
 @dataclass(frozen=True)

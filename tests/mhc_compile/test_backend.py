@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,3 +257,15 @@ def test_logits_of_a_call_with_keywords_only() -> None:
     model = llama()
     expected = logits(model(input_ids=ids()))
     assert close(logits(convert(model, inner="eager")(input_ids=ids())), expected)
+
+
+def test_a_converted_model_runs_from_a_checkout_that_is_not_installed() -> None:
+    program = (
+        "import importlib.metadata as metadata; metadata.entry_points = lambda **_: metadata.EntryPoints(())\n"
+        "import torch, mhc_compile; from tiny_models import chain, ids\n"
+        "assert 'mhc' not in torch._dynamo.list_backends()\n"
+        "assert mhc_compile.convert(chain(), ids(), inner='eager')(ids()).isfinite().all()\n"
+    )
+    path = f"{Path(mhc_compile.__file__).parents[1]}{os.pathsep}{Path(__file__).parent}"
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == 0
