@@ -23,8 +23,8 @@ from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
 from mhc_compile.demo.training import Contender, adamw, train
 from mhc_compile.demo.trials import Claim, markdown, plus_minus
-from mhc_compile.kernels.engram.tables import MemoryTable
-from mhc_compile.plan.allocation import BEST_SHARES, allocate
+from mhc_compile.memory.tables import MemoryTable
+from mhc_compile.runtime.plan.allocation import BEST_SHARES, allocate
 
 ROUTED = 2
 """Experts a token is routed to."""

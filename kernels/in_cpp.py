@@ -14,9 +14,9 @@ from torch import Tensor
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp import backward, build, forward
 from mhc_compile.kernels.cpp.memory import POOL
-from mhc_compile.kernels.engram.cpp import convolution, tokens
-from mhc_compile.kernels.engram.step import MemoryStep
 from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec, Values, dtypes_against, laid_out
+from mhc_compile.kernels.memory.cpp import convolution, tokens
+from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.target import Source, Target
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

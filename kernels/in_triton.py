@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.engram.step import MemoryStep
-from mhc_compile.kernels.engram.triton.steps import StepLauncher
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values, dtypes_against
+from mhc_compile.kernels.memory.step import MemoryStep
+from mhc_compile.kernels.memory.triton.steps import StepLauncher
 from mhc_compile.kernels.target import Source, Target
 from mhc_compile.kernels.triton.chains import ChainLauncher
 from mhc_compile.kernels.triton.launch import Launcher

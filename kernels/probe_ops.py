@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mhc_compile.kernels import measures, reference
 from mhc_compile.kernels.autocast import without_autocast
-from mhc_compile.kernels.engram import fusion
-from mhc_compile.kernels.engram.spec import FusionSpec
+from mhc_compile.kernels.memory import fusion
+from mhc_compile.kernels.memory.spec import FusionSpec
 from mhc_compile.kernels.sinkhorn import parse_spec
 
 LIBRARY = torch.library.Library("mhc_probes", "DEF")

@@ -11,7 +11,7 @@ your own, `parameter_groups` for optimizers,
 
 Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the streams of a model do),
 `mhc_compile.diff` and `mhc_compile.bisect` (two forms side by side, what goes wrong where),
-`mhc_compile.conventions` and `mhc_compile.parameters`, `mhc_compile.engram` (memories), `mhc_compile.kernels.functions`
+`mhc_compile.conventions` and `mhc_compile.parameters`, `mhc_compile.memory` (memories), `mhc_compile.kernels.functions`
 (the kernels by hand), `mhc_compile.runtime` (training); and the compiler: `mhc_compile.backend`, `mhc_compile.capture`,
 `mhc_compile.passes` (pipelines: `mhc_compile.passes.pipeline`), `mhc_compile.kernels`.
 """
@@ -19,17 +19,17 @@ Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the stream
 import mhc_compile.backend  # noqa: F401  (registers it with Dynamo)
 from mhc_compile.checkpoint.saving import save, save_pretrained
 from mhc_compile.config import Options
-from mhc_compile.convert import convert, convert_folder, to_residual
+from mhc_compile.conversion import convert, convert_folder, to_residual
 from mhc_compile.diagnostics import MHCError, MHCWarning
-from mhc_compile.engram.optimizer import TableAdamW, table_groups
-from mhc_compile.export import export, to_mlir
-from mhc_compile.inspect import Inspection, inspect
-from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
-from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.exporting import export, to_mlir
+from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
+from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.loading import from_pretrained, load
+from mhc_compile.memory.optimizer import TableAdamW, table_groups
 from mhc_compile.parameters import parameter_groups, stream_parameters
 from mhc_compile.probes import Probes
+from mhc_compile.report import Inspection, inspect
 from mhc_compile.versions import VERSION, warn_of_newer
 
 __all__ = [

@@ -14,9 +14,9 @@ from torch.fx import GraphModule, Node
 from mhc_compile import carry
 from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError, warn
-from mhc_compile.engram.request import Request
 from mhc_compile.guard import stream_readers
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.memory.request import Request
 from mhc_compile.modes import joined_sites
 from mhc_compile.owner import refuse_unconvertible
 from mhc_compile.parameters import StreamParameters

@@ -18,9 +18,9 @@ from mhc_compile.config import Options, compile_pipeline, native_pipeline, split
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.identity import ModuleNames, identify
 from mhc_compile.kernels import targets
-from mhc_compile.kernels.engram import prefetch
 from mhc_compile.kernels.forms import width_of
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.memory import prefetch
 from mhc_compile.owner import BACKEND, convert_owners
 from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
 from mhc_compile.passes.base import Context, Mark

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.parameters import ROOT
 from mhc_compile.integrations.transformers import (
     STATE,
     Roles,
@@ -28,7 +27,8 @@ from mhc_compile.integrations.transformers import (
     positions_of,
     unknown_of,
 )
-from mhc_compile.kernels.engram.hashing import check_ids
+from mhc_compile.kernels.memory.hashing import check_ids
+from mhc_compile.memory.parameters import ROOT
 from mhc_compile.passes.marks import Described
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from mhc_compile.bench import command as bench
 from mhc_compile.bisect import command as bisect
-from mhc_compile.convert import command as convert
+from mhc_compile.conversion import command as convert
 from mhc_compile.demo import command as demo
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff import command as diff
 from mhc_compile.doctor import command as doctor
-from mhc_compile.inspect import command as inspect
 from mhc_compile.probes import command as probe
+from mhc_compile.report import command as inspect
 from mhc_compile.versions import VERSION
 
 RUNTIME = {

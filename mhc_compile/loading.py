@@ -28,7 +28,7 @@ from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.tables import check_tokenizer, read_tables
 from mhc_compile.config import OPTION_FIELDS, STREAM_FIELDS, Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram.tables import Storage
+from mhc_compile.memory.tables import Storage
 from mhc_compile.owner import convert_owners
 from mhc_compile.parameters import StreamParameters, names, owners
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.optimizer import table_groups
-from mhc_compile.engram.parameters import ROOT as MEMORIES
-from mhc_compile.engram.parameters import Start, layer_values, new_table
-from mhc_compile.kernels.engram.memory import Memory
-from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
-from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.memory.memories import Memory
+from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import start_head
+from mhc_compile.memory.optimizer import table_groups
+from mhc_compile.memory.parameters import ROOT as MEMORIES
+from mhc_compile.memory.parameters import Start, layer_values, new_table
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.marks import Signature
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
@@ -46,7 +46,7 @@ class StreamParameters(nn.Module):
     Each site's parameters sit in modules nested by its name: `layers.3#0` -> `mhc.layers.3#0.phi`. With the exit
     `head` there are also `head.fn` [n, n*C], `head.base` [n] and `head.scale` [1].
 
-    With a `memory` its layers' parameters (`mhc_compile.engram.parameters`) lie at `engram.<layer>`, each with its
+    With a `memory` its layers' parameters (`mhc_compile.memory.parameters`) lie at `engram.<layer>`, each with its
     `table`, and `engram.compression` [V] where ids are compressed. With `over`, `over_encoding` holds W and a table.
 
     `sites` maps each site's name, in the order of the stream, to C. `partial` has the smaller sets of them that the

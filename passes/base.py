@@ -11,9 +11,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram.memory import Memory
-from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
 from mhc_compile.kernels.kernelspec import KernelSpec
+from mhc_compile.kernels.memory.memories import Memory
+from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.passes.marks import Input
 from mhc_compile.passes.results import Coverage, NativeSite, Probed, ResidualStream
 

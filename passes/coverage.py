@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, source_line
 from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.residual_sites import SiteSearch, branch_mask
 from mhc_compile.passes.results import ENDS, Coverage, ResidualStream
-from mhc_compile.passes.sites import SiteSearch, branch_mask
 
 # Operations that may put a value and what a branch makes of it together.
 JOINS = {

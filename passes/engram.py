@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
-from mhc_compile.kernels.engram.memory import LayerMemory, Memory, layers_of
+import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
+from mhc_compile.kernels.memory.memories import LayerMemory, Memory, layers_of
 from mhc_compile.passes.base import Context, Widened, gradient_modes, value
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.marks import Argument, Compression, State

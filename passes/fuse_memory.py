@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import mhc_compile.kernels.engram.gather
-import mhc_compile.kernels.engram.ops  # noqa: F401  (these register the ops)
-from mhc_compile.kernels.engram import hash_ops
-from mhc_compile.kernels.engram.spec import HashSpec, OverEncodingSpec
+import mhc_compile.kernels.memory.gather
+import mhc_compile.kernels.memory.ops  # noqa: F401  (these register the ops)
 from mhc_compile.kernels.kernelspec import KernelSpec
+from mhc_compile.kernels.memory import hash_ops
+from mhc_compile.kernels.memory.spec import HashSpec, OverEncodingSpec
 from mhc_compile.kernels.registration import registered
 from mhc_compile.passes.base import KERNELS_OF, copy_meta, value
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import mhc_compile.kernels.engram.gather
-import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (these register the ops)
+import mhc_compile.kernels.memory.gather
+import mhc_compile.kernels.memory.hash_ops  # noqa: F401  (these register the ops)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Widened, copy_meta, refuse, shape, value
 from mhc_compile.passes.marks import Argument, State, Table, Unknown, Weight

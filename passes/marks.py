@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mhc_compile.kernels.engram.memory import Memory
-from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
+from mhc_compile.kernels.memory.memories import Memory
+from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 
 Role = Literal["ids", "mask", "positions"]
 Part = Literal["ids", "reach", "gate", "value"]

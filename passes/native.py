@@ -50,11 +50,11 @@ class Native:
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
         drop_idle_casts(gm)
-        raising = _Raising(gm, context)
+        lifting = _Lifting(gm, context)
         # Gradients are compared, whatever the caller runs under.
         with torch.inference_mode(mode=False), torch.enable_grad():
-            raising.analyse()
-        raising.rewrite()
+            lifting.analyse()
+        lifting.rewrite()
         erase_unused(gm)
         return gm
 
@@ -71,7 +71,7 @@ def drop_idle_casts(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-class _Raising:
+class _Lifting:
     """The analysis of one graph, then its rewriting."""
 
     def __init__(self, gm: GraphModule, context: Context) -> None:
@@ -178,8 +178,8 @@ class _Raising:
         X, dtype = self._now(p.streams), value(p.streams).dtype
         phi, alpha, bias = self._parameters(c)
         with self.graph.inserting_before(p.read):
-            triple = self._call(torch.ops.mhc.coefficients.default, (X, phi, alpha, bias, spec), p.read)
-            pre, post, mix = (self._call(operator.getitem, (triple, i), p.read) for i in range(3))
+            coefficients = self._call(torch.ops.mhc.coefficients.default, (X, phi, alpha, bias, spec), p.read)
+            pre, post, mix = (self._call(operator.getitem, (coefficients, i), p.read) for i in range(3))
             wide, held = self._widened(X, dtype, p.read)
             read = self._call(torch.ops.mhc.aggregate.default, (wide, pre), p.read)
             self._replace(p.read, self._cast(read, held, value(p.read).dtype))
@@ -192,7 +192,7 @@ class _Raising:
             y, held = self._now(p.branch), torch.promote_types(held, value(p.branch).dtype)
             new = self._call(torch.ops.mhc.distribute.default, (wide, y, post, mix), c.following)
             self._replace(c.following, self._cast(new, held, value(c.following).dtype))
-        new.meta["mhc_site"] = triple.meta["mhc_site"] = name
+        new.meta["mhc_site"] = coefficients.meta["mhc_site"] = name
         self.context.native.append(NativeSite(name, spec))
 
     def _parameters(self, c: Confirmed) -> tuple[Node, Node, Node]:

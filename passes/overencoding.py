@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
+from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.passes.base import Context, module_stack, refuse, value
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.marks import Argument

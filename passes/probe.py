@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import mhc_compile.kernels.engram.ops  # noqa: F401  (registers the ops)
+import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.kernels.probe_ops import watch
@@ -98,8 +98,8 @@ class _Probing:
     def _site(self, mix: Node) -> None:
         """Watch and record one site."""
         X, y, post, H = (a for a in mix.args[:4] if isinstance(a, Node))
-        triple = _maker(post)
-        found = next((self.held[p] for p in triple.all_input_nodes if p in self.held), None)
+        coefficients = _maker(post)
+        found = next((self.held[p] for p in coefficients.all_input_nodes if p in self.held), None)
         if found is None:
             return
         owner = self._owner(found[0], X)
@@ -111,7 +111,7 @@ class _Probing:
         with self.graph.inserting_before(_behind(mix, *(u for u in mix.users if u.target is operator.getitem))):
             several = fused is not None and len(fused.outputs()) > 1
             after = (self._item(mix, 0) if several else mix) if mixed else X
-            both = self._record(PROBES.site.default, (after, y, self._pre(triple), post, H, earlier, mixed), mix)
+            both = self._record(PROBES.site.default, (after, y, self._pre(coefficients), post, H, earlier, mixed), mix)
             owner.figures.append(self._item(both, 0))
             self.composites[mix] = self._item(both, 1)
         owner.sites.append(name)
@@ -134,15 +134,15 @@ class _Probing:
             both = self._call(watch, (X, y, row), X)
             mix.args = (self._item(both, 0), self._item(both, 1), *mix.args[2:])
 
-    def _pre(self, triple: Node) -> Node:
+    def _pre(self, coefficients: Node) -> Node:
         """The weights with which the site's branch reads the streams; made from `z` where a kernel kept that alone."""
-        chain = _chain(triple)
+        chain = _chain(coefficients)
         if chain is None or chain.kind == "coefficients":
-            return self._item(triple, 0)
-        given = dict(zip(chain.inputs(), triple.args, strict=False))
-        z = self._item(triple, chain.outputs().index("z"))
+            return self._item(coefficients, 0)
+        given = dict(zip(chain.inputs(), coefficients.args, strict=False))
+        z = self._item(coefficients, chain.outputs().index("z"))
         operands = (z, given["alpha"], given["bias"], chain.width, str(chain.stream))
-        return self._record(PROBES.pre.default, operands, triple)
+        return self._record(PROBES.pre.default, operands, coefficients)
 
     def _earlier(self, X: Node) -> Node | None:
         """The composite of the sites in front of `X` in its stream; None at the first, and where tokens change places.

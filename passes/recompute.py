@@ -24,9 +24,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Context, gradient_modes
 from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, optimal_block, parse_blocks
+from mhc_compile.passes.dialect_sites import StreamSite, by_stream, size_hints, stream_sites
 from mhc_compile.passes.fuse import KERNELS, Fused
-from mhc_compile.passes.stages import sites
-from mhc_compile.passes.streamsites import StreamSite, by_stream, size_hints, stream_sites
+from mhc_compile.passes.stages import coefficient_nodes
 
 _TAG, _BLOCK = "recompute", "ac_graph_id"
 
@@ -111,9 +111,11 @@ def block_boundaries(graph: Graph) -> list[str]:
     Sites outside all blocks count as one between two blocks. A graph may be cut in front of each without another kernel
     to run (`mhc_compile.passes.stages.cut`).
     """
-    triples = sites(graph)
-    held = [t.meta.get(_BLOCK) for t in triples]
-    return [str(t.meta.get("mhc_site", "")) for i, t in enumerate(triples) if i == 0 or held[i] != held[i - 1]]
+    coefficient_calls = coefficient_nodes(graph)
+    held = [t.meta.get(_BLOCK) for t in coefficient_calls]
+    return [
+        str(t.meta.get("mhc_site", "")) for i, t in enumerate(coefficient_calls) if i == 0 or held[i] != held[i - 1]
+    ]
 
 
 def is_tagged(graph: Graph) -> bool:

@@ -13,8 +13,8 @@ from mhc_compile.passes.coverage import coverage
 from mhc_compile.passes.dataflow import Dataflow, storage_root
 from mhc_compile.passes.multistream import multistream, side_by_side
 from mhc_compile.passes.ownership import is_owned
+from mhc_compile.passes.residual_sites import SiteSearch, branch_mask
 from mhc_compile.passes.results import ResidualStream, Site
-from mhc_compile.passes.sites import SiteSearch, branch_mask
 
 MAX_OUTER_MATMULS = 8
 """Parameter contractions allowed outside all branches: embedding projections, heads. More: the stream was missed."""

@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Node
 from mhc_compile.passes.base import copy_meta, is_tensor, op_name, same_shape, shape, value
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.ownership import is_owned
+from mhc_compile.passes.residual_sites import SiteSearch
 from mhc_compile.passes.results import Site
-from mhc_compile.passes.sites import SiteSearch
 
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "sub": ("input", "other"), "subtract": ("input", "other"), "rsub": ("input", "other"),

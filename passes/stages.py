@@ -42,19 +42,19 @@ class Piece:
     """Names of the values that it gives; empty for the last piece, whose outputs are those of the graph."""
 
 
-def sites(graph: Graph) -> list[Node]:
+def coefficient_nodes(graph: Graph) -> list[Node]:
     """The coefficients of every site, in the order of the stream."""
     return [n for n in graph.nodes if n.target in COEFFICIENTS]
 
 
-def cut(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = ()) -> list[Piece]:
+def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = ()) -> list[Piece]:
     """Cut the dialect graph `gm` in front of the sites numbered `starts` (ascending, from 1 up); `gm` is not changed.
 
     `given` names the placeholders that hold streams, where the graph is a piece itself.
 
     Raises MHC620 for cuts that are none, and MHC621 where a value would cross that cannot be sent with a gradient.
     """
-    count = len(sites(gm.graph))
+    count = len(coefficient_nodes(gm.graph))
     bounds = [0, *starts, count]
     if any(a >= b for a, b in pairwise(bounds)):
         raise MHCError("MHC620", f"{len(starts) + 1} parts of {count} sites, beginning at {bounds[:-1]}")
@@ -104,15 +104,15 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
 
 def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> dict[Node, int]:
     """The piece of every node that depends on the streams. Other nodes belong to whichever piece reads them."""
-    at = {triple: sum(i >= s for s in starts) for i, triple in enumerate(sites(graph))}
+    at = {coefficients: sum(i >= s for s in starts) for i, coefficients in enumerate(coefficient_nodes(graph))}
     anchored = dict(at)
     for node in graph.nodes:
         if node.target is DIALECT.distribute.default:
             post = node.args[2]
             assert isinstance(post, Node)
-            triple = post.args[0]
-            assert isinstance(triple, Node)
-            anchored[node] = at[triple]
+            coefficients = post.args[0]
+            assert isinstance(coefficients, Node)
+            anchored[node] = at[coefficients]
     found: dict[Node, int] = {}
     depends = _depending(graph, given)
     for node in reversed(graph.nodes):

@@ -106,8 +106,8 @@ class _Widening:
         first = {v: min([*site.reads[v], site.add]) for v in values}
         place = self._behind(state, read_at, min([*first.values(), site.add]), site.add)
         with self.graph.inserting_before(place):
-            triple = self._call(form.op, (state, *parameters, self.mark.spec), site.add)
-            pre, post, mix = (self._call(operator.getitem, (triple, i), site.add) for i in range(3))
+            coefficients = self._call(form.op, (state, *parameters, self.mark.spec), site.add)
+            pre, post, mix = (self._call(operator.getitem, (coefficients, i), site.add) for i in range(3))
         read: dict[Node, Node] = {}
         for v in values:
             with self.graph.inserting_before(self._behind(max(mix, self.wide[v]), v, first[v], site.add)):
@@ -126,8 +126,8 @@ class _Widening:
             laid_out = [self._laid_out(c, k, read_at, site.carry, site) for c, k in ((post, 1), (mix, 2))]
             operands: tuple[Node, ...] = (self.wide[site.carry], branch, *laid_out)
             new = self._call(torch.ops.mhc.distribute.default, operands, site.add)
-        new.meta["mhc_site"] = triple.meta["mhc_site"] = site.name
-        self.reads[site.name] = triple
+        new.meta["mhc_site"] = coefficients.meta["mhc_site"] = site.name
+        self.reads[site.name] = coefficients
         self.wide[site.add] = new
 
     def _laid_out(self, coefficients: Node, rank: int, read_at: Node, v: Node, site: Site) -> Node:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import IDS, POSITIONS
-from mhc_compile.passes.stages import cut
+from mhc_compile.passes.stages import split_graph
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.model import hollow_model
@@ -136,7 +136,7 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
         elif weights:
             initialise(stages, program, recipe.train.seed)
         world.meet()
-    ties = tied(program, cut(program.graph, starts))
+    ties = tied(program, split_graph(program.graph, starts))
     return Engine(
         recipe, world, program, tuple(starts), stages, Pipeline(stages, world, recipe.microbatches),
         RunAdamW(stages, ties, world, recipe.train),

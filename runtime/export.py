@@ -19,8 +19,8 @@ from mhc_compile.checkpoint.shards import Shard, TensorInfo, copy_file, read_sha
 from mhc_compile.checkpoint.source import Checkpoint, companions
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram.rows import FileRows, MappedRows
-from mhc_compile.kernels.engram.tables import MemoryTable, row_bytes
+from mhc_compile.memory.rows import FileRows, MappedRows
+from mhc_compile.memory.tables import MemoryTable, row_bytes
 from mhc_compile.parameters import names
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.format import (

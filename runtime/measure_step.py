@@ -2,7 +2,7 @@
 
 Every rank is a local process with one thread. For each schedule the ranks build the recipe's stages, then take turns:
 all ranks measure the passes of their own stages at the same time, without talking to each other, and all ranks run a
-whole step. Means of the passes go into `mhc_compile.plan.simulate`, with a message's time measured between two of the
+whole step. Means of the passes go into `runtime.plan.simulate`, with a message's time measured between two of the
 processes; what comes out is compared with the mean of the steps. Means, because what slows a pass down now and then on
 a machine that does other things as well slows a step by as much.
 """
@@ -29,10 +29,10 @@ from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import IDS
-from mhc_compile.plan.schedules import SCHEDULES, schedule
-from mhc_compile.plan.simulate import Link, StageCost, simulate
 from mhc_compile.runtime.engine import Engine, build_engine, splits
 from mhc_compile.runtime.launch import World, launch
+from mhc_compile.runtime.plan.schedules import SCHEDULES, schedule
+from mhc_compile.runtime.plan.simulate import Link, StageCost, simulate
 from mhc_compile.runtime.recipe import Recipe, parse_recipe
 from mhc_compile.runtime.stage import Stage
 

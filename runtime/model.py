@@ -17,11 +17,11 @@ from mhc_compile.checkpoint.skeleton import model_class, quiet, skeleton, transf
 from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint, refuse_config
 from mhc_compile.checkpoint.tables import check_tokenizer, read_tokenizer
 from mhc_compile.config import Options
-from mhc_compile.convert.memory import convert
+from mhc_compile.conversion.memory import convert
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.request import requested
-from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.loading import open_converted, read_streams
+from mhc_compile.memory.request import requested
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.owner import convert_owners
 from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.recipe_tables import StreamsTable

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mhc_compile.engram.optimizer import RATIO, TableAdamW
-from mhc_compile.kernels.engram.gradient import RowGradient
-from mhc_compile.kernels.engram.sharded import ShardedTable
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.memory.gradient import RowGradient
+from mhc_compile.memory.optimizer import RATIO, TableAdamW
+from mhc_compile.memory.sharded import ShardedTable
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.recipe_tables import TrainTable
 from mhc_compile.runtime.schedules import place_of

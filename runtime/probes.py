@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 from mhc_compile.measure import StreamInterpreter, StreamMeasures, StreamPart, summarise
 from mhc_compile.passes.stages import Piece
 from mhc_compile.runtime.stage import Stage
-from mhc_compile.runtime.unit import Crossing, without_dropout
+from mhc_compile.runtime.unit import FromPrevious, without_dropout
 
 
 def stream_figures(
@@ -98,7 +98,7 @@ def _run(
     with torch.random.fork_rng(devices=devices):  # a router may draw, and training goes on as if nothing had happened
         for unit in stage.units:
             _gather(unit, True)
-            given = [source.name for source in unit.sources if isinstance(source, Crossing)]
+            given = [source.name for source in unit.sources if isinstance(source, FromPrevious)]
             watch = StreamInterpreter(_in_eval_mode(unit.piece), given)
             out = watch.run(*unit.arguments(carried, inputs))
             _gather(unit, False)

@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Node
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import without_cache
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.base import Context, is_tensor, value
 from mhc_compile.passes.pipeline import WIDENING
-from mhc_compile.passes.stages import sites
+from mhc_compile.passes.stages import coefficient_nodes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Program:
     @property
     def sites(self) -> int:
         """L, the residual sites."""
-        return len(sites(self.graph.graph))
+        return len(coefficient_nodes(self.graph.graph))
 
 
 def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.runtime.fields import Described, build, describe, typed, unknown
 from mhc_compile.runtime.recipe_tables import (
     CheckpointTable,

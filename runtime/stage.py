@@ -13,14 +13,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.config import Options
 from mhc_compile.integrations.transformers import IDS
-from mhc_compile.kernels.engram.memory import layers_of
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.kernels.memory.memories import layers_of
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.base import Context, value
 from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.recompute import Recompute
-from mhc_compile.passes.stages import Piece, cut, sites
+from mhc_compile.passes.stages import Piece, coefficient_nodes, split_graph
 from mhc_compile.runtime.program import Program
-from mhc_compile.runtime.unit import Compiled, Crossing, Given, Held, Source, Unit, resolve
+from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit, resolve
 
 Units = Literal["stage", "blocks"]
 TableFactory = Callable[[int, int, torch.dtype, str], MemoryTable]
@@ -68,7 +68,7 @@ class Stage(nn.Module):
         pieces = [piece]
         if self._blocked:
             tagged = _tagged(piece.graph, options)
-            pieces = cut(tagged, _unit_starts(tagged), piece.crosses_in)
+            pieces = split_graph(tagged, _unit_starts(tagged), piece.crosses_in)
             options = replace(options, recompute="off")  # the tags say it already
         users = Counter(name for p in pieces for name in _placeholders(p))
         self._sources: dict[str, Source] = {}
@@ -82,7 +82,7 @@ class Stage(nn.Module):
                 if name not in self._sources:
                     self._sources[name] = self._source(name, _node(p, name), unit if own else self)
             unit.sources = tuple(
-                Crossing(name) if name in p.crosses_in else self._sources[name] for name in _placeholders(p)
+                FromPrevious(name) if name in p.crosses_in else self._sources[name] for name in _placeholders(p)
             )
             made.append(unit)
         # In a plain list units are no submodules: the parameters are the stage's own.
@@ -96,7 +96,7 @@ class Stage(nn.Module):
     @property
     def sites(self) -> list[str]:
         """The sites' names, relative to the stream's owner, in the order of the stream."""
-        return [str(n.meta["mhc_site"]) for n in sites(self.graph.graph)]
+        return [str(n.meta["mhc_site"]) for n in coefficient_nodes(self.graph.graph)]
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -165,14 +165,14 @@ class Stage(nn.Module):
         """Cast parameters anew at the next call: their values have changed. Changes in place are seen without it,
         but for those that FSDP makes when it gathers."""
         for source in self._sources.values():
-            if isinstance(source, Held):
+            if isinstance(source, Owned):
                 source.casts.clear()
 
     def prepare(self, **inputs: Tensor) -> None:
         """Compile now, for the mode the stage is in, instead of at the first call."""
         for unit in self.units:
             piece = unit.piece
-            crossing = [s.name for s in unit.sources if isinstance(s, Crossing)]
+            crossing = [s.name for s in unit.sources if isinstance(s, FromPrevious)]
             zeros = {name: _zeros(value(_node(piece, name)), self.device) for name in crossing}
             unit.compiled(unit.arguments(zeros, inputs))
 
@@ -223,13 +223,13 @@ class Stage(nn.Module):
     def _source(self, placeholder: str, node: Node, root: nn.Module) -> Source:
         """Where a placeholder's values come from; a parameter or buffer is registered at its path under `root`."""
         if placeholder in self._program.inputs:
-            return Given(self._program.inputs[placeholder])
+            return ModelInput(self._program.inputs[placeholder])
         if placeholder not in self._program.names:
-            return Crossing(placeholder)
+            return FromPrevious(placeholder)
         name = self._program.names[placeholder]
         table, _, attribute = name.rpartition(".")
         if table in self.tables:
-            return Held(self.tables[table], attribute, value(node).dtype)
+            return Owned(self.tables[table], attribute, value(node).dtype)
         parent = _parent(root, name)
         if name in self._program.parameters:
             like = self._program.parameters[name]
@@ -239,7 +239,7 @@ class Stage(nn.Module):
         else:
             held = self._program.buffers[name].to(self.device, copy=True)
             parent.register_buffer(attribute, held, persistent=False)
-        return Held(parent, attribute, value(node).dtype)
+        return Owned(parent, attribute, value(node).dtype)
 
 
 _HANDLE = {
@@ -266,7 +266,7 @@ def build_stages(
     Parameters that several of these stages hold are one and the same once `materialise_all` has run. Raises MHC620 and
     MHC621 as `mhc_compile.passes.stages.cut`.
     """
-    pieces = cut(program.graph, starts)
+    pieces = split_graph(program.graph, starts)
     shared = tied(program, pieces)
     return [
         Stage(
@@ -317,11 +317,11 @@ def _tagged(graph: GraphModule, options: Options) -> GraphModule:
 
 def _unit_starts(graph: GraphModule) -> list[int]:
     """The sites of a stage, counted in it, with which its units but the first begin: those of blocks, or of layers."""
-    triples = sites(graph.graph)
-    blocks = [n.meta.get("ac_graph_id") for n in triples]
+    coefficient_calls = coefficient_nodes(graph.graph)
+    blocks = [n.meta.get("ac_graph_id") for n in coefficient_calls]
     if any(blocks):
         return [i for i in range(1, len(blocks)) if blocks[i] != blocks[i - 1]]
-    names = [str(n.meta["mhc_site"]) for n in triples]
+    names = [str(n.meta["mhc_site"]) for n in coefficient_calls]
     first = set(layers_of(names).values())
     return [i for i, name in enumerate(names) if i and name in first]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram.sharded import ShardedTable
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.memory.sharded import ShardedTable
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import names
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints, State
 from mhc_compile.runtime.checkpoint.format import Description

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mhc_compile.kernels.engram.tables import MemoryTable
-from mhc_compile.passes.stages import cut
+from mhc_compile.memory.tables import MemoryTable
+from mhc_compile.passes.stages import split_graph
 from mhc_compile.runtime.data.shards import open_data
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
@@ -37,7 +37,7 @@ def summary(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str
 
 def _stages(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str]:
     """A line for every stage."""
-    pieces = cut(program.graph, starts)
+    pieces = split_graph(program.graph, starts)
     found = []
     for i, (piece, begin, end) in enumerate(zip(pieces, [0, *starts], [*starts, program.sites], strict=True)):
         held = {n.name for n in piece.graph.graph.nodes if n.op == "placeholder"}

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mhc_compile.kernels.engram.sharded import ShardedTable
-from mhc_compile.kernels.engram.tables import MemoryTable, Storage
+from mhc_compile.memory.sharded import ShardedTable
+from mhc_compile.memory.tables import MemoryTable, Storage
 from mhc_compile.runtime.stage import TableFactory, plain_table
 
 

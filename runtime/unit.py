@@ -21,21 +21,21 @@ Compiled = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Crossing:
+class FromPrevious:
     """An input that crosses from the unit before."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Given:
+class ModelInput:
     """An input of the model's own forward, by its name there."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Held:
+class Owned:
     """A parameter or buffer of a module, read at every call: FSDP exchanges it around each of them."""
 
     module: nn.Module
@@ -81,7 +81,7 @@ class _Cast(torch.autograd.Function):
         return gradient.to(ctx.dtype), None
 
 
-Source = Crossing | Given | Held
+Source = FromPrevious | ModelInput | Owned
 
 
 class Unit(nn.Module):
@@ -144,7 +144,7 @@ class Unit(nn.Module):
                 gm,
                 examples,
                 self.options,
-                weights={i for i, s in enumerate(self.sources) if isinstance(s, Held)},
+                weights={i for i, s in enumerate(self.sources) if isinstance(s, Owned)},
                 accumulate=self._accumulate,
             )
             self.functions.append(function)
@@ -157,7 +157,7 @@ class Unit(nn.Module):
     def _accumulate(self, index: int, gradient: Tensor) -> None:
         """Add a deferred gradient to the parameter at the placeholder `index`."""
         source = self.sources[index]
-        assert isinstance(source, Held)
+        assert isinstance(source, Owned)
         held = source.tensor
         if not held.requires_grad:
             return
@@ -167,15 +167,15 @@ class Unit(nn.Module):
 
 def resolve(source: Source, crossing: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
     """The tensor that a graph is given, in the dtype in which it takes it."""
-    if not isinstance(source, Held):
-        return (crossing if isinstance(source, Crossing) else inputs)[source.name]
+    if not isinstance(source, Owned):
+        return (crossing if isinstance(source, FromPrevious) else inputs)[source.name]
     return source.cast()
 
 
 def _example(argument: Tensor, source: Source) -> Tensor:
     """Like `argument`, with a gradient to be computed where training will want one."""
     made = argument.detach()
-    wanted = source.tensor.requires_grad if isinstance(source, Held) else isinstance(source, Crossing)
+    wanted = source.tensor.requires_grad if isinstance(source, Owned) else isinstance(source, FromPrevious)
     return made.requires_grad_(wanted and made.is_floating_point())
 
 

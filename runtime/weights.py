@@ -19,11 +19,11 @@ from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.checkpoint.tables import hash_specs, table_name
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.parameters import DEVIATION, ROOT, layer_values
-from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.start import start_head
 from mhc_compile.loading import open_converted
+from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import StreamParameters, names, owners
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.runtime.program import Program

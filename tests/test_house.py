@@ -64,9 +64,9 @@ def test_imports_point_one_way(path: Path) -> None:
 LAYERS = """
     codes
     diagnostics
-    kernels frame printed writing versions modes sharded tracing
-    conventions plan passes
-    config identity guard engram
+    kernels frame rich_text atomic_write versions modes sharded tracing
+    conventions passes
+    config identity guard memory
     pipeline parameters
     checkpoint probes
     integrations
@@ -74,10 +74,10 @@ LAYERS = """
     owner measure
     attach loading gates
     backend configured
-    convert
+    conversion
     bisect
-    export
-    inspect
+    exporting
+    report
     diff demo
     bench
     (package) runtime

@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import mhc_compile.kernels.engram.hash_ops  # noqa: F401  (registers the ops)
+import mhc_compile.kernels.memory.hash_ops  # noqa: F401  (registers the ops)
 from mhc_compile.bench.contest import Contender, Row, contest, say, show
 from mhc_compile.bench.engram_step import run_steps
 from mhc_compile.checkpoint.table_files import open_table, write_table
-from mhc_compile.kernels.engram import hashing
-from mhc_compile.kernels.engram.settings import MemorySettings, hash_specs
-from mhc_compile.kernels.engram.spec import HashSpec
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.kernels.memory import hashing
+from mhc_compile.kernels.memory.settings import MemorySettings, hash_specs
+from mhc_compile.kernels.memory.spec import HashSpec
+from mhc_compile.memory.tables import MemoryTable
 
 OURS = "mhc-compile"
 COPY = "copying inputs and outputs"

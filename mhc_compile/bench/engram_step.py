@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mhc_compile.bench.contest import Contender, contest, show
-from mhc_compile.convert import convert
+from mhc_compile.conversion import convert
 from mhc_compile.demo.experiment import residual_model
 from mhc_compile.demo.settings import FULL, QUICK
 from mhc_compile.demo.text import build_corpus, training_batches
 from mhc_compile.demo.training import Spread, spread, threads
-from mhc_compile.engram.optimizer import TableAdamW
 from mhc_compile.loading import from_pretrained
+from mhc_compile.memory.optimizer import TableAdamW
 from mhc_compile.parameters import owners, parameter_groups
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.pipeline import Pipeline

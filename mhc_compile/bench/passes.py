@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.utils import compilation_time_metrics
 
 from mhc_compile.capture import capture
-from mhc_compile.convert import convert
+from mhc_compile.conversion import convert
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.pipeline import TIMED
 

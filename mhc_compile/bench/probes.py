@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhc_compile.bench.contest import Contender, contest, show
 from mhc_compile.bench.step import subject, training
-from mhc_compile.convert import convert
+from mhc_compile.conversion import convert
 from mhc_compile.probes import Probes
 
 EVERY = 50

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_compile.bench.contest import Contender, contest, show
 from mhc_compile.capture import capture, find_marks
-from mhc_compile.convert import convert
+from mhc_compile.conversion import convert
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import stream_parameters
 from mhc_compile.passes.base import Context

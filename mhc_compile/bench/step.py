@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mhc_compile.bench.contest import Contender, contest, show
-from mhc_compile.convert import convert
+from mhc_compile.conversion import convert
 
 RESIDUAL = "residual, Inductor"
 

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from mhc_compile.printed import Printed
+from mhc_compile.rich_text import Printed
 
 
 @dataclass(frozen=True)

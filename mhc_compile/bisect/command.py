@@ -12,7 +12,7 @@ from mhc_compile.bisect.find import bisect
 from mhc_compile.checkpoint.manifest import NAME
 from mhc_compile.config import STREAM_FIELDS, parse_options
 from mhc_compile.configured import weighted
-from mhc_compile.convert.example_inputs import seeded_inputs
+from mhc_compile.conversion.example_inputs import seeded_inputs
 from mhc_compile.diagnostics import MHCError
 
 COMMAND = "bisect"

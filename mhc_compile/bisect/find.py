@@ -21,7 +21,7 @@ from mhc_compile.bisect.slices import code_of, nodes_of, slice_of
 from mhc_compile.bisect.subject import subject_of
 from mhc_compile.bisect.values import Values, run_as_it_is
 from mhc_compile.config import Options, compile_pipeline, native_pipeline, split_options, stream_spec
-from mhc_compile.convert.example_inputs import example_inputs
+from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import kernels_of, op_name
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from mhc_compile.checkpoint.shards import read_json, write_text
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram.memory import Memory
-from mhc_compile.kernels.engram.overencoding_settings import OverEncoding
+from mhc_compile.kernels.memory.memories import Memory
+from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.versions import VERSION

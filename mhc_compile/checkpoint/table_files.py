@@ -26,9 +26,9 @@ from torch import Tensor
 from mhc_compile.checkpoint.shards import read_shard, sync
 from mhc_compile.checkpoint.staging import check_target, staged, sync_folder
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.engram.quantise import FP8, blocks, quantise
-from mhc_compile.kernels.engram.rows import FileRows, MappedRows
-from mhc_compile.kernels.engram.tables import MemoryTable, row_bytes
+from mhc_compile.memory.quantise import FP8, blocks, quantise
+from mhc_compile.memory.rows import FileRows, MappedRows
+from mhc_compile.memory.tables import MemoryTable, row_bytes
 
 FORMAT = "mhc_compile.engram.table/1"
 NAME = "table"

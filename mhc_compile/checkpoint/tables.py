@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mhc_compile.checkpoint.table_files import open_table, row_blocks, write_rows
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.compression import TABLE, Compression
-from mhc_compile.engram.parameters import DEVIATION, ROOT, new_seed
-from mhc_compile.kernels.engram.tables import MemoryTable, Storage, drawn_rows
+from mhc_compile.memory.compression import TABLE, Compression
+from mhc_compile.memory.parameters import DEVIATION, ROOT, new_seed
+from mhc_compile.memory.tables import MemoryTable, Storage, drawn_rows
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 

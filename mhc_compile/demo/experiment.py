@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from mhc_compile.convert import convert_folder
+from mhc_compile.conversion import convert_folder
 from mhc_compile.demo.output import OutputFolder
 from mhc_compile.demo.settings import Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
 from mhc_compile.demo.training import Contender, contender, renewed, train
-from mhc_compile.inspect import inspect
 from mhc_compile.loading import from_pretrained
 from mhc_compile.measure import StreamMeasures, measure_streams
+from mhc_compile.report import inspect
 
 PROMPT = "def read("
 SECOND_PEAK = 0.5

@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from mhc_compile.convert import convert
+from mhc_compile.conversion import convert
 from mhc_compile.demo.experiment import SECOND_PEAK, Outcome, bar, stage
 from mhc_compile.demo.output import OutputFolder
 from mhc_compile.demo.settings import Settings
 from mhc_compile.demo.text import Corpus, held_out_batches, training_batches
 from mhc_compile.demo.training import Contender, contender, renewed, train
 from mhc_compile.gates import gate_values
-from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.loading import from_pretrained
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import owners
 
 LEAST_SEEN = 4

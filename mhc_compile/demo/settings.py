@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mhc_compile.config import Inner
-from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.kernels.memory.settings import MemorySettings
 
 
 class DemoError(Exception):

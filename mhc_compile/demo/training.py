@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.config import Inner
-from mhc_compile.engram.optimizer import RATIO, TableAdamW
+from mhc_compile.memory.optimizer import RATIO, TableAdamW
 from mhc_compile.parameters import parameter_groups
 
 WARM_UP_STEPS = 2

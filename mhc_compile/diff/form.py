@@ -16,8 +16,8 @@ from mhc_compile.config import STREAM_FIELDS, parse_options
 from mhc_compile.configured import configured, weighted
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff.outputs import outputs_of
-from mhc_compile.inspect import inspect
-from mhc_compile.inspect.report import FORMAT
+from mhc_compile.report import inspect
+from mhc_compile.report.report import FORMAT
 
 _PARTS = {"versions": dict, "model": dict, "options": dict, "elements": list, "passes": list, "kernels": list}
 
@@ -42,7 +42,7 @@ class Form:
     label: str
     """What it was read from, with its options."""
     report: Mapping[str, Any]
-    """See `mhc_compile.inspect.report`."""
+    """See `mhc_compile.report.report`."""
     outputs: Mapping[str, Any] | None
     """See `mhc_compile.diff.outputs`; None where nothing was computed."""
     missing: str = ""

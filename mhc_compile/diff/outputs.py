@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from mhc_compile.bisect.subject import NOISE
 from mhc_compile.configured import weighted
-from mhc_compile.convert import convert
-from mhc_compile.convert.example_inputs import seeded_inputs
+from mhc_compile.conversion import convert
+from mhc_compile.conversion.example_inputs import seeded_inputs
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.inspect.inspection import Inspection
 from mhc_compile.measure import evaluating
 from mhc_compile.parameters import owners, stream_parameters
+from mhc_compile.report.inspection import Inspection
 
 SAMPLES = 64
 """Values of an output that are kept, at equal distances."""

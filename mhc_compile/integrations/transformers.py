@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.attributes import replace_attribute
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import Started, is_converted, owners
 
 IDS, DECODER_IDS, MASK, POSITIONS = "input_ids", "decoder_input_ids", "attention_mask", "position_ids"

@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mhc_compile.atomic_write import write_whole
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.parameters import owners
 from mhc_compile.probes.plots import draw
 from mhc_compile.probes.recording import Record
 from mhc_compile.probes.sample import Sample, sample_of
 from mhc_compile.probes.tensorboard import add
-from mhc_compile.writing import write_whole
 
 
 class Probes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.compression import fingerprint
+from mhc_compile.memory.compression import fingerprint
 
 _FILE = "tokenizer.json"
 _NAMED = ("tokenizer_config.json", "special_tokens_map.json")

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.plan import budget
 from mhc_compile.runtime.arguments import add_recipe_arguments
+from mhc_compile.runtime.plan import budget
 
 NAME = "plan"
 _DESCRIPTION = """\
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.budget is not None:
         return budget.run(args)
     # Here, because every command is registered when any of them runs.
-    from mhc_compile.plan.hardware import hardware
+    from mhc_compile.runtime.plan.hardware import hardware
     from mhc_compile.runtime.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, args.overrides)

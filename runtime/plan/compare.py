@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.plan.hardware import GIB, Hardware
-from mhc_compile.plan.schedules import SCHEDULES, ScheduleName
 from mhc_compile.runtime.engine import splits
 from mhc_compile.runtime.plan.estimate import Estimate, Way, cut_stages, estimate, least
+from mhc_compile.runtime.plan.hardware import GIB, Hardware
 from mhc_compile.runtime.plan.model import Counted
+from mhc_compile.runtime.plan.schedules import SCHEDULES, ScheduleName
 from mhc_compile.runtime.recipe import Recipe
 
 MOST = 40

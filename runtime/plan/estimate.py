@@ -1,6 +1,6 @@
 """One way to run a recipe: stages, their times, what every rank holds, and the simulated step.
 
-Times are the rates' bound (`mhc_compile.plan.hardware`); nothing waits for a host, a compiler or a kernel's launch.
+Times are the rates' bound (`runtime.plan.hardware`); nothing waits for a host, a compiler or a kernel's launch.
 What ranks hold follows this package's own runtime:
 
     weights, gradients    float32, whole on every replica; under FSDP shards, gathered whole while a step runs
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from mhc_compile.plan.hardware import Hardware
-from mhc_compile.plan.schedules import Schedule, ScheduleName, schedule
-from mhc_compile.plan.simulate import Link, Simulated, StageCost, simulate
 from mhc_compile.runtime.plan.count import total
+from mhc_compile.runtime.plan.hardware import Hardware
 from mhc_compile.runtime.plan.model import Counted
+from mhc_compile.runtime.plan.schedules import Schedule, ScheduleName, schedule
+from mhc_compile.runtime.plan.simulate import Link, Simulated, StageCost, simulate
 from mhc_compile.runtime.schedules import V_SHAPED
 
 FLOAT32 = 4

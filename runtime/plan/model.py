@@ -13,12 +13,12 @@ import torch
 
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.tables import TOKENIZER
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
 from mhc_compile.passes.cost import Plan, SiteCost, optimal_block, parse_blocks
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
-from mhc_compile.passes.stages import balanced, sites
+from mhc_compile.passes.stages import balanced, coefficient_nodes
 from mhc_compile.runtime.balance import site_costs
 from mhc_compile.runtime.engine import capture
 from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, parameters_of_sites, site_works
@@ -120,7 +120,7 @@ class Counted:
 
     @cached_property
     def _streams(self) -> torch.Tensor:
-        first = sites(self.program.graph.graph)[0].args[0]
+        first = coefficient_nodes(self.program.graph.graph)[0].args[0]
         found: torch.Tensor = value(first)  # type: ignore[arg-type]
         return found
 

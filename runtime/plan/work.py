@@ -22,8 +22,8 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import is_tensor, op_name, value
 from mhc_compile.passes.cost import SiteCost
-from mhc_compile.passes.stages import cut, places
-from mhc_compile.passes.streamsites import StreamSite, stream_sites
+from mhc_compile.passes.dialect_sites import StreamSite, stream_sites
+from mhc_compile.passes.stages import places, split_graph
 from mhc_compile.runtime.plan.attention import ATTEND
 from mhc_compile.runtime.plan.count import Operation, operations, size_of, source
 from mhc_compile.runtime.program import Program
@@ -66,7 +66,7 @@ def site_works(program: Program) -> list[SiteWork]:
     kinds = _kinds(program)
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
     starts = sorted({k for i in first.values() for k in (i, i + 1) if 0 < k < len(kinds)})
-    pieces = {p.sites[0]: p for p in cut(program.graph, starts)}
+    pieces = {p.sites[0]: p for p in split_graph(program.graph, starts)}
     works = {kind: _branch_work(program, pieces[i].graph) for kind, i in first.items()}
     return [
         SiteWork(

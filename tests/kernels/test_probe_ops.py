@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mhc_compile.kernels import probe_ops, reference
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.engram import fusion
-from mhc_compile.kernels.engram.spec import FusionSpec
+from mhc_compile.kernels.memory import fusion
+from mhc_compile.kernels.memory.spec import FusionSpec
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.kernels.start import start_site
 

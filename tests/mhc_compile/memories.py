@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from mhc_compile import convert
-from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.parameters import owners
 
 PRESETS = ("paper", "v41", "qwen_ple")

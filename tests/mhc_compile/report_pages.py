@@ -13,7 +13,7 @@ from playwright.sync_api import Browser
 from tiny_models import ids, llama
 
 import mhc_compile
-from mhc_compile.inspect.page.page import page
+from mhc_compile.report.page.page import page
 
 Data = dict[str, Any]
 NAMED = "layers.1#1"

@@ -21,8 +21,8 @@ from mhc_compile.bench.gpu_contenders import PACKAGES, Package, Work, select
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.engram.tables import MemoryTable
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.memory.tables import MemoryTable
 
 
 def test_time_of_the_passes_is_part_of_dynamos_own_account() -> None:

@@ -18,7 +18,7 @@ from tiny_models import llama, shake
 
 import mhc_compile
 from mhc_compile.cli import COMMANDS, main
-from mhc_compile.convert import command
+from mhc_compile.conversion import command
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_the_examples_of_the_help_are_right(original: Path, tmp_path: Path, monk
     assert len(lines) == 5
     for i, line in enumerate(lines):
         words = shlex.split(line)
-        if "--engram" in words:  # gigabytes: see test_engram_folder.py
+        if "--engram" in words:  # gigabytes: see test_memory_folder.py
             continue
         if Path(words[3]).exists():
             Path(words[3]).rename(tmp_path / f"earlier-{i}")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 
 from mhc_compile import MHCError, convert, stream_parameters
-from mhc_compile.convert.example_inputs import example_inputs
+from mhc_compile.conversion.example_inputs import example_inputs
 
 # --- quantised weights ------------------------------------------------------------------------------------------------
 

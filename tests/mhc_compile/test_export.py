@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import mhc_compile
-from mhc_compile.export.execute import Executable
+from mhc_compile.exporting.execute import Executable
 
 # One iteration: what is unrolled is the same, only shorter.
 CONVERTED = {"iterations": 1, "inner": "eager"}

@@ -22,7 +22,7 @@ from transformers import (
 
 import mhc_compile
 from mhc_compile import convert_folder
-from mhc_compile.convert.example_inputs import example_inputs
+from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.parameters import owners
 
 # --- what is written -----------------------------------------------------------------------------------------------

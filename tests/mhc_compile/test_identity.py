@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile.capture import capture
-from mhc_compile.inspect.lines import input_name, is_buffer
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import module_path, op_name
 from mhc_compile.passes.ownership import is_owned
+from mhc_compile.report.lines import input_name, is_buffer
 
 X = torch.randn(2, 3, 8)
 

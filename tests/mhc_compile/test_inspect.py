@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile.diagnostics import TABLE
-from mhc_compile.inspect import command
-from mhc_compile.inspect.fold import fold, ranges
+from mhc_compile.report import command
+from mhc_compile.report.fold import fold, ranges
 
 SIZES = {
     "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

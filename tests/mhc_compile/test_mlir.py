@@ -18,9 +18,9 @@ from torch.export import Dim
 
 import mhc_compile
 from mhc_compile.cli import main, parser
-from mhc_compile.convert.example_inputs import example_inputs
-from mhc_compile.export.execute import Executable
-from mhc_compile.inspect.command import run
+from mhc_compile.conversion.example_inputs import example_inputs
+from mhc_compile.exporting.execute import Executable
+from mhc_compile.report.command import run
 
 pytest.importorskip("torch_mlir")
 TAKES = "X y post mix phi alpha bias norm_weight"

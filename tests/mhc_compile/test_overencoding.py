@@ -27,8 +27,8 @@ from mhc_compile import (
     to_residual,
 )
 from mhc_compile.cli import main
-from mhc_compile.engram.request import over_requested
-from mhc_compile.kernels.engram.tables import Storage
+from mhc_compile.memory.request import over_requested
+from mhc_compile.memory.tables import Storage
 from mhc_compile.parameters import owners
 
 SMALL = OverEncodingSettings(order=3, heads=2, rows=97)

@@ -18,11 +18,11 @@ import mhc_compile
 from mhc_compile.diff.form import Form
 from mhc_compile.kernels.chain import Chain, Kind
 from mhc_compile.kernels.cpp import build as cpp
-from mhc_compile.kernels.engram.spec import FusionSpec
-from mhc_compile.kernels.engram.step import MemoryStep
 from mhc_compile.kernels.in_cpp import Cpp
 from mhc_compile.kernels.in_triton import Triton
 from mhc_compile.kernels.kernelspec import DIRECTIONS
+from mhc_compile.kernels.memory.spec import FusionSpec
+from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.spec import StreamSpec
 
 TARGETS = {"cpp": Cpp(), "triton": Triton()}

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile.diagnostics import TABLE
-from mhc_compile.inspect.page import notebook
-from mhc_compile.inspect.page.page import page
+from mhc_compile.report.page import notebook
+from mhc_compile.report.page.page import page
 
 # --- models of other kinds -------------------------------------------------------------------------------------------
 

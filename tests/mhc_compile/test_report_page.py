@@ -13,7 +13,7 @@ from chromium import Opened
 from playwright.sync_api import Browser, expect
 from report_pages import NAMED, Data, below, browser, choose, color_of, data, number_of, report  # noqa: F401
 
-from mhc_compile.inspect.page.page import FOLDER, page
+from mhc_compile.report.page.page import FOLDER, page
 
 # --- opening and unfolding -------------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ from tiny_models import HIDDEN, VOCAB, Late, chain, code_of, ids, llama
 
 import mhc_compile
 from mhc_compile import MHCWarning
-from mhc_compile.inspect.elements import MAX_SITES, layers_of
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.cpp import build
+from mhc_compile.report.elements import MAX_SITES, layers_of
 
 
 def test_a_refused_model_is_drawn_by_its_modules() -> None:

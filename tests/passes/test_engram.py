@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from toys import Sites, toy
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.request import MemoryRequest
-from mhc_compile.kernels.engram import fusion, hashing
-from mhc_compile.kernels.engram.memory import LayerMemory
-from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.kernels.memory import fusion, hashing
+from mhc_compile.kernels.memory.memories import LayerMemory
+from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.memory.request import MemoryRequest
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import call_nodes, op_name
 from mhc_compile.passes.engram import Engram

@@ -18,9 +18,9 @@ from toys import VOCAB, WIDTH, Sites, toy
 from mhc_compile.attach import append_parameters, sites_of_owners
 from mhc_compile.config import compile_pipeline
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.engram.request import MemoryRequest, OverEncodingRequest
-from mhc_compile.kernels.engram.overencoding_settings import OverEncodingSettings
-from mhc_compile.kernels.engram.settings import MemorySettings
+from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
+from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.memory.request import MemoryRequest, OverEncodingRequest
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, op_name
 from mhc_compile.passes.fuse_memory import fuse_memories

@@ -16,7 +16,7 @@ from mhc_compile.passes.base import Context, is_tensor, op_name, source_line
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.residual import Residual
-from mhc_compile.passes.sites import SiteSearch
+from mhc_compile.passes.residual_sites import SiteSearch
 
 Golden = Callable[[str], None]
 WIDTH, TOKENS = 8, 4

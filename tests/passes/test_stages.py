@@ -23,7 +23,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.pipeline import WIDENING
-from mhc_compile.passes.stages import Piece, balanced, cut, dropout_of, is_random, sites
+from mhc_compile.passes.stages import Piece, balanced, coefficient_nodes, dropout_of, is_random, split_graph
 
 Golden = Callable[[str], None]
 
@@ -59,8 +59,8 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor |
 
 def check(model: nn.Module, *args: Any, starts: Sequence[int] | None = None) -> list[Piece]:
     gm, inputs = dialect(model, *args)
-    count = len(sites(gm.graph))
-    pieces = cut(gm, range(1, count) if starts is None else starts)
+    count = len(coefficient_nodes(gm.graph))
+    pieces = split_graph(gm, range(1, count) if starts is None else starts)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         whole = [t for t in tree_leaves(gm(*inputs)) if isinstance(t, Tensor)]
@@ -90,7 +90,7 @@ def test_hidden_states_may_leave_where_the_streams_cross() -> None:
 def test_pieces(golden: Golden) -> None:
     model, ids = toy(Recipe(layers=2, style="single"))
     gm, _ = dialect(model, ids)
-    golden("\n\n".join(f"{p.crosses_in} -> {p.crosses_out}\n{graph_text(p.graph)}" for p in cut(gm, [1])))
+    golden("\n\n".join(f"{p.crosses_in} -> {p.crosses_out}\n{graph_text(p.graph)}" for p in split_graph(gm, [1])))
 
 
 class Dropping(nn.Module):
@@ -136,7 +136,7 @@ class Routed(nn.Module):
 def test_integers_cannot_cross() -> None:
     gm, _ = dialect(Routed(), torch.randint(11, (2, 4)))
     with pytest.raises(MHCError) as caught:
-        cut(gm, [1])
+        split_graph(gm, [1])
     assert caught.value.code == "MHC621"
     assert "argsort" in str(caught.value)
     assert caught.value.source is not None
@@ -147,15 +147,15 @@ def test_cuts_that_are_none(starts: list[int]) -> None:
     model, ids = toy(Recipe())
     gm, _ = dialect(model, ids)
     with pytest.raises(MHCError) as caught:
-        cut(gm, starts)
+        split_graph(gm, starts)
     assert caught.value.code == "MHC620"
 
 
 def test_pieces_can_be_cut_again() -> None:
     model, ids = toy(Recipe(layers=3, extra="shared_keys"))
     gm, inputs = dialect(model, ids)
-    first, second = cut(gm, [2])
-    again = cut(second.graph, [1, 2, 3], second.crosses_in)
+    first, second = split_graph(gm, [2])
+    again = split_graph(second.graph, [1, 2, 3], second.crosses_in)
     known = dict(zip([n.name for n in gm.graph.nodes if n.op == "placeholder"], inputs, strict=True))
     known |= dict(zip(first.crosses_out, chained([first], gm, inputs), strict=True))
     out: Any = ()

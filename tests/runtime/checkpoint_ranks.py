@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mhc_compile import MHCError, TableAdamW
-from mhc_compile.kernels.engram.sharded import ShardedTable
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.memory.sharded import ShardedTable
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.pieces import piece_of

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import mhc_compile
-from mhc_compile.kernels.engram.sharded import ShardedTable
-from mhc_compile.kernels.engram.tables import MemoryTable
+from mhc_compile.memory.sharded import ShardedTable
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
 from mhc_compile.runtime.state import training_state
 

@@ -8,8 +8,8 @@ from small import VOCAB, ids, llama, program_of, stages_of, through
 from torch import Tensor
 
 from mhc_compile.config import Options
-from mhc_compile.engram.optimizer import TableAdamW, table_groups
-from mhc_compile.kernels.engram.sharded import ShardedTable
+from mhc_compile.memory.optimizer import TableAdamW, table_groups
+from mhc_compile.memory.sharded import ShardedTable
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.stage import Stage, build_stages, materialise_all
 from mhc_compile.runtime.tables import look_up_early, table_factory

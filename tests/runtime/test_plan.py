@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Moe
 
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.plan.hardware import hardware
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.measure_step import check_losses, measure
 from mhc_compile.runtime.plan.compare import compare, way_of
 from mhc_compile.runtime.plan.estimate import estimate
+from mhc_compile.runtime.plan.hardware import hardware
 from mhc_compile.runtime.plan.model import Counted, count
 from mhc_compile.runtime.plan.report import show
 from mhc_compile.runtime.recipe import Recipe, read_recipe

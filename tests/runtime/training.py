@@ -85,7 +85,7 @@ def plain(recipe: Recipe) -> Result:
 
 def clip(model: nn.Module, most: float) -> Tensor:
     """Clip all gradients of `model` together, those of tables too; returns the norm before."""
-    from mhc_compile.kernels.engram.tables import MemoryTable
+    from mhc_compile.memory.tables import MemoryTable
 
     found = [p.grad for p in model.parameters() if p.grad is not None]
     found += [m.gradient.values for m in model.modules() if isinstance(m, MemoryTable) and m.gradient is not None]

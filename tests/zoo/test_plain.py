@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import MHCError, MHCWarning
-from mhc_compile.convert.memory import convert_with_coverage
+from mhc_compile.conversion.memory import convert_with_coverage
 from mhc_compile.passes.results import Coverage
 
 STREAMS = 2

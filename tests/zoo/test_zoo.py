@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Cache
 
 import mhc_compile
-from mhc_compile.convert.memory import find_streams
+from mhc_compile.conversion.memory import find_streams
 from mhc_compile.parameters import owners
 
 TOLERANCE = 1e-5

@@ -1,0 +1,115 @@
+"""The memories of one stream owner, as values: which layers, how each hashes, how rows enter the streams."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.settings import MemorySettings, fusion_spec, hash_specs, table_rows
+from mhc_compile.kernels.memory.spec import FusionSpec, HashSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMemory:
+    """The memory at the entry of one layer."""
+
+    layer: str
+    """The layer's module path, relative to the owner."""
+    site: str
+    """Its first site: in front of it the memory is added to the streams."""
+    hash: HashSpec
+    rows: int
+    """Of the table, padding included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """All memories of one owner."""
+
+    settings: MemorySettings
+    vocab: int
+    """V, ids of the model; ids at or above it are refused."""
+    compression: Mapping[str, Any] | None = None
+    """Of the tokenizer's projection V -> V' that ids go through first: V' (`size`), and what tells the tokenizer."""
+    layers: tuple[LayerMemory, ...]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether ids are compressed."""
+        return self.compression is not None
+
+    @property
+    def fusion(self) -> FusionSpec:
+        """How rows enter the streams."""
+        return fusion_spec(self.settings)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        layers = [{"layer": m.layer, "site": m.site, "hash": str(m.hash), "rows": m.rows} for m in self.layers]
+        settings = asdict(self.settings)
+        return {"settings": settings, "vocab": self.vocab, "compression": self.compression, "layers": layers}
+
+    @classmethod
+    def parse(cls, held: Mapping[str, Any]) -> Memory:
+        """The inverse of `plain`. Raises MHC220, KeyError or TypeError for what is no memory."""
+        settings: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in dict(held["settings"]).items()
+        }
+        layers = tuple(
+            LayerMemory(
+                layer=str(m["layer"]), site=str(m["site"]), hash=HashSpec.parse(str(m["hash"])), rows=int(m["rows"])
+            )
+            for m in held["layers"]
+        )
+        if not layers:
+            raise TypeError("a memory without layers")
+        return cls(
+            settings=MemorySettings(**settings),
+            vocab=int(held["vocab"]),
+            compression=None if held["compression"] is None else dict(held["compression"]),
+            layers=layers,
+        )
+
+    def __str__(self) -> str:
+        return json.dumps(self.plain())
+
+
+def memory_of(
+    settings: MemorySettings, sites: Sequence[str], *, vocab: int, compression: Mapping[str, Any] | None, fill: int
+) -> Memory:
+    """The memories at the layers that `settings` names, of an owner with these `sites` in the order of the stream.
+
+    `compression` is that of the tokenizer where ids are compressed, `fill` the (compressed) id in front of a document.
+    Raises MHC226 for a layer that the owner does not have.
+    """
+    known = layers_of(sites)
+    paths = list(known)
+    chosen = set()
+    for wanted in settings.layers:
+        found = paths[wanted] if isinstance(wanted, int) and wanted < len(paths) else wanted
+        if found not in known:
+            listed = ", ".join(f"{i} ({path})" for i, path in enumerate(paths))
+            raise MHCError("MHC226", f"{wanted!r}; layers with sites: {listed}")
+        chosen.add(paths.index(str(found)))
+    indices = sorted(chosen)
+    size = vocab if compression is None else int(compression["size"])
+    hashes = hash_specs(settings, indices, vocab=size, fill=fill)
+    layers = tuple(
+        LayerMemory(layer=paths[i], site=known[paths[i]], hash=spec, rows=table_rows(settings, spec))
+        for i, spec in zip(indices, hashes, strict=True)
+    )
+    return Memory(settings=settings, vocab=vocab, compression=compression, layers=layers)
+
+
+def layers_of(sites: Sequence[str]) -> dict[str, str]:
+    """The first site of every layer, by the layer's path: the path of a site up to its first number."""
+    found: dict[str, str] = {}
+    for site in sites:
+        path = site.rsplit("#", 1)[0]
+        numbered = re.match(r"(?:.*?\.)??\d+(?=\.|$)", path)
+        found.setdefault(numbered[0] if numbered else path or site, site)
+    return found

@@ -1,0 +1,146 @@
+"""`mhc-compile convert`: convert a checkpoint folder, or take it back."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from mhc_compile.conversion.folder import Converted, Form, convert_folder
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
+from mhc_compile.kernels.memory.settings import PRESETS, MemorySettings
+from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, FormName, Manifold
+
+NAME = "convert"
+_OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form", "strict")
+_DESCRIPTION = """\
+Turn a residual Transformer, saved by transformers as safetensors, into its n-stream mHC form.
+
+OUT_DIR computes what CKPT_DIR computes until it is trained: the new parameters of every residual
+site are at their function-preserving start. CKPT_DIR is only read, and OUT_DIR appears when it is
+complete or not at all. Memory for the whole model is not needed.
+"""
+_EXAMPLES = """\
+examples:
+  mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc
+      four streams at every residual site, the paper's equations
+  mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --streams 2 --convention deepseek_v4
+      two streams, DeepSeek-V4's equations and its learned head at the exit
+  mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --engram v41 --engram-layers 1,14 --engram-rows 50000
+      and n-gram memories at the entry of two layers, which add nothing until they are trained
+  mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --over-encoding order=3,heads=4,rows=50000
+      and embeddings of n-grams beside those of tokens, which add nothing until they are trained
+  mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-again --to residual
+      the original weights bit by bit, as long as the streams were not trained
+
+then, in Python:
+  model = mhc_compile.from_pretrained("./Qwen3-0.6B-mhc")
+  model.save_pretrained("./trained")
+  (AutoModel.from_pretrained of such a folder raises: it would leave the streams out)
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command with argparse."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="convert a checkpoint folder to streams, or back",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="CKPT_DIR", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument("target", metavar="OUT_DIR", type=Path, help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--to", choices=get_args(Form), default="mhc", help="the form of OUT_DIR (default: mhc)")
+    parser.add_argument("--streams", metavar="N", type=int, help=f"streams a site, 1 to {MAX_STREAMS} (default: 4)")
+    parser.add_argument(
+        "--convention",
+        choices=[c.value for c in Convention],
+        help="whose equations (default: paper, arXiv 2512.24880)",
+    )
+    parser.add_argument("--manifold", choices=get_args(Manifold), help="of the matrices (default: the convention's)")
+    parser.add_argument("--iterations", metavar="K", type=int, help="Sinkhorn iterations (default: 20)")
+    parser.add_argument(
+        "--exit", choices=get_args(Exit), help="how the streams become one again (default: the convention's)"
+    )
+    parser.add_argument(
+        "--form",
+        choices=get_args(FormName),
+        help="what a site computes: mHC (default), or Hyper-Connections, dynamic or static, which are unconstrained",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", default=None, help="refuse a model of which residual adds would be left"
+    )
+    parser.add_argument("--engram", choices=sorted(PRESETS), help="add n-gram memories as this system has them")
+    parser.add_argument(
+        "--engram-layers", metavar="L", help="layers with a memory: 0-based indices or module paths, by commas"
+    )
+    parser.add_argument("--engram-rows", metavar="N", type=int, help="rows a head (default: the preset's millions)")
+    parser.add_argument(
+        "--over-encoding",
+        metavar="FIELDS",
+        help="add embeddings of n-grams: default, or fields such as order=3,heads=4,rows=50000",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert as the arguments say. Raises `MHCError` as `convert_folder` does."""
+    options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    if (memory := _memory(args)) is not None:
+        options["engram"] = memory
+    if args.over_encoding is not None:
+        options["over_encoding"] = _over_encoding(args.over_encoding)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("opening", total=None)
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        done = convert_folder(args.source, args.target, to=args.to, progress=progress, **options)
+    print(_summary(done, args.to))
+    if done.left_out:
+        print(f"left out: {', '.join(map(str, done.left_out))}", file=sys.stderr)
+    return 0
+
+
+def _memory(args: argparse.Namespace) -> MemorySettings | None:
+    """The settings that the arguments describe. Raises MHC220 for those that are not possible."""
+    changes: dict[str, Any] = {}
+    if args.engram_layers is not None:
+        changes["layers"] = tuple(int(x) if x.isdigit() else x for x in args.engram_layers.split(","))
+    if args.engram_rows is not None:
+        changes["rows_per_head"] = args.engram_rows
+    if args.engram is None:
+        if changes:
+            raise MHCError("MHC220", "--engram-layers and --engram-rows need --engram", way_out="add --engram v41")
+        return None
+    return MemorySettings.preset(args.engram, **changes)
+
+
+def _over_encoding(text: str) -> OverEncodingSettings:
+    """The settings written as `field=number,...`. Raises MHC220 for other text."""
+    parts = [] if text == "default" else [part.partition("=") for part in text.split(",")]
+    known = {f.name for f in fields(OverEncodingSettings)}
+    if wrong := [name for name, _, number in parts if name not in known or not number.isdigit()]:
+        detail = f"--over-encoding: {wrong[0]!r} with no number; fields: {', '.join(sorted(known))}"
+        raise MHCError("MHC220", detail, way_out="--over-encoding order=3,heads=4,rows=50000, or default")
+    return OverEncodingSettings(**{name: int(number) for name, _, number in parts})
+
+
+def _summary(done: Converted, form: Form) -> str:
+    if form == "residual":
+        return f"{done.folder}: residual again, {done.parameters:,} stream parameters removed"
+    return (
+        f"{done.folder}: streams at {done.sites} sites, {done.adds}, {done.parameters:,} stream parameters added\n"
+        f'load it with mhc_compile.from_pretrained("{done.folder}")'
+    )

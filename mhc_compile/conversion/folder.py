@@ -1,0 +1,239 @@
+"""Convert a checkpoint folder, one piece of a weight file in memory at a time, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mhc_compile.checkpoint.manifest import Manifest, Owner, is_converted
+from mhc_compile.checkpoint.saving import prefix
+from mhc_compile.checkpoint.shards import Shard, copy_file, copy_shard, read_shard, sync, write_shard, write_text
+from mhc_compile.checkpoint.skeleton import skeleton
+from mhc_compile.checkpoint.source import (
+    CONFIG,
+    CONVERTED_INDEX,
+    INDEX,
+    Checkpoint,
+    companions,
+    guarded,
+    index_text,
+    open_checkpoint,
+    refuse_links_out,
+    shard_names,
+    unguarded,
+)
+from mhc_compile.checkpoint.staging import check_target, staged
+from mhc_compile.checkpoint.tables import read_tokenizer, write_tables
+from mhc_compile.config import STREAM_FIELDS, Options, split_options, stream_spec
+from mhc_compile.conversion.memory import convert_with_coverage
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
+from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.loading import open_converted, read_streams, streams_shard
+from mhc_compile.memory.parameters import tables as tables_of
+from mhc_compile.memory.request import over_requested, requested
+from mhc_compile.parameters import StreamParameters, at_start, owners
+
+Form = Literal["mhc", "residual"]
+Progress = Callable[[int, int, str], None]
+"""Called with the bytes written, the bytes there are, and what is being done."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert_folder` wrote."""
+
+    folder: Path
+    sites: int
+    """Residual sites that have streams now; 0 for a residual folder."""
+    adds: str
+    """How many residual adds of a forward have streams: `48 of 48 adds`; empty for a residual folder."""
+    parameters: int
+    """Stream parameters added, or removed."""
+    left_out: tuple[Path, ...]
+    """Files and folders of the input that were not taken along: weights in other formats, folders with weights."""
+
+
+def convert_folder(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: Form = "mhc",
+    progress: Progress | None = None,
+    engram: str | MemorySettings | None = None,
+    over_encoding: str | OverEncodingSettings | None = None,
+    **options: Any,
+) -> Converted:
+    """Convert a folder that transformers saved into a new one; `source` is only read.
+
+    The weights are copied file by file and never held in memory. The stream parameters, at their function-preserving
+    start, become a further shard; `config.json`, the tokenizer and the like are copied. Load the result with
+    `mhc_compile.from_pretrained`; a plain `from_pretrained` of it raises. `target` appears when everything in it is
+    on the disk, or not at all.
+
+    `engram`, a preset's name or `MemorySettings`, adds memories as `convert` does, with the folder's own tokenizer
+    where ids are to be compressed; `over_encoding` adds embeddings of n-grams as `convert` does. Their tables are files
+    of their own, written a block at a time.
+
+    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`), and
+    `strict`. With `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as
+    long as its stream parameters are at their start.
+
+    Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a
+    folder that cannot be converted, MHC409 to 411 for one in the other form already or with trained streams, MHC412
+    and 413 where the result cannot be written, MHC414 for a damaged `mhc.json` or weights that are not those that were
+    converted, MHC416 for a link to a file outside of the folder.
+    """
+    if to not in get_args(Form):
+        raise MHCError("MHC204", f"to={to!r}; known: {', '.join(get_args(Form))}")
+    _check_options(options, to)
+    try:
+        if to == "residual":
+            for name, value in (("engram", engram), ("over_encoding", over_encoding)):
+                if value is not None:
+                    raise MHCError("MHC204", f"{name} has no meaning for to='residual'", way_out="leave it out")
+            return _to_residual(Path(source), Path(target), progress or _silent)
+        options |= {"engram": engram, "over_encoding": over_encoding}
+        return _to_streams(Path(source), Path(target), options, progress or _silent)
+    except OSError as error:
+        raise MHCError("MHC413", str(error)) from error
+
+
+def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress: Progress) -> Converted:
+    if is_converted(source):
+        raise MHCError("MHC409", str(source))
+    checkpoint = open_checkpoint(source)
+    taken, left = _companions(checkpoint)
+    target = check_target(target, source, size=checkpoint.size)
+    progress(0, checkpoint.size, "finding the streams")
+    model = skeleton(checkpoint)
+    memory = requested(options["engram"], lambda: read_tokenizer(source), model, tables_on="meta")
+    over = over_requested(options["over_encoding"], tables_on="meta")
+    coverage = convert_with_coverage(model, (), {}, **{**options, "engram": memory, "over_encoding": over})
+    made = owners(model)
+    tables = sum(t.weight.nbytes for held in made.values() for _, t in tables_of(held))
+    check_target(target, source, size=checkpoint.size + tables)
+    streams = {f"{prefix(owner)}{name}": t for owner, held in made.items() for name, t in held.kept().items()}
+    if clash := streams.keys() & {name for shard in checkpoint.shards for name in shard.tensors}:
+        raise MHCError("MHC207", f"a weight is named {min(clash)}")
+    *base_names, streams_file = shard_names(len(checkpoint.shards) + 1, converted=True)
+    metadata = _count_parameters(checkpoint.metadata, sum(p.numel() for p in streams.values()))
+    with staged(target) as staging:
+        files, sha256 = _copy(checkpoint, checkpoint.shards, base_names, staging, progress, refuse_nonfinite=True)
+        sha256[streams_file] = write_shard(staging / streams_file, streams)
+        files[streams_file] = read_shard(staging / streams_file)
+        if tables:
+            progress(checkpoint.size, checkpoint.size, "writing tables")
+            write_tables(staging, made)
+        write_text(staging / CONVERTED_INDEX, index_text(metadata, files))
+        _copy_companions(checkpoint, taken, staging, guarded)
+        Manifest(
+            architecture=type(model).__name__,
+            owners={owner: Owner.of(p) for owner, p in made.items()},
+            streams_file=streams_file,
+            sha256=sha256,
+        ).write(staging)
+        progress(checkpoint.size, checkpoint.size, "finishing")
+    sites = sum(len(p.sites) for p in made.values())
+    return Converted(target, sites, str(coverage), sum(p.numel() for p in streams.values()), tuple(left))
+
+
+def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
+    checkpoint, manifest = open_converted(source)
+    taken, left = _companions(checkpoint)
+    target = check_target(target, source, size=checkpoint.size)
+    progress(0, checkpoint.size, "reading the streams")
+    made = read_streams(checkpoint, manifest, Options())
+    refuse_trained(made)
+    added = streams_shard(checkpoint, manifest)
+    shards = [shard for shard in checkpoint.shards if shard is not added]
+    parameters = sum(t.numel() for held in made.values() for t in held.kept().values())
+    with staged(target) as staging:
+        files, sha256 = _copy(checkpoint, shards, shard_names(len(shards)), staging, progress)
+        for shard, digest in zip(shards, sha256.values(), strict=True):
+            if manifest.sha256.get(shard.path.name, digest) != digest:
+                raise MHCError("MHC414", f"{shard.path} is not the file that was written (sha256)")
+        if len(shards) > 1:
+            write_text(staging / INDEX, index_text(_count_parameters(checkpoint.metadata, -parameters), files))
+        _copy_companions(checkpoint, taken, staging, unguarded)
+        progress(checkpoint.size, checkpoint.size, "finishing")
+    return Converted(target, 0, "", parameters, tuple(left))
+
+
+def refuse_trained(made: Mapping[str, StreamParameters]) -> None:
+    """Raises MHC411 where a parameter is no longer at the function-preserving start."""
+    for owner, held in made.items():
+        if not at_start(held):
+            raise MHCError("MHC411", f"those of {owner or 'the model'} are not at their start any more")
+
+
+def _copy(
+    checkpoint: Checkpoint,
+    shards: Sequence[Shard],
+    file_names: Sequence[str],
+    folder: Path,
+    progress: Progress,
+    *,
+    refuse_nonfinite: bool = False,
+) -> tuple[dict[str, Shard], dict[str, str]]:
+    """Copy weight files under new names; returns them, and their hashes, by those names."""
+    files: dict[str, Shard] = {}
+    sha256: dict[str, str] = {}
+    done = 0
+    for name, shard in zip(file_names, shards, strict=True):
+
+        def moved(count: int, what: str = shard.path.name) -> None:
+            nonlocal done
+            done += count
+            progress(done, checkpoint.size, what)
+
+        sha256[name] = copy_shard(shard, folder / name, moved, refuse_nonfinite=refuse_nonfinite)
+        files[name] = shard
+    return files, sha256
+
+
+def _companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
+    """As `companions`. Raises MHC416 where a file that would be copied lies elsewhere."""
+    taken, left = companions(checkpoint)
+    files = [*(checkpoint.folder / relative for relative in taken), *(shard.path for shard in checkpoint.shards)]
+    refuse_links_out(checkpoint.folder, files)
+    return taken, left
+
+
+def _copy_companions(
+    checkpoint: Checkpoint, taken: Sequence[Path], folder: Path, edit: Callable[[bytes], bytes]
+) -> None:
+    """Copy tokenizer and the like as they are, and the configuration as `edit` changes it."""
+    for relative in taken:
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(checkpoint.folder / relative, folder / relative)
+    config = folder / CONFIG
+    config.write_bytes(edit(config.read_bytes()))
+    with config.open("rb+") as file:
+        sync(file)
+
+
+def _count_parameters(metadata: Mapping[str, Any], more: int) -> dict[str, Any]:
+    """The index's metadata with `more` parameters where it counts them."""
+    counted = metadata.get("total_parameters")
+    return {**metadata, "total_parameters": counted + more} if isinstance(counted, int) else dict(metadata)
+
+
+def _check_options(options: Mapping[str, Any], to: Form) -> None:
+    """Raises MHC201 to 204 for an option that is unknown, out of range, or without meaning here."""
+    stream, own = split_options(options)
+    stream_spec(stream)
+    if own.keys() - {"strict"}:
+        known = ", ".join(sorted({*STREAM_FIELDS, "strict"}))
+        raise MHCError(
+            "MHC204", f"{min(own.keys() - {'strict'})} is chosen when the folder is loaded; known here: {known}"
+        )
+    if options and to == "residual":
+        raise MHCError("MHC204", f"{next(iter(options))} has no meaning for to='residual'", way_out="leave it out")
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress."""

@@ -1,7 +1,0 @@
-"""Convert residual models, in memory (`memory.py`) or as checkpoint folders (`folder.py`), and back."""
-
-from mhc_compile.convert.folder import convert_folder
-from mhc_compile.convert.memory import convert
-from mhc_compile.convert.residual import to_residual
-
-__all__ = ["convert", "convert_folder", "to_residual"]

@@ -1,6 +1,0 @@
-"""Show what the compiler sees in a model: its streams and sites, what each pass did, where a stream was lost."""
-
-from mhc_compile.inspect.examine import inspect
-from mhc_compile.inspect.inspection import Inspection
-
-__all__ = ["Inspection", "inspect"]

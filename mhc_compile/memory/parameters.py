@@ -1,0 +1,67 @@
+"""The trainable parameters of an owner's memories, as modules nested under its stream parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.memories import Memory
+from mhc_compile.memory.tables import MemoryTable
+
+Start = Literal["zero", "paper"]
+# The scale of released models' embeddings and projections at their start.
+DEVIATION = 0.02
+ROOT = "engram"
+"""The name under which memories lie in `StreamParameters`."""
+
+
+def layer_values(
+    memory: Memory, streams: int, hidden: int, *, start: Start, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """The parameters of one layer by name, float32, at their start (arXiv 2601.07372, section 3).
+
+    `key` [n*C, d_mem] and `value` [C, d_mem] are W_K and W_V, the gains [n, C], `conv` [n, C, taps]. With
+    `start="zero"` W_V is 0, so that the model's function is unchanged; the convolution is 0 in both.
+    """
+    if start not in get_args(Start):
+        raise MHCError("MHC220", f"start={start!r}; known: {', '.join(get_args(Start))}")
+    settings, width = memory.settings, memory.settings.memory_width
+    gain = torch.full((streams, hidden), 1.0 - settings.gain_offset, device=device)
+    values = {
+        "key": DEVIATION * torch.randn(streams * hidden, width, device=device),
+        "value": (0.0 if start == "zero" else DEVIATION) * torch.randn(hidden, width, device=device),
+        "query_gain": gain,
+        "key_gain": gain.clone(),
+    }
+    if memory.fusion.dilation:
+        values["conv_gain"] = gain.clone()
+        values["conv"] = torch.zeros(streams, hidden, memory.fusion.taps, device=device)
+    return values
+
+
+def new_table(rows: int, width: int, device: torch.device | str | None) -> MemoryTable:
+    """A float32 table, its rows at their start; on the meta device without any.
+
+    Raises MHC223 where there is not enough memory for it.
+    """
+    try:
+        table = MemoryTable(rows, width, device=device)
+    except (RuntimeError, MemoryError) as error:
+        detail = f"{rows:,} rows of {width} float32 are {rows * width / 2**28:.1f} GiB, more than can be allocated"
+        way_out = "choose fewer rows_per_head, or convert a folder, which writes tables to the disk piece by piece"
+        raise MHCError("MHC223", detail, way_out=way_out) from error
+    return table if table.weight.is_meta else table.start(new_seed(), DEVIATION)
+
+
+def new_seed() -> int:
+    """What a table's start is drawn from, drawn itself from torch's default generator."""
+    return int(torch.randint(2**31, ()))
+
+
+def tables(parameters: nn.Module) -> Iterator[tuple[str, MemoryTable]]:
+    """The tables below a module by their names relative to it."""
+    return ((name, m) for name, m in parameters.named_modules() if isinstance(m, MemoryTable))

@@ -1,1 +1,0 @@
-"""On paper, without weights: how to spend a budget of parameters."""

@@ -1,0 +1,77 @@
+"""The drawing of a model with hyper-connections of its own, from the sites that the pass `native` raised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from mhc_compile.passes.dialect_sites import by_stream, stream_sites
+from mhc_compile.report.elements import Drawing
+
+DIALECT = torch.ops.mhc
+
+
+def draw_native(graph: Graph) -> Drawing:
+    """The drawing of a dialect graph whose sites are known by the paths of their modules."""
+    drawing = Drawing()
+    inside = _inside(graph)
+    for run in by_stream(stream_sites(graph)):
+        paths = [site.name.rpartition("#")[0] for site in run]
+        owner = _common(paths)
+        specs = {str(a) for site in run for a in site.coefficients.args if isinstance(a, str)}
+        sites = [(site.name, path, None) for site, path in zip(run, paths, strict=True)]
+        stream, *each, leaves = drawing.add_stream(owner, "; ".join(sorted(specs)), sites)
+        start = run[0].state
+        drawing.elements[stream].at = start
+        if start.target is DIALECT.expand.default:
+            drawing.give([start], stream)
+        for site, number in zip(run, each, strict=True):
+            drawing.elements[number].at = site.distribute or site.coefficients
+            drawing.give([*site.stream, *([site.distribute] if site.distribute is not None else [])], number)
+        end = run[-1].distribute
+        drawing.elements[leaves].at = end
+        drawing.give([u for u in (end.users if end else ()) if u.target is DIALECT.reduce.default], leaves)
+        for site, number in zip(run, each, strict=True):
+            branch = drawing.branch(number)
+            if site.distribute is not None:
+                y = site.distribute.args[1]
+                assert isinstance(y, Node)
+                drawing.elements[branch].at = y
+                drawing.give(_upstream(y, inside, drawing), branch)
+    drawing.name_branches()
+    return drawing
+
+
+def _inside(graph: Graph) -> set[Node]:
+    """What reads the streams through `aggregate`, up to `distribute`."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.target is DIALECT.aggregate.default or (
+            node.target is not DIALECT.distribute.default and any(n in found for n in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def _upstream(end: Node, inside: set[Node], drawing: Drawing) -> list[Node]:
+    """What `end` is computed from that lies in branches and belongs to no element."""
+    found: dict[Node, None] = {}
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in found and node not in drawing.of:
+            found[node] = None
+            stack += node.all_input_nodes
+    return list(found)
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The innermost module around all `paths` that holds the list of numbered layers, too."""
+    parts = [p.split(".") for p in paths]
+    shared = 0
+    while all(len(p) > shared for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    numbers = [i for i, p in enumerate(parts[0]) if p.isdigit()]
+    return ".".join(parts[0][: min([shared, *(max(i - 1, 0) for i in numbers)])])

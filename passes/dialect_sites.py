@@ -1,0 +1,221 @@
+"""Which nodes of a dialect graph belong to the streams at each site, and which to its branch.
+
+A site begins with its *state*: the `distribute` of the site before, `expand`, or an input of the graph. To the streams
+belongs everything behind it up to what the branch reads: norms of each stream, a memory's gate and what it lets in,
+coefficients, casts, `aggregate`, the branch's entry norm. To the branch belongs F's output, which `distribute` reads;
+what lies between is nobody's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from sympy import Expr
+from torch.fx import Graph, Node
+
+from mhc_compile.passes.base import is_tensor, op_name, shape, value
+from mhc_compile.passes.cost import SiteCost
+from mhc_compile.passes.norms import match_norm
+from mhc_compile.passes.stages import coefficient_nodes, is_random
+
+DIALECT = torch.ops.mhc
+ENGRAM = torch.ops.engram
+_VIEWS = ("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze", "expand_as")
+
+
+@dataclass
+class StreamSite:
+    """One site of a dialect graph."""
+
+    name: str
+    """As in `meta["mhc_site"]`; empty where the graph's maker gave none."""
+    coefficients: Node
+    state: Node
+    """Where the streams come from: the `distribute` of the site before, or what its stream starts with."""
+    distribute: Node | None
+    """Which ends the site; None where the graph ends inside it."""
+    stream: list[Node] = field(default_factory=list)
+    """What can be computed again from `state`, in order."""
+    branch: list[Node] = field(default_factory=list)
+    """F's output, with the views through which `distribute` reads it."""
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """All nodes that tags of a block stand on."""
+        yield from self.stream
+        yield from self.branch
+        if self.distribute is not None:
+            yield self.distribute
+
+    @property
+    def weighs(self) -> list[Node]:
+        """The `aggregate`s: one, or more where the branch reads several values of the stream."""
+        return [n for n in self.stream if n.target is DIALECT.aggregate.default]
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether `fuse` makes one kernel of the `distribute` in front of the site and the site."""
+        reads = [self.coefficients.args[0], *(h.args[0] for h in self.weighs)]
+        return self.state.target is DIALECT.distribute.default and reads == [self.state, self.state]
+
+    def cost(self, *, joined: bool = False) -> SiteCost:
+        """Bytes that the site's kernels keep for the backward pass, in the sizes of the graph."""
+        spread = {n for n in self.stream if is_tensor(n)}
+        read = {x for n in (*self.stream, self.distribute) if n is not None for x in _streams_read(n)}
+        parameters = [p for p in self.coefficients.args[1:] if isinstance(p, Node)]
+        rows = shape(parameters[0])[0]
+        items = {int(n.args[1]): n for n in self.coefficients.users if n.target is operator.getitem}  # type: ignore[arg-type]
+        weighs = self.weighs
+        made = sum((size_of(x) for x in read & spread if x is not self.state), sympy.S.Zero)
+        for h in weighs:
+            norm = match_norm(h)
+            made += size_of(norm.out if norm is not None else h)
+        made += sum((size_of(n) for i, n in items.items() if i > 0 or len(weighs) != 1), sympy.S.Zero)
+        if 0 in items:
+            tokens = sympy.prod(shape(items[0])[:-1])
+            made += tokens * (rows + 1) * value(items[0]).dtype.itemsize
+        # A branch that several sites read is kept once, here.
+        branch = size_of(self.branch[0]) if self.branch else sympy.S.Zero
+        return SiteCost(size_of(self.state), made, branch, size_of(parameters[0]), joined)
+
+
+def stream_sites(graph: Graph) -> list[StreamSite]:
+    """The sites of a dialect graph in the order of their streams."""
+    outside = _depending(graph) - _inside_branches(graph)
+    found = []
+    taken: set[Node] = set()
+    for coefficients in coefficient_nodes(graph):
+        ends = _ends(coefficients)
+        weighs = [n for n in ends if n.target is DIALECT.aggregate.default]
+        distribute = next((n for n in ends if n.target is DIALECT.distribute.default), None)
+        site = StreamSite(
+            str(coefficients.meta.get("mhc_site", "")), coefficients, _state(coefficients, outside), distribute
+        )
+        norms = [norm.nodes for h in weighs if (norm := match_norm(h)) is not None]
+        wanted = {*weighs, coefficients, *(n for nodes in norms for n in nodes)}
+        roots = [coefficients, *weighs] if distribute is None else [coefficients, *weighs, distribute]
+        wanted |= _between(roots, outside)
+        site.stream = sorted(n for n in wanted if n not in taken and not is_random(n))
+        taken.update(site.stream)
+        if distribute is not None:
+            site.branch = [n for n in _unwrapped(distribute.args[1]) if n not in taken and n.op != "placeholder"]
+        found.append(site)
+    return found
+
+
+def by_stream(found: Iterable[StreamSite]) -> list[list[StreamSite]]:
+    """The sites of every stream, in order."""
+    every: list[list[StreamSite]] = []
+    ending: dict[Node, list[StreamSite]] = {}
+    for site in found:
+        run = ending.get(site.state)
+        if run is None:
+            run = []
+            every.append(run)
+        run.append(site)
+        if site.distribute is not None:
+            ending[site.distribute] = run
+    return every
+
+
+def size_of(node: Node) -> Expr:
+    """Bytes of a tensor, in the sizes of the graph."""
+    return sympy.prod(shape(node)) * value(node).dtype.itemsize
+
+
+def size_hints(graph: Graph) -> dict[Any, int]:
+    """The sizes at hand for every dynamic size of the graph, without a guard on it."""
+    found: dict[Any, int] = {}
+    for node in filter(is_tensor, graph.nodes):
+        for d in value(node).shape:
+            if not isinstance(d, int) and d.node.expr.is_Symbol and d.node.hint is not None:
+                found[d.node.expr] = int(d.node.hint)
+    return found
+
+
+def _ends(coefficients: Node) -> list[Node]:
+    """The `aggregate`s and the `distribute` that read the coefficients, through casts."""
+    found, stack = set(), [coefficients]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in (DIALECT.aggregate.default, DIALECT.distribute.default):
+                found.add(user)
+            elif user.target is operator.getitem or op_name(user) == "to":
+                stack.append(user)
+    return sorted(found)
+
+
+def _carried(graph: Graph) -> set[Node]:
+    """The inputs of the graph that are streams: what crosses into a pipeline stage."""
+    shapes = {shape(coefficients.args[0]) for coefficients in coefficient_nodes(graph)}  # type: ignore[arg-type]
+    return {n for n in graph.nodes if n.op == "placeholder" and is_tensor(n) and shape(n) in shapes}
+
+
+def _depending(graph: Graph) -> set[Node]:
+    """What needs the streams, what they start with among it."""
+    found = _carried(graph)
+    for node in graph.nodes:
+        if node.target is DIALECT.expand.default or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _state(coefficients: Node, outside: set[Node]) -> Node:
+    """Where the streams that the site reads come from, past what is done to each stream."""
+    node = coefficients.args[0]
+    assert isinstance(node, Node)
+    while not _is_state(node):
+        above = [n for n in node.all_input_nodes if n in outside]
+        if not above:
+            break
+        node = max(above)  # the youngest: an older state may be added to it
+    return node
+
+
+def _is_state(node: Node) -> bool:
+    return node.op == "placeholder" or node.target in (DIALECT.distribute.default, DIALECT.expand.default)
+
+
+def _inside_branches(graph: Graph) -> set[Node]:
+    """What reads the streams through `aggregate` or `reduce`, up to `distribute`."""
+    found: set[Node] = set()
+    opens = (DIALECT.aggregate.default, DIALECT.reduce.default)
+    for node in graph.nodes:
+        if node.target is not DIALECT.distribute.default and any(
+            n in found or n.target in opens for n in node.all_input_nodes
+        ):
+            found.add(node)
+    return found
+
+
+def _between(roots: Iterable[Node], allowed: set[Node]) -> set[Node]:
+    """What lies between the states and `roots`, the states and roots that end other sites not counted."""
+    found: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        for n in node.all_input_nodes:
+            if n in allowed and n not in found and not _is_state(n):
+                found.add(n)
+                stack.append(n)
+    return found
+
+
+def _streams_read(node: Node) -> list[Node]:
+    """The n-stream values that an op of the dialect or of a memory reads."""
+    own = getattr(node.target, "namespace", "") in ("mhc", "engram")
+    return [node.args[0]] if own and isinstance(node.args[0], Node) and len(node.all_input_nodes) > 1 else []
+
+
+def _unwrapped(branch: object) -> list[Node]:
+    """`branch` and, where it is a view, what it views."""
+    found = []
+    while isinstance(branch, Node):
+        found.append(branch)
+        branch = branch.args[0] if op_name(branch) in _VIEWS and branch.args else None
+    return found

@@ -1,0 +1,220 @@
+"""Run a schedule on paper: when every rank computes, waits and sends, and what it holds meanwhile.
+
+A discrete-event simulation over the actions of `runtime.plan.schedules`. A rank performs its actions in order. A
+transfer begins when both sides have posted it and the link between the two ranks, one for each direction, is free; it
+takes `latency + bytes / bandwidth` and costs no computing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mhc_compile.runtime.plan.schedules import Post, Run, Schedule, Transfer, Wait, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """What one stage costs for one microbatch. Times in seconds, sizes in bytes."""
+
+    forward: float
+    input: float
+    """Backward: gradients of what came in, recomputation included."""
+    weight: float
+    """Backward: gradients of parameters."""
+    backward: float | None = None
+    """Both in one; None: their sum."""
+    sent: int = 0
+    """To the next stage, forward; the gradients that come back are as large."""
+    kept: int = 0
+    """For the backward pass, from the forward on."""
+    deferred: int = 0
+    """What the gradients of parameters still need once those of what came in are there."""
+
+    def seconds(self, kind: str) -> float:
+        """Of one pass."""
+        if kind == "backward":
+            return self.input + self.weight if self.backward is None else self.backward
+        return float(getattr(self, kind))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Between two ranks."""
+
+    latency: float = 0.0
+    """Seconds."""
+    bandwidth: float = float("inf")
+    """Bytes a second, each way."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One pass with the rank that ran it, and when, in seconds from the step's beginning."""
+
+    work: Work
+    rank: int
+    begin: float
+    end: float
+
+
+@dataclass
+class Simulated:
+    """One step."""
+
+    schedule: Schedule
+    works: list[Timed]
+    ends: list[float]
+    """When each rank has done its last action."""
+    busy: list[float]
+    """Seconds each rank computes."""
+    held: list[int]
+    """The most bytes each rank keeps for backward passes at a time."""
+    live: list[int]
+    """The most microbatches that each stage keeps something of at a time."""
+    live_of_rank: list[int]
+    """The most pairs of a stage and a microbatch that each rank keeps something of at a time."""
+    sent: list[int]
+    """Bytes that each rank sends."""
+    messages: list[int]
+    """In how many transfers."""
+
+    @property
+    def seconds(self) -> float:
+        """From the first pass to the end of the last, optimizer and reduction of gradients apart."""
+        return max(self.ends)
+
+    @property
+    def bubbles(self) -> list[float]:
+        """The part of the step in which each rank computes nothing."""
+        return [1 - busy / self.seconds if self.seconds else 0.0 for busy in self.busy]
+
+    @property
+    def bubble(self) -> float:
+        """The part of all ranks' time in which nothing is computed."""
+        return sum(self.bubbles) / len(self.bubbles)
+
+
+@dataclass
+class _Transfers:
+    """What has been posted, and when what both sides have posted arrives."""
+
+    costs: Sequence[StageCost]
+    link: Link
+    owner: Sequence[int]
+    posted: dict[tuple[Transfer, int], float] = field(default_factory=dict)
+    arrived: dict[Transfer, float] = field(default_factory=dict)
+    queues: dict[tuple[int, int], deque[Transfer]] = field(default_factory=dict)
+    free: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def post(self, transfer: Transfer, rank: int, now: float) -> None:
+        """`rank`, one of its two sides, is ready for it. What one rank sends another arrives in order."""
+        self.posted[transfer, rank] = now
+        ends = self.owner[transfer.stage], self.owner[transfer.target]
+        if rank == ends[0]:
+            self.queues.setdefault(ends, deque()).append(transfer)
+        queue = self.queues.get(ends, deque())
+        while queue and (queue[0], ends[1]) in self.posted:
+            first = queue.popleft()
+            ready = max(self.posted[first, ends[0]], self.posted[first, ends[1]], self.free.get(ends, 0.0))
+            self.arrived[first] = ready + self.link.latency + self.size(first) / self.link.bandwidth
+            self.free[ends] = self.arrived[first]
+
+    def size(self, transfer: Transfer) -> int:
+        """Bytes: gradients are as large as what they are of."""
+        return self.costs[transfer.target if transfer.backward else transfer.stage].sent
+
+
+def simulate(
+    schedule: Schedule, costs: Sequence[StageCost], link: Link | None = None, *, overlap: float = 0.0
+) -> Simulated:
+    """Run one step of `schedule`, whose stages cost `costs`, over `link`.
+
+    `overlap`: the part of the shorter pass that costs no time where a forward and a backward run as one action
+    (0: one after the other; 1: as long as the longer one). Raises ValueError for a schedule whose ranks wait for one
+    another for ever, or another number of stages.
+    """
+    if len(costs) != len(schedule.owner):
+        raise ValueError(f"{len(costs)} costs for {len(schedule.owner)} stages")
+    count = len(schedule.ranks)
+    transfers = _Transfers(costs, link or Link(), schedule.owner)
+    now, at, busy = [0.0] * count, [0] * count, [0.0] * count
+    timed: list[list[Timed]] = [[] for _ in range(count)]
+    moving = True
+    while moving:
+        moving = False
+        for rank, actions in enumerate(schedule.ranks):
+            while at[rank] < len(actions):
+                action = actions[at[rank]]
+                if isinstance(action, Wait):
+                    if any(t not in transfers.arrived for t in action.transfers):
+                        break
+                    now[rank] = max(now[rank], *(transfers.arrived[t] for t in action.transfers))
+                elif isinstance(action, Post):
+                    for t in action.transfers:
+                        transfers.post(t, rank, now[rank])
+                else:
+                    done = _run(action, rank, now[rank], costs, overlap)
+                    busy[rank] += done[-1].end - now[rank]
+                    now[rank] = done[-1].end
+                    timed[rank] += done
+                    for t in action.sends:
+                        transfers.post(t, rank, done[0].end)
+                at[rank] += 1
+                moving = True
+    if any(at[rank] < len(actions) for rank, actions in enumerate(schedule.ranks)):
+        raise ValueError(f"the ranks of {schedule.name} wait for one another")
+    watched = [_watch(works, costs) for works in timed]
+    live: dict[int, int] = {}
+    for _, by_stage, _ in watched:
+        live |= by_stage
+    return Simulated(
+        schedule=schedule,
+        works=sorted((w for works in timed for w in works), key=lambda w: (w.begin, w.rank)),
+        ends=now,
+        busy=busy,
+        held=[held for held, _, _ in watched],
+        live=[live[s] for s in range(len(costs))],
+        live_of_rank=[most for _, _, most in watched],
+        sent=[sum(transfers.size(t) for t in transfers.arrived if schedule.owner[t.stage] == r) for r in range(count)],
+        messages=[sum(schedule.owner[t.stage] == r for t in transfers.arrived) for r in range(count)],
+    )
+
+
+def _run(action: Run, rank: int, now: float, costs: Sequence[StageCost], overlap: float) -> list[Timed]:
+    seconds = [costs[w.stage].seconds(w.kind) for w in action.works]
+    saved = overlap * min(seconds) if len(seconds) > 1 else 0.0
+    done: list[Timed] = []
+    for work, took in zip(action.works, seconds, strict=True):
+        if done:  # the second of two begins as much earlier as they overlap
+            now -= saved
+        done.append(Timed(work, rank, now, now + took))
+        now += took
+    if len(done) > 1 and done[0].end > done[1].end:
+        done[1] = Timed(done[1].work, rank, done[1].begin, done[0].end)
+    return done
+
+
+def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Mapping[int, int], int]:
+    """The most bytes held, the most microbatches of each stage, and of all stages of a rank, at a time."""
+    held = most_held = most = 0
+    live: dict[int, set[int]] = {}
+    most_live: dict[int, int] = {}
+    for timed in works:
+        work = timed.work
+        cost = costs[work.stage]
+        of_stage = live.setdefault(work.stage, set())
+        if work.kind == "forward":
+            of_stage.add(work.microbatch)
+            held += cost.kept
+        elif work.kind == "input":  # what the gradients of parameters need is there before the rest is given up
+            most_held = max(most_held, held + cost.deferred)
+            held += cost.deferred - cost.kept
+        else:
+            of_stage.discard(work.microbatch)
+            held -= cost.deferred if work.kind == "weight" else cost.kept
+        most_held = max(most_held, held)
+        most_live[work.stage] = max(most_live.get(work.stage, 0), len(of_stage))
+        most = max(most, sum(map(len, live.values())))
+    return most_held, most_live, most

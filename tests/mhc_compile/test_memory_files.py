@@ -1,0 +1,306 @@
+"""Tables as files: what is written comes back, damage is refused by code, and a table larger than memory is served."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mhc_compile.checkpoint import table_files as files
+from mhc_compile.checkpoint.table_files import open_table, read_info, write_files, write_rows, write_table
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.memory.quantise import FP8, dequantise, quantise
+from mhc_compile.memory.tables import MemoryTable
+
+ROWS, WIDTH = 300, 40
+DTYPES = [torch.float32, torch.bfloat16, FP8]
+
+
+def table(dtype: torch.dtype = torch.float32, storage: str = "host") -> MemoryTable:
+    return MemoryTable(ROWS, WIDTH, dtype=dtype, storage=storage).start(0, 1.0)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 5000])
+def test_what_is_written_comes_back(tmp_path: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    source = table(dtype)
+    paths = write_files(tmp_path, "memory", source, hash_spec="multipliers=1,3", shard_bytes=shard_bytes)
+    assert (len(paths) > 1) == (shard_bytes == 5000)
+    assert shards(tmp_path) == paths
+    assert all(p.stat().st_size < shard_bytes + 2000 for p in paths)
+    info = read_info(tmp_path, "memory")
+    assert (info.rows, info.width, info.dtype, info.hash_spec) == (ROWS, WIDTH, dtype, "multipliers=1,3")
+    opened = open_table(tmp_path, "memory", rows=ROWS, width=WIDTH, dtype=dtype, hot_rows=50, verify=True)
+    rows = torch.randint(0, ROWS, (3, 50, 4))
+    assert torch.equal(opened(rows), source(rows))
+    # Any reader of safetensors finds the rows.
+    held = torch.cat([safetensors.torch.load_file(p)["weight"].view(torch.uint8) for p in paths])
+    assert torch.equal(held, source.weight.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+def test_rows_are_narrowed_while_they_are_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = table()
+    write_table(tmp_path / "one", source)
+    write_table(tmp_path / "two", open_table(tmp_path / "one"), dtype=dtype)  # a mapped table is a source, too
+    values = source.weight.detach()
+    wanted = dequantise(*quantise(values), torch.bfloat16) if dtype == FP8 else values.to(dtype)
+    assert torch.equal(open_table(tmp_path / "two", dtype=dtype)(torch.arange(ROWS)[:, None]), wanted)
+    if dtype == FP8:
+        with pytest.raises(MHCError, match="MHC223"):
+            write_table(tmp_path / "three", open_table(tmp_path / "two"), dtype=torch.float32)
+        assert not (tmp_path / "three").exists()
+
+
+def test_pieces_of_any_size(tmp_path: Path) -> None:
+    values = torch.randn(ROWS, WIDTH)
+    pieces = [(p, None) for p in values.split([1, 0, 120, 79, 100])]
+    options: dict[str, Any] = {"rows": ROWS, "width": WIDTH, "dtype": torch.float32, "shard_bytes": 70 * 4 * WIDTH}
+    write_rows(tmp_path, "a", pieces, **options)
+    assert torch.equal(open_table(tmp_path, "a")(torch.arange(ROWS)[:, None]), values)
+    for wrong in (pieces[:-1], [*pieces, (values[:1], None)], [(values[:, 1:], None)]):
+        with pytest.raises(MHCError, match="MHC223"):
+            write_rows(tmp_path, "b", wrong, **options)
+    assert {p.name.split("-")[0] for p in tmp_path.iterdir()} == {"a"}
+
+
+def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = table()
+    sync, calls = files.sync, []
+
+    def fail(file: Any) -> None:
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(files, "sync", fail)
+    with pytest.raises(MHCError, match="MHC413"):
+        write_files(tmp_path, "table", source, shard_bytes=20_000)
+    assert list(tmp_path.iterdir()) == []
+    calls.clear()
+    monkeypatch.setattr(files, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(
+        files.write_files, "__kwdefaults__", {**files.write_files.__kwdefaults__, "shard_bytes": 20_000}
+    )
+    with pytest.raises(MHCError, match="MHC413"):
+        write_table(tmp_path / "new", source)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there(tmp_path: Path) -> None:
+    write_table(tmp_path / "new", table())
+    with pytest.raises(MHCError, match="MHC412"):
+        write_table(tmp_path / "new", table())
+
+
+def test_writing_again_leaves_nothing_of_before(tmp_path: Path) -> None:
+    write_files(tmp_path, "table", table(), shard_bytes=5000)
+    second = MemoryTable(ROWS, WIDTH).start(1)
+    write_files(tmp_path, "table", second)
+    write_files(tmp_path, "other", table())
+    assert [p.name.split("-")[0] for p in shards(tmp_path)] == ["other", "table"]
+    rows = torch.arange(ROWS)[:, None]
+    assert torch.equal(open_table(tmp_path)(rows), second(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rows", ROWS + 1), ("width", 41), ("dtype", torch.bfloat16), ("hash_spec", "multipliers=5")],
+)
+def test_a_table_of_another_memory(tmp_path: Path, name: str, value: Any) -> None:
+    write_table(tmp_path / "t", table(), hash_spec="multipliers=1")
+    with pytest.raises(MHCError, match="MHC223") as error:
+        open_table(tmp_path / "t", **{name: value})
+    assert name in str(error.value)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The same data under a changed header."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def truncated(folder: Path) -> None:
+    path = shards(folder)[1]
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def longer(folder: Path) -> None:
+    path = shards(folder)[1]
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def without_the_last(folder: Path) -> None:
+    shards(folder)[-1].unlink()
+
+
+def without_the_second(folder: Path) -> None:
+    shards(folder)[1].unlink()
+
+
+def of_two_writings(folder: Path) -> None:
+    keep = shards(folder)[1].read_bytes()
+    write_files(folder, "table", MemoryTable(ROWS, WIDTH).start(1), shard_bytes=20_000)
+    shards(folder)[1].write_bytes(keep)
+
+
+def foreign(folder: Path) -> None:
+    safetensors.torch.save_file({"weight": torch.zeros(4, 4)}, shards(folder)[0])
+
+
+def a_pickle(folder: Path) -> None:
+    torch.save({"weight": torch.zeros(4, 4)}, shards(folder)[0])
+
+
+def empty(folder: Path) -> None:
+    shards(folder)[0].write_bytes(b"")
+
+
+def other_width(folder: Path) -> None:
+    rewrite(shards(folder)[0], lambda h: h["__metadata__"].update(width="41"))
+
+
+def no_number(folder: Path) -> None:
+    rewrite(shards(folder)[0], lambda h: h["__metadata__"].update(rows="many"))
+
+
+def other_dtype(folder: Path) -> None:
+    rewrite(shards(folder)[0], lambda h: h["weight"].update(dtype="I32"))
+
+
+def other_name(folder: Path) -> None:
+    rewrite(shards(folder)[0], lambda h: h.update(rows=h.pop("weight")))
+
+
+def nothing_at_all(folder: Path) -> None:
+    for path in shards(folder):
+        path.unlink()
+
+
+DAMAGES = [
+    truncated, longer, without_the_last, without_the_second, of_two_writings, foreign, a_pickle, empty, other_width,
+    no_number, other_dtype, other_name, nothing_at_all,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
+def test_damaged_files(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    write_files(tmp_path, "table", table(), shard_bytes=20_000)
+    assert len(shards(tmp_path)) == 3
+    open_table(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(MHCError, match="MHC224"):
+        open_table(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MHCError, match="MHC224"):
+        open_table(tmp_path / "none")
+
+
+def test_changed_rows_are_seen_when_asked(tmp_path: Path) -> None:
+    write_files(tmp_path, "table", table(FP8))
+    path = shards(tmp_path)[0]
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+        data = file.get_tensor("scale").numpy().tobytes()
+    assert said["sha256.scale"] == hashlib.sha256(data).hexdigest()
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    open_table(tmp_path)
+    with pytest.raises(MHCError, match="MHC224"):
+        open_table(tmp_path, verify=True)
+
+
+# A process that may have only so much memory of its own beyond what it has when the libraries are loaded.
+SERVE = """
+import os, resource, sys
+import torch
+from mhc_compile.checkpoint.table_files import open_table
+from mhc_compile.memory.tables import MemoryTable
+
+torch.set_num_threads(1)
+folder, rows, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+open_table(folder, hot_rows=100)(torch.zeros(1, 1, dtype=torch.int64))  # everything imported, every thread started
+used = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmData"))
+limit = used + (64 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+assert rows * width * 4 >= 4 * limit, limit
+try:
+    MemoryTable(rows, width)
+except (MemoryError, RuntimeError):
+    pass
+else:
+    raise SystemExit("a table four times as large as the limit was loaded")
+table = open_table(folder, hot_rows=10_000)
+generator = torch.Generator().manual_seed(0)
+for _ in range(20):
+    ids = torch.randint(0, rows // 1000, (64, 8), generator=generator) * 1000
+    ticket = torch.ops.engram_kernels.prefetch(ids, table.handle)
+    found = torch.ops.engram_kernels.collect(ticket, ids, table.anchor, table.handle, width)
+    assert torch.equal(found.view(64, 8, width)[..., 0], ids.float() + 1), "wrong rows"
+print("served", limit >> 20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts mappings on Linux alone")
+def test_a_table_larger_than_memory_is_served(tmp_path: Path) -> None:
+    rows, width = 18_000_000, 64  # 4.6 GB, nearly all of it a hole of the file
+    path = tmp_path / "table-00001-of-00001.safetensors"
+    said = {
+        "format": files.FORMAT, "rows": str(rows), "width": str(width), "hash": "", "writing": "0", "first": "0",
+        "shard": "1", "shards": "1",
+    }  # fmt: skip
+    size = rows * width * 4
+    header = json.dumps(
+        {"__metadata__": said, "weight": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, size]}}
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        begin = out.tell()
+        out.truncate(begin + size)
+        for row in range(0, rows, 1000):
+            out.seek(begin + row * width * 4)
+            out.write(struct.pack("<f", row + 1))
+    script = [sys.executable, "-c", SERVE, str(tmp_path), str(rows), str(width)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("served")
+
+
+def test_writers_refuse_a_table_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(MHCError, match="MHC223"):
+        write_table(tmp_path / "t", MemoryTable(ROWS, WIDTH, device="meta"))
+    assert not (tmp_path / "t").exists()
+
+
+def values_of(opened: MemoryTable) -> Tensor:
+    return opened.block(0, opened.rows)[0]
+
+
+def test_blocks_of_a_mapped_table(tmp_path: Path) -> None:
+    source = table(torch.bfloat16, "device")
+    write_files(tmp_path, "table", source, shard_bytes=5000)
+    assert torch.equal(values_of(open_table(tmp_path)), source.weight)
