@@ -176,7 +176,23 @@ def _options(kwargs: Mapping[str, Any]) -> Options:
 
 
 def _load_base(checkpoint: Checkpoint, cls: Any, kwargs: dict[str, Any]) -> nn.Module:
-    """The residual model, without a word of transformers about the streams, which are not its business."""
+    """Load the residual model. Raises MHC204 for a `device_map` of several devices, MHC404 for weights that misfit."""
+    model, report = load_by_transformers(checkpoint, cls, kwargs)
+    refuse_misfits(str(checkpoint.folder), report)
+    if len(spread := set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise MHCError(
+            "MHC204",
+            f"device_map spreads the model over {names(sorted(map(str, spread)))}",
+            way_out="choose one device: accelerate's hooks at the others would break the stream into pieces",
+        )
+    return model
+
+
+def load_by_transformers(checkpoint: Checkpoint, cls: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the residual model of a folder and transformers' loading report.
+
+    The folder may be converted: its index is named to transformers, and stream parameters are not reported.
+    """
     transformers_module()
     ignored = [*(cls._keys_to_ignore_on_load_unexpected or []), STREAM_NAMES]
     body = {
@@ -186,26 +202,22 @@ def _load_base(checkpoint: Checkpoint, cls: Any, kwargs: dict[str, Any]) -> nn.M
     }
     reader: Any = type(cls.__name__, (cls,), body)
     config, kwargs = configuration(cls, checkpoint.folder, kwargs)
-    assert checkpoint.index is not None
-    config.transformers_weights = checkpoint.index.name
-    model, report = reader.from_pretrained(
-        checkpoint.folder,
-        config=config,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **kwargs,
-    )
-    model.__class__ = cls
-    del model.config.transformers_weights
-    refuse_misfits(str(checkpoint.folder), report)
-    if len(spread := set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise MHCError(
-            "MHC204",
-            f"device_map spreads the model over {names(sorted(map(str, spread)))}",
-            way_out="choose one device: accelerate's hooks at the others would break the stream into pieces",
+    if checkpoint.index is not None:
+        config.transformers_weights = checkpoint.index.name
+    try:
+        model, report = reader.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
         )
-    return model
+    finally:
+        vars(config).pop("transformers_weights", None)
+    vars(model.config).pop("transformers_weights", None)
+    model.__class__ = cls
+    return model, report
 
 
 def _filled(model: Any, checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> nn.Module:

@@ -21,7 +21,7 @@ from mhc_compile.checkpoint.tables import hash_specs, table_name
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.start import start_head
-from mhc_compile.loading import open_converted
+from mhc_compile.loading import load_by_transformers, open_converted
 from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import StreamParameters, names, owners
@@ -162,16 +162,8 @@ def _assign_checked(parameter: nn.Parameter, value: Tensor, name: str) -> None:
 
 def _load_renamed(missing: Sequence[tuple[str, nn.Parameter]], checkpoint: Checkpoint) -> None:
     """Let transformers load the whole model, for a folder whose tensors it renames or merges (experts)."""
-    transformers = transformers_module()
-    cls = model_class(checkpoint.config)
-    with quiet(transformers):
-        model, report = cls.from_pretrained(
-            checkpoint.folder,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+    with quiet(transformers_module()):
+        model, report = load_by_transformers(checkpoint, model_class(checkpoint.config), {})
     loaded = dict(model.named_parameters())
     absent = {*report["missing_keys"], *(name for name, _ in missing if name not in loaded)}
     if lost := sorted(name for name, _ in missing if name in absent):

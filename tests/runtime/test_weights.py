@@ -69,6 +69,21 @@ def test_a_folder_whose_experts_transformers_merges(tmp_path: Path) -> None:
     torch.testing.assert_close(through(stages, tokens), model(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_converted_folder_whose_experts_transformers_merges(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                           num_key_value_heads=1, vocab_size=64, num_local_experts=2)  # fmt: skip
+    model = mhc_compile.convert(MixtralForCausalLM(config).eval(), inner="eager")
+    model.save_pretrained(tmp_path)
+    program = program_of(mhc_compile.convert(MixtralForCausalLM(config), inner="eager"), ids())
+    stages = stages_of(program, [2])
+    load_folder(stages, program, tmp_path, seed=0)
+    expected = dict(model.named_parameters())
+    values = by_name(stages)
+    assert any("experts" in name for name in values)
+    assert all(torch.equal(values[name], expected[name]) for name in values)
+
+
 @pytest.mark.parametrize(("change", "code"), [("missing", "MHC622"), ("shape", "MHC404"), ("file", "MHC401")])
 def test_refusals(tmp_path: Path, change: str, code: str) -> None:
     model = llama()
