@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, Block, chain, ids, shake, state
+from tiny_models import HIDDEN, VOCAB, Block, chain, ids, shake, state
 from torch import Tensor, nn
 
 from mhc_compile import MHCError, convert
@@ -90,6 +90,26 @@ def test_inputs_that_the_forward_rejects() -> None:
     assert refused(Rows(), ids()) == "MHC111"
     with pytest.raises(MHCError, match=r"reshape[\s\S]*source: .*test_convert_refusals.py"):
         convert(Rows(), ids())
+
+
+def test_a_call_with_inputs_that_the_forward_rejects() -> None:
+    class Positions(nn.Module):
+        """Knows the positions of eight tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(torch.zeros(8, HIDDEN))
+            self.layers = chain().layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + self.positions
+            for layer in self.layers:
+                h = layer(h)
+            return h
+
+    model = convert(Positions(), torch.randn(2, 8, HIDDEN), inner="eager")
+    with pytest.raises(MHCError, match=r"MHC111[\s\S]*source: .*test_convert_refusals.py"):
+        model(torch.randn(2, 5, HIDDEN))
 
 
 def test_a_graph_module() -> None:
