@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import (
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
@@ -37,6 +38,8 @@ from torch.distributed.pipelining.schedules import (
 
 Key = tuple[int, int]
 """A stage and a microbatch."""
+WAIT_SEND_F = getattr(schedules, "WAIT_SEND_F", None)
+"""Retires a send of a forward, from torch 2.15 on; before, the runtime waits for all sends after the last action."""
 Half = Callable[[], None]
 
 
@@ -83,7 +86,7 @@ class Actions:
         self.loss_arguments: tuple[Any, ...] = ()
         self._early: set[Key] = set()
         """Forwards whose results their overlapped action sends."""
-        self._sent: list[list[dist.Work]] = []
+        self._sent: list[tuple[Key, list[dist.Work]]] = []
         self._begun: set[Key] = set()
         """Backwards whose recomputation has begun."""
         self._aside: dict[Key, torch.cuda.Stream] = {}
@@ -92,10 +95,15 @@ class Actions:
         self._worker: Worker | None = None
 
     def take_sends(self) -> None:
-        """Take the sends of forwards that directly follow their overlapped action out of this rank's list."""
+        """Remove from this rank's list the sends of forwards right after their overlapped action, and their waits.
+
+        `end` waits for these sends.
+        """
         order = self.schedule.pipeline_order_with_comms
         kept: list[_Action] = []
         for action in order[self.schedule.rank]:
+            if action.computation_type == WAIT_SEND_F and _key(action) in self._early:
+                continue
             halves = (kept[-1].sub_actions if kept else None) or ()
             if action.computation_type == SEND_F and _key(action) in [
                 _key(a) for a in halves if a.computation_type == FORWARD
@@ -108,7 +116,10 @@ class Actions:
     def end(self) -> None:
         """Finish a step: what was sent has arrived."""
         while self._sent:
-            _wait_batch_p2p(self._sent.pop())
+            (index, microbatch), works = self._sent.pop()
+            _wait_batch_p2p(works)
+            if WAIT_SEND_F is not None:
+                self.stages[index].release_fwd_send_outputs(microbatch)
         self._aside.clear()
 
     # --- single actions ----------------------------------------------------------------------------------------------
@@ -149,7 +160,7 @@ class Actions:
         if index + 1 in self.stages:
             self.stages[index + 1].set_local_fwd_input(output, microbatch)
         if key in self._early:
-            self._sent.append(_batch_p2p(stage.get_fwd_send_ops(microbatch)))
+            self._sent.append((key, _batch_p2p(stage.get_fwd_send_ops(microbatch))))
 
     def _begin(self, action: _Action) -> None:
         """Recompute what a backward reads first if its gradient comes from another rank and may be on its way."""
