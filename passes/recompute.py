@@ -109,7 +109,7 @@ def block_boundaries(graph: Graph) -> list[str]:
     """The names of the sites that begin a block of a dialect graph that is tagged, in order: the first is among them.
 
     Sites outside all blocks count as one between two blocks. A graph may be cut in front of each without another kernel
-    to run (`mhc_compile.passes.stages.cut`).
+    to run (`mhc_compile.passes.stages.split_graph`).
     """
     coefficient_calls = coefficient_nodes(graph)
     held = [t.meta.get(_BLOCK) for t in coefficient_calls]

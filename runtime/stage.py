@@ -264,7 +264,7 @@ def build_stages(
     """The stages numbered `indices` of the program cut in front of the sites `starts`, on the meta device.
 
     Parameters that several of these stages hold are one and the same once `materialise_all` has run. Raises MHC620 and
-    MHC621 as `mhc_compile.passes.stages.cut`.
+    MHC621 as `mhc_compile.passes.stages.split_graph`.
     """
     pieces = split_graph(program.graph, starts)
     shared = tied(program, pieces)

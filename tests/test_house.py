@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -12,31 +13,14 @@ import pytest
 from mhc_compile.diagnostics import TABLE, MHCError
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("kernels", "passes", "mhc_compile", "runtime")
-
-
-def sources(room: str) -> list[Path]:
-    """The room's own files, without those behind the symbolic links."""
-    links = {ROOT / "mhc_compile" / name for name in ("kernels", "passes", "runtime")}
-    return [p for p in sorted((ROOT / room).rglob("*.py")) if not links & set(p.parents)]
-
-
-EVERY = [p for room in ROOMS for p in sources(room)]
-
-
-def imports(path: Path) -> set[str]:
-    """Return the modules that a file imports wherever in it, but for those whose types alone it names."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    checking = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    exempt = {inner for node in checking for inner in ast.walk(node)}
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import) and node not in exempt:
-            names.update(a.name for a in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names.update(f"{node.module}.{a.name}" for a in node.names if node not in exempt)
-    return {name for name in names if name.split(".")[0] in (*ROOMS, "tests")}
+_spec = importlib.util.spec_from_file_location("docs_architecture", ROOT / "docs" / "architecture.py")
+assert _spec is not None
+assert _spec.loader is not None
+architecture = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(architecture)
+ROOMS, MODULES, ARROWS = architecture.ROOMS, architecture.MODULES, architecture.ARROWS
+imports, unit_of = architecture.imports, architecture.unit_of
+EVERY = list(MODULES.values())
 
 
 # The leaf that every room may import: it imports nothing of ours but the codes.
@@ -89,34 +73,6 @@ LAYERS = """
 LEVEL = {unit: level for level, line in enumerate(LAYERS.split("\n")) for unit in line.split()}
 
 
-def module_name(path: Path) -> str:
-    """Return the name by which a file is imported."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = parts if parts[0] == "mhc_compile" else ("mhc_compile", *parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(path): path for path in EVERY}
-
-
-def module_of(name: str) -> str:
-    """Return the module that holds what `name` is imported as: itself or one around it."""
-    while name not in MODULES:
-        name = name.rpartition(".")[0]
-    return name
-
-
-ARROWS = {module: {module_of(name) for name in imports(path)} - {module} for module, path in MODULES.items()}
-
-
-def unit_of(module: str) -> str:
-    """Return the name of a module in `LAYERS`."""
-    parts = module.split(".")[1:]
-    if parts[1:] == ["command"] and parts[0] != "runtime":
-        return "commands"
-    return parts[0] if parts else "(package)"
-
-
 def test_no_import_circle_of_files() -> None:
     # The first line that cannot be peeled off names the files of a circle and those that lead to one.
     left = dict(ARROWS)
@@ -135,8 +91,13 @@ def test_arrows_point_up_the_table_of_layers(module: str) -> None:
         assert above == unit or LEVEL[above] < LEVEL[unit], f"{module} imports {other}"
 
 
+def test_the_picture_is_of_these_imports() -> None:
+    page = architecture.PAGE.read_text(encoding="utf-8")
+    assert architecture.updated(page) == page, "python docs/architecture.py"
+
+
 def test_leaf_imports_nothing_of_ours() -> None:
-    for path in (ROOT / "mhc_compile" / "diagnostics.py", *sources("mhc_compile/codes")):
+    for path in (ROOT / "mhc_compile" / "diagnostics.py", *(ROOT / "mhc_compile" / "codes").glob("*.py")):
         assert all(name.startswith(CODES) for name in imports(path))
 
 
