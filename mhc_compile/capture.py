@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.guard import erase_guards
@@ -29,7 +30,10 @@ class Captured:
 
 
 def private_copy(gm: GraphModule) -> GraphModule:
-    """Return a copy to rewrite: Dynamo reads its own placeholders' metadata after the backend has returned."""
+    """Return a copy to rewrite: Dynamo reads its own placeholders' metadata after the backend has returned.
+
+    Its code is generated when it is called, like that of Dynamo's own graphs: most copies are only analysed.
+    """
     graph = Graph()
     copies: dict[Node, Node] = {}
     output = graph.graph_copy(gm.graph, copies)
@@ -37,7 +41,7 @@ def private_copy(gm: GraphModule) -> GraphModule:
     graph.output(output)
     new_last = next(n for n in reversed(graph.nodes) if n.op == "output")
     new_last.meta = dict(last.meta)
-    copy = GraphModule(gm, graph)
+    copy = _LazyGraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     for name, body in copy.named_children():
         if isinstance(body, GraphModule):

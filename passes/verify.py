@@ -5,6 +5,7 @@ A failure here is a mistake of ours, not of the user: `VerificationError` names 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
             known = value(node)
             namespace = getattr(node.target, "namespace", "")
             if namespace in ("mhc", "hc") or node.target is torch.ops.mhc_kernels.plain_coefficients.default:
-                result = _dialect_value(node, after)
+                result = _dialect_value(node, after, known is None)
             elif (
                 namespace in ("mhc_kernels", "engram", "engram_kernels")
                 or (known is None and "mhc_from" in node.meta)
@@ -119,8 +120,17 @@ def _run(gm: GraphModule, node: Node) -> Any:
     return node.target(*args, **kwargs)
 
 
-def _dialect_value(node: Node, after: str) -> Any:
-    """The value of a dialect op by its rule: cheaper than running its decomposition, and a check of its operands."""
+@dataclass(frozen=True)
+class _Like:
+    """The form of a value, to compare a value with that is there already: fake tensors take a millisecond each."""
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _dialect_value(node: Node, after: str, new: bool) -> Any:
+    """Return the value of a dialect op by its rule, or its form where it is not `new`, and check its operands."""
 
     def need(condition: bool, problem: str) -> None:
         if not condition:
@@ -129,10 +139,14 @@ def _dialect_value(node: Node, after: str) -> Any:
     operands: list[Any] = [value(a) if isinstance(a, Node) else a for a in node.args]
     x = operands[0]
     need(isinstance(x, torch.Tensor) and x.is_floating_point(), "its first operand is no floating-point tensor")
+
+    def make(shape: tuple[Any, ...], dtype: torch.dtype = x.dtype) -> Any:
+        return x.new_empty(shape, dtype=dtype) if new else _Like(shape, dtype, x.device)
+
     name = str(node.target).split(".")[1].removeprefix("plain_").removeprefix("static_")
     wide = max(x.dtype, torch.float32, key=lambda d: d.itemsize)
     if name == "expand":
-        return x.new_empty((*x.shape[:-1], operands[1], x.shape[-1]))
+        return make((*x.shape[:-1], operands[1], x.shape[-1]))
     n, hidden = x.shape[-2:]
     tokens = x.shape[:-2]
     if name == "coefficients":
@@ -140,22 +154,22 @@ def _dialect_value(node: Node, after: str) -> Any:
         need(n == spec.streams, f"{n} streams, specification {spec}")
         for p, (name, wanted) in zip(operands[1:-1], form_of(spec).shapes(spec, hidden).items(), strict=True):
             need(tuple(p.shape) == wanted, f"{name} is {tuple(p.shape)}, not {wanted}")
-        return tuple(x.new_empty((*tokens, *tail), dtype=wide) for tail in ((n,), (n,), (n, n)))
+        return tuple(make((*tokens, *tail), dtype=wide) for tail in ((n,), (n,), (n, n)))
     if name == "aggregate":
         need(tuple(operands[1].shape) == (*tokens, n) and operands[1].dtype == wide, "`pre` does not fit the streams")
-        return x.new_empty((*tokens, hidden))
+        return make((*tokens, hidden))
     if name == "reduce":
-        return x.new_empty((*tokens, hidden))
+        return make((*tokens, hidden))
     need(name == "distribute", f"unknown dialect op {name}")
     _, y, post, mix = operands
     need(tuple(y.shape) == (*tokens, hidden), f"the branch is {tuple(y.shape)}, the stream {tuple(x.shape)}")
     need(tuple(post.shape) == (*tokens, n), "`post` does not fit the streams")
     need(tuple(mix.shape) == (*tokens, n, n), "`mix` does not fit the streams")
-    return x.new_empty(tuple(x.shape), dtype=torch.promote_types(x.dtype, y.dtype))
+    return make(tuple(x.shape), dtype=torch.promote_types(x.dtype, y.dtype))
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+    if isinstance(a, torch.Tensor) and isinstance(b, (torch.Tensor, _Like)):
         return a.dtype == b.dtype and a.device == b.device and tuple(a.shape) == tuple(b.shape)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
@@ -163,4 +177,4 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _form(v: Any) -> str:
-    return f"{v.dtype}{list(v.shape)} on {v.device}" if isinstance(v, torch.Tensor) else type(v).__name__
+    return f"{v.dtype}{list(v.shape)} on {v.device}" if isinstance(v, (torch.Tensor, _Like)) else type(v).__name__
