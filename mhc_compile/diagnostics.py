@@ -43,7 +43,7 @@ class MHCError(Exception):
             lines.append(f"  module: {module}")
         if source:
             lines.append(f"  source: {source}")
-        lines.append(f"  way out: {way_out or row.way_out}")
+        lines.append(f"  fix: {way_out or row.way_out}")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -72,9 +72,9 @@ class MHCWarning(UserWarning):
 
     def __str__(self) -> str:
         row = TABLE[self.code]
-        return f"{self.code} {row.title}" + (f": {self.detail}" if self.detail else "") + f"\n  way out: {row.way_out}"
+        return f"{self.code} {row.title}" + (f": {self.detail}" if self.detail else "") + f"\n  fix: {row.way_out}"
 
 
 def warn(code: str, detail: str = "", *, stacklevel: int = 2) -> None:
-    """Issue the coded warning `code` with the table's title and way out."""
+    """Issue the coded warning `code` with the table's title and fix."""
     warnings.warn(MHCWarning(code, detail), stacklevel=stacklevel + 1)

@@ -1,7 +1,8 @@
-"""One row of the table of codes."""
+"""Rows of the table of codes, and the text that they are written in."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -11,3 +12,9 @@ class Diagnostic:
 
     title: str
     way_out: str
+
+
+def rows(text: str) -> dict[str, Diagnostic]:
+    """Return the rows in `text` by code: a line `CODE title`, then the fix in indented lines."""
+    found = re.findall(r"^(MHC\d+) (.+)\n((?: +.+\n)+)", text, re.MULTILINE)
+    return {code: Diagnostic(title, " ".join(way_out.split())) for code, title, way_out in found}

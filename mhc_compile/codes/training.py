@@ -1,134 +1,76 @@
-"""Codes 6xx: training runs, their data and checkpoints, stages, and plans.
+"""Codes 6xx: training runs, their data and checkpoints, stages, and plans."""
 
-This module imports nothing of ours but what a row is, so every room of the house may import it.
-"""
+from mhc_compile.codes.row import rows
 
-from __future__ import annotations
-
-from mhc_compile.codes.row import Diagnostic
-
-TRAINING: dict[str, Diagnostic] = {
-    "MHC600": Diagnostic("no recipe", "name a TOML file: `mhc-compile train --fields` lists its sections and fields"),
-    "MHC601": Diagnostic(
-        "unknown field in the recipe", "`mhc-compile train --fields` lists every section and field with its meaning"
-    ),
-    "MHC602": Diagnostic("the recipe's values do not fit", "`mhc-compile train --fields` says what every field may be"),
-    "MHC603": Diagnostic(
-        "the number of processes is not the recipe's",
-        "start parallel.stages x parallel.data x parallel.engram processes with torchrun",
-    ),
-    "MHC604": Diagnostic(
-        "the schedule cannot run so",
-        "change parallel.schedule, parallel.stages_per_rank, or the microbatches a step: "
-        "train.batch / replicas / train.microbatch",
-    ),
-    "MHC605": Diagnostic(
-        "another rank is lost",
-        "see what that rank said last; torchrun --max-restarts N starts all of them again from the last checkpoint. "
-        "Where ranks are slow and not lost, raise parallel.timeout",
-    ),
-    "MHC606": Diagnostic("tensorboard is not installed", "pip install 'mhc-compile[train]'"),
-    "MHC610": Diagnostic(
-        "the text cannot be read",
-        "name UTF-8 text files, folders of them, .jsonl files with a text in every line (--field names it), or "
-        "hf:NAME[:SPLIT]",
-    ),
-    "MHC611": Diagnostic(
-        "the data folder is missing or damaged",
-        "copy the folder again from where it was whole, or run `mhc-compile data` again",
-    ),
-    "MHC612": Diagnostic(
-        "the data was tokenised for another model",
-        "run `mhc-compile data` again with --tokenizer naming the model's own folder",
-    ),
-    "MHC613": Diagnostic(
-        "too little data", "prepare more text with `mhc-compile data`, or lower data.sequence or train.batch"
-    ),
-    "MHC614": Diagnostic(
-        "the tokenizer cannot be used",
-        "name a folder with tokenizer.json and, in tokenizer_config.json or config.json, its end-of-text token, as "
-        "save_pretrained of the tokenizer and the model write them",
-    ),
-    "MHC615": Diagnostic(
-        "a checkpoint of the run is missing or damaged",
-        "copy the folder again from where it was whole, or remove it: the run then goes on from the one before it",
-    ),
-    "MHC616": Diagnostic(
-        "a checkpoint could not be saved",
-        "make room where [checkpoint].folder lies: what was saved before is whole, and the next save is tried again",
-    ),
-    "MHC617": Diagnostic(
-        "the checkpoint belongs to another model or other data",
-        "give the recipe that the checkpoint was made with, or another [checkpoint].folder to begin a new run; to "
-        "train these weights on, export them and name the result as [model].folder",
-    ),
-    "MHC618": Diagnostic(
-        "the loss or its gradient is not finite, or explodes",
-        "look at the step's tokens and figures in the folder named; a lower train.lr, a longer train.warmup or "
-        'train.clip often helps, and train.on_nonfinite = "skip" leaves such steps out',
-    ),
-    "MHC619": Diagnostic(
-        "the folder of checkpoints cannot be used",
-        "wait for the other run to end, or name another [checkpoint].folder where you may write",
-    ),
-    "MHC620": Diagnostic(
-        "the model cannot be cut into these stages",
-        "choose at most as many stages as there are sites (two a layer), and a number of sites for each of them",
-    ),
-    "MHC621": Diagnostic(
-        "a value would cross between stages that cannot be sent",
-        "choose other cuts (parallel.balance names the sites of every stage), or fewer stages",
-    ),
-    "MHC622": Diagnostic(
-        "weights of this stage are missing",
-        "copy or download the folder again; every tensor of the model must be in it, as transformers saves it",
-    ),
-    "MHC625": Diagnostic(
-        "nothing can be computed again by the inner compiler `eager`",
-        'choose inner="inductor" or inner="aot_eager", or recompute="off"',
-    ),
-    "MHC626": Diagnostic(
-        "the stream part does not fit into the bytes given for it",
-        'give more bytes, recompute="auto" for the least possible, a smaller microbatch, or more pipeline stages',
-    ),
-    "MHC627": Diagnostic(
-        "the bytes of the stream part are not known when it is compiled",
-        'choose recompute="auto" or a number of sites, which need no sizes',
-    ),
-    "MHC630": Diagnostic(
-        "the ranks of a group have different tables",
-        "start all ranks with one recipe, one seed and the same files: each holds other rows of the same tables",
-    ),
-    "MHC631": Diagnostic(
-        "a look-up in a sharded table failed on another rank",
-        "see what that rank itself says; all ranks must run the same graphs on microbatches of the same shapes",
-    ),
-    "MHC635": Diagnostic(
-        "weights' gradients cannot be split off",
-        'set model.inner to "inductor" or "aot_eager", which make a backward graph, or choose the schedule "1f1b"',
-    ),
-    "MHC636": Diagnostic(
-        "two inputs of a compiled stage are one tensor",
-        "give each input a tensor of its own, or take the gradient of one of them only",
-    ),
-    "MHC640": Diagnostic(
-        "no hardware to plan for",
-        "--hardware NAME, or --flops, --bandwidth, --link and --memory, each a number such as 989e12",
-    ),
-    "MHC641": Diagnostic(
-        "the recipe does not fit into memory",
-        "more ranks (parallel.stages, parallel.data with mode = 'fsdp'), recompute.blocks, smaller microbatches",
-    ),
-    "MHC642": Diagnostic(
-        "no such pipeline schedule",
-        "1f1b with one stage a rank, the others with two or more; as many microbatches a step as stages",
-    ),
-    "MHC643": Diagnostic(
-        "two schedules compute different losses",
-        "please report the model: gradients of at least one of them are wrong",
-    ),
-    "MHC644": Diagnostic(
-        "the recipe cannot be measured here",
-        "measure a small model with parallel.data = 1, parallel.engram = 1 and a rank for each processor at most",
-    ),
-}
+TRAINING = rows("""
+MHC600 no recipe
+    name a TOML file: `mhc-compile train --fields` lists its sections and fields
+MHC601 unknown field in the recipe
+    `mhc-compile train --fields` lists every section and field with its meaning
+MHC602 the recipe's values do not fit
+    `mhc-compile train --fields` says what every field may be
+MHC603 the number of processes is not the recipe's
+    start parallel.stages x parallel.data x parallel.engram processes with torchrun
+MHC604 the schedule does not fit these sizes
+    change parallel.schedule, parallel.stages_per_rank, or the microbatches a step: train.batch / replicas /
+    train.microbatch
+MHC605 another rank is lost
+    read that rank's last output; torchrun --max-restarts N starts all of them again from the last checkpoint. Where
+    ranks are slow and not lost, raise parallel.timeout
+MHC606 tensorboard is not installed
+    pip install 'mhc-compile[train]'
+MHC610 the text cannot be read
+    name UTF-8 text files, folders of them, .jsonl files with a text in every line (--field names it), or
+    hf:NAME[:SPLIT]
+MHC611 the data folder is missing or damaged
+    copy the folder again from where it was whole, or run `mhc-compile data` again
+MHC612 the data was tokenised for another model
+    run `mhc-compile data` again with --tokenizer naming the model's own folder
+MHC613 too little data
+    prepare more text with `mhc-compile data`, or lower data.sequence or train.batch
+MHC614 the tokenizer cannot be used
+    name a folder with tokenizer.json and, in tokenizer_config.json or config.json, its end-of-text token, as
+    save_pretrained of the tokenizer and the model write them
+MHC615 a checkpoint of the run is missing or damaged
+    copy the folder again from where it was whole, or remove it: the run then goes on from the one before it
+MHC616 a checkpoint could not be saved
+    make room where [checkpoint].folder lies: what was saved before is whole, and the next save is tried again
+MHC617 the checkpoint belongs to another model or other data
+    give the recipe that the checkpoint was made with, or another [checkpoint].folder to begin a new run; to train these
+    weights on, export them and name the result as [model].folder
+MHC618 the loss or its gradient is not finite, or explodes
+    look at the step's tokens and figures in the folder named; a lower train.lr, a longer train.warmup or train.clip
+    often helps, and train.on_nonfinite = "skip" leaves such steps out
+MHC619 the folder of checkpoints cannot be used
+    wait for the other run to end, or name another [checkpoint].folder where you may write
+MHC620 the model cannot be cut into these stages
+    choose at most as many stages as there are sites (two a layer), and a number of sites for each of them
+MHC621 a value would cross between stages that cannot be sent
+    choose other cuts (parallel.balance names the sites of every stage), or fewer stages
+MHC622 weights of this stage are missing
+    copy or download the folder again; every tensor of the model must be in it, as transformers saves it
+MHC625 the inner compiler `eager` cannot recompute
+    choose inner="inductor" or inner="aot_eager", or recompute="off"
+MHC626 the stream part does not fit into the bytes given for it
+    give more bytes, recompute="auto" for the least possible, a smaller microbatch, or more pipeline stages
+MHC627 the bytes of the stream part are not known when it is compiled
+    choose recompute="auto" or a number of sites, which need no sizes
+MHC630 the ranks of a group have different tables
+    start all ranks with one recipe, one seed and the same files: each holds other rows of the same tables
+MHC631 a look-up in a sharded table failed on another rank
+    read that rank's own error; all ranks must run the same graphs on microbatches of the same shapes
+MHC635 weights' gradients cannot be split off
+    set model.inner to "inductor" or "aot_eager", which make a backward graph, or choose the schedule "1f1b"
+MHC636 two inputs of a compiled stage are one tensor
+    give each input a tensor of its own, or take the gradient of one of them only
+MHC640 no hardware to plan for
+    --hardware NAME, or --flops, --bandwidth, --link and --memory, each a number such as 989e12
+MHC641 the recipe does not fit into memory
+    more ranks (parallel.stages, parallel.data with mode = 'fsdp'), recompute.blocks, smaller microbatches
+MHC642 no such pipeline schedule
+    1f1b with one stage a rank, the others with two or more; as many microbatches a step as stages
+MHC643 two schedules compute different losses
+    please report the model: gradients of at least one of them are wrong
+MHC644 the recipe cannot be measured here
+    measure a small model with parallel.data = 1, parallel.engram = 1 and a rank for each processor at most
+""")

@@ -84,7 +84,7 @@ def test_a_refusal_is_one_coded_message(
     out, err = capfd.readouterr()
     assert not out
     assert err.startswith(code)
-    assert "way out: " in err
+    assert "fix: " in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
