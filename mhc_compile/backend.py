@@ -32,7 +32,7 @@ from mhc_compile.passes.probe import Probe
 from mhc_compile.passes.recompute import is_tagged
 from mhc_compile.passes.results import ResidualStream
 from mhc_compile.probes.recording import recording
-from mhc_compile.tracing import graph_break
+from mhc_compile.tracing import traced_error
 
 Compiled = Callable[..., Any]
 BackwardCompiler = Callable[..., Any]
@@ -144,7 +144,7 @@ class Backend:
             reason = frame.broke()
             if reason is None or error.code not in ("MHC101", "MHC206"):
                 raise
-            raise graph_break(reason, marks[0].owner or type(frame.own_module()).__name__) from error
+            raise traced_error("MHC104", reason, marks[0].owner or type(frame.own_module()).__name__) from error
         if torch.is_grad_enabled() and any(module.training for module in frame.modules()):
             _warn_of_frozen_streams(gm, marks, example_inputs)
         compiled = compile_inner(gm, example_inputs, self.options)
@@ -204,7 +204,7 @@ def _root_of(streams: Sequence[ResidualStream], names: ModuleNames) -> nn.Module
         if root is None or not (in_forward or called_here):
             raise MHCError("MHC303", "the stream lies in a function, not in the forward of a module")
         if not stream.owner and (frame.broke() or frame.resumed()):
-            raise graph_break(frame.broke() or "the forward breaks before the stream", type(root).__name__)
+            raise traced_error("MHC104", frame.broke() or "the forward breaks before the stream", type(root).__name__)
         if isinstance(whole, nn.Module) and root is not whole:
             _refuse_layer(root, whole)
         roots.add(root)
@@ -217,7 +217,7 @@ def _refuse_layer(root: nn.Module, whole: nn.Module) -> None:
     path = next((name for name, m in whole.named_modules() if m is root), "")
     parents = [whole.get_submodule(".".join(path.split(".")[:i])) for i in range(1, path.count(".") + 1)]
     if any(isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) for m in parents):
-        raise graph_break("the model's forward breaks between its layers", path)
+        raise traced_error("MHC104", "the model's forward breaks between its layers", path)
 
 
 def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequence[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from mhc_compile.identity import identify
 from mhc_compile.integrations.transformers import install_recorders, remove_recorders
 from mhc_compile.passes.base import Mark, module_path
 from mhc_compile.passes.marks import ProbeSlot, Signature, parse_inputs
-from mhc_compile.tracing import call_error, graph_break_error, tracing_config
+from mhc_compile.tracing import graph_break_error, traced_error, tracing_config
 
 
 @dataclass
@@ -117,7 +117,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
                 remove_recorders(model)
         raise graph_break_error(model, error) from error
     except torch._dynamo.exc.TorchRuntimeError as error:
-        raise call_error(model, error) from error
+        raise traced_error("MHC111", str(error), type(model).__name__) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         sizes.clear()

@@ -1,13 +1,13 @@
-"""Options of the backend and of `convert`, checked by name and value, and the pipelines that they ask for."""
+"""Options of the backend and of `convert`, checked by name and value, and the pipelines that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.spec import Convention, StreamSpec
+from mhc_compile.kernels.spec import Convention, Exit, FormName, Manifold, StreamSpec
 from mhc_compile.passes.cost import parse_blocks
 from mhc_compile.passes.fuse import KERNELS, Fuse, Fused
 from mhc_compile.passes.lower import Lower
@@ -22,26 +22,26 @@ OPTIONAL = ("recompute", "fuse")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a rewritten graph is compiled. Raises `MHCError` MHC204 for a value that is not one of those named.
+    """How a rewritten graph is compiled.
 
-    MHC625 where the inner compiler cannot do what `recompute` asks for, MHC240 and MHC241 for a `pipeline` that cannot
-    run.
+    Raises `MHCError`: MHC204 for an unknown value, MHC625 where the inner compiler cannot do what `recompute` asks for,
+    MHC240 and MHC241 for a `pipeline` that cannot run.
     """
 
     inner: Inner = "inductor"
-    """What compiles the rewritten graph."""
+    """The compiler of the rewritten graph."""
     mode: str | None = None
     """Inductor's mode: `default`, `reduce-overhead`, `max-autotune`, ..."""
     kernels: str = "auto"
     """Which fused kernels may be used: `auto` (all under Inductor, none under the other inner compilers, which are for
-    looking at graphs), `all`, `none`, or kinds of chain and `engram` separated by commas (`boundary,read`); with a
-    minus before each, all but those (`-leave`). Where no kernel exists plain PyTorch computes."""
+    debugging graphs), `all`, `none`, or kinds of chain and `engram` separated by commas (`boundary,read`); with a minus
+    before each, all but those (`-leave`). Where no kernel exists, plain PyTorch is used."""
     recompute: str | int = "off"
-    """What of the streams is computed again in the backward pass, so that it need not be kept: `off`; `auto`, blocks of
-    sites with the smallest peak; `stage`, all sites as one block; a number of sites a block; or bytes that the stream
-    part may hold ("2GiB"). The inner compiler `eager` keeps everything."""
+    """Which stream activations are recomputed in the backward pass instead of stored: `off`; `auto`, blocks of sites
+    with the smallest peak memory; `stage`, all sites as one block; a number of sites per block; or the bytes that the
+    streams may occupy ("2GiB"). The inner compiler `eager` stores everything."""
     strict: bool = False
-    """Refuse a model of which not every residual add joins a stream, instead of warning (MHC109)."""
+    """Raise MHC109 instead of warning where not every residual add is part of a stream."""
     debug: Debug = False
     """True: verify the whole graph after each pass. `"numeric"`: also compare it before and after in float64."""
     pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None = None
@@ -97,7 +97,7 @@ class Options:
 
 
 def compile_pipeline(options: Options) -> Pipeline:
-    """Return what a converted model's graph goes through."""
+    """Return the passes for the graph of a converted model."""
     chosen = _chosen(Pipeline((*WIDENING, *lowering(options))), options)
     for name in ("residual", "widen"):
         if name not in chosen.names:
@@ -106,29 +106,51 @@ def compile_pipeline(options: Options) -> Pipeline:
 
 
 def native_pipeline(options: Options) -> Pipeline:
-    """Return what the graph of a model with hyper-connections of its own goes through."""
+    """Return the passes for the graph of a model with hyper-connections of its own."""
     return _chosen(Pipeline((*NATIVE, *lowering(options))), options)
 
 
 def lowering(options: Options) -> Pipeline:
-    """Return what turns the dialect into kernels and plain PyTorch, of a whole graph or a pipeline stage's."""
+    """Return the passes that lower the dialect to kernels and plain PyTorch, for a graph or a pipeline stage."""
     recompute = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
     return Pipeline((*recompute, Fuse(options.kinds), Lower()))
 
 
 def _chosen(default: Pipeline, options: Options) -> Pipeline:
     """Return `default`, or what `options.pipeline` puts in its place, without the passes that `disable` names."""
-    wanted = options.pipeline
-    chosen = default
-    native = "native" in default.names
-    if callable(wanted) and not native:
-        chosen = wanted(default)
-    elif wanted is not None and not callable(wanted):
-        named = Pipeline.parse(wanted) if isinstance(wanted, str) else wanted
+    option, chosen, native = options.pipeline, default, "native" in default.names
+    if callable(option):
+        chosen = default if native else option(default)
+    elif option is not None:
+        named = Pipeline.parse(option) if isinstance(option, str) else option
         chosen = default if isinstance(named, Pipeline) and ("native" in named.names) != native else named
     if not isinstance(chosen, Pipeline):
-        raise MHCError("MHC204", f"pipeline={wanted!r}; known: a Pipeline, its text, or a function that returns one")
+        raise MHCError("MHC204", f"pipeline={option!r}; known: a Pipeline, its text, or a function that returns one")
     return Pipeline(tuple(step for step in chosen if step.name not in options.disabled))
+
+
+class StreamOverrides(TypedDict, total=False):
+    """The fields of `StreamSpec` as keywords."""
+
+    streams: int
+    convention: Convention | str
+    manifold: Manifold
+    iterations: int
+    exit: Exit
+    form: FormName
+
+
+class Overrides(StreamOverrides, total=False):
+    """The fields of `StreamSpec` and of `Options` as keywords."""
+
+    inner: Inner
+    mode: str | None
+    kernels: str
+    recompute: str | int
+    strict: bool
+    debug: Debug
+    pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None
+    disable: str
 
 
 STREAM_FIELDS = {f.name for f in fields(StreamSpec)}
@@ -137,38 +159,43 @@ OPTION_FIELDS = {f.name for f in fields(Options)}
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sort keyword options into those of `StreamSpec` and those of `Options`. Raises MHC204 for an unknown name."""
-    given = dict(options or {})
-    if unknown := sorted(set(given) - STREAM_FIELDS - OPTION_FIELDS):
+    options = options or {}
+    if unknown := sorted(options.keys() - STREAM_FIELDS - OPTION_FIELDS):
         known = ", ".join(sorted(STREAM_FIELDS | OPTION_FIELDS))
         raise MHCError("MHC204", f"unknown option {unknown[0]!r}; known: {known}")
-    return (
-        {k: v for k, v in given.items() if k in STREAM_FIELDS},
-        {k: v for k, v in given.items() if k in OPTION_FIELDS},
-    )
+    stream = {name: value for name, value in options.items() if name in STREAM_FIELDS}
+    return stream, {name: value for name, value in options.items() if name in OPTION_FIELDS}
 
 
-def stream_spec(given: Mapping[str, Any]) -> StreamSpec:
-    """A `StreamSpec` from keyword options; exit and manifold default to the convention's own."""
-    values = dict(given)
+def stream_spec(values: Mapping[str, Any]) -> StreamSpec:
+    """Return a `StreamSpec` from keyword options; exit and manifold default to the convention's own."""
     if "convention" in values and values.get("form", "mhc") == "mhc":
-        convention = values["convention"]
-        if not isinstance(convention, Convention):
-            StreamSpec(convention=convention)  # refuses an unknown name
-            convention = Convention(convention)
-        values = {"exit": convention.fields.exit, "manifold": convention.fields.manifold} | values
+        known = StreamSpec(convention=values["convention"]).convention.fields
+        values = {"exit": known.exit, "manifold": known.manifold, **values}
     return StreamSpec(**values)
 
 
-def parse_options(texts: Iterable[str]) -> dict[str, Any]:
-    """Options written as `name=value`, for commands: `["streams=2", "kernels=all"]`. Raises MHC204 for other text.
+def overridden(
+    spec: StreamSpec | None, options: Options | None, overrides: Mapping[str, Any]
+) -> tuple[StreamSpec, Options]:
+    """Return `spec` and `options`, by default those of their classes, with the fields in `overrides` replaced."""
+    stream, compiling = split_options(overrides)
+    return (
+        stream_spec(stream) if spec is None else replace(spec, **stream),
+        replace(options or Options(), **compiling),
+    )
 
-    Values are checked where they are used (`split_options`, `StreamSpec`, `Options`).
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Parse options written as `name=value`: `["streams=2", "kernels=all"]`. Raise MHC204 for other text.
+
+    Values are checked where they are used (`StreamSpec`, `Options`).
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for text in texts:
-        name, given, value = text.partition("=")
-        if not given or name in found:
-            raise MHCError("MHC204", f"{text!r} is no name=value" if not given else f"{name} is given twice")
-        found[name] = int(value) if value.isdigit() else {"True": True, "False": False}.get(value, value)
-    split_options(found)
-    return found
+        name, equals, value = text.partition("=")
+        if not equals or name in options:
+            raise MHCError("MHC204", f"{name} is given twice" if equals else f"{text!r} is not name=value")
+        options[name] = int(value) if value.isdigit() else {"True": True, "False": False}.get(value, value)
+    split_options(options)
+    return options

@@ -1,4 +1,4 @@
-"""How far the gates of a model's memories open, token by token: what the model makes of what it looked up.
+"""Measure how far the gates of a model's memories open for each token.
 
 The model's forward is captured, rewritten as for compiling, and interpreted node by node in eval mode without
 gradients, so the figures are those of the equations themselves, whatever compiles the model elsewhere.
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from mhc_compile.capture import capture, find_marks
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.measure import Batch, arguments_of, evaluating
-from mhc_compile.parameters import owners
-from mhc_compile.passes.base import Context, Mark
-from mhc_compile.passes.pipeline import WIDENING
+from mhc_compile.measure import Batch, widened
+from mhc_compile.modes import in_mode
+from mhc_compile.parameters import owners, unwrapped
+from mhc_compile.passes.base import Mark
 
 
 def gate_values(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The gates `a` of every memory layer, by the layer's module path: `[B, S, n]`, in (0, 1).
+    """Return the gates `a` of every memory layer, by the layer's module path: `[B, S, n]`, in (0, 1).
 
     A gate is how much of what was looked up for a token enters each of the n streams (arXiv 2601.07372, section 3).
     Of a layer that one forward runs several times, the calls follow each other in the first dimension.
@@ -31,14 +30,13 @@ def gate_values(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     mapping. Tables may lie anywhere. Raises MHC410 for a model without memories, and what `convert` raises for a
     forward that cannot be captured in one graph.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    if not any(held.memory for held in owners(model).values()):
+    model = unwrapped(model)
+    if not any(parameters.memory for parameters in owners(model).values()):
         raise MHCError("MHC410", f"{type(model).__name__} holds no memory", way_out="convert(model, engram=...)")
-    with evaluating(model):
-        captured = capture(model, *arguments_of(batch))
-        marks = find_marks(captured.graph)
-        watch = _GateInterpreter(WIDENING.run(captured.graph, Context(marks=marks)), marks)
-        watch.run(*captured.inputs)
+    graph, inputs, marks = widened(model, batch)
+    watch = _GateInterpreter(graph, marks)
+    with in_mode(model, training=False), torch.no_grad():
+        watch.run(*inputs)
     return {layer: torch.cat(calls) for layer, calls in watch.gates.items()}
 
 
@@ -56,7 +54,7 @@ class _GateInterpreter(Interpreter):
                 self._layers[mark.parameters[f"engram.{m.layer}.key_gain"]] = path
 
     def run_node(self, n: Node) -> Any:
-        """One node; of a gate the result is kept."""
+        """Run one node, and keep the result of a gate."""
         out = super().run_node(n)
         if n.target is torch.ops.engram.gate.default:
             gain = n.args[3]

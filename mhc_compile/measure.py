@@ -1,4 +1,4 @@
-"""What the streams of a converted model do on one batch: how far they separate, and how much a site's mix amplifies.
+"""Measure the streams of a converted model on one batch: how far they separate, and how much each mix amplifies.
 
 The model's forward is captured, widened into the `mhc` dialect and interpreted node by node in eval mode without
 gradients, so the figures are those of the equations themselves, whatever compiles the model elsewhere.
@@ -6,8 +6,7 @@ gradients, so the figures are those of the equations themselves, whatever compil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import measures
-from mhc_compile.parameters import owners
-from mhc_compile.passes.base import Context, module_path, switches_gradients
+from mhc_compile.modes import in_mode
+from mhc_compile.parameters import owners, unwrapped
+from mhc_compile.passes.base import Context, Mark, module_path, switches_gradients
 from mhc_compile.passes.pipeline import WIDENING
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -54,7 +54,7 @@ class StreamMeasures:
 
 
 def measure_streams(model: nn.Module, batch: Batch) -> dict[str, StreamMeasures]:
-    """All measures of every stream owner of a converted model by the owner's module path.
+    """Return the measures of every stream owner of a converted model by the owner's module path.
 
     `batch` holds the inputs of one forward call: a tensor, positional inputs in a sequence, or keyword inputs in a
     mapping. Raises MHC410 for a model that is not converted, and what `convert` raises for a forward that cannot be
@@ -64,69 +64,40 @@ def measure_streams(model: nn.Module, batch: Batch) -> dict[str, StreamMeasures]
 
 
 def measuring(model: nn.Module, batch: Batch) -> Callable[[], dict[str, StreamMeasures]]:
-    """What measures the streams of `model` on `batch` as often as it is called, with the parameters as they are then.
+    """Return a function that measures the streams of `model` on `batch` with the parameters at the time of its call.
 
     The forward is captured once, which takes most of the time of a measurement. Arguments and errors as for
     `measure_streams`.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    model = unwrapped(model)
     if not owners(model):
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
-    with evaluating(model):
-        captured = capture(model, *arguments_of(batch))
-        graph = WIDENING.run(captured.graph, Context(marks=find_marks(captured.graph)))
+    graph, inputs, _ = widened(model, batch)
 
     def measure() -> dict[str, StreamMeasures]:
         watch = StreamInterpreter(graph)
-        with evaluating(model):
-            watch.run(*captured.inputs)
+        with in_mode(model, training=False), torch.no_grad():
+            watch.run(*inputs)
         return summarise(watch.parts)
 
     return measure
 
 
-def stream_separation(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """How far the streams differ at the exit, by owner: 0 when all are equal, as they are in a model just converted.
-
-    Per token, with X `[n, C]` the streams after the last site and `m` their mean: `|X - m|_F / (sqrt(n) |m|)`, averaged
-    over tokens. Arguments and errors as for `measure_streams`.
-    """
-    return {owner: found.separation[-1] for owner, found in measure_streams(model, batch).items()}
-
-
-def composite_gain(model: nn.Module, batch: Batch) -> dict[str, CompositeGain]:
-    """The gain of `H_L ... H_1` by owner. Arguments and errors as for `measure_streams`."""
-    return {owner: found.gain for owner, found in measure_streams(model, batch).items()}
-
-
-def separation(X: Tensor) -> Tensor:
-    """Per token, the streams' deviation from their mean relative to it: X `[..., n, C]` -> `[...]` in float64."""
-    return measures.separation(X.double())
-
-
-def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the keyword arguments of the call that `batch` describes."""
+def widened(model: nn.Module, batch: Batch) -> tuple[GraphModule, list[Any], list[Mark]]:
+    """Return the widened graph of one call of a converted model in evaluation mode, its inputs and its marks."""
     if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return ((batch,) if isinstance(batch, Tensor) else tuple(batch)), {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        args, kwargs = (), dict(batch)
+    else:
+        args, kwargs = ((batch,) if isinstance(batch, Tensor) else tuple(batch)), {}
+    with in_mode(model, training=False), torch.no_grad():
+        captured = capture(model, args, kwargs)
+        marks = find_marks(captured.graph)
+        return WIDENING.run(captured.graph, Context(marks=marks)), captured.inputs, marks
 
 
 @dataclass
 class StreamPart:
-    """What a part of one pass through one stream showed; its tensors are float64."""
+    """The measures of a part of one pass through one stream; its tensors are float64."""
 
     begins: bool
     """Whether the stream's expand lies in this part; otherwise an earlier part holds what came before."""
@@ -140,16 +111,16 @@ class StreamPart:
     """`H_l ... H_1` of the part's sites by token, `[..., n, n]`."""
 
     def add(self, owner: str, site: str, mix: Tensor, X: Tensor) -> None:
-        """Record a site: its mix H `[..., n, n]` and the streams behind it, `[..., n, C]`."""
+        """Record a site: its mix H `[..., n, n]` and the streams after it, `[..., n, C]`."""
         H = mix.double()
         self.owner = owner
         self.sites.append(site)
-        self.separations.append(separation(X))
+        self.separations.append(measures.separation(X.double()))
         self.gains.append(max(float(gain.max()) for gain in measures.gains(H)))
         self.composite = H if self.composite is None else H @ self.composite
 
     def continued(self, later: StreamPart) -> StreamPart:
-        """This part and the `later` one that goes on from it, as one."""
+        """Return this part and the `later` one that continues it, as one."""
         composites = [c for c in (later.composite, self.composite) if c is not None]
         return StreamPart(
             self.begins,
@@ -176,15 +147,15 @@ class StreamInterpreter(Interpreter):
         self._begin: dict[Node, Node] = {}
         """Where the stream of each distribute begins."""
         self._shapes: dict[Node, torch.Size] = {}
-        """Of what is carried: streams have the shape of the streams behind them."""
+        """The shapes of carried values: streams have the shape of the streams after them."""
 
     @property
     def parts(self) -> list[StreamPart]:
-        """What the streams showed in the run, in the order of the graph."""
+        """The measures of the run, in the order of the graph."""
         return list(self._parts.values())
 
     def run_node(self, n: Node) -> Any:
-        """One node; a distribute is recorded with its mix. Gradients stay as they are, off."""
+        """Run one node, and record a distribute with its mix. Gradients stay disabled."""
         if switches_gradients(n):
             return None
         out = super().run_node(n)
@@ -204,7 +175,7 @@ class StreamInterpreter(Interpreter):
         return out
 
     def _above(self, node: Node, shape: torch.Size) -> Node:
-        """Where the streams begin that reach `node` through earlier sites and what lies between them."""
+        """Return where the streams begin that reach `node` through earlier sites."""
         queue, seen = [node], {node}
         while queue:
             above = queue.pop(0)
@@ -220,9 +191,9 @@ class StreamInterpreter(Interpreter):
 
 
 def summarise(parts: Sequence[StreamPart]) -> dict[str, StreamMeasures]:
-    """The measures by owner from the parts of a whole forward, in its order.
+    """Return the measures by owner from the parts of a whole forward, in its order.
 
-    A part that does not begin its stream goes on from the last one of its owner.
+    A part that does not begin its stream continues the last one of its owner.
     """
     calls: list[StreamPart] = []
     for part in parts:
@@ -235,7 +206,7 @@ def summarise(parts: Sequence[StreamPart]) -> dict[str, StreamMeasures]:
     for call in calls:
         if call.owner is not None:
             by_owner.setdefault(call.owner, []).append(call)
-    return {owner: _summary(found) for owner, found in by_owner.items()}
+    return {owner: _summary(of_owner) for owner, of_owner in by_owner.items()}
 
 
 def _last_of(owner: str | None, calls: Sequence[StreamPart]) -> int | None:

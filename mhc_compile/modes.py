@@ -17,13 +17,12 @@ FLAG = "training"
 
 
 @contextmanager
-def other_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` into the mode that `model` is not in: training or evaluation."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every module of `model` into training or evaluation mode; restore each module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
-    other = not model.training
     try:
         for module in modes:
-            module.training = other
+            module.training = training
         yield
     finally:
         for module, mode in modes.items():
@@ -36,9 +35,9 @@ def reads_mode(model: nn.Module) -> bool:
     torch's own modules do, and add to a stream in no mode.
     """
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    own = [cls for cls in classes if not cls.__module__.startswith("torch.")]
+    others = [cls for cls in classes if not cls.__module__.startswith("torch.")]
     seen: set[FunctionType] = set()
-    todo = [f for cls in own for value in vars(cls).values() for f in _functions(value)]
+    todo = [f for cls in others for value in vars(cls).values() for f in _functions(value)]
     while todo:
         function = todo.pop()
         if function in seen or str(function.__module__).startswith("torch."):
@@ -77,12 +76,12 @@ def _names(code: CodeType) -> Iterator[str]:
 def joined_sites(now: Sites, other: Sites) -> tuple[Sites, dict[str, tuple[frozenset[str], ...]]]:
     """Return the sites of both modes by owner, and the smaller sets of them that one mode has.
 
-    A mode may leave out whole modules. Raises MHC213 where it has other sites in a module that both modes run: their
-    numbers would mean other additions.
+    A mode may leave out whole modules. Raises MHC213 where a module that both modes run has other sites in one of them,
+    because equal numbers would then name different additions.
     """
     sites, partial = {}, {}
     for owner in [*now, *(path for path in other if path not in now)]:
-        modes = [held[owner] for held in (now, other) if owner in held]
+        modes = [mode[owner] for mode in (now, other) if owner in mode]
         _refuse_mixed(owner, modes)
         larger = max(modes, key=len)
         sites[owner] = larger | {name: hidden for mode in modes for name, hidden in mode.items() if name not in larger}

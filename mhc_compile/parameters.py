@@ -286,6 +286,13 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.01, lr: float 
     ]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of `torch.compile` and DDP."""
+    while isinstance(model, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)):
+        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    return model
+
+
 def is_converted(module: nn.Module) -> bool:
     """Return whether `module` is a stream owner whose calls go through the backend (`mhc_compile.owner`)."""
     # Without parameters it is a residual module that something made from the class of a converted one.

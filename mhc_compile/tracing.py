@@ -48,27 +48,17 @@ _LOG_METHODS = ("debug", "info", "warning", "error", "critical")
 
 
 def graph_break_error(owner: nn.Module, error: Exception) -> MHCError:
-    """MHC104 with Dynamo's own account of the break, or the code of what is known to break."""
+    """Return MHC104 with Dynamo's own account of the break, or the code of a known cause."""
     account = str(error).replace("\\", "/")
-    known = {"/accelerate/hooks.py": "MHC211", "/distributed/fsdp/": "MHC212"}
-    for place, code in known.items():
+    for place, code in {"/accelerate/hooks.py": "MHC211", "/distributed/fsdp/": "MHC212"}.items():
         if place in account:
             return MHCError(code, module=type(owner).__name__)
-    return graph_break(str(error), type(owner).__name__)
+    return traced_error("MHC104", str(error), type(owner).__name__)
 
 
-def call_error(model: nn.Module, error: Exception) -> MHCError:
-    """Return MHC111 for an operation of the model's own that rejects what it is given, with its message and place."""
-    return _coded("MHC111", str(error), type(model).__name__)
-
-
-def graph_break(account: str, module: str) -> MHCError:
-    """MHC104 from the text by which Dynamo accounts for a break: its explanation, its hints, the user's line."""
-    return _coded("MHC104", account, module)
-
-
-def _coded(code: str, account: str, module: str) -> MHCError:
+def traced_error(code: str, account: str, module: str) -> MHCError:
+    """Return an error with what Dynamo says of it in `account`: its explanation, its hints, the user's line."""
     lines = [ln.strip() for ln in account.splitlines() if ln.strip()]
-    told = [ln for ln in lines if ln.startswith(("Explanation:", "Hint:"))]
-    where = [ln for ln in lines if ln.startswith("File ")]
-    return MHCError(code, " ".join(told or lines[:1]), module=module, source=where[-1] if where else None)
+    explained = [ln for ln in lines if ln.startswith(("Explanation:", "Hint:"))]
+    places = [ln for ln in lines if ln.startswith("File ")]
+    return MHCError(code, " ".join(explained or lines[:1]), module=module, source=places[-1] if places else None)

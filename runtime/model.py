@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mhc_compile.checkpoint.skeleton import model_class, quiet, skeleton, transf
 from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint, refuse_config
 from mhc_compile.checkpoint.tables import check_tokenizer, read_tokenizer
 from mhc_compile.config import Options
-from mhc_compile.conversion.memory import convert
+from mhc_compile.conversion.memory import convert_streams
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.loading import open_converted, read_streams
 from mhc_compile.memory.request import requested
@@ -54,9 +53,8 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
         _hollow(model, device)
         spec = (recipe.mhc or StreamsTable()).spec
         start: Any = "paper" if scratch else "zero"
-        memory = requested(recipe.memory, lambda: read_tokenizer(folder), model, start=start, tables_on="meta")
-        streams = {f.name: getattr(spec, f.name) for f in fields(spec)}
-        model = convert(model, scratch=scratch, engram=memory, inner=options.inner, kernels=options.kernels, **streams)
+        requests = requested(model, recipe.memory, None, lambda: read_tokenizer(folder), start=start, tables_on="meta")
+        convert_streams(model, (), {}, spec, options, requests, scratch=scratch)
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
         raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory]")

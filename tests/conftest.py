@@ -1,6 +1,7 @@
 """What every test gets: a seed made from its own name and one thread. And the options that rewrite golden files and
 record the stack."""
 
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_compile import versions
+sys.path.insert(0, str(Path(__file__).parent))
+
+from recorded import record
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,7 +25,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     path = config.getoption("--record")
     if path is not None and exitstatus == 0 and not hasattr(config, "workerinput"):
         counts = {name: len(terminalreporter.getreports(name)) for name in ("passed", "skipped")}
-        versions.record(path, config.getoption("-m"), counts)
+        record(path, config.getoption("-m"), counts)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from mhc_compile.kernels.triton.launch import interprets
 DIALECT = torch.library.Library("engram", "FRAGMENT")
 KERNELS = torch.library.Library("engram_kernels", "FRAGMENT")
 RUN = {"cpp": rows_cpp.run, "triton": rows_triton.run, "reference": hashing.rows}
+TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
 @cache
@@ -44,51 +46,32 @@ def prepare(spec: HashSpec | OverEncodingSpec, device: str) -> None:
         over_cpp.start() if isinstance(spec, OverEncodingSpec) else rows_cpp.start(spec)
 
 
-def _reach(ids: Tensor, mask: Tensor | None, positions: Tensor | None, carried: Tensor | None, eos: int) -> Tensor:
-    return hashing.reach(ids, mask, positions, carried, eos)
+def _register_reach() -> None:
+    schema = "reach(Tensor ids, Tensor? mask, Tensor? positions, Tensor? carried, int eos) -> Tensor"
+    DIALECT.define(schema, tags=TAGS)
+    DIALECT.impl("reach", hashing.reach, "CompositeImplicitAutograd")
 
 
-def _rows(ids: Tensor, reach: Tensor, before: Tensor | None, hash_spec: str) -> Tensor:
-    return hashing.rows(ids, reach, before, HashSpec.parse(hash_spec))
+def _register_rows(name: str, argument: str, kind: type[HashSpec | OverEncodingSpec], runs: dict[str, Any]) -> None:
+    """Register the op `name` in both libraries; `argument` is the text of a `kind`, `runs` are the targets."""
+
+    def composite(ids: Tensor, reach: Tensor, before: Tensor | None, text: str) -> Tensor:
+        return runs["reference"](ids, reach, before, kind.parse(text))
+
+    def opaque(ids: Tensor, reach: Tensor, before: Tensor | None, text: str) -> Tensor:
+        run = runs.get(target(ids.device.type), runs["reference"])
+        return run(ids, reach, before, kind.parse(text))
+
+    def fake(ids: Tensor, reach: Tensor, before: Tensor | None, text: str) -> Tensor:  # noqa: ARG001
+        return ids.new_empty((*ids.shape, len(kind.parse(text).moduli)), dtype=torch.int64)
+
+    for library in (DIALECT, KERNELS):
+        library.define(f"{name}(Tensor ids, Tensor reach, Tensor? before, str {argument}) -> Tensor", tags=TAGS)
+    DIALECT.impl(name, composite, "CompositeImplicitAutograd")
+    KERNELS.impl(name, opaque, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"engram_kernels::{name}", fake, lib=KERNELS)
 
 
-def _rows_opaque(ids: Tensor, reach: Tensor, before: Tensor | None, hash_spec: str) -> Tensor:
-    return RUN[target(ids.device.type)](ids, reach, before, HashSpec.parse(hash_spec))
-
-
-def _rows_fake(ids: Tensor, reach: Tensor, before: Tensor | None, hash_spec: str) -> Tensor:  # noqa: ARG001
-    return ids.new_empty((*ids.shape, len(HashSpec.parse(hash_spec).moduli)), dtype=torch.int64)
-
-
-def _over_rows(ids: Tensor, reach: Tensor, before: Tensor | None, spec: str) -> Tensor:
-    return overencoding.rows(ids, reach, before, OverEncodingSpec.parse(spec))
-
-
-def _over_rows_opaque(ids: Tensor, reach: Tensor, before: Tensor | None, spec: str) -> Tensor:
-    run = over_cpp.run if target(ids.device.type) == "cpp" else overencoding.rows
-    return run(ids, reach, before, OverEncodingSpec.parse(spec))
-
-
-def _over_rows_fake(ids: Tensor, reach: Tensor, before: Tensor | None, spec: str) -> Tensor:  # noqa: ARG001
-    return ids.new_empty((*ids.shape, len(OverEncodingSpec.parse(spec).moduli)), dtype=torch.int64)
-
-
-def _register() -> None:
-    tags = (torch.Tag.pt2_compliant_tag,)
-    rows = "rows(Tensor ids, Tensor reach, Tensor? before, str hash_spec) -> Tensor"
-    DIALECT.define("reach(Tensor ids, Tensor? mask, Tensor? positions, Tensor? carried, int eos) -> Tensor", tags=tags)
-    DIALECT.impl("reach", _reach, "CompositeImplicitAutograd")
-    DIALECT.define(rows, tags=tags)
-    DIALECT.impl("rows", _rows, "CompositeImplicitAutograd")
-    KERNELS.define(rows, tags=tags)
-    KERNELS.impl("rows", _rows_opaque, "CompositeExplicitAutograd")
-    torch.library.register_fake("engram_kernels::rows", _rows_fake, lib=KERNELS)
-    over_rows = "over_rows(Tensor ids, Tensor reach, Tensor? before, str spec) -> Tensor"
-    DIALECT.define(over_rows, tags=tags)
-    DIALECT.impl("over_rows", _over_rows, "CompositeImplicitAutograd")
-    KERNELS.define(over_rows, tags=tags)
-    KERNELS.impl("over_rows", _over_rows_opaque, "CompositeExplicitAutograd")
-    torch.library.register_fake("engram_kernels::over_rows", _over_rows_fake, lib=KERNELS)
-
-
-_register()
+_register_reach()
+_register_rows("rows", "hash_spec", HashSpec, RUN)
+_register_rows("over_rows", "spec", OverEncodingSpec, {"cpp": over_cpp.run, "reference": overencoding.rows})

@@ -35,7 +35,7 @@ from mhc_compile.checkpoint.staging import check_target, staged, sync_folder
 from mhc_compile.checkpoint.table_files import SHARD_BYTES
 from mhc_compile.checkpoint.tables import TABLES, write_tables
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.parameters import StreamParameters, names, owners
+from mhc_compile.parameters import StreamParameters, names, owners, unwrapped
 
 _REFUSED = {
     "push_to_hub": "save to a folder and upload that",
@@ -123,13 +123,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, table_dtype: torch
         return _Base(type(model).__name__, paths, {})
 
     _write(Path(folder), write_base, held, streams, table_dtype)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s and DDP's wrappers."""
-    while isinstance(model, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)):
-        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
-    return model
 
 
 def _split(

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +34,16 @@ FORMAT = "mhc_compile.engram.table/1"
 NAME = "table"
 SHARD_BYTES = 5 << 30
 BLOCK_BYTES = 1 << 24
-"""Of rows in memory at a time."""
+"""Bytes of rows in memory at a time."""
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", FP8: "F8_E4M3"}
 _DIGEST = "0" * 64
+Piece = tuple[Tensor, Tensor | None]
+"""Values `[r, width]`, and the scales of values that are float8 already."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableInfo:
-    """What the files of a table say about it."""
+    """The contents of the headers of a table's files."""
 
     rows: int
     width: int
@@ -71,82 +73,60 @@ def write_files(
     name: str,
     table: MemoryTable,
     *,
+    pieces: Iterable[Piece] | None = None,
     hash_spec: str = "",
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
-    """Write `table` as files `name-...` of a folder that is there, each under its own name only when it is complete.
+    """Write `table` as files `name-...` of an existing folder, each under its own name only when it is complete.
 
-    A table whose files are not all there is not opened, so an interrupted writing leaves no table; a later one with the
-    same name takes their place. Raises MHC413 for a failure of the file system.
+    A table is opened only if all of its files are there, so an interrupted write leaves no table; a later one with the
+    same name replaces them. `pieces` are the rows where they are not those of `table`; no more than a piece is in
+    memory. Raises MHC413 for a failure of the file system, MHC223 where the pieces are not `table.rows` rows of
+    `table.width` channels.
     """
-    return write_rows(
-        folder,
-        name,
-        row_blocks(table),
-        rows=table.rows,
-        width=table.width,
-        dtype=dtype or table.dtype,
-        hash_spec=hash_spec,
-        shard_bytes=shard_bytes,
-    )
-
-
-def write_rows(
-    folder: Path,
-    name: str,
-    pieces: Iterable[tuple[Tensor, Tensor | None]],
-    *,
-    rows: int,
-    width: int,
-    dtype: torch.dtype,
-    hash_spec: str = "",
-    shard_bytes: int = SHARD_BYTES,
-) -> list[Path]:
-    """`write_files` for rows that come piece by piece: values `[r, width]`, and scales where they are float8 already.
-
-    No more than a piece is in memory. Raises MHC223 where the pieces are not `rows` rows of `width` channels.
-    """
-    per_shard = max(1, shard_bytes // sum(row_bytes(width, dtype)))
-    count = -(-rows // per_shard)
-    common = {"format": FORMAT, "rows": rows, "width": width, "hash": hash_spec, "writing": secrets.token_hex(8)}
-    feed = _Feed(pieces, width, dtype)
-    made: list[tuple[Path, Path]] = []
+    dtype = dtype or table.dtype
+    per_shard = max(1, shard_bytes // sum(row_bytes(table.width, dtype)))
+    count = -(-table.rows // per_shard)
+    common = {
+        "format": FORMAT, "rows": table.rows, "width": table.width, "hash": hash_spec, "writing": secrets.token_hex(8),
+    }  # fmt: skip
+    feed = _Feed(row_blocks(table) if pieces is None else pieces, table.width, dtype)
+    paths: list[tuple[Path, Path]] = []
     try:
         for number in range(count):
             first = number * per_shard
-            held = min(per_shard, rows - first)
             path = folder / f"{name}-{number + 1:05}-of-{count:05}.safetensors"
             partial = folder / f".{path.name}.mhc-partial"
-            made.append((partial, path))
+            paths.append((partial, path))
             shard = {**common, "first": first, "shard": number + 1, "shards": count}
             with partial.open("wb") as out:
-                _write_shard(out, shard, feed, held, width, dtype)
+                _write_shard(out, shard, feed, min(per_shard, table.rows - first))
                 sync(out)
-        if feed.rest():
-            raise MHCError("MHC223", f"more than {rows} rows")
-        for stale in _files(folder, name):  # of an earlier writing, with another number of shards perhaps
+        if feed.fill():
+            raise MHCError("MHC223", f"more than {table.rows} rows")
+        for stale in _files(folder, name):  # of an earlier write, with another number of shards perhaps
             stale.unlink()
-        for partial, path in made:
+        for partial, path in paths:
             partial.rename(path)
         sync_folder(folder)
     except OSError as error:
         raise MHCError("MHC413", str(error)) from error
     finally:
-        for partial, _ in made:
+        for partial, _ in paths:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-    return [path for _, path in made]
+    return [path for _, path in paths]
 
 
-def row_blocks(table: MemoryTable) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The rows of a table in pieces on the CPU, with the scales of float8 ones."""
+def row_blocks(table: MemoryTable) -> Iterator[Piece]:
+    """Yield the rows of a table in pieces on the CPU."""
     step = max(1, BLOCK_BYTES // (4 * table.width))
     return (table.block(begin, min(begin + step, table.rows)) for begin in range(0, table.rows, step))
 
 
 def read_info(folder: str | os.PathLike[str], name: str = NAME) -> TableInfo:
-    """What the table's files say, compared with each other and with their lengths; no row is read.
+    """Read the headers of the table's files and compare them with each other and with the files' lengths.
 
     Raises MHC224 for files that are missing, cut short, of another format, or of different writings.
     """
@@ -179,14 +159,14 @@ def open_table(
     hot_rows: int = 0,
     verify: bool = False,
 ) -> MemoryTable:
-    """The table of a folder, mapped: rows are read from the files when they are looked up.
+    """Open the table of a folder as a mapped one: rows are read from the files when they are looked up.
 
-    `rows`, `width`, `dtype` and `hash_spec` are compared with what the files say where they are given; MHC223 for a
-    difference, MHC224 for damaged files. `verify` reads all of it and compares the sha256 of every tensor.
+    Raises MHC223 where `rows`, `width`, `dtype` or `hash_spec` differ from the files, and MHC224 for damaged files.
+    `verify` reads all of them and compares the sha256 of every tensor.
     """
     info = read_info(folder, name)
-    wanted = {"rows": rows, "width": width, "dtype": dtype, "hash_spec": hash_spec}
-    wrong = [f"{k} {getattr(info, k)}, not {v}" for k, v in wanted.items() if v is not None and v != getattr(info, k)]
+    known = {"rows": rows, "width": width, "dtype": dtype, "hash_spec": hash_spec}
+    wrong = [f"{k} {getattr(info, k)}, not {v}" for k, v in known.items() if v is not None and v != getattr(info, k)]
     if wrong:
         raise MHCError("MHC223", f"{folder}: {'; '.join(wrong)}")
     if verify:
@@ -197,11 +177,10 @@ def open_table(
 
 
 def fill_rows(table: MemoryTable, folder: str | os.PathLike[str], name: str = NAME, *, hash_spec: str) -> MemoryTable:
-    """Fill `table` from the files of a folder: the rows that lie here (`table.begin` to `table.end`), no others read.
+    """Fill the rows of `table` on this rank (`table.begin` to `table.end`) from the files of a folder.
 
-    Of ranks that share a table, each verifies the sha256 of its part of the files, so that together they read all.
-    Raises MHC223 for files of another table, MHC224 for damaged ones, and MHC228 for float8 rows where the table has
-    others.
+    Each of the ranks that share a table verifies the sha256 of a part of the files; together they verify all. Raises
+    MHC223 for files of another table, MHC224 for damaged ones, and MHC228 for float8 rows and a table of another dtype.
     """
     mapped = open_table(folder, name, rows=table.rows, width=table.width, hash_spec=hash_spec)
     if FP8 in (mapped.dtype, table.dtype) and mapped.dtype != table.dtype:
@@ -210,51 +189,48 @@ def fill_rows(table: MemoryTable, folder: str | os.PathLike[str], name: str = NA
         _verify(file.path)
     step = max(1, BLOCK_BYTES // (4 * table.width))
     if not table.held:
-        table.fill(0, torch.empty(0, table.width))  # made
+        table.fill(0, torch.empty(0, table.width))  # allocates it
     for begin in range(table.begin, table.end, step):
         table.fill(begin, *mapped.block(begin, min(begin + step, table.end)))
     return table
 
 
 class _Feed:
-    """Pieces of any size, handed out in other sizes, as the planes of rows in `dtype`."""
+    """Pieces of any size, returned in other sizes, as the planes of rows in `dtype`."""
 
-    def __init__(self, pieces: Iterable[tuple[Tensor, Tensor | None]], width: int, dtype: torch.dtype) -> None:
+    def __init__(self, pieces: Iterable[Piece], width: int, dtype: torch.dtype) -> None:
         self._pieces = iter(pieces)
-        self._width, self._dtype = width, dtype
-        self._held: list[Tensor] = []
+        self.width, self.dtype = width, dtype
+        self._planes: list[Tensor] = []
 
-    def _fill(self) -> bool:
-        while not self._held or not len(self._held[0]):
+    def fill(self) -> bool:
+        """Read the next piece where nothing is left of the last one; return whether there are rows."""
+        while not self._planes or not len(self._planes[0]):
             piece = next(self._pieces, None)
             if piece is None:
                 return False
             values, scale = piece
-            if values.ndim != 2 or values.shape[1] != self._width:
-                raise MHCError("MHC223", f"{list(values.shape)}, not rows of {self._width} channels")
-            if self._dtype == FP8:
-                self._held = list(quantise(values)) if scale is None else [values, scale]
+            if values.ndim != 2 or values.shape[1] != self.width:
+                raise MHCError("MHC223", f"{list(values.shape)}, not rows of {self.width} channels")
+            if self.dtype == FP8:
+                self._planes = list(quantise(values)) if scale is None else [values, scale]
             elif scale is not None:
-                raise MHCError("MHC223", f"float8 rows are not widened to {self._dtype}")
+                raise MHCError("MHC223", f"float8 rows are not widened to {self.dtype}")
             else:
-                self._held = [values.to(self._dtype)]
+                self._planes = [values.to(self.dtype)]
         return True
 
-    def rest(self) -> bool:
-        """Whether anything is left."""
-        return self._fill()
-
     def next(self, most: int) -> list[Tensor]:
-        """At least one row, at most `most`."""
-        if not self._fill():
+        """Return at least one row and at most `most`."""
+        if not self.fill():
             raise MHCError("MHC223", "fewer rows than announced")
-        given = [t[:most] for t in self._held]
-        self._held = [t[most:] for t in self._held]
-        return given
+        planes = [t[:most] for t in self._planes]
+        self._planes = [t[most:] for t in self._planes]
+        return planes
 
 
 def _header(shard: dict[str, Any], sizes: dict[str, tuple[str, list[int], int]]) -> bytes:
-    """The file's header; its length does not depend on the digests in it."""
+    """Return the file's header; its length does not depend on the digests in it."""
     header: dict[str, Any] = {"__metadata__": {k: str(v) for k, v in shard.items()}}
     at = 0
     for name, (dtype, shape, size) in sizes.items():
@@ -265,16 +241,14 @@ def _header(shard: dict[str, Any], sizes: dict[str, tuple[str, list[int], int]])
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(
-    out: BinaryIO, shard: dict[str, Any], feed: _Feed, held: int, width: int, dtype: torch.dtype
-) -> None:  # fmt: skip
-    sizes = {"weight": (_NAMES[dtype], [held, width], held * width * dtype.itemsize)}
-    if dtype == FP8:
-        sizes["scale"] = ("F32", [held, blocks(width)], held * blocks(width) * 4)
+def _write_shard(out: BinaryIO, shard: dict[str, Any], feed: _Feed, rows: int) -> None:
+    sizes = {"weight": (_NAMES[feed.dtype], [rows, feed.width], rows * feed.width * feed.dtype.itemsize)}
+    if feed.dtype == FP8:
+        sizes["scale"] = ("F32", [rows, blocks(feed.width)], rows * blocks(feed.width) * 4)
     begin = len(_header({**shard, **{f"sha256.{n}": _DIGEST for n in sizes}}, sizes))
     places = [begin, begin + sizes["weight"][2]][: len(sizes)]
     digests = [hashlib.sha256() for _ in sizes]
-    left = held
+    left = rows
     while left:
         planes = feed.next(left)
         left -= len(planes[0])
@@ -293,31 +267,31 @@ def _read_header(path: Path) -> dict[str, Any]:
     try:
         shard = read_shard(path)
         with safe_open(path, framework="np") as file:
-            said: dict[str, str] = file.metadata() or {}
-        if said.get("format") != FORMAT:
-            raise MHCError("MHC224", f"{path} is not a file of a table (format {said.get('format')!r})")
-        found: dict[str, Any] = {k: int(said[k]) for k in ("rows", "width", "first", "shard", "shards")}
-        found |= {"hash": said["hash"], "writing": said["writing"]}
+            metadata: dict[str, str] = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise MHCError("MHC224", f"{path} is not a file of a table (format {metadata.get('format')!r})")
+        header: dict[str, Any] = {k: int(metadata[k]) for k in ("rows", "width", "first", "shard", "shards")}
+        header |= {"hash": metadata["hash"], "writing": metadata["writing"]}
         weight = shard.tensors["weight"]
-        held, width = weight.shape
+        rows, width = weight.shape
         planes = [weight]
         if weight.dtype == _NAMES[FP8]:
             planes.append(shard.tensors["scale"])
-            if (planes[1].dtype, planes[1].shape) != ("F32", (held, blocks(width))):
+            if (planes[1].dtype, planes[1].shape) != ("F32", (rows, blocks(width))):
                 raise ValueError(f"scales {planes[1].dtype} {planes[1].shape}")
-        if weight.dtype not in _NAMES.values() or width != found["width"] or len(planes) != len(shard.tensors):
+        if weight.dtype not in _NAMES.values() or width != header["width"] or len(planes) != len(shard.tensors):
             raise ValueError(f"{sorted(shard.tensors)}: {weight.dtype} {weight.shape}")
     except MHCError as error:
         raise error if error.code == "MHC224" else MHCError("MHC224", error.detail) from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise MHCError("MHC224", f"{path}: {type(error).__name__} {error}") from error
-    return {**found, "held": held, "dtype": weight.dtype, "starts": tuple(p.start for p in planes)}
+    return {**header, "held": rows, "dtype": weight.dtype, "starts": tuple(p.start for p in planes)}
 
 
 def _verify(path: Path) -> None:
     shard = read_shard(path)
     with safe_open(path, framework="np") as file:
-        said: dict[str, str] = file.metadata()
+        metadata: dict[str, str] = file.metadata()
     with path.open("rb") as raw:
         for name, info in shard.tensors.items():
             digest = hashlib.sha256()
@@ -326,13 +300,13 @@ def _verify(path: Path) -> None:
             while piece := raw.read(min(BLOCK_BYTES, left)):
                 digest.update(piece)
                 left -= len(piece)
-            if digest.hexdigest() != said.get(f"sha256.{name}"):
+            if digest.hexdigest() != metadata.get(f"sha256.{name}"):
                 raise MHCError("MHC224", f"{path}: {name} is not what was written (sha256)")
 
 
 def _files(folder: Path, name: str) -> list[Path]:
-    wanted: Callable[[str], Any] = re.compile(re.escape(name) + r"-\d{5}-of-\d{5}\.safetensors").fullmatch
+    pattern = re.compile(re.escape(name) + r"-\d{5}-of-\d{5}\.safetensors")
     try:
-        return sorted(p for p in folder.iterdir() if wanted(p.name))
+        return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))
     except OSError as error:
         raise MHCError("MHC224", str(error)) from error

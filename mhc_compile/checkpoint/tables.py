@@ -1,4 +1,4 @@
-"""The tables beside a converted checkpoint: files of their own, because they outgrow everything else."""
+"""Tables of a converted checkpoint, which have files of their own because they outgrow everything else."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
-from mhc_compile.checkpoint.table_files import open_table, row_blocks, write_rows
+from mhc_compile.checkpoint.table_files import Piece, open_table, row_blocks, write_files
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.memory.compression import TABLE, Compression
 from mhc_compile.memory.parameters import DEVIATION, ROOT, new_seed
@@ -20,33 +19,27 @@ from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
 TOKENIZER = "tokenizer.json"
 TABLES = ("engram.*.safetensors", f"{OVER_TABLE}*.safetensors")
-"""Every file of a table."""
+"""Patterns of the names of the files of tables."""
 
 
-def write_tables(folder: Path, held: Mapping[str, StreamParameters], *, dtype: torch.dtype | None = None) -> None:
-    """Write every table of the owners into `folder`; those on the meta device at their start, a block at a time.
+def write_tables(folder: Path, owners: Mapping[str, StreamParameters], *, dtype: torch.dtype | None = None) -> None:
+    """Write every table of `owners` into `folder`; those on the meta device at their start, a block at a time.
 
     `dtype` narrows the rows: bfloat16, or float8_e4m3fn with a scale for every 32 channels.
     """
-    for owner, parameters in held.items():
+    for owner, parameters in owners.items():
         for name, hash_spec in hash_specs(parameters).items():
             table = parameters.table(name)
-            is_meta = table.storage != "mapped" and table.weight.is_meta
-            write_rows(
-                folder,
-                table_name(owner, name),
-                _start(table) if is_meta else row_blocks(table),
-                rows=table.rows,
-                width=table.width,
-                dtype=dtype or table.dtype,
-                hash_spec=hash_spec,
-            )
+            pieces: Iterator[Piece] | None = None
+            if table.storage != "mapped" and table.weight.is_meta:
+                pieces = ((rows, None) for rows in drawn_rows(table.rows, table.width, new_seed(), DEVIATION))
+            write_files(folder, table_name(owner, name), table, pieces=pieces, hash_spec=hash_spec, dtype=dtype)
 
 
 def read_tables(
     folder: Path, owner: str, parameters: StreamParameters, *, storage: Storage = "device", hot_rows: int = 0
 ) -> None:
-    """Put the tables of `folder` into the places of those of `parameters`.
+    """Replace the tables of `parameters` by those of `folder`.
 
     `mapped` leaves the rows on the disk, the others read them in pieces. Raises MHC204 for an unknown storage, MHC223
     for a table that does not fit the owner, MHC224 for damaged files.
@@ -55,12 +48,12 @@ def read_tables(
         raise MHCError("MHC204", f"tables={storage!r}; known: {', '.join(get_args(Storage))}")
     for name, hash_spec in hash_specs(parameters).items():
         place = parameters.get_submodule(parameters.table_places[name])
-        made, file_name = parameters.table(name), table_name(owner, name)
+        table = parameters.table(name)
         mapped = open_table(
             folder,
-            file_name,
-            rows=made.rows,
-            width=made.width,
+            table_name(owner, name),
+            rows=table.rows,
+            width=table.width,
             hash_spec=hash_spec,
             hot_rows=hot_rows,
             verify=storage != "mapped",  # else every row would be read
@@ -69,7 +62,7 @@ def read_tables(
 
 
 def check_tokenizer(folder: Path, parameters: StreamParameters) -> None:
-    """Raise MHC222 where the folder's tokenizer is not the one whose ids the memory was made for."""
+    """Raise MHC222 where the folder's tokenizer is not the one that the memory was made with."""
     memory = parameters.memory
     if memory is None or memory.compression is None or not (folder / TOKENIZER).is_file():
         return
@@ -79,14 +72,14 @@ def check_tokenizer(folder: Path, parameters: StreamParameters) -> None:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer. Raises MHC222 where it has none that can be read, MHC415 without the package."""
+    """Return the folder's tokenizer; raise MHC222 where it cannot be read, MHC415 without the package."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MHCError("MHC415", str(error)) from error
     path = folder / TOKENIZER
     if not path.is_file():
-        way_out = "save the tokenizer into the folder (tokenizer.save_pretrained), or take ids as they are: in Python, "
+        way_out = "save the tokenizer into the folder (tokenizer.save_pretrained), or use uncompressed ids: in Python, "
         way_out += "convert_folder(..., engram=MemorySettings.preset(..., compress=False))"
         raise MHCError("MHC222", f"{path} is missing", way_out=way_out)
     try:
@@ -96,19 +89,15 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def hash_specs(parameters: StreamParameters) -> dict[str, str]:
-    """How the rows of each of an owner's tables are hashed, by the table's name (`StreamParameters.table_places`)."""
-    found = {} if parameters.memory is None else {m.layer: str(m.hash) for m in parameters.memory.layers}
-    return found if parameters.over is None else {**found, OVER_TABLE: str(parameters.over.hash)}
+    """Return the hash of each of an owner's tables as text, by the table's name (`StreamParameters.table_places`)."""
+    specs = {} if parameters.memory is None else {m.layer: str(m.hash) for m in parameters.memory.layers}
+    return specs if parameters.over is None else {**specs, OVER_TABLE: str(parameters.over.hash)}
 
 
 def table_name(owner: str, name: str) -> str:
-    """What the files of one table begin with."""
+    """Return the prefix of the names of one table's files."""
     parts = (OVER_TABLE, owner) if name == OVER_TABLE else ("engram", owner, name)
     return re.sub(r"[^\w.-]", "_", ".".join(part for part in parts if part))
-
-
-def _start(table: MemoryTable) -> Iterator[tuple[Tensor, None]]:
-    return ((block, None) for block in drawn_rows(table.rows, table.width, new_seed(), DEVIATION))
 
 
 def _in_memory(mapped: MemoryTable, storage: Storage, hot_rows: int) -> MemoryTable:

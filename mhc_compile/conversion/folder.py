@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 from mhc_compile.checkpoint.manifest import Manifest, Owner, is_converted
 from mhc_compile.checkpoint.saving import prefix
@@ -27,19 +27,20 @@ from mhc_compile.checkpoint.source import (
 )
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.checkpoint.tables import read_tokenizer, write_tables
-from mhc_compile.config import STREAM_FIELDS, Options, split_options, stream_spec
-from mhc_compile.conversion.memory import convert_with_coverage
+from mhc_compile.config import STREAM_FIELDS, Options, StreamOverrides, overridden, split_options
+from mhc_compile.conversion.memory import convert_streams, refuse_trained
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.loading import open_converted, read_streams, streams_shard
 from mhc_compile.memory.parameters import tables as tables_of
-from mhc_compile.memory.request import over_requested, requested
-from mhc_compile.parameters import StreamParameters, at_start, owners
+from mhc_compile.memory.request import requested
+from mhc_compile.parameters import owners
 
 Form = Literal["mhc", "residual"]
 Progress = Callable[[int, int, str], None]
-"""Called with the bytes written, the bytes there are, and what is being done."""
+"""Called with the bytes written, their total, and a description of the current step."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,13 @@ class Converted:
     parameters: int
     """Stream parameters added, or removed."""
     left_out: tuple[Path, ...]
-    """Files and folders of the input that were not taken along: weights in other formats, folders with weights."""
+    """Files and folders of the input that were not copied: weights in other formats, folders with weights."""
+
+
+class FolderOverrides(StreamOverrides, total=False):
+    """The options of a folder as keywords: the fields of `StreamSpec`, and `strict`."""
+
+    strict: bool
 
 
 def convert_folder(
@@ -63,9 +70,10 @@ def convert_folder(
     *,
     to: Form = "mhc",
     progress: Progress | None = None,
+    spec: StreamSpec | None = None,
     engram: str | MemorySettings | None = None,
     over_encoding: str | OverEncodingSettings | None = None,
-    **options: Any,
+    **overrides: Unpack[FolderOverrides],
 ) -> Converted:
     """Convert a folder that transformers saved into a new one; `source` is only read.
 
@@ -78,31 +86,38 @@ def convert_folder(
     where ids are to be compressed; `over_encoding` adds embeddings of n-grams as `convert` does. Their tables are files
     of their own, written a block at a time.
 
-    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`), and
-    `strict`. With `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as
-    long as its stream parameters are at their start.
+    `spec` describes the streams, `overrides` are its fields by name, and `strict`. With `to="residual"` the folder of a
+    converted model becomes the residual checkpoint again, bit by bit, as long as its stream parameters are at their
+    start.
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a
     folder that cannot be converted, MHC409 to 411 for one in the other form already or with trained streams, MHC412
-    and 413 where the result cannot be written, MHC414 for a damaged `mhc.json` or weights that are not those that were
-    converted, MHC416 for a link to a file outside of the folder.
+    and 413 where the result cannot be written, MHC414 for a damaged `mhc.json` or changed weights, MHC416 for a link to
+    a file outside of the folder.
     """
     if to not in get_args(Form):
         raise MHCError("MHC204", f"to={to!r}; known: {', '.join(get_args(Form))}")
-    _check_options(options, to)
+    known = {*STREAM_FIELDS, "strict"}
+    if unknown := min(split_options(overrides)[1].keys() - known, default=None):
+        detail = f"{unknown} is chosen when the folder is loaded; known here: {', '.join(sorted(known))}"
+        raise MHCError("MHC204", detail)
+    stream, options = overridden(spec, None, overrides)
+    report: Progress = progress or (lambda *_: None)
     try:
-        if to == "residual":
-            for name, value in (("engram", engram), ("over_encoding", over_encoding)):
-                if value is not None:
-                    raise MHCError("MHC204", f"{name} has no meaning for to='residual'", way_out="leave it out")
-            return _to_residual(Path(source), Path(target), progress or _silent)
-        options |= {"engram": engram, "over_encoding": over_encoding}
-        return _to_streams(Path(source), Path(target), options, progress or _silent)
+        if to == "mhc":
+            lookups = {"engram": engram, "over_encoding": over_encoding}
+            return _to_streams(Path(source), Path(target), stream, options, lookups, report)
+        arguments = {"spec": spec, "engram": engram, "over_encoding": over_encoding, **overrides}
+        if meaningless := [name for name, value in arguments.items() if value is not None]:
+            raise MHCError("MHC204", f"{meaningless[0]} has no meaning for to='residual'", way_out="leave it out")
+        return _to_residual(Path(source), Path(target), report)
     except OSError as error:
         raise MHCError("MHC413", str(error)) from error
 
 
-def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress: Progress) -> Converted:
+def _to_streams(
+    source: Path, target: Path, spec: StreamSpec, options: Options, lookups: Mapping[str, Any], progress: Progress
+) -> Converted:
     if is_converted(source):
         raise MHCError("MHC409", str(source))
     checkpoint = open_checkpoint(source)
@@ -110,35 +125,34 @@ def _to_streams(source: Path, target: Path, options: Mapping[str, Any], progress
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "finding the streams")
     model = skeleton(checkpoint)
-    memory = requested(options["engram"], lambda: read_tokenizer(source), model, tables_on="meta")
-    over = over_requested(options["over_encoding"], tables_on="meta")
-    coverage = convert_with_coverage(model, (), {}, **{**options, "engram": memory, "over_encoding": over})
-    made = owners(model)
-    tables = sum(t.weight.nbytes for held in made.values() for _, t in tables_of(held))
+    requests = requested(model, **lookups, tokenizer=lambda: read_tokenizer(source), tables_on="meta")
+    coverage = convert_streams(model, (), {}, spec, options, requests)
+    parameters = owners(model)
+    tables = sum(t.weight.nbytes for of_owner in parameters.values() for _, t in tables_of(of_owner))
     check_target(target, source, size=checkpoint.size + tables)
-    streams = {f"{prefix(owner)}{name}": t for owner, held in made.items() for name, t in held.kept().items()}
+    streams = {f"{prefix(owner)}{name}": t for owner, p in parameters.items() for name, t in p.kept().items()}
     if clash := streams.keys() & {name for shard in checkpoint.shards for name in shard.tensors}:
         raise MHCError("MHC207", f"a weight is named {min(clash)}")
     *base_names, streams_file = shard_names(len(checkpoint.shards) + 1, converted=True)
-    metadata = _count_parameters(checkpoint.metadata, sum(p.numel() for p in streams.values()))
+    added = sum(p.numel() for p in streams.values())
     with staged(target) as staging:
         files, sha256 = _copy(checkpoint, checkpoint.shards, base_names, staging, progress, refuse_nonfinite=True)
         sha256[streams_file] = write_shard(staging / streams_file, streams)
         files[streams_file] = read_shard(staging / streams_file)
         if tables:
             progress(checkpoint.size, checkpoint.size, "writing tables")
-            write_tables(staging, made)
-        write_text(staging / CONVERTED_INDEX, index_text(metadata, files))
+            write_tables(staging, parameters)
+        write_text(staging / CONVERTED_INDEX, index_text(_count_parameters(checkpoint.metadata, added), files))
         _copy_companions(checkpoint, taken, staging, guarded)
         Manifest(
             architecture=type(model).__name__,
-            owners={owner: Owner.of(p) for owner, p in made.items()},
+            owners={owner: Owner.of(p) for owner, p in parameters.items()},
             streams_file=streams_file,
             sha256=sha256,
         ).write(staging)
         progress(checkpoint.size, checkpoint.size, "finishing")
-    sites = sum(len(p.sites) for p in made.values())
-    return Converted(target, sites, str(coverage), sum(p.numel() for p in streams.values()), tuple(left))
+    sites = sum(len(p.sites) for p in parameters.values())
+    return Converted(target, sites, str(coverage), added, tuple(left))
 
 
 def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
@@ -146,28 +160,21 @@ def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
     taken, left = _companions(checkpoint)
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "reading the streams")
-    made = read_streams(checkpoint, manifest, Options())
-    refuse_trained(made)
-    added = streams_shard(checkpoint, manifest)
-    shards = [shard for shard in checkpoint.shards if shard is not added]
-    parameters = sum(t.numel() for held in made.values() for t in held.kept().values())
+    parameters = read_streams(checkpoint, manifest, Options())
+    refuse_trained(parameters)
+    removed = sum(t.numel() for p in parameters.values() for t in p.kept().values())
+    streams = streams_shard(checkpoint, manifest)
+    shards = [shard for shard in checkpoint.shards if shard is not streams]
     with staged(target) as staging:
         files, sha256 = _copy(checkpoint, shards, shard_names(len(shards)), staging, progress)
         for shard, digest in zip(shards, sha256.values(), strict=True):
             if manifest.sha256.get(shard.path.name, digest) != digest:
                 raise MHCError("MHC414", f"{shard.path} is not the file that was written (sha256)")
         if len(shards) > 1:
-            write_text(staging / INDEX, index_text(_count_parameters(checkpoint.metadata, -parameters), files))
+            write_text(staging / INDEX, index_text(_count_parameters(checkpoint.metadata, -removed), files))
         _copy_companions(checkpoint, taken, staging, unguarded)
         progress(checkpoint.size, checkpoint.size, "finishing")
-    return Converted(target, 0, "", parameters, tuple(left))
-
-
-def refuse_trained(made: Mapping[str, StreamParameters]) -> None:
-    """Raises MHC411 where a parameter is no longer at the function-preserving start."""
-    for owner, held in made.items():
-        if not at_start(held):
-            raise MHCError("MHC411", f"those of {owner or 'the model'} are not at their start any more")
+    return Converted(target, 0, "", removed, tuple(left))
 
 
 def _copy(
@@ -179,7 +186,7 @@ def _copy(
     *,
     refuse_nonfinite: bool = False,
 ) -> tuple[dict[str, Shard], dict[str, str]]:
-    """Copy weight files under new names; returns them, and their hashes, by those names."""
+    """Copy weight files under new names; return the files and their hashes by new name."""
     files: dict[str, Shard] = {}
     sha256: dict[str, str] = {}
     done = 0
@@ -196,7 +203,7 @@ def _copy(
 
 
 def _companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
-    """As `companions`. Raises MHC416 where a file that would be copied lies elsewhere."""
+    """Return `companions`; raise MHC416 where a file to be copied is a link out of the folder."""
     taken, left = companions(checkpoint)
     files = [*(checkpoint.folder / relative for relative in taken), *(shard.path for shard in checkpoint.shards)]
     refuse_links_out(checkpoint.folder, files)
@@ -217,23 +224,6 @@ def _copy_companions(
 
 
 def _count_parameters(metadata: Mapping[str, Any], more: int) -> dict[str, Any]:
-    """The index's metadata with `more` parameters where it counts them."""
-    counted = metadata.get("total_parameters")
-    return {**metadata, "total_parameters": counted + more} if isinstance(counted, int) else dict(metadata)
-
-
-def _check_options(options: Mapping[str, Any], to: Form) -> None:
-    """Raises MHC201 to 204 for an option that is unknown, out of range, or without meaning here."""
-    stream, own = split_options(options)
-    stream_spec(stream)
-    if own.keys() - {"strict"}:
-        known = ", ".join(sorted({*STREAM_FIELDS, "strict"}))
-        raise MHCError(
-            "MHC204", f"{min(own.keys() - {'strict'})} is chosen when the folder is loaded; known here: {known}"
-        )
-    if options and to == "residual":
-        raise MHCError("MHC204", f"{next(iter(options))} has no meaning for to='residual'", way_out="leave it out")
-
-
-def _silent(done: int, total: int, what: str) -> None:
-    """No progress."""
+    """Return the index's metadata with `more` parameters, if it counts them."""
+    total = metadata.get("total_parameters")
+    return {**metadata, "total_parameters": total + more} if isinstance(total, int) else dict(metadata)

@@ -1,26 +1,27 @@
-"""Convert a model in memory."""
+"""Convert a model in memory, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import nn
 
 from mhc_compile.attach import refuse_wrapped, report_coverage, rewrite_with_parameters
 from mhc_compile.capture import Captured, capture
-from mhc_compile.config import Options, compile_pipeline, split_options, stream_spec
+from mhc_compile.config import Options, Overrides, compile_pipeline, overridden
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.memory.parameters import Start
-from mhc_compile.memory.request import MemoryRequest, OverEncodingRequest, over_requested, requested
-from mhc_compile.modes import other_mode, reads_mode
-from mhc_compile.owner import convert_owners
-from mhc_compile.parameters import owners
+from mhc_compile.memory.request import Request, requested
+from mhc_compile.modes import in_mode, reads_mode
+from mhc_compile.owner import convert_owners, restore_owners
+from mhc_compile.parameters import StreamParameters, at_start, owners, unwrapped
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.results import Coverage, ResidualStream
 
@@ -31,98 +32,108 @@ def convert(
     model: Model,
     *example_args: Any,
     example_kwargs: Mapping[str, Any] | None = None,
+    spec: StreamSpec | None = None,
+    options: Options | None = None,
     scratch: bool = False,
-    engram: str | MemorySettings | MemoryRequest | None = None,
+    engram: str | MemorySettings | None = None,
     tokenizer: Any = None,
     engram_start: Start = "zero",
-    over_encoding: str | OverEncodingSettings | OverEncodingRequest | None = None,
-    **options: Any,
+    over_encoding: str | OverEncodingSettings | None = None,
+    **overrides: Unpack[Overrides],
 ) -> Model:
-    """Turn a residual model into its n-stream form, in place; returns the model.
+    """Convert a residual model to its n-stream form in place, and return it.
 
     The model's function is unchanged (arXiv 2512.24880, function-preserving start); new float32 parameters appear
     under `mhc` of each stream owner. Every call from then on runs through the backend. With `scratch`, `phi` starts
-    from N(0, 0.02), for a model that is to be trained from its beginning.
+    from N(0, 0.02), for a model that is to be trained from scratch.
 
-    `example_args` and `example_kwargs` are one call's inputs, used for shapes; Hugging Face models need none.
-    `options`: fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`) and of
-    `Options` (`inner`, `mode`, `debug`, `strict`). Where residual adds are left, or a stream begins again at every
-    layer, MHC109 warns; with `strict=True` it is raised.
+    `example_args` and `example_kwargs` are the inputs of one call, used for their shapes; Hugging Face models need
+    none. `spec` describes the streams, `options` how the model is compiled; `overrides` are fields of either by name
+    (`streams=2`, `inner="eager"`). Where residual adds are left, or a stream begins again at every layer, MHC109
+    warns; with `strict=True` it is raised.
 
     With `engram`, a preset's name or `MemorySettings`, hashed n-gram memories are added at the entry of its layers
     (arXiv 2601.07372), in float32 tables on the model's device; of an encoder and a decoder the decoder gets them. Ids
-    are compressed as `tokenizer` tells, which stands for the settings' `compress`; without one they are taken as they
-    are. With `engram_start="zero"` the function is unchanged, with `"paper"` W_V starts at random.
+    are compressed with `tokenizer` where the settings say `compress`; without a tokenizer they are used unchanged. With
+    `engram_start="zero"` the function is unchanged, with `"paper"` W_V starts at random.
 
     With `over_encoding`, `"default"` or `OverEncodingSettings`, embeddings of n-grams are added to those of tokens
     (arXiv 2501.16975): random rows of a float32 table, through a projection that is 0 at the start. Of an encoder and a
     decoder the decoder gets them.
 
-    The model is looked at in training and in evaluation: sites that one mode leaves out have parameters, too.
+    The model is traced in training and in evaluation mode: sites that one mode leaves out get parameters, too.
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options or a model converted
     already, MHC213 where training adds to a stream in a module that adds otherwise in evaluation, MHC303 for one that
-    is compiled or wrapped. A refused model is left as it was.
+    is compiled or wrapped. A rejected model is left unchanged.
     """
-    _refuse_other_than_module(model)
-    arguments = {"engram": engram, "tokenizer": tokenizer, "engram_start": engram_start, "over_encoding": over_encoding}
-    convert_with_coverage(model, example_args, example_kwargs or {}, scratch=scratch, **arguments, **options)
-    return model
-
-
-def convert_with_coverage(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    scratch: bool = False,
-    engram: str | MemorySettings | MemoryRequest | None = None,
-    tokenizer: Any = None,
-    engram_start: Start = "zero",
-    over_encoding: str | OverEncodingSettings | OverEncodingRequest | None = None,
-    **options: Any,
-) -> Coverage:
-    """Convert `model` as `convert` does, and return how many of its residual adds are part of a stream."""
-    stream, own = split_options(options)
-    spec, settings = stream_spec(stream), Options(**own)
-    requests = (requested(engram, tokenizer, model, start=engram_start), over_requested(over_encoding))
-    refuse_wrapped(model)
-    root = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
-    if owners(root):
-        raise MHCError("MHC208", f"{type(root).__name__} holds stream parameters")
-    if not args and not kwargs:
-        args, kwargs = (), example_inputs(root)
-    found = find_streams(root, args, kwargs, settings)
-    made, _ = rewrite_with_parameters(
-        root,
-        found.graph,
-        found.context,
-        spec,
-        settings,
-        found.inputs,
-        scratch=scratch,
-        requests=[r for r in requests if r is not None],
-        others=streams_of_other_mode(root, args, kwargs, settings),
-    )
-    coverage = found.context.coverage
-    report_coverage(coverage, spec, settings, whole=True)
-    convert_owners(root, made)
-    return coverage
-
-
-def _refuse_other_than_module(model: object) -> None:
-    """Raise MHC204 for what is no module: a path, most often."""
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # a path, most often
         way_out = (
             "convert_folder(path, target) converts a checkpoint folder, from_pretrained(folder) loads a converted one"
         )
         raise MHCError("MHC204", f"convert takes a module, not {type(model).__name__} {model!r:.80}", way_out=way_out)
+    stream, compiling = overridden(spec, options, overrides)
+    if tokenizer is not None and engram is None:
+        raise MHCError("MHC220", "a tokenizer without engram=", way_out="name a preset: engram='v41'")
+    requests = requested(model, engram, over_encoding, lambda: tokenizer, start=engram_start)
+    convert_streams(model, example_args, example_kwargs or {}, stream, compiling, requests, scratch=scratch)
+    return model
+
+
+def convert_streams(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    spec: StreamSpec,
+    options: Options,
+    requests: Sequence[Request] = (),
+    *,
+    scratch: bool = False,
+) -> Coverage:
+    """Convert `model` as `convert` does, and return how many of its residual adds are part of a stream."""
+    refuse_wrapped(model)
+    root = unwrapped(model)
+    if owners(root):
+        raise MHCError("MHC208", f"{type(root).__name__} holds stream parameters")
+    if not args and not kwargs:
+        kwargs = example_inputs(root)
+    analysed = find_streams(root, args, kwargs, options)
+    others = streams_of_other_mode(root, args, kwargs, options)
+    parameters, _ = rewrite_with_parameters(
+        root, analysed.graph, analysed.context, spec, options, analysed.inputs,
+        scratch=scratch, requests=requests, others=others,
+    )  # fmt: skip
+    coverage = analysed.context.coverage
+    report_coverage(coverage, spec, options, whole=True)
+    convert_owners(root, parameters)
+    return coverage
+
+
+def to_residual(model: Model) -> Model:
+    """Undo `convert` in place, and return the model with the weights that it has now.
+
+    Raises `MHCError`: MHC410 for a model that is not converted, MHC411 once its stream parameters were trained; it is
+    then left unchanged.
+    """
+    parameters = owners(model)
+    if not parameters:
+        raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
+    refuse_trained(parameters)
+    restore_owners(model)
+    return model
+
+
+def refuse_trained(parameters: Mapping[str, StreamParameters]) -> None:
+    """Raise MHC411 where an owner's parameters are no longer at their function-preserving start."""
+    for owner, of_owner in parameters.items():
+        if not at_start(of_owner):
+            raise MHCError("MHC411", f"those of {owner or 'the model'} are not at their start any more")
 
 
 def streams_of_other_mode(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options
 ) -> list[ResidualStream]:
-    """Return the streams of `model` in training if it is in evaluation mode, and the other way round.
+    """Return the streams of `model` in training if it is in evaluation mode, and vice versa.
 
     Empty where nothing in the model reads its mode, and where the other graph cannot be followed: a call in that mode
     says why.
@@ -130,7 +141,7 @@ def streams_of_other_mode(
     if not reads_mode(model):
         return []
     try:
-        with other_mode(model):
+        with in_mode(model, training=not model.training):
             return find_streams(model, args, kwargs, replace(options, debug=bool(options.debug))).context.streams
     except MHCError:
         return []
@@ -138,7 +149,7 @@ def streams_of_other_mode(
 
 @dataclass
 class Analysed(Captured):
-    """A captured graph with what the passes up to `residual` found in it."""
+    """A captured graph and the results of the passes up to `residual`."""
 
     context: Context
 

@@ -26,7 +26,7 @@ from mhc_compile.configured import weighted
 from mhc_compile.conversion import convert
 from mhc_compile.conversion.example_inputs import seeded_inputs
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.measure import evaluating
+from mhc_compile.modes import in_mode
 from mhc_compile.parameters import owners, stream_parameters
 from mhc_compile.report.inspection import Inspection
 
@@ -67,7 +67,7 @@ def with_outputs(found: Inspection, path: Path, **options: Any) -> str:
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    with evaluating(model):
+    with in_mode(model, training=False), torch.no_grad():
         out = model(**inputs)
     found = getattr(out, "logits", None)
     if not isinstance(found, Tensor):

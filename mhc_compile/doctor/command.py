@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mhc_compile.doctor.check import Check
-from mhc_compile.doctor.machine import compilers, devices, folders, stack
+from mhc_compile.doctor.machine import Check, compilers, devices, folders, stack
 from mhc_compile.doctor.selftest import selftest
 from mhc_compile.versions import VERSION
 

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from packaging.version import Version
 
 from mhc_compile import versions
-from mhc_compile.doctor.check import Check, State
 from mhc_compile.kernels import cache
 from mhc_compile.kernels.cpp import build
 
 REQUIRED = ("python", "torch")
+State = Literal["ok", "note", "FAIL"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the output: what was checked, its state, the details, and what to do about it."""
+
+    name: str
+    state: State
+    detail: str
+    todo: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state:<4}  {self.name:<16}  {self.detail}" + (f"\n{'':24}do: {self.todo}" if self.todo else "")
 
 
 def stack() -> Iterator[Check]:

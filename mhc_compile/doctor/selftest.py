@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import mhc_compile
 from mhc_compile.diagnostics import MHCError, MHCWarning
-from mhc_compile.doctor.check import Check
+from mhc_compile.doctor.machine import Check
 
 STEPS = ("convert", "step", "generate", "save", "load")
 _REPORT = "report it with this whole output"

@@ -1,9 +1,9 @@
-"""One lookup in storage that is not on the compute device: ids there, rows back, on a stream of its own.
+"""One lookup in storage that is not on the compute device: ids travel there and rows back, on a stream of their own.
 
-A `Lookup` goes through three hands. Its maker (the thread that computes) sends the ids off; whoever calls `run`, the
-same thread or the worker of `mhc_compile.memory.prefetch`, reads the rows, each one once, and sends them
-back; and `result`, called by the maker's thread again, waits for them and puts them in their places. A lane is what
-differs between devices: nothing on a CPU; on CUDA pinned memory, a stream of its own for both copies, and events.
+A `Lookup` has three steps. The computing thread sends the ids; whoever calls `run`, the same thread or the worker of
+`mhc_compile.memory.prefetch`, reads each distinct row once and sends the rows back; and `result`, called in the
+computing thread again, waits for them and expands duplicates. A lane is what differs between devices: nothing moves on
+a CPU; CUDA uses pinned memory, a stream of its own for both copies, and events.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,43 +25,27 @@ Finish = Callable[[list[Tensor]], Tensor]
 """Planes on the compute device -> values `[rows, width]`."""
 
 
-class Lane(Protocol):
-    """How ids leave a compute device and rows reach it."""
+class Lane:
+    """How ids leave a compute device and rows reach it; this one is for computing on the CPU, where nothing moves."""
 
     def send_ids(self, rows: Tensor) -> None:
-        """Begin to move `rows` to the CPU; in the computing thread."""
-
-    def ids(self) -> Tensor:
-        """`rows` on the CPU, when they have arrived; in any thread."""
-
-    def send(self, tensors: list[Tensor]) -> None:
-        """Begin to move `tensors` to the device; in any thread."""
-
-    def receive(self) -> list[Tensor]:
-        """What `send` moved, for use by the current stream; in the computing thread."""
-
-
-class HostLane:
-    """Computing on the CPU: nothing moves."""
-
-    def send_ids(self, rows: Tensor) -> None:
-        """Keep `rows`: a copy, because whoever reads them later must not see what became of them."""
+        """Begin to move `rows` to the CPU, in the computing thread; a copy, as the caller may change them later."""
         self._ids = rows.clone()
 
     def ids(self) -> Tensor:
-        """The copy."""
+        """Wait for `rows` and return them on the CPU; in any thread."""
         return self._ids
 
     def send(self, tensors: list[Tensor]) -> None:
-        """Keep `tensors`."""
+        """Begin to move `tensors` to the device; in any thread."""
         self._moved = tensors
 
     def receive(self) -> list[Tensor]:
-        """The same tensors."""
+        """Return the tensors of `send` for use by the current stream; in the computing thread."""
         return self._moved
 
 
-class CudaLane:
+class CudaLane(Lane):
     """Computing on CUDA: both copies asynchronous, through pinned memory, on one stream for each device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -69,7 +53,7 @@ class CudaLane:
         self._stream = _stream(device)
 
     def send_ids(self, rows: Tensor) -> None:
-        """Copy to pinned memory behind what the current stream has computed so far."""
+        """Copy `rows` to pinned memory once the current stream has computed them."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._ids = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
@@ -79,19 +63,19 @@ class CudaLane:
             self._arrived.record(self._stream)
 
     def ids(self) -> Tensor:
-        """The pinned copy, when it is complete."""
+        """Wait for the pinned copy and return it."""
         self._arrived.synchronize()
         return self._ids
 
     def send(self, tensors: list[Tensor]) -> None:
-        """Copy from pinned memory; the pinned copies live until the transfer is over."""
+        """Copy from pinned memory, which is kept until the transfer is complete."""
         with torch.cuda.stream(self._stream):
             self._pinned = [t.pin_memory() for t in tensors]
             self._moved = [t.to(self._device, non_blocking=True) for t in self._pinned]
             self._ready = self._stream.record_event()
 
     def receive(self) -> list[Tensor]:
-        """The tensors; the current stream waits for the copy, the CPU does not."""
+        """Return the tensors; the current stream waits for the copy, the CPU does not."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._ready)
         for t in self._moved:
@@ -105,8 +89,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def lane_for(device: torch.device) -> Lane:
-    """A new lane. Other devices than CUDA and the CPU copy synchronously in `Lookup.result`."""
-    return CudaLane(device) if device.type == "cuda" else HostLane()
+    """Return a new lane. Devices other than CUDA and the CPU copy synchronously in `Lookup.result`."""
+    return CudaLane(device) if device.type == "cuda" else Lane()
 
 
 class Lookup:
@@ -122,10 +106,10 @@ class Lookup:
         self._error: Exception | None = None
 
     def run(self) -> Lookup:
-        """Read the rows. An error is kept for `result`."""
+        """Read the rows; keep an error for `result`."""
         try:
             self._run()
-        except Exception as error:  # whatever reading a table raises: the worker lives on, and who asked gets it
+        except Exception as error:  # whatever reading a table raises belongs to the caller, not to the worker
             self._error = error
         finally:
             self._done.set()
@@ -133,13 +117,13 @@ class Lookup:
 
     def _run(self) -> None:
         flat: Any = self._lane.ids().reshape(-1).numpy()
-        found, inverse = np.unique(flat, return_inverse=True)
-        if len(found) and (found[0] < 0 or found[-1] >= self._limit):
-            raise IndexError(f"rows from {found[0]} to {found[-1]} of a table with {self._limit} rows")
-        self._lane.send([*self._read(found), torch.from_numpy(inverse.reshape(-1))])
+        rows, inverse = np.unique(flat, return_inverse=True)
+        if len(rows) and (rows[0] < 0 or rows[-1] >= self._limit):
+            raise IndexError(f"rows from {rows[0]} to {rows[-1]} of a table with {self._limit} rows")
+        self._lane.send([*self._read(rows), torch.from_numpy(inverse.reshape(-1))])
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """The values `[..., H * width]` in `dtype` on the device of the ids. Waits for `run`; raises what it raised."""
+        """Wait for `run`; return `[..., H * width]` in `dtype` on the device of the ids, or raise the error."""
         self._done.wait()
         if self._error is not None:
             raise self._error

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.registry import tables
-from mhc_compile.memory.distributed import average_gradient
-from mhc_compile.memory.gradient import RowGradient
+from mhc_compile.memory.gradient import RowGradient, merge
 from mhc_compile.memory.tables import MemoryTable
 
 RATIO = 5.0
@@ -20,22 +20,21 @@ RATIO = 5.0
 
 
 def table_groups(model: nn.Module, lr: float, *, ratio: float = RATIO) -> list[dict[str, Any]]:
-    """Optimizer groups for the trainable tables of `model`: `ratio` x `lr`, no weight decay. Empty without tables.
+    """Return the optimizer groups of the trainable tables of `model`: `ratio` x `lr`, no weight decay.
 
-    Pass them to `TableAdamW` behind the groups of everything else (`mhc_compile.parameter_groups`).
+    Pass them to `TableAdamW` after the groups of everything else (`mhc_compile.parameter_groups`).
     """
-    held = [m.weight for m in model.modules() if isinstance(m, MemoryTable) and m.trainable]
-    return [{"params": held, "lr": ratio * lr, "weight_decay": 0.0, "table": True}] if held else []
+    weights = [m.weight for m in model.modules() if isinstance(m, MemoryTable) and m.trainable]
+    return [{"params": weights, "lr": ratio * lr, "weight_decay": 0.0, "table": True}] if weights else []
 
 
 class TableAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` whose groups with `"table": True` hold weights of tables.
 
     A table's gradient is taken from `table.gradient`, and cleared. Only its rows change, and only their moments: a
-    row that no token has hit keeps its value bit by bit, without decay. Each row counts its own steps, so its bias
-    correction, and with it its first update, is that of a parameter which began when the row was first hit: a row
-    that first appears after ten thousand steps moves by `lr`, as one of the first step does. With every row hit at
-    every step this is Adam.
+    row that no token has hit keeps its value bit by bit, without decay. Each row counts its own steps for the bias
+    correction, so that a row which first appears after ten thousand steps moves by `lr`, as in the first step. With
+    every row hit at every step this is Adam.
 
     Moments are float32 `[rows, width]`, made at a table's first step where its weight lies; the update is computed in
     float32 and rounded once for bfloat16 rows. DDP does not see tables: with a `process_group` (its own, or
@@ -55,13 +54,12 @@ class TableAdamW(torch.optim.AdamW):
         self.process_group = process_group
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, with the tables' groups checked."""
+        """Add a group as torch does, after checking groups of tables."""
         weights = {id(t.weight) for t in tables() if t.storage != "mapped"}
-        given = param_group["params"]
-        given = [given] if isinstance(given, Tensor) else list(given)
-        plain = [p[1] if isinstance(p, tuple) else p for p in given]
-        is_table = [id(p) in weights for p in plain]
-        group = {**param_group, "params": given}
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        is_table = [id(p[1] if isinstance(p, tuple) else p) in weights for p in params]
+        group = {**param_group, "params": params}
         if not group.setdefault("table", False):
             if any(is_table):
                 way_out = "put it into a group of mhc_compile.table_groups(model, lr)"
@@ -73,43 +71,46 @@ class TableAdamW(torch.optim.AdamW):
             if group["weight_decay"] or group.get("amsgrad", self.defaults["amsgrad"]):
                 raise MHCError("MHC204", "tables are trained without weight_decay and amsgrad")
         super().add_param_group(group)
-        if group["table"]:
-            known = _tables()
-            for weight in self.param_groups[-1]["params"]:
-                _of(weight, known).has_optimizer = True
+        for table, of_table in self._tables():
+            if of_table is self.param_groups[-1]:
+                table.has_optimizer = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of everything that has a gradient."""
+        """Update everything that has a gradient."""
         dense: Any = torch.optim.AdamW.step
         # An AdamW made before has wrapped that function with the step hooks, which run around this one already.
         loss = (dense.__wrapped__ if getattr(dense, "hooked", False) else dense)(self, closure)
-        known = _tables()
-        for group in self.param_groups:
-            if group.get("table"):
-                for weight in group["params"]:
-                    self._step_table(_of(weight, known), group)
+        for table, group in self._tables():
+            self._step_table(table, group)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those of the tables too."""
         super().zero_grad(set_to_none)
-        known = _tables()
+        for table, _ in self._tables():
+            table.drop_gradient()
+
+    def _tables(self) -> Iterator[tuple[MemoryTable, dict[str, Any]]]:
+        """Yield the table of each weight in a group of tables, with its group."""
+        by_weight = {id(t.weight): t for t in tables() if t.storage != "mapped"}
         for group in self.param_groups:
-            if group.get("table"):
-                for weight in group["params"]:
-                    _of(weight, known).drop_gradient()
+            for weight in group["params"] if group.get("table") else ():
+                if id(weight) not in by_weight:
+                    way_out = "make the optimizer after the table is filled"
+                    raise MHCError("MHC223", "a table has another weight now", way_out=way_out)
+                yield by_weight[id(weight)], group
 
     def take_gradient(self, table: MemoryTable) -> RowGradient | None:
-        """What a step is made with: the table's gradient, averaged over `process_group`, and cleared."""
-        found = table.take_gradient()
-        if self.process_group is not None:
-            found = average_gradient(found, table.width, table.anchor.device, self.process_group)
-        return found
+        """Return the gradient of a step, averaged over `process_group`, and clear that of the table."""
+        gradient = table.take_gradient()
+        if self.process_group is None:
+            return gradient
+        return average_gradient(gradient, table.width, table.anchor.device, self.process_group)
 
     def _step_table(self, table: MemoryTable, group: dict[str, Any]) -> None:
-        found = self.take_gradient(table)
-        if found is None:
+        taken = self.take_gradient(table)
+        if taken is None:
             return
         weight = table.weight
         state = self.state[weight]
@@ -120,7 +121,7 @@ class TableAdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros(weight.shape, **like)
             state["row_step"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         state["step"] += 1
-        rows, gradient = found.rows.to(weight.device), found.values.to(weight.device)
+        rows, gradient = taken.rows.to(weight.device), taken.values.to(weight.device)
         lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
         if group["maximize"]:
             gradient = -gradient
@@ -139,25 +140,39 @@ class TableAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; what belongs to tables keeps its own dtypes instead of taking the weight's."""
+        """Load the state as torch does, except that the state of tables keeps its own dtypes."""
         super().load_state_dict(state_dict)
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         of_tables = {id(p) for group in self.param_groups if group.get("table") for p in group["params"]}
         for number, p in zip(numbers, params, strict=True):
             if id(p) in of_tables and number in state_dict["state"]:
-                held = state_dict["state"][number]
-                self.state[p] = {k: v.to(v.device if k == "step" else p.device, copy=True) for k, v in held.items()}
+                state = state_dict["state"][number]
+                self.state[p] = {k: v.to(v.device if k == "step" else p.device, copy=True) for k, v in state.items()}
 
 
-def _tables() -> dict[int, MemoryTable]:
-    return {id(t.weight): t for t in tables() if t.storage != "mapped"}
+def average_gradient(
+    gradient: RowGradient | None, width: int, device: torch.device, group: dist.ProcessGroup
+) -> RowGradient | None:
+    """Return the mean over the processes of `group`, bit-identical on all; None where no process has a gradient.
 
-
-def _of(weight: Tensor, known: dict[int, MemoryTable]) -> MemoryTable:
-    table = known.get(id(weight))
-    if table is None:
-        raise MHCError(
-            "MHC223", "a table has another weight now", way_out="make the optimizer after the table is filled"
-        )
-    return table
+    A collective: every process calls it for the same tables in the same order, with None where its own batch left no
+    gradient. `device` is the one that the group communicates on.
+    """
+    rows, values = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, width, device=device)
+    if gradient is not None:
+        rows, values = gradient.rows.to(device), gradient.values.to(device)
+    # Of a sharded table a process may have a gradient that touches none of its rows.
+    count = torch.tensor([-1 if gradient is None else len(rows)], device=device)
+    counts = [torch.empty_like(count) for _ in range(group.size())]
+    dist.all_gather(counts, count, group=group)
+    if max(map(int, counts)) < 0:
+        return None
+    sizes = [max(int(c), 0) for c in counts]
+    padding = max(sizes) - len(rows)
+    padded_rows, padded = F.pad(rows, (0, padding)), F.pad(values, (0, 0, 0, padding))
+    all_rows, all_values = ([torch.empty_like(t) for _ in sizes] for t in (padded_rows, padded))
+    dist.all_gather(all_rows, padded_rows, group=group)
+    dist.all_gather(all_values, padded, group=group)
+    total = merge([RowGradient(r[:n], v[:n]) for r, v, n in zip(all_rows, all_values, sizes, strict=True)])
+    return RowGradient(total.rows, total.values / group.size())

@@ -1,7 +1,7 @@
-"""Lookups that run while the device computes: a worker thread, and tickets to claim their results by.
+"""Lookups that run while the device computes: a worker thread, and tickets by which their results are claimed.
 
-A ticket is a hint, never a promise: whoever claims one that is unknown, was claimed before, or is out of date gets None
-and looks the rows up itself. So a recomputed or removed claim costs time, not correctness.
+A ticket is a hint, never a promise: claiming one that is unknown, out of date or was claimed before returns None, and
+the caller looks the rows up itself. So a recomputed or removed claim costs time, not correctness.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from functools import cache
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -21,16 +22,16 @@ from mhc_compile.memory.lanes import Lookup
 
 INDUCTOR = {"reorder_for_locality": False}
 """Options of Inductor for graphs with `prefetch`: in inference it moves an op to where its result is used, so that a
-prefetch would begin behind what it was to run beside."""
+prefetch would begin after the work that it should overlap with."""
 KEPT = 64
-"""Lookups that may wait to be claimed; the oldest is dropped for one more."""
+"""The number of unclaimed lookups; beyond it the oldest is dropped."""
 
 
 class Answer(Protocol):
-    """What a ticket stands for."""
+    """The result that a ticket stands for."""
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """The values in `dtype`; waits for them."""
+        """Wait for the values and return them in `dtype`."""
 
 
 class Desk:
@@ -44,7 +45,7 @@ class Desk:
         self._worker: threading.Thread | None = None
 
     def submit(self, lookup: Lookup, key: Hashable) -> int:
-        """Run `lookup` in the worker; returns its ticket. `key` says for which state of which table it is good."""
+        """Run `lookup` in the worker and return its ticket; `key` tells the table and its state."""
         with self._lock:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="mhc-prefetch", daemon=True)
@@ -54,7 +55,7 @@ class Desk:
         return ticket
 
     def keep(self, answer: Answer, key: Hashable) -> int:
-        """A ticket for what is under way already."""
+        """Return a ticket for a lookup that is running already."""
         with self._lock:
             ticket = next(self._numbers)
             self._open[ticket] = (key, answer)
@@ -63,10 +64,10 @@ class Desk:
         return ticket
 
     def claim(self, ticket: int, key: Hashable) -> Answer | None:
-        """The lookup of a ticket if it is good for `key`; a ticket is good once."""
+        """Return the lookup of a ticket if its key is `key`; a ticket can be claimed once."""
         with self._lock:
-            held = self._open.pop(ticket, None)
-        return held[1] if held is not None and held[0] == key else None
+            known, answer = self._open.pop(ticket, (None, None))
+        return answer if known == key else None
 
     def __len__(self) -> int:
         return len(self._open)
@@ -76,24 +77,11 @@ class Desk:
             self._queue.get().run()
 
 
-_DESK: list[Desk] = []
-_MAKING = threading.Lock()
-
-
+@cache
 def desk() -> Desk:
-    """The one of this process."""
-    with _MAKING:
-        if not _DESK:
-            _DESK.append(Desk())
-        return _DESK[0]
-
-
-def _forget() -> None:
-    """In a forked child: the parent's worker is not here."""
-    global _MAKING
-    _DESK.clear()
-    _MAKING = threading.Lock()
+    """Return the desk of this process."""
+    return Desk()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=desk.cache_clear)  # the parent's worker does not run in a forked child

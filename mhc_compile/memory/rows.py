@@ -1,16 +1,16 @@
-"""Where rows lie as bytes outside of the compute device: in memory, or in files that are mapped and never loaded.
+"""Storage of rows as bytes outside of the compute device: in memory, or in files that are mapped and never loaded.
 
-Both hand out *planes*: one byte array `[rows, bytes]` for each tensor of a table, its weight and (float8) its scales.
+Both return *planes*: one byte array `[rows, bytes]` for each tensor of a table, its weight and (float8) its scales.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +27,10 @@ READERS = 16
 
 
 class Source(Protocol):
-    """What rows are read from."""
+    """A place that rows are read from."""
 
     def read(self, rows: Rows) -> Planes:
-        """The bytes of `rows`, which ascend."""
+        """Return the bytes of the ascending `rows`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MappedRows:
 
     @property
     def rows(self) -> int:
-        """Of all files together."""
+        """The rows of all files together."""
         return int(self._ends[-1])
 
     def _map(self, file: FileRows) -> Planes:
@@ -81,7 +81,7 @@ class MappedRows:
         ]
 
     def read(self, rows: Rows) -> Planes:
-        """The bytes of `rows`, which ascend; large calls are read by several threads."""
+        """Return the bytes of the ascending `rows`; several threads read large calls."""
         out = [np.empty((len(rows), n), np.uint8) for n in self.row_bytes]
         cuts = [0, *np.searchsorted(rows, self._ends).tolist()]
         tasks = []
@@ -93,9 +93,7 @@ class MappedRows:
         if len(tasks) == 1:
             _take(*tasks[0])
         elif tasks:
-            waiting: list[Future[None]] = [readers().submit(_take, *task) for task in tasks]
-            for done in waiting:
-                done.result()
+            list(readers().map(_take, *zip(*tasks, strict=True)))
         return out
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,7 +110,7 @@ class MemoryRows:
         self._planes = [t.detach().view(torch.uint8).numpy() for t in tensors]
 
     def read(self, rows: Rows) -> Planes:
-        """The bytes of `rows`."""
+        """Return the bytes of `rows`."""
         out = [np.empty((len(rows), plane.shape[1]), np.uint8) for plane in self._planes]
         _take(self._planes, rows, out)
         return out
@@ -124,24 +122,11 @@ def _take(planes: Planes, rows: Rows, out: Planes) -> None:
         np.take(plane, rows, axis=0, out=target, mode="clip")
 
 
-_POOL: list[ThreadPoolExecutor] = []
-_MAKING = threading.Lock()
-
-
+@cache
 def readers() -> ThreadPoolExecutor:
-    """The threads of this process that read files."""
-    with _MAKING:
-        if not _POOL:
-            _POOL.append(ThreadPoolExecutor(READERS, thread_name_prefix="mhc-rows"))
-        return _POOL[0]
-
-
-def _forget() -> None:
-    """In a forked child: the parent's threads are not here."""
-    global _MAKING
-    _POOL.clear()
-    _MAKING = threading.Lock()
+    """Return the threads of this process that read files."""
+    return ThreadPoolExecutor(READERS, thread_name_prefix="mhc-rows")
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=readers.cache_clear)  # the parent's threads do not run in a forked child

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.diagnostics import MHCError, warn
-from mhc_compile.parameters import owners
+from mhc_compile.parameters import owners, unwrapped
 from mhc_compile.probes.plots import draw
 from mhc_compile.probes.recording import Record
 from mhc_compile.probes.sample import Sample, sample_of
@@ -72,11 +71,11 @@ class Probes:
         self.samples += found
         if records and not found:
             warn("MHC230", f"step {number}", stacklevel=4)
-        if not records and not owners(_unwrapped(self.model)):
-            raise MHCError("MHC410", f"{type(_unwrapped(self.model)).__name__} holds no stream parameters")
+        if not records and not owners(unwrapped(self.model)):
+            raise MHCError("MHC410", f"{type(unwrapped(self.model)).__name__} holds no stream parameters")
 
     def _open(self) -> list[Record]:
-        held = {id(p): (path, p) for path, p in reversed(owners(_unwrapped(self.model)).items())}
+        held = {id(p): (path, p) for path, p in reversed(owners(unwrapped(self.model)).items())}
         records = [Record(path, p) for path, p in reversed(held.values())]
         for record in records:
             if record.parameters.probe_slot is not None:
@@ -109,12 +108,3 @@ class Probes:
         gates of memories; of the last sample, separation and gains over all samples too.
         """
         return draw(self.samples, Path(folder))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile and DDP, in any order."""
-    while True:
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
-        if inner is model:
-            return model
-        model = inner

@@ -1,4 +1,4 @@
-"""Over-Encoding's indices against Python integers, the choice of moduli, and the sum of embeddings."""
+"""Over-Encoding's rows against Python integers, and the choice of moduli."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory import hash_ops, hashing, overencoding
-from mhc_compile.kernels.memory.overencoding import embed, indices, overencoding_spec
+from mhc_compile.kernels.memory.overencoding import overencoding_spec
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding, OverEncodingSettings, over_encoding_of
 from mhc_compile.kernels.memory.spec import OverEncodingSpec
 
@@ -40,6 +41,11 @@ def test_indices_are_those_of_python_integers(
             assert found[t] == want
 
 
+def indices(ids: Tensor, reach: Tensor | None, spec: OverEncodingSpec) -> Tensor:
+    """The rows of every table, counted from its own first one."""
+    return overencoding.rows(ids, reach, None, spec) - torch.tensor(spec.offsets)
+
+
 @SOME
 @given(st.integers(1, 10**6), st.integers(1, 10**9), st.integers(2, 4), st.integers(1, 9))
 def test_moduli_are_the_smallest_distinct_coprime_ones(vocab: int, rows: int, order: int, heads: int) -> None:
@@ -53,21 +59,6 @@ def test_earlier_tokens_tell_rows_apart_because_moduli_are_coprime() -> None:
     spec = overencoding_spec(6, 7, order=2)
     pairs = torch.tensor([[earlier, 3] for earlier in range(6)])
     assert len(indices(pairs, None, spec)[:, 1, 0].unique()) == 6
-
-
-def test_the_sum_of_embeddings() -> None:
-    spec, C = overencoding_spec(11, 5, order=3, heads=2), 12
-    width = C // (spec.order * spec.heads)
-    embedding = torch.randn(11, C, dtype=torch.float64)
-    tables = [torch.randn(m, width, dtype=torch.float64) for m in spec.moduli]
-    projections = [torch.randn(width, C, dtype=torch.float64) for _ in spec.moduli]
-    ids = torch.randint(0, 11, (2, 6))
-    reach = hashing.reach(ids, None, None, None, 4)
-    found, rows = embed(ids, reach, embedding, tables, projections, spec), indices(ids, reach, spec)
-    for b in range(2):
-        for t in range(6):
-            parts = (tables[j][rows[b, t, j]] @ projections[j] for j in range(4))
-            torch.testing.assert_close(found[b, t], sum(parts, embedding[ids[b, t]]))
 
 
 OPS = [torch.ops.engram.over_rows, torch.ops.engram_kernels.over_rows]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mhc_compile.config import Options
+from mhc_compile.config import OPTION_FIELDS, STREAM_FIELDS, Options, Overrides, StreamOverrides, overridden
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.passes.fuse import KERNELS
 
 
@@ -30,3 +31,20 @@ def test_kernels(kernels: str, inner: str, kinds: tuple[str, ...]) -> None:
 def test_what_kernels_may_not_say(kernels: str) -> None:
     with pytest.raises(MHCError, match=r"MHC204.*known: auto, all, none, distribute"):
         Options(kernels=kernels)
+
+
+def test_keywords_are_the_fields_of_both_classes() -> None:
+    assert Overrides.__annotations__.keys() == STREAM_FIELDS | OPTION_FIELDS
+    assert StreamOverrides.__annotations__.keys() == STREAM_FIELDS
+
+
+def test_keywords_replace_fields_of_the_objects_given() -> None:
+    spec, options = StreamSpec(streams=2, exit="sum"), Options(inner="eager")
+    assert overridden(spec, options, {"streams": 3, "kernels": "all"}) == (
+        StreamSpec(streams=3, exit="sum"),
+        Options(inner="eager", kernels="all"),
+    )
+    assert overridden(None, None, {"convention": "deepseek_v4"}) == (
+        StreamSpec(convention=Convention.DEEPSEEK_V4, exit="head"),
+        Options(),
+    )

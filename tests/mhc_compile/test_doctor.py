@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mhc_compile import cli, versions
-from mhc_compile.doctor.check import Check
+from mhc_compile.doctor.machine import Check
 from mhc_compile.doctor.selftest import STEPS, LlamaTrial, Trial, selftest
 from mhc_compile.kernels import cache
 

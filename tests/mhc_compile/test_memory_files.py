@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mhc_compile.checkpoint import table_files as files
-from mhc_compile.checkpoint.table_files import open_table, read_info, write_files, write_rows, write_table
+from mhc_compile.checkpoint.table_files import open_table, read_info, write_files, write_table
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.memory.quantise import FP8, dequantise, quantise
 from mhc_compile.memory.tables import MemoryTable
@@ -70,12 +70,12 @@ def test_rows_are_narrowed_while_they_are_written(tmp_path: Path, dtype: torch.d
 def test_pieces_of_any_size(tmp_path: Path) -> None:
     values = torch.randn(ROWS, WIDTH)
     pieces = [(p, None) for p in values.split([1, 0, 120, 79, 100])]
-    options: dict[str, Any] = {"rows": ROWS, "width": WIDTH, "dtype": torch.float32, "shard_bytes": 70 * 4 * WIDTH}
-    write_rows(tmp_path, "a", pieces, **options)
+    of, size = MemoryTable(ROWS, WIDTH, device="meta"), 70 * 4 * WIDTH
+    write_files(tmp_path, "a", of, pieces=pieces, shard_bytes=size)
     assert torch.equal(open_table(tmp_path, "a")(torch.arange(ROWS)[:, None]), values)
     for wrong in (pieces[:-1], [*pieces, (values[:1], None)], [(values[:, 1:], None)]):
         with pytest.raises(MHCError, match="MHC223"):
-            write_rows(tmp_path, "b", wrong, **options)
+            write_files(tmp_path, "b", of, pieces=wrong, shard_bytes=size)
     assert {p.name.split("-")[0] for p in tmp_path.iterdir()} == {"a"}
 
 

@@ -125,7 +125,7 @@ def test_a_lane_moves_ids_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps of a lookup in their order, as a device with transfers sees them."""
     seen: list[str] = []
 
-    class Traced(lanes.HostLane):
+    class Traced(lanes.Lane):
         def send_ids(self, rows: Tensor) -> None:
             seen.append(f"send_ids {threading.current_thread().name}")
             super().send_ids(rows)

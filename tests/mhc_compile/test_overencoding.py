@@ -27,7 +27,6 @@ from mhc_compile import (
     to_residual,
 )
 from mhc_compile.cli import main
-from mhc_compile.memory.request import over_requested
 from mhc_compile.memory.tables import Storage
 from mhc_compile.parameters import owners
 
@@ -282,7 +281,6 @@ def test_caches_without_the_state_are_refused(trained: Any) -> None:
 
 
 def test_arguments_that_are_none_are_refused(tmp_path: Path) -> None:
-    assert over_requested("default").settings == OverEncodingSettings()  # type: ignore[union-attr]
     with pytest.raises(MHCError, match=r"MHC220.*over_encoding='large'"):
         convert(chain(), ids(), over_encoding="large")
     with pytest.raises(MHCError, match=r"MHC220.*channels"):

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from recorded import record
 
 from mhc_compile import versions
 
@@ -64,9 +65,9 @@ def test_the_page_is_what_the_command_writes() -> None:
 
 def test_a_row_replaces_that_of_the_same_stack(tmp_path: Path) -> None:
     file = tmp_path / "tested.json"
-    versions.record(file, "compat", {"passed": 1, "skipped": 0})
-    versions.record(file, "not slow", {"passed": 3, "skipped": 1})
-    versions.record(file, "compat", {"passed": 2, "skipped": 0})
+    record(file, "compat", {"passed": 1, "skipped": 0})
+    record(file, "not slow", {"passed": 3, "skipped": 1})
+    record(file, "compat", {"passed": 2, "skipped": 0})
     rows = json.loads(file.read_text())
     assert [(row["tests"], row["passed"], row["skipped"]) for row in rows] == [("compat", 2, 0), ("not slow", 3, 1)]
     assert all(row["torch"] == versions.installed()["torch"] for row in rows)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import MHCError, MHCWarning
-from mhc_compile.conversion.memory import convert_with_coverage
+from mhc_compile.config import overridden
+from mhc_compile.conversion.memory import convert_streams
 from mhc_compile.passes.results import Coverage
 
 STREAMS = 2
@@ -37,7 +38,7 @@ def converted(row: Plain) -> tuple[nn.Module, Coverage, list[str]]:
     model = made(row)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        coverage = convert_with_coverage(model, row.inputs(), {}, **OPTIONS)
+        coverage = convert_streams(model, row.inputs(), {}, *overridden(None, None, OPTIONS))
     return model, coverage, [w.message.code for w in caught if isinstance(w.message, MHCWarning)]
 
 
