@@ -41,15 +41,15 @@ def rewrite_with_parameters(
     requests: Sequence[Request] = (),
     others: Sequence[ResidualStream] = (),
 ) -> tuple[dict[str, StreamParameters], GraphModule]:
-    """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is left as it is.
+    """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is not changed.
 
-    `context` has what the passes up to `residual` found in `gm`. Returns what `convert_owners` takes, and the graph
-    with a placeholder for each of `graph_inputs` after those it had. What `requests` add goes to the last owner: the
-    decoder. Sites that `others`, the streams of the other mode, have alone get parameters as well. Raises what a pass
-    refuses, and MHC207 as `convert_owners` does.
+    `context` holds the results of the passes up to `residual`. Returns the argument of `convert_owners`, and the graph
+    with further placeholders for `graph_inputs`. The look-ups in `requests` are added to the last owner: the decoder.
+    Sites that only `others`, the streams of the other mode, have get parameters as well. Raises the errors of passes,
+    and MHC207 as `convert_owners` does.
     """
     streams = context.streams
-    made: dict[str, StreamParameters] = {}
+    parameters: dict[str, StreamParameters] = {}
     joined, partial = joined_sites(sites_of_owners(streams), sites_of_owners(others))
     # An inference tensor could never be trained.
     with torch.inference_mode(False):
@@ -57,34 +57,28 @@ def rewrite_with_parameters(
             refuse_unconvertible(_owner(root, path), path)
             stream = [s for s in (*others, *streams) if s.owner == path][-1]
             device = value(stream.exit).device
-            held: dict[str, Any] = {}
+            lookups: dict[str, Any] = {}
             for request in requests if path == streams[-1].owner else ():
-                held |= request.of(stream.entry, list(sites))
+                lookups |= request.of(stream.entry, list(sites))
             readers = stream_readers(s for s in (*streams, *others) if s.owner == path)
-            made[path] = StreamParameters(
-                spec,
-                sites,
-                options=options,
-                scratch=scratch,
-                device=device,
-                partial=partial[path],
-                readers=readers,
-                **held,
-            )
+            parameters[path] = StreamParameters(
+                spec, sites, options=options, scratch=scratch, device=device, partial=partial[path], readers=readers,
+                **lookups,
+            )  # fmt: skip
     present = sites_of_owners(streams)
-    context.marks = [append_parameters(gm, path, p) for path, p in made.items() if path in present]
+    context.marks = [append_parameters(gm, path, p) for path, p in parameters.items() if path in present]
     if options.debug == "numeric":
-        context.inputs = [*inputs, *(t for p in made.values() for t in graph_inputs(p).values())]
+        context.inputs = [*inputs, *(t for p in parameters.values() for t in graph_inputs(p).values())]
     # The graph runs once, which no kernel is worth compiling for.
     analysis, rest = compile_pipeline(options.without_recompute()).split("residual")
     refuse_missing(rest, context.marks)
     if "fuse" in rest.names:
         rest = rest.replace("fuse", Fuse(()))
-    return made, rest.run(gm, context, debug=options.debug, provided=analysis.provides)
+    return parameters, rest.run(gm, context, debug=options.debug, provided=analysis.provides)
 
 
 def refuse_missing(passes: Pipeline, marks: Sequence[Mark]) -> None:
-    """Raise MHC241 for a pipeline without a pass that adds what the marked owners have."""
+    """Raise MHC241 for a pipeline without the pass of a look-up that a marked owner has."""
     adding = {"engram": any(mark.memory for mark in marks), "overencoding": any(mark.over for mark in marks)}
     for name in adding:
         if adding[name] and name not in passes.names:
@@ -108,8 +102,8 @@ def report_coverage(coverage: Coverage, spec: StreamSpec, options: Options, *, w
 
 
 def sites_of_owners(streams: Sequence[ResidualStream]) -> dict[str, dict[str, int]]:
-    """What `StreamParameters` needs for every owner path: its sites' names, in the order of the stream, with C."""
-    # The same names again: the owner is called several times with the same parameters.
+    """Return the sites of every owner path: their names, in the order of the stream, with C."""
+    # An owner that is called several times repeats its names.
     return {
         owner: {site.name: s.hidden for s in streams if s.owner == owner for site in s.sites}
         for owner in dict.fromkeys(s.owner for s in streams)
@@ -139,10 +133,8 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def graph_inputs(parameters: StreamParameters) -> dict[str | Described, Tensor]:
-    """Return what every graph of an owner takes beside the model's own inputs: parameters by name, then tables."""
-    tables = carry.table_inputs(parameters)
-    inputs: list[tuple[str | Described, Tensor]] = [*parameters.in_graph().items(), *tables.items()]
-    return dict(inputs)
+    """Return the inputs of an owner's graphs beside the model's own: parameters by name, then tables."""
+    return {**parameters.in_graph(), **carry.table_inputs(parameters)}
 
 
 def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:

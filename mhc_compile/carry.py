@@ -1,8 +1,8 @@
 """Pass extra graph inputs to owners with memories, and keep the state of a cached call.
 
-Each tensor comes under a tuple that describes it as in `mhc_compile.passes.marks`. The state lies in the cache that
-transformers hands from call to call, as `cache.mhc_memory`, and follows what is done to it: beams are reordered,
-batches repeated and selected. Dynamo traces this module.
+Each tensor comes under a tuple that describes it as in `mhc_compile.passes.marks`. The state is kept in the cache that
+transformers passes from call to call, as `cache.mhc_memory`, and changes with it when beams are reordered or batches
+repeated and selected. Dynamo traces this module.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mhc_compile.passes.marks import Described
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
 State = dict[tuple[str, str], Tensor]
-"""What a cached call carries on, by the fields of its `mhc_compile.passes.marks.State`."""
+"""The state of a cached call, by the fields of its `mhc_compile.passes.marks.State`."""
 EXPORTING = False
 """Whether `mhc_compile.export` is tracing: torch 2.11 says so of every trace."""
 
 
 def call_inputs(roles: Roles, arguments: Mapping[str, Any], state: State) -> dict[Described, Tensor]:
-    """Return what `mhc::mark` is given of the call itself."""
+    """Return the inputs of `mhc::mark` that belong to the call."""
     inputs: dict[Described, Tensor] = {}
     ids, mask, positions = ids_of(roles, arguments), mask_of(arguments), positions_of(arguments)
     if ids is not None:
@@ -56,7 +56,7 @@ def call_inputs(roles: Roles, arguments: Mapping[str, Any], state: State) -> dic
 
 
 def table_inputs(parameters: Any) -> dict[Described, Tensor]:
-    """Return what `mhc::mark` is given of the owner beside its parameters."""
+    """Return the inputs of `mhc::mark` that belong to the owner, beside its parameters."""
     inputs: dict[Described, Tensor] = {}
     if parameters.memory is not None and parameters.memory.compressed:
         inputs["Compression",] = parameters.get_submodule(ROOT).compression
@@ -78,20 +78,20 @@ def state_of(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> Sta
     """
     cache = cache_of(roles, arguments)
     if cache is not None:
-        held: State | None = getattr(cache, STATE, None)
-        if held is None:
+        state: State | None = getattr(cache, STATE, None)
+        if state is None:
             refuse_foreign_cache(roles, arguments)
-            held = new_state(parameters, roles, arguments)
-            setattr(cache, STATE, held)
-        return held
-    # The owner makes a cache itself where it is to use one and gets none.
+            state = new_state(parameters, roles, arguments)
+            setattr(cache, STATE, state)
+        return state
+    # The owner may make a cache itself.
     if torch.is_grad_enabled() or caches_nothing(arguments):
         return {}
     return new_state(parameters, roles, arguments)
 
 
 def refuse_ids(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> None:
-    """Raise MHC221 for ids outside the vocabulary; on a CPU, where looking at them makes nothing wait."""
+    """Raise MHC221 for ids outside the vocabulary on a CPU; on a GPU, checking would force a synchronisation."""
     ids = ids_of(roles, arguments)
     if ids is not None and ids.device.type == "cpu":
         check_ids(ids, parameters.vocab)
@@ -105,14 +105,14 @@ def refuse_foreign_cache(roles: Roles, arguments: Mapping[str, Any]) -> None:
 
 
 def keep(output: Any, roles: Roles, arguments: Mapping[str, Any], state: State) -> None:
-    """Hand `state` on with the cache that the owner made itself."""
+    """Attach `state` to the cache that the owner made itself."""
     if state and cache_of(roles, arguments) is None:
         for cache in caches_in(roles, output):
             setattr(cache, STATE, state)
 
 
 def new_state(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> State:
-    """Return the state before the first token; empty for a call without ids, which the pass refuses."""
+    """Return the state before the first token; empty for a call without ids, which the pass rejects."""
     placed = batch_of(roles, arguments)
     if placed is None:
         return {}
@@ -122,7 +122,8 @@ def new_state(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> St
         before, past = (batch, parameters.memory_order - 1), parameters.memory_history
         state["ids", ""] = torch.full(before, parameters.memory_fill, dtype=torch.int64, device=device)
         state["reach", ""] = torch.zeros(batch, dtype=torch.int64, device=device)
-        streams, hidden, dtype = parameters.spec.streams, parameters.hidden, parameters.memory_dtype
+        streams, hidden = parameters.spec.streams, parameters.hidden
+        dtype = parameters.get_parameter(f"{ROOT}.{parameters.memory_layers[0]}.key").dtype
         for layer in parameters.memory_layers if past else ():
             state["gate", layer] = torch.zeros(batch, past, streams, dtype=dtype, device=device)
             state["value", layer] = torch.zeros(batch, past, hidden, dtype=dtype, device=device)

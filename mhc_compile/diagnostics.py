@@ -1,11 +1,12 @@
 """Every error and warning of this package: one table of codes, one exception, one warning.
 
-This module imports nothing of ours but the codes, so every room of the house may import it.
+It imports nothing of this package but the codes, so that every other module may import it.
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 from mhc_compile.codes.compiler import COMPILER
 from mhc_compile.codes.row import Diagnostic
@@ -17,7 +18,7 @@ TABLE: dict[str, Diagnostic] = {**COMPILER, **TRAINING}
 class MHCError(Exception):
     """A coded error: `code` is a key of `TABLE`; the text names node, module path and source line if there are any.
 
-    `code`, `detail`, `node`, `module` and `source` are what it was made of; the last three are None where unknown.
+    `code`, `detail`, `node`, `module` and `source` are the constructor's arguments; the last three are None if unknown.
     """
 
     def __init__(
@@ -35,32 +36,15 @@ class MHCError(Exception):
         self.node = node
         self.module = module
         self.source = source
-        row = TABLE[code]
-        lines = [f"{code} {row.title}" + (f": {detail}" if detail else "")]
-        if node:
-            lines.append(f"  node:   {node}")
-        if module:
-            lines.append(f"  module: {module}")
-        if source:
-            lines.append(f"  source: {source}")
-        lines.append(f"  fix: {way_out or row.way_out}")
-        super().__init__("\n".join(lines))
+        self.way_out = way_out or TABLE[code].way_out
+        places = [
+            f"  {f'{name}:':<7} {place}" for name in ("node", "module", "source") if (place := getattr(self, name))
+        ]
+        super().__init__("\n".join([_heading(code, detail), *places, f"  fix: {self.way_out}"]))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (self.code, self.detail, str(self)))
-
-
-class _Rebuilt(MHCError):
-    """An `MHCError` that crossed a process boundary: same code and text."""
-
-    def __init__(self, code: str, detail: str, text: str) -> None:
-        Exception.__init__(self, text)
-        self.code, self.detail = code, detail
-        self.node = self.module = self.source = None
-
-
-def _rebuild(code: str, detail: str, text: str) -> MHCError:
-    return _Rebuilt(code, detail, text)
+        places = {name: getattr(self, name) for name in ("node", "module", "source", "way_out")}
+        return (partial(MHCError, self.code, self.detail, **places), ())
 
 
 class MHCWarning(UserWarning):
@@ -71,8 +55,11 @@ class MHCWarning(UserWarning):
         self.code, self.detail = code, detail
 
     def __str__(self) -> str:
-        row = TABLE[self.code]
-        return f"{self.code} {row.title}" + (f": {self.detail}" if self.detail else "") + f"\n  fix: {row.way_out}"
+        return f"{_heading(self.code, self.detail)}\n  fix: {TABLE[self.code].way_out}"
+
+
+def _heading(code: str, detail: str) -> str:
+    return f"{code} {TABLE[code].title}" + (f": {detail}" if detail else "")
 
 
 def warn(code: str, detail: str = "", *, stacklevel: int = 2) -> None:

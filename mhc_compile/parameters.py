@@ -27,13 +27,13 @@ from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
 
 class Started(nn.Module):
-    """Tensors that know the values they start with, or only modules with such."""
+    """A module whose tensors know their initial values; or a container of such modules."""
 
     start: Callable[[], Mapping[str, Tensor]] | None = None
     """Returns those values by name."""
 
     def reset_parameters(self) -> None:
-        """Set the module's own tensors to their start, as after `to_empty()`; modules below it have their own."""
+        """Set the module's own tensors to their initial values, as needed after `to_empty()`."""
         for name, values in (self.start() if self.start is not None else {}).items():
             _set(getattr(self, name), values)
 
@@ -73,7 +73,7 @@ class StreamParameters(nn.Module):
         self.own_readers = tuple(readers)
         """Paths below the owner of the modules in the branches of sites that its own forward adds."""
         self.probe_slot: Tensor | None = None
-        """In a sampled step what tells Dynamo so (`mhc_compile.probes`): no buffer, and never saved."""
+        """Set in a sampled step, which Dynamo guards on (`mhc_compile.probes`): no buffer, and never saved."""
         self.spec = spec
         self.memory = memory
         self.over = over
@@ -132,10 +132,9 @@ class StreamParameters(nn.Module):
         self.memory_order, self.memory_fill = memory.layers[0].hash.order, memory.layers[0].hash.fill
         self.memory_history = memory.fusion.history if memory.fusion.dilation else 0
         if memory.compressed:
-            wanted = torch.empty(memory.vocab, dtype=torch.int64, device=device)
-            held = wanted if compression is None else compression.to(device)
+            empty = torch.empty(memory.vocab, dtype=torch.int64, device=device)
             root = self.get_submodule(MEMORIES)
-            root.register_buffer("compression", held)
+            root.register_buffer("compression", empty if compression is None else compression.to(device))
             if compression is not None:
                 root.start = functools.partial(dict, compression=compression.cpu())  # type: ignore[assignment]
 
@@ -150,7 +149,7 @@ class StreamParameters(nn.Module):
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Paths below the owner of the modules that compute a site, which are to run in the owner's forward alone."""
+        """Paths below the owner of the modules that compute a site, which may run in the owner's forward only."""
         return (*dict.fromkeys(p for name in self.sites if (p := name.rpartition("#")[0])), *self.own_readers)
 
     @property
@@ -160,30 +159,24 @@ class StreamParameters(nn.Module):
 
     @property
     def vocab(self) -> int | None:
-        """V: ids at or above it are refused where they are looked up; None where none are."""
+        """V: look-ups reject ids at or above it; None without look-ups."""
         known = [self.memory.vocab] if self.memory is not None else []
         return min(known if self.over is None else [*known, self.over.hash.vocab], default=None)
 
     def in_graph(self) -> dict[str, nn.Parameter]:
-        """The parameters that go into graphs by name: all but the rows of tables, which are looked up."""
+        """Return the parameters that are inputs of graphs, by name: all but the rows of tables, which are looked up."""
         return {name: p for name, p in self.named_parameters() if ".table." not in name}
 
     def kept(self) -> dict[str, Tensor]:
-        """What checkpoints keep in the streams' own file: all but tables, which have files of their own."""
+        """Return the tensors of the streams' file in checkpoints: all but tables, which have files of their own."""
         buffers = {name: t for name, t in self.named_buffers() if ".table." not in name}
         return {**self.in_graph(), **buffers}
 
-    @property
-    def memory_dtype(self) -> torch.dtype:
-        """In which a memory's parameters and its carried state are kept."""
-        found = self.get_parameter(f"{MEMORIES}.{self.memory_layers[0]}.key")
-        return found.dtype
-
     def table(self, name: str) -> MemoryTable:
-        """The table of the memory at the layer `name`, or that of the over-encoding (see `table_places`)."""
-        found = self.get_submodule(f"{self.table_places[name]}.table")
-        assert isinstance(found, MemoryTable)
-        return found
+        """Return the table of the memory at the layer `name`, or that of the over-encoding (see `table_places`)."""
+        table = self.get_submodule(f"{self.table_places[name]}.table")
+        assert isinstance(table, MemoryTable)
+        return table
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StreamParameters:
         # `model.to(torch.bfloat16)` moves these parameters but leaves them in float32: so are coefficients computed.
@@ -195,16 +188,16 @@ class StreamParameters(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     def reset_parameters(self) -> None:
-        """Set every parameter below to its start, and draw tables anew: what `to_empty()` leaves is no value.
+        """Set every parameter to its start and draw tables anew, as needed after `to_empty()`.
 
-        Every module below has the method, too, for what is its own. Rows in files stay as they are.
+        Every submodule has the method, too, for its own tensors. Rows in files are unchanged.
         """
         for module in self.modules():
             if isinstance(module, (Started, MemoryTable)):
                 module.reset_parameters()
 
     def forward(self, x: Any, *_: Any, **__: Any) -> Any:
-        """`x`: an owner that calls its children one after the other, as `nn.Sequential` does, calls this one too."""
+        """Return `x`: an owner that calls its children in turn, as `nn.Sequential` does, calls this one too."""
         return x
 
     def extra_repr(self) -> str:
@@ -215,7 +208,7 @@ class StreamParameters(nn.Module):
 
 
 def _set(tensor: Tensor, values: Tensor) -> None:
-    """Set a tensor; of a sharded one every rank sets its part, to what the first rank gives."""
+    """Set a tensor; of a sharded one every rank sets its part, to the values of the first rank."""
     with torch.no_grad():
         if hasattr(tensor, "full_tensor"):
             from torch.distributed.tensor import DTensor, distribute_tensor
@@ -238,7 +231,7 @@ def _start_of_over_encoding(over: OverEncoding) -> Mapping[str, Tensor]:
 
 
 def active_parameters(state: nn.Module) -> StreamParameters:
-    """What `owner.mhc` holds: the parameters, or those of the adapter that is active where PEFT saves them with it.
+    """Return the parameters in `owner.mhc`: with PEFT those of the active adapter.
 
     `modules_to_save=["mhc"]` puts a wrapper in their place, with the original and a trained copy for each adapter.
     """
@@ -246,26 +239,26 @@ def active_parameters(state: nn.Module) -> StreamParameters:
         return state
     wrapper: Any = state
     chosen = [] if wrapper.disable_adapters else [a for a in wrapper.active_adapters if a in wrapper.modules_to_save]
-    held = wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
-    assert isinstance(held, StreamParameters)
-    return held
+    parameters = wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
+    assert isinstance(parameters, StreamParameters)
+    return parameters
 
 
 def stream_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of all streams of `model` by their full names: those in use, where PEFT keeps several.
+    """Return the parameters of all streams of `model` by full name: with PEFT those of the active adapter.
 
-    Those of memories are among them, the rows of their tables are not: see `mhc_compile.table_groups`.
+    They include the parameters of memories, but not the rows of tables: see `mhc_compile.table_groups`.
     """
-    ours = {id(p) for held in owners(model).values() for p in held.in_graph().values()}
+    ours = {id(p) for parameters in owners(model).values() for p in parameters.in_graph().values()}
     return {name: p for name, p in model.named_parameters() if id(p) in ours}
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float = 0.01, lr: float | None = None) -> list[dict[str, Any]]:
-    """Optimizer groups: no weight decay on `alpha` and `bias` of the sites, on the head, and on vectors of the model.
+    """Return optimizer groups without weight decay on `alpha` and `bias`, on the head, and on the model's vectors.
 
     `weight_decay` applies to everything of two and more dimensions, `phi` and the projections of rows included. Without
     `lr` the optimizer's own learning rate is used. Tables are a group of their own with 5 x `lr`, for
-    `mhc_compile.TableAdamW`; MHC204 where there are some and no `lr`.
+    `mhc_compile.TableAdamW`. Raises MHC204 for a model with tables and no `lr`.
     """
     ours = stream_parameters(model)
     decayed: list[nn.Parameter] = []
@@ -309,21 +302,21 @@ def owners(model: nn.Module) -> dict[str, StreamParameters]:
 
 
 def at_start(parameters: StreamParameters) -> bool:
-    """Whether every value is still what the function-preserving start gave it; what look-ups add is zero."""
+    """Return whether every value is still at the function-preserving start, where look-ups add zero."""
     fresh = StreamParameters(parameters.spec, parameters.sites)
-    held = parameters.in_graph()
-    return not any(held[name].any() for name in added_by_lookups(held)) and all(
-        torch.equal(held[name].detach().cpu().float(), q.detach()) for name, q in fresh.named_parameters()
+    current = parameters.in_graph()
+    return not any(current[name].any() for name in added_by_lookups(current)) and all(
+        torch.equal(current[name].detach().cpu().float(), q.detach()) for name, q in fresh.named_parameters()
     )
 
 
 def added_by_lookups(parameters: Iterable[str]) -> list[str]:
-    """The parameters without which look-ups add nothing: a memory's W_V and convolution, the over-encoding's W."""
+    """Return the parameters that scale what look-ups add: a memory's W_V and convolution, the over-encoding's W."""
     ends = {MEMORIES: (".value", ".conv"), OVER_ENCODING: (".projection",)}
     return [name for name in parameters if name.endswith(ends.get(name.split(".")[0], ()))]
 
 
 def names(items: Iterable[str]) -> str:
-    """A short list for messages: the first five and a count."""
+    """Return a short list for messages: the first five items and a count."""
     items = list(items)
     return ", ".join(items[:5]) + (f", ... ({len(items)} in all)" if len(items) > 5 else "")

@@ -11,13 +11,13 @@ _LARGEST = (1 << 63) - 1
 
 
 def pcg64_multipliers(seed: int, layer: int, order: int, vocab: int) -> tuple[int, ...]:
-    """`order` odd multipliers from numpy's PCG64; `layer` is the 0-based index of the layer in the model."""
+    """Return `order` odd multipliers from numpy's PCG64; `layer` is the 0-based index of the layer in the model."""
     drawn = np.random.default_rng(seed + LAYER_PRIME * layer).integers(0, _half(vocab), order, dtype=np.int64)
     return tuple(2 * int(r) + 1 for r in drawn)
 
 
 def splitmix64_multipliers(seed: int, ordinal: int, order: int, vocab: int) -> tuple[int, ...]:
-    """`order` odd multipliers from SplitMix64, whose state steps between them; `ordinal` counts the memory layers.
+    """Return `order` odd multipliers from SplitMix64, whose state steps between them; `ordinal` counts memory layers.
 
     The state stands one step ahead of the generator's own: the first multiplier comes from its second output.
     """
@@ -31,7 +31,7 @@ GAMMA = 0x9E3779B97F4A7C15
 
 
 def mixed(state: int) -> int:
-    """SplitMix64's output for a state, unsigned 64 bits: Stafford's thirteenth variant of MurmurHash3's finalizer."""
+    """Return SplitMix64's output for a 64-bit state: Stafford's thirteenth variant of MurmurHash3's finalizer."""
     z = state & _MASK
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
@@ -39,15 +39,13 @@ def mixed(state: int) -> int:
 
 
 def primes_from(base: int, count: int) -> tuple[int, ...]:
-    """The first `count` primes that are not less than `base`."""
+    """Return the first `count` primes that are not less than `base`."""
     from sympy import nextprime
 
-    found: list[int] = []
-    at = base - 1
+    primes = [base - 1]
     for _ in range(count):
-        at = int(nextprime(at))
-        found.append(at)
-    return tuple(found)
+        primes.append(int(nextprime(primes[-1])))
+    return tuple(primes[1:])
 
 
 def _half(vocab: int) -> int:

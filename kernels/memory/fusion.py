@@ -1,4 +1,4 @@
-"""How a memory enters the streams, in plain PyTorch: what the ops decompose to and kernels are judged by.
+"""How a memory enters the streams, in plain PyTorch: the ops decompose to it and kernels are compared with it.
 
 Shapes: `n` streams, `C` hidden size, X the streams `[..., n, C]`. Source: Engram (arXiv 2601.07372, section 3) and, for
 the signed root, the code of the released systems. Everything is computed in float32, in float64 where an input is.
@@ -21,7 +21,7 @@ ROOT_FLOOR = 1e-6
 
 
 def gate(X: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor, spec: FusionSpec) -> Tensor:
-    """How much of the memory each stream takes.
+    """Return how much of the memory each stream takes.
 
     X, keys `[..., n, C]`, gains `[n, C]` -> a `[..., n]` = sigmoid(root(<rmsnorm(X), rmsnorm(keys)> / sqrt(C))), in
     float32 or float64; `root` is the signed root where the specification has it.
@@ -44,7 +44,7 @@ def inject(
     conv: Tensor | None,
     spec: FusionSpec,
 ) -> Tensor:
-    """X' = X + u + silu(convolution of rmsnorm(u) over the tokens), u = a * value; shape and dtype of X `[B, S, n, C]`.
+    """Return X' = X + u + silu(convolution of rmsnorm(u) over the tokens), u = a * value, like X `[B, S, n, C]`.
 
     a `[B, P' + S, n]`, value `[B, P' + S, C]`: P' rows of history in front, usually 0 or `spec.history`; what lies
     before them counts as zero. conv `[n, C, taps]` is causal and depthwise with `spec.dilation` tokens from tap to tap,
@@ -71,7 +71,7 @@ def inject(
 
 
 def check_shapes(X: Tensor, a: Tensor, value: Tensor, conv: Tensor | None, spec: FusionSpec) -> int:
-    """P', the rows of history in front of `a` and `value`. Raises `MHCError` MHC220 where `inject` is not defined."""
+    """Return P', the rows of history before `a` and `value`. Raises `MHCError` MHC220 where `inject` is not defined."""
     before = a.shape[1] - X.shape[1]
     if a.shape[1] != value.shape[1] or before < 0:
         raise MHCError("MHC220", f"{a.shape[1]} gates and {value.shape[1]} values for {X.shape[1]} tokens")

@@ -35,7 +35,7 @@ _CALLS: WeakKeyDictionary[Any, Iterator[int]] = WeakKeyDictionary()
 
 
 def _call_number() -> int:
-    """Counted from 0 in each compilation, so that a compiler's cache recognises its graphs in the next process."""
+    """Return numbers from 0 in each compilation, so that a compiler's cache knows its graphs in other processes."""
     context = torch._guards.TracingContext.try_get()
     if context is None:
         return next(_ELSEWHERE)
@@ -87,13 +87,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
     rows, _, handle, width, *_ = inputs[-5:]
     ctx.save_for_backward(rows)
     ctx.static = (handle, width)
-    ctx.given = len(inputs)
+    ctx.count = len(inputs)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (rows,) = ctx.saved_tensors
     zero = torch.ops.engram_kernels.gather_backward(grad, rows, *ctx.static, _call_number())
-    before = ctx.given - 4  # of the anchor: rows, and the ticket in front of them
+    before = ctx.count - 4  # inputs before the anchor: rows, and the ticket
     return (*(None,) * before, zero, None, None, None)
 
 

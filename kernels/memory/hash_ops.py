@@ -29,6 +29,7 @@ from mhc_compile.kernels.triton.launch import interprets
 DIALECT = torch.library.Library("engram", "FRAGMENT")
 KERNELS = torch.library.Library("engram_kernels", "FRAGMENT")
 RUN = {"cpp": rows_cpp.run, "triton": rows_triton.run, "reference": hashing.rows}
+RUN_OVER = {"cpp": over_cpp.run, "reference": overencoding.rows}
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -46,13 +47,7 @@ def prepare(spec: HashSpec | OverEncodingSpec, device: str) -> None:
         over_cpp.start() if isinstance(spec, OverEncodingSpec) else rows_cpp.start(spec)
 
 
-def _register_reach() -> None:
-    schema = "reach(Tensor ids, Tensor? mask, Tensor? positions, Tensor? carried, int eos) -> Tensor"
-    DIALECT.define(schema, tags=TAGS)
-    DIALECT.impl("reach", hashing.reach, "CompositeImplicitAutograd")
-
-
-def _register_rows(name: str, argument: str, kind: type[HashSpec | OverEncodingSpec], runs: dict[str, Any]) -> None:
+def _register(name: str, argument: str, kind: type[HashSpec | OverEncodingSpec], runs: dict[str, Any]) -> None:
     """Register the op `name` in both libraries; `argument` is the text of a `kind`, `runs` are the targets."""
 
     def composite(ids: Tensor, reach: Tensor, before: Tensor | None, text: str) -> Tensor:
@@ -72,6 +67,7 @@ def _register_rows(name: str, argument: str, kind: type[HashSpec | OverEncodingS
     torch.library.register_fake(f"engram_kernels::{name}", fake, lib=KERNELS)
 
 
-_register_reach()
-_register_rows("rows", "hash_spec", HashSpec, RUN)
-_register_rows("over_rows", "spec", OverEncodingSpec, {"cpp": over_cpp.run, "reference": overencoding.rows})
+DIALECT.define("reach(Tensor ids, Tensor? mask, Tensor? positions, Tensor? carried, int eos) -> Tensor", tags=TAGS)
+DIALECT.impl("reach", hashing.reach, "CompositeImplicitAutograd")
+_register("rows", "hash_spec", HashSpec, RUN)
+_register("over_rows", "spec", OverEncodingSpec, RUN_OVER)

@@ -13,20 +13,20 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.spec import HashSpec
 
 NOT_USED = -1
-"""In the place of an end-of-text id: documents do not end by one."""
+"""Stands for an end-of-text id where documents do not end by one."""
 
 
 def reach(
     ids: Tensor, mask: Tensor | None, positions: Tensor | None, carried: Tensor | None, eos: int = NOT_USED
 ) -> Tensor:
-    """How many tokens before each one belong to its document: [B, S] int64, 0 for a document's first token.
+    """Return how many tokens before each one belong to its document: [B, S] int64, 0 for a document's first token.
 
     `ids` [B, S], as the tokenizer gives them. A document begins with the call unless `carried` [B] says how many of its
     tokens lie before (`carry` gives that), and inside the call
 
-    * behind padding and with every padding token: `mask` [B, T >= S], of any dtype, its last S columns count;
+    * after padding and with every padding token: `mask` [B, T >= S], of any dtype, its last S columns count;
     * where `positions` [B or 1, S] do not go on by one, or begin with 0 although tokens are carried;
-    * behind the id `eos`, unless that is -1.
+    * after the id `eos`, unless that is -1.
     """
     S = ids.shape[1]
     at = torch.arange(S, device=ids.device)
@@ -47,7 +47,7 @@ def reach(
 
 
 def carry(reach: Tensor, ids: Tensor, mask: Tensor | None, eos: int = NOT_USED) -> Tensor:
-    """What the next call gets as `carried` [B] int64 after this one, whose `reach` and `ids` [B, S >= 1] are given."""
+    """Return the next call's `carried` [B] int64, from `reach` and `ids` [B, S >= 1] of this one."""
     ended = torch.zeros_like(ids[:, -1], dtype=torch.bool)
     if mask is not None:
         ended = ended | (mask[:, -1] == 0)
@@ -57,34 +57,34 @@ def carry(reach: Tensor, ids: Tensor, mask: Tensor | None, eos: int = NOT_USED) 
 
 
 def window(ids: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
-    """What the next call gets as `before` [B, N - 1] after this one: the last (compressed) ids, left-filled."""
-    held = _held(ids, before, spec)
-    return held[:, held.shape[1] - (spec.order - 1) :]
+    """Return the next call's `before` [B, N - 1]: the last (compressed) ids, left-filled."""
+    whole = _with_earlier(ids, before, spec)
+    return whole[:, whole.shape[1] - (spec.order - 1) :]
 
 
 def rows(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
-    """The rows of the layer's table that each token reads: [B, S, H] int64, order-major, then head.
+    """Return the rows of the layer's table that each token reads: [B, S, H] int64, order-major, then head.
 
     `ids` [B, S] compressed, `reach` [B, S] as `reach` gives it, `before` [B, N - 1] the compressed ids in front of the
     call (None: nothing is). Where `reach` ends the n-gram, `spec.fill` stands for its earlier tokens.
     """
     S, N, ids = ids.shape[1], spec.order, ids.long()
-    held = _held(ids, before, spec)
+    whole = _with_earlier(ids, before, spec)
     mix = ids * spec.multipliers[0]
-    found, offsets = [], iter(spec.offsets)
+    numbers, offsets = [], iter(spec.offsets)
     moduli = iter(spec.moduli)
     for i in range(1, N):
-        earlier = held[:, N - 1 - i : N - 1 - i + S]
+        earlier = whole[:, N - 1 - i : N - 1 - i + S]
         mix = mix ^ (torch.where(reach >= i, earlier, spec.fill) * spec.multipliers[i])
-        found += [torch.remainder(mix, next(moduli)) + next(offsets) for _ in range(spec.heads)]
-    return torch.stack(found, -1)
+        numbers += [torch.remainder(mix, next(moduli)) + next(offsets) for _ in range(spec.heads)]
+    return torch.stack(numbers, -1)
 
 
 def compress(ids: Tensor, table: Tensor) -> Tensor:
-    """The new ids of `ids` [...] by the projection `table` [V] int64. Negative ids pass through.
+    """Return the new ids of `ids` [...] by the projection `table` [V] int64. Negative ids are unchanged.
 
-    For the inside of graphs: an id from V on is out of the table's range, which PyTorch and Inductor report as such and
-    never hide. `check_ids` says it with a code, before a model is called.
+    For use in graphs: PyTorch and Inductor report an id from V on as an index out of range. `check_ids` raises a coded
+    error before a model is called.
     """
     ids = ids.long()
     return torch.where(ids < 0, ids, table[ids.clamp(min=0)])
@@ -96,13 +96,13 @@ def check_ids(ids: Tensor, vocab: int) -> None:
         raise MHCError("MHC221", f"id {largest} in a vocabulary of {vocab}")
 
 
-def _held(ids: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
-    """The ids of the call behind the N - 1 before it: [B, N - 1 + S]."""
+def _with_earlier(ids: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
+    """Return the N - 1 ids before the call and those of the call: [B, N - 1 + S]."""
     if before is None:
         before = ids.new_full((ids.shape[0], spec.order - 1), spec.fill)  # F.pad would round a large fill
     return torch.cat([before, ids], 1)
 
 
 def _later(x: Tensor) -> Tensor:
-    """`x` [B, S - 1] one token later: [B, S], False for the first."""
+    """Shift `x` [B, S - 1] by one token: [B, S], False for the first."""
     return F.pad(x, (1, 0), value=False)

@@ -48,30 +48,27 @@ class Memory:
         return fusion_spec(self.settings)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        layers = [{"layer": m.layer, "site": m.site, "hash": str(m.hash), "rows": m.rows} for m in self.layers]
-        settings = asdict(self.settings)
-        return {"settings": settings, "vocab": self.vocab, "compression": self.compression, "layers": layers}
+        """Return the fields as JSON has them."""
+        layers = [{**vars(m), "hash": str(m.hash)} for m in self.layers]
+        return {**vars(self), "settings": asdict(self.settings), "layers": layers}
 
     @classmethod
-    def parse(cls, held: Mapping[str, Any]) -> Memory:
-        """The inverse of `plain`. Raises MHC220, KeyError or TypeError for what is no memory."""
-        settings: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in dict(held["settings"]).items()
-        }
-        layers = tuple(
+    def parse(cls, content: Mapping[str, Any]) -> Memory:
+        """Return the inverse of `plain`. Raises MHC220, KeyError or TypeError for invalid content."""
+        settings, compression = dict(content["settings"]), content["compression"]
+        layers = [
             LayerMemory(
                 layer=str(m["layer"]), site=str(m["site"]), hash=HashSpec.parse(str(m["hash"])), rows=int(m["rows"])
             )
-            for m in held["layers"]
-        )
+            for m in content["layers"]
+        ]
         if not layers:
             raise TypeError("a memory without layers")
         return cls(
             settings=MemorySettings(**settings),
-            vocab=int(held["vocab"]),
-            compression=None if held["compression"] is None else dict(held["compression"]),
-            layers=layers,
+            vocab=int(content["vocab"]),
+            compression=None if compression is None else dict(compression),
+            layers=tuple(layers),
         )
 
     def __str__(self) -> str:
@@ -81,7 +78,7 @@ class Memory:
 def memory_of(
     settings: MemorySettings, sites: Sequence[str], *, vocab: int, compression: Mapping[str, Any] | None, fill: int
 ) -> Memory:
-    """The memories at the layers that `settings` names, of an owner with these `sites` in the order of the stream.
+    """Return the memories at the layers in `settings` of an owner with these `sites`, in the order of the stream.
 
     `compression` is that of the tokenizer where ids are compressed, `fill` the (compressed) id in front of a document.
     Raises MHC226 for a layer that the owner does not have.
@@ -89,12 +86,12 @@ def memory_of(
     known = layers_of(sites)
     paths = list(known)
     chosen = set()
-    for wanted in settings.layers:
-        found = paths[wanted] if isinstance(wanted, int) and wanted < len(paths) else wanted
-        if found not in known:
+    for layer in settings.layers:
+        path = paths[layer] if isinstance(layer, int) and layer < len(paths) else layer
+        if path not in known:
             listed = ", ".join(f"{i} ({path})" for i, path in enumerate(paths))
-            raise MHCError("MHC226", f"{wanted!r}; layers with sites: {listed}")
-        chosen.add(paths.index(str(found)))
+            raise MHCError("MHC226", f"{layer!r}; layers with sites: {listed}")
+        chosen.add(paths.index(str(path)))
     indices = sorted(chosen)
     size = vocab if compression is None else int(compression["size"])
     hashes = hash_specs(settings, indices, vocab=size, fill=fill)
@@ -106,10 +103,10 @@ def memory_of(
 
 
 def layers_of(sites: Sequence[str]) -> dict[str, str]:
-    """The first site of every layer, by the layer's path: the path of a site up to its first number."""
-    found: dict[str, str] = {}
+    """Return the first site of every layer by the layer's path: the path of a site up to its first number."""
+    first: dict[str, str] = {}
     for site in sites:
         path = site.rsplit("#", 1)[0]
         numbered = re.match(r"(?:.*?\.)??\d+(?=\.|$)", path)
-        found.setdefault(numbered[0] if numbered else path or site, site)
-    return found
+        first.setdefault(numbered[0] if numbered else path or site, site)
+    return first

@@ -50,14 +50,14 @@ def start() -> None:
 
 
 def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: OverEncodingSpec) -> Tensor:
-    """`overencoding.rows` of CPU tensors."""
+    """Compute `overencoding.rows` of CPU tensors."""
     B, S = ids.shape
     out = POOL.empty((B, S, len(spec.moduli)), torch.int64)
-    held = [t.long().contiguous() if t is not None else None for t in (ids, reach, before)]
+    inputs = [t.long().contiguous() if t is not None else None for t in (ids, reach, before)]
     constants = _constants(spec)
     threads = max(1, min(torch.get_num_threads(), B * S // _TOKENS_A_THREAD))
     _function()(
-        *(ctypes.c_void_p(t.data_ptr() if t is not None else 0) for t in (*held, constants, out)),
+        *(ctypes.c_void_p(t.data_ptr() if t is not None else 0) for t in (*inputs, constants, out)),
         ctypes.c_int64(B),
         ctypes.c_int64(S),
         ctypes.c_int(spec.order),

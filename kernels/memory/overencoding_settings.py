@@ -1,4 +1,4 @@
-"""What an over-encoding is made of, as a user chooses it, and what follows for one owner's embedding."""
+"""Settings of over-encodings, and what follows from them for one owner's embedding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding import overencoding_spec
-from mhc_compile.kernels.memory.spec import OverEncodingSpec
+from mhc_compile.kernels.memory.spec import OverEncodingSpec, check_ranges
 
 # At least, and at most.
 _RANGES = {"order": (2, 16), "heads": (1, 256), "rows": (2, 1 << 48)}
@@ -27,10 +27,7 @@ class OverEncodingSettings:
     others take those that follow."""
 
     def __post_init__(self) -> None:
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise MHCError("MHC220", f"over-encoding: {name}={value!r}; an integer from {least} to {most}")
+        check_ranges(self, _RANGES, "over-encoding: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +40,8 @@ class OverEncoding:
 
     def __post_init__(self) -> None:
         if self.width < 1:
-            wanted = self.hash.order * self.hash.heads
-            raise MHCError("MHC220", f"over-encoding: {self.hidden} channels cannot be divided by n k = {wanted}")
+            parts = self.hash.order * self.hash.heads
+            raise MHCError("MHC220", f"over-encoding: {self.hidden} channels cannot be divided by n k = {parts}")
 
     @property
     def width(self) -> int:
@@ -52,16 +49,16 @@ class OverEncoding:
         return self.hidden // (self.hash.order * self.hash.heads)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the fields as JSON has them."""
         return {"hash": str(self.hash), "hidden": self.hidden}
 
     @classmethod
-    def parse(cls, held: Mapping[str, Any]) -> OverEncoding:
-        """The inverse of `plain`. Raises MHC220, KeyError, TypeError or ValueError for what is none."""
-        return cls(hash=OverEncodingSpec.parse(str(held["hash"])), hidden=int(held["hidden"]))
+    def parse(cls, content: Mapping[str, Any]) -> OverEncoding:
+        """Return the inverse of `plain`. Raises MHC220, KeyError, TypeError or ValueError for invalid content."""
+        return cls(hash=OverEncodingSpec.parse(str(content["hash"])), hidden=int(content["hidden"]))
 
 
 def over_encoding_of(settings: OverEncodingSettings, *, vocab: int, hidden: int) -> OverEncoding:
-    """The over-encoding that `settings` ask for of an embedding [V, C]. Raises MHC220 where it cannot be."""
+    """Return the over-encoding of an embedding [V, C]. Raises MHC220 where it is not possible."""
     spec = overencoding_spec(vocab, settings.rows, order=settings.order, heads=settings.heads)
     return OverEncoding(hash=spec, hidden=hidden)

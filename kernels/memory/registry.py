@@ -1,4 +1,4 @@
-"""Tables by number: what an op carries instead of the table itself. The registry keeps no table alive."""
+"""Tables by number, which ops carry instead of the tables. The registry keeps no table alive."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _NUMBERS = itertools.count(1)
 
 
 def enroll(table: MemoryTable) -> int:
-    """A number for `table` that no other table of this process has had."""
+    """Return a number for `table` that no other table of this process has had."""
     number = next(_NUMBERS)
     _TABLES[number] = table
     return number
 
 
 def table_of(handle: int) -> MemoryTable:
-    """The table of a number. Raises LookupError where there is none any more."""
+    """Return the table of a number; raise LookupError if it was deleted."""
     table = _TABLES.get(handle)
     if table is None:
         raise LookupError(f"no table has the handle {handle}: the model that a compiled graph reads from is gone")
@@ -30,5 +30,5 @@ def table_of(handle: int) -> MemoryTable:
 
 
 def tables() -> Iterator[MemoryTable]:
-    """All tables of this process."""
+    """Return all tables of this process."""
     return iter(list(_TABLES.values()))

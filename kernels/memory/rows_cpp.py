@@ -22,7 +22,7 @@ from mhc_compile.kernels.cpp.memory import POOL
 from mhc_compile.kernels.memory.spec import HashSpec
 
 SMALL = 1 << 13
-"""Moduli below it take the longer way."""
+"""Moduli below it are reduced in two steps."""
 _SOURCE = Template("""\
 #include <cstdint>
 #include <cstring>
@@ -106,26 +106,26 @@ _TOKENS_A_THREAD = 2048
 
 
 def source(order: int, heads: int) -> str:
-    """The C++ for all hashes of `order` N and `heads` K on this machine."""
+    """Return the C++ for all hashes of `order` N and `heads` K on this machine."""
     return _SOURCE.substitute(lanes=lanes() // 2, order=order, heads=heads)
 
 
 def start(spec: HashSpec) -> None:
-    """Begin to compile what will hash like `spec`."""
+    """Begin to compile the library that hashes like `spec`."""
     _library(spec.order, spec.heads)
 
 
 def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
-    """`hashing.rows` of CPU tensors."""
+    """Compute `hashing.rows` of CPU tensors."""
     B, S = ids.shape
     out = POOL.empty((B, S, len(spec.moduli)), torch.int64)
     if not B * S:
         return out
-    held = [t.long().contiguous() if t is not None else None for t in (ids, reach, before)]
+    inputs = [t.long().contiguous() if t is not None else None for t in (ids, reach, before)]
     constants, small = _constants(spec, lanes() // 2)
     threads = max(1, min(torch.get_num_threads(), B * S // _TOKENS_A_THREAD))
     _function(spec.order, spec.heads)(
-        *(ctypes.c_void_p(t.data_ptr() if t is not None else 0) for t in (*held, constants, out)),
+        *(ctypes.c_void_p(t.data_ptr() if t is not None else 0) for t in (*inputs, constants, out)),
         ctypes.c_int64(B),
         ctypes.c_int64(S),
         ctypes.c_int(small),
@@ -146,7 +146,7 @@ def _function(order: int, heads: int) -> Any:
 
 @lru_cache(maxsize=64)
 def _constants(spec: HashSpec, width: int) -> tuple[Tensor, bool]:
-    """What the kernel reads: multipliers, fill, and for every vector of `width` heads its five constants in turn."""
+    """Return the kernel's constants: multipliers, fill, and five in turn for every vector of `width` heads."""
     count = -(-len(spec.moduli) // width) * width
     moduli = [*spec.moduli, *[SMALL] * (count - len(spec.moduli))]
     offsets = [*spec.offsets, *[0] * (count - len(spec.moduli))]

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from mhc_compile.kernels.memory.spec import HashSpec
 
-TOKENS = 16
-"""A program's."""
+TOKENS = 16  # per program
 WARPS = 4
 
 
 def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
-    """`hashing.rows`. Raises ImportError where there is no Triton."""
+    """Compute `hashing.rows`. Raises ImportError without Triton."""
     from mhc_compile.kernels.memory.rows_kernel import rows
 
     B, S = ids.shape
@@ -24,8 +23,7 @@ def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Te
     out = ids.new_empty((B, S, H), dtype=torch.int64)
     if not B * S:
         return out
-    held = [t.long().contiguous() if t is not None else None for t in (ids, reach, before)]
-    pointers = [t if t is not None else out for t in held]
+    pointers = [out if t is None else t.long().contiguous() for t in (ids, reach, before)]
     device = ids.device
     options: dict[str, Any] = {} if device.type == "cpu" else {"num_warps": WARPS}  # the interpreter takes none
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
@@ -36,7 +34,7 @@ def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Te
 
 
 def compile_time(spec: HashSpec, before: bool) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """Return the compile-time constants of the kernel."""
     hashes = len(spec.moduli)
     return {
         "N": spec.order,
@@ -50,7 +48,7 @@ def compile_time(spec: HashSpec, before: bool) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def constants(spec: HashSpec, device: torch.device) -> Tensor:
-    """What the kernel reads, int64: multipliers, fill, moduli, offsets, inverses."""
+    """Return the constants that the kernel reads, int64: multipliers, fill, moduli, offsets, inverses."""
     inverses = [((1 << 64) - 1) // p for p in spec.moduli]
     values = (*spec.multipliers, spec.fill, *spec.moduli, *spec.offsets, *inverses)
     wrapped = [(x + (1 << 63)) % (1 << 64) - (1 << 63) for x in values]

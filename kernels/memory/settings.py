@@ -1,4 +1,4 @@
-"""What a memory is made of, as published systems have it or as a user chooses, and what follows: hashes and sizes."""
+"""Settings of memories, of published systems or chosen by the user, and the hashes and sizes that follow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.constants import pcg64_multipliers, primes_from, splitmix64_multipliers
-from mhc_compile.kernels.memory.spec import FusionSpec, HashSpec
+from mhc_compile.kernels.memory.spec import FusionSpec, HashSpec, check_ranges, is_int
 
 Multipliers = Literal["pcg64", "splitmix64"]
 Fill = Literal["pad", "eos"]
@@ -62,7 +62,7 @@ class MemorySettings:
     fill: Fill = "pad"
     """The special token that stands where an n-gram reaches back too far."""
     resets_after_eos: bool = False
-    """Whether n-grams begin anew behind an end-of-text token."""
+    """Whether n-grams begin anew after an end-of-text token."""
     gain_offset: Literal[0, 1] = 0
     """1: the norms' gains are 1 + w, and w is what is stored."""
     layers: tuple[int | str, ...] = (1, 14)
@@ -71,10 +71,7 @@ class MemorySettings:
     """Of the RMS norms."""
 
     def __post_init__(self) -> None:
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if not _is_int(value) or not least <= value <= most:
-                raise MHCError("MHC220", f"{name}={value!r}; an integer from {least} to {most}")
+        check_ranges(self, _RANGES)
         for name in ("convolution", "signed_root", "compress", "resets_after_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise MHCError("MHC220", f"{name}={getattr(self, name)!r}; True or False")
@@ -95,13 +92,13 @@ class MemorySettings:
             raise MHCError("MHC220", f"name={self.name!r}; a text")
         if not isinstance(self.layers, (tuple, list)) or not self.layers or len(set(self.layers)) < len(self.layers):
             raise MHCError("MHC220", f"layers={self.layers!r}; distinct layers, at least one")
-        if bad := [x for x in self.layers if not (x if isinstance(x, str) else _is_int(x) and x >= 0)]:
+        if bad := [x for x in self.layers if not (x if isinstance(x, str) else is_int(x) and x >= 0)]:
             raise MHCError("MHC220", f"layers: {bad[0]!r} is no 0-based index and no module path")
         object.__setattr__(self, "layers", tuple(self.layers))
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
-        """The settings of a published system, with some fields set otherwise. MHC220 for unknown names.
+        """Return the settings of a published system with `overrides`. Raises MHC220 for unknown names.
 
         `paper`: the 27B model of arXiv 2601.07372. `v41`: DeepSeek-V4.1. `qwen_ple`: Qwen4-Exp's per-layer embeddings.
         """
@@ -142,18 +139,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def hash_specs(settings: MemorySettings, layers: Sequence[int], vocab: int, fill: int) -> list[HashSpec]:
-    """The hash of each memory layer.
+    """Return the hash of each memory layer.
 
-    `layers`: all of the model's, 0-based and ascending, because each takes primes that those before it left. `vocab`:
-    V', how many ids there are after compression (without compression V). `fill`: the id, after compression, of the
-    token that `settings.fill` names. Raises MHC220 for values that are not possible.
+    `layers` are all of the model's, 0-based and ascending, as each takes the next unused primes; `vocab` is V', the
+    number of ids after compression (without compression V); `fill` is the id, after compression, of the token that
+    `settings.fill` names. Raises MHC220 for impossible values.
     """
-    if not _is_int(vocab) or not 1 <= vocab < 1 << 32:
+    if not is_int(vocab) or not 1 <= vocab < 1 << 32:
         raise MHCError("MHC220", f"a vocabulary of {vocab!r} ids")
-    if not _is_int(fill) or not 0 <= fill < vocab:
+    if not is_int(fill) or not 0 <= fill < vocab:
         raise MHCError("MHC220", f"fill={fill!r} is no id of a vocabulary of {vocab}")
     order = list(layers)
-    if not order or not all(_is_int(i) and i >= 0 for i in order) or order != sorted(set(order)):
+    if not order or not all(is_int(i) and i >= 0 for i in order) or order != sorted(set(order)):
         raise MHCError("MHC220", f"layers={layers!r}; distinct 0-based indices in ascending order")
     return list(_hash_specs(settings, tuple(order), vocab, fill))
 
@@ -162,32 +159,28 @@ def hash_specs(settings: MemorySettings, layers: Sequence[int], vocab: int, fill
 def _hash_specs(settings: MemorySettings, layers: tuple[int, ...], vocab: int, fill: int) -> tuple[HashSpec, ...]:
     each = settings.hashes
     moduli = primes_from(settings.rows_per_head, each * len(layers))
-    found = []
+    specs = []
     for ordinal, layer in enumerate(layers):
         if settings.multipliers == "pcg64":
             multipliers = pcg64_multipliers(settings.seed, layer, settings.order, vocab)
         else:
             multipliers = splitmix64_multipliers(settings.seed, ordinal, settings.order, vocab)
-        own = moduli[ordinal * each : (ordinal + 1) * each]
-        found.append(HashSpec(multipliers=multipliers, moduli=own, fill=fill))
-    return tuple(found)
+        of_layer = moduli[ordinal * each : (ordinal + 1) * each]
+        specs.append(HashSpec(multipliers=multipliers, moduli=of_layer, fill=fill))
+    return tuple(specs)
 
 
 def table_rows(settings: MemorySettings, spec: HashSpec) -> int:
-    """Rows of the table of one layer: those that can be hit, up to a multiple of `settings.pad_rows_to`."""
+    """Return the rows of one layer's table: those that can be hit, rounded up to a multiple of `pad_rows_to`."""
     unit = settings.pad_rows_to
     return -(-spec.rows // unit) * unit
 
 
 def fusion_spec(settings: MemorySettings) -> FusionSpec:
-    """How the memory enters the streams."""
+    """Return how the memory enters the streams."""
     return FusionSpec(
         dilation=settings.order if settings.convolution else 0,
         taps=settings.taps,
         signed_root=settings.signed_root,
         eps=settings.eps,
     )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,8 +1,10 @@
-"""What one memory computes, as values that ops carry as text: how ids become rows, and how rows enter the streams."""
+"""The specifications of memories that ops carry as text: how ids are hashed, and how rows enter the streams."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar, Self
@@ -12,8 +14,21 @@ from mhc_compile.diagnostics import MHCError
 _BEYOND = 1 << 63
 
 
+def is_int(value: Any) -> bool:
+    """Return whether `value` is an integer and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_ranges(settings: Any, ranges: Mapping[str, tuple[int, int]], prefix: str = "") -> None:
+    """Raise MHC220 for a field that is not an integer from the least to the most in `ranges`."""
+    for name, (least, most) in ranges.items():
+        value = getattr(settings, name)
+        if not is_int(value) or not least <= value <= most:
+            raise MHCError("MHC220", f"{prefix}{name}={value!r}; an integer from {least} to {most}")
+
+
 class _Text:
-    """`field=value ...` and back. The text is made once: Dynamo reads it where it could not trace the making."""
+    """A dataclass whose text is `field=value ...`; made once, because Dynamo can read the text and not trace this."""
 
     _text: ClassVar[str]
 
@@ -26,24 +41,20 @@ class _Text:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of `str`. Raises `MHCError` MHC220 for text that is not `field=value ...` of all fields."""
-        kind: Any = cls
-        return _parsed(kind, text)
+        """Return the inverse of `str`. Raises MHC220 for text that is not `field=value ...` of all fields."""
+        parsed: Any = _parsed
+        return parsed(cls, text)
 
 
 class _Hashed(_Text):
-    """Hashes into one table that holds the rows of every order and head, one after the other."""
+    """Hashes into one table with the rows of every order and head, one after the other."""
 
     moduli: tuple[int, ...]
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """The first row of every order and head."""
-        found, at = [], 0
-        for modulus in self.moduli:
-            found.append(at)
-            at += modulus
-        return tuple(found)
+        return (0, *itertools.accumulate(self.moduli[:-1]))
 
     @property
     def rows(self) -> int:

@@ -1,4 +1,4 @@
-"""Save a converted model so that no reader can take it for a residual one.
+"""Save a converted model so that nothing loads it as a residual one.
 
 The streams go into a shard of their own. The index has a name that transformers does not look for, and `config.json`
 names a weight file that there is not (`source.guarded`), so that every plain `from_pretrained` of the folder raises and
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,8 @@ def save_pretrained(
     transformers, MHC410 for one that is not converted, MHC412 or 413 where the folder cannot be written.
     """
     model = unwrapped(model)
-    held = distinct_owners(model)
-    if not held:
+    parameters = distinct_owners(model)
+    if not parameters:
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
     base_save = getattr(type(model), "save_pretrained", None)
     if base_save is None:
@@ -79,18 +78,18 @@ def save_pretrained(
         raise MHCError("MHC204", "adapters are loaded, and they alone would be saved", way_out="merge or unload them")
     if not is_main_process:
         return
-    base, streams = _split(model, held, state_dict)
+    base, streams = _split(model, parameters, state_dict)
 
-    def write_base(folder: Path) -> _Base:
+    def write_base(folder: Path) -> Base:
         base_save(model, folder, state_dict=base, **kwargs)
         saved = open_checkpoint(folder)
         if saved.index is not None:
             saved.index.unlink()
         (folder / CONFIG).write_bytes(guarded((folder / CONFIG).read_bytes()))
         # As transformers wrote it: FSDP2 renames the class.
-        return _Base(saved.config["architectures"][0], [shard.path for shard in saved.shards], saved.metadata)
+        return saved.config["architectures"][0], [shard.path for shard in saved.shards], saved.metadata
 
-    _write(Path(save_directory), write_base, held, streams, table_dtype)
+    _write(Path(save_directory), write_base, parameters, streams, table_dtype)
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, table_dtype: torch.dtype | None = None) -> None:
@@ -106,34 +105,34 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, table_dtype: torch
     if is_model_class(type(model)):
         save_pretrained(model, folder, table_dtype=table_dtype)
         return
-    held = distinct_owners(model)
-    if not held:
+    parameters = distinct_owners(model)
+    if not parameters:
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
-    base, streams = _split(model, held, None)
+    base, streams = _split(model, parameters, None)
     if foreign := [name for name, t in base.items() if not isinstance(t, Tensor)]:
         way_out = "give such values to the module's constructor: only tensors are saved"
         raise MHCError("MHC204", f"the state dict holds {names(foreign)}, no tensors", way_out=way_out)
     _refuse_sharded(base.values())
 
-    def write_base(staging: Path) -> _Base:
+    def write_base(staging: Path) -> Base:
         paths = []
         for number, tensors in enumerate(_shards(base)):
             paths.append(staging / f"{number}.safetensors")
             write_shard(paths[-1], tensors)
-        return _Base(type(model).__name__, paths, {})
+        return type(model).__name__, paths, {}
 
-    _write(Path(folder), write_base, held, streams, table_dtype)
+    _write(Path(folder), write_base, parameters, streams, table_dtype)
 
 
 def _split(
-    model: nn.Module, held: Mapping[str, StreamParameters], state_dict: Mapping[str, Tensor] | None
+    model: nn.Module, parameters: Mapping[str, StreamParameters], state_dict: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The residual model's weights and the streams' parameters, out of one state dict."""
+    """Split a state dict into the residual model's weights and the streams' parameters."""
     everything = dict(model.state_dict() if state_dict is None else state_dict)
-    wanted = [f"{prefix(owner)}{name}" for owner, p in held.items() for name in p.kept()]
-    if lost := [name for name in wanted if name not in everything]:
+    of_streams = [f"{prefix(owner)}{name}" for owner, p in parameters.items() for name in p.kept()]
+    if lost := [name for name in of_streams if name not in everything]:
         raise MHCError("MHC404", f"the state dict lacks stream parameters: {names(lost)}")
-    streams = {name: everything.pop(name) for name in wanted}
+    streams = {name: everything.pop(name) for name in of_streams}
     for owner in owners(model):  # a second path to the same module
         everything = {name: t for name, t in everything.items() if not name.startswith(prefix(owner))}
     _refuse_sharded(streams.values())
@@ -146,29 +145,28 @@ def _refuse_sharded(tensors: Iterable[Tensor]) -> None:
 
 
 def prefix(owner: str) -> str:
-    """What the names of an owner's stream parameters begin with."""
+    """Return the prefix of the names of an owner's stream parameters."""
     return f"{owner}.mhc." if owner else "mhc."
 
 
 def distinct_owners(model: nn.Module) -> dict[str, StreamParameters]:
-    """As `owners`, an owner that has several paths by its first."""
-    found: dict[str, StreamParameters] = {}
-    for path, parameters in owners(model).items():
-        if not any(parameters is other for other in found.values()):
-            found[path] = parameters
-    return found
+    """Return `owners`, an owner with several paths by its first."""
+    first: dict[int, str] = {}
+    parameters = owners(model)
+    for path, of_owner in parameters.items():
+        first.setdefault(id(of_owner), path)
+    return {path: parameters[path] for path in first.values()}
 
 
 def _refuse_residual_weights(folder: Path) -> None:
     others = [WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"]
-    if found := [name for name in others if (folder / name).exists()]:
-        raise MHCError(
-            "MHC412", f"{folder} holds {names(found)}, which transformers would load in place of these weights"
-        )
+    if present := [name for name in others if (folder / name).exists()]:
+        detail = f"{folder} holds {names(present)}, which transformers would load in place of these weights"
+        raise MHCError("MHC412", detail)
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Divide tensors into files of at most `SHARD_BYTES`, or of one tensor; a tied one goes in under its first name."""
+    """Divide tensors into files of at most `SHARD_BYTES`, or of one tensor; a tied one has its first name."""
     places: set[tuple[Any, ...]] = set()
     shard: dict[str, Tensor] = {}
     size = 0
@@ -186,24 +184,18 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-@dataclass(frozen=True)
-class _Base:
-    """The residual model's part of a folder, as it was written."""
-
-    architecture: str
-    paths: list[Path]
-    metadata: dict[str, Any]
-    """Of the index."""
+Base = tuple[str, list[Path], dict[str, Any]]
+"""The residual model's part of a folder: its architecture, its weight files, and the metadata of their index."""
 
 
 def _write(
     folder: Path,
-    write_base: Callable[[Path], _Base],
-    held: Mapping[str, StreamParameters],
+    write_base: Callable[[Path], Base],
+    parameters: Mapping[str, StreamParameters],
     streams: Mapping[str, Tensor],
     table_dtype: torch.dtype | None,
 ) -> None:
-    """Write a folder whole or not at all, with what `write_base` puts into it."""
+    """Write a folder whole or not at all, beginning with the files of `write_base`."""
     folder = folder.absolute().resolve()
     target = folder
     occupied = folder.is_dir() and any(folder.iterdir())
@@ -214,41 +206,42 @@ def _write(
         shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
     target = check_target(target)
     with staged(target) as staging:
-        _add_streams(staging, write_base(staging), held, streams, table_dtype)
+        _add_streams(staging, write_base(staging), parameters, streams, table_dtype)
     if occupied:
         _move_in(target, folder)
 
 
 def _add_streams(
     folder: Path,
-    base: _Base,
-    held: Mapping[str, StreamParameters],
+    base: Base,
+    parameters: Mapping[str, StreamParameters],
     streams: Mapping[str, Tensor],
     table_dtype: torch.dtype | None,
 ) -> None:
-    """Number the base's weight files anew, with the streams' as the last, and describe them."""
-    *base_names, streams_file = shard_names(len(base.paths) + 1, converted=True)
-    for name, path in zip(base_names, base.paths, strict=True):
+    """Renumber the base's weight files, with the streams' file as the last, and write index and manifest."""
+    architecture, paths, metadata = base
+    *base_names, streams_file = shard_names(len(paths) + 1, converted=True)
+    for name, path in zip(base_names, paths, strict=True):
         path.rename(folder / name)
     digests = {name: sha256(folder / name) for name in base_names}
     digests[streams_file] = write_shard(folder / streams_file, streams)
-    write_tables(folder, held, dtype=table_dtype)
-    index = index_text(base.metadata, {name: read_shard(folder / name) for name in digests})
+    write_tables(folder, parameters, dtype=table_dtype)
+    index = index_text(metadata, {name: read_shard(folder / name) for name in digests})
     write_text(folder / CONVERTED_INDEX, index)
     for path in folder.iterdir():
         if path.is_file():
             with path.open("rb+") as file:
                 sync(file)
     Manifest(
-        architecture=base.architecture,
-        owners={path: Owner.of(p) for path, p in held.items()},
+        architecture=architecture,
+        owners={path: Owner.of(p) for path, p in parameters.items()},
         streams_file=streams_file,
         sha256=digests,
     ).write(folder)
 
 
 def _move_in(finished: Path, folder: Path) -> None:
-    """Move finished files into a folder in use: `mhc.json` goes first and comes last: no half looks whole."""
+    """Move finished files into a folder in use; `mhc.json`, which marks a whole folder, is removed first and moved last."""
     try:
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
-"""What a plain checkpoint holds; the narrower floats of the format belong to quantised ones."""
+"""The dtypes of plain checkpoints; the narrower floats of the format belong to quantised ones."""
 CHUNK = 1 << 24
 """Bytes in memory at a time; a multiple of every element size."""
 
 Moved = Callable[[int], None]
-"""Told the number of bytes each time some were written."""
+"""Called with the number of bytes after each write."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """The file's header. Raises MHC403 for a file that is cut short or is not of this format."""
+    """Read the file's header. Raises MHC403 for a file that is truncated or not of this format."""
     try:
         # The library compares the header with the length of the file; no tensor is read. As "pt" it would map the file
         # as memory of this process, which a limit on that may forbid.
@@ -61,22 +62,16 @@ def read_shard(path: Path) -> Shard:
             header: dict[str, Any] = json.loads(file.read(length))
     except (SafetensorError, ValueError, RecursionError) as error:
         raise MHCError("MHC403", f"{path}: {error}") from error
-    begin = 8 + length
     header.pop("__metadata__", None)
-    tensors = {
-        name: TensorInfo(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            begin + entry["data_offsets"][0],
-            begin + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), start, end)
     return Shard(path, path.stat().st_size, tensors)
 
 
 def copy_shard(shard: Shard, target: Path, moved: Moved, *, refuse_nonfinite: bool = False) -> str:
-    """Copy the file byte by byte in pieces of `CHUNK`; returns its sha256.
+    """Copy the file in pieces of `CHUNK` bytes and return its sha256.
 
     Raises MHC408 at the first NaN or infinity with `refuse_nonfinite`, and MHC403 if the file became shorter.
     """
@@ -93,11 +88,11 @@ def copy_shard(shard: Shard, target: Path, moved: Moved, *, refuse_nonfinite: bo
             moved(count)
             return piece
 
-        # The format lays tensors out without gaps: what is left between two of them is the header.
+        # The format stores tensors without gaps, after the header.
+        tensors = sorted(shard.tensors.items(), key=lambda item: item[1].start)
+        header = TensorInfo("U8", (), 0, tensors[0][1].start if tensors else shard.size)
         position = 0
-        for name, tensor in sorted(shard.tensors.items(), key=lambda item: item[1].start):
-            while position < tensor.start:
-                position += len(move(min(CHUNK, tensor.start - position)))
+        for name, tensor in (("the header", header), *tensors):
             dtype = DTYPES.get(tensor.dtype, torch.uint8)
             checked = refuse_nonfinite and (dtype.is_floating_point or dtype.is_complex)
             while position < tensor.end:
@@ -105,23 +100,19 @@ def copy_shard(shard: Shard, target: Path, moved: Moved, *, refuse_nonfinite: bo
                 position += len(piece)
                 if checked and not torch.frombuffer(piece, dtype=dtype).isfinite().all():
                     raise MHCError("MHC408", f"{name} in {shard.path}")
-        while position < shard.size:
-            position += len(move(min(CHUNK, shard.size - position)))
         sync(out)
     return digest.hexdigest()
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy any other file, to the disk itself."""
-    buffer = memoryview(bytearray(min(CHUNK, source.stat().st_size) or 1))
+    """Copy any other file, and wait until it is on the disk."""
     with source.open("rb") as file, target.open("xb") as out:
-        while count := file.readinto(buffer):
-            out.write(buffer[:count])
+        shutil.copyfileobj(file, out, CHUNK)
         sync(out)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file; returns its sha256."""
+    """Write a safetensors file and return its sha256."""
     # The library reads the memory of each tensor: contiguous, on the CPU, and none of them shared.
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
@@ -131,7 +122,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a new text file, to the disk itself."""
+    """Write a new text file, and wait until it is on the disk."""
     with path.open("xb") as out:
         out.write(text.encode())
         sync(out)
@@ -149,7 +140,7 @@ def read_json(path: Path, code: str = "MHC402") -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a whole file."""
+    """Return the hash of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

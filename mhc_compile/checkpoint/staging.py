@@ -14,7 +14,7 @@ from mhc_compile.diagnostics import MHCError
 
 
 def check_target(target: Path, source: Path | None = None, *, size: int = 0) -> Path:
-    """The resolved output folder; nothing is written.
+    """Return the resolved output folder without writing to it.
 
     Raises MHC412 where it exists and is not empty, overlaps `source`, or cannot be written, and MHC413 where its disk
     has less than `size` bytes left.
@@ -46,9 +46,9 @@ def check_target(target: Path, source: Path | None = None, *, size: int = 0) -> 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, which becomes `target` when the block ends and vanishes when it raises.
+    """Yield an empty folder beside `target`, which becomes `target` when the block ends and is removed when it raises.
 
-    What a killed process left there is cleared away. Raises MHC412 where the folder cannot be made or another process
+    Files of a killed process are removed from it. Raises MHC412 where the folder cannot be made or another process
     is writing it, and MHC413 for a failure of the file system inside the block.
     """
     staging, lock = _take(target)
@@ -68,7 +68,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def _take(target: Path) -> tuple[Path, int]:
-    """The staging folder of `target`, emptied, and the descriptor that holds its lock."""
+    """Return the staging folder of `target`, emptied, and the descriptor that holds its lock."""
     import fcntl  # not on Windows, where everything but writing folders may still work
 
     staging = target.parent / f".{target.name}.mhc-partial"
@@ -87,17 +87,15 @@ def _take(target: Path) -> tuple[Path, int]:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-    except BlockingIOError as error:
-        os.close(lock)
-        raise MHCError("MHC412", f"another process is writing {target}") from error
     except OSError as error:
         os.close(lock)
-        raise MHCError("MHC412", str(error)) from error
+        busy = isinstance(error, BlockingIOError)
+        raise MHCError("MHC412", f"another process is writing {target}" if busy else str(error)) from error
     return staging, lock
 
 
 def sync_folders(folder: Path) -> None:
-    """Return when the names of all files below `folder` are on the disk."""
+    """Wait until the names of all files below `folder` are on the disk."""
     for entry in folder.rglob("*"):
         if entry.is_dir():
             sync_folder(entry)
@@ -105,7 +103,7 @@ def sync_folders(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the names of the files in `folder` are on the disk."""
+    """Wait until the names of the files in `folder` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ import torch
 
 from mhc_compile.checkpoint.table_files import Piece, open_table, row_blocks, write_files
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.memory.compression import TABLE, Compression
+from mhc_compile.memory.compression import Compression
 from mhc_compile.memory.parameters import DEVIATION, ROOT, new_seed
 from mhc_compile.memory.tables import MemoryTable, Storage, drawn_rows
 from mhc_compile.parameters import StreamParameters
@@ -68,7 +68,7 @@ def check_tokenizer(folder: Path, parameters: StreamParameters) -> None:
         return
     table = parameters.get_submodule(ROOT).get_buffer("compression")
     known = int(memory.compression["ids"])
-    Compression.from_tensors({TABLE: table[:known].cpu()}, memory.compression).check(read_tokenizer(folder))
+    Compression.parse(table[:known].cpu(), memory.compression).check(read_tokenizer(folder))
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -17,7 +17,6 @@ from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSetting
 from mhc_compile.kernels.memory.settings import PRESETS, MemorySettings
 from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, FormName, Manifold
 
-NAME = "convert"
 _OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form", "strict")
 _DESCRIPTION = """\
 Turn a residual Transformer, saved by transformers as safetensors, into its n-stream mHC form.
@@ -49,7 +48,7 @@ then, in Python:
 def add_parser(subparsers: Any) -> None:
     """Register the command with argparse."""
     parser = subparsers.add_parser(
-        NAME,
+        "convert",
         help="convert a checkpoint folder to streams, or back",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -59,25 +58,16 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("target", metavar="OUT_DIR", type=Path, help="a folder that does not exist yet, or is empty")
     parser.add_argument("--to", choices=get_args(Form), default="mhc", help="the form of OUT_DIR (default: mhc)")
     parser.add_argument("--streams", metavar="N", type=int, help=f"streams a site, 1 to {MAX_STREAMS} (default: 4)")
-    parser.add_argument(
-        "--convention",
-        choices=[c.value for c in Convention],
-        help="whose equations (default: paper, arXiv 2512.24880)",
-    )
-    parser.add_argument("--manifold", choices=get_args(Manifold), help="of the matrices (default: the convention's)")
     parser.add_argument("--iterations", metavar="K", type=int, help="Sinkhorn iterations (default: 20)")
-    parser.add_argument(
-        "--exit", choices=get_args(Exit), help="how the streams become one again (default: the convention's)"
-    )
-    parser.add_argument(
-        "--form",
-        choices=get_args(FormName),
-        help="what a site computes: mHC (default), or Hyper-Connections, dynamic or static, which are unconstrained",
-    )
-    parser.add_argument(
-        "--strict", action="store_true", default=None, help="refuse a model of which residual adds would be left"
-    )
-    parser.add_argument("--engram", choices=sorted(PRESETS), help="add n-gram memories as this system has them")
+    for option, choices, meaning in (
+        ("--convention", [c.value for c in Convention], "whose equations (default: paper, arXiv 2512.24880)"),
+        ("--manifold", get_args(Manifold), "of the matrices (default: the convention's)"),
+        ("--exit", get_args(Exit), "how the streams are reduced to one (default: the convention's)"),
+        ("--form", get_args(FormName), "mHC (default), or unconstrained Hyper-Connections, dynamic or static"),
+        ("--engram", sorted(PRESETS), "add n-gram memories as this system has them"),
+    ):
+        parser.add_argument(option, choices=choices, help=meaning)
+    parser.add_argument("--strict", action="store_true", default=None, help="reject a model if residual adds are left")
     parser.add_argument(
         "--engram-layers", metavar="L", help="layers with a memory: 0-based indices or module paths, by commas"
     )
@@ -90,7 +80,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert as the arguments say. Raises `MHCError` as `convert_folder` does."""
+    """Convert the folder. Raises `MHCError` as `convert_folder` does."""
     options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
     if (memory := _memory(args)) is not None:
         options["engram"] = memory
@@ -114,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _memory(args: argparse.Namespace) -> MemorySettings | None:
-    """The settings that the arguments describe. Raises MHC220 for those that are not possible."""
+    """Return the settings that the arguments describe; raise MHC220 for impossible ones."""
     changes: dict[str, Any] = {}
     if args.engram_layers is not None:
         changes["layers"] = tuple(int(x) if x.isdigit() else x for x in args.engram_layers.split(","))
@@ -128,7 +118,7 @@ def _memory(args: argparse.Namespace) -> MemorySettings | None:
 
 
 def _over_encoding(text: str) -> OverEncodingSettings:
-    """The settings written as `field=number,...`. Raises MHC220 for other text."""
+    """Parse settings written as `field=number,...`. Raise MHC220 for other text."""
     parts = [] if text == "default" else [part.partition("=") for part in text.split(",")]
     known = {f.name for f in fields(OverEncodingSettings)}
     if wrong := [name for name, _, number in parts if name not in known or not number.isdigit()]:

@@ -16,8 +16,6 @@ from torch import Tensor
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.hashing import check_ids, compress
 
-TABLE = "compression"
-"""The name of the table among a checkpoint's tensors."""
 # A lone space keeps its own id through the stripping as this character of Unicode's private use area.
 _LONE_SPACE = "\ue000"
 _UNREADABLE = "\ufffd"
@@ -54,7 +52,7 @@ class Compression:
 
     @classmethod
     def of(cls, tokenizer: Any, *, pad: int | None = None, eos: int | None = None) -> Self:
-        """The projection of a `tokenizers.Tokenizer` or a tokenizer of transformers (arXiv 2601.07372, section 2).
+        """Make the projection of a `tokenizers.Tokenizer` or a tokenizer of transformers (arXiv 2601.07372, section 2).
 
         `pad` and `eos` are ids of the tokenizer, by default those it names itself. MHC221 where they are not.
         """
@@ -65,51 +63,47 @@ class Compression:
             "pad": getattr(tokenizer, "pad_token_id", None) if pad is None else pad,
             "eos": getattr(tokenizer, "eos_token_id", None) if eos is None else eos,
         }
-        for name, found in named.items():
-            if found is not None and not 0 <= found < len(table):
-                raise MHCError("MHC221", f"{name}={found} in a vocabulary of {len(table)}")
-        special = {name: None if found is None else table[found] for name, found in named.items()}
+        for name, token in named.items():
+            if token is not None and not 0 <= token < len(table):
+                raise MHCError("MHC221", f"{name}={token} in a vocabulary of {len(table)}")
+        special = {name: None if token is None else table[token] for name, token in named.items()}
         return cls(table=torch.tensor(table), size=len(numbers), sha256=_digest(texts, tokens), **special)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """The new ids of `ids` [...], int64; negative ones pass through. Raises MHC221 for ids beyond the table."""
+        """Return the new ids of `ids` [...], int64; negative ones are unchanged. Raises MHC221 for unknown ids."""
         check_ids(ids, len(self.table))
         return compress(ids, self.table.to(ids.device))
 
     def check(self, tokenizer: Any) -> None:
-        """Raise MHC222 unless every id of `tokenizer` stands for the text it stood for when this was made."""
+        """Raise MHC222 unless every id of `tokenizer` has the same text as in the tokenizer this was made from."""
         ids, sha256 = fingerprint(tokenizer)
         if ids != len(self.table):
             raise MHCError("MHC222", f"{ids} ids instead of {len(self.table)}")
         if sha256 != self.sha256:
             raise MHCError("MHC222", "its ids stand for other texts")
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps as tensors."""
-        return {TABLE: self.table}
-
     def plain(self) -> dict[str, Any]:
-        """What a checkpoint keeps as JSON."""
+        """Return the JSON that a checkpoint stores beside the table."""
         return {"ids": len(self.table), "size": self.size, "pad": self.pad, "eos": self.eos, "sha256": self.sha256}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Self:
-        """The inverse of `to_tensors` and `plain`. Raises MHC220, KeyError or TypeError for what is no projection."""
+    def parse(cls, table: Tensor, plain: Mapping[str, Any]) -> Self:
+        """Return the projection with this table and `plain`. Raises MHC220, KeyError or TypeError for invalid ones."""
         numbers = {name: plain[name] for name in ("size", "pad", "eos")}
         for name, value in numbers.items():
             if type(value) is not int and (value is not None or name == "size"):
-                raise TypeError(f"{name}={value!r} is no whole number")
-        return cls(table=tensors[TABLE], sha256=str(plain["sha256"]), **numbers)
+                raise TypeError(f"{name}={value!r} is not an integer")
+        return cls(table=table, sha256=str(plain["sha256"]), **numbers)
 
 
 def fingerprint(tokenizer: Any) -> tuple[int, str]:
-    """How many ids a tokenizer has, and the sha256 of the texts they stand for: as in its `Compression`."""
+    """Return the number of a tokenizer's ids and the sha256 of their texts, as in its `Compression`."""
     texts, tokens = _texts(tokenizer)
     return len(texts), _digest(texts, tokens)
 
 
 def _texts(tokenizer: Any) -> tuple[list[str], list[str]]:
-    """The text and the token of every id, up to the largest. An id that the tokenizer leaves out has empty ones."""
+    """Return the text and the token of every id up to the largest; both are empty for an id that is not used."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "id_to_token"):  # of the library tokenizers
         size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -121,7 +115,7 @@ def _texts(tokenizer: Any) -> tuple[list[str], list[str]]:
 
 
 def _key(text: str, token: str) -> str:
-    """What ids that count as one have in common.
+    """Return the key that equivalent ids share.
 
     The token itself where the text is part of a character, as the bytes of byte-level vocabularies are, and the text
     where nothing of it is left.
@@ -133,7 +127,7 @@ _NORMALISERS: list[Any] = []
 
 
 def _normalised(text: str) -> str:
-    """The published order of steps, each as the library tokenizers does it: Python's own differ in a few characters."""
+    """Apply the published steps with the library tokenizers: Python's own differ in a few characters."""
     if not _NORMALISERS:
         from tokenizers import Regex, normalizers
 
@@ -152,10 +146,10 @@ def _normalised(text: str) -> str:
 
 
 def _digest(texts: list[str], tokens: list[str]) -> str:
-    """Of all texts and tokens, each with its length in front."""
+    """Hash all texts and tokens, each preceded by its length."""
     digest = hashlib.sha256()
     for pair in zip(texts, tokens, strict=True):
         for part in pair:
-            held = part.encode("utf-8", "surrogatepass")
-            digest.update(len(held).to_bytes(8, "little") + held)
+            encoded = part.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from torch import Tensor
 from mhc_compile.diagnostics import warn
 
 PATIENCE = 32
-"""Backward passes whose gradients may pile up before a warning."""
+"""Backward passes whose gradients may accumulate before a warning."""
 
 
 class RowGradient(NamedTuple):
@@ -23,29 +23,29 @@ class RowGradient(NamedTuple):
 
 
 def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The different ones of `rows` `[m]`, ascending, and the place of each of the m among them."""
+    """Return the distinct values of `rows` `[m]`, ascending, and the index of each of the m among them."""
     if rows.device.type == "cpu":
         # torch.unique of two threads that share a core with others takes a hundred times as long.
-        found, inverse = np.unique(rows.numpy(), return_inverse=True)
-        return torch.from_numpy(found), torch.from_numpy(inverse)
+        unique, inverse = np.unique(rows.numpy(), return_inverse=True)
+        return torch.from_numpy(unique), torch.from_numpy(inverse)
     return torch.unique(rows, return_inverse=True)
 
 
 def coalesce(rows: Tensor, values: Tensor) -> RowGradient:
-    """`rows` `[m]` with duplicates and `values` `[m, width]` -> the sums, in float32.
+    """Sum `values` `[m, width]` over duplicates in `rows` `[m]`, in float32.
 
-    Duplicates are added in the order in which they are given, so results are equal bit by bit from run to run.
+    Duplicates are added in the order in which they come, so that results are bit-identical from run to run.
     """
     values = values.to(torch.float32)
-    found, inverse = distinct(rows)
+    rows, inverse = distinct(rows)
     if values.device.type == "cpu":
-        return RowGradient(found, torch.zeros(len(found), values.shape[-1]).index_add_(0, inverse, values))
-    # index_add_ adds with atomics there; this one sorts.
-    return RowGradient(found, torch.ops.aten.embedding_dense_backward(values, inverse, len(found), -1, False))
+        return RowGradient(rows, torch.zeros(len(rows), values.shape[-1]).index_add_(0, inverse, values))
+    # index_add_ uses atomics on a GPU; this operator sorts.
+    return RowGradient(rows, torch.ops.aten.embedding_dense_backward(values, inverse, len(rows), -1, False))
 
 
 def merge(parts: list[RowGradient]) -> RowGradient:
-    """The sum of several gradients, on the device of the first."""
+    """Return the sum of several gradients, on the device of the first."""
     if len(parts) == 1:
         return parts[0]
     device = parts[0].rows.device
@@ -53,7 +53,7 @@ def merge(parts: list[RowGradient]) -> RowGradient:
 
 
 class PendingGradient:
-    """What backward passes left and no optimizer has taken yet. Threads may share it."""
+    """The gradients of backward passes since an optimizer took them. Threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -61,15 +61,14 @@ class PendingGradient:
         self._passes = 0
 
     def add(self, rows: Tensor, values: Tensor, name: str = "") -> None:
-        """Add a backward pass's `rows` `[m]` and `values` `[m, width]`; both are copied.
+        """Add copies of a backward pass's `rows` `[m]` and `values` `[m, width]`.
 
-        Warns of the table `name` with MHC227, once until the gradient is taken, when `PATIENCE` passes have come
-        together; never without a name.
+        Warns once of the table `name` with MHC227 when `PATIENCE` passes have accumulated; never without a name.
         """
         part = coalesce(rows, values)
         with self._lock:
             self._parts.append(part)
-            # Each row is merged a logarithmic number of times, however many passes come together.
+            # Each row is merged a logarithmic number of times, however many passes accumulate.
             while len(self._parts) > 1 and len(self._parts[-1].rows) >= len(self._parts[-2].rows):
                 self._parts[-2:] = [merge(self._parts[-2:])]
             self._passes += 1
@@ -78,20 +77,20 @@ class PendingGradient:
             warn("MHC227", f"{name}: {PATIENCE} backward passes")
 
     def peek(self) -> RowGradient | None:
-        """The sum so far, or None; it stays."""
+        """Return the sum so far, or None."""
         with self._lock:
             if len(self._parts) > 1:
                 self._parts = [merge(self._parts)]
             return self._parts[0] if self._parts else None
 
     def take(self) -> RowGradient | None:
-        """The sum so far, or None; nothing is left."""
+        """Return the sum so far, or None, and clear it."""
         with self._lock:
             parts, self._parts, self._passes = self._parts, [], 0
         return merge(parts) if parts else None
 
     def clear(self) -> None:
-        """Leave nothing."""
+        """Discard the sum."""
         with self._lock:
             self._parts, self._passes = [], 0
 
@@ -99,4 +98,4 @@ class PendingGradient:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        PendingGradient.__init__(self)  # a copy begins without
+        PendingGradient.__init__(self)  # a copy begins empty

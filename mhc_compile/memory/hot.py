@@ -1,4 +1,4 @@
-"""A bounded cache of the rows that are asked for most, in front of slow storage."""
+"""A bounded cache of the most frequently used rows, in front of slow storage."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HotRows:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the rows asked for since the start (or `clear`) that were here; 0 before the first."""
+        """Share of the rows requested since the start (or `clear`) that were cached; 0 before the first."""
         return self.hits / self.asked if self.asked else 0.0
 
     def clear(self) -> None:
@@ -66,20 +66,20 @@ class HotRows:
         return int((self._tags >= 0).sum())
 
     def fetch(self, rows: Rows, load: Load) -> Planes:
-        """The bytes of `rows` (all different); `load` is called once, with those that are missing, if any are."""
+        """Return the bytes of the distinct `rows`; `load` is called once with those that are missing, if any."""
         with self._lock:
             era = self._era
             place = self._find(rows)
-            found = place >= 0
+            cached = place >= 0
             self._now += 1
-            self._used.reshape(-1)[place[found]] = self._now
-            self.hits += int(found.sum())
+            self._used.reshape(-1)[place[cached]] = self._now
+            self.hits += int(cached.sum())
             self.asked += len(rows)
             # A missing row's place is clipped to the first: what is copied from there is overwritten below.
             out = [np.take(kept, place, axis=0, mode="clip") for kept in self._kept]
-        if found.all():
+        if cached.all():
             return out
-        missing = np.flatnonzero(~found)
+        missing = np.flatnonzero(~cached)
         loaded = load(rows[missing])  # the slow part, while other threads go on
         for whole, part in zip(out, loaded, strict=True):
             whole[missing] = part
@@ -93,7 +93,7 @@ class HotRows:
         return ((mixed * np.uint64(self.sets)) >> np.uint64(32)).astype(np.int64)
 
     def _find(self, rows: Rows) -> Rows:
-        """The place of every row, or -1."""
+        """Return the place of every row, or -1."""
         sets = self._set_of(rows)
         place = np.full(len(rows), -1, np.int64)
         for way in range(self.ways):

@@ -22,7 +22,7 @@ ROOT = "engram"
 def layer_values(
     memory: Memory, streams: int, hidden: int, *, start: Start, device: torch.device | str | None
 ) -> dict[str, Tensor]:
-    """The parameters of one layer by name, float32, at their start (arXiv 2601.07372, section 3).
+    """Return the parameters of one layer by name, float32, at their start (arXiv 2601.07372, section 3).
 
     `key` [n*C, d_mem] and `value` [C, d_mem] are W_K and W_V, the gains [n, C], `conv` [n, C, taps]. With
     `start="zero"` W_V is 0, so that the model's function is unchanged; the convolution is 0 in both.
@@ -44,9 +44,9 @@ def layer_values(
 
 
 def new_table(rows: int, width: int, device: torch.device | str | None) -> MemoryTable:
-    """A float32 table, its rows at their start; on the meta device without any.
+    """Return a float32 table with its rows at their start; on the meta device without values.
 
-    Raises MHC223 where there is not enough memory for it.
+    Raises MHC223 where memory is not sufficient.
     """
     try:
         table = MemoryTable(rows, width, device=device)
@@ -58,10 +58,10 @@ def new_table(rows: int, width: int, device: torch.device | str | None) -> Memor
 
 
 def new_seed() -> int:
-    """What a table's start is drawn from, drawn itself from torch's default generator."""
+    """Draw the seed of a table's start from torch's default generator."""
     return int(torch.randint(2**31, ()))
 
 
 def tables(parameters: nn.Module) -> Iterator[tuple[str, MemoryTable]]:
-    """The tables below a module by their names relative to it."""
+    """Yield the tables below a module with their names relative to it."""
     return ((name, m) for name, m in parameters.named_modules() if isinstance(m, MemoryTable))

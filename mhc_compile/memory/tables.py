@@ -1,13 +1,12 @@
-"""The table of a memory: where its rows lie, how they are read, and where their gradients go.
+"""The table of a memory: storage of its rows, look-ups and gradients.
 
-    storage    rows lie                         moved by `.to()`    trained
+    storage    rows are                         moved by `.to()`    trained
     device     on the compute device            yes                 float32, bfloat16
     host       in memory, read by the CPU       no                  float32, bfloat16
     mapped     in safetensors files, read-only  no                  no
 
-Rows are float32, bfloat16, or float8_e4m3fn with scales (`mhc_compile.memory.quantise`), whatever the dtype
-of the model around them: `.to(dtype)` leaves a table as it is. Lookups give float32 for float32 tables and bfloat16
-for the others.
+Rows are float32, bfloat16, or float8_e4m3fn with scales (`mhc_compile.memory.quantise`), whatever the dtype of the
+model: `.to(dtype)` does not change a table. Lookups return float32 for float32 tables and bfloat16 for the others.
 """
 
 from __future__ import annotations
@@ -31,28 +30,28 @@ from mhc_compile.memory.rows import MappedRows, MemoryRows, Source
 
 Storage = Literal["device", "host", "mapped"]
 DTYPES = (torch.float32, torch.bfloat16, FP8)
-# Rows that `start` draws from one generator; part of what a seed means.
+# Rows that `start` draws from one generator: another number would change the values for a seed.
 START_BLOCK = 1 << 14
 
 
 def row_bytes(width: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Bytes of a row's planes: its weight and, for float8, its scales."""
+    """Return the bytes of a row's planes: its weight and, for float8, its scales."""
     return (width, 4 * blocks(width)) if dtype == FP8 else (width * dtype.itemsize,)
 
 
 def drawn_rows(
     rows: int, width: int, seed: int, deviation: float, begin: int = 0, end: int | None = None
 ) -> Iterator[Tensor]:
-    """The rows of a table at its start, N(0, `deviation`), float32 on the CPU, block by block.
+    """Yield the rows of a table at its start, N(0, `deviation`), float32 on the CPU, block by block.
 
-    Only those from `begin` to before `end`, where these are given: the same values as in the whole.
+    With `begin` and `end` only those rows, with the same values as in the whole table.
     """
     end = rows if end is None else end
     generator = torch.Generator()
     for number in range(begin // START_BLOCK, -(-end // START_BLOCK) if begin < end else 0):
         first = number * START_BLOCK
         generator.manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
-        # A block is drawn whole: fewer numbers would not be the first of it.
+        # A block is always drawn whole: a shorter draw would give different values.
         size = (min(START_BLOCK, rows - first), width)
         block = torch.empty(size, device="cpu").normal_(0.0, deviation, generator=generator)
         yield block[max(begin - first, 0) : end - first]
@@ -65,18 +64,18 @@ class MemoryTable(nn.Module):
     gradient: gradients are sparse and lie in `gradient`, where ordinary optimizers, clipping and DDP do not look.
     `anchor` is the 0-dim float32 leaf that makes lookups differentiable; it follows the model to its device and
     requires a gradient where the table is `trainable` (default: where it can be). `handle` names the table in graphs.
-    Values are not set: `start`, `fill` or `load_state_dict` does that. `hot_rows` bounds a cache in front of host and
-    mapped rows.
+    Values are not initialised: `start`, `fill` or `load_state_dict` sets them. `hot_rows` bounds a cache in front of
+    host and mapped rows.
 
-    A mapped table is given the rows of its files as `files`, and has no parameters. Raises MHC223 for sizes, dtypes and
-    storages that are none, and MHC228 where `trainable` cannot be had.
+    A mapped table reads its rows from `files`, and has no parameters. Raises MHC223 for invalid sizes, dtypes and
+    storages, and MHC228 where `trainable` is not possible.
     """
 
     anchor: Tensor
     weight: nn.Parameter
     scale: nn.Parameter
     rank, size = 0, 1
-    """Which of how many processes that share the rows this one is."""
+    """The rank of this process among those that share the rows, and their number."""
 
     def __init__(
         self,
@@ -103,21 +102,21 @@ class MemoryTable(nn.Module):
         self.rows, self.width, self.dtype, self.storage = rows, width, dtype, storage
         self.handle = enroll(self)
         self.early = storage != "device"
-        """Whether graphs that are captured from now on begin a look-up as soon as they know its rows."""
+        """Whether graphs captured from now on begin a look-up as soon as its rows are known."""
         self.has_optimizer = False
-        """Whether an optimizer will take the gradients, however many backward passes a step has."""
+        """Whether an optimizer consumes the gradients."""
         self._pending = PendingGradient()
         self._files = files
         self.hot = HotRows(hot_rows, sizes) if hot_rows and storage != "device" else None
         self._hot_state: tuple[int, int] | None = None
-        wanted = torch.empty(0, device=device).device  # `with torch.device(...)` included
-        self.register_buffer("anchor", torch.zeros((), dtype=torch.float32, device=wanted), persistent=False)
+        place = torch.empty(0, device=device).device  # `with torch.device(...)` included
+        self.register_buffer("anchor", torch.zeros((), dtype=torch.float32, device=place), persistent=False)
         if storage != "mapped":
-            self._make(wanted)
+            self._allocate(place)
         self.trainable = self._can_train if trainable is None else trainable
 
-    def _make(self, device: torch.device) -> None:
-        """Parameters on `device`, or on the CPU for a host table."""
+    def _allocate(self, device: torch.device) -> None:
+        """Make the parameters on `device`, or on the CPU for a host table."""
         if self.storage == "host" and device.type != "meta":
             device = torch.device("cpu")
         values = {"weight": torch.empty(self.held, self.width, dtype=self.dtype, device=device)}
@@ -128,22 +127,22 @@ class MemoryTable(nn.Module):
 
     @property
     def begin(self) -> int:
-        """The first row that lies here."""
+        """The first row of this process."""
         return 0
 
     @property
     def end(self) -> int:
-        """Behind the last row that lies here."""
+        """The end of the rows of this process."""
         return self.rows
 
     @property
     def held(self) -> int:
-        """Rows that lie here: `weight` has so many."""
+        """The number of rows of this process, which `weight` has."""
         return self.end - self.begin
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of lookups."""
+        """The dtype of lookups."""
         return torch.float32 if self.dtype == torch.float32 else torch.bfloat16
 
     @property
@@ -156,11 +155,11 @@ class MemoryTable(nn.Module):
         return self.anchor.requires_grad
 
     @trainable.setter
-    def trainable(self, wanted: bool) -> None:
-        """Switch gradients of the lookups to come on or off."""
-        if wanted and not self._can_train:
+    def trainable(self, trainable: bool) -> None:
+        """Enable or disable gradients of later lookups."""
+        if trainable and not self._can_train:
             raise MHCError("MHC228", f"{self}")
-        self.anchor.requires_grad_(wanted)
+        self.anchor.requires_grad_(trainable)
 
     def requires_grad_(self, requires_grad: bool = True) -> MemoryTable:
         """Set `trainable`; the parameters never require a gradient."""
@@ -170,25 +169,26 @@ class MemoryTable(nn.Module):
     # Lookups. The ops of `mhc_compile.kernels.memory.gather` call these.
 
     def forward(self, rows: Tensor) -> Tensor:
-        """`rows` `[..., H]` int64 -> `[..., H * width]` in `result_dtype`, differentiable where `trainable`."""
+        """Look up `rows` `[..., H]` int64: `[..., H * width]` in `result_dtype`, differentiable where `trainable`."""
         return torch.ops.engram_kernels.gather(rows, self.anchor, self.handle, self.width, self.result_dtype)
 
     def gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The values on the device of `rows`, without a gradient. Raises IndexError for a row that there is not."""
+        """Return the values on the device of `rows`, without a gradient. Raises IndexError for a row out of range."""
         if self.storage != "device":
             return self._lookup(rows).run().result(dtype)
         self._filled()
         flat = rows.reshape(-1)
-        found = self.weight.detach().index_select(0, flat)
-        values = dequantise(found, self.scale.index_select(0, flat), dtype) if self.dtype == FP8 else found.to(dtype)
+        values = self.weight.detach().index_select(0, flat)
+        is_fp8 = self.dtype == FP8
+        values = dequantise(values, self.scale.index_select(0, flat), dtype) if is_fp8 else values.to(dtype)
         return values.reshape(*rows.shape[:-1], rows.shape[-1] * self.width)
 
     def prefetch(self, rows: Tensor) -> int:
-        """Begin `gather` in the worker; returns the ticket, 0 for a table on the compute device."""
+        """Begin `gather` in the worker and return its ticket, 0 for a table on the compute device."""
         return 0 if self.storage == "device" else desk().submit(self._lookup(rows), self._key(rows))
 
     def collect(self, ticket: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """`gather(rows, dtype)`, from the lookup that `prefetch` began where that is still good."""
+        """Return `gather(rows, dtype)`, from the lookup that `prefetch` began if it is still valid."""
         lookup = desk().claim(ticket, self._key(rows)) if ticket else None
         return self.gather(rows, dtype) if lookup is None else lookup.result(dtype)
 
@@ -199,7 +199,7 @@ class MemoryTable(nn.Module):
         return (self.handle, self._state(), tuple(rows.shape), rows.device)
 
     def _state(self) -> tuple[int, int]:
-        """Differs after every change of the rows."""
+        """Return a value that differs after every change of the rows."""
         if self.storage == "mapped":
             return (0, 0)
         weight = self.weight
@@ -212,7 +212,7 @@ class MemoryTable(nn.Module):
             if (state := self._state()) != self._hot_state:
                 self.hot.clear()
                 self._hot_state = state
-            planes = self.hot.fetch(rows, self._load)
+            planes = self.hot.fetch(rows, lambda missing: self._source().read(missing))
         return self._typed(planes)
 
     def _typed(self, planes: Planes) -> list[Tensor]:
@@ -222,9 +222,6 @@ class MemoryTable(nn.Module):
             torch.from_numpy(p.reshape(-1)).view(dtype).view(len(p), p.shape[1] // dtype.itemsize)
             for p, dtype in zip(planes, dtypes, strict=False)
         ]
-
-    def _load(self, rows: Rows) -> Planes:
-        return self._source().read(rows)
 
     def _source(self) -> Source:
         if self._files is not None:
@@ -243,7 +240,7 @@ class MemoryTable(nn.Module):
 
     @property
     def gradient(self) -> RowGradient | None:
-        """The sum of what backward passes left since an optimizer took it, float32, on the device they ran on."""
+        """The sum over backward passes since an optimizer took it, float32, on the device they ran on."""
         return self._pending.peek()
 
     def accumulate(self, rows: Tensor, values: Tensor) -> None:
@@ -253,12 +250,12 @@ class MemoryTable(nn.Module):
         self._pending.add(rows.reshape(-1), values, "" if self.has_optimizer else str(self))
 
     def take_gradient(self) -> RowGradient | None:
-        """`gradient`, which is None afterwards; its rows are those of `weight`."""
+        """Return `gradient` and set it to None; its rows are those of `weight`."""
         self.anchor.grad = None
         return self._pending.take()
 
     def drop_gradient(self) -> None:
-        """Make `gradient` None."""
+        """Set `gradient` to None."""
         self.anchor.grad = None
         self._pending.clear()
 
@@ -268,9 +265,9 @@ class MemoryTable(nn.Module):
     def fill(self, start: int, values: Tensor, scale: Tensor | None = None) -> MemoryTable:
         """Set the rows from `start` on to `values` `[r, width]`; float8 tables take floats, or float8 with its `scale`.
 
-        Of a sharded table, those that lie here. A table on the meta device is made at its first `fill`: on the CPU, or
-        on the device of `values` where its storage is `device`. Raises MHC223 for what does not fit and MHC228 for a
-        mapped table.
+        Of a sharded table, those of this process. A table on the meta device is allocated at its first `fill`: on the
+        CPU, or on the device of `values` where its storage is `device`. Raises MHC223 for values that do not fit and
+        MHC228 for a mapped table.
         """
         if self.storage == "mapped":
             raise MHCError("MHC228", f"{self}")
@@ -293,9 +290,9 @@ class MemoryTable(nn.Module):
         return self
 
     def block(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """The rows from `begin` to before `end` as they lie, on the CPU, and the scales of float8 ones.
+        """Return the rows from `begin` to before `end` as they are stored, on the CPU, and the scales of float8 ones.
 
-        Raises MHC223 for a table on the meta device, and for rows that do not lie here.
+        Raises MHC223 for a table on the meta device, and for rows of other processes.
         """
         if not self.begin <= begin <= end <= self.end:
             way_out = "ask the rank that holds these rows for them"
@@ -317,15 +314,15 @@ class MemoryTable(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Draw all rows anew from torch's default generator, as after `to_empty()`; rows in files stay."""
+        """Draw all rows from torch's default generator, as after `to_empty()`; rows in files are unchanged."""
         if self.storage != "mapped":
             self.start(int(torch.randint(2**31, (), device="cpu")))
 
-    # What modules do.
+    # The interface of modules.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryTable:
         def move(t: Tensor) -> Tensor:
-            # An empty stand-in: `fn` tells the device, and must not copy a table only to change its dtype.
+            # An empty tensor shows the device: `fn` must not copy a table only to change its dtype.
             device = fn(t.new_empty(0)).device
             if t is not self.anchor and self.storage == "host" and device.type != "meta":
                 device = torch.device("cpu")
@@ -342,36 +339,34 @@ class MemoryTable(nn.Module):
     ) -> None:
         error_msgs: list[str] = args[-1]
         for name, p in self._parameters.items():
-            given = state_dict.get(prefix + name)
-            if not isinstance(given, Tensor) or p is None:
+            values = state_dict.get(prefix + name)
+            if not isinstance(values, Tensor) or p is None:
                 continue
-            if given.dtype != p.dtype and FP8 in (given.dtype, p.dtype):
-                detail = f"{prefix}{name} is {given.dtype} and the table {p.dtype}"
+            if values.dtype != p.dtype and FP8 in (values.dtype, p.dtype):
+                detail = f"{prefix}{name} is {values.dtype} and the table {p.dtype}"
                 error_msgs.append(str(MHCError("MHC223", detail)))
                 return
             if local_metadata.get("assign_to_params_buffers"):
-                device = "cpu" if self.storage == "host" else given.device
-                state_dict[prefix + name] = given.detach().to(device, p.dtype)
+                device = "cpu" if self.storage == "host" else values.device
+                state_dict[prefix + name] = values.detach().to(device, p.dtype)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.anchor.is_meta and self._parameters and not self.weight.is_meta:
-            super()._apply(lambda t: t if t is not self.anchor else self._anchor_on(self.weight.device))
-
-    def _anchor_on(self, device: torch.device) -> Tensor:
-        return torch.zeros((), device=device).requires_grad_(self.trainable)
+            anchor = torch.zeros((), device=self.weight.device).requires_grad_(self.trainable)
+            super()._apply(lambda t: t if t is not self.anchor else anchor)
 
     def __getstate__(self) -> dict[str, Any]:
         # float8 as bytes: torch's pickles do not know the dtype.
-        held = {n: p.detach().view(torch.uint8) if p.dtype == FP8 else p for n, p in self.named_parameters()}
-        return {**self.__dict__, "_parameters": held, "handle": 0, "_hot_state": None, "has_optimizer": False}
+        values = {n: p.detach().view(torch.uint8) if p.dtype == FP8 else p for n, p in self.named_parameters()}
+        return {**self.__dict__, "_parameters": values, "handle": 0, "_hot_state": None, "has_optimizer": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        held = state["_parameters"]
-        if state["dtype"] == FP8 and held:
-            held["weight"] = nn.Parameter(held["weight"].view(FP8), requires_grad=False)
+        values = state["_parameters"]
+        if state["dtype"] == FP8 and values:
+            values["weight"] = nn.Parameter(values["weight"].view(FP8), requires_grad=False)
         super().__setstate__(state)
         self.handle = enroll(self)
 
     def extra_repr(self) -> str:
-        """Size, dtype, storage, and the cache's hit rate."""
+        """Return size, dtype, storage, and the cache's hit rate."""
         text = f"{self.rows} x {self.width}, {str(self.dtype).removeprefix('torch.')}, {self.storage}"
         return f"{text}, {self.hot.capacity} hot rows hit {self.hot.hit_rate:.0%}" if self.hot else text

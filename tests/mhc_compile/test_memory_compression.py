@@ -170,8 +170,9 @@ def test_another_tokenizer_is_refused() -> None:
 
 def test_files_give_it_back(tmp_path: Path) -> None:
     found = Compression.of(byte_level(), pad=1, eos=0)
-    save_file(found.to_tensors(), tmp_path / "table.safetensors")
-    held = Compression.from_tensors(load_file(tmp_path / "table.safetensors"), json.loads(json.dumps(found.plain())))
+    save_file({"table": found.table}, tmp_path / "table.safetensors")
+    table = load_file(tmp_path / "table.safetensors")["table"]
+    held = Compression.parse(table, json.loads(json.dumps(found.plain())))
     assert torch.equal(held.table, found.table)
     assert held.plain() == found.plain()
     held.check(byte_level())
@@ -192,12 +193,10 @@ def test_files_give_it_back(tmp_path: Path) -> None:
 )
 def test_what_is_no_projection_is_refused(table: torch.Tensor, changed: dict[str, Any]) -> None:
     with pytest.raises(MHCError, match="MHC220"):
-        Compression.from_tensors({"compression": table}, {"size": 2, "pad": 0, "eos": None, "sha256": ""} | changed)
+        Compression.parse(table, {"size": 2, "pad": 0, "eos": None, "sha256": ""} | changed)
 
 
 @pytest.mark.parametrize("size", [None, "2", True, 2.0])
 def test_numbers_are_numbers(size: Any) -> None:
     with pytest.raises(TypeError):
-        Compression.from_tensors(
-            {"compression": torch.tensor([0, 1])}, {"size": size, "pad": 0, "eos": None, "sha256": ""}
-        )
+        Compression.parse(torch.tensor([0, 1]), {"size": size, "pad": 0, "eos": None, "sha256": ""})

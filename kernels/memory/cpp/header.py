@@ -1,4 +1,4 @@
-"""What the generated C++ of every fused step begins with: its constants, its types, its arguments by name."""
+"""The beginning of the generated C++ of every fused step: constants, types, arguments by name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TYPES = {
 
 
 def header(step: MemoryStep, lanes: int) -> str:
-    """What forward and backward share."""
+    """Return the part that forward and backward share."""
     streams, keys, value = (C_TYPES[str(t)] for t in (step.streams_dtype, step.keys_dtype, step.value_dtype))
     return HEADER.format(
         name=step.name, spec=step.spec, prelude=prelude(lanes), access=ROWS, n=step.streams, width=step.width,
@@ -49,13 +49,13 @@ def header(step: MemoryStep, lanes: int) -> str:
 
 
 def arguments(step: MemoryStep, direction: Direction, known: tuple[str, ...]) -> str:
-    """The pointers in `p` by name, in order; those `known` to the text that this step has not are null."""
-    given, taken = step.inputs(direction), step.outputs(direction)
+    """Return the pointers in `p` by name, in order; those in `known` that this step does not have are null."""
+    inputs, outputs = step.inputs(direction), step.outputs(direction)
     lines = []
-    for name in dict.fromkeys((*given, *taken, *known)):
+    for name in dict.fromkeys((*inputs, *outputs, *known)):
         kind = TYPES[name.removeprefix("d_")]
-        read = name in given or (name not in taken and not name.startswith(("d_", "next_")))
+        read = name in inputs or (name not in outputs and not name.startswith(("d_", "next_")))
         const = "const " if read else ""
-        at = f"p[{(*given, *taken).index(name)}]" if name in (*given, *taken) else "nullptr"
+        at = f"p[{(*inputs, *outputs).index(name)}]" if name in (*inputs, *outputs) else "nullptr"
         lines.append(f"  {const}{kind}* {name} = ({const}{kind}*){at};")
     return "\n".join(lines)

@@ -46,17 +46,17 @@ PLAIN = """\
 
 
 def header(step: MemoryStep, direction: str) -> str:
-    """The file's docstring and imports."""
+    """Return the file's docstring and imports."""
     return HEADER.format(name=step.name, direction=direction, spec=step.spec, n=step.streams, width=step.width)
 
 
 def forward_pointers(step: MemoryStep) -> tuple[str, ...]:
-    """The tensors that the kernel `forward` takes, in order."""
+    """Return the tensors that the kernel `forward` takes, in order."""
     return (*step.inputs(), *step.outputs())
 
 
 def backward_pointers(step: MemoryStep) -> tuple[str, ...]:
-    """The tensors of `backward`: `sums` [programs, n, C] in place of the gains' gradients."""
+    """Return the tensors of `backward`: `sums` [programs, n, C] in place of the gains' gradients."""
     taken = tuple(name for name in step.outputs("backward") if not name.endswith("gain"))
     return (*step.inputs("backward"), *taken, *(("sums",) if step.gates else ()))
 
@@ -119,7 +119,7 @@ def backward_source(step: MemoryStep) -> Source:
 
 
 def _flow_back(step: MemoryStep) -> list[str]:
-    """The second loop of the backward."""
+    """Return the second loop of the backward."""
     C = step.width
     lines = ["memory = tl.zeros([BT, BK], tl.float32)"] if step.adds else []
     for i in range(step.streams):
@@ -151,12 +151,12 @@ def _gate_text(step: MemoryStep) -> str:
 
 
 def _token_lines(step: MemoryStep) -> list[str]:
-    """`live` tokens, and the rows of `a` and `value` that are theirs."""
+    """Return the lines that compute `live` tokens and their rows of `a` and `value`."""
     return ["live = token < tokens", "row = token" if step.gates else "row = token + (token // length + 1) * before"]
 
 
 def _loop(step: MemoryStep, body: list[str], *, backwards: bool = False) -> list[str]:
-    """Over the columns; backwards, so that it begins with what the caches have seen last."""
+    """Return a loop over the columns; `backwards` it begins with what was cached last."""
     n, C = step.streams, step.width
     columns = [
         "c = c0 + tl.arange(0, BK)",
@@ -172,7 +172,7 @@ def _loop(step: MemoryStep, body: list[str], *, backwards: bool = False) -> list
 
 
 def _stream(step: MemoryStep, i: int) -> list[str]:
-    """`x`, its key `k` and `p`, the product of the gains, of one stream of a tile."""
+    """Return the lines that load `x`, its key `k` and `p`, the product of the gains, of one stream of a tile."""
     C = step.width
     gain = f"tl.load({{}} + {i * C} + c, c < {C}, other=0.0)"
     return [
@@ -183,7 +183,7 @@ def _stream(step: MemoryStep, i: int) -> list[str]:
 
 
 def _sums(step: MemoryStep, names: tuple[str, ...]) -> list[str]:
-    """The first loop: `xx_i`, `kk_i`, `xk_i` and `flow_i`, whichever are asked for, of every stream."""
+    """Return the first loop, which sums `xx_i`, `kk_i`, `xk_i` and `flow_i`, those in `names`, of every stream."""
     n, C = step.streams, step.width
     each = {"xx": "x * x", "kk": "k * k", "xk": "p * x * k", "flow": "g * memory"}
     lines = [f"{name}_{i} = tl.zeros([BT, BK], tl.float32)" for i in range(n) for name in names]
