@@ -134,7 +134,8 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 def graph_inputs(parameters: StreamParameters) -> dict[str | Described, Tensor]:
     """Return the inputs of an owner's graphs beside the model's own: parameters by name, then tables."""
-    return {**parameters.in_graph(), **carry.table_inputs(parameters)}
+    inputs: list[tuple[str | Described, Tensor]] = [*parameters.in_graph().items()]
+    return dict([*inputs, *carry.table_inputs(parameters).items()])
 
 
 def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:

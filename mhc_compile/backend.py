@@ -152,51 +152,50 @@ class Backend:
 
     @property
     def _now(self) -> Options:
-        """The options of the graph at hand: without gradients there is nothing to compute again."""
+        """The options of the current graph: without gradients there is nothing to recompute."""
         return self.options if torch.is_grad_enabled() else self.options.without_recompute()
 
     def _check_options(self, spec: StreamSpec) -> None:
-        for name, wanted in self.stream.items():
-            held = getattr(spec, name)
-            if str(getattr(held, "value", held)) != str(getattr(wanted, "value", wanted)):
-                raise MHCError("MHC304", f"{name}={wanted!r} asked for, the model has {spec}")
+        for name, option in self.stream.items():
+            value = getattr(spec, name)
+            if str(getattr(value, "value", value)) != str(getattr(option, "value", option)):
+                raise MHCError("MHC304", f"{name}={option!r} is requested, the model has {spec}")
 
     def _convert_at_first_call(
         self, gm: GraphModule, context: Context, example_inputs: list[Any], names: ModuleNames
     ) -> Compiled:
-        """Convert the module being compiled, and run this one call of it uncompiled.
+        """Convert the module being compiled, and run its first call uncompiled.
 
-        `context` has the streams of the analysed graph. From the second call on its owners are converted: their frames
-        are new to Dynamo and are compiled as those of any converted model. A compiled form of this graph would be
-        thrown away.
+        `context` has the streams of the analysed graph. Later calls find converted owners, whose frames are new to
+        Dynamo and are compiled like those of any converted model, so that a compiled form of this graph would be lost.
         """
         root, coverage = _root_of(context.streams, names), context.coverage
         spec = stream_spec(self.stream)
-        made, gm = rewrite_with_parameters(root, gm, context, spec, self.options, example_inputs)
+        parameters, gm = rewrite_with_parameters(root, gm, context, spec, self.options, example_inputs)
         report_coverage(coverage, spec, self.options, whole=False)
         frame.guard_identity(root)
 
         def first_call(*inputs: Any) -> Any:
-            # Not before now: after this backend has returned, Dynamo makes guards from the model as it traced it.
+            # Not earlier: after this backend has returned, Dynamo makes guards from the model as it traced it.
             if not owners(root):
-                convert_owners(root, made)
-                warn("MHC302", f"{sum(len(p.sites) for p in made.values())} sites, {coverage}")
-            held = owners(root)  # not what was made: an adapter may have its own
-            return gm(*inputs, *(t for path in made for t in graph_inputs(held[path]).values()))
+                convert_owners(root, parameters)
+                warn("MHC302", f"{sum(len(p.sites) for p in parameters.values())} sites, {coverage}")
+            current = owners(root)  # not `parameters`: an adapter may have its own
+            return gm(*inputs, *(t for path in parameters for t in graph_inputs(current[path]).values()))
 
         return first_call
 
 
 def _root_of(streams: Sequence[ResidualStream], names: ModuleNames) -> nn.Module:
-    """The module in which the paths of `streams` begin. Refuses what would not run again as it is traced now.
+    """Return the module in which the paths of `streams` begin.
 
     Raises MHC104 where the owner's own forward breaks, MHC303 where no module's forward holds a stream.
     """
-    own, whole = frame.own_module(), frame.compiled()
+    module, whole = frame.own_module(), frame.compiled()
     roots = set()
     for stream in streams:
         root = names.root(stream.exit)
-        in_forward = own is not None and isinstance(whole, nn.Module)
+        in_forward = module is not None and isinstance(whole, nn.Module)
         # In a function, all of the stream must lie in one call of one module.
         stacks = [site.add.meta.get("nn_module_stack") or {"": ("function", None)} for site in stream.sites]
         calls = {(key, path) for key, (path, _) in (next(iter(stack.items())) for stack in stacks)}
@@ -221,18 +220,18 @@ def _refuse_layer(root: nn.Module, whole: nn.Module) -> None:
 
 
 def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequence[Any]) -> list[Any]:
-    """The graph's inputs with every stream parameter at its function-preserving start."""
+    """Return the graph's inputs with every stream parameter at its function-preserving start."""
     inputs = list(example_inputs)
     position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     for mark in marks:
         spec = StreamSpec.parse(mark.spec)
-        held: dict[str, dict[str, tuple[int, ...]]] = {}
+        by_site: dict[str, dict[str, tuple[int, ...]]] = {}
         names = sites_of(mark)
         for name, node in mark.parameters.items():
-            site, _, own = name.rpartition(".")
+            site, _, parameter = name.rpartition(".")
             if site in names:
-                held.setdefault(site, {})[own] = tuple(inputs[position[node]].shape)
-        sites = {site: width_of(spec, shapes) for site, shapes in held.items()}
+                by_site.setdefault(site, {})[parameter] = tuple(inputs[position[node]].shape)
+        sites = {site: width_of(spec, shapes) for site, shapes in by_site.items()}
         for name, p in StreamParameters(spec, sites).named_parameters():
             at = position[mark.parameters[name]]
             inputs[at] = p.detach().to(inputs[at].device)
@@ -268,7 +267,9 @@ def compile_inner(
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-        patches = {**(list_mode_options(options.mode) if options.mode else {}), **inductor_options(gm)}
+        prefetches = any(n.target is torch.ops.engram_kernels.prefetch.default for n in gm.graph.nodes)
+        overlapping = prefetch.INDUCTOR if prefetches else {}
+        patches = {**(list_mode_options(options.mode) if options.mode else {}), **overlapping}
         if backward:
             patches["triton.cudagraphs"] = False  # a recorded backward could not leave a part of itself for later
         inner = partial(_backward_apart, backward) if backward else compile_fx_inner
@@ -280,28 +281,22 @@ NOT_CACHED = {"enable_autograd_cache": False, "enable_remote_autograd_cache": Fa
 
 OWN_BACKWARD = {
     "force_non_lazy_backward_lowering": True,
-    # What several compiled functions read must not be written over by the first.
+    # The first of several compiled functions must not overwrite buffers that others read.
     "donated_buffer": False,
     # Only what Inductor itself returns can be written to this cache.
     **NOT_CACHED,
 }
-"""How AOTAutograd is to work where the backward is not one compiled function."""
+"""Options of AOTAutograd for a backward that is not one compiled function."""
 
 
 def _backward_apart(backward: BackwardCompiler, gm: GraphModule, inputs: Sequence[Any], *args: Any, **kw: Any) -> Any:
-    """`compile_fx_inner` with a backward compiler of ours."""
+    """Call `compile_fx_inner`, or `backward` for a backward graph."""
     from torch._inductor.compile_fx import compile_fx_inner
 
     if not kw.get("is_backward"):
         return compile_fx_inner(gm, inputs, *args, **kw)
     del kw["static_input_idxs"]  # of the whole graph
-    return backward(gm, inputs, lambda part, given: compile_fx_inner(part, given, *args, **kw))
-
-
-def inductor_options(gm: GraphModule) -> dict[str, Any]:
-    """What the graph's ops want of Inductor."""
-    begins = any(n.target is torch.ops.engram_kernels.prefetch.default for n in gm.graph.nodes)
-    return dict(prefetch.INDUCTOR) if begins else {}
+    return backward(gm, inputs, lambda part, part_inputs: compile_fx_inner(part, part_inputs, *args, **kw))
 
 
 def _warn_of_frozen_streams(gm: GraphModule, marks: list[Mark], inputs: list[Any]) -> None:

@@ -85,13 +85,13 @@ class _Done(BaseException):
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
-    """The model's forward as one graph, without running it. Raises MHC104 where Dynamo breaks it."""
-    held: list[Captured] = []
+    """Return the model's forward as one graph, without running it. Raises MHC104 where Dynamo breaks it."""
+    captured: list[Captured] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Any:
         graph = private_copy(gm)
         identify(graph, example_inputs)
-        held.append(Captured(graph, list(example_inputs)))
+        captured.append(Captured(graph, list(example_inputs)))
         raise _Done
 
     # Dynamo remembers the sizes it saw: the user's next call of another shape would be traced with dynamic sizes.
@@ -106,7 +106,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         with torch._dynamo.config.patch(tracing_config()):
             torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
     except _Done:
-        return held[0]
+        return captured[0]
     # A user error is how Dynamo calls a size or a branch that depends on data.
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
         # A mixture of experts that returns its router's logits records them, as hidden states are recorded.

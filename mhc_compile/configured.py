@@ -1,4 +1,4 @@
-"""A Hugging Face model from its configuration alone, or with the weights of its folder where there are some."""
+"""Load a Hugging Face model from its configuration alone, or with the weights of its folder if there are any."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
-    """The model of a folder or a config.json in eval mode, with no or random weights, and whether it is converted.
+    """Return the model of a folder or a config.json in eval mode, without its weights, and whether it is converted.
 
-    Of a converted folder mhc.json is read, too; no weights, and no code from the folder. Raises `MHCError`: MHC508
-    where there is no model, MHC405 for an architecture that transformers does not have, MHC414 for an `mhc.json` that
-    does not fit.
+    Of a converted folder mhc.json is read as well; code in the folder is never run. Raises `MHCError`: MHC508 where
+    there is no model, MHC405 for an architecture that transformers does not have, MHC414 for an `mhc.json` that does
+    not fit.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
@@ -49,23 +49,23 @@ def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
         return model, False
     owners = read_manifest(path).owners
     try:
-        held = {
+        parameters = {
             p: StreamParameters(o.spec, o.sites, device=device, memory=o.memory, over=o.over, partial=o.partial)
             for p, o in owners.items()
         }
-        convert_owners(model, held)
+        convert_owners(model, parameters)
     except AttributeError as error:
         raise MHCError("MHC414", f"{path / NAME}: {error}") from error
     return model, True
 
 
 def weighted(path: Path, *, seed: int = 0) -> tuple[nn.Module, bool, bool]:
-    """The model on the CPU to be run, whether it is converted, and whether its weights are those of the folder.
+    """Return the model on the CPU, whether it is converted, and whether its weights are those of the folder.
 
-    They are where the folder has weights; elsewhere they are drawn anew, from `seed`. Raises `MHCError` as
+    Without weights in the folder they are drawn from `seed`. Raises `MHCError` as
     `configured` does, and MHC401 to 407 for weights that cannot be read.
     """
-    if not path.is_dir() or not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
+    if not path.is_dir() or not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return *configured(path, device="cpu"), False

@@ -1,8 +1,8 @@
-"""Parameters of one convention as parameters of another, and of Hugging Face's modules.
+"""Convert parameters from one convention to another, and from and to Hugging Face's modules.
 
 A conversion of `H` is linear in its logits (`logits' = W logits + c`), so it moves rows of `phi` and `bias` and leaves
-`alpha` alone. What it cannot carry over, an eps or the order of the normalisations, is measured and reported, never
-passed over: the most reported mistake of this field is a DeepSeek-V4 matrix loaded untransposed.
+`alpha` alone. Differences that remain, such as an eps or the order of the normalisations, are measured and reported;
+the most common mistake in this field is a DeepSeek-V4 matrix loaded untransposed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.kernels.start import start_head
 
 SAMPLE_TOKENS = 256
-# exp(-30) is below float32's rounding of 1: a weight that is as good as zero, with a gradient that is not.
+# exp(-30) is below float32's rounding of 1: the weight is practically zero, its gradient is not.
 FAR = -30.0
 
 
@@ -56,9 +56,9 @@ def convert_site(
     sample: Tensor | None = None,
     tolerance: float = 1e-2,
 ) -> tuple[Tensor, Tensor, Tensor, Conversion]:
-    """The parameters with which `target` computes what `source` does with the given ones.
+    """Return the parameters with which `target` computes the function of `source` with `phi`, `alpha` and `bias`.
 
-    phi `[rows, n*C]`, alpha `[3]`, bias `[rows]` -> new tensors of the same dtypes, and what was lost. `sample` holds
+    phi `[rows, n*C]`, alpha `[3]`, bias `[rows]` -> new tensors of the same dtypes, and what is lost. `sample` holds
     streams `[..., n, C]` on which the difference is measured (the magnitude of real streams decides how much an eps
     weighs); without it, 256 tokens from N(0, 1). The exits are not compared: see `convert_head`.
 
@@ -91,7 +91,7 @@ def convert_site(
 def convert_head(
     head: reference.Head | None, source: StreamSpec, target: StreamSpec, *, hidden: int, sample: Tensor | None = None
 ) -> tuple[reference.Head | None, Conversion]:
-    """The exit of `target` that reduces as `source` does: fn `[n, n*hidden]`, base `[n]`, scale `[1]`, or None.
+    """Return the exit of `target` that reduces as `source` does: fn `[n, n*hidden]`, base `[n]`, scale `[1]`, or None.
 
     A mean becomes a head with equal weights; a head stays one. `sample` as in `convert_site`. Raises `MHCError` MHC205
     for every other change of exit and for different numbers of streams, and ValueError where a head is missing.
@@ -117,23 +117,23 @@ def convert_head(
 
 
 def site_from_transformers(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, StreamSpec]:
-    """phi, alpha and bias of a Hugging Face `DeepseekV4HyperConnection` (GLM-5 next's, Hy-V4's), and their meaning.
+    """Return phi, alpha, bias and `StreamSpec` of a Hugging Face `DeepseekV4HyperConnection` (GLM-5 next's, Hy-V4's).
 
-    They are the module's own `fn`, `scale` and `base`, not copies; Hy-V4's `scale` has no third entry, for it has no
-    matrix, and gets one that nothing reads. Raises `MHCError` MHC202 where the module's eps (or the magnitude of Hy's
-    post) are those of no convention here.
+    They are the module's own `fn`, `scale` and `base`, not copies; Hy-V4's `scale`, which has two entries because there
+    is no matrix, is padded. Raises `MHCError` MHC202 where the module's eps (or the magnitude of Hy's post) belong to
+    no convention here.
     """
     site: Any = module
     if site.scale.numel() == 2:
         return _site_without_matrix(site)
     convention = _transposed_convention(site.input_norm.eps, site.hc_eps)
-    iterations = max(1, site.hc_sinkhorn_iters)  # the module normalises columns once whatever it is told
+    iterations = max(1, site.hc_sinkhorn_iters)  # the module always normalises columns once
     spec = StreamSpec(streams=site.hc_mult, convention=convention, iterations=iterations, exit=convention.fields.exit)
     return site.fn, site.scale, site.base, spec
 
 
 def site_to_transformers(phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec) -> dict[str, Tensor]:
-    """The same tensors under Hugging Face's names `fn`, `scale` and `base`; `scale` is cut to Hy-V4's two entries.
+    """Return the tensors under Hugging Face's names `fn`, `scale` and `base`; of Hy-V4 `scale` has two entries.
 
     Raises `MHCError` MHC205 where `spec` is not what those modules compute: `convert_site` first.
     """
@@ -146,7 +146,7 @@ def site_to_transformers(phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamS
 
 
 def head_from_transformers(module: nn.Module) -> reference.Head:
-    """fn, base and scale of a Hugging Face `DeepseekV4HyperHead`: its own `hc_fn`, `hc_base` and `hc_scale`.
+    """Return fn, base and scale of a Hugging Face `DeepseekV4HyperHead`: its own `hc_fn`, `hc_base` and `hc_scale`.
 
     Raises `MHCError` MHC202 where the module's eps are those of no convention here.
     """
@@ -156,7 +156,7 @@ def head_from_transformers(module: nn.Module) -> reference.Head:
 
 
 def head_to_transformers(head: reference.Head) -> dict[str, Tensor]:
-    """The same tensors under Hugging Face's names."""
+    """Return the tensors under Hugging Face's names."""
     fn, base, scale = head
     return {"hc_fn": fn, "hc_base": base, "hc_scale": scale}
 
@@ -164,9 +164,9 @@ def head_to_transformers(head: reference.Head) -> dict[str, Tensor]:
 def _site_without_matrix(site: Any) -> tuple[Tensor, Tensor, Tensor, StreamSpec]:
     convention = Convention.HY_V4
     fields = convention.fields
-    found = (site.input_norm.eps, site.hc_eps, site.hc_eps, site.hc_post_magnitude)
-    if found != (fields.rms_eps, fields.pre_eps, fields.post_eps, fields.post_scale):
-        raise MHCError("MHC202", f"one without a matrix, with rms eps {found[0]}, eps {found[1]}, magnitude {found[3]}")
+    rms_eps, eps, magnitude = site.input_norm.eps, site.hc_eps, site.hc_post_magnitude
+    if (rms_eps, eps, eps, magnitude) != (fields.rms_eps, fields.pre_eps, fields.post_eps, fields.post_scale):
+        raise MHCError("MHC202", f"one without a matrix, with rms eps {rms_eps}, eps {eps}, magnitude {magnitude}")
     spec = StreamSpec(
         streams=site.hc_mult, convention=convention, manifold=fields.manifold, iterations=0, exit=fields.exit
     )
@@ -218,7 +218,7 @@ def _mix_map(source: StreamSpec, target: StreamSpec) -> _MixMap:
 
 
 def _constant(source: StreamSpec, target: StreamSpec) -> _MixMap:
-    """H is the identity whatever the streams: a fixed offset."""
+    """Return the map for an H that is always the identity: a fixed offset."""
     n = target.streams
     eye = torch.eye(n, dtype=torch.float64).reshape(-1)
     offset = torch.full((target.mix_rows,), FAR, dtype=torch.float64)
@@ -243,7 +243,7 @@ def _constant(source: StreamSpec, target: StreamSpec) -> _MixMap:
 
 
 def _orientation(source: StreamSpec, target: StreamSpec) -> Tensor:
-    """The map between two matrices of logits: a transposition of the published matrix, or nothing."""
+    """Return the map between two matrices of logits: a transposition of the published matrix, or the identity."""
     rows = torch.eye(source.mix_rows, dtype=torch.float64)
     matrix = source.manifold in ("sinkhorn", "unconstrained")
     if matrix and source.convention.fields.transposed != target.convention.fields.transposed:
@@ -253,7 +253,7 @@ def _orientation(source: StreamSpec, target: StreamSpec) -> Tensor:
 
 
 def _bits(n: int) -> Tensor:
-    """`[n*n, 2K]`: the logits of every factor's choice, summed for entry (i, j) of a Kronecker product (symmetric)."""
+    """Return `[n*n, 2K]`: which factors' logits are summed for entry (i, j) of a Kronecker product (symmetric)."""
     powers = n.bit_length() - 1
     rows = torch.zeros(n * n, 2 * powers, dtype=torch.float64)
     for i in range(n):
@@ -264,7 +264,7 @@ def _bits(n: int) -> Tensor:
 
 
 def _kronecker_as_permutations(n: int) -> _MixMap:
-    """A product of choices is a softmax over the n permutations `i -> i ^ m`; the others get no weight."""
+    """Return the map to permutations: a softmax over the n of the form `i -> i ^ m`; the others get no weight."""
     sums, orders = _bits(n), {order: k for k, order in enumerate(permutations(range(n)))}
     weight = torch.zeros(math.factorial(n), sums.shape[1], dtype=torch.float64)
     offset = torch.full((math.factorial(n),), FAR, dtype=torch.float64)
@@ -275,34 +275,31 @@ def _kronecker_as_permutations(n: int) -> _MixMap:
 
 
 def _sinkhorn_differences(source: StreamSpec, target: StreamSpec) -> tuple[str, ...]:
-    a, b, found = source.convention.fields, target.convention.fields, []
-    if _first_axis(source) != _first_axis(target):
-        found.append("one normalises rows of H first and the other columns")
-    if source.iterations != target.iterations:
-        found.append(f"{source.iterations} and {target.iterations} iterations")
-    if (a.divisor, a.sinkhorn_eps, a.start) != (b.divisor, b.sinkhorn_eps, b.start):
-        found.append("eps and start of Sinkhorn")
-    return tuple(found)
+    a, b = source.convention.fields, target.convention.fields
+    differences = {
+        "one normalises rows of H first and the other columns": _first_axis(source) != _first_axis(target),
+        f"{source.iterations} and {target.iterations} iterations": source.iterations != target.iterations,
+        "eps and start of Sinkhorn": (a.divisor, a.sinkhorn_eps, a.start) != (b.divisor, b.sinkhorn_eps, b.start),
+    }
+    return tuple(text for text, differs in differences.items() if differs)
 
 
 def _first_axis(spec: StreamSpec) -> str:
-    """What is normalised first, of H: a softmax over the last dimension counts as the rows of the published matrix."""
+    """Return which axis of H is normalised first; a softmax over the last dimension counts as rows as published."""
     fields = spec.convention.fields
     columns = fields.order == "columns_rows"
     return "columns" if columns != fields.transposed else "rows"
 
 
 def _gate_differences(source: StreamSpec, target: StreamSpec) -> tuple[str, ...]:
-    a, b, found = source.convention.fields, target.convention.fields, []
-    if (a.rms_eps, a.rms_inside) != (b.rms_eps, b.rms_inside):
-        found.append("eps of the root mean square")
-    if a.pre_eps != b.pre_eps:
-        found.append("eps of pre")
-    if a.post_scale != b.post_scale:
-        found.append("scale of post")
-    if a.post_eps != b.post_eps:
-        found.append("eps of post")
-    return tuple(found)
+    a, b = source.convention.fields, target.convention.fields
+    differences = {
+        "eps of the root mean square": (a.rms_eps, a.rms_inside) != (b.rms_eps, b.rms_inside),
+        "eps of pre": a.pre_eps != b.pre_eps,
+        "scale of post": a.post_scale != b.post_scale,
+        "eps of post": a.post_eps != b.post_eps,
+    }
+    return tuple(text for text, differs in differences.items() if differs)
 
 
 def _maps(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec) -> tuple[Tensor, Tensor, Tensor]:

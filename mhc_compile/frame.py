@@ -30,18 +30,19 @@ def own_module() -> nn.Module | None:
         local_modules = list(_modules_in(_frame().f_locals))
         inner = {id(part) for module in local_modules for part in module.modules() if part is not module}
         return next((m for m in local_modules if id(m) not in inner), None)
-    passed, others = arguments()
+    passed, others, _ = arguments()
     # A decorator's closure holds the forward that it calls.
     wrapped = [v for v in others.values() if isinstance(v, (MethodType, functools.partial))]
     return next(_modules_in(passed), None) or next(_modules_in(wrapped), None)
 
 
-def arguments() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the frame's arguments in order, starred ones last, and the variables of its closure."""
+def arguments() -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return the frame's arguments, starred ones last, its other variables, and how many arguments are not starred."""
     code, variables = _frame().f_code, dict(_frame().f_locals)
     starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred]
-    return {name: variables.pop(name) for name in names if name in variables}, variables
+    plain = code.co_argcount + code.co_kwonlyargcount
+    names = code.co_varnames[: plain + starred]
+    return {name: variables.pop(name) for name in names if name in variables}, variables, plain
 
 
 def _modules_in(value: Any, depth: int = _NESTING) -> Iterator[nn.Module]:
@@ -82,11 +83,6 @@ def guard_identity(module: nn.Module) -> None:
     variable = InstructionTranslator.current_tx().output.side_effects.id_to_variable.get(id(module))
     if variable is not None and variable.source is not None:
         install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
-
-
-def starred_from() -> int:
-    """Return how many of the frame's arguments come before `*args` and `**kwargs`."""
-    return _frame().f_code.co_argcount + _frame().f_code.co_kwonlyargcount
 
 
 def broke() -> str | None:

@@ -130,10 +130,10 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def argument_names() -> dict[int, str]:
     """Return, by id, the name of each tensor that the caller passes: its argument's, with its place in containers."""
-    own, (arguments, _) = frame.own_module(), frame.arguments()
+    own, (arguments, _, plain) = frame.own_module(), frame.arguments()
     names: dict[int, str] = {}
     for i, (name, value) in enumerate(arguments.items()):
-        starred = i >= frame.starred_from()
+        starred = i >= plain
         if starred and isinstance(value, tuple) and own is not None and value and value[0] is own:
             # A decorator's `*args`: the names that the signature it shows gives them.
             kinds = inspect.signature(own.forward).parameters.values()

@@ -197,7 +197,8 @@ def summarise(parts: Sequence[StreamPart]) -> dict[str, StreamMeasures]:
     """
     calls: list[StreamPart] = []
     for part in parts:
-        before = None if part.begins else _last_of(part.owner, calls)
+        same_owner = (i for i in reversed(range(len(calls))) if calls[i].owner in (part.owner, None))
+        before = None if part.begins else next(same_owner, None)
         if before is None:
             calls.append(part)
         else:
@@ -207,10 +208,6 @@ def summarise(parts: Sequence[StreamPart]) -> dict[str, StreamMeasures]:
         if call.owner is not None:
             by_owner.setdefault(call.owner, []).append(call)
     return {owner: _summary(of_owner) for owner, of_owner in by_owner.items()}
-
-
-def _last_of(owner: str | None, calls: Sequence[StreamPart]) -> int | None:
-    return next((i for i in reversed(range(len(calls))) if calls[i].owner in (owner, None)), None)
 
 
 def _summary(calls: list[StreamPart]) -> StreamMeasures:

@@ -87,9 +87,9 @@ static void hash(const int64_t* ids, const int64_t* reach, const int64_t* before
         mix[i - 1] = sum;
       }
       for (int v = 0; v < VECTORS; ++v) {
-        const Words found = row<SMALL>(spread(mix, v), heads[v]);
+        const Words numbers = row<SMALL>(spread(mix, v), heads[v]);
         const int count = H - v * LANES < LANES ? H - v * LANES : LANES;
-        memcpy(out + t * H + v * LANES, &found, count * sizeof(int64_t));
+        memcpy(out + t * H + v * LANES, &numbers, count * sizeof(int64_t));
       }
       if (++at == length) at = 0, ++sequence;
     }

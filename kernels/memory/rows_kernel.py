@@ -53,5 +53,5 @@ def rows(
     r = size - tl.umulhi(size, tl.broadcast_to(inverse, (BT, BH))) * p
     r = tl.where(r >= p, r - p, r)
     r = tl.where((x < 0) & (r != 0), p - r, r)
-    found = r.to(tl.int64) + offset
-    tl.store(out + t[:, None] * HASHES + head[None, :], found, mask=inside[:, None] & known[None, :])
+    numbers = r.to(tl.int64) + offset
+    tl.store(out + t[:, None] * HASHES + head[None, :], numbers, mask=inside[:, None] & known[None, :])

@@ -47,7 +47,7 @@ _FAR = torch.iinfo(torch.int64).max
 class MemoryStep(KernelSpec):
     """One fused step.
 
-    The sizes of a call are the leading dimensions of the streams, and P' behind them where it can have history.
+    The sizes of a call are the leading dimensions of the streams, and then P' where it can have history.
     """
 
     WIDE: ClassVar[tuple[str, ...]] = ("X", "next_X", "keys", "value")

@@ -16,7 +16,7 @@ from torch import Tensor
 import mhc_compile.kernels.memory.hash_ops  # noqa: F401  (registers the ops)
 from mhc_compile.bench.contest import Contender, Row, contest, say, show
 from mhc_compile.bench.engram_step import run_steps
-from mhc_compile.checkpoint.table_files import open_table, write_table
+from mhc_compile.checkpoint.table_files import NAME, open_table, write_files
 from mhc_compile.kernels.memory import hashing
 from mhc_compile.kernels.memory.settings import MemorySettings, hash_specs
 from mhc_compile.kernels.memory.spec import HashSpec
@@ -84,8 +84,8 @@ def gather_contest(console: Console, device: torch.device, *, quick: bool) -> tu
     calls = zipf_calls(rows, asked, _CALLS, device)
     memory = MemoryTable(rows, width, trainable=False).start(0)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = write_table(Path(temporary) / "table", memory)
-        mapped, cached = open_table(folder, verify=True), open_table(folder, hot_rows=hot)
+        write_files(Path(temporary), NAME, memory)
+        mapped, cached = open_table(temporary, verify=True), open_table(temporary, hot_rows=hot)
         tables = {IN_MEMORY: memory.to(device), "mapped": mapped, f"mapped, {hot} hot rows": cached}
         exact = [memory(call) for call in calls]
         moved = asked * (8 + 2 * 4 * width)

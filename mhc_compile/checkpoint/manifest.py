@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mhc_compile.versions import VERSION
 
 NAME = "mhc.json"
 FORMAT = 2
-"""Raised when an older reader could not make sense of the file: 2 has look-ups, folders without are written as 1."""
+"""Incremented when older versions cannot read the file: 2 has look-ups, folders without them are written as 1."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +33,27 @@ class Owner:
     readers: tuple[str, ...] = ()
     """`StreamParameters.own_readers`."""
     partial: tuple[frozenset[str], ...] = ()
-    """The smaller sets of sites that graphs in one mode, training or evaluation, hold."""
+    """The smaller sets of sites that graphs in one mode, training or evaluation, have."""
 
     @classmethod
     def of(cls, parameters: StreamParameters) -> Owner:
-        """What a manifest says of an owner's parameters."""
+        """Return the entry for an owner's parameters."""
         p = parameters
         return cls(p.spec, p.sites, p.memory, p.over, p.own_readers, p.partial)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        more = {"memory": self.memory, "over_encoding": self.over}
-        lookups = {name: x.plain() for name, x in more.items() if x is not None}
-        readers = {"readers": list(self.readers)} if self.readers else {}
-        partial = {"partial": [sorted(names) for names in self.partial]} if self.partial else {}
-        return {"spec": _plain(self.spec), "sites": self.sites, **readers, **partial, **lookups}
+        """Return the entry as JSON, without empty fields."""
+        spec = {f.name: getattr(self.spec, f.name) for f in fields(StreamSpec)}
+        if spec["form"] == "mhc":  # as folders from before there were other forms
+            del spec["form"]
+        optional = {
+            "readers": list(self.readers),
+            "partial": [sorted(names) for names in self.partial],
+            "memory": self.memory and self.memory.plain(),
+            "over_encoding": self.over and self.over.plain(),
+        }
+        spec["convention"] = self.spec.convention.value
+        return {"spec": spec, "sites": self.sites, **{name: value for name, value in optional.items() if value}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +67,10 @@ class Manifest:
     streams_file: str
     """The shard that holds the stream parameters and nothing else."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of weight files; folders of before all were hashed may have the streams' alone."""
+    """Of weight files; older folders may have only that of the streams' file."""
 
     def write(self, folder: Path) -> None:
         """Write `mhc.json` in `folder`."""
-
         content = {
             "format": FORMAT if any(o.memory or o.over for o in self.owners.values()) else 1,
             "mhc_compile": VERSION,
@@ -79,12 +83,12 @@ class Manifest:
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether `folder` says that it holds a converted model."""
+    """Return whether `folder` is marked as a converted model."""
     return (folder / NAME).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The folder's `mhc.json`. Raises MHC410 where there is none, MHC414 where it is not understood."""
+    """Read the folder's `mhc.json`. Raises MHC410 where there is none, MHC414 where it is not valid."""
     path = folder / NAME
     if not path.is_file():
         raise MHCError("MHC410", f"{folder} holds no {NAME}")
@@ -97,12 +101,6 @@ def read_manifest(folder: Path) -> Manifest:
         return _parse(content)
     except (KeyError, TypeError, ValueError, MHCError) as error:
         raise MHCError("MHC414", f"{path}: {error}") from error
-
-
-def _plain(spec: StreamSpec) -> dict[str, Any]:
-    # As the text of mHC has no form: folders of before there were others read the same.
-    values = {f.name: getattr(spec, f.name) for f in fields(StreamSpec) if (f.name, spec.form) != ("form", "mhc")}
-    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:

@@ -241,7 +241,7 @@ def _add_streams(
 
 
 def _move_in(finished: Path, folder: Path) -> None:
-    """Move finished files into a folder in use; `mhc.json`, which marks a whole folder, is removed first and moved last."""
+    """Move finished files into a folder in use; `mhc.json` is removed first and moved last, as it marks a whole one."""
     try:
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)

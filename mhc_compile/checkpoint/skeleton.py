@@ -21,7 +21,7 @@ from mhc_compile.parameters import names
 
 
 def transformers_module() -> ModuleType:
-    """The package. Raises MHC415 where it, or accelerate, which its loaders need, is not installed."""
+    """Return the package; raise MHC415 where it, or accelerate, which its loaders need, is not installed."""
     try:
         import accelerate  # noqa: F401
         import transformers
@@ -53,7 +53,7 @@ def is_model_class(value: Any) -> bool:
 
 
 def _registered(transformers: ModuleType, model_type: Any) -> Iterator[Any]:
-    """Yield the classes that Auto classes know for a configuration's type: also those that a user registered."""
+    """Yield the classes that Auto classes know for a configuration's type, including those that a user registered."""
     auto: Any = transformers.models.auto
     if not isinstance(model_type, str) or model_type not in auto.CONFIG_MAPPING:
         return
@@ -75,7 +75,7 @@ def configuration(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> tuple[An
 
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
-    """The checkpoint's model with weights of the right shapes that take no memory, to be traced and never run.
+    """Return the checkpoint's model with weights that take no memory, to be traced and never run.
 
     Raises MHC404 where the weights do not fit, MHC405 for an architecture or a configuration that transformers does not
     build, and MHC406 for weights in a type that only quantised checkpoints have.
@@ -83,7 +83,7 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     transformers = transformers_module()
     cls = model_class(checkpoint.config)
     weights = dict(_on_meta(checkpoint))
-    with quiet(transformers) as told:
+    with quiet(transformers) as messages:
         try:
             config = transformers.AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=False, local_files_only=True
@@ -104,7 +104,7 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
                 ignore_mismatched_sizes=True,
             )
         except RuntimeError as error:
-            merged = {line.split()[0] for text in told for line in text.splitlines() if "| CONVERSION" in line}
+            merged = {line.split()[0] for text in messages for line in text.splitlines() if "| CONVERSION" in line}
             detail = f"the parts of {names(sorted(merged))} do not fit together" if merged else str(error)
             raise MHCError("MHC404", f"{checkpoint.folder}: {detail}") from error
     refuse_misfits(str(checkpoint.folder), report)
@@ -112,38 +112,32 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
 
 
 def refuse_misfits(folder: str, report: Mapping[str, Iterable[Any]]) -> None:
-    """Raises MHC404 for what transformers' loading report says is missing, unexpected or of another shape."""
-    missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
-    wrong = [f"{name} {list(held)} for {list(wanted)}" for name, held, wanted in sorted(report["mismatched_keys"])]
-    said = [
-        f"{what}: {names(found)}"
-        for what, found in (
-            ("missing", sorted(missing)),
-            ("unexpected", sorted(unexpected)),
-            ("of another shape", wrong),
-        )
-        if found
-    ]
-    way_out = None
-    if not missing and not wrong:
-        way_out = "load it with transformers and save it again, which drops what the architecture does not have"
-    if said:
-        raise MHCError("MHC404", f"{folder}: {'; '.join(said)}", way_out=way_out)
+    """Raise MHC404 for weights that transformers' loading report lists as missing, unexpected or of another shape."""
+    misfits = {
+        "missing": sorted(set(report["missing_keys"])),
+        "unexpected": sorted(set(report["unexpected_keys"])),
+        "of another shape": [f"{n} {list(a)} for {list(b)}" for n, a, b in sorted(report["mismatched_keys"])],
+    }
+    kinds = [kind for kind, keys in misfits.items() if keys]
+    way_out = "load it with transformers and save it again, which drops what the architecture does not have"
+    if kinds:
+        detail = "; ".join(f"{kind}: {names(misfits[kind])}" for kind in kinds)
+        raise MHCError("MHC404", f"{folder}: {detail}", way_out=way_out if kinds == ["unexpected"] else None)
 
 
 @contextmanager
 def quiet(transformers: ModuleType) -> Iterator[list[str]]:
-    """No progress bar and no warning of transformers: what it would say is collected instead."""
+    """Disable transformers' progress bars, and collect its log messages instead of printing them."""
     log = transformers.logging
-    told: list[str] = []
+    messages: list[str] = []
     keep = logging.Handler()
-    keep.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    keep.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     bar = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     library = log.get_logger()
     handlers, library.handlers = library.handlers, [keep]
     try:
-        yield told
+        yield messages
     finally:
         library.handlers = handlers
         if bar:
@@ -151,8 +145,10 @@ def quiet(transformers: ModuleType) -> Iterator[list[str]]:
 
 
 def weightless(like: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A fake tensor on `device` of the shape, strides and dtype of `like`: it takes no memory, and tracing may mix it
-    with real tensors. Its strides are those of real weights, which grouped matrix products look at."""
+    """Return a fake tensor on `device` like `like`: it takes no memory, and tracing may mix it with real tensors.
+
+    Its strides are those of real weights, because grouped matrix products depend on them.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
@@ -162,16 +158,17 @@ def _hollow(model: nn.Module) -> nn.Module:
 
     Tracing runs what a model computes from constants, and mixes of real and meta tensors fail there.
     """
-    made: dict[torch.Tensor, torch.Tensor] = {}  # a tied weight stays tied
+    replaced: dict[torch.Tensor, torch.Tensor] = {}  # a tied weight stays tied
     for module in model.modules():
         places: list[dict[str, Any]] = [module._parameters, module._buffers, module.__dict__]
-        for held in places:
-            for name, tensor in held.items():
+        for tensors in places:
+            for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                    if tensor not in made:
+                    if tensor not in replaced:
                         zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                        made[tensor] = nn.Parameter(weightless(tensor)) if isinstance(tensor, nn.Parameter) else zero
-                    held[name] = made[tensor]
+                        is_weight = isinstance(tensor, nn.Parameter)
+                        replaced[tensor] = nn.Parameter(weightless(tensor)) if is_weight else zero
+                    tensors[name] = replaced[tensor]
     return model
 
 

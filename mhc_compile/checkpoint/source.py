@@ -1,4 +1,4 @@
-"""Open a checkpoint folder: what it holds, whether it is whole, and why it may be refused. No tensor is read."""
+"""Open a checkpoint folder and check that it is complete and supported. No tensor is read."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def shard_names(count: int, *, converted: bool = False) -> list[str]:
 
 
 def index_text(metadata: Mapping[str, Any], files: Mapping[str, Shard]) -> str:
-    """The index of `files` (by their names to be), spelt as transformers does; `total_size` is counted."""
+    """Return the index of `files`, by their new names, in the format of transformers; `total_size` is counted."""
     size = sum(t.end - t.start for shard in files.values() for t in shard.tensors.values())
     weight_map = {tensor: name for name, shard in files.items() for tensor in shard.tensors}
     content = {"metadata": {**metadata, "total_size": size}, "weight_map": weight_map}
@@ -111,9 +111,9 @@ def unguarded(config: bytes) -> bytes:
 
 
 def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
-    """What else its folder holds, as relative paths: files to take along, and files and folders to leave.
+    """Return the other contents of the folder, as relative paths: files to copy, and files and folders to leave out.
 
-    Weights in any format are left: beside the converted ones they would be loaded in their stead, and some of them are
+    Weights in any format are left out, because they could be loaded in place of the converted ones, and some are
     pickles. So are sub-folders that hold any (other checkpoints, exports) and hidden ones.
     """
     taken: list[Path] = []
@@ -177,7 +177,7 @@ def _read_index(path: Path) -> tuple[tuple[Shard, ...], dict[str, Any]]:
 
 
 def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises MHC405 or 406 for what cannot be loaded as plain data in plain precision."""
+    """Raise MHC405 or 406 for a model that needs code of its own, or is quantised."""
     for key, value in _items(config):
         if key == "auto_map" and value:
             raise MHCError("MHC405", f"{path} names code of its own (auto_map: {names(map(str, value))})")
@@ -195,7 +195,7 @@ def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries of a configuration and of those nested in it."""
+    """Yield the entries of a configuration and of nested ones."""
     for key, value in config.items():
         yield key, value
         if isinstance(value, dict):

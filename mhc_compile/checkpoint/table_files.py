@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mhc_compile.checkpoint.shards import read_shard, sync
-from mhc_compile.checkpoint.staging import check_target, staged, sync_folder
+from mhc_compile.checkpoint.staging import sync_folder
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.memory.quantise import FP8, blocks, quantise
 from mhc_compile.memory.rows import FileRows, MappedRows
@@ -51,21 +51,6 @@ class TableInfo:
     hash_spec: str
     """`str(HashSpec)`, or empty."""
     files: tuple[FileRows, ...]
-
-
-def write_table(
-    folder: str | os.PathLike[str], table: MemoryTable, *, hash_spec: str = "", dtype: torch.dtype | None = None
-) -> Path:
-    """Write `table` as the new folder `folder`, which appears when all of it is on the disk, or not at all.
-
-    `dtype` narrows the rows while they are written. Raises MHC412 for a folder that exists, and MHC413 where the disk
-    is too small or fails.
-    """
-    size = table.rows * sum(row_bytes(table.width, dtype or table.dtype))
-    target = check_target(Path(folder), size=size)
-    with staged(target) as staging:
-        write_files(staging, NAME, table, hash_spec=hash_spec, dtype=dtype)
-    return target
 
 
 def write_files(

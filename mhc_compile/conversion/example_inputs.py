@@ -1,4 +1,4 @@
-"""A small call for a Hugging Face model, made from its configuration."""
+"""Make the inputs of a small call of a Hugging Face model from its configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LENGTH = 8
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Keyword inputs of one forward call. Raises MHC209 for a model that is not from transformers."""
+    """Return keyword inputs of one forward call; raise MHC209 for a model that is not from transformers."""
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
     if config is None or name is None or not hasattr(config, "to_dict"):
@@ -49,7 +49,7 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def seeded_inputs(model: nn.Module, seed: int) -> dict[str, Any]:
-    """One call's inputs for a Hugging Face model, token ids and pixels drawn from `seed`. Raises MHC209 for others."""
+    """Return `example_inputs` with ids and pixels drawn from `seed`."""
     inputs = example_inputs(model)
     generator = torch.Generator().manual_seed(seed)
     for name, x in inputs.items():

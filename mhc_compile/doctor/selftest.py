@@ -22,11 +22,11 @@ _REPORT = "report it with this whole output"
 
 
 class WrongResultError(Exception):
-    """A step ended, and what it computed is wrong."""
+    """A step ended with a wrong result."""
 
 
 class Trial:
-    """A plain residual model of 2 layers; each step returns what it saw, or raises."""
+    """A plain residual model of 2 layers; each step returns a description of its result, or raises."""
 
     def __init__(self, folder: Path) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,10 +40,9 @@ class Trial:
         return _Plain()
 
     def logits(self) -> Tensor:
-        """Return what the model computes now."""
+        """Return the model's logits."""
         with torch.no_grad():
-            out = self.model(self.ids)
-        return out if isinstance(out, Tensor) else out.logits
+            return _logits(self.model(self.ids))
 
     def convert(self) -> str:
         """Convert to 4 streams: the logits stay what they were."""
@@ -61,8 +60,7 @@ class Trial:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         losses = []
         for _ in range(2):
-            out = compiled(self.ids)
-            logits = out if isinstance(out, Tensor) else out.logits
+            logits = _logits(compiled(self.ids))
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten())
             loss.backward()
             if without := [n for n, p in parameters.items() if p.grad is None or not bool(p.grad.isfinite().all())]:
@@ -79,23 +77,26 @@ class Trial:
         return "not tried: transformers is not installed"
 
     def save(self) -> str:
-        """Write the state dict."""
-        torch.save(self.model.state_dict(), self.folder / "model.pt")
-        return f"{(self.folder / 'model.pt').stat().st_size:,} bytes"
+        """Write a checkpoint folder."""
+        mhc_compile.save(self.model, self.folder / "model")
+        return f"{sum(file.stat().st_size for file in (self.folder / 'model').iterdir()):,} bytes"
+
+    def loaded(self) -> nn.Module:
+        """Return the model of the folder."""
+        return mhc_compile.load(self.make, self.folder / "model", inner="eager")
 
     def load(self) -> str:
-        """Read it into a new model, converted likewise: the logits are bit-equal."""
-        want = self.logits()
-        self.model = self.make().to(self.device).eval()
-        mhc_compile.convert(self.model, self.ids, streams=4, inner="eager")
-        self.model.load_state_dict(torch.load(self.folder / "model.pt", weights_only=True))
-        return self._equal(want)
-
-    def _equal(self, want: Tensor) -> str:
-        got = self.logits()
-        if not torch.equal(got, want):
-            raise WrongResultError(f"the loaded model's logits differ by {float((got - want).abs().max()):.1e}")
+        """Load the folder: the logits are bit-equal."""
+        before = self.logits()
+        self.model = self.loaded().to(self.device)
+        after = self.logits()
+        if not torch.equal(after, before):
+            raise WrongResultError(f"the loaded model's logits differ by {float((after - before).abs().max()):.1e}")
         return "logits bit-equal"
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
 
 
 class LlamaTrial(Trial):
@@ -121,16 +122,9 @@ class LlamaTrial(Trial):
             raise WrongResultError("with a cache other tokens come out than without")
         return "4 tokens, the same with and without a cache"
 
-    def save(self) -> str:
-        """Write a checkpoint folder."""
-        mhc_compile.save_pretrained(self.model, self.folder / "model")
-        return f"{sum(file.stat().st_size for file in (self.folder / 'model').iterdir()):,} bytes"
-
-    def load(self) -> str:
-        """Load the folder: the logits are bit-equal."""
-        want = self.logits()
-        self.model = mhc_compile.from_pretrained(self.folder / "model", inner="eager").to(self.device)
-        return self._equal(want)
+    def loaded(self) -> nn.Module:
+        """Return the model of the folder."""
+        return mhc_compile.from_pretrained(self.folder / "model", inner="eager")
 
 
 class _Plain(nn.Module):

@@ -89,11 +89,6 @@ class PendingGradient:
             parts, self._parts, self._passes = self._parts, [], 0
         return merge(parts) if parts else None
 
-    def clear(self) -> None:
-        """Discard the sum."""
-        with self._lock:
-            self._parts, self._passes = [], 0
-
     def __getstate__(self) -> dict[str, Any]:
         return {}
 

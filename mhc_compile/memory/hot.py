@@ -59,9 +59,6 @@ class HotRows:
             self._era += 1
             self._now = self.hits = self.asked = 0
 
-    def __contains__(self, row: int) -> bool:
-        return bool((self._tags == row).any())
-
     def __len__(self) -> int:
         return int((self._tags >= 0).sum())
 

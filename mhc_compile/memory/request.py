@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +18,6 @@ from mhc_compile.memory.compression import Compression
 from mhc_compile.memory.parameters import Start
 from mhc_compile.passes.base import shape
 from mhc_compile.passes.tokens import embedded, token_embedding
-
-
-class Request(Protocol):
-    """A look-up to be added to an owner once its stream is known."""
-
-    def of(self, entry: Node, sites: Sequence[str]) -> dict[str, Any]:
-        """Return the keyword arguments of `StreamParameters` for it."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +62,10 @@ class MemoryRequest:
             arguments["compression"] = torch.nn.functional.pad(small.table, padding, value=fill)
         known = None if small is None else small.plain()
         return {**arguments, "memory": memory_of(self.settings, sites, vocab=vocab, compression=known, fill=fill)}
+
+
+Request = MemoryRequest | OverEncodingRequest
+"""A look-up to be added to an owner once its stream is known: `of` returns keyword arguments of `StreamParameters`."""
 
 
 def requested(

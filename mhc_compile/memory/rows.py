@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,6 @@ from mhc_compile.memory.hot import Planes, Rows
 # Rows a thread reads at a time: page faults of a disk are waited for side by side.
 PIECE = 1024
 READERS = 16
-
-
-class Source(Protocol):
-    """A place that rows are read from."""
-
-    def read(self, rows: Rows) -> Planes:
-        """Return the bytes of the ascending `rows`."""
 
 
 @dataclass(frozen=True)

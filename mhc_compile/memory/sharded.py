@@ -89,7 +89,6 @@ class ShardedTable(MemoryTable):
             raise MHCError("MHC228", "a sharded table has its rows in memory", way_out=way_out)
         # Before the base class, which allocates the rows of this rank.
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        self.each = -(-rows // self.size)
         super().__init__(
             rows, width, dtype=dtype, storage=storage, device=device, trainable=trainable, hot_rows=hot_rows
         )
@@ -99,16 +98,6 @@ class ShardedTable(MemoryTable):
         kind = (rows, width, str(dtype), self.trainable)
         self._number: int = self._agree({"rows, width, dtype, trainable": kind}, self.handle)[0]
         """The number of the table that all ranks use: its handle on the first rank."""
-
-    @property
-    def begin(self) -> int:
-        """The first row of this rank."""
-        return min(self.rank * self.each, self.rows)
-
-    @property
-    def end(self) -> int:
-        """The end of the rows of this rank."""
-        return min((self.rank + 1) * self.each, self.rows)
 
     # Lookups.
 

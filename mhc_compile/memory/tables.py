@@ -26,7 +26,7 @@ from mhc_compile.memory.hot import HotRows, Planes, Rows
 from mhc_compile.memory.lanes import Lookup
 from mhc_compile.memory.prefetch import desk
 from mhc_compile.memory.quantise import FP8, blocks, dequantise, quantise
-from mhc_compile.memory.rows import MappedRows, MemoryRows, Source
+from mhc_compile.memory.rows import MappedRows, MemoryRows
 
 Storage = Literal["device", "host", "mapped"]
 DTYPES = (torch.float32, torch.bfloat16, FP8)
@@ -100,6 +100,7 @@ class MemoryTable(nn.Module):
         if (storage == "mapped") != (files is not None) or (files and (files.rows, files.row_bytes) != (rows, sizes)):
             raise MHCError("MHC223", f"{rows} rows of {sizes} bytes from {files and (files.rows, files.row_bytes)}")
         self.rows, self.width, self.dtype, self.storage = rows, width, dtype, storage
+        self.each = -(-rows // self.size)
         self.handle = enroll(self)
         self.early = storage != "device"
         """Whether graphs captured from now on begin a look-up as soon as its rows are known."""
@@ -128,12 +129,12 @@ class MemoryTable(nn.Module):
     @property
     def begin(self) -> int:
         """The first row of this process."""
-        return 0
+        return min(self.rank * self.each, self.rows)
 
     @property
     def end(self) -> int:
         """The end of the rows of this process."""
-        return self.rows
+        return min((self.rank + 1) * self.each, self.rows)
 
     @property
     def held(self) -> int:
@@ -223,7 +224,7 @@ class MemoryTable(nn.Module):
             for p, dtype in zip(planes, dtypes, strict=False)
         ]
 
-    def _source(self) -> Source:
+    def _source(self) -> MappedRows | MemoryRows:
         if self._files is not None:
             return self._files
         self._filled()
@@ -257,7 +258,7 @@ class MemoryTable(nn.Module):
     def drop_gradient(self) -> None:
         """Set `gradient` to None."""
         self.anchor.grad = None
-        self._pending.clear()
+        self._pending = PendingGradient()
 
     # Values.
 

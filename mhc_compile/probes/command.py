@@ -59,10 +59,10 @@ def _table(sample: Sample) -> Table:
     table.add_column("site", no_wrap=True)
     columns = []
     for title, names in _COLUMNS.items():
-        held = [sample.values[name] for name in names if name in sample.values]
-        if held:
+        values = [sample.values[name] for name in names if name in sample.values]
+        if values:
             table.add_column(title, justify="right")
-            columns.append(torch.stack(held).amax(0).tolist())
+            columns.append(torch.stack(values).amax(0).tolist())
     for site, *figures in zip(sample.sites, *columns, strict=True):
         table.add_row(site, *(f"{figure:.4g}" if abs(figure) >= 0.1 else f"{figure:.1e}" for figure in figures))
     return table

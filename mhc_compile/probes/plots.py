@@ -18,7 +18,7 @@ _PANELS = 12
 
 
 def draw(samples: Sequence[Sample], folder: Path) -> list[Path]:
-    """PNG files of the samples of every owner in `folder`, which is made. Raises MHC233 without matplotlib, MHC413.
+    """Draw PNG files of the samples of every owner in `folder`. Raises MHC233 without matplotlib, MHC413.
 
     `OWNER-mix.png`: the mean H of every site; `-gain.png`: gains and distances along the depth; `-streams.png`: norms,
     gradients, separation and entropies by site; `-gates.png`: histograms of memories' gates; all of the last sample.
@@ -95,18 +95,18 @@ def _streams(figure: Any, samples: Sequence[Sample]) -> bool:
     figure.set_size_inches(12, 2.6 + 1.5 * len(maps))
     grid = figure.add_gridspec(len(maps) + 1, 2, height_ratios=[*[1.0] * len(maps), 1.8])
     axes = []
-    for row, (title, held) in enumerate(maps.items()):
+    for row, (title, of_streams) in enumerate(maps.items()):
         axis = figure.add_subplot(grid[row, :])
-        image = axis.imshow(held.T, aspect="auto", cmap="viridis", interpolation="nearest")
+        image = axis.imshow(of_streams.T, aspect="auto", cmap="viridis", interpolation="nearest")
         axis.set_title(title, fontsize=9)
         axis.set_ylabel("stream")
-        axis.set_yticks(range(held.shape[1]))
+        axis.set_yticks(range(of_streams.shape[1]))
         figure.colorbar(image, ax=axis)
         axes.append(axis)
     apart, entropies = figure.add_subplot(grid[-1, 0]), figure.add_subplot(grid[-1, 1])
     apart.plot(values["separation"], color="C3", marker=".")
     apart.set_ylim(bottom=0)
-    apart.set_title("separation of the streams behind each site", fontsize=9)
+    apart.set_title("separation of the streams after each site", fontsize=9)
     for name in ("pre", "post"):
         entropies.plot(values[f"{name}_entropy"], label=name)
     entropies.axhline(math.log(values["streams"].shape[1]), color="0.7", linewidth=1, label="log n")
@@ -127,8 +127,8 @@ def _gates(figure: Any, samples: Sequence[Sample]) -> bool:
     for axis, layer, streams in zip(
         figure.subplots(1, len(sample.layers), squeeze=False)[0], sample.layers, shares, strict=True
     ):
-        for i, held in enumerate(streams):
-            axis.stairs(held, edges, label=f"stream {i}")
+        for i, of_stream in enumerate(streams):
+            axis.stairs(of_stream, edges, label=f"stream {i}")
         axis.set(title=layer, xlabel="gate", ylabel="share of tokens")
         axis.legend(fontsize=7)
     figure.suptitle(f"{_title(sample)}: gates of memories", fontsize=9)
@@ -142,11 +142,10 @@ def _history(figure: Any, samples: Sequence[Sample]) -> bool:
     figure.set_size_inches(12, 4)
     apart, gain = figure.subplots(1, 2)
     steps = [sample.step for sample in same]
-    held: list[tuple[Any, str, str]] = [
+    for axis, name, title in (
         (apart, "separation", "separation of the streams"),
         (gain, "composite_backward_max", "largest composite gain, backward"),
-    ]
-    for axis, name, title in held:
+    ):
         table: Tensor = torch.stack([sample.values[name] for sample in same], 1)
         image = axis.pcolormesh(steps, range(len(table)), table, shading="nearest", cmap="viridis")
         axis.set(xlabel="step", ylabel="site")
@@ -167,7 +166,7 @@ def _title(sample: Sample) -> str:
 
 
 def _short(name: str) -> str:
-    """The last number of a module path with what stands behind it: `3.mlp#0` of `layers.3.mlp#0`."""
+    """Return a module path from its last number on: `3.mlp#0` of `layers.3.mlp#0`."""
     parts = name.split(".")
     first = next((i for i in reversed(range(len(parts))) if parts[i].split("#")[0].isdigit()), 0)
     return ".".join(parts[first:])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.diagnostics import MHCError, warn
@@ -15,7 +15,6 @@ from mhc_compile.parameters import owners, unwrapped
 from mhc_compile.probes.plots import draw
 from mhc_compile.probes.recording import Record
 from mhc_compile.probes.sample import Sample, sample_of
-from mhc_compile.probes.tensorboard import add
 
 
 class Probes:
@@ -28,8 +27,8 @@ class Probes:
         probes.write("probes.jsonl")
 
     A sampled step runs graphs of its own, each compiled once, with the same kernels and results as those of other
-    steps, which run as if there were no probes. Outputs, gradients, random states and what is saved stay as they are.
-    Sampling waits for the device once, at the end of the step.
+    steps, which are not affected. Outputs, gradients, random states and checkpoints do not change. Sampling
+    synchronises with the device once, at the end of the step.
 
     `model` may be wrapped (torch.compile, DDP), and may be converted by its first call. Under DDP every rank samples
     its own tokens. Raises MHC204 for `every` below 1.
@@ -41,19 +40,19 @@ class Probes:
         self.model = model
         self.every = every
         self.samples: list[Sample] = []
-        """What was sampled so far, in order; a step has one for each stream owner."""
+        """The samples so far, in order; a step has one for each stream owner."""
         self.steps = 0
-        """How many steps there were."""
+        """The number of steps so far."""
         self._due = True
         self._shown = 0
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step: all forward and backward passes up to the next optimizer step belong inside.
+        """Enclose one step: all forward and backward passes up to the next optimizer step.
 
-        A sampled step in which no converted part ran does not count, and the one behind it is sampled (so is the step
-        behind a first call that converts the model). Raises MHC231 where a step lies in another one that samples the
-        same model, and MHC410 behind a sampled step where the model is not converted.
+        If no converted part ran in a sampled step, the next one is sampled instead (also after a first call that
+        converts the model). Raises MHC231 for a step inside of another one that samples the same model, and MHC410
+        after a sampled step where the model is not converted.
         """
         self._due = self._due or self.steps % self.every == 0
         number, self.steps = self.steps, self.steps + 1
@@ -66,17 +65,17 @@ class Probes:
         finally:
             for record in records:
                 record.close()
-        found = [sample_of(record, number) for record in records if record.calls]
-        self._due = not found
-        self.samples += found
-        if records and not found:
+        samples = [sample_of(record, number) for record in records if record.calls]
+        self._due = not samples
+        self.samples += samples
+        if records and not samples:
             warn("MHC230", f"step {number}", stacklevel=4)
         if not records and not owners(unwrapped(self.model)):
             raise MHCError("MHC410", f"{type(unwrapped(self.model)).__name__} holds no stream parameters")
 
     def _open(self) -> list[Record]:
-        held = {id(p): (path, p) for path, p in reversed(owners(unwrapped(self.model)).items())}
-        records = [Record(path, p) for path, p in reversed(held.values())]
+        distinct = {id(p): (path, p) for path, p in reversed(owners(unwrapped(self.model)).items())}
+        records = [Record(path, p) for path, p in reversed(distinct.values())]
         for record in records:
             if record.parameters.probe_slot is not None:
                 raise MHCError("MHC231", module=record.owner)
@@ -98,7 +97,7 @@ class Probes:
         `gates/OWNER.LAYER/STREAM`.
         """
         for sample in self.samples[self._shown :]:
-            add(writer, sample)
+            _add_to_tensorboard(writer, sample)
         self._shown = len(self.samples)
 
     def plot(self, folder: str | Path) -> list[Path]:
@@ -108,3 +107,32 @@ class Probes:
         gates of memories; of the last sample, separation and gains over all samples too.
         """
         return draw(self.samples, Path(folder))
+
+
+def _add_to_tensorboard(writer: Any, sample: Sample) -> None:
+    """Add one sample; mean matrices are only in files and plots."""
+    for quantity, values in sample.values.items():
+        if quantity == "gates":
+            _add_gates(writer, sample, values)
+        elif quantity != "mix":
+            for site, of_site in zip(sample.sites, values.tolist(), strict=True):
+                tag = f"{quantity}/{f'{sample.owner}.{site}'.strip('.')}"
+                figures = {f"{tag}/{i}": x for i, x in enumerate(of_site)} if values.ndim > 1 else {tag: of_site}
+                for name, figure in figures.items():
+                    writer.add_scalar(name, figure, sample.step)
+
+
+def _add_gates(writer: Any, sample: Sample, counts: Tensor) -> None:
+    bins = counts.shape[-1]
+    middles = [(i + 0.5) / bins for i in range(bins)]
+    for layer, streams in zip(sample.layers, counts.tolist(), strict=True):
+        for i, of_stream in enumerate(streams):
+            writer.add_histogram_raw(
+                f"gates/{f'{sample.owner}.{layer}'.strip('.')}/{i}",
+                min=0.0, max=1.0, num=sum(of_stream),
+                sum=sum(c * m for c, m in zip(of_stream, middles, strict=True)),
+                sum_squares=sum(c * m * m for c, m in zip(of_stream, middles, strict=True)),
+                bucket_limits=[(k + 1) / bins for k in range(bins)],
+                bucket_counts=of_stream,
+                global_step=sample.step,
+            )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The calls of one sampled step: what the graphs recorded in them, and the gradients that came back.
+"""The calls of one sampled step: the figures that graphs recorded, and the gradients.
 
 A sampled step gives every stream owner a *slot*, which goes into the owner's graph by `mhc::mark` and by which Dynamo
 tells sampled steps from others. What runs a sampled graph finds the record of its step by the slot, and puts a new slot
@@ -22,7 +22,7 @@ from mhc_compile.passes.results import Probed
 
 @dataclass
 class Call:
-    """What one run of a graph recorded of an owner; tensors lie on its device."""
+    """The figures that one run of a graph recorded of an owner; tensors are on its device."""
 
     rows: tuple[str, ...]
     """The sites of the rows of `squares`."""
@@ -48,7 +48,7 @@ class Record:
     calls: list[Call] = field(default_factory=list)
 
     def open(self) -> None:
-        """Bring a slot to the owner's calls from now on."""
+        """Pass a slot to the owner's calls from now on."""
         device = next(self.parameters.parameters()).device
         with torch.inference_mode(False):
             slot = _slot(len(self.parameters.sites), self.parameters.spec.streams, device)
@@ -56,7 +56,7 @@ class Record:
         self.parameters.probe_slot = slot
 
     def close(self) -> None:
-        """Let the owner's calls run plain graphs again."""
+        """Let the owner's calls run graphs without probes again."""
         self.parameters.probe_slot = None
 
 
@@ -69,13 +69,13 @@ def _slot(sites: int, streams: int, device: torch.device) -> Tensor:
 
 
 def recording(compiled: Callable[..., Any], gm: GraphModule, probed: Sequence[Probed]) -> Callable[..., Any]:
-    """`compiled`, which runs the graph `gm` that the pass `probe` made, with the results that `gm` had before it.
+    """Return a function that runs `compiled`, the graph `gm` after the pass `probe`, with the results from before it.
 
-    What the pass added goes to the records of the slots that a call brings.
+    The results that the pass added go to the records of the call's slots.
     """
     position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     at = [position[p.slot] for p in probed]
-    given = [(tuple(p.rows), tuple(p.sites), tuple(p.layers)) for p in probed]
+    names_of = [(tuple(p.rows), tuple(p.sites), tuple(p.layers)) for p in probed]
     added = [(bool(p.figures), bool(p.counts)) for p in probed]
     count = sum(map(sum, added))
 
@@ -84,7 +84,7 @@ def recording(compiled: Callable[..., Any], gm: GraphModule, probed: Sequence[Pr
         calls = []
         # A checkpointed forward that the backward pass runs again was recorded the first time.
         again = torch._C._current_graph_task_id() != -1
-        for i, names in zip(at, given, strict=True):
+        for i, names in zip(at, names_of, strict=True):
             call = Call(*names)
             record = _records.get(inputs[i])
             if record is not None and not again:
@@ -92,24 +92,24 @@ def recording(compiled: Callable[..., Any], gm: GraphModule, probed: Sequence[Pr
             arguments[i] = _watched(inputs[i], call)
             calls.append(call)
         results = compiled(*arguments)
-        own, recorded = results[:-count], iter(results[-count:])
+        original, recorded = results[:-count], iter(results[-count:])
         for call, (figures, counts) in zip(calls, added, strict=True):
             # Copies: the memory of a CUDA graph's results belongs to its next run.
             call.figures = next(recorded).clone() if figures else None
             call.counts = next(recorded).clone() if counts else None
-        return own
+        return original
 
     return run
 
 
 def _watched(slot: Tensor, call: Call) -> Tensor:
-    """A slot of the call's own, whose gradient becomes `call.squares`."""
-    own = torch.zeros_like(slot, requires_grad=True)
+    """Return a new slot for the call, whose gradient becomes `call.squares`."""
+    watched = torch.zeros_like(slot, requires_grad=True)
 
     def keep(gradient: Tensor) -> None:
-        found = gradient.detach().clone()
-        call.squares = found if call.squares is None else call.squares + found
+        squares = gradient.detach().clone()
+        call.squares = squares if call.squares is None else call.squares + squares
 
-    if own.requires_grad and torch.is_grad_enabled():
-        own.register_hook(keep)
-    return own
+    if watched.requires_grad and torch.is_grad_enabled():
+        watched.register_hook(keep)
+    return watched

@@ -23,7 +23,7 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Sample:
-    """What the streams of one owner did in one step, over all its calls and tokens (padding is counted).
+    """The figures of one owner's streams in one step, over all its calls and tokens (including padding).
 
     `values` holds float32 tensors on the CPU, the first dimension L counting the sites in the order of the stream, `n`
     streams:
@@ -31,11 +31,11 @@ class Sample:
         gain_forward_mean, _max        [L]       largest row sum of the site's `|H|`, over tokens
         gain_backward_mean, _max       [L]       largest column sum of it
         composite_forward_mean, _max   [L]       the same of `H_l ... H_1`, the sites up to this one (arXiv 2512.24880)
-        composite_backward_mean, _max  [L]       (sites behind a transposed stream begin a product anew)
+        composite_backward_mean, _max  [L]       (sites after a transposed stream begin a new product)
         distance_mean, _max            [L]       of H from doubly stochastic: `|row or column sum - 1|` or `-entry`
         pre_entropy, post_entropy      [L]       in nats, of the shares of the streams in pre and post: 0 to log n
-        separation                     [L]       behind the site, the streams' deviation from their mean, relative
-        streams, branch                [L, n], [L]   root mean squares: of the streams behind the site, of its branch
+        separation                     [L]       after the site, the streams' deviation from their mean, relative
+        streams, branch                [L, n], [L]   root mean squares: of the streams after the site, of its branch
         pre, post, mix                 [L, n], [L, n], [L, n, n]   means over tokens
         streams_gradient               [L, n]    2-norm over all tokens of the gradient that the site's mix hands back
         branch_gradient                [L]       2-norm over all tokens of the gradient of the branch's output
@@ -55,7 +55,7 @@ class Sample:
     values: dict[str, Tensor]
 
     def line(self) -> str:
-        """The sample as one line of JSON; a value that is not finite is null."""
+        """Return the sample as one line of JSON; a value that is not finite is null."""
         about = {"format": FORMAT, "step": self.step, "owner": self.owner, "tokens": self.tokens}
         names = {"sites": self.sites, "layers": self.layers}
         values = {name: _plain(t.tolist()) for name, t in self.values.items()}
@@ -63,24 +63,24 @@ class Sample:
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """The samples in a file that `Probes.write` made. Raises MHC232 for one that it cannot have made, MHC413."""
+    """Read the samples in a file that `Probes.write` made. Raises MHC232 for invalid files, MHC413."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MHCError("MHC413", str(error)) from error
-    found = []
+    samples = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(_parsed(json.loads(line)))
+            samples.append(_parsed(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise MHCError("MHC232", f"line {number} of {path}: {type(error).__name__}: {error}") from error
-    if not found:
+    if not samples:
         raise MHCError("MHC232", f"{path} is empty")
-    return found
+    return samples
 
 
 def sample_of(record: Record, step: int) -> Sample:
-    """All calls of a record together: means over all tokens, maxima, counts and squares of gradients added up."""
+    """Combine all calls of a record: means over all tokens, maxima, and sums of counts and squared gradients."""
     n = record.parameters.spec.streams
     calls = [call for call in record.calls if call.figures is not None]
     sites = tuple(dict.fromkeys(name for call in calls for name in call.sites))
@@ -113,18 +113,18 @@ def sample_of(record: Record, step: int) -> Sample:
     return Sample(step, record.owner, tokens, sites, layers, values)
 
 
-def _by_name(names: Sequence[str], found: Iterable[tuple[Sequence[str], Tensor | None]]) -> list[Tensor]:
-    """For every name its rows in all calls, `[calls, ...]`, in float64 on the CPU."""
+def _by_name(names: Sequence[str], calls: Iterable[tuple[Sequence[str], Tensor | None]]) -> list[Tensor]:
+    """Return the rows of every name in all calls, `[calls, ...]`, in float64 on the CPU."""
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
-    for held, tensor in found:
+    for of_call, tensor in calls:
         assert tensor is not None
-        for name, row in zip(held, tensor.cpu().double(), strict=False):
+        for name, row in zip(of_call, tensor.cpu().double(), strict=False):
             rows[name].append(row)
     return [torch.stack(r) if r else torch.empty(0) for r in rows.values()]
 
 
 def _plain(values: Any) -> Any:
-    """Nested lists with rounded numbers."""
+    """Return nested lists with rounded numbers."""
     if isinstance(values, list):
         return [_plain(v) for v in values]
     return float(f"{values:.{_DIGITS}g}") if math.isfinite(values) else None
@@ -136,12 +136,12 @@ def _parsed(line: Any) -> Sample:
     sites, layers = (tuple(_text(name) for name in line[key]) for key in ("sites", "layers"))
     values = {_text(name): torch.tensor(_numbers(v)) for name, v in line["values"].items()}
     n = values["streams"].shape[-1]
-    wanted = {name: (len(sites), *shape) for name, shape in layout(n).items() if name != "tokens"}
+    required = {name: (len(sites), *shape) for name, shape in layout(n).items() if name != "tokens"}
     optional = {
         "streams_gradient": (len(sites), n), "branch_gradient": (len(sites),), "gates": (len(layers), n, BINS)
     }  # fmt: skip
-    for name in {**wanted, **values}:
-        if values[name].shape != (wanted | optional)[name] or not sites:
+    for name in {**required, **values}:
+        if values[name].shape != (required | optional)[name] or not sites:
             raise ValueError(f"{name} has the shape {list(values[name].shape)}")
     return Sample(int(line["step"]), _text(line["owner"]), int(line["tokens"]), sites, layers, values)
 

@@ -2,7 +2,7 @@
 
 rmsnorm(u_m) = q_m v with q_m = a_m r_m, r_m = 1 / sqrt(a_m^2 mean(v^2) + eps), so that a tap of stream m is
 `w q_m v`, w = conv * conv_gain. Blocks of rows of one sequence are worked on in tiles of columns, whose w stay in the
-cache. Backward, with dy = dX' silu'(y) of a token and the tokens that read a row behind it:
+cache. Backward, with dy = dX' silu'(y) of a token and the tokens that read a row:
 
     z = sum_taps w dy        the gradient of q_m v
     dv = sum_m (a_m dX'_m + q_m z_m) - v / C sum_m <z_m, v> (a_m r_m)^3
@@ -59,15 +59,15 @@ struct Reads {{
 }};
 static inline Reads look_back(
     const value_t* value, const float* a, int64_t row, int64_t reach, const float* r, int64_t first) {{
-  Reads found;
+  Reads sources;
   for (int k = 0; k < TAPS; ++k) {{
     const int64_t offset = (TAPS - 1 - k) * (int64_t)DILATION;
-    found.there[k] = offset <= row && offset <= reach;
-    const int64_t at = found.there[k] ? row - offset : row;
-    found.from[k] = value + at * C;
-    for (int i = 0; i < N; ++i) found.q[k][i] = found.there[k] ? a[at * N + i] * r[(at - first) * N + i] : 0.0f;
+    sources.there[k] = offset <= row && offset <= reach;
+    const int64_t at = sources.there[k] ? row - offset : row;
+    sources.from[k] = value + at * C;
+    for (int i = 0; i < N; ++i) sources.q[k][i] = sources.there[k] ? a[at * N + i] * r[(at - first) * N + i] : 0.0f;
   }}
-  return found;
+  return sources;
 }}
 """
 
@@ -96,17 +96,17 @@ extern "C" void forward(void** p, const int64_t* size, int threads) {{
         reads[t - begin] = look_back(values, gates, before + t, reach[sequence * tokens + t], r, first);
       for (int v0 = 0; v0 < V; v0 += TILE)
         for (int64_t t = begin; t < end; ++t) {{
-          const Reads& found = reads[t - begin];
+          const Reads& sources = reads[t - begin];
           const float* gate = gates + (before + t) * N;
           const streams_t* x = X + (sequence * tokens + t) * x_stride;
           streams_t* out = next_X + (sequence * tokens + t) * N * C;
           for (int v = v0; v < V && v < v0 + TILE; ++v) {{
             Lanes tap[TAPS];
-            for (int k = 0; k < TAPS; ++k) tap[k] = read(found.from[k], v);
+            for (int k = 0; k < TAPS; ++k) tap[k] = read(sources.from[k], v);
             for (int i = 0; i < N; ++i) {{
               Lanes y = all(0.0f);
               for (int k = 0; k < TAPS; ++k)
-                y += load(packed + ((v * N + i) * TAPS + k) * (int64_t)LANES) * (found.q[k][i] * tap[k]);
+                y += load(packed + ((v * N + i) * TAPS + k) * (int64_t)LANES) * (sources.q[k][i] * tap[k]);
               const int64_t at = i * (int64_t)C;
               __builtin_prefetch(x + x_stride + at + v * LANES);
               put(out + at, v, read(x + at, v) + (gate[i] * tap[TAPS - 1] + y * sigmoid(y)), streaming);
@@ -132,21 +132,21 @@ struct Work {{
 }};
 // dy of a token, into the ring; what it adds to dw where the token is one of the block's own.
 static inline void through_silu(
-    const streams_t* g, const Reads& found, const float* packed, int v0, int v1, float* dy, float* dw) {{
+    const streams_t* g, const Reads& sources, const float* packed, int v0, int v1, float* dy, float* dw) {{
   for (int v = v0; v < v1; ++v) {{
     Lanes tap[TAPS];
-    for (int k = 0; k < TAPS; ++k) tap[k] = read(found.from[k], v);
+    for (int k = 0; k < TAPS; ++k) tap[k] = read(sources.from[k], v);
     for (int i = 0; i < N; ++i) {{
       const int64_t at = (v * N + i) * TAPS * (int64_t)LANES;
       Lanes y = all(0.0f);
-      for (int k = 0; k < TAPS; ++k) y += load(packed + at + k * LANES) * (found.q[k][i] * tap[k]);
+      for (int k = 0; k < TAPS; ++k) y += load(packed + at + k * LANES) * (sources.q[k][i] * tap[k]);
       Lanes s = sigmoid(y);
       __builtin_prefetch(g + (N + i) * (int64_t)C + v * LANES);
       Lanes d = read(g + i * (int64_t)C, v) * (s * (1.0f + y * (1.0f - s)));
       store(dy + i * ROW + (v - v0) * LANES, d);
       if (dw)
         for (int k = 0; k < TAPS; ++k)
-          store(dw + at + k * LANES, load(dw + at + k * LANES) + d * (found.q[k][i] * tap[k]));
+          store(dw + at + k * LANES, load(dw + at + k * LANES) + d * (sources.q[k][i] * tap[k]));
     }}
   }}
 }}

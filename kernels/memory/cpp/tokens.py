@@ -123,17 +123,17 @@ extern "C" void backward(void** p, const int64_t* size, int threads) {{
       float gate[N], across[N], along_x[N], along_k[N];
       for (int i = 0; i < N; ++i) {{
         const int64_t of = at + i * (int64_t)C;
-        Sums found = sum_up(x + i * (int64_t)C, keys + of, product + i * V * LANES, d_next_X + of, v);
+        Sums totals = sum_up(x + i * (int64_t)C, keys + of, product + i * V * LANES, d_next_X + of, v);
         if constexpr (GATES) {{
-          Gate g = gate_of(found);
-          const float ds = (ADDS ? found.flow : d_a[token * N + i]) * g.slope;
+          Gate g = gate_of(totals);
+          const float ds = (ADDS ? totals.flow : d_a[token * N + i]) * g.slope;
           gate[i] = g.a;
           across[i] = ds * g.rx * g.rk * {scale}f;
           along_x[i] = ds * g.s * g.rx * g.rx / C;
           along_k[i] = ds * g.s * g.rk * g.rk / C;
         }} else {{
           gate[i] = a[row * N + i];
-          d_a_out[row * N + i] = found.flow;
+          d_a_out[row * N + i] = totals.flow;
         }}
       }}
       if (!GATES && token % length == 0) {{  // history takes no part in it

@@ -64,14 +64,14 @@ class StepLauncher(Launcher):
         """Launch the kernels of one direction; return its outputs by name."""
         sizes, like = spec.sizes(values), next(iter(values.values()))
         out = {n: like.new_empty(spec.shape(n, sizes), dtype=spec.dtype(n)) for n in spec.outputs(direction)}
-        given, stride = laid_out(spec, values)
+        inputs, stride = laid_out(spec, values)
         numbers = {**spec.numbers(sizes), "x_stride": stride}
         if spec.convolves:
-            self._convolve(spec, direction, given, out, numbers)
+            self._convolve(spec, direction, inputs, out, numbers)
         elif direction == "forward":
-            self._over_rows(spec, direction, "forward", {**given, **out}, numbers["tokens"], numbers)
+            self._over_rows(spec, direction, "forward", {**inputs, **out}, numbers["tokens"], numbers)
         else:
-            self._tokens_back(spec, given, out, numbers)
+            self._tokens_back(spec, inputs, out, numbers)
             if numbers["before"]:  # history takes no part in `add`
                 for t in out.values():
                     t[:, : numbers["before"]].zero_()
@@ -88,14 +88,14 @@ class StepLauncher(Launcher):
         )  # fmt: skip
 
     def _tokens_back(
-        self, spec: MemoryStep, given: dict[str, Tensor], out: dict[str, Tensor], numbers: dict[str, int]
+        self, spec: MemoryStep, inputs: dict[str, Tensor], out: dict[str, Tensor], numbers: dict[str, int]
     ) -> None:
-        like = next(iter(given.values()))
+        like = next(iter(inputs.values()))
 
         def call(tile: TileConfig) -> Call:
             count = -(-numbers["tokens"] // tile.tokens)
             per_program = -(-count // PROGRAMS) if spec.gates else 1
-            programs, values = -(-count // per_program), {**given, **out}
+            programs, values = -(-count // per_program), {**inputs, **out}
             if spec.gates:
                 values["sums"] = like.new_empty((programs, spec.n, spec.width), dtype=torch.float32)
             return Call(values, {**numbers, "per_program": per_program}, (programs,))
@@ -103,18 +103,18 @@ class StepLauncher(Launcher):
         launched = self.launch(spec, "backward", "backward", like.device, call)
         if spec.gates:
             both = launched.values["sums"].sum(0)
-            torch.mul(both, given["key_gain"], out=out["d_query_gain"])
-            torch.mul(both, given["query_gain"], out=out["d_key_gain"])
+            torch.mul(both, inputs["key_gain"], out=out["d_query_gain"])
+            torch.mul(both, inputs["query_gain"], out=out["d_key_gain"])
 
     def _convolve(
-        self, spec: MemoryStep, direction: Direction, given: dict[str, Tensor], out: dict[str, Tensor],
+        self, spec: MemoryStep, direction: Direction, inputs: dict[str, Tensor], out: dict[str, Tensor],
         numbers: dict[str, int],
     ) -> None:  # fmt: skip
         n, C = spec.n, spec.width
         batch, length = numbers["tokens"] // numbers["length"], numbers["length"] + numbers["before"]
         rows = batch * length
-        fresh, device = given["a"].new_empty, given["a"].device
-        values = {**given, **out, "r": fresh((rows, n))}
+        fresh, device = inputs["a"].new_empty, inputs["a"].device
+        values = {**inputs, **out, "r": fresh((rows, n))}
         self._over_rows(spec, direction, "statistics", values, rows, {"rows": rows})
         if direction == "forward":
 
@@ -136,5 +136,5 @@ class StepLauncher(Launcher):
         last = {"rows": rows, "column_blocks": walked.grid[1]}
         self._over_rows(spec, direction, "finish", walked.values, rows, last)
         dw = walked.values["partial"].sum(0).transpose(1, 2)
-        torch.mul(dw, given["conv_gain"].unsqueeze(-1), out=out["d_conv"])
-        torch.sum(dw * given["conv"], -1, out=out["d_conv_gain"])
+        torch.mul(dw, inputs["conv_gain"].unsqueeze(-1), out=out["d_conv"])
+        torch.sum(dw * inputs["conv"], -1, out=out["d_conv_gain"])
