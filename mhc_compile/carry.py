@@ -16,11 +16,11 @@ from torch import Tensor
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import (
     STATE,
+    USE_CACHE,
     Roles,
     batch_of,
     cache_of,
     caches_in,
-    caches_nothing,
     ids_of,
     is_filled,
     mask_of,
@@ -85,7 +85,7 @@ def state_of(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> Sta
             setattr(cache, STATE, state)
         return state
     # The owner may make a cache itself.
-    if torch.is_grad_enabled() or caches_nothing(arguments):
+    if torch.is_grad_enabled() or arguments.get(USE_CACHE) is False:
         return {}
     return new_state(parameters, roles, arguments)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import warnings
 from functools import partial
 
+from mhc_compile.codes import Diagnostic
 from mhc_compile.codes.compiler import COMPILER
-from mhc_compile.codes.row import Diagnostic
 from mhc_compile.codes.training import TRAINING
 
 TABLE: dict[str, Diagnostic] = {**COMPILER, **TRAINING}

@@ -40,11 +40,8 @@ class _Functions(set[Any]):
 
 
 def _log_methods() -> list[Any]:
-    known = (getattr(logging.Logger, name, None) for name in (*_LOG_METHODS, "warning_once"))  # transformers adds this
-    return [method for method in known if method is not None]
-
-
-_LOG_METHODS = ("debug", "info", "warning", "error", "critical")
+    names = ("debug", "info", "warning", "error", "critical", "warning_once")  # the last one is transformers'
+    return [getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)]
 
 
 def graph_break_error(owner: nn.Module, error: Exception) -> MHCError:

@@ -80,18 +80,8 @@ def rows(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> T
     return torch.stack(numbers, -1)
 
 
-def compress(ids: Tensor, table: Tensor) -> Tensor:
-    """Return the new ids of `ids` [...] by the projection `table` [V] int64. Negative ids are unchanged.
-
-    For use in graphs: PyTorch and Inductor report an id from V on as an index out of range. `check_ids` raises a coded
-    error before a model is called.
-    """
-    ids = ids.long()
-    return torch.where(ids < 0, ids, table[ids.clamp(min=0)])
-
-
 def check_ids(ids: Tensor, vocab: int) -> None:
-    """Raise `MHCError` MHC221 where one of `ids` [...] is `vocab` or more. Reads the values: waits for a GPU."""
+    """Raise `MHCError` MHC221 where one of `ids` [...] is `vocab` or more; on a GPU this synchronises."""
     if ids.numel() and (largest := int(ids.max())) >= vocab:
         raise MHCError("MHC221", f"id {largest} in a vocabulary of {vocab}")
 

@@ -1,6 +1,6 @@
 """Codes 1xx: the graph, 2xx: parameters and configuration, 3xx: the backend, 4xx: checkpoint folders, 5xx: export."""
 
-from mhc_compile.codes.row import rows
+from mhc_compile.codes import rows
 
 COMPILER = rows("""
 MHC101 no residual stream

@@ -1,6 +1,6 @@
 """Codes 6xx: training runs, their data and checkpoints, stages, and plans."""
 
-from mhc_compile.codes.row import rows
+from mhc_compile.codes import rows
 
 TRAINING = rows("""
 MHC600 no recipe

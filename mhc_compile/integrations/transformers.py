@@ -198,11 +198,6 @@ def caches_in(roles: Roles, output: Any) -> list[Any]:
     return [cache for part in parts for cache in caches_in(roles, part)]
 
 
-def caches_nothing(arguments: Mapping[str, Any]) -> bool:
-    """Return whether the call says that it is not to cache anything."""
-    return arguments.get(USE_CACHE) is False
-
-
 def without_cache(model: Any) -> dict[str, Any]:
     """Return the keyword argument by which a model with a cache is told to do without it."""
     config: Any = getattr(model, "config", None)

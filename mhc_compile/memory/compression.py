@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.memory.hashing import check_ids, compress
 
 # A lone space keeps its own id through the stripping as this character of Unicode's private use area.
 _LONE_SPACE = "\ue000"
@@ -68,11 +67,6 @@ class Compression:
                 raise MHCError("MHC221", f"{name}={token} in a vocabulary of {len(table)}")
         special = {name: None if token is None else table[token] for name, token in named.items()}
         return cls(table=torch.tensor(table), size=len(numbers), sha256=_digest(texts, tokens), **special)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Return the new ids of `ids` [...], int64; negative ones are unchanged. Raises MHC221 for unknown ids."""
-        check_ids(ids, len(self.table))
-        return compress(ids, self.table.to(ids.device))
 
     def check(self, tokenizer: Any) -> None:
         """Raise MHC222 unless every id of `tokenizer` has the same text as in the tokenizer this was made from."""
