@@ -192,15 +192,11 @@ class MemoryStep(KernelSpec):
         22.
         """
         X, keys = self.streams * self.streams_dtype.itemsize, self.streams * self.keys_dtype.itemsize
-        value = self.value_dtype.itemsize if self.adds else 0
-        moved = value
-        if self.gates:
-            moved += X + keys
-        if not backward:
-            moved += (X if self.adds and not self.gates else 0) + (X if self.adds else 0)
-        else:
-            moved += (X if self.adds or self.joins else 0) + value + (X + keys if self.gates else 0)
-        return tokens * self.width * moved
+        value, gated = self.adds * self.value_dtype.itemsize, self.gates * (X + keys)
+        if backward:
+            return tokens * self.width * (2 * value + 2 * gated + (self.adds or self.joins) * X)
+        read = self.adds and not self.gates
+        return tokens * self.width * (value + gated + (read + self.adds) * X)
 
     def operations(self, tokens: int, *, backward: bool = False) -> int:
         """Return the multiplications and additions over the width: of gates three sums a stream, of taps two."""

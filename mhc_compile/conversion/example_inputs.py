@@ -21,8 +21,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         raise MHCError("MHC209", f"{type(model).__name__} is not a Hugging Face model")
     device = next(model.parameters()).device
     # Quantised weights may be parameters too.
-    kinds = [p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1]
-    dtype = kinds[0] if kinds else torch.float32
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    dtype = next(kinds, torch.float32)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     ids = torch.arange(2, 2 + LENGTH, device=device).remainder(
         max(int(getattr(text, "vocab_size", LENGTH) or LENGTH), 1)

@@ -158,7 +158,7 @@ def _along_depth(figure: Any, axes: Sequence[Any], sample: Sample) -> None:
     places = range(0, len(sample.sites), max(1, len(sample.sites) // 8))
     for axis in axes:
         axis.set_xticks(list(places), [_short(sample.sites[i]) for i in places], fontsize=7)
-    figure.suptitle(f"{_title(sample)}", fontsize=9)
+    figure.suptitle(_title(sample), fontsize=9)
 
 
 def _title(sample: Sample) -> str:

@@ -50,8 +50,9 @@ class Record:
     def open(self) -> None:
         """Pass a slot to the owner's calls from now on."""
         device = next(self.parameters.parameters()).device
+        shape = (len(self.parameters.sites), self.parameters.spec.streams + 1)
         with torch.inference_mode(False):
-            slot = _slot(len(self.parameters.sites), self.parameters.spec.streams, device)
+            slot = torch.zeros(shape, dtype=torch.float64, device=device, requires_grad=True)
         _records[slot] = self
         self.parameters.probe_slot = slot
 
@@ -62,10 +63,6 @@ class Record:
 
 _records = WeakTensorKeyDictionary()
 """The open record by its slot."""
-
-
-def _slot(sites: int, streams: int, device: torch.device) -> Tensor:
-    return torch.zeros(sites, streams + 1, dtype=torch.float64, device=device, requires_grad=True)
 
 
 def recording(compiled: Callable[..., Any], gm: GraphModule, probed: Sequence[Probed]) -> Callable[..., Any]:
