@@ -28,7 +28,7 @@ from mhc_compile.integrations.attributes import replace_attribute, restore_attri
 from mhc_compile.parameters import StreamParameters, active_parameters, is_converted, owners
 from mhc_compile.passes.marks import Described, inputs_as_text
 from mhc_compile.sharded import gathered_layers
-from mhc_compile.tracing import RECOMPILE_LIMIT, call_error, graph_break_error, tracing_config
+from mhc_compile.tracing import RECOMPILE_LIMIT, graph_break_error, traced_error, tracing_config
 
 _ON_CONVERT = (accelerate.on_convert, peft.on_convert, transformers.on_convert, saving.on_convert)
 _ON_RESTORE = (transformers.on_restore, peft.on_restore, accelerate.on_restore)
@@ -225,7 +225,7 @@ def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...]
         if not any(hidden):
             raise graph_break_error(owner, error) from error
     except torch._dynamo.exc.TorchRuntimeError as error:
-        raise call_error(owner, error) from error
+        raise traced_error("MHC111", str(error), type(owner).__name__) from error
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise MHCError("MHC307", f"{RECOMPILE_LIMIT} of {type(owner).__name__}") from error
     finally:
