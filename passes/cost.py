@@ -243,5 +243,5 @@ def parse_blocks(blocks: str | int) -> tuple[Mode, int | None] | tuple[Literal["
 
 def bytes_text(size: int) -> str:
     """Bytes for a reader."""
-    unit = next((u for u in ("GiB", "MiB", "KiB") if size >= _UNITS[u]), "B")
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if size >= _UNITS[u]), "B")
     return f"{size / _UNITS[unit]:.4g} {unit}"

@@ -21,17 +21,18 @@ from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.memory.rows import FileRows, MappedRows
 from mhc_compile.memory.tables import MemoryTable, row_bytes
-from mhc_compile.parameters import names
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.format import (
     Description,
     StoredChunk,
     chunk_key,
+    form_of,
     read_description,
     verify_file,
 )
 from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.tables import tables_of
 
 CONFIG = "config.json"
 
@@ -127,28 +128,20 @@ class Stored:
 
 
 def _refuse_another(stored: Stored, model: nn.Module) -> None:
-    tensors = stored.description.tensors
-    there = {name: t.shape for name, t in tensors.items() if not name.startswith("optimizer/")}
-    here = {f"model/{name}": tuple(p.shape) for name, p in _parameters(model).items()}
-    here |= {f"tables/{name}.weight": (t.rows, t.width) for name, t in _tables(model).items()}
-    common = sorted(here.keys() & there.keys())
-    found = {
-        "only in the recipe's model": sorted(here.keys() - there.keys()),
-        "only in the checkpoint": sorted(there.keys() - here.keys()),
-        "of another shape": [f"{n} {list(there[n])}, here {list(here[n])}" for n in common if here[n] != there[n]],
+    weights = {
+        # A run keeps floating-point parameters as float32 masters, whatever the graph computes in.
+        f"model/{name}": form_of(p.shape, torch.float32 if p.is_floating_point() else p.dtype)
+        for name, p in _parameters(model).items()
     }
-    if said := [f"{what}: {names(which)}" for what, which in found.items() if which]:
-        raise MHCError("MHC617", f"{stored.folder}: {'; '.join(said)}")
+    weights |= {f"tables/{name}.weight": form_of((t.rows, t.width), t.dtype) for name, t in tables_of(model).items()}
+    if differences := stored.description.differences(weights):
+        raise MHCError("MHC617", f"{stored.folder}: {'; '.join(differences)}")
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those of everything but tables; a tied one by its first name."""
-    of_tables = {id(p) for t in _tables(model).values() for p in t.parameters()}
+    of_tables = {id(p) for t in tables_of(model).values() for p in t.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in of_tables}
-
-
-def _tables(model: nn.Module) -> dict[str, MemoryTable]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, MemoryTable)}
 
 
 def _fill(model: nn.Module, stored: Stored, near: Path) -> None:
@@ -156,7 +149,7 @@ def _fill(model: nn.Module, stored: Stored, near: Path) -> None:
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays tied
     for name, p in _parameters(model).items():
         made[p] = nn.Parameter(stored.tensor(f"model/{name}", near), requires_grad=p.requires_grad)
-    for name in _tables(model):
+    for name in tables_of(model):
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent).add_module(attribute, stored.table(f"tables/{name}.weight"))
     for module in model.modules():

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -113,12 +112,7 @@ class _Run:
         self.engine, self.recipe, self.world = engine, engine.recipe, engine.world
         self.loader, self.held_out, self.checkpoints, self.stop = loader, held_out, checkpoints, stop
         train = self.recipe.train
-        self.guard = Guard(
-            train.on_nonfinite,
-            self.recipe.checkpoint.folder,
-            explode=train.explode,
-            group=dist.group.WORLD if self.world.size > 1 else None,
-        )
+        self.guard = Guard(train.on_nonfinite, self.recipe.checkpoint.folder, explode=train.explode)
 
     def restore(self) -> int:
         """Take everything from the newest checkpoint; returns its step."""
@@ -136,14 +130,13 @@ class _Run:
         for step in range(start + 1, recipe.train.steps + 1):
             batch = self.loader.batch(step - 1)
             found = self.engine.gradients(batch, step, stop=self.stop.is_set())
-            with self.world.doing("judging the step", step):
-                verdict = self.guard.check(
-                    step,
-                    found.loss,
-                    found.norm,
-                    batch if self.world.pipe == 0 else None,
-                    {"step": step, "replica": self.world.replica, **self.loader.describe()},
-                )
+            verdict = self.guard.check(
+                step,
+                found.loss,
+                found.norm,
+                batch if self.world.pipe == 0 else None,
+                {"step": step, "replica": self.world.replica, **self.loader.describe()},
+            )
             figures = {"loss": found.loss, "grad_norm": found.norm}
             if verdict == "ok":
                 figures["lr"] = optimizer.update(step, found.norm)

@@ -182,7 +182,7 @@ def _check_schedule(p: ParallelTable, microbatches: int) -> None:
     said = None
     if p.schedule == "1f1b" and each != 1:
         said = f"1f1b has one stage a rank, not parallel.stages_per_rank = {each}"
-    elif p.schedule in ("zbv", "dualpipev") and each != 2:
+    elif p.is_v_shaped and each != 2:
         said = f"{p.schedule} has two stages a rank: parallel.stages_per_rank = 2, not {each}"
     elif p.schedule == "interleaved1f1b" and each < 2:
         said = f"interleaved1f1b has at least two stages a rank, not parallel.stages_per_rank = {each}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from mhc_compile.config import Options
 from mhc_compile.integrations.transformers import IDS
@@ -20,7 +20,7 @@ from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.stages import Piece, coefficient_nodes, split_graph
 from mhc_compile.runtime.program import Program
-from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit, resolve
+from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit, copy_graph
 
 Units = Literal["stage", "blocks"]
 TableFactory = Callable[[int, int, torch.dtype, str], MemoryTable]
@@ -94,16 +94,6 @@ class Stage(nn.Module):
         return self.piece.graph
 
     @property
-    def sites(self) -> list[str]:
-        """The sites' names, relative to the stream's owner, in the order of the stream."""
-        return [str(n.meta["mhc_site"]) for n in coefficient_nodes(self.graph.graph)]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the model's inputs that it reads."""
-        return tuple(self._program.inputs[name] for name in _placeholders(self.piece) if name in self._program.inputs)
-
-    @property
     def example_inputs(self) -> tuple[Tensor, ...]:
         """What its positional arguments look like, on the meta device."""
         if self.index == 0:
@@ -114,8 +104,7 @@ class Stage(nn.Module):
     @property
     def example_outputs(self) -> tuple[Tensor, ...]:
         """What it returns looks like, on the meta device."""
-        output = next(n for n in reversed(self.graph.graph.nodes) if n.op == "output")
-        return tuple(_meta(value(n)) for n in output.all_input_nodes)
+        return tuple(_meta(value(n)) for n in self.graph.graph.output_node().all_input_nodes)
 
     def forward(self, *crossing: Tensor, **inputs: Tensor) -> Any:
         """See the class."""
@@ -128,11 +117,6 @@ class Stage(nn.Module):
         # What only passes through would otherwise be given back as it came.
         through = set(self.piece.crosses_in)
         return tuple(carried[n].clone() if n in through else carried[n] for n in self.piece.crosses_out)
-
-    def arguments(self, *crossing: Tensor, **inputs: Tensor) -> list[Tensor]:
-        """The values of the placeholders of `graph`, in their order, for a call with these arguments."""
-        carried, inputs = self._named(crossing, inputs)
-        return [resolve(self._sources[name], carried, inputs) for name in _placeholders(self.piece)]
 
     def _named(
         self, crossing: Sequence[Tensor], inputs: dict[str, Tensor]
@@ -309,10 +293,8 @@ def plain_table(rows: int, width: int, dtype: torch.dtype, storage: str) -> Memo
 
 def _tagged(graph: GraphModule, options: Options) -> GraphModule:
     """A copy of a stage's graph with its recompute blocks chosen."""
-    held = Graph()
-    held.output(held.graph_copy(graph.graph, {}))
-    again = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
-    return Pipeline(again).run(GraphModule(graph, held), Context(), debug=options.debug, provided=("dialect",))
+    passes = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
+    return Pipeline(passes).run(copy_graph(graph), Context(), debug=options.debug, provided=("dialect",))
 
 
 def _unit_starts(graph: GraphModule) -> list[int]:
@@ -350,8 +332,3 @@ def _meta(fake: Any) -> Tensor:
 
 def _zeros(fake: Any, device: torch.device) -> Tensor:
     return torch.zeros(tuple(int(d) for d in fake.shape), dtype=fake.dtype, device=device)
-
-
-def by_name(stages: Sequence[Stage]) -> Mapping[str, nn.Parameter]:
-    """The parameters of several stages by name, tied ones once."""
-    return {name: p for stage in stages for name, p in stage.named_parameters()}

@@ -9,7 +9,6 @@ from mhc_compile.passes.stages import split_graph
 from mhc_compile.runtime.data.shards import open_data
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
-from mhc_compile.runtime.schedules import place_of
 
 
 def summary(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str]:
@@ -43,7 +42,7 @@ def _stages(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str
         held = {n.name for n in piece.graph.graph.nodes if n.op == "placeholder"}
         names = {program.names[h] for h in held if h in program.names}
         size = sum(q.numel() for name, q in program.parameters.items() if name in names)
-        where = f"rank{'s' * (recipe.parallel.replicas > 1)} {_ranks(recipe, place_of(recipe.parallel, i))}"
+        where = f"rank{'s' * (recipe.parallel.replicas > 1)} {_ranks(recipe, recipe.parallel.place_of(i))}"
         found.append(f"stage {i:<3} sites {begin} to {end - 1}, {_short(size)} parameters, {where}")
     return found
 

@@ -119,10 +119,6 @@ TRAINING: dict[str, Diagnostic] = {
         "the recipe does not fit into memory",
         "more ranks (parallel.stages, parallel.data with mode = 'fsdp'), recompute.blocks, smaller microbatches",
     ),
-    "MHC642": Diagnostic(
-        "no such pipeline schedule",
-        "1f1b with one stage a rank, the others with two or more; as many microbatches a step as stages",
-    ),
     "MHC643": Diagnostic(
         "two schedules compute different losses",
         "please report the model: gradients of at least one of them are wrong",

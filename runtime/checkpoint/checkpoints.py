@@ -20,12 +20,12 @@ from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.format import Description, read_description, verify_file
 from mhc_compile.runtime.checkpoint.pieces import LoadPlanner, Piece, SavePlanner, copied, piece_of
-from mhc_compile.runtime.checkpoint.storage import Reader, Writer, random_name
+from mhc_compile.runtime.checkpoint.storage import Reader, Writer
 
 T = TypeVar("T")
 State = dict[str, Any]
 """`model`, `optimizer` and `tables`: this rank's Tensors, DTensors and `Piece`s by name. `progress`: plain JSON, the
-first rank's is kept. `random`: plain JSON of this rank, or absent."""
+first rank's is kept."""
 SECTIONS = ("model", "optimizer", "tables")
 
 # One process without a group is meant here, and not worth torch's warning at every save.
@@ -62,11 +62,11 @@ class Checkpoints:
         self._agree(self.folder.claim)
 
     def due(self, step: int) -> bool:
-        """Whether the recipe asks for a checkpoint after `step` optimizer steps."""
+        """Return whether a checkpoint is to be saved after `step` optimizer steps."""
         return self.every > 0 and step > 0 and step % self.every == 0
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint, the same on all ranks; None where there is none."""
+        """Return the step of the newest complete checkpoint, the same on all ranks; None without one."""
         steps = self._agree(self.folder.steps)
         return steps[-1] if steps else None
 
@@ -86,20 +86,19 @@ class Checkpoints:
             world=self.world,
             # A copy: it is written while training changes the original.
             progress=json.loads(json.dumps(state.get("progress", {}), allow_nan=False)),
-            random=state.get("random"),
             publish=lambda: self.folder.publish(step, self.keep),
         )
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "storage_writer": writer,
             "planner": SavePlanner(),
             "process_group": self._group,
             "no_dist": not self._parallel,
         }
         if self.asynchronous:
-            held: dict[str, Any] = {**copied(pieces)}
-            self._pending = (step, _Background(lambda: save(held, **given)))
+            copies: dict[str, Any] = {**copied(pieces)}
+            self._pending = (step, _Background(lambda: save(copies, **options)))
         else:
-            self._finish(step, lambda: save(pieces, **given))
+            self._finish(step, lambda: save(pieces, **options))
 
     def wait(self) -> None:
         """Return when the save that is being written is done."""
@@ -118,7 +117,7 @@ class Checkpoints:
             raise MHCError("MHC616", self._failed)
 
     def open(self) -> Description | None:
-        """What the newest checkpoint holds, every byte of it checked against its hashes; None where there is none.
+        """Return the description of the newest checkpoint, its files checked by their hashes; None without one.
 
         The ranks share the reading. Raises MHC615 on all of them where anything is missing or damaged.
         """
@@ -138,11 +137,10 @@ class Checkpoints:
         return self._together(check)
 
     def load(self, state: State) -> int:
-        """Fill the tensors of `state`, in place, from the newest checkpoint; returns its step.
+        """Fill the tensors of `state`, in place, from the newest checkpoint; return its step.
 
-        `state["progress"]` and, where as many ranks wrote it, `state["random"]` become what was saved; `random` is None
-        otherwise. Names and shapes must be there (`mhc_compile.runtime.state.restore` checks them). Raises MHC615 where
-        there is no checkpoint or it is damaged.
+        `state["progress"]` becomes what was saved. Names and shapes must be there (`mhc_compile.runtime.state.restore`
+        checks them). Raises MHC615 where there is no checkpoint or it is damaged.
         """
         description = self.open()
         if description is None:
@@ -159,20 +157,17 @@ class Checkpoints:
             )
         except (CheckpointException, OSError, SafetensorError) as error:
             raise _coded("MHC615", error) from error
-        own = folder / random_name(self.rank)
-        same = description.world == self.world and own.name in description.files
-        state["random"] = json.loads(own.read_bytes()) if same else None
         state["progress"] = description.progress
         self._saved = description.step
         return description.step
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank."""
+        """Return `value` of every rank."""
         if not self._parallel:
             return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value, group=self._group)
-        return found
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def _finish(self, step: int, result: Callable[[], Any]) -> None:
         try:
@@ -187,7 +182,7 @@ class Checkpoints:
             self._saved = step
 
     def _agree(self, fn: Callable[[], T]) -> T:
-        """What `fn` gives on the first rank, on all of them; its coded error, too."""
+        """Return what `fn` returns on the first rank, or raise its coded error, on all ranks."""
         answer: list[Any] = [None]
         if self.rank == 0:
             answer = [_attempt(fn)]
@@ -196,16 +191,17 @@ class Checkpoints:
         return _unwrap(answer)
 
     def _together(self, fn: Callable[[], T]) -> T:
-        """What `fn` gives here; the first coded error that it raises on any rank, on all of them."""
-        found = self.gather(_attempt(fn))
-        _unwrap(found)
-        return _unwrap([found[self.rank]])
+        """Return what `fn` returns here; raise the first coded error of any rank on all of them."""
+        answers = self.gather(_attempt(fn))
+        _unwrap(answers)
+        answer: T = answers[self.rank]
+        return answer
 
 
 def _pieces(state: Mapping[str, Any]) -> dict[str, Piece]:
-    """By full name, in the order of names: who writes what does not depend on how the state came about."""
-    found = {f"{section}/{name}": t for section in SECTIONS for name, t in state.get(section, {}).items()}
-    return {name: piece_of(found[name]) for name in sorted(found)}
+    """Return the pieces by full name, in the order of names, so that all ranks agree on who writes what."""
+    tensors = {f"{section}/{name}": t for section in SECTIONS for name, t in state.get(section, {}).items()}
+    return {name: piece_of(t) for name, t in sorted(tensors.items())}
 
 
 class _Background(threading.Thread):
@@ -251,7 +247,7 @@ def _unwrap(answers: list[Any]) -> Any:
 
 
 def _coded(code: str, error: BaseException) -> MHCError:
-    """`error` as a coded one where the file system or a damaged file caused it; raises it otherwise."""
+    """Return `error` as a coded error where the file system or a damaged file caused it; raise it otherwise."""
     causes = [error]
     if isinstance(error, CheckpointException):
         causes = [cause for cause, _ in error.failures.values()]

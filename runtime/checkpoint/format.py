@@ -3,7 +3,6 @@
     step-00000123/
       checkpoint.json            every tensor: dtype, shape, and which file holds which part of it; progress; hashes
       rank-00000.safetensors     the parts that one rank wrote
-      rank-00000.json            that rank's random states
 
 Tensors are named `model/NAME`, `optimizer/NAME.exp_avg`, `tables/NAME.weight`, after the parameters of the model as it
 is before it is split. Nothing in the folder is unpickled: torch.distributed.checkpoint's own metadata file, which is a
@@ -16,7 +15,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from mhc_compile.checkpoint.shards import CHUNK, DTYPES, read_shard, sha256, sync
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.parameters import names
 from mhc_compile.versions import VERSION
 
 NAME = "checkpoint.json"
@@ -75,9 +75,21 @@ class Description:
     files: dict[str, StoredFile]
     tensors: dict[str, StoredTensor]
 
-    def text(self) -> str:
-        """As the file holds it."""
+    def differences(self, weights: Mapping[str, str]) -> list[str]:
+        """Return how the stored weights differ from `weights`, whose values are `form_of` them."""
+        stored = {
+            name: form_of(t.shape, t.dtype) for name, t in self.tensors.items() if not name.startswith("optimizer/")
+        }
+        common = sorted(weights.keys() & stored.keys())
+        kinds = {
+            "only here: ": sorted(weights.keys() - stored.keys()),
+            "only in the checkpoint: ": sorted(stored.keys() - weights.keys()),
+            "": [f"{n} is {stored[n]} there and {weights[n]} here" for n in common if stored[n] != weights[n]],
+        }
+        return [f"{kind}{names(which)}" for kind, which in kinds.items() if which]
 
+    def text(self) -> str:
+        """Return the file's contents."""
         tensors = {
             name: {
                 "dtype": _NAMES[t.dtype],
@@ -89,6 +101,11 @@ class Description:
         files = {f.name: {"bytes": f.size, "sha256": f.sha256} for f in self.files.values()}
         content = {"format": FORMAT, "mhc_compile": VERSION, "step": self.step, "world": self.world}
         return json.dumps({**content, "progress": self.progress, "files": files, "tensors": tensors}, indent=1) + "\n"
+
+
+def form_of(shape: Sequence[int], dtype: torch.dtype) -> str:
+    """Return a tensor's shape and dtype as text."""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def chunk_key(name: str, offsets: Iterable[int]) -> str:
@@ -120,14 +137,14 @@ def verify_file(folder: Path, description: Description, name: str) -> None:
             raise MHCError("MHC615", f"{path} has {size:,} bytes, {said.size:,} were written")
         if sha256(path) != said.sha256:
             raise MHCError("MHC615", f"{path} is not the file that was written (sha256)")
-        held = read_shard(path).tensors if path.suffix == ".safetensors" else {}
+        tensors = read_shard(path).tensors
     except OSError as error:
         raise MHCError("MHC615", f"{path}: {error.strerror}") from error
     except MHCError as error:
         raise error if error.code == "MHC615" else MHCError("MHC615", error.detail) from error
     for tensor_name, tensor in description.tensors.items():
         for chunk in (c for c in tensor.chunks if c.file == name):
-            info = held.get(chunk_key(tensor_name, chunk.offsets))
+            info = tensors.get(chunk_key(tensor_name, chunk.offsets))
             if info is None or (DTYPES.get(info.dtype), info.shape) != (tensor.dtype, chunk.shape):
                 raise MHCError("MHC615", f"{path} does not hold the part of {tensor_name} that {NAME} names")
 
@@ -153,15 +170,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
     return StoredFile(path.name, size, digest.hexdigest())
 
 
-def write_json(path: Path, content: Any) -> StoredFile:
-    """Write a JSON file to the disk itself."""
-    data = (json.dumps(content, allow_nan=False) + "\n").encode()
-    with path.open("xb") as out:
-        out.write(data)
-        sync(out)
-    return StoredFile(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
 def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterable[Any]:
     yield head
     for t in tensors:
@@ -175,7 +183,7 @@ def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterable[Any]:
 def _parse(content: Mapping[str, Any]) -> Description:
     files = {}
     for name, f in content["files"].items():
-        if Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
             raise ValueError(f"{name!r} is not a file of a checkpoint")
         files[name] = StoredFile(name, _count(f["bytes"]), str(f["sha256"]))
     tensors = {}

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -29,7 +28,6 @@ from mhc_compile.runtime.checkpoint.format import (
     StoredFile,
     StoredTensor,
     chunk_key,
-    write_json,
     write_tensors,
 )
 
@@ -37,25 +35,17 @@ from mhc_compile.runtime.checkpoint.format import (
 class Writer(StorageWriter):
     """Writes into `folder`, which the coordinator makes; `publish()` is called there when all ranks have written.
 
-    `progress` is the coordinator's, `random` each rank's own; both are plain JSON.
+    `progress`: plain JSON, of which the coordinator's is kept.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        step: int,
-        rank: int,
-        world: int,
-        progress: dict[str, Any],
-        random: dict[str, Any] | None,
-        publish: Callable[[], None],
+        self, folder: Path, *, step: int, rank: int, world: int, progress: dict[str, Any], publish: Callable[[], None]
     ) -> None:
         self.folder, self.step, self.rank, self.world = folder, step, rank, world
-        self.progress, self.random, self.publish = progress, random, publish
+        self.progress, self.publish = progress, publish
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A writer writes once."""
+        """Do nothing: a writer writes once."""
 
     def set_up_storage_writer(self, is_coordinator: bool) -> None:
         """Make the folder; the other ranks write only after the coordinator has answered."""
@@ -63,30 +53,27 @@ class Writer(StorageWriter):
             self.folder.mkdir()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As it is."""
+        """Return `plan`."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """As they are."""
+        """Return `plans`."""
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files to the disk itself."""
-        found: list[WriteResult] = []
+        """Write this rank's file to the disk itself."""
+        results: list[WriteResult] = []
         if plan.items:
             tensors: Any = {chunk_key(i.index.fqn, i.index.offset or ()): planner.resolve_data(i) for i in plan.items}
             stored = write_tensors(self.folder / f"rank-{self.rank:05d}.safetensors", tensors)
-            found += [WriteResult(item.index, stored.size, stored) for item in plan.items]
-        if self.random is not None:
-            stored = write_json(self.folder / random_name(self.rank), self.random)
-            found.append(WriteResult(MetadataIndex(stored.name), stored.size, stored))
+            results = [WriteResult(item.index, stored.size, stored) for item in plan.items]
         future: Future[list[WriteResult]] = Future()
-        future.set_result(found)
+        future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Describe what all ranks wrote, and publish it."""
-        where: dict[MetadataIndex, StoredFile] = {r.index: r.storage_data for given in results for r in given}
+        where: dict[MetadataIndex, StoredFile] = {r.index: r.storage_data for of_rank in results for r in of_rank}
         tensors = {}
         for name, t in metadata.state_dict_metadata.items():
             assert isinstance(t, TensorStorageMetadata)
@@ -105,13 +92,9 @@ class Writer(StorageWriter):
         write_text(self.folder / NAME, description.text())
         self.publish()
 
-    def storage_meta(self) -> StorageMeta | None:
-        """None."""
-        return None
-
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Folders are given to the constructor."""
+        """Return False: the constructor takes the folder."""
         return False
 
 
@@ -122,10 +105,10 @@ class Reader(StorageReader):
         self.folder, self.description = folder, description
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A reader reads once."""
+        """Do nothing: a reader reads once."""
 
     def read_metadata(self) -> Metadata:
-        """The description in torch's words."""
+        """Return the description in torch's words."""
         return Metadata(
             {
                 name: TensorStorageMetadata(
@@ -138,18 +121,18 @@ class Reader(StorageReader):
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
-        """Nothing to set up."""
+        """Do nothing: the files are opened as they are read."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is."""
+        """Return `plan`."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
+        """Return `plans`."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read file by file, only the bytes that are asked for."""
+        """Read only the bytes that are asked for, file by file."""
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             chunks = self.description.tensors[item.storage_index.fqn].chunks
@@ -170,10 +153,5 @@ class Reader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Folders are given to the constructor."""
+        """Return False: the constructor takes the folder."""
         return False
-
-
-def random_name(rank: int) -> str:
-    """The file of a rank's random states."""
-    return f"rank-{rank:05d}.json"

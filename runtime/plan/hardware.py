@@ -8,7 +8,8 @@ ratios of their times, or give rates that you have measured.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mhc_compile.diagnostics import MHCError
 
@@ -34,7 +35,7 @@ class Hardware:
     """Bytes."""
 
     def rate(self, dtype: str) -> float:
-        """Operations a second in `dtype`, "bfloat16" or "float32"."""
+        """Return the operations a second in `dtype`, "bfloat16" or "float32"."""
         return self.flops if dtype == "bfloat16" else self.flops_float32
 
 
@@ -72,29 +73,27 @@ def hardware(
     link: float | None = None,
     memory: float | None = None,
 ) -> Hardware:
-    """The hardware called `name`, or one of the rates given: all four without a name, any of them instead of its own.
+    """Return the hardware called `name`, with its rates replaced by those given, or one of four given rates.
 
     `flops` holds for every dtype. Raises MHC640 for an unknown name, for rates that are not above 0, and where neither
     a name nor all rates are given.
     """
-    given = {"flops": flops, "bandwidth": bandwidth, "link": link, "memory": memory}
-    if wrong := [key for key, value in given.items() if value is not None and not value > 0]:
-        raise MHCError("MHC640", f"--{wrong[0]} {given[wrong[0]]}; a number above 0")
+    options = {"flops": flops, "bandwidth": bandwidth, "link": link, "memory": memory}
+    rates = {key: value for key, value in options.items() if value is not None}
+    if wrong := [key for key, value in rates.items() if not value > 0]:
+        raise MHCError("MHC640", f"--{wrong[0]} {rates[wrong[0]]}; a number above 0")
     if name is None:
-        if missing := [key for key, value in given.items() if value is None]:
+        if missing := [key for key in options if key not in rates]:
             raise MHCError("MHC640", f"without a name, --{missing[0]} is missing")
-        base = Hardware(name="given", flops=0, flops_float32=0, bandwidth=0, link=0, latency=_LATENCY, memory=0)
-    elif name in KNOWN:
-        base = KNOWN[name]
-    else:
+        name = next(iter(KNOWN))  # whose rates are all replaced
+    if name not in KNOWN:
         near = difflib.get_close_matches(name, KNOWN, 1)
         raise MHCError("MHC640", f"{name!r}; {f'nearest: {near[0]}; ' if near else ''}known: {', '.join(KNOWN)}")
-    return Hardware(
-        name=base.name if name is not None and not any(given.values()) else "given",
-        flops=flops or base.flops,
-        flops_float32=flops or base.flops_float32,
-        bandwidth=bandwidth or base.bandwidth,
-        link=link or base.link,
-        latency=base.latency,
-        memory=int(memory or base.memory),
-    )
+    if not rates:
+        return KNOWN[name]
+    changes: dict[str, Any] = {"name": "given", **rates}
+    if flops is not None:
+        changes["flops_float32"] = flops
+    if memory is not None:
+        changes["memory"] = int(memory)
+    return replace(KNOWN[name], **changes)

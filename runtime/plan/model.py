@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ import torch
 
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.tables import TOKENIZER
-from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
 from mhc_compile.passes.cost import Plan, SiteCost, optimal_block, parse_blocks
@@ -24,6 +22,7 @@ from mhc_compile.runtime.engine import capture
 from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, parameters_of_sites, site_works
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.tables import tables_of
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,8 @@ class Counted:
     @property
     def logits(self) -> tuple[int, int]:
         """How many logits a microbatch has, and their bytes."""
-        output = next(n for n in reversed(self.program.graph.graph.nodes) if n.op == "output")
-        found = value(output.all_input_nodes[0])
-        return found.numel(), found.numel() * found.dtype.itemsize
+        logits = value(self.program.graph.graph.output_node().all_input_nodes[0])
+        return logits.numel(), logits.nbytes
 
     @property
     def parameters(self) -> int:
@@ -120,9 +118,8 @@ class Counted:
 
     @cached_property
     def _streams(self) -> torch.Tensor:
-        first = coefficient_nodes(self.program.graph.graph)[0].args[0]
-        found: torch.Tensor = value(first)  # type: ignore[arg-type]
-        return found
+        streams: torch.Tensor = value(coefficient_nodes(self.program.graph.graph)[0].args[0])  # type: ignore[arg-type]
+        return streams
 
 
 def choose(costs: Sequence[SiteCost], blocks: str | int) -> Plan:
@@ -150,33 +147,27 @@ def count(recipe: Recipe) -> Counted:
         recipe = replace(recipe, model=replace(recipe.model, start="scratch"))
     if recipe.memory is not None and not (folder / TOKENIZER).is_file():
         recipe = replace(recipe, memory=replace(recipe.memory, compress=False))
-    collects = gc.isenabled()
-    gc.disable()  # hundreds of thousands of nodes that stay: looking through them takes a tenth of the time
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Dynamo says of transformers' own caches
-            program = capture(recipe, torch.device("cpu"))
-            works = site_works(program)
-    finally:
-        if collects:
-            gc.enable()
-    tables = [(path, m) for path, m in program.model.named_modules() if isinstance(m, MemoryTable)]
-    rows = {f"{path}.{name}" for path, m in tables for name, _ in m.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Dynamo says of transformers' own caches
+        program = capture(recipe, torch.device("cpu"))
+        works = site_works(program)
+    rows = {f"{path}.{name}" for path, t in tables_of(program.model).items() for name, _ in t.named_parameters()}
     sizes = {name: p.numel() for name, p in program.parameters.items() if name not in rows}
-    names = [held & sizes.keys() for held in parameters_of_sites(program)]
+    names = [names & sizes.keys() for names in parameters_of_sites(program)]
     cast = {name for name, p in program.parameters.items() if p.is_floating_point() and p.dtype != torch.float32}
     return Counted(program, works, names, sizes, frozenset(cast), _tables(program, works))
 
 
 def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
     """The tables with the sites in front of which their memories are added."""
-    found = []
-    for owner, held in owners(program.model).items():
-        hashes = {m.layer: len(m.hash.moduli) for m in (held.memory.layers if held.memory is not None else ())}
-        if held.over is not None:
-            hashes[OVER_TABLE] = len(held.over.hash.moduli)
-        for name, looked_up in hashes.items():
+    tables = []
+    for owner, parameters in owners(program.model).items():
+        memory, over = parameters.memory, parameters.over
+        hashes = {m.layer: len(m.hash.moduli) for m in (memory.layers if memory is not None else ())}
+        if over is not None:
+            hashes[OVER_TABLE] = len(over.hash.moduli)
+        for name, count in hashes.items():
             site = next((i for i, w in enumerate(works) if w.name.partition("#")[0] == name), 0)
-            table = held.table(name)
-            found.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, looked_up))
-    return tuple(found)
+            table = parameters.table(name)
+            tables.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, count))
+    return tuple(tables)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mhc_compile.runtime.plan.schedules import Post, Run, Schedule, Transfer, Wait, Work
+from mhc_compile.runtime.plan.schedules import Post, Schedule, Transfer, Wait, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,6 @@ class Timed:
 class Simulated:
     """One step."""
 
-    schedule: Schedule
     works: list[Timed]
     ends: list[float]
     """When each rank has done its last action."""
@@ -126,19 +125,14 @@ class _Transfers:
         return self.costs[transfer.target if transfer.backward else transfer.stage].sent
 
 
-def simulate(
-    schedule: Schedule, costs: Sequence[StageCost], link: Link | None = None, *, overlap: float = 0.0
-) -> Simulated:
+def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link) -> Simulated:
     """Run one step of `schedule`, whose stages cost `costs`, over `link`.
 
-    `overlap`: the part of the shorter pass that costs no time where a forward and a backward run as one action
-    (0: one after the other; 1: as long as the longer one). Raises ValueError for a schedule whose ranks wait for one
-    another for ever, or another number of stages.
+    A forward and a backward that are one action take as long as one after the other.
     """
-    if len(costs) != len(schedule.owner):
-        raise ValueError(f"{len(costs)} costs for {len(schedule.owner)} stages")
+    assert len(costs) == len(schedule.owner)
     count = len(schedule.ranks)
-    transfers = _Transfers(costs, link or Link(), schedule.owner)
+    transfers = _Transfers(costs, link, schedule.owner)
     now, at, busy = [0.0] * count, [0] * count, [0.0] * count
     timed: list[list[Timed]] = [[] for _ in range(count)]
     moving = True
@@ -155,22 +149,21 @@ def simulate(
                     for t in action.transfers:
                         transfers.post(t, rank, now[rank])
                 else:
-                    done = _run(action, rank, now[rank], costs, overlap)
-                    busy[rank] += done[-1].end - now[rank]
-                    now[rank] = done[-1].end
-                    timed[rank] += done
-                    for t in action.sends:
-                        transfers.post(t, rank, done[0].end)
+                    for i, work in enumerate(action.works):
+                        seconds = costs[work.stage].seconds(work.kind)
+                        timed[rank].append(Timed(work, rank, now[rank], now[rank] + seconds))
+                        now[rank] += seconds
+                        busy[rank] += seconds
+                        for t in action.sends if i == 0 else ():
+                            transfers.post(t, rank, now[rank])
                 at[rank] += 1
                 moving = True
-    if any(at[rank] < len(actions) for rank, actions in enumerate(schedule.ranks)):
-        raise ValueError(f"the ranks of {schedule.name} wait for one another")
+    assert at == [len(actions) for actions in schedule.ranks], "ranks wait for one another"
     watched = [_watch(works, costs) for works in timed]
     live: dict[int, int] = {}
     for _, by_stage, _ in watched:
         live |= by_stage
     return Simulated(
-        schedule=schedule,
         works=sorted((w for works in timed for w in works), key=lambda w: (w.begin, w.rank)),
         ends=now,
         busy=busy,
@@ -180,20 +173,6 @@ def simulate(
         sent=[sum(transfers.size(t) for t in transfers.arrived if schedule.owner[t.stage] == r) for r in range(count)],
         messages=[sum(schedule.owner[t.stage] == r for t in transfers.arrived) for r in range(count)],
     )
-
-
-def _run(action: Run, rank: int, now: float, costs: Sequence[StageCost], overlap: float) -> list[Timed]:
-    seconds = [costs[w.stage].seconds(w.kind) for w in action.works]
-    saved = overlap * min(seconds) if len(seconds) > 1 else 0.0
-    done: list[Timed] = []
-    for work, took in zip(action.works, seconds, strict=True):
-        if done:  # the second of two begins as much earlier as they overlap
-            now -= saved
-        done.append(Timed(work, rank, now, now + took))
-        now += took
-    if len(done) > 1 and done[0].end > done[1].end:
-        done[1] = Timed(done[1].work, rank, done[1].begin, done[0].end)
-    return done
 
 
 def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Mapping[int, int], int]:
