@@ -1,4 +1,4 @@
-"""torch's pipeline stage, with room for a microbatch's messages only while it is on its way, and heartbeats."""
+"""torch's pipeline stage, with buffers for the microbatches in flight alone, and heartbeats; forward passes alone."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mhc_compile.runtime.stage import Stage
 class RunStage(PipelineStage):
     """A stage of this rank, on torch 2.11 to 2.13.
 
-    torch keeps the received streams and gradients of every microbatch of a step from the first step on. Here room is
-    made when a message is awaited and goes when the backward has run: as many microbatches take memory as are on their
-    way. The watch is told of every pass, so that a step may take long as long as it gets on.
+    torch keeps buffers for the received streams and gradients of every microbatch of a step. Here a buffer is allocated
+    when a message is awaited and freed when the backward has run, so that only microbatches in flight take memory. The
+    watch is told of every pass: a step may take long as long as it makes progress.
 
-    torch 2.11 warms connections up by messages between neighbouring stages, also on one rank, which gloo refuses: there
-    those to itself are left out.
+    torch 2.11 warms connections up by messages between neighbouring stages; those of a rank to itself, which gloo
+    rejects, are left out.
 
-    `defers`: weights' gradients may be left for later (`Stage.dw_builder`). Without that torch would split a backward
-    pass by walking the graph of autograd, of which a compiled stage is one node.
+    `defers`: weights' gradients may be left for later (`Stage.dw_builder`). Otherwise torch would split a backward pass
+    by walking the autograd graph, of which a compiled stage is one node.
     """
 
     submod: Stage
@@ -46,9 +46,9 @@ class RunStage(PipelineStage):
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's."""
-        found = super().forward_one_chunk(*args, **kwargs)
+        output = super().forward_one_chunk(*args, **kwargs)
         self._watch.beat()
-        return found
+        return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """As torch's."""
@@ -73,14 +73,14 @@ class RunStage(PipelineStage):
         super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._prepare_forward_infra(*args, **kwargs)
+        outputs = super()._prepare_forward_infra(*args, **kwargs)
         self._clear(self.args_recv_info.values())
-        return found
+        return outputs
 
     def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._prepare_backward_infra(*args, **kwargs)
+        outputs = super()._prepare_backward_infra(*args, **kwargs)
         self._clear(self.grad_recv_info.values())
-        return found
+        return outputs
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
@@ -98,7 +98,7 @@ class RunStage(PipelineStage):
 
 
 def _learning(example: Tensor) -> Tensor:
-    """`example` as it crosses in training: with a gradient to come back where it can have one."""
+    """Return `example` as it crosses in training: requiring a gradient where it can have one."""
     return example.requires_grad_(example.is_floating_point())
 
 

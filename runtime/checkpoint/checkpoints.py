@@ -56,7 +56,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self._parallel else None
         self.rank = dist.get_rank() if self._parallel else 0
         self.world = dist.get_world_size() if self._parallel else 1
-        self._pending: tuple[int, _Background] | None = None
+        self._pending: tuple[int, Callable[[], None]] | None = None
         self._saved: int | None = None
         self._failed: str | None = None
         self._agree(self.folder.claim)
@@ -96,15 +96,15 @@ class Checkpoints:
         }
         if self.asynchronous:
             copies: dict[str, Any] = {**copied(pieces)}
-            self._pending = (step, _Background(lambda: save(copies, **options)))
+            self._pending = (step, _in_background(lambda: save(copies, **options)))
         else:
             self._finish(step, lambda: save(pieces, **options))
 
     def wait(self) -> None:
         """Return when the save that is being written is done."""
         if self._pending is not None:
-            (step, background), self._pending = self._pending, None
-            self._finish(step, background.result)
+            (step, wait), self._pending = self._pending, None
+            self._finish(step, wait)
 
     def close(self) -> None:
         """Wait, and let other runs have the folder. Raises MHC616 if the last save failed."""
@@ -204,32 +204,30 @@ def _pieces(state: Mapping[str, Any]) -> dict[str, Piece]:
     return {name: piece_of(t) for name, t in sorted(tensors.items())}
 
 
-class _Background(threading.Thread):
-    """A save that goes on while training does. Unlike the thread of torch's `async_save`, it keeps no process alive.
+def _in_background(work: Callable[[], Any]) -> Callable[[], None]:
+    """Run `work` in a thread, and return a function that waits for it and raises its error.
 
-    When a peer hangs in the midst of a save, the others end with an error, and must not wait for it then.
+    Unlike the thread of torch's `async_save`, it keeps no process alive: when a peer hangs in the midst of a save, the
+    others end with an error, and must not wait for it then.
     """
+    errors: list[BaseException] = []
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        super().__init__(name="mhc-checkpoint", daemon=True)
-        self._work: Callable[[], Any] | None = work
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Save, and drop what was saved."""
-        assert self._work is not None
+    def run(work: Callable[[], Any]) -> None:
         try:
-            self._work()
-        except BaseException as error:  # CheckpointException is no Exception; `result` raises it
-            self._error = error
-        self._work = None
+            work()
+        except BaseException as error:  # CheckpointException is no Exception
+            errors.append(error)
 
-    def result(self) -> None:
-        """Wait until the thread is gone: one that still frees its tensors while the process ends would abort it."""
-        self.join()
-        if self._error is not None:
-            raise self._error
+    thread = threading.Thread(target=run, args=(work,), name="mhc-checkpoint", daemon=True)
+    thread.start()
+    del work  # what was saved goes with the thread
+
+    def wait() -> None:
+        thread.join()  # a thread that still frees its tensors while the process ends would abort it
+        if errors:
+            raise errors[0]
+
+    return wait
 
 
 def _attempt(fn: Callable[[], Any]) -> Any:
