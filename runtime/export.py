@@ -7,11 +7,11 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from mhc_compile.checkpoint.manifest import NAME as MANIFEST
 from mhc_compile.checkpoint.saving import save_pretrained
@@ -24,8 +24,8 @@ from mhc_compile.memory.tables import MemoryTable, row_bytes
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.format import (
     Description,
-    StoredChunk,
     chunk_key,
+    file_of,
     form_of,
     read_description,
     verify_file,
@@ -77,7 +77,7 @@ class Stored:
 
     @classmethod
     def newest(cls, path: Path) -> Stored:
-        """Open it. Raises MHC615 where there is none, or it is damaged."""
+        """Open the newest checkpoint. Raises MHC615 where there is none, or it is damaged."""
         run = RunFolder(path)
         steps = run.steps()
         if not steps:
@@ -86,45 +86,46 @@ class Stored:
         description = read_description(folder)
         for name in description.files:
             verify_file(folder, description, name)
-        files = {chunk.file for t in description.tensors.values() for chunk in t.chunks}
+        files = {file_of(chunk) for t in description.tensors.values() for chunk in t.chunks}
         return cls(folder, description, {name: read_shard(folder / name) for name in files})
 
-    def place(self, name: str, chunk: StoredChunk) -> TensorInfo:
-        """Where the bytes of a part of tensor `name` lie in its file."""
-        return self.headers[chunk.file].tensors[chunk_key(name, chunk.offsets)]
+    def place(self, name: str, chunk: ChunkStorageMetadata) -> TensorInfo:
+        """Return where the bytes of a part of tensor `name` lie in its file."""
+        return self.headers[file_of(chunk)].tensors[chunk_key(name, chunk.offsets)]
 
     def tensor(self, name: str, near: Path) -> Tensor:
-        """A tensor whose memory is a file: the checkpoint's, or one in `near` where it lies in several parts."""
+        """Return a tensor whose memory is a file: the checkpoint's, or one in `near` that joins several parts."""
         stored = self.description.tensors[name]
         parts = [self._part(name, chunk) for chunk in stored.chunks]
         if len(parts) == 1:
             return parts[0]
-        size = math.prod(stored.shape) * stored.dtype.itemsize
+        dtype = stored.properties.dtype
+        size = math.prod(stored.size) * dtype.itemsize
         with tempfile.TemporaryFile(dir=near) as file:  # without a name: its room is free when the tensor is gone
             raw = np.memmap(file, np.uint8, "w+", shape=(size,))
-        whole = torch.from_numpy(raw).view(stored.dtype).view(stored.shape)
+        whole = torch.from_numpy(raw).view(dtype).view(stored.size)
         for chunk, part in zip(stored.chunks, parts, strict=True):
-            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.shape, strict=True))] = part
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
         return whole
 
     def table(self, name: str) -> MemoryTable:
-        """A table over the checkpoint's files, in which ranks have left runs of whole rows."""
+        """Return a table over the checkpoint's files, in which ranks have left runs of whole rows."""
         stored = self.description.tensors[name]
-        rows, width = stored.shape
+        (rows, width), dtype = stored.size, stored.properties.dtype
         files = [
-            FileRows(self.folder / chunk.file, chunk.shape[0], (self.place(name, chunk).start,))
+            FileRows(self.folder / file_of(chunk), chunk.sizes[0], (self.place(name, chunk).start,))
             for chunk in sorted(stored.chunks, key=lambda c: c.offsets)
         ]
-        mapped = MappedRows(files, row_bytes(width, stored.dtype))
-        return MemoryTable(rows, width, dtype=stored.dtype, storage="mapped", files=mapped)
+        mapped = MappedRows(files, row_bytes(width, dtype))
+        return MemoryTable(rows, width, dtype=dtype, storage="mapped", files=mapped)
 
-    def _part(self, name: str, chunk: StoredChunk) -> Tensor:
-        info, dtype = self.place(name, chunk), self.description.tensors[name].dtype
+    def _part(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info, dtype = self.place(name, chunk), self.description.tensors[name].properties.dtype
         if info.end == info.start:  # nothing to map
-            return torch.empty(chunk.shape, dtype=dtype)
+            return torch.empty(chunk.sizes, dtype=dtype)
         # Each its own map, which copies what is written to: transformers takes tensors that share one for tied.
-        raw = np.memmap(self.folder / chunk.file, np.uint8, "c", offset=info.start, shape=(info.end - info.start,))
-        return torch.from_numpy(raw).view(dtype).view(chunk.shape)
+        raw = np.memmap(self.folder / file_of(chunk), np.uint8, "c", offset=info.start, shape=(info.end - info.start,))
+        return torch.from_numpy(raw).view(dtype).view(chunk.sizes)
 
 
 def _refuse_another(stored: Stored, model: nn.Module) -> None:
@@ -139,28 +140,28 @@ def _refuse_another(stored: Stored, model: nn.Module) -> None:
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of everything but tables; a tied one by its first name."""
+    """Return the parameters that are not of tables; a tied one by its first name."""
     of_tables = {id(p) for t in tables_of(model).values() for p in t.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in of_tables}
 
 
 def _fill(model: nn.Module, stored: Stored, near: Path) -> None:
     """Put the checkpoint's values, mapped from files, into the place of the model's parameters and tables."""
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays tied
-    for name, p in _parameters(model).items():
-        made[p] = nn.Parameter(stored.tensor(f"model/{name}", near), requires_grad=p.requires_grad)
+    mapped = {  # a tied weight stays tied
+        p: nn.Parameter(stored.tensor(f"model/{name}", near), requires_grad=p.requires_grad)
+        for name, p in _parameters(model).items()
+    }
     for name in tables_of(model):
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent).add_module(attribute, stored.table(f"tables/{name}.weight"))
     for module in model.modules():
-        held: dict[str, Any] = module._parameters
-        held.update({name: made[p] for name, p in held.items() if p in made})
+        module._parameters |= {name: mapped[p] for name, p in module._parameters.items() if p in mapped}
 
 
 def _copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, generation settings and the like; `config.json` is the saved model's."""
-    taken, _ = companions(Checkpoint(source, {}, (), None, {}))
-    for relative in taken:
+    paths, _ = companions(Checkpoint(source, {}, (), None, {}))
+    for relative in paths:
         if str(relative) in (CONFIG, MANIFEST):
             continue
         (target / relative).unlink(missing_ok=True)

@@ -44,11 +44,6 @@ class World:
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
 
     @property
-    def size(self) -> int:
-        """Ranks of the run."""
-        return self.parallel.world
-
-    @property
     def pipe(self) -> int:
         """This rank's place in its pipeline."""
         return self.rank // self.parallel.replicas
@@ -102,7 +97,7 @@ class World:
                 raise
             except Exception as error:
                 if is_lost(error):
-                    raise lost(self.rank, self.size, action, step, time.monotonic() - begin, error) from error
+                    raise lost(self.rank, self.parallel.world, action, step, time.monotonic() - begin, error) from error
                 raise
 
 

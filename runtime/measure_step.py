@@ -179,7 +179,7 @@ class _Measured:
             s.index: {kind: fmean(t) for kind, t in self.passes[s.index].items()} | {"sent": _sent(s)}
             for s in engine.stages
         }
-        everyone: list[Any] = [None] * engine.world.size
+        everyone: list[Any] = [None] * engine.world.parallel.world
         dist.all_gather_object(everyone, (mine, fmean(self.steps)))
         by_index = {index: stage for stages, _ in everyone for index, stage in stages.items()}
         stages = [by_index[index] for index in sorted(by_index)]
@@ -229,7 +229,7 @@ def _link(world: World, measured: _Measured) -> Link:
 
     The result is the same on all ranks.
     """
-    if world.size == 1:
+    if world.parallel.world == 1:
         return Link()
     size = max(_sent(s) for s in measured.engine.stages)
     largest = torch.tensor(size)

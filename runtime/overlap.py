@@ -47,22 +47,18 @@ def register(schedule: _PipelineScheduleRuntime) -> None:
     """Let `schedule` run backwards and overlapped actions as this module's first lines say. Call it once.
 
     A stage's module may have `begin_recompute()`; without, only overlapped actions change. Any schedule on torch's
-    action runtime will do (Interleaved1F1B, ZBVZeroBubble, DualPipeV).
+    action runtime will do (Interleaved1F1B, ZBVZeroBubble, DualPipeV). Outputs of a step are not kept.
     """
     actions = Actions(schedule)
     actions.take_sends()
     step = schedule.step
 
-    def wrapped(*args: Any, return_outputs: bool = True, loss_kwargs: Any = None, **kwargs: Any) -> Any:
-        actions.return_outputs = return_outputs
-        actions.loss_arguments = () if loss_kwargs is None else (loss_kwargs,)
-        if loss_kwargs is not None:
-            kwargs["loss_kwargs"] = loss_kwargs
-        outputs = step(*args, return_outputs=return_outputs, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        outputs = step(*args, **kwargs)
         actions.end()
         return outputs
 
-    # torch tells custom functions nothing of these arguments, and has no place to wait for what they have sent.
+    # torch has no place to wait for what custom functions have sent.
     schedule.step = wrapped  # type: ignore[method-assign]
     for kind in (FULL_BACKWARD, BACKWARD_INPUT):
         schedule.register_custom_function(kind, actions.backward_alone)
@@ -82,8 +78,6 @@ class Actions:
     def __init__(self, schedule: _PipelineScheduleRuntime) -> None:
         self.schedule = schedule
         self.stages: dict[int, Any] = {s.stage_index: s for s in schedule._stages}
-        self.return_outputs = True
-        self.loss_arguments: tuple[Any, ...] = ()
         self._early: set[Key] = set()
         """Forwards whose results their overlapped action sends."""
         self._sent: list[tuple[Key, list[dist.Work]]] = []
@@ -152,9 +146,9 @@ class Actions:
         assert ctx.arg_mbs is not None
         assert ctx.kwarg_mbs is not None
         output = stage.forward_one_chunk(
-            microbatch, ctx.arg_mbs[microbatch], ctx.kwarg_mbs[microbatch], save_forward_output=self.return_outputs
+            microbatch, ctx.arg_mbs[microbatch], ctx.kwarg_mbs[microbatch], save_forward_output=False
         )
-        self.schedule._maybe_compute_loss(stage, output, ctx.target_mbs, microbatch, *self.loss_arguments)
+        self.schedule._maybe_compute_loss(stage, output, ctx.target_mbs, microbatch)
         if index + 1 in self.stages:
             self.stages[index + 1].set_local_fwd_input(output, microbatch)
         if key in self._early:

@@ -56,11 +56,11 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     known = {id(t): name for name, t in (*buffers.items(), *parameters.items())}
-    given = {id(t): name for name, t in batch.items()}
+    inputs_by_id = {id(t): name for name, t in batch.items()}
     names, inputs = {}, {}
     for node, real in zip(graph.graph.find_nodes(op="placeholder"), captured.inputs, strict=True):
-        if id(real) in given:
-            inputs[node.name] = given[id(real)]
+        if id(real) in inputs_by_id:
+            inputs[node.name] = inputs_by_id[id(real)]
         elif id(real) in known:
             names[node.name] = known[id(real)]
         elif node.users:

@@ -64,16 +64,13 @@ class Pipeline:
         first = (inputs[IDS],) if self.has_first else ()
         target = {"target": batch["labels"], "losses": losses} if self.has_last else {}
         self.schedule.step(*first, **target, return_outputs=False, **inputs)
-        total = torch.zeros((), device=self.world.device)
-        for loss in losses:
-            total += loss.detach()
-        return total
+        return sum((loss.detach() for loss in losses), torch.zeros((), device=self.world.device))
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The share of one microbatch in the mean over all of the replica's tokens."""
+        """Return the share of one microbatch in the mean over all of the replica's tokens."""
         return cross_entropy(logits, labels) / (labels.numel() * self.microbatches)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum over tokens, in float32: `logits` `[b, S, V]`, `labels` `[b, S]`, the next token of each."""
+    """Return the sum over tokens, in float32: `logits` `[b, S, V]`, `labels` `[b, S]`, the next token of each."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")

@@ -75,7 +75,7 @@ def restore(
         name, _, key = moment.rpartition(".")
         if section == "optimizer" and name in weights:
             (p, *_), table = weights[name]
-            value = optimizer.state[p][key] = _like(p, table, stored.shape, stored.dtype)
+            value = optimizer.state[p][key] = _like(p, table, stored.size, stored.properties.dtype)
             state["optimizer"][moment] = _piece(value, table)
     checkpoints.load(state)
     with torch.no_grad():

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from mhc_compile.checkpoint.shards import CHUNK, DTYPES, read_shard, sha256, sync
 from mhc_compile.diagnostics import MHCError
@@ -45,21 +46,10 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class StoredChunk:
+class StoredChunk(ChunkStorageMetadata):
     """A box of a tensor, which lies in one file."""
 
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
     file: str
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor and the boxes that it was cut into, which cover it without an overlap."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: tuple[StoredChunk, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +63,15 @@ class Description:
     progress: dict[str, Any]
     """Plain JSON: the position in the data, the recipe, whatever the run needs to go on."""
     files: dict[str, StoredFile]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, TensorStorageMetadata]
+    """With `StoredChunk`s, which cover a tensor without an overlap."""
 
     def differences(self, weights: Mapping[str, str]) -> list[str]:
         """Return how the stored weights differ from `weights`, whose values are `form_of` them."""
         stored = {
-            name: form_of(t.shape, t.dtype) for name, t in self.tensors.items() if not name.startswith("optimizer/")
+            name: form_of(t.size, t.properties.dtype)
+            for name, t in self.tensors.items()
+            if not name.startswith("optimizer/")
         }
         common = sorted(weights.keys() & stored.keys())
         kinds = {
@@ -92,15 +85,21 @@ class Description:
         """Return the file's contents."""
         tensors = {
             name: {
-                "dtype": _NAMES[t.dtype],
-                "shape": t.shape,
-                "chunks": [{"offsets": c.offsets, "shape": c.shape, "file": c.file} for c in t.chunks],
+                "dtype": _NAMES[t.properties.dtype],
+                "shape": t.size,
+                "chunks": [{"offsets": c.offsets, "shape": c.sizes, "file": file_of(c)} for c in t.chunks],
             }
             for name, t in self.tensors.items()
         }
         files = {f.name: {"bytes": f.size, "sha256": f.sha256} for f in self.files.values()}
         content = {"format": FORMAT, "mhc_compile": VERSION, "step": self.step, "world": self.world}
         return json.dumps({**content, "progress": self.progress, "files": files, "tensors": tensors}, indent=1) + "\n"
+
+
+def file_of(chunk: ChunkStorageMetadata) -> str:
+    """Return the file in which a stored box lies."""
+    assert isinstance(chunk, StoredChunk)
+    return chunk.file
 
 
 def form_of(shape: Sequence[int], dtype: torch.dtype) -> str:
@@ -143,9 +142,9 @@ def verify_file(folder: Path, description: Description, name: str) -> None:
     except MHCError as error:
         raise error if error.code == "MHC615" else MHCError("MHC615", error.detail) from error
     for tensor_name, tensor in description.tensors.items():
-        for chunk in (c for c in tensor.chunks if c.file == name):
+        for chunk in (c for c in tensor.chunks if file_of(c) == name):
             info = tensors.get(chunk_key(tensor_name, chunk.offsets))
-            if info is None or (DTYPES.get(info.dtype), info.shape) != (tensor.dtype, chunk.shape):
+            if info is None or (DTYPES.get(info.dtype), info.shape) != (tensor.properties.dtype, chunk.sizes):
                 raise MHCError("MHC615", f"{path} does not hold the part of {tensor_name} that {NAME} names")
 
 
@@ -189,16 +188,16 @@ def _parse(content: Mapping[str, Any]) -> Description:
     tensors = {}
     for name, t in content["tensors"].items():
         shape = _sizes(t["shape"])
-        chunks = tuple(StoredChunk(_sizes(c["offsets"]), _sizes(c["shape"]), str(c["file"])) for c in t["chunks"])
+        chunks = [StoredChunk(_sizes(c["offsets"]), _sizes(c["shape"]), str(c["file"])) for c in t["chunks"]]
         for c in chunks:
             if c.file not in files:
                 raise ValueError(f"{name} lies in {c.file!r}, which is not listed")
-            ends = [o + s for o, s in zip(c.offsets, c.shape, strict=True)]
+            ends = [o + s for o, s in zip(c.offsets, c.sizes, strict=True)]
             if len(ends) != len(shape) or any(e > s for e, s in zip(ends, shape, strict=True)):
                 raise ValueError(f"a part of {name} lies outside of it")
-        if sum(math.prod(c.shape) for c in chunks) != math.prod(shape) or not chunks:
+        if sum(math.prod(c.sizes) for c in chunks) != math.prod(shape) or not chunks:
             raise ValueError(f"the parts of {name} do not cover it")
-        tensors[str(name)] = StoredTensor(DTYPES[t["dtype"]], shape, chunks)
+        tensors[str(name)] = TensorStorageMetadata(TensorProperties(dtype=DTYPES[t["dtype"]]), shape, list(chunks))
     if not isinstance(content["progress"], dict):
         raise TypeError("progress is no object")
     return Description(
@@ -216,7 +215,7 @@ def _count(value: Any) -> int:
     return value
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def _sizes(value: Any) -> torch.Size:
     if not isinstance(value, list):
         raise TypeError(f"{value!r} is not a list of sizes")
-    return tuple(_count(v) for v in value)
+    return torch.Size(_count(v) for v in value)

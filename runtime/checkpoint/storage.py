@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Size
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
@@ -26,13 +19,33 @@ from mhc_compile.runtime.checkpoint.format import (
     Description,
     StoredChunk,
     StoredFile,
-    StoredTensor,
     chunk_key,
+    file_of,
     write_tensors,
 )
 
 
-class Writer(StorageWriter):
+class _Folder:
+    """What torch asks of a storage, of one that is used once and whose constructor takes the folder."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Do nothing."""
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        """Return `plan`."""
+        return plan
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        """Return `plans`."""
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:  # noqa: ARG003
+        """Return False."""
+        return False
+
+
+class Writer(_Folder, StorageWriter):
     """Writes into `folder`, which the coordinator makes; `publish()` is called there when all ranks have written.
 
     `progress`: plain JSON, of which the coordinator's is kept.
@@ -44,21 +57,10 @@ class Writer(StorageWriter):
         self.folder, self.step, self.rank, self.world = folder, step, rank, world
         self.progress, self.publish = progress, publish
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: a writer writes once."""
-
     def set_up_storage_writer(self, is_coordinator: bool) -> None:
         """Make the folder; the other ranks write only after the coordinator has answered."""
         if is_coordinator:
             self.folder.mkdir()
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return `plan`."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return `plans`."""
-        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file to the disk itself."""
@@ -77,11 +79,9 @@ class Writer(StorageWriter):
         tensors = {}
         for name, t in metadata.state_dict_metadata.items():
             assert isinstance(t, TensorStorageMetadata)
-            chunks = [
-                StoredChunk(tuple(c.offsets), tuple(c.sizes), where[MetadataIndex(name, c.offsets)].name)
-                for c in t.chunks
-            ]
-            tensors[name] = StoredTensor(t.properties.dtype, tuple(t.size), tuple(chunks))
+            files = [where[MetadataIndex(name, c.offsets)].name for c in t.chunks]
+            chunks = [StoredChunk(c.offsets, c.sizes, file) for c, file in zip(t.chunks, files, strict=True)]
+            tensors[name] = replace(t, chunks=chunks)
         description = Description(
             step=self.step,
             world=self.world,
@@ -92,44 +92,19 @@ class Writer(StorageWriter):
         write_text(self.folder / NAME, description.text())
         self.publish()
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Return False: the constructor takes the folder."""
-        return False
 
-
-class Reader(StorageReader):
+class Reader(_Folder, StorageReader):
     """Reads the boxes that a plan asks for out of the files of a checkpoint whose description was read."""
 
     def __init__(self, folder: Path, description: Description) -> None:
         self.folder, self.description = folder, description
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: a reader reads once."""
-
     def read_metadata(self) -> Metadata:
-        """Return the description in torch's words."""
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=t.dtype),
-                    Size(t.shape),
-                    [ChunkStorageMetadata(Size(c.offsets), Size(c.shape)) for c in t.chunks],
-                )
-                for name, t in self.description.tensors.items()
-            }
-        )
+        """Return the description as torch's planner reads it."""
+        return Metadata({**self.description.tensors})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
         """Do nothing: the files are opened as they are read."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return `plan`."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return `plans`."""
-        return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read only the bytes that are asked for, file by file."""
@@ -137,7 +112,7 @@ class Reader(StorageReader):
         for item in plan.items:
             chunks = self.description.tensors[item.storage_index.fqn].chunks
             at = tuple(item.storage_index.offset or ())
-            by_file.setdefault(next(c.file for c in chunks if c.offsets == at), []).append(item)
+            by_file.setdefault(next(file_of(c) for c in chunks if c.offsets == at), []).append(item)
         for name, items in by_file.items():
             with safe_open(self.folder / name, framework="pt") as file:
                 for item in items:
@@ -150,8 +125,3 @@ class Reader(StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Return False: the constructor takes the folder."""
-        return False

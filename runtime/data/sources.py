@@ -6,7 +6,8 @@ import codecs
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -174,27 +175,27 @@ def _dataset(name: str, field: str) -> Source:
         import datasets
     except ImportError as error:
         raise MHCError("MHC610", f"{name}: {error}", way_out="pip install 'mhc-compile[data]'") from error
-    try:
+    with _coded(name):
         rows = _rows(datasets, name.removeprefix(DATASET))
         if rows.column_names is not None and field in rows.column_names:
             rows = rows.select_columns([field])
         size = len(rows) if isinstance(rows, datasets.Dataset) else 0
-    except MHCError:
-        raise
-    except Exception as error:  # its readers raise classes of their own, without a common base
-        raise MHCError("MHC610", f"{name}: {type(error).__name__}: {error}") from error
 
     def pieces() -> Iterator[Piece]:
-        for number, row in enumerate(_reading(rows, name)):
-            yield from _document(_text(row, field, f"{name}, row {number}"), 1)
+        with _coded(name):  # files of a dataset are only read now
+            for number, row in enumerate(rows):
+                yield from _document(_text(row, field, f"{name}, row {number}"), 1)
 
     return Source(name, size, pieces)
 
 
-def _reading(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _coded(name: str) -> Iterator[None]:
     try:
-        yield from rows
-    except Exception as error:  # as above: files of a dataset are only read now
+        yield
+    except MHCError:
+        raise
+    except Exception as error:  # the library's readers raise classes of their own, without a common base
         raise MHCError("MHC610", f"{name}: {type(error).__name__}: {error}") from error
 
 

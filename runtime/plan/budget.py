@@ -17,7 +17,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def add_arguments(parser: Any) -> None:
-    """What the command `plan` takes for a budget, in a group of its own."""
+    """Add the arguments of the command `plan` for a budget, in a group of their own."""
     group = parser.add_argument_group("a budget of parameters, without a recipe")
     group.add_argument("--budget", metavar="N", type=_count, help="sparse parameters: experts and memory (26B, 1.5e9)")
     group.add_argument("--engram", choices=sorted(PRESETS), default="paper", help="orders, heads and widths of a row")

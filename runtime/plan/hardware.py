@@ -16,9 +16,9 @@ from mhc_compile.diagnostics import MHCError
 GIB = 1 << 30
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Hardware:
-    """One rank's device and its way to others."""
+    """One rank's device and its link to others."""
 
     name: str
     flops: float
@@ -29,39 +29,30 @@ class Hardware:
     """Of its memory, bytes a second."""
     link: float
     """To another rank, bytes a second each way."""
-    latency: float
-    """Of a transfer to another rank, seconds."""
     memory: int
     """Bytes."""
+    latency: float = 10e-6
+    """Of a transfer to another rank, seconds; of this order on every one of them."""
 
     def rate(self, dtype: str) -> float:
         """Return the operations a second in `dtype`, "bfloat16" or "float32"."""
         return self.flops if dtype == "bfloat16" else self.flops_float32
 
 
-_LATENCY = 10e-6
-"""Seconds of a point-to-point transfer, of this order on every one of them."""
-KNOWN: dict[str, Hardware] = {
-    h.name: h
-    for h in (
+KNOWN = {
+    name: Hardware(name, *rates)
+    for name, rates in {
         # NVIDIA's data sheets; links: half of NVLink's two-way rate, or one 400 Gb/s adapter a device.
-        Hardware(name="a100", flops=312e12, flops_float32=156e12, bandwidth=2.039e12, link=300e9, latency=_LATENCY,
-                 memory=80 * GIB),
-        Hardware(name="h100", flops=989e12, flops_float32=494e12, bandwidth=3.35e12, link=450e9, latency=_LATENCY,
-                 memory=80 * GIB),
-        Hardware(name="h100-ib", flops=989e12, flops_float32=494e12, bandwidth=3.35e12, link=50e9, latency=_LATENCY,
-                 memory=80 * GIB),
-        Hardware(name="h200", flops=989e12, flops_float32=494e12, bandwidth=4.8e12, link=450e9, latency=_LATENCY,
-                 memory=int(141e9)),
-        Hardware(name="h200-ib", flops=989e12, flops_float32=494e12, bandwidth=4.8e12, link=50e9, latency=_LATENCY,
-                 memory=int(141e9)),
-        Hardware(name="b200", flops=2250e12, flops_float32=1125e12, bandwidth=8e12, link=900e9, latency=_LATENCY,
-                 memory=int(180e9)),
+        "a100": (312e12, 156e12, 2.039e12, 300e9, 80 * GIB),
+        "h100": (989e12, 494e12, 3.35e12, 450e9, 80 * GIB),
+        "h100-ib": (989e12, 494e12, 3.35e12, 50e9, 80 * GIB),
+        "h200": (989e12, 494e12, 4.8e12, 450e9, int(141e9)),
+        "h200-ib": (989e12, 494e12, 4.8e12, 50e9, int(141e9)),
+        "b200": (2250e12, 1125e12, 8e12, 900e9, int(180e9)),
         # AMD's data sheet; link: one of the seven to the other devices of a node.
-        Hardware(name="mi300x", flops=1307e12, flops_float32=654e12, bandwidth=5.3e12, link=64e9, latency=_LATENCY,
-                 memory=192 * 10**9),
-    )
-}  # fmt: skip
+        "mi300x": (1307e12, 654e12, 5.3e12, 64e9, 192 * 10**9),
+    }.items()
+}
 """By the name that `--hardware` takes."""
 
 

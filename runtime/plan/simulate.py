@@ -7,7 +7,7 @@ takes `latency + bytes / bandwidth` and costs no computing.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,8 +23,6 @@ class StageCost:
     """Backward: gradients of what came in, recomputation included."""
     weight: float
     """Backward: gradients of parameters."""
-    backward: float | None = None
-    """Both in one; None: their sum."""
     sent: int = 0
     """To the next stage, forward; the gradients that come back are as large."""
     kept: int = 0
@@ -33,10 +31,8 @@ class StageCost:
     """What the gradients of parameters still need once those of what came in are there."""
 
     def seconds(self, kind: str) -> float:
-        """Of one pass."""
-        if kind == "backward":
-            return self.input + self.weight if self.backward is None else self.backward
-        return float(getattr(self, kind))
+        """Return the seconds of one pass."""
+        return self.input + self.weight if kind == "backward" else float(getattr(self, kind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +68,6 @@ class Simulated:
     """The most bytes each rank keeps for backward passes at a time."""
     live: list[int]
     """The most microbatches that each stage keeps something of at a time."""
-    live_of_rank: list[int]
-    """The most pairs of a stage and a microbatch that each rank keeps something of at a time."""
     sent: list[int]
     """Bytes that each rank sends."""
     messages: list[int]
@@ -160,40 +154,34 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link) -> Simu
                 moving = True
     assert at == [len(actions) for actions in schedule.ranks], "ranks wait for one another"
     watched = [_watch(works, costs) for works in timed]
-    live: dict[int, int] = {}
-    for _, by_stage, _ in watched:
-        live |= by_stage
+    live = {stage: most for _, by_stage in watched for stage, most in by_stage.items()}
     return Simulated(
         works=sorted((w for works in timed for w in works), key=lambda w: (w.begin, w.rank)),
         ends=now,
         busy=busy,
-        held=[held for held, _, _ in watched],
+        held=[most for most, _ in watched],
         live=[live[s] for s in range(len(costs))],
-        live_of_rank=[most for _, _, most in watched],
         sent=[sum(transfers.size(t) for t in transfers.arrived if schedule.owner[t.stage] == r) for r in range(count)],
         messages=[sum(schedule.owner[t.stage] == r for t in transfers.arrived) for r in range(count)],
     )
 
 
-def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Mapping[int, int], int]:
-    """The most bytes held, the most microbatches of each stage, and of all stages of a rank, at a time."""
-    held = most_held = most = 0
-    live: dict[int, set[int]] = {}
-    most_live: dict[int, int] = {}
-    for timed in works:
-        work = timed.work
+def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Mapping[int, int]]:
+    """Return the most bytes that a rank keeps, and the most microbatches of each of its stages, at a time."""
+    kept = most_kept = 0
+    live: Counter[int] = Counter()
+    most_live: Counter[int] = Counter()
+    for work in (timed.work for timed in works):
         cost = costs[work.stage]
-        of_stage = live.setdefault(work.stage, set())
         if work.kind == "forward":
-            of_stage.add(work.microbatch)
-            held += cost.kept
-        elif work.kind == "input":  # what the gradients of parameters need is there before the rest is given up
-            most_held = max(most_held, held + cost.deferred)
-            held += cost.deferred - cost.kept
+            live[work.stage] += 1
+            kept += cost.kept
+        elif work.kind == "input":  # what the gradients of parameters need is there before the rest is freed
+            most_kept = max(most_kept, kept + cost.deferred)
+            kept += cost.deferred - cost.kept
         else:
-            of_stage.discard(work.microbatch)
-            held -= cost.deferred if work.kind == "weight" else cost.kept
-        most_held = max(most_held, held)
-        most_live[work.stage] = max(most_live.get(work.stage, 0), len(of_stage))
-        most = max(most, sum(map(len, live.values())))
-    return most_held, most_live, most
+            live[work.stage] -= 1
+            kept -= cost.deferred if work.kind == "weight" else cost.kept
+        most_kept = max(most_kept, kept)
+        most_live |= live
+    return most_kept, most_live

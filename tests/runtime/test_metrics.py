@@ -97,7 +97,6 @@ def test_a_line_that_a_killed_run_did_not_finish_is_dropped(tmp_path: Path) -> N
     whole = path.read_text()
     for cut in (1, 5, len(whole.splitlines()[-1])):
         path.write_text(whole[:-cut])
-        assert steps_of(tmp_path) == [1, 2]
         drop_after(path, 10)
         assert path.read_text() == "".join(whole.splitlines(keepends=True)[:2])
     run(tmp_path, range(3, 5))

@@ -94,7 +94,7 @@ def test_what_crosses_and_what_is_tied() -> None:
     # The ids are read where the memory is; they do not travel.
     assert [tuple(t.shape) for s in stages for t in s.example_inputs] == [(2, 8), (2, 8, 4, 32), (2, 8, 4, 32)]
     assert [tuple(t.shape) for s in stages for t in s.example_outputs] == [(2, 8, 4, 32), (2, 8, 4, 32), (2, 8, 64)]
-    coefficients = coefficient_nodes(stages[1].graph.graph)
+    coefficients = coefficient_nodes(stages[1].piece.graph.graph)
     assert [n.meta["mhc_site"] for n in coefficients] == ["layers.1#0", "layers.1#1"]
     assert list(stages[1].tables) == ["model.mhc.engram.layers.1.table"]
     assert tied(program, [s.piece for s in stages]) == {"model.embed_tokens.weight": (0, 2)}
