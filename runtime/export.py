@@ -40,11 +40,10 @@ CONFIG = "config.json"
 def export_checkpoint(recipe: Recipe, out: str | os.PathLike[str]) -> Path:
     """Write the model of the newest checkpoint of `recipe.checkpoint.folder` as the new folder `out`.
 
-    The folder is that of a converted model: its weights are the float32 masters, its configuration and tokenizer those
-    of `recipe.model.folder`, and `mhc_compile.from_pretrained` loads it. It appears when all of it is on the disk, or
-    not at all. Weights are mapped from the checkpoint's files, and what several ranks hold parts of is put together in
-    an unnamed file beside `out` first, so that no more than a shard of the result is in memory; rows of tables pass
-    through in pieces.
+    The folder is that of a converted model, for `mhc_compile.from_pretrained`: its weights are the float32 masters, its
+    configuration and tokenizer those of `recipe.model.folder`. It appears complete or not at all. Weights are mapped
+    from the checkpoint's files, parts of several ranks joined in an unnamed file beside `out`, so that no more than a
+    shard of the result is in memory; rows of tables are copied in pieces.
 
     Raises MHC615 where there is no checkpoint or it is damaged, MHC617 where it is not of the recipe's model, MHC412
     and 413 where `out` cannot be written, and what reading `recipe.model.folder` raises.

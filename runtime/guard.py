@@ -26,7 +26,7 @@ PATIENCE = 10
 
 
 class Guard:
-    """Judges each step before its update; all ranks are given the same figures and judge alike.
+    """Judges each step before its update; all ranks pass the same figures and judge alike.
 
     `policy`: "stop" or "skip". `explode`: a loss above so many times the median of the last 64 is bad as well; 0: only
     NaN and infinity are. `folder` gets `failed-step-N` when a run stops.

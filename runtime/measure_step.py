@@ -1,10 +1,8 @@
 """Check the simulator: measure a small recipe's stages on this machine, predict every schedule, and run it for real.
 
-Every rank is a local process with one thread. For each schedule the ranks build the recipe's stages, then take turns:
-all ranks measure the passes of their own stages at the same time, without talking to each other, and all ranks run a
-whole step. Means of the passes go into `runtime.plan.simulate`, with a message's time measured between two of the
-processes; what comes out is compared with the mean of the steps. Means, because what slows a pass down now and then on
-a machine that does other things as well slows a step by as much.
+Every rank is a local process with one thread. For each schedule all ranks measure the passes of their stages at the
+same time, without messages, and in turn run whole steps. The means of the passes, and the time of a message between two
+processes, go into `runtime.plan.simulate`; the result is compared with the mean of the steps.
 """
 
 from __future__ import annotations

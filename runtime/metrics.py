@@ -1,4 +1,4 @@
-"""The figures of a run as it goes on: a line of `metrics.jsonl` a step logged, TensorBoard scalars, a progress bar.
+"""The figures of a run: a line of `metrics.jsonl` for every logged step, TensorBoard scalars, a progress bar.
 
 One rank of a job writes and shows them. A run that is killed at any moment leaves a file of whole lines but for the
 last one; the run that continues it from a checkpoint drops what the checkpoint does not know of, so that the file has
@@ -41,7 +41,7 @@ _REFRESH = 0.1
 class Metrics(AbstractContextManager["Metrics"]):
     """Writes what is measured in a training run and shows how far it is; a context manager that closes itself.
 
-    `folder`: where `metrics.jsonl` and `tensorboard/` lie; made if missing. `total_steps`: of the whole run.
+    `folder`: where `metrics.jsonl` and `tensorboard/` lie; created if missing. `total_steps`: of the whole run.
     `start`: the steps that the checkpoint this run continues had taken, 0 for a new run; lines of later steps are
     dropped. `shows`: whether this rank writes and shows; on any other all methods do nothing. `console`: where to show,
     standard output by default: a bar on a terminal, a plain line for every step logged elsewhere.

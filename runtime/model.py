@@ -28,10 +28,10 @@ from mhc_compile.runtime.recipe_tables import StreamsTable
 
 
 def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Module:
-    """The converted model of `recipe.model.folder`, to be captured on `device` and never run.
+    """Return the converted model of `recipe.model.folder`, to be captured on `device` and never run.
 
     Its parameters are fake tensors, in `recipe.model.dtype` but for those of the streams, which are float32; rows of
-    tables are on the meta device. Buffers have the values that the model's own code, or the folder, gives them.
+    tables are on the meta device. Buffers have their values, of the model's code or of the folder.
 
     Raises MHC401 to 407 and 414 for a folder that cannot be read, MHC404 for weights that do not fit, MHC602 for
     tables of the recipe that a converted folder has settled or that need a memory where there is none, MHC222 for a

@@ -5,8 +5,7 @@
     forward and      two streams, on a CPU with cores to spare in two threads, else one after the other; the forward's
     backward         result is sent as soon as it is there, not after the backward
 
-Results are those of torch's own runtime bit by bit: the halves share no value, and whatever is added up is added by one
-of them alone.
+Results equal those of torch's runtime bit by bit: the halves share no value, and each sum is made by one of them alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What the streams of a pipeline do on one microbatch, by layer: how far they separate, how much the mixes amplify.
-
-The figures of `mhc_compile.measure`, of a model that is cut into stages on several ranks.
-"""
+"""The figures of `mhc_compile.measure` for a model that is cut into stages on several ranks."""
 
 from __future__ import annotations
 
@@ -26,17 +23,16 @@ T = TypeVar("T")
 def stream_figures(
     stages: Sequence[Stage], batch: Mapping[str, Tensor], pipe_group: ProcessGroup | None = None
 ) -> dict[str, float]:
-    """Separation and gain of every site, and the composite gain of all of them, by the names of metrics.
+    """Return separation and gain of every site, and the composite gain of all of them, by the names of metrics.
 
     `separation/SITE` (a mean over tokens) and `gain/SITE` (the largest over tokens) with sites named by their modules
     (`model.layers.3#0`), and `composite_gain/forward_mean`, `forward_max`, `backward_mean` and `backward_max`
     (arXiv 2512.24880), with the owner's module path before the last part where a model has several streams.
 
-    `stages`: this rank's, in any order. `batch`: the model's inputs for one microbatch of the shapes that the stages
-    were captured with, equal on all ranks of a pipeline. `pipe_group`: those ranks, all of which must call this, and
-    all get the figures; None where this rank holds every stage. With FSDP or sharded tables all replicas must call
-    this, each with its own microbatch. The stages run in eval mode, without gradients; weights, random states and modes
-    stay as they are.
+    `stages`: this rank's, in any order. `batch`: the model's inputs for one microbatch, equal on all ranks of a
+    pipeline. `pipe_group`: those ranks, which all call this; None where this rank holds every stage. With FSDP or
+    sharded tables all replicas call this, each with its own microbatch. Stages run in eval mode, without gradients;
+    weights, random states and modes stay as they are.
     """
     return named(summarise(_parts(stages, batch, pipe_group)))
 

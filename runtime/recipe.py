@@ -1,4 +1,4 @@
-"""The recipe of a training run: a TOML file, every field of it typed, described and checked before anything starts."""
+"""The recipe of a training run: a TOML file whose fields are typed, described and checked before anything starts."""
 
 from __future__ import annotations
 

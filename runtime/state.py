@@ -77,15 +77,14 @@ def restore(
             (p, *_), table = weights[name]
             value = optimizer.state[p][key] = _like(p, table, stored.size, stored.properties.dtype)
             state["optimizer"][moment] = _piece(value, table)
-    checkpoints.load(state)
+    checkpoints.load(description, state)
     with torch.no_grad():
         for (p, *others), _ in weights.values():
             for other in others:
                 other.copy_(p)
                 if p in optimizer.state:
                     optimizer.state[other] = {key: t.clone() for key, t in optimizer.state[p].items()}
-    saved: dict[str, Any] = state["progress"]
-    return saved
+    return description.progress
 
 
 def _weights_of(weights: Mapping[str, Weight]) -> State:

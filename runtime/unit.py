@@ -29,7 +29,7 @@ class FromPrevious:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """An input of the model's own forward, by its name there."""
+    """An input of the model's forward, by its name there."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""Values of stages: drawn from a seed, or read from a checkpoint folder, each stage its own tensors alone."""
+"""Weights of stages: drawn from a seed, or read from a checkpoint folder, for each stage its tensors alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mhc_compile.runtime.stage import Stage
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Set `parameter` to the whole `value`, of which a sharded one (DTensor) keeps its own part. No communication."""
+    """Set `parameter` to the whole `value`, or a sharded one (DTensor) to its part of it, without communication."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
             whole = value.to(parameter.device, parameter.dtype)

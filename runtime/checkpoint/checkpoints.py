@@ -33,18 +33,15 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Checkpoints:
-    """The checkpoints of a run in `folder`, which all ranks see; every method is called by all ranks, in one order.
+    """The checkpoints of a run in `folder`, which all ranks see; all ranks call every method, in one order.
 
-    `every`: optimizer steps between two (`due`); `keep`: how many whole ones stay; `asynchronous`: `save` returns when
-    the values are copied, and they are written while training goes on. `timeout` (seconds): how long ranks wait for the
-    slowest to write or read its part. They talk over a gloo group of their own, so a save does not wait for training's
-    messages.
+    `every`: optimizer steps between two (`due`); `keep`: how many stay; `asynchronous`: `save` returns when the values
+    are copied, and they are written while training goes on. `timeout` (seconds): how long ranks wait for the slowest to
+    write or read its part, in a gloo group apart from training's messages.
 
-    A save that the file system refuses (a full disk) warns with MHC616 when the next one begins or in `wait`: what was
-    saved before stays, the unfinished folder goes, training goes on, and the next save is tried. `close` raises MHC616
-    if the last save of the run failed.
-
-    The constructor raises MHC619 on all ranks where another run writes to `folder`.
+    A save that fails (a full disk) warns with MHC616 when the next one begins or in `wait`; earlier checkpoints stay.
+    `close` raises MHC616 if the last save failed. The constructor raises MHC619, on all ranks, where another run writes
+    to `folder`.
     """
 
     def __init__(
@@ -101,13 +98,13 @@ class Checkpoints:
             self._finish(step, lambda: save(pieces, **options))
 
     def wait(self) -> None:
-        """Return when the save that is being written is done."""
+        """Wait until the present save is done."""
         if self._pending is not None:
             (step, wait), self._pending = self._pending, None
             self._finish(step, wait)
 
     def close(self) -> None:
-        """Wait, and let other runs have the folder. Raises MHC616 if the last save failed."""
+        """Wait, and release the folder for other runs. Raises MHC616 if the last save failed."""
         try:
             self.wait()
         finally:
@@ -136,30 +133,24 @@ class Checkpoints:
 
         return self._together(check)
 
-    def load(self, state: State) -> int:
-        """Fill the tensors of `state`, in place, from the newest checkpoint; return its step.
+    def load(self, description: Description, state: State) -> None:
+        """Fill the tensors of `state`, in place, from the checkpoint that `open` has described.
 
-        `state["progress"]` becomes what was saved. Names and shapes must be there (`mhc_compile.runtime.state.restore`
-        checks them). Raises MHC615 where there is no checkpoint or it is damaged.
+        Names and shapes must be there (`mhc_compile.runtime.state.restore` checks them). Raises MHC615 where the
+        checkpoint is damaged.
         """
-        description = self.open()
-        if description is None:
-            raise MHCError("MHC615", f"{self.folder.path} holds no whole checkpoint")
-        folder = self.folder.whole(description.step)
         pieces: dict[str, Any] = _pieces(state)
         try:
             load(
                 pieces,
-                storage_reader=Reader(folder, description),
+                storage_reader=Reader(self.folder.whole(description.step), description),
                 planner=LoadPlanner(),
                 process_group=self._group,
                 no_dist=not self._parallel,
             )
         except (CheckpointException, OSError, SafetensorError) as error:
             raise _coded("MHC615", error) from error
-        state["progress"] = description.progress
         self._saved = description.step
-        return description.step
 
     def gather(self, value: T) -> list[T]:
         """Return `value` of every rank."""

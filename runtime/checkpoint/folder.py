@@ -28,7 +28,7 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder, take it for this process, and clear what a killed run left unfinished.
 
-        Raises MHC619 where another run has it, or where it cannot be made or written.
+        Raises MHC619 where another run has it, or where it cannot be created or written.
         """
         import fcntl  # not on Windows, where everything but training may still work
 

@@ -57,7 +57,7 @@ class Description:
     """The contents of `checkpoint.json`."""
 
     step: int
-    """Optimizer steps made."""
+    """Optimizer steps done."""
     world: int
     """Ranks that wrote it."""
     progress: dict[str, Any]
@@ -108,7 +108,7 @@ def form_of(shape: Sequence[int], dtype: torch.dtype) -> str:
 
 
 def chunk_key(name: str, offsets: Iterable[int]) -> str:
-    """The name of a tensor's part inside its file."""
+    """Return the name of a tensor's part inside its file."""
     places = list(offsets)
     return f"{name}@{','.join(map(str, places))}" if any(places) else name
 

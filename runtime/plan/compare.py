@@ -63,7 +63,7 @@ def with_schedule(parallel: ParallelTable, name: ScheduleName) -> ParallelTable:
 
 
 def _nearest(counted: Counted, hardware: Hardware, recipe: Recipe) -> Estimate | None:
-    """The first recipe that fits of those with the fewest changes, then the fewest ranks, then the shortest step."""
+    """Return the recipe that fits with the fewest changes, of those the fewest ranks, of those the shortest step."""
     candidates = [(_distance(recipe, c), c) for c in _candidates(recipe, len(counted.works))]
     tried = 0
     best: Estimate | None = None
@@ -107,7 +107,7 @@ def _candidates(recipe: Recipe, sites: int) -> Iterator[Recipe]:
 
 
 def changes(recipe: Recipe, other: Recipe) -> dict[str, object]:
-    """What of a recipe to change to get to another one, by the names of its fields."""
+    """Return the fields of `other` that differ from those of `recipe`, by their names."""
     before, after = recipe.plain(), other.plain()
     return {
         f"{section}.{name}": value
@@ -123,7 +123,7 @@ def _distance(recipe: Recipe, other: Recipe) -> tuple[int, int]:
 
 
 def does_not_fit(compared: Compared) -> MHCError:
-    """MHC641 with the nearest recipe that fits."""
+    """Return MHC641 with the nearest recipe that fits."""
     hardware = compared.hardware
     sizes = bytes_text(compared.chosen.fullest), bytes_text(hardware.memory)
     detail = f"{sizes[0]} on the fullest rank, of {sizes[1]} of `{hardware.name}`"
@@ -135,5 +135,5 @@ def does_not_fit(compared: Compared) -> MHCError:
 
 
 def changes_text(recipe: Recipe, other: Recipe) -> str:
-    """The changes as a command line takes them."""
+    """Return the changes as a command line takes them."""
     return " ".join(f"{name}={value}" for name, value in changes(recipe, other).items())

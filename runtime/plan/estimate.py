@@ -1,14 +1,14 @@
-"""One way to run a recipe: stages, their times, what every rank holds, and the simulated step.
+"""What a recipe takes: its stages, their times, the memory of every rank, and the simulated step.
 
 Times are the rates' bound (`runtime.plan.hardware`); nothing waits for a host, a compiler or a kernel's launch.
 What ranks hold follows this package's own runtime:
 
     weights, gradients    float32, whole on every replica; under FSDP shards, gathered whole while a step runs
     moments               two float32 values a weight, sharded under FSDP
-    casts                 weights in the graph's dtype where that is narrower, made once a step
+    casts                 weights in the graph's dtype where that is narrower, cast once a step
     tables                rows and two moments in float32, spread over parallel.engram
     activations           what the schedule keeps at its fullest: branches, streams in recompute blocks, stage outputs
-    transient             a block that is made again, the largest branch's gradients, those of the logits
+    transient             a block that is recomputed, the largest branch's gradients, those of the logits
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StageEstimate:
     branches_kept: int
     """Bytes of branches' own activations for one microbatch."""
     recompute: float
-    """Seconds of the backward pass in which streams are made again."""
+    """Seconds of the backward pass in which streams are recomputed."""
     casts: int
     """Bytes of weights in the graph's dtype."""
     transient: int
@@ -61,7 +61,7 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank of a pipeline holds at its fullest. Bytes."""
+    """The memory of one rank of a pipeline at its peak, in bytes."""
 
     weights: int
     gradients: int
@@ -87,7 +87,7 @@ class Estimate:
     """By place in the pipeline."""
     simulated: Simulated
     reduction: float
-    """Seconds in which gradients are summed over replicas, behind the last pass."""
+    """Seconds in which gradients are summed over replicas, after the last pass."""
     optimizer: float
     """Seconds of the optimizer's step."""
     stream_bytes: int
@@ -134,7 +134,7 @@ def estimate(counted: Counted, hardware: Hardware, recipe: Recipe) -> Estimate:
         recipe=recipe,
         stages=stages,
         memory=tuple(
-            replace(_without_activations(p, [s for s in stages if s.rank == rank]), activations=simulated.held[rank])
+            replace(_without_activations(p, [s for s in stages if s.rank == rank]), activations=simulated.kept[rank])
             for rank in range(p.stages)
         ),
         simulated=simulated,
@@ -160,14 +160,14 @@ def cut_stages(counted: Counted, hardware: Hardware, recipe: Recipe) -> tuple[St
 
 
 def least(recipe: Recipe, stages: Sequence[StageEstimate]) -> int:
-    """Bytes that the fullest rank holds at least: what is no activation, and one microbatch of each of its stages."""
+    """Return the least bytes of the fullest rank: what is no activation, and one microbatch of each of its stages."""
     p = recipe.parallel
     by_rank = [[s for s in stages if s.rank == rank] for rank in range(p.stages)]
     return max(_without_activations(p, some).total + sum(s.cost.kept for s in some) for some in by_rank)
 
 
 def _scale(counted: Counted, recipe: Recipe) -> float:
-    """Tokens of the recipe's microbatch over those of the one that was counted."""
+    """Return the tokens of the recipe's microbatch over those of the one that was counted."""
     return recipe.train.microbatch * counted.length / counted.tokens
 
 
@@ -228,7 +228,7 @@ def _stage(
 
 
 def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate]) -> RankMemory:
-    """What a rank with these stages holds besides activations."""
+    """Return the memory of a rank with these stages, without activations."""
     values = sum(s.parameters for s in stages)
     tables = sum(s.table_values for s in stages)
     sharded = parallel.mode == "fsdp" and parallel.replicas > 1
@@ -245,6 +245,6 @@ def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate
 
 
 def _row_bytes(counted: Counted, sites: tuple[int, int]) -> int:
-    """Bytes of rows that one microbatch looks up in a stage's tables, in one direction."""
+    """Return the bytes of rows that one microbatch looks up in a stage's tables, in one direction."""
     values = sum(t.width * t.hashes for t in counted.tables if sites[0] <= t.site < sites[1])
     return values * FLOAT32 * counted.tokens

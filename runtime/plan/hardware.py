@@ -1,4 +1,4 @@
-"""What a plan is made for: the published peak rates of accelerators, or rates that the user gives.
+"""The hardware of a plan: the published peak rates of accelerators, or rates that the user gives.
 
 Rates are those of the vendors' data sheets for dense matrices; no measurement of ours is among them. Every time that
 follows from them is a bound from below: real operations reach a part of these rates, so compare schedules by the

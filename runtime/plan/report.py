@@ -132,7 +132,7 @@ def _schedules(plan: Compared) -> Table:
         ratio = f"{e.seconds / estimates['1f1b'].seconds:.3f}" if "1f1b" in estimates else ""
         table.add_row(
             name, str(len(e.stages)), _ms(e.seconds), ratio, f"{e.simulated.bubble:.1%}",
-            size(max(e.simulated.held)), size(e.fullest), size(e.stream_bytes), size(e.residual_bytes),
+            size(max(e.simulated.kept)), size(e.fullest), size(e.stream_bytes), size(e.residual_bytes),
             style="bold" if name == plan.recipe.parallel.schedule else "",
         )  # fmt: skip
     return table

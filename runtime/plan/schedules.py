@@ -100,7 +100,7 @@ def schedule(name: ScheduleName, *, ranks: int, stages_per_rank: int, microbatch
 
 
 def _one_forward_one_backward(rank: int, ranks: int, microbatches: int) -> Iterator[Action]:
-    """What `Schedule1F1B` does step by step, its waits included."""
+    """Yield what `Schedule1F1B` does step by step, its waits included."""
 
     def forward(m: int) -> Run:
         return Run((Work("forward", rank, m),))
@@ -150,8 +150,10 @@ _PASSES: dict[str, Pass] = {"F": "forward", "B": "backward", "I": "input", "W": 
 
 
 def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> Iterator[Action]:
-    """torch's actions with communication, as our runtime performs them: a pass waits for what it reads alone, and the
-    result of a forward that runs with a backward is sent as soon as it is there (`mhc_compile.runtime.overlap`)."""
+    """Yield torch's actions with communication, as `mhc_compile.runtime.overlap` performs them.
+
+    A pass waits for its own inputs alone; the result of a forward that runs with a backward is sent at once.
+    """
     sent: list[Transfer] = []
     early: set[Transfer] = set()
     for action in actions:
@@ -184,7 +186,7 @@ def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> 
 
 
 def needs(work: Work, owner: Sequence[int], rank: int) -> Transfer | None:
-    """What must arrive from another rank before `work` can run on `rank`."""
+    """Return what must arrive from another rank before `work` can run on `rank`."""
     if work.kind == "weight":
         return None
     backward = work.kind != "forward"

@@ -64,7 +64,7 @@ class Simulated:
     """When each rank has done its last action."""
     busy: list[float]
     """Seconds each rank computes."""
-    held: list[int]
+    kept: list[int]
     """The most bytes each rank keeps for backward passes at a time."""
     live: list[int]
     """The most microbatches that each stage keeps something of at a time."""
@@ -159,7 +159,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link) -> Simu
         works=sorted((w for works in timed for w in works), key=lambda w: (w.begin, w.rank)),
         ends=now,
         busy=busy,
-        held=[most for most, _ in watched],
+        kept=[most for most, _ in watched],
         live=[live[s] for s in range(len(costs))],
         sent=[sum(transfers.size(t) for t in transfers.arrived if schedule.owner[t.stage] == r) for r in range(count)],
         messages=[sum(schedule.owner[t.stage] == r for t in transfers.arrived) for r in range(count)],

@@ -32,7 +32,7 @@ from mhc_compile.runtime.program import Program
 
 @dataclass(frozen=True)
 class BranchWork:
-    """The branch of one site, with the embedding in front of the first and the head behind the last."""
+    """The branch of one site, with the embedding before the first and the head after the last."""
 
     forward: tuple[Operation, ...]
     input: tuple[Operation, ...]
@@ -40,7 +40,7 @@ class BranchWork:
     weight: tuple[Operation, ...]
     """The rest of it: the gradients of parameters."""
     kept: int
-    """Bytes of the branch's own activations between the passes; what it is given and parameters not counted."""
+    """Bytes of the branch's own activations between the passes; its inputs and parameters not counted."""
     deferred: int
     """Bytes that the gradients of parameters still need when the rest of the backward pass is done."""
 
@@ -54,7 +54,7 @@ class SiteWork:
     streams: SiteCost
     """What the stream part keeps, for a site at whose beginning a stage or a graph begins."""
     joined: SiteCost
-    """The same behind another site, with which it shares a kernel."""
+    """The same after another site, with which it shares a kernel."""
     forward: Operation
     """Of the stream part: the boundary in front of the branch."""
     backward: Operation
