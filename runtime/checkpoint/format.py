@@ -45,7 +45,7 @@ class StoredFile:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class StoredChunk(ChunkStorageMetadata):
     """A box of a tensor, which lies in one file."""
 

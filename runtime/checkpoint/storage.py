@@ -80,8 +80,8 @@ class Writer(_Folder, StorageWriter):
         for name, t in metadata.state_dict_metadata.items():
             assert isinstance(t, TensorStorageMetadata)
             files = [where[MetadataIndex(name, c.offsets)].name for c in t.chunks]
-            chunks = [StoredChunk(c.offsets, c.sizes, file) for c, file in zip(t.chunks, files, strict=True)]
-            tensors[name] = replace(t, chunks=chunks)
+            chunks = zip(t.chunks, files, strict=True)
+            tensors[name] = replace(t, chunks=[StoredChunk(c.offsets, c.sizes, file) for c, file in chunks])
         description = Description(
             step=self.step,
             world=self.world,
