@@ -68,11 +68,6 @@ class World:
         """The ranks over which the rows of this rank's tables are spread."""
         return self.mesh.get_group("engram")
 
-    @property
-    def replica_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same stages, by `replica`."""
-        return self.replica_mesh.get_group()
-
     def pipe_ranks(self, pipes: Sequence[int]) -> dist.ProcessGroup:
         """Return the group of the ranks at the places `pipes` of this pipeline; all of them call this in one order."""
         ranks = tuple(p * self.parallel.replicas + self.replica for p in sorted(pipes))

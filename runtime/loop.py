@@ -144,7 +144,9 @@ class _Run:
             self._measure(step, batch, figures, metrics)
             last = result.stop or step == recipe.train.steps
             if last or self.checkpoints.due(step):
-                self._save(step)
+                state = training_state(self.engine.stages, optimizer, self._progress(step))
+                with self.world.patience(f"saving after step {step}"):
+                    self.checkpoints.save(step, state)
             if result.stop and step < recipe.train.steps:
                 metrics.say(f"stopped after step {step}; the same command resumes from there")
                 ended = "stopped"
@@ -168,11 +170,6 @@ class _Run:
             due = True
         if due:
             metrics.log(step, figures)
-
-    def _save(self, step: int) -> None:
-        progress = self._progress(step)
-        with self.world.patience(f"saving after step {step}"):
-            self.checkpoints.save(step, training_state(self.engine.stages, self.engine.optimizer, progress))
 
     def _progress(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint says besides tensors; `model` and `data` must be the same where it is resumed."""

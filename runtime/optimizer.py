@@ -80,7 +80,7 @@ class RunAdamW(TableAdamW):
     def reduce(self) -> None:
         """Average gradients over replicas, and add those of tied parameters over the stages that hold them."""
         if self.world.parallel.mode == "replicate":  # FSDP has averaged its own
-            _average(self._gradients(), self.world.replica_group)
+            _average(self._gradients(), self.world.replica_mesh.get_group())
         for name, (_, group) in self._tied.items():
             self._add_up(name, group)
         self._taken = {name: super(RunAdamW, self).take_gradient(t) for name, t in self.tables.items()}
@@ -101,7 +101,7 @@ class RunAdamW(TableAdamW):
                 (spread if isinstance(self.tables[name], ShardedTable) else wholes).append(rows.values)
         squares = torch.stack([self._squares(wholes), self._squares(shards), self._squares(spread)])
         if self.world.parallel.mode == "fsdp":
-            dist.all_reduce(squares[1:2], group=self.world.replica_group)
+            dist.all_reduce(squares[1:2], group=self.world.replica_mesh.get_group())
         if self.world.parallel.engram > 1:
             dist.all_reduce(squares[2:3], group=self.world.engram_group)
         total = squares.sum()

@@ -94,13 +94,7 @@ TABLES: dict[str, type[Any]] = {
 _PRESET = Described(
     "memory", "preset", "a text", '"paper"', "The published memory that the other fields change: paper, v41, qwen_ple."
 )
-_PATHS = (
-    ("model", "folder"),
-    ("data", "folder"),
-    ("data", "validation"),
-    ("checkpoint", "folder"),
-    ("metrics", "folder"),
-)
+_PATHS = {"model": ("folder",), "data": ("folder", "validation"), "checkpoint": ("folder",), "metrics": ("folder",)}
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -130,8 +124,8 @@ def parse_recipe(content: Mapping[str, Any], folder: Path) -> Recipe:
             raise unknown(section, [*TABLES, *(name for name in names if name.endswith(f".{section}"))])
         if not isinstance(table, dict):
             raise MHCError("MHC602", f"{section} is no table", way_out=f"write [{section}] and its fields below it")
-        paths = {name: value for name, value in table.items() if (section, name) in _PATHS and isinstance(value, str)}
-        values = table | {name: str(folder / Path(value).expanduser()) for name, value in paths.items()}
+        paths = {name: table[name] for name in _PATHS.get(section, ()) if isinstance(table.get(name), str)}
+        values = table | {name: str(folder / Path(path).expanduser()) for name, path in paths.items()}
         tables[section] = (
             _memory(values, names) if section == "memory" else build(TABLES[section], section, values, aside=names)
         )

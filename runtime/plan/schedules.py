@@ -158,8 +158,8 @@ def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> 
     early: set[Transfer] = set()
     for action in actions:
         name = action.computation_type.value
-        if name in ("UNSHARD", "RESHARD", "REDUCE_GRAD"):
-            continue  # what FSDP gathers and reduces is counted for the whole step
+        if name in ("UNSHARD", "RESHARD", "REDUCE_GRAD") or name.startswith("WAIT_"):
+            continue  # what FSDP gathers and reduces is counted for the whole step; torch 2.15 waits for sends earlier
         if name.startswith(("SEND", "RECV")):
             gradients = name.endswith("_B")
             source = action.stage_index
