@@ -207,6 +207,19 @@ def optimal_block(runs: Sequence[Sequence[SiteCost]], budget: int | None = None)
     raise MHCError("MHC626", f"{bytes_text(budget)} for {smallest.count} sites; the least possible is {least}")
 
 
+def choose_blocks(runs: tuple[tuple[SiteCost, ...], ...], blocks: str | int) -> Plan:
+    """The blocks that the option `recompute` asks for. Raises MHC204, and MHC626 for bytes that nothing fits."""
+    mode, number = parse_blocks(blocks)
+    if mode == "off":
+        return Plan(runs, 1, rest=sum(map(len, runs)))
+    if mode == "stage":
+        return Plan(runs, max(map(len, runs), default=1))
+    if mode == "sites":
+        assert number is not None
+        return Plan(runs, number)
+    return optimal_block(runs, number)
+
+
 def _least(plan: Plan) -> int:
     """The smallest peak with this block size and any number of sites that keep everything."""
     # What is kept grows with that number, and what is held while a block is made shrinks.
@@ -243,5 +256,5 @@ def parse_blocks(blocks: str | int) -> tuple[Mode, int | None] | tuple[Literal["
 
 def bytes_text(size: int) -> str:
     """Bytes for a reader."""
-    unit = next((u for u in ("GiB", "MiB", "KiB") if size >= _UNITS[u]), "B")
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if size >= _UNITS[u]), "B")
     return f"{size / _UNITS[unit]:.4g} {unit}"

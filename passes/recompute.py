@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Context, gradient_modes
-from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, optimal_block, parse_blocks
+from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, choose_blocks, parse_blocks
 from mhc_compile.passes.dialect_sites import StreamSite, by_stream, size_hints, stream_sites
 from mhc_compile.passes.fuse import KERNELS, Fused
 from mhc_compile.passes.stages import coefficient_nodes
@@ -71,25 +71,17 @@ def plan_of(graph: Graph, blocks: str | int, kernels: tuple[str, ...] = KERNELS)
 
 
 def _plan(graph: Graph, runs: list[list[StreamSite]], blocks: str | int, kernels: tuple[str, ...]) -> Plan:
-    mode, number = parse_blocks(blocks)
+    exact = parse_blocks(blocks)[0] == "bytes"
     hints = size_hints(graph)
     one = "boundary" in kernels
     costs = tuple(
         tuple(
-            _in_numbers(site.cost(joined=one and i > 0 and site.is_boundary), hints, exact=mode == "bytes")
+            _in_numbers(site.cost(joined=one and i > 0 and site.is_boundary), hints, exact=exact)
             for i, site in enumerate(run)
         )
         for run in runs
     )
-    count, longest = sum(map(len, costs)), max(map(len, costs), default=1)
-    if mode == "off":
-        return Plan(costs, 1, rest=count)
-    if mode == "stage":
-        return Plan(costs, longest)
-    if mode == "sites":
-        assert number is not None
-        return Plan(costs, number)
-    return optimal_block(costs, number)
+    return choose_blocks(costs, blocks)
 
 
 def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]:

@@ -1,4 +1,4 @@
-"""What every command that reads a recipe takes on its command line."""
+"""The arguments of every command that reads a recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The recipe's file and the fields to be changed, as `read_recipe` takes them."""
+    """Add the recipe's file and the fields to be changed, as `read_recipe` takes them."""
     parser.add_argument("recipe", metavar="RECIPE", type=Path, nargs="?", help="a TOML file")
     parser.add_argument(
         "overrides", metavar="SECTION.FIELD=VALUE", nargs="*", help="fields that differ from the recipe's"

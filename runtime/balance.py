@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ Balance = Literal["model", "measure"] | Sequence[int]
 
 
 def cuts(program: Program, count: int, balance: Balance = "model") -> list[int]:
-    """The first site of every stage but the first, for `count` stages.
+    """Return the first site of every stage but the first, for `count` stages.
 
     `balance`: `model` weighs floating-point operations (embedding and head included), `measure` the seconds that one
     forward takes here, operation by operation; a list has the number of sites of every stage.
@@ -29,12 +30,12 @@ def cuts(program: Program, count: int, balance: Balance = "model") -> list[int]:
         if len(balance) != count or sum(balance) != program.sites or min(balance) < 1:
             detail = f"{list(balance)} sites for {count} stages of a model with {program.sites} sites"
             raise MHCError("MHC620", detail)
-        return [sum(balance[:k]) for k in range(1, count)]
+        return list(accumulate(balance[:-1]))
     return balanced(site_costs(program, balance), count)
 
 
 def site_costs(program: Program, by: Literal["model", "measure"] = "model") -> list[float]:
-    """What every site costs, in floating-point operations or seconds of one forward (`by_site`)."""
+    """Return what every site costs, in floating-point operations or seconds of one forward (`by_site`)."""
     graph = program.graph
     return by_site(graph.graph, node_flops(graph) if by == "model" else _Timing(program).costs())
 
@@ -44,15 +45,14 @@ class _Timing(Interpreter):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph)
-        self.found: dict[Node, float] = {}
+        self.seconds: dict[Node, float] = {}
 
     def costs(self) -> dict[Node, float]:
-        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
-        inputs = [_like(value(n)) for n in placeholders]
+        inputs = [_like(value(n)) for n in self.graph.find_nodes(op="placeholder")]
         for _ in range(2):
             with torch.no_grad():
                 self.run(*inputs)
-        return self.found
+        return self.seconds
 
     def run_node(self, n: Node) -> Any:
         begin = time.perf_counter()
@@ -60,13 +60,11 @@ class _Timing(Interpreter):
         if isinstance(result, torch.Tensor) and result.is_cuda:
             torch.cuda.synchronize(result.device)
         took = time.perf_counter() - begin
-        self.found[n] = min(took, self.found.get(n, took))
+        self.seconds[n] = min(took, self.seconds.get(n, took))
         return result
 
 
 def _like(fake: torch.Tensor) -> torch.Tensor:
-    """A tensor of the shape, dtype and device of `fake`; one value for all of it where nothing writes it."""
-    one = torch.zeros((), dtype=fake.dtype, device=fake.device)
-    if fake.is_floating_point():
-        one.fill_(0.02)
+    """Return a tensor of the shape, dtype and device of `fake`, whose elements share one value in memory."""
+    one = torch.full((), 0.02 if fake.is_floating_point() else 0, dtype=fake.dtype, device=fake.device)
     return one.expand(fake.shape)

@@ -73,7 +73,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or print, as the arguments say. Raises `MHCError` as `read_recipe` and `train` do."""
+    """Train, export or print. Raises `MHCError` as `read_recipe` and `train` do."""
     # Here, because every command is registered when any of them runs.
     from mhc_compile.runtime.recipe import read_recipe
 
@@ -85,15 +85,14 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe, args.overrides)
     if args.dry_run:
         _print_plan(recipe)
-        return 0
-    if args.export is not None:
+    elif args.export is not None:
         from mhc_compile.runtime.export import export_checkpoint
 
         print(export_checkpoint(recipe, args.export))
-        return 0
-    from mhc_compile.runtime.loop import train
+    else:
+        from mhc_compile.runtime.loop import train
 
-    train(recipe)
+        train(recipe)
     return 0
 
 
@@ -132,7 +131,7 @@ def _print_plan(recipe: Any) -> None:
         check_world(recipe.parallel, int(os.environ["WORLD_SIZE"]))
     check_data(recipe)
     if recipe.metrics.tensorboard:
-        summary_writer()  # refuses here where it is not installed
+        summary_writer()  # raises where it is not installed
     program = capture(recipe, torch.device("cpu"))
     starts = cuts(program, recipe.parallel.stage_count, recipe.parallel.balance)
     if os.environ.get("RANK", "0") == "0":

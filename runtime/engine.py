@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.optimizer import RunAdamW
 from mhc_compile.runtime.program import Program, capture_program
 from mhc_compile.runtime.recipe import Recipe
-from mhc_compile.runtime.schedules import V_SHAPED, Pipeline, local_stages
+from mhc_compile.runtime.schedules import Pipeline
 from mhc_compile.runtime.stage import Stage, build_stages, materialise_all, tied
 from mhc_compile.runtime.tables import look_up_early, table_factory
-from mhc_compile.runtime.weights import initialise, load_folder
+from mhc_compile.runtime.weights import initialise, load_folder, seed_of
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to; the same on all ranks."""
+    """The result of a step; the same on all ranks."""
 
     loss: float
     """The mean over all tokens of the batch."""
@@ -44,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Engine:
-    """This rank's stages with their weights, and what moves them."""
+    """This rank's stages with their weights, their schedule and optimizer."""
 
     recipe: Recipe
     world: World
@@ -61,9 +60,9 @@ class Engine:
         return [m for stage in self.stages for m in stage.modules() if isinstance(m, FSDPModule)]
 
     def reshard(self) -> None:
-        """Put FSDP's shards into the parameters' places again: the optimizer and checkpoints know those alone.
+        """Replace gathered parameters by FSDP's shards, which the optimizer and checkpoints use, after forward passes.
 
-        A step ends so by itself; forward passes leave whole parameters.
+        A training step does so itself.
         """
         for module in self.sharded:
             module.reshard()
@@ -89,21 +88,20 @@ class Engine:
         Gradients are left for `optimizer.update` or `skip`. `stop`: whether this rank wants to stop afterwards.
         Random numbers (dropout) depend on the recipe's seed, the step and the rank alone. Raises MHC605.
         """
-        torch.manual_seed(_number(self.recipe.train.seed, step, self.world.rank))
-        given = {name: t.to(self.world.device) for name, t in batch.items()}
+        torch.manual_seed(seed_of(self.recipe.train.seed, step, self.world.rank))
         with self.world.doing("forward and backward passes", step):
-            loss = self.pipeline.step(given)
+            loss = self.pipeline.step({name: t.to(self.world.device) for name, t in batch.items()})
         with self.world.doing("gradients over ranks", step):
             self.optimizer.reduce()
             norm = self.optimizer.norm()
-            said = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
-            dist.all_reduce(said)
-            total, stops = said.tolist()
+            sums = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
+            dist.all_reduce(sums)
+            total, stops = sums.tolist()
         return Step(total / self.world.parallel.replicas, norm, stops > 0)
 
 
 def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engine:
-    """The recipe's model on this rank, cut, with its weights read or drawn. A collective.
+    """Return this rank's stages of the recipe's model, with their weights read or drawn. A collective.
 
     Without `weights` no value is set: a checkpoint will give them all.
 
@@ -112,12 +110,15 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
     parallel = recipe.parallel
     program = capture(recipe, world.device)
     with world.patience("cutting the model"):
-        starts = _agreed(cuts(program, parallel.stage_count, parallel.balance) if world.rank == 0 else None, world)
+        # The first rank's cuts: a measurement differs from rank to rank.
+        first: list[Any] = [cuts(program, parallel.stage_count, parallel.balance) if world.rank == 0 else None]
+        dist.broadcast_object_list(first, src=0, group=world.patient)
+    starts: list[int] = first[0]
     sharded = parallel.mode == "fsdp"
     stages = build_stages(
         program,
         starts,
-        indices=local_stages(parallel, world.pipe),
+        indices=parallel.local_stages(world.pipe),
         options=recipe.options,
         device=world.device,
         units="blocks" if sharded else "stage",
@@ -144,10 +145,10 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
 
 
 def capture(recipe: Recipe, device: torch.device) -> Program:
-    """The recipe's model as a graph for one microbatch; its weights are not read."""
+    """Return the recipe's model as a graph for one microbatch; its weights are not read."""
     model = hollow_model(recipe, device)
     if recipe.data.documents and POSITIONS not in inspect.signature(model.forward).parameters:
-        detail = f"data.documents = true, but {type(model).__name__} is not told positions"
+        detail = f"data.documents = true, but {type(model).__name__} takes no positions"
         raise MHCError("MHC602", detail, way_out="leave data.documents out")
     if recipe.parallel.engram > 1:
         look_up_early(model)
@@ -155,21 +156,21 @@ def capture(recipe: Recipe, device: torch.device) -> Program:
 
 
 def example_batch(recipe: Recipe, device: torch.device) -> dict[str, Tensor]:
-    """One microbatch's inputs of the model."""
+    """Return inputs of the model for one microbatch."""
     shape = (recipe.train.microbatch, recipe.data.sequence)
-    found = {IDS: torch.zeros(shape, dtype=torch.int64, device=device)}
+    batch = {IDS: torch.zeros(shape, dtype=torch.int64, device=device)}
     if recipe.data.documents:
-        found[POSITIONS] = torch.arange(shape[1], device=device).expand(shape).contiguous()
-    return found
+        batch[POSITIONS] = torch.arange(shape[1], device=device).expand(shape).contiguous()
+    return batch
 
 
 def splits(recipe: Recipe) -> bool:
-    """Whether weights' gradients are computed apart from the others: what V-shaped schedules fill their gaps with.
+    """Return whether weights' gradients are computed apart from the others, for V-shaped schedules to fill gaps with.
 
     FSDP needs whole backward passes, and the inner compiler `eager` has no backward graph to split.
     """
     p = recipe.parallel
-    return p.schedule in V_SHAPED and p.mode == "replicate" and recipe.model.inner != "eager"
+    return p.is_v_shaped and p.mode == "replicate" and recipe.model.inner != "eager"
 
 
 def _shard(stage: Stage, world: World) -> None:
@@ -180,15 +181,3 @@ def _shard(stage: Stage, world: World) -> None:
     for unit in stage.units:
         fully_shard(unit, **how)
     fully_shard(stage, **how)
-
-
-def _agreed(starts: Sequence[int] | None, world: World) -> list[int]:
-    """The first rank's: a measurement differs from rank to rank."""
-    said: list[Any] = [starts]
-    dist.broadcast_object_list(said, src=0, group=world.patient)
-    return list(said[0])
-
-
-def _number(*parts: int) -> int:
-    """A seed that depends on all of the parts."""
-    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "little")

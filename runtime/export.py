@@ -7,11 +7,11 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from mhc_compile.checkpoint.manifest import NAME as MANIFEST
 from mhc_compile.checkpoint.saving import save_pretrained
@@ -21,17 +21,18 @@ from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.memory.rows import FileRows, MappedRows
 from mhc_compile.memory.tables import MemoryTable, row_bytes
-from mhc_compile.parameters import names
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.format import (
     Description,
-    StoredChunk,
     chunk_key,
+    file_of,
+    form_of,
     read_description,
     verify_file,
 )
 from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.tables import tables_of
 
 CONFIG = "config.json"
 
@@ -39,11 +40,10 @@ CONFIG = "config.json"
 def export_checkpoint(recipe: Recipe, out: str | os.PathLike[str]) -> Path:
     """Write the model of the newest checkpoint of `recipe.checkpoint.folder` as the new folder `out`.
 
-    The folder is that of a converted model: its weights are the float32 masters, its configuration and tokenizer those
-    of `recipe.model.folder`, and `mhc_compile.from_pretrained` loads it. It appears when all of it is on the disk, or
-    not at all. Weights are mapped from the checkpoint's files, and what several ranks hold parts of is put together in
-    an unnamed file beside `out` first, so that no more than a shard of the result is in memory; rows of tables pass
-    through in pieces.
+    The folder is that of a converted model, for `mhc_compile.from_pretrained`: its weights are the float32 masters, its
+    configuration and tokenizer those of `recipe.model.folder`. It appears complete or not at all. Weights are mapped
+    from the checkpoint's files, parts of several ranks joined in an unnamed file beside `out`, so that no more than a
+    shard of the result is in memory; rows of tables are copied in pieces.
 
     Raises MHC615 where there is no checkpoint or it is damaged, MHC617 where it is not of the recipe's model, MHC412
     and 413 where `out` cannot be written, and what reading `recipe.model.folder` raises.
@@ -76,7 +76,7 @@ class Stored:
 
     @classmethod
     def newest(cls, path: Path) -> Stored:
-        """Open it. Raises MHC615 where there is none, or it is damaged."""
+        """Open the newest checkpoint. Raises MHC615 where there is none, or it is damaged."""
         run = RunFolder(path)
         steps = run.steps()
         if not steps:
@@ -85,89 +85,82 @@ class Stored:
         description = read_description(folder)
         for name in description.files:
             verify_file(folder, description, name)
-        files = {chunk.file for t in description.tensors.values() for chunk in t.chunks}
+        files = {file_of(chunk) for t in description.tensors.values() for chunk in t.chunks}
         return cls(folder, description, {name: read_shard(folder / name) for name in files})
 
-    def place(self, name: str, chunk: StoredChunk) -> TensorInfo:
-        """Where the bytes of a part of tensor `name` lie in its file."""
-        return self.headers[chunk.file].tensors[chunk_key(name, chunk.offsets)]
+    def place(self, name: str, chunk: ChunkStorageMetadata) -> TensorInfo:
+        """Return where the bytes of a part of tensor `name` lie in its file."""
+        return self.headers[file_of(chunk)].tensors[chunk_key(name, chunk.offsets)]
 
     def tensor(self, name: str, near: Path) -> Tensor:
-        """A tensor whose memory is a file: the checkpoint's, or one in `near` where it lies in several parts."""
+        """Return a tensor whose memory is a file: the checkpoint's, or one in `near` that joins several parts."""
         stored = self.description.tensors[name]
         parts = [self._part(name, chunk) for chunk in stored.chunks]
         if len(parts) == 1:
             return parts[0]
-        size = math.prod(stored.shape) * stored.dtype.itemsize
+        dtype = stored.properties.dtype
+        size = math.prod(stored.size) * dtype.itemsize
         with tempfile.TemporaryFile(dir=near) as file:  # without a name: its room is free when the tensor is gone
             raw = np.memmap(file, np.uint8, "w+", shape=(size,))
-        whole = torch.from_numpy(raw).view(stored.dtype).view(stored.shape)
+        whole = torch.from_numpy(raw).view(dtype).view(stored.size)
         for chunk, part in zip(stored.chunks, parts, strict=True):
-            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.shape, strict=True))] = part
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
         return whole
 
     def table(self, name: str) -> MemoryTable:
-        """A table over the checkpoint's files, in which ranks have left runs of whole rows."""
+        """Return a table over the checkpoint's files, in which ranks have left runs of whole rows."""
         stored = self.description.tensors[name]
-        rows, width = stored.shape
+        (rows, width), dtype = stored.size, stored.properties.dtype
         files = [
-            FileRows(self.folder / chunk.file, chunk.shape[0], (self.place(name, chunk).start,))
+            FileRows(self.folder / file_of(chunk), chunk.sizes[0], (self.place(name, chunk).start,))
             for chunk in sorted(stored.chunks, key=lambda c: c.offsets)
         ]
-        mapped = MappedRows(files, row_bytes(width, stored.dtype))
-        return MemoryTable(rows, width, dtype=stored.dtype, storage="mapped", files=mapped)
+        mapped = MappedRows(files, row_bytes(width, dtype))
+        return MemoryTable(rows, width, dtype=dtype, storage="mapped", files=mapped)
 
-    def _part(self, name: str, chunk: StoredChunk) -> Tensor:
-        info, dtype = self.place(name, chunk), self.description.tensors[name].dtype
+    def _part(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info, dtype = self.place(name, chunk), self.description.tensors[name].properties.dtype
         if info.end == info.start:  # nothing to map
-            return torch.empty(chunk.shape, dtype=dtype)
+            return torch.empty(chunk.sizes, dtype=dtype)
         # Each its own map, which copies what is written to: transformers takes tensors that share one for tied.
-        raw = np.memmap(self.folder / chunk.file, np.uint8, "c", offset=info.start, shape=(info.end - info.start,))
-        return torch.from_numpy(raw).view(dtype).view(chunk.shape)
+        raw = np.memmap(self.folder / file_of(chunk), np.uint8, "c", offset=info.start, shape=(info.end - info.start,))
+        return torch.from_numpy(raw).view(dtype).view(chunk.sizes)
 
 
 def _refuse_another(stored: Stored, model: nn.Module) -> None:
-    tensors = stored.description.tensors
-    there = {name: t.shape for name, t in tensors.items() if not name.startswith("optimizer/")}
-    here = {f"model/{name}": tuple(p.shape) for name, p in _parameters(model).items()}
-    here |= {f"tables/{name}.weight": (t.rows, t.width) for name, t in _tables(model).items()}
-    common = sorted(here.keys() & there.keys())
-    found = {
-        "only in the recipe's model": sorted(here.keys() - there.keys()),
-        "only in the checkpoint": sorted(there.keys() - here.keys()),
-        "of another shape": [f"{n} {list(there[n])}, here {list(here[n])}" for n in common if here[n] != there[n]],
+    weights = {
+        # A run keeps floating-point parameters as float32 masters, whatever the graph computes in.
+        f"model/{name}": form_of(p.shape, torch.float32 if p.is_floating_point() else p.dtype)
+        for name, p in _parameters(model).items()
     }
-    if said := [f"{what}: {names(which)}" for what, which in found.items() if which]:
-        raise MHCError("MHC617", f"{stored.folder}: {'; '.join(said)}")
+    weights |= {f"tables/{name}.weight": form_of((t.rows, t.width), t.dtype) for name, t in tables_of(model).items()}
+    if differences := stored.description.differences(weights):
+        raise MHCError("MHC617", f"{stored.folder}: {'; '.join(differences)}")
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of everything but tables; a tied one by its first name."""
-    of_tables = {id(p) for t in _tables(model).values() for p in t.parameters()}
+    """Return the parameters that are not of tables; a tied one by its first name."""
+    of_tables = {id(p) for t in tables_of(model).values() for p in t.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in of_tables}
-
-
-def _tables(model: nn.Module) -> dict[str, MemoryTable]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, MemoryTable)}
 
 
 def _fill(model: nn.Module, stored: Stored, near: Path) -> None:
     """Put the checkpoint's values, mapped from files, into the place of the model's parameters and tables."""
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays tied
-    for name, p in _parameters(model).items():
-        made[p] = nn.Parameter(stored.tensor(f"model/{name}", near), requires_grad=p.requires_grad)
-    for name in _tables(model):
+    mapped = {  # a tied weight stays tied
+        p: nn.Parameter(stored.tensor(f"model/{name}", near), requires_grad=p.requires_grad)
+        for name, p in _parameters(model).items()
+    }
+    for name in tables_of(model):
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent).add_module(attribute, stored.table(f"tables/{name}.weight"))
     for module in model.modules():
-        held: dict[str, Any] = module._parameters
-        held.update({name: made[p] for name, p in held.items() if p in made})
+        module._parameters |= {name: mapped[p] for name, p in module._parameters.items() if p in mapped}
 
 
 def _copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, generation settings and the like; `config.json` is the saved model's."""
-    taken, _ = companions(Checkpoint(source, {}, (), None, {}))
-    for relative in taken:
+    paths, _ = companions(Checkpoint(source, {}, (), None, {}))
+    for relative in paths:
         if str(relative) in (CONFIG, MANIFEST):
             continue
         (target / relative).unlink(missing_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
+import json
 import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,8 +32,8 @@ class Described:
     """The field's docstring."""
 
 
-def build(cls: type[T], section: str, given: Mapping[str, Any], *, aside: Sequence[str] = ()) -> T:
-    """An instance of the dataclass `cls` from the table `given` of the section so named.
+def build(cls: type[T], section: str, values: Mapping[str, Any], *, aside: Sequence[str] = ()) -> T:
+    """Return an instance of the dataclass `cls` with the values of a section's table.
 
     Lists become tuples, whole numbers floats where the field is a float. `aside`: names of other sections' fields,
     `section.field`, which a misspelt name is compared with, too. Raises MHC601 for an unknown field and MHC602 for a
@@ -39,29 +41,29 @@ def build(cls: type[T], section: str, given: Mapping[str, Any], *, aside: Sequen
     """
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for name in given:
+    for name in values:
         if name not in known:
             raise unknown(f"{section}.{name}", [*(f"{section}.{k}" for k in known), *aside])
     for f in fields(cls):  # type: ignore[arg-type]
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in given:
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
             raise MHCError("MHC602", f"{section}.{f.name} is missing", way_out=f"write it under [{section}]")
-    return cls(**{name: typed(f"{section}.{name}", value, hints[name]) for name, value in given.items()})
+    return cls(**{name: typed(f"{section}.{name}", value, hints[name]) for name, value in values.items()})
 
 
 def unknown(name: str, known: Sequence[str]) -> MHCError:
-    """MHC601 for `name`, with the nearest name known: that field elsewhere, one that begins so, or one alike."""
-    section, _, last = name.rpartition(".")
-    by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
-    own = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
-    found = by_last.get(last) or next((k for short, k in own.items() if short.startswith(last)), None)
-    for names in (own, by_last):
-        found = found or next((names[short] for short in difflib.get_close_matches(last, list(names), n=1)), None)
-    hint = f"; did you mean {found}?" if found else f"; known: {', '.join(own.values())}"
+    """Return MHC601 for `name`, with the nearest known name: that field elsewhere, a longer or a similar one."""
+    section, _, field = name.rpartition(".")
+    anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}
+    here = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    nearest = anywhere.get(field) or next((k for short, k in here.items() if short.startswith(field)), None)
+    for names in (here, anywhere):
+        nearest = nearest or next((names[short] for short in difflib.get_close_matches(field, list(names), n=1)), None)
+    hint = f"; did you mean {nearest}?" if nearest else f"; known: {', '.join(here.values())}"
     return MHCError("MHC601", f"{name}{hint}")
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`. Raises MHC602, naming the field, where it is none of that type."""
+    """Return `value` as the type `hint`. Raises MHC602, naming the field, where it is of another type."""
     for option in _options(hint):
         converted = _as(value, option)
         if converted is not None:
@@ -70,38 +72,36 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def describe(cls: type[Any], section: str, *, leave_out: Iterable[str] = ()) -> list[Described]:
-    """Every field of the dataclass `cls` but those in `leave_out`, in order."""
+    """Return every field of the dataclass `cls` but those in `leave_out`, in order."""
     hints, texts = get_type_hints(cls), docstrings(cls)
-    found = []
+    described = []
     for f in fields(cls):
         if f.name not in leave_out:
             default = "" if f.default is MISSING else "-" if f.default is None else _spell(f.default)
-            found.append(Described(section, f.name, _words(hints[f.name]), default, texts.get(f.name, "")))
-    return found
+            described.append(Described(section, f.name, _words(hints[f.name]), default, texts.get(f.name, "")))
+    return described
 
 
 def docstrings(cls: type[Any]) -> dict[str, str]:
-    """The text under each field of a class, its lines joined."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
-    for statement, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            text = below.value if isinstance(below, ast.Expr) else None
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                found[statement.target.id] = " ".join(text.value.split())
-    return found
+    """Return the text under each field of a class, its lines joined."""
+    texts: dict[str, str] = {}
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    for pair in itertools.pairwise(definition.body):  # type: ignore[attr-defined]
+        match pair:
+            case (ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text)))):
+                texts[name] = " ".join(text.split())
+    return texts
 
 
 def _options(hint: Any) -> list[Any]:
-    """The members of a union, those of nested ones too, without None; a plain type alone."""
+    """Return the members of a union, nested ones flattened, without None; a plain type alone."""
     if get_origin(hint) in (Union, types.UnionType):
         return [option for part in get_args(hint) if part is not type(None) for option in _options(part)]
     return [hint]
 
 
 def _as(value: Any, hint: Any) -> tuple[Any] | None:
-    """`value` as the plain type `hint`, in a tuple of one; None where it is not of that type."""
+    """Return `value` as the plain type `hint`, in a tuple of one; None where it is not of that type."""
     origin = get_origin(hint)
     if origin is Literal:
         # True == 1: the type counts.
@@ -128,27 +128,25 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def _words(hint: Any) -> str:
-    """What may be written for a type."""
-    found = []
+    """Return what may be written for a type, in words."""
+    words = []
     for option in _options(hint):
         if get_origin(option) is Literal:
-            found += [_spell(w) for w in get_args(option)]
+            words += [_spell(w) for w in get_args(option)]
         elif get_origin(option) is tuple:
             parts = get_args(option)
             many = len(parts) == 2 and parts[1] is ...
             inner = " or ".join(_WORDS[p].removeprefix("a ") for p in _options(parts[0]))
-            found.append(f"a list of {inner}s" if many else f"{len(parts)} {inner}s in a list")
+            words.append(f"a list of {inner}s" if many else f"{len(parts)} {inner}s in a list")
         else:
-            found.append(_WORDS[option])
-    return " | ".join(found)
+            words.append(_WORDS[option])
+    return " | ".join(words)
 
 
 def _spell(value: Any) -> str:
-    """A value as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """Return a value as TOML writes it."""
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_spell, value))}]"
     return str(value)

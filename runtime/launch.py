@@ -41,12 +41,7 @@ class World:
     patient: dist.ProcessGroup
     """All ranks, on the CPU, with a timeout long enough to compile or to write a checkpoint in."""
     watch: Watch
-    _made: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Ranks of the run."""
-        return self.parallel.world
+    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
 
     @property
     def pipe(self) -> int:
@@ -73,38 +68,32 @@ class World:
         """The ranks over which the rows of this rank's tables are spread."""
         return self.mesh.get_group("engram")
 
-    @property
-    def replica_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same stages, by `replica`."""
-        return self.replica_mesh.get_group()
-
     def pipe_ranks(self, pipes: Sequence[int]) -> dist.ProcessGroup:
-        """The ranks at the places `pipes` of this pipeline; called by all of them in the same order."""
-        return _group(
-            tuple(p * self.parallel.replicas + self.replica for p in sorted(pipes)), self.parallel, self._made
-        )
+        """Return the group of the ranks at the places `pipes` of this pipeline; all of them call this in one order."""
+        ranks = tuple(p * self.parallel.replicas + self.replica for p in sorted(pipes))
+        return _group(ranks, self.parallel, self._groups)
 
     def meet(self) -> None:
         """Wait until all ranks are here, for as long as `PATIENCE`."""
         dist.barrier(group=self.patient)
 
     def patience(self, action: str) -> AbstractContextManager[None]:
-        """As `doing`, for what may take `PATIENCE`: to compile, to read weights."""
+        """As `doing`, for what may take as long as `PATIENCE`: to compile, to read weights."""
         return self.doing(action, timeout=max(PATIENCE, self.parallel.timeout))
 
     @contextmanager
     def doing(self, action: str, step: int | None = None, *, timeout: float | None = None) -> Iterator[None]:
-        """Name what is being done, for messages. Raises MHC605 where it fails because a peer is lost."""
+        """Name the present action for messages. Raises MHC605 where it fails because a peer is lost."""
         begin = time.monotonic()
         with self.watch.over(action, step, timeout or self.parallel.timeout):
             try:
                 yield
             except MHCError:
                 raise
-            except Exception as error:  # only those that say that a peer is lost are changed
-                if not is_lost(error):
-                    raise
-                raise lost(self.rank, self.size, action, step, time.monotonic() - begin, error) from error
+            except Exception as error:
+                if is_lost(error):
+                    raise lost(self.rank, self.parallel.world, action, step, time.monotonic() - begin, error) from error
+                raise
 
 
 @contextmanager
@@ -121,12 +110,9 @@ def launch(parallel: ParallelTable) -> Iterator[World]:
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     timeout = timedelta(seconds=parallel.timeout)
     try:
-        if "RANK" in os.environ:
-            store = fresh_store(rank, world_size, timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        else:
-            alone = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+        alone = "RANK" not in os.environ
+        store = dist.HashStore() if alone else fresh_store(rank, world_size, timeout)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         detail = f"rank {rank} of {world_size}: joining the run failed: {_first_line(error)}"
         raise MHCError("MHC605", detail) from error
@@ -140,18 +126,17 @@ def launch(parallel: ParallelTable) -> Iterator[World]:
 
 
 def check_world(parallel: ParallelTable, world_size: int) -> None:
-    """Raises MHC603 unless the recipe is for so many processes."""
-    if world_size != parallel.world:
-        p = parallel
-        detail = (
-            f"{world_size} processes; parallel.stages x data x engram = {p.stages} x {p.data} x {p.engram} = {p.world}"
-        )
+    """Raise MHC603 unless the recipe is for so many processes."""
+    p = parallel
+    if world_size != p.world:
+        product = f"{p.stages} x {p.data} x {p.engram} = {p.world}"
+        detail = f"{world_size} processes; parallel.stages x data x engram = {product}"
         way_out = f"torchrun --nproc-per-node {p.world} -m mhc_compile train ..., or change [parallel]"
         raise MHCError("MHC603", detail, way_out=way_out)
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, says that a peer did not answer or is gone."""
+    """Return whether an error, or a cause of it, says that a peer did not answer or is gone."""
     while error is not None:
         if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
             return True
@@ -162,7 +147,7 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def lost(rank: int, size: int, action: str, step: int | None, seconds: float, error: BaseException) -> MHCError:
-    """MHC605 for an error of a collective or a message."""
+    """Return MHC605 for an error of a collective or a message."""
     while error.__cause__ is not None:
         error = error.__cause__
     where = action if step is None else f"step {step}, {action}"
@@ -171,7 +156,7 @@ def lost(rank: int, size: int, action: str, step: int | None, seconds: float, er
 
 @dataclass(frozen=True)
 class _Action:
-    """What the watch watches."""
+    """What this process is doing, since when."""
 
     name: str
     step: int | None
@@ -182,9 +167,8 @@ class _Action:
 class Watch:
     """Ends this process where an action hangs without an error of its own.
 
-    gloo gives up by itself once its timeout has passed; what blocks a thread elsewhere (a driver, a library that waits
-    for a lost peer) is ended here a little later: a coded message, and exit code 1 without clean-up, because the thread
-    that hangs cannot be asked to.
+    gloo raises once its timeout has passed. A thread that is blocked elsewhere (in a driver, in a library that waits
+    for a lost peer) cannot be asked to end: here the process prints a coded message a little later and exits with 1.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -195,7 +179,7 @@ class Watch:
 
     @contextmanager
     def over(self, name: str, step: int | None, timeout: float) -> Iterator[None]:
-        """Watch what is done here. An action inside another has the time for itself; then the outer one begins anew."""
+        """Watch what is done here. An inner action has its own time; the outer one's begins anew after it."""
         outer, self._now = self._now, _Action(name, step, timeout)
         try:
             yield
@@ -203,12 +187,12 @@ class Watch:
             self._now = outer and _Action(outer.name, outer.step, outer.timeout)
 
     def beat(self) -> None:
-        """The action that is watched gets on: its time begins anew."""
+        """Begin the time of the present action anew, because it makes progress."""
         if (now := self._now) is not None:
             self._now = _Action(now.name, now.step, now.timeout)
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._closed.set()
 
     def _run(self) -> None:
@@ -226,30 +210,27 @@ def _world(parallel: ParallelTable, rank: int, device: torch.device, watch: Watc
     shape = (parallel.stages, parallel.data, parallel.engram)
     ranks = torch.arange(parallel.world, dtype=torch.int).view(shape)
     at = (ranks == rank).nonzero()[0].tolist()
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    lines = []
-    for dim in range(len(DIMS)):
-        index: list[int | slice] = [*at]
-        index[dim] = slice(None)
-        lines.append(_group(tuple(ranks[tuple(index)].tolist()), parallel, made))
-    replicas = tuple(ranks[at[0]].flatten().tolist())
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    by_dim = [ranks[:, at[1], at[2]], ranks[at[0], :, at[2]], ranks[at[0], at[1], :]]
+    lines = [_group(tuple(line.tolist()), parallel, groups) for line in by_dim]
     mesh = DeviceMesh.from_group(lines, device.type, mesh=ranks, mesh_dim_names=DIMS)
-    same = DeviceMesh.from_group(_group(replicas, parallel, made), device.type, mesh_dim_names=("replica",))
-    long = timedelta(seconds=max(PATIENCE, parallel.timeout))
-    patient = dist.new_group(backend="gloo", timeout=long, group_desc="patient")
-    return World(parallel, rank, device, mesh, same, patient, watch, made)
+    replicas = _group(tuple(ranks[at[0]].flatten().tolist()), parallel, groups)
+    replica_mesh = DeviceMesh.from_group(replicas, device.type, mesh_dim_names=("replica",))
+    timeout = timedelta(seconds=max(PATIENCE, parallel.timeout))
+    patient = dist.new_group(backend="gloo", timeout=timeout, group_desc="patient")
+    return World(parallel, rank, device, mesh, replica_mesh, patient, watch, groups)
 
 
 def _group(
-    ranks: tuple[int, ...], parallel: ParallelTable, made: dict[tuple[int, ...], dist.ProcessGroup]
+    ranks: tuple[int, ...], parallel: ParallelTable, groups: dict[tuple[int, ...], dist.ProcessGroup]
 ) -> dist.ProcessGroup:
-    """The group of `ranks`, made by its members alone when first asked for."""
-    if ranks not in made:
+    """Return the group of `ranks`, which its members alone create when it is first needed."""
+    if ranks not in groups:
         timeout = timedelta(seconds=parallel.timeout)
         group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
-        made[ranks] = group
-    return made[ranks]
+        groups[ranks] = group
+    return groups[ranks]
 
 
 def _device(local: int) -> torch.device:

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -35,18 +33,18 @@ class Result:
     """How a run ended."""
 
     step: int
-    """Optimizer steps made, those of earlier starts included."""
+    """Optimizer steps done, those of earlier starts included."""
     loss: float | None
-    """Of the last step made now; None where there was nothing to do."""
+    """Of the last step done now; None where there was nothing to do."""
     ended: Literal["done", "stopped"]
-    """`stopped`: by SIGTERM, with a checkpoint to go on from."""
+    """`stopped`: by SIGTERM, with a checkpoint to resume from."""
 
 
 def train(recipe: Recipe, *, console: Console | None = None) -> Result:
     """Run the recipe in this process, one rank of `recipe.parallel.world`, from its newest checkpoint if there is one.
 
-    `console`: where the first rank shows what happens; standard output without. Everything that a user can get wrong is
-    looked at before the first step. SIGTERM ends the run behind the step that is running, with a checkpoint.
+    `console`: where the first rank prints, by default standard output. Everything that a user can get wrong is checked
+    before the first step. SIGTERM ends the run after the current step, with a checkpoint.
 
     Raises what `launch`, `build_engine`, `Loader`, `check_tokenizer`, `Checkpoints`, `restore` and `Guard` raise.
     """
@@ -55,12 +53,13 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
         world = stack.enter_context(launch(recipe.parallel))
         check_data(recipe)
         if recipe.metrics.tensorboard:
-            summary_writer()  # refuses here where it is not installed
+            summary_writer()  # raises where it is not installed
         loader = stack.enter_context(_loader(recipe, world.replica, recipe.data.folder, recipe.data.workers))
         held_out = None
         if recipe.train.evaluate_every and recipe.data.validation is not None:
             held_out = stack.enter_context(_loader(recipe, world.replica, recipe.data.validation, 0))
-        say = (console or Console(highlight=False, soft_wrap=True)).print if world.rank == 0 else _silent
+        console = console or Console(highlight=False, soft_wrap=True)
+        console.quiet |= world.rank > 0
         checkpoints = Checkpoints(
             recipe.checkpoint.folder,
             every=recipe.checkpoint.every,
@@ -69,14 +68,13 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
             timeout=max(PATIENCE, recipe.parallel.timeout),
         )
         stack.push(_closing(checkpoints, world))
-        begun = checkpoints.latest() is not None
-        engine = build_engine(recipe, world, weights=not begun)
-        for line in summary(recipe, engine.program, engine.starts):
-            say(line)
+        resumes = checkpoints.latest() is not None
+        engine = build_engine(recipe, world, weights=not resumes)
+        console.print("\n".join(summary(recipe, engine.program, engine.starts)))
         run = _Run(engine, loader, held_out, checkpoints, stop)
-        start = run.restore() if begun else 0
-        if begun:
-            say(f"going on after step {start:,} of {recipe.train.steps:,}")
+        start = run.restore() if resumes else 0
+        if resumes:
+            console.print(f"resuming after step {start:,} of {recipe.train.steps:,}")
         if start >= recipe.train.steps:
             return Result(start, None, "done")
         engine.compile()
@@ -92,7 +90,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raises MHC611 to 614 where the data are damaged, too few, or made with another tokenizer than the model's."""
+    """Raise MHC611 to 614 where the data are damaged, too few, or made with another tokenizer than the model's."""
     for folder in (recipe.data.folder, recipe.data.validation):
         if folder is not None:
             check_tokenizer(folder, recipe.model.folder)
@@ -100,7 +98,7 @@ def check_data(recipe: Recipe) -> None:
 
 
 class _Run:
-    """What the steps of a run need."""
+    """The steps of a run."""
 
     def __init__(
         self,
@@ -113,57 +111,51 @@ class _Run:
         self.engine, self.recipe, self.world = engine, engine.recipe, engine.world
         self.loader, self.held_out, self.checkpoints, self.stop = loader, held_out, checkpoints, stop
         train = self.recipe.train
-        self.guard = Guard(
-            train.on_nonfinite,
-            self.recipe.checkpoint.folder,
-            explode=train.explode,
-            group=dist.group.WORLD if self.world.size > 1 else None,
-        )
+        self.guard = Guard(train.on_nonfinite, self.recipe.checkpoint.folder, explode=train.explode)
 
     def restore(self) -> int:
-        """Take everything from the newest checkpoint; returns its step."""
+        """Restore everything from the newest checkpoint; return its step."""
         with self.world.patience("reading the checkpoint"):
-            found = restore(self.checkpoints, self.engine.stages, self.engine.optimizer, self._progress(0))
-        assert found is not None, "there is a checkpoint"
-        self.guard.load_state(found["guard"])
-        return int(found["step"])
+            progress = restore(self.checkpoints, self.engine.stages, self.engine.optimizer, self._progress(0))
+        assert progress is not None, "there is a checkpoint"
+        self.guard.load_state(progress["guard"])
+        return int(progress["step"])
 
     def steps(self, start: int, metrics: Metrics) -> Result:
-        """The steps behind `start`, to the last one or to a signal."""
+        """Run the steps after `start`, to the last one or to a signal."""
         recipe, optimizer = self.recipe, self.engine.optimizer
         ended: Literal["done", "stopped"] = "done"
-        loss, step = None, start
         for step in range(start + 1, recipe.train.steps + 1):
             batch = self.loader.batch(step - 1)
-            found = self.engine.gradients(batch, step, stop=self.stop.is_set())
-            with self.world.doing("judging the step", step):
-                verdict = self.guard.check(
-                    step,
-                    found.loss,
-                    found.norm,
-                    batch if self.world.pipe == 0 else None,
-                    {"step": step, "replica": self.world.replica, **self.loader.describe()},
-                )
-            figures = {"loss": found.loss, "grad_norm": found.norm}
+            result = self.engine.gradients(batch, step, stop=self.stop.is_set())
+            verdict = self.guard.check(
+                step,
+                result.loss,
+                result.norm,
+                batch if self.world.pipe == 0 else None,
+                {"step": step, "replica": self.world.replica, **self.loader.describe()},
+            )
+            figures = {"loss": result.loss, "grad_norm": result.norm}
             if verdict == "ok":
-                figures["lr"] = optimizer.update(step, found.norm)
+                figures["lr"] = optimizer.update(step, result.norm)
             else:
                 optimizer.skip()
-            loss = found.loss
-            metrics.progress(step, loss, recipe.train.batch * recipe.data.sequence)
-            self._look(step, batch, figures, metrics)
-            last = found.stop or step == recipe.train.steps
+            metrics.progress(step, result.loss, recipe.train.batch * recipe.data.sequence)
+            self._measure(step, batch, figures, metrics)
+            last = result.stop or step == recipe.train.steps
             if last or self.checkpoints.due(step):
-                self._save(step)
-            if found.stop and step < recipe.train.steps:
-                metrics.say(f"stopped after step {step}; the same command goes on from there")
+                state = training_state(self.engine.stages, optimizer, self._progress(step))
+                with self.world.patience(f"saving after step {step}"):
+                    self.checkpoints.save(step, state)
+            if result.stop and step < recipe.train.steps:
+                metrics.say(f"stopped after step {step}; the same command resumes from there")
                 ended = "stopped"
                 break
         with self.world.patience("writing the last checkpoint"):
             self.checkpoints.wait()
-        return Result(step, loss, ended)
+        return Result(step, result.loss, ended)
 
-    def _look(self, step: int, batch: dict[str, Tensor], figures: dict[str, float], metrics: Metrics) -> None:
+    def _measure(self, step: int, batch: dict[str, Tensor], figures: dict[str, float], metrics: Metrics) -> None:
         """Evaluate, measure and log where the recipe says so."""
         recipe = self.recipe
         last = step == recipe.train.steps
@@ -179,16 +171,11 @@ class _Run:
         if due:
             metrics.log(step, figures)
 
-    def _save(self, step: int) -> None:
-        progress = self._progress(step)
-        with self.world.patience(f"saving after step {step}"):
-            self.checkpoints.save(step, training_state(self.engine.stages, self.engine.optimizer, progress))
-
     def _progress(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says besides tensors. `model` and `data` must be the same where it is gone on from."""
+        """Return what a checkpoint says besides tensors; `model` and `data` must be the same where it is resumed."""
         streams = {
-            owner: {"spec": str(held.spec), "sites": list(held.sites)}
-            for owner, held in owners(self.engine.program.model).items()
+            owner: {"spec": str(parameters.spec), "sites": list(parameters.sites)}
+            for owner, parameters in owners(self.engine.program.model).items()
         }
         return {
             "step": step,
@@ -200,7 +187,7 @@ class _Run:
 
 
 def _closing(checkpoints: Checkpoints, world: World) -> Callable[[Any, BaseException | None, Any], None]:
-    """At the end of a run: what is being saved is finished, unless a rank is lost, for which no other may wait."""
+    """Return an exit callback that finishes the present save, unless a rank is lost, for which no other may wait."""
 
     def end(_: Any, error: BaseException | None, __: Any) -> None:
         if error is None or (isinstance(error, MHCError) and error.code != "MHC605"):
@@ -226,21 +213,13 @@ def _loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Loader:
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets. Another one changes nothing: a scheduler and torchrun may both send theirs."""
+    """Yield an event that SIGTERM sets. A second signal changes nothing: a scheduler and torchrun may both send one."""
     event = threading.Event()
-
-    def handler(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        event.set()
-
     if threading.current_thread() is not threading.main_thread():
         yield event  # only the main thread may handle signals
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
         yield event
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _silent(*_: Any) -> None:
-    """On all ranks but the first."""

@@ -1,22 +1,22 @@
 """Check the simulator: measure a small recipe's stages on this machine, predict every schedule, and run it for real.
 
-Every rank is a local process with one thread. For each schedule the ranks build the recipe's stages, then take turns:
-all ranks measure the passes of their own stages at the same time, without talking to each other, and all ranks run a
-whole step. Means of the passes go into `runtime.plan.simulate`, with a message's time measured between two of the
-processes; what comes out is compared with the mean of the steps. Means, because what slows a pass down now and then on
-a machine that does other things as well slows a step by as much.
+Every rank is a local process with one thread. For each schedule all ranks measure the passes of their stages at the
+same time, without messages, and in turn run whole steps. The means of the passes, and the time of a message between two
+processes, go into `runtime.plan.simulate`; the result is compared with the mean of the steps.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,9 +31,11 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import IDS
 from mhc_compile.runtime.engine import Engine, build_engine, splits
 from mhc_compile.runtime.launch import World, launch
-from mhc_compile.runtime.plan.schedules import SCHEDULES, schedule
+from mhc_compile.runtime.plan.compare import with_schedule
+from mhc_compile.runtime.plan.schedules import schedule
 from mhc_compile.runtime.plan.simulate import Link, StageCost, simulate
 from mhc_compile.runtime.recipe import Recipe, parse_recipe
+from mhc_compile.runtime.recipe_tables import SCHEDULES
 from mhc_compile.runtime.stage import Stage
 
 ROUNDS = 10
@@ -66,31 +68,28 @@ def measure(recipe: Recipe, rounds: int = ROUNDS) -> dict[str, Any]:
         )  # fmt: skip
         if done.returncode or not result.is_file():
             raise MHCError("MHC644", f"a process failed: {_reason(done.stderr)}")
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    check_losses({name: made["loss"] for name, made in found.items()})
-    if "1f1b" in found:
-        base = found["1f1b"]
-        for made in found.values():
-            made["measured_ratio"] = made["measured"] / base["measured"]
-            made["predicted_ratio"] = made["predicted"] / base["predicted"]
-    return found
+        schedules: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    check_losses({name: measured["loss"] for name, measured in schedules.items()})
+    if base := schedules.get("1f1b"):
+        for measured in schedules.values():
+            measured |= {f"{kind}_ratio": measured[kind] / base[kind] for kind in ("measured", "predicted")}
+    return schedules
 
 
 def check_losses(losses: Mapping[str, float]) -> None:
     """Raise MHC643 unless all schedules computed the same loss from the same weights and tokens."""
-    first = next(iter(losses), None)
-    for name, loss in losses.items():
-        assert first is not None
-        if not abs(loss - losses[first]) <= TOLERANCE * abs(losses[first]):
-            raise MHCError("MHC643", f"{name} gives {loss:.8g}, {first} {losses[first]:.8g}")
+    (first, expected), *others = losses.items()
+    for name, loss in others:
+        if not math.isclose(loss, expected, rel_tol=TOLERANCE):
+            raise MHCError("MHC643", f"{name} gives {loss:.8g}, {first} {expected:.8g}")
 
 
-def show_measured(found: Mapping[str, Any], console: Console) -> None:
+def show_measured(schedules: Mapping[str, Any], console: Console) -> None:
     """Print what `measure` returned."""
     table = Table(title="forward and backward passes of a step, in ms; ratios to 1f1b", title_justify="left", box=None)
     for name in ("schedule", "measured", "predicted", "ratio", "predicted ratio", "off by"):
         table.add_column(name, justify="left" if name == "schedule" else "right")
-    for name, m in found.items():
+    for name, m in schedules.items():
         cells = [f"{1e3 * m['measured']:,.0f}", f"{1e3 * m['predicted']:,.0f}"]
         if "measured_ratio" in m:
             off = m["predicted_ratio"] / m["measured_ratio"] - 1
@@ -100,7 +99,7 @@ def show_measured(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _reason(text: str) -> str:
-    """The coded error, or the last line that says what went wrong."""
+    """Return the coded error, or the last line that says what went wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if "MHC" in line[:12] or "Error" in line]
     return (said or lines or ["no message"])[-1]
@@ -118,29 +117,23 @@ def _rank(path: Path) -> None:
         for name, mine in _recipes(recipe).items():
             engines[name] = build_engine(mine, replace(world, parallel=mine.parallel))
             engines[name].compile()
-        found = {name: _Measured(engine) for name, engine in engines.items()}
+        schedules = {name: _Measured(engine) for name, engine in engines.items()}
         for number in range(job["rounds"] + 1):
-            for measured in found.values():
+            for measured in schedules.values():
                 measured.round(number)
-        link = _link(world, found["1f1b"]) if "1f1b" in found else _link(world, next(iter(found.values())))
-        results = {name: measured.result(link) for name, measured in found.items()}
+        link = _link(world, next(iter(schedules.values())))
+        results = {name: measured.result(link) for name, measured in schedules.items()}
         if world.rank == 0:
             Path(job["result"]).write_text(json.dumps(results), encoding="utf-8")
 
 
 def _recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipe under every schedule that it allows."""
-    found: dict[str, Recipe] = {}
+    """Return the recipe under every schedule that it allows."""
+    recipes: dict[str, Recipe] = {}
     for name in SCHEDULES:
-        each = recipe.parallel.stages_per_rank if name == recipe.parallel.schedule else 1 if name == "1f1b" else 2
-        balance = recipe.parallel.balance if name == recipe.parallel.schedule else "model"
-        try:
-            parallel = replace(recipe.parallel, schedule=name, stages_per_rank=each, balance=balance)
-            found[name] = replace(recipe, parallel=parallel)
-        except MHCError as error:
-            if error.code != "MHC604":
-                raise
-    return found
+        with suppress(MHCError):
+            recipes[name] = replace(recipe, parallel=with_schedule(recipe.parallel, name))
+    return recipes
 
 
 class _Measured:
@@ -178,40 +171,40 @@ class _Measured:
         self.engine.optimizer.skip()
 
     def result(self, link: Link) -> dict[str, Any]:
-        """What rank 0 writes down; a collective."""
+        """Return what rank 0 writes down; a collective."""
         engine = self.engine
         mine = {
-            str(s.index): {kind: fmean(t) for kind, t in self.passes[s.index].items()} | {"sent": _sent(s)}
+            s.index: {kind: fmean(t) for kind, t in self.passes[s.index].items()} | {"sent": _sent(s)}
             for s in engine.stages
         }
-        everyone: list[dict[str, Any]] = [{} for _ in range(engine.world.size)]
-        dist.all_gather_object(everyone, {"stages": mine, "step": fmean(self.steps)})
-        stages = {int(k): v for rank in everyone for k, v in rank["stages"].items()}
-        parallel = engine.recipe.parallel
-        costs = [StageCost(**stages[k]) for k in range(parallel.stage_count)]
-        made = schedule(
-            parallel.schedule,
-            ranks=parallel.stages,
-            stages_per_rank=parallel.stages_per_rank,
-            microbatches=engine.recipe.microbatches,
+        everyone: list[Any] = [None] * engine.world.parallel.world
+        dist.all_gather_object(everyone, (mine, fmean(self.steps)))
+        by_index = {index: stage for stages, _ in everyone for index, stage in stages.items()}
+        stages = [by_index[index] for index in sorted(by_index)]
+        p = engine.recipe.parallel
+        planned = schedule(
+            p.schedule, ranks=p.stages, stages_per_rank=p.stages_per_rank, microbatches=engine.recipe.microbatches
         )
         return {
-            "measured": max(rank["step"] for rank in everyone),
-            "predicted": simulate(made, costs, link).seconds,
+            "measured": max(seconds for _, seconds in everyone),
+            "predicted": simulate(planned, [StageCost(**stage) for stage in stages], link).seconds,
             "loss": self.loss,
-            "stages": [stages[k] for k in range(len(costs))],
-            "latency": link.latency,
-            "bandwidth": link.bandwidth,
+            "stages": stages,
+            **asdict(link),
         }
 
 
 def _pass_seconds(stage: Stage, engine: Engine, batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of one microbatch: forward; backward, or the two halves of it."""
+    """Return the seconds of one microbatch's forward and of its backward, or of the two halves of it."""
     size = engine.recipe.train.microbatch
-    ids = {name: t[:size] for name, t in batch.items() if name != "labels"}
-    inputs = [_made(t, ids) for t in stage.example_inputs]
+    ids = batch[IDS][:size]
+    generator = torch.Generator().manual_seed(1)
+    inputs = [
+        torch.randn(t.shape, generator=generator).to(t.dtype).requires_grad_() if t.is_floating_point() else ids
+        for t in stage.example_inputs
+    ]
     begin = time.perf_counter()
-    out = stage(*inputs, **ids)
+    out = stage(*inputs, **{IDS: ids})
     last = stage.index == stage.count - 1
     if last:
         out = engine.pipeline._loss(out, batch["labels"][:size])
@@ -219,41 +212,36 @@ def _pass_seconds(stage: Stage, engine: Engine, batch: Mapping[str, Tensor]) -> 
     results = [out] if last else [t for t in out if t.requires_grad]
     torch.autograd.backward(results, None if last else [torch.full_like(t, 1e-3) for t in results])
     end = time.perf_counter()
-    if not splits(engine.recipe):
-        return {"forward": middle - begin, "input": end - middle, "weight": 0.0}
-    stage.dw_builder()()
-    return {"forward": middle - begin, "input": end - middle, "weight": time.perf_counter() - end}
-
-
-def _made(like: Tensor, ids: Mapping[str, Tensor]) -> Tensor:
-    """Real values like what crosses."""
-    if not like.is_floating_point():
-        return ids[IDS]
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(like.shape, generator=generator).to(like.dtype).requires_grad_()
+    stage.dw_builder()()  # nothing to do where the backward was not split
+    weight = time.perf_counter() - end if splits(engine.recipe) else 0.0
+    return {"forward": middle - begin, "input": end - middle, "weight": weight}
 
 
 def _sent(stage: Stage) -> int:
     last = stage.index == stage.count - 1
-    return 0 if last else sum(t.numel() * t.dtype.itemsize for t in stage.example_outputs)
+    return 0 if last else sum(t.nbytes for t in stage.example_outputs)
 
 
 def _link(world: World, measured: _Measured) -> Link:
-    """A message between the first two ranks: a few bytes, and one of the streams'. The same on all ranks."""
-    if world.size == 1:
+    """Measure the link between the first two ranks by a message of a few bytes and one of the streams' size.
+
+    The result is the same on all ranks.
+    """
+    if world.parallel.world == 1:
         return Link()
     size = max(_sent(s) for s in measured.engine.stages)
-    said = torch.tensor([float(size)])
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    size = int(said)
-    small, large = (_there_and_back(world, torch.zeros(n, dtype=torch.uint8)) / 2 for n in (8, size))
-    times = torch.tensor([small, large], dtype=torch.float64)
+    largest = torch.tensor(size)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    size = int(largest)
+    times = torch.tensor(
+        [_round_trip(world, torch.zeros(n, dtype=torch.uint8)) / 2 for n in (8, size)], dtype=torch.float64
+    )
     dist.broadcast(times, 0)
     small, large = times.tolist()
     return Link(latency=small, bandwidth=size / max(large - small, 1e-9))
 
 
-def _there_and_back(world: World, message: Tensor) -> float:
+def _round_trip(world: World, message: Tensor) -> float:
     took = []
     for _ in range(20):
         dist.barrier()

@@ -1,4 +1,4 @@
-"""The figures of a run as it goes on: a line of `metrics.jsonl` a step logged, TensorBoard scalars, a progress bar.
+"""The figures of a run: a line of `metrics.jsonl` for every logged step, TensorBoard scalars, a progress bar.
 
 One rank of a job writes and shows them. A run that is killed at any moment leaves a file of whole lines but for the
 last one; the run that continues it from a checkpoint drops what the checkpoint does not know of, so that the file has
@@ -13,14 +13,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from mhc_compile.atomic_write import write_whole
 from mhc_compile.diagnostics import MHCError
 
 if TYPE_CHECKING:
@@ -36,10 +38,10 @@ _REFRESH = 0.1
 """Seconds between two drawings of the bar, at least."""
 
 
-class Metrics:
+class Metrics(AbstractContextManager["Metrics"]):
     """Writes what is measured in a training run and shows how far it is; a context manager that closes itself.
 
-    `folder`: where `metrics.jsonl` and `tensorboard/` lie; made if missing. `total_steps`: of the whole run.
+    `folder`: where `metrics.jsonl` and `tensorboard/` lie; created if missing. `total_steps`: of the whole run.
     `start`: the steps that the checkpoint this run continues had taken, 0 for a new run; lines of later steps are
     dropped. `shows`: whether this rank writes and shows; on any other all methods do nothing. `console`: where to show,
     standard output by default: a bar on a terminal, a plain line for every step logged elsewhere.
@@ -61,7 +63,6 @@ class Metrics:
     ) -> None:
         writer = summary_writer() if tensorboard else None
         self.shows = shows
-        self._lines: RawIOBase | None = None
         self._events: SummaryWriter | None = None
         self._bar: Progress | None = None
         self._total, self._step = total_steps, start
@@ -76,7 +77,7 @@ class Metrics:
             folder.mkdir(parents=True, exist_ok=True)
             drop_after(path, start)
             # Without a buffer: a line is one write, and nothing is left over that closing would have to write.
-            self._lines = path.open("ab", buffering=0)
+            self._lines: RawIOBase = path.open("ab", buffering=0)
             if writer is not None:
                 self._events = writer(str(folder / EVENTS), purge_step=start + 1)
         except OSError as error:
@@ -114,15 +115,10 @@ class Metrics:
         if not self.shows:
             return
         assert step > self._logged, f"step {step} after {self._logged}"
-        assert self._lines is not None
-        timing = {}
         if self._steps:
-            timing = {
-                "tokens_per_second": self._tokens / max(self._seconds, 1e-9),
-                "seconds": self._seconds / self._steps,
-            }
-        given = {**timing, **values}
-        ordered = {name: float(given[name]) for name in (*_FIRST, *given) if name in given}
+            seconds = max(self._seconds, 1e-9)
+            values = {"tokens_per_second": self._tokens / seconds, "seconds": seconds / self._steps, **values}
+        ordered = {name: float(values[name]) for name in (*_FIRST, *values) if name in values}
         line = {name: value if math.isfinite(value) else None for name, value in ordered.items()}
         text = json.dumps({"step": step, **line}, allow_nan=False) + "\n"
         try:
@@ -147,24 +143,16 @@ class Metrics:
 
     def close(self) -> None:
         """End the bar and close the files; a second call does nothing."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._step)
-            self._bar.stop()
-            self._bar = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-        if self._lines is not None:
+        if self.shows:
+            self.shows = False
+            if self._bar is not None:
+                self._bar.update(self._task, completed=self._step)
+                self._bar.stop()
+            if self._events is not None:
+                self._events.close()
             self._lines.close()
-            self._lines = None
-        self.shows = False
 
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _text(self, step: int, values: Mapping[str, float]) -> str:
@@ -172,7 +160,7 @@ class Metrics:
         if gains := [v for name, v in values.items() if name.startswith("composite_gain/") and name.endswith("_max")]:
             shown.append(f"composite gain {max(gains):.4f}")
         if values.get("seconds") and self._bar is None and step < self._total:
-            shown.append(f"{_duration(values['seconds'] * (self._total - step))} left")
+            shown.append(f"{timedelta(seconds=round(values['seconds'] * (self._total - step)))} left")
         return "  ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *shown])
 
 
@@ -185,30 +173,16 @@ def drop_after(path: Path, step: int) -> None:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
     kept = "".join(line for line in text.splitlines(keepends=True) if _is_up_to(line, step))
-    if kept == text:
-        return
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as out:
-        out.write(kept)
-        out.flush()
-        os.fsync(out.fileno())
-    unfinished.replace(path)
+    if kept != text:
+        write_whole(path, kept, code="MHC413")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of metrics as dictionaries, without one that a killed run did not finish."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if _is_up_to(line, math.inf)]
-
-
-def _is_up_to(line: str, step: float) -> bool:
-    if not line.endswith("\n"):
-        return False
+def _is_up_to(line: str, step: int) -> bool:
     try:
-        found = json.loads(line)
+        entry = json.loads(line) if line.endswith("\n") else None
     except ValueError:
         return False
-    return isinstance(found, dict) and isinstance(found.get("step"), int) and found["step"] <= step
+    return isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= step
 
 
 def summary_writer() -> type[SummaryWriter]:
@@ -236,9 +210,3 @@ def _bar(console: Console, total: int, start: int) -> tuple[Progress, TaskID]:
     task = bar.add_task("training", total=total, completed=start, loss="-", rate="-")
     bar.refresh()
     return bar, task
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

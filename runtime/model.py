@@ -27,10 +27,10 @@ from mhc_compile.runtime.recipe_tables import StreamsTable
 
 
 def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Module:
-    """The converted model of `recipe.model.folder`, to be captured on `device` and never run.
+    """Return the converted model of `recipe.model.folder`, to be captured on `device` and never run.
 
     Its parameters are fake tensors, in `recipe.model.dtype` but for those of the streams, which are float32; rows of
-    tables are on the meta device. Buffers have the values that the model's own code, or the folder, gives them.
+    tables are on the meta device. Buffers have their values, of the model's code or of the folder.
 
     Raises MHC401 to 407 and 414 for a folder that cannot be read, MHC404 for weights that do not fit, MHC602 for
     tables of the recipe that a converted folder has settled or that need a memory where there is none, MHC222 for a
@@ -68,22 +68,22 @@ def _converted(
         if table is not None:
             raise MHCError("MHC602", f"[{name}] for {folder}, which is converted", way_out=f"leave [{name}] out")
     checkpoint, manifest = open_converted(folder)
-    made = read_streams(checkpoint, manifest, options)
+    streams = read_streams(checkpoint, manifest, options)
     model = _build(checkpoint.config, folder, dtype)
     _read_buffers(model, checkpoint)
-    for owner, parameters in made.items():
+    for owner, parameters in streams.items():
         check_tokenizer(folder, parameters)
         try:
             model.get_submodule(owner)
         except AttributeError as error:
             raise MHCError("MHC414", f"{folder}: {type(model).__name__} has no module {owner!r}") from error
-        parameters._apply(lambda t: t if t.is_meta else t.to(device))  # rows of tables are nowhere
-    convert_owners(_hollow(model, device), made)
+        parameters._apply(lambda t: t if t.is_meta else t.to(device))  # rows of tables stay on the meta device
+    convert_owners(_hollow(model, device), streams)
     return model
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The configuration in a folder without weights, with a class for it. Raises MHC401, 402, 405 or 406."""
+    """Return the configuration of a folder without weights, with a class for it. Raises MHC401, 402, 405 or 406."""
     path = folder / "config.json"
     if not path.is_file():
         raise MHCError("MHC401", f"{path} is missing")
@@ -97,7 +97,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _build(content: dict[str, Any], folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The residual model with parameters on the meta device and buffers with their values. Raises MHC405."""
+    """Return the residual model with parameters on the meta device and real buffers. Raises MHC405."""
     transformers = transformers_module()
     cls = model_class(content)
     with quiet(transformers):
@@ -118,19 +118,19 @@ def _build(content: dict[str, Any], folder: Path, dtype: torch.dtype) -> nn.Modu
 
 
 def _fill_buffers(model: Any, path: str, module: nn.Module) -> None:
-    """Give the module's own buffers, on the meta device, what the model's code starts them with. Raises MHC622."""
+    """Give a module's buffers, which are on the meta device, their values by the model's code. Raises MHC622."""
     empty = {name: t for name, t in module._buffers.items() if t is not None and t.is_meta}
     if not empty:
         return
-    found: list[dict[str, Tensor]] = []
-    for fill in (0, 1):  # what is not set shows: it differs
+    starts: list[dict[str, Tensor]] = []
+    for fill in (0, 1):  # a value that the model's code does not set differs
         module._buffers.update({name: torch.full(t.shape, fill, dtype=t.dtype) for name, t in empty.items()})
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model._init_weights(module)  # as transformers' from_pretrained does, which builds on the meta device, too
-        found.append({name: t for name, t in module._buffers.items() if name in empty and t is not None})
-    for name, t in found[0].items():
-        if not torch.equal(t, found[1][name]):
+        starts.append({name: t for name, t in module._buffers.items() if name in empty and t is not None})
+    for name, t in starts[0].items():
+        if not torch.equal(t, starts[1][name]):
             way_out = "please report the model: its code gives this buffer no value when it is built without weights"
             raise MHCError("MHC622", f"nothing starts {path}.{name}", module=path, way_out=way_out)
 
@@ -151,12 +151,10 @@ def _hollow(model: nn.Module, device: torch.device | str) -> nn.Module:
 
     Tracing cannot mix real and meta tensors.
     """
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays tied
+    fakes = {  # a tied weight stays tied
+        p: nn.Parameter(weightless(p, device), requires_grad=p.requires_grad) for p in model.parameters() if p.is_meta
+    }
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_meta:
-                if p not in made:
-                    made[p] = nn.Parameter(weightless(p, device), requires_grad=p.requires_grad)
-                module._parameters[name] = made[p]
-        module._buffers.update({name: t if t is None else t.to(device) for name, t in module._buffers.items()})
+        module._parameters |= {name: fakes[p] for name, p in module._parameters.items() if p in fakes}
+        module._buffers |= {name: t if t is None else t.to(device) for name, t in module._buffers.items()}
     return model

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 from mhc_compile.memory.gradient import RowGradient
@@ -17,16 +18,15 @@ from mhc_compile.memory.sharded import ShardedTable
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.recipe_tables import TrainTable
-from mhc_compile.runtime.schedules import place_of
 from mhc_compile.runtime.stage import Stage
 
-BUCKET = 25 * 2**20
-"""Elements that one message of gradients holds, at least where there are so many."""
+BUCKET = 100 * 2**20
+"""Bytes of gradients in one message, where there are so many."""
 _DECAYED_OF_STREAMS = (".phi", ".key", ".value", ".projection")
 
 
 def learning_rate(step: int, train: TrainTable) -> float:
-    """The rate of the optimizer step numbered `step`, from 1 on; a function of nothing else.
+    """Return the learning rate of the optimizer step numbered `step`, from 1 on.
 
     It rises linearly over `warmup` steps, of which the last has `lr`, and falls until the last step has `final * lr`.
     """
@@ -53,7 +53,7 @@ class RunAdamW(TableAdamW):
     ) -> None:
         self.world, self.train = world, train
         self.stages = list(stages)
-        self.held: dict[str, list[nn.Parameter]] = {}
+        self.parameters: dict[str, list[nn.Parameter]] = {}
         """Trained parameters by name; a tied one may have two, of the first and the last stage."""
         self.tables: dict[str, MemoryTable] = {}
         rows: set[int] = set()
@@ -62,12 +62,12 @@ class RunAdamW(TableAdamW):
             rows |= {id(p) for t in stage.tables.values() for p in t.parameters()}
         for stage in stages:
             for name, p in stage.named_parameters():
-                if p.requires_grad and id(p) not in rows and all(p is not q for q in self.held.get(name, [])):
-                    self.held.setdefault(name, []).append(p)
+                if p.requires_grad and id(p) not in rows and all(p is not q for q in self.parameters.get(name, [])):
+                    self.parameters.setdefault(name, []).append(p)
         self._taken: dict[str, RowGradient | None] | None = None
         self._tied = _ties(tied, world)
         super().__init__(
-            _groups(self.held, self.tables, train),
+            _groups(self.parameters, self.tables, train),
             betas=train.betas,
             process_group=world.data_group if world.data_group.size() > 1 else None,
             # One pass over memory in place of a dozen. On GPUs torch's default is as good.
@@ -79,22 +79,20 @@ class RunAdamW(TableAdamW):
     @torch.no_grad()
     def reduce(self) -> None:
         """Average gradients over replicas, and add those of tied parameters over the stages that hold them."""
-        gradients = {name: [p.grad for p in held if p.grad is not None] for name, held in self.held.items()}
-        if self.world.parallel.mode == "replicate":
-            # FSDP has averaged its own.
-            _average([g for each in gradients.values() for g in each], self.world.replica_group)
+        if self.world.parallel.mode == "replicate":  # FSDP has averaged its own
+            _average(self._gradients(), self.world.replica_mesh.get_group())
         for name, (_, group) in self._tied.items():
             self._add_up(name, group)
         self._taken = {name: super(RunAdamW, self).take_gradient(t) for name, t in self.tables.items()}
 
     @torch.no_grad()
     def norm(self) -> float:
-        """The norm of all gradients of the model, those of tables included; the same on all ranks."""
+        """Return the norm of all gradients of the model, those of tables included; the same on all ranks."""
         assert self._taken is not None, "reduce() first"
         shards: list[Tensor] = []
         wholes: list[Tensor] = []
-        for name, held in self.held.items():
-            gradient = held[0].grad
+        for name, (p, *_) in self.parameters.items():
+            gradient = p.grad
             if gradient is not None and self._counts(name):
                 (shards if isinstance(gradient, DTensor) else wholes).append(_local(gradient))
         spread: list[Tensor] = []
@@ -103,7 +101,7 @@ class RunAdamW(TableAdamW):
                 (spread if isinstance(self.tables[name], ShardedTable) else wholes).append(rows.values)
         squares = torch.stack([self._squares(wholes), self._squares(shards), self._squares(spread)])
         if self.world.parallel.mode == "fsdp":
-            dist.all_reduce(squares[1:2], group=self.world.replica_group)
+            dist.all_reduce(squares[1:2], group=self.world.replica_mesh.get_group())
         if self.world.parallel.engram > 1:
             dist.all_reduce(squares[2:3], group=self.world.engram_group)
         total = squares.sum()
@@ -112,12 +110,11 @@ class RunAdamW(TableAdamW):
 
     @torch.no_grad()
     def update(self, step: int, norm: float) -> float:
-        """Clip to `train.clip`, move the weights with the learning rate of `step`, and clear; returns that rate."""
+        """Clip to `train.clip`, update the weights with the learning rate of `step`, and clear; return that rate."""
         clip = self.train.clip
         scale = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         if scale < 1.0:
-            gradients = [_local(p.grad) for held in self.held.values() for p in held if p.grad is not None]
-            if gradients:
+            if gradients := [_local(gradient) for gradient in self._gradients()]:
                 torch._foreach_mul_(gradients, scale)
             assert self._taken is not None
             self._taken = {n: g and RowGradient(g.rows, g.values * scale) for n, g in self._taken.items()}
@@ -133,51 +130,52 @@ class RunAdamW(TableAdamW):
     def skip(self) -> None:
         """Clear all gradients and leave the weights as they are."""
         self._taken = None
-        for held in self.held.values():
-            for p in held:
-                p.grad = None
+        for p in (p for parameters in self.parameters.values() for p in parameters):
+            p.grad = None
         for t in self.tables.values():
             t.drop_gradient()
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for parameters in self.parameters.values() for p in parameters if p.grad is not None]
+
     def take_gradient(self, table: MemoryTable) -> RowGradient | None:
-        """What `reduce` took."""
+        """Return the gradient of a table that `reduce` took."""
         assert self._taken is not None, "reduce() first"
         return self._taken[next(name for name, t in self.tables.items() if t is table)]
 
     def _counts(self, name: str) -> bool:
-        """Whether this rank's gradient is the one of a parameter that counts in the norm: a tied one counts once."""
+        """Return whether this rank's gradient of a parameter counts in the norm: one of a tied parameter's does."""
         return name not in self._tied or min(self._tied[name][0]) == self.world.pipe
 
     def _add_up(self, name: str, group: dist.ProcessGroup | None) -> None:
         """Make the gradient of a tied parameter the sum over its stages, here and on the other ranks."""
-        held = self.held[name]
-        for p in held:
+        for p in self.parameters[name]:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        total = _local(held[0].grad)
-        for p in held[1:]:
-            total += _local(p.grad)
+        total, *others = [_local(p.grad) for p in self.parameters[name]]
+        for gradient in others:
+            total += gradient
         if group is not None:
             dist.all_reduce(total, group=group)
-        for p in held[1:]:
-            _local(p.grad).copy_(total)
+        for gradient in others:
+            gradient.copy_(total)
 
     def _squares(self, tensors: Iterable[Tensor]) -> Tensor:
-        """The sum of squares, float64."""
-        found = [t for t in tensors if t.numel()]
-        if not found:
+        """Return the sum of squares in float64."""
+        tensors = [t for t in tensors if t.numel()]
+        if not tensors:
             return torch.zeros((), dtype=torch.float64, device=self.world.device)
-        norms: list[Tensor] = torch._foreach_norm(found)  # type: ignore[assignment]
+        norms: list[Tensor] = torch._foreach_norm(tensors)  # type: ignore[assignment]
         return torch.stack([n.to(self.world.device, torch.float64) for n in norms]).square().sum()
 
 
 def _groups(
-    held: Mapping[str, Sequence[nn.Parameter]], tables: Mapping[str, MemoryTable], train: TrainTable
+    by_name: Mapping[str, Sequence[nn.Parameter]], tables: Mapping[str, MemoryTable], train: TrainTable
 ) -> list[dict[str, Any]]:
     """As `mhc_compile.parameter_groups`, from names."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for name, parameters in held.items():
+    for name, parameters in by_name.items():
         ours = "mhc" in name.split(".")
         plain = parameters[0].ndim < 2 or (ours and not name.endswith(_DECAYED_OF_STREAMS))
         (free if plain else decayed).extend(parameters)
@@ -192,37 +190,30 @@ def _groups(
 def _ties(
     tied: Mapping[str, Sequence[int]], world: World
 ) -> dict[str, tuple[tuple[int, ...], dist.ProcessGroup | None]]:
-    """The tied parameters of this rank: the places in the pipeline that hold them, and their group if they are several.
+    """Return the tied parameters of this rank: the places in the pipeline that hold them, and the group of several.
 
-    All ranks make these groups in the order of `tied`, which is the same on all of them.
+    All ranks create these groups in the order of `tied`, which is the same on all of them.
     """
-    found: dict[str, tuple[tuple[int, ...], dist.ProcessGroup | None]] = {}
+    ties: dict[str, tuple[tuple[int, ...], dist.ProcessGroup | None]] = {}
     for name, stages in tied.items():
-        places = tuple(sorted({place_of(world.parallel, stage) for stage in stages}))
+        places = tuple(sorted({world.parallel.place_of(stage) for stage in stages}))
         if world.pipe in places:
-            found[name] = (places, world.pipe_ranks(places) if len(places) > 1 else None)
-    return found
+            ties[name] = (places, world.pipe_ranks(places) if len(places) > 1 else None)
+    return ties
 
 
 def _average(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """The mean over the ranks of `group`, in place: a message for every `BUCKET` elements of a dtype."""
+    """Replace gradients by their means over the ranks of `group`, with one message for every `BUCKET` of a dtype."""
     if group.size() == 1:
         return
-    buckets: dict[torch.dtype, list[list[Tensor]]] = {}
-    for gradient in gradients:
-        rows = buckets.setdefault(gradient.dtype, [[]])
-        if rows[-1] and sum(g.numel() for g in rows[-1]) + gradient.numel() > BUCKET:
-            rows.append([])
-        rows[-1].append(gradient)
-    for bucket in (bucket for rows in buckets.values() for bucket in rows):
-        flat = torch.cat([g.flatten() for g in bucket])
+    for bucket in _take_tensors(gradients, BUCKET):
+        flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat, group=group)
         flat /= group.size()
-        for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            g.copy_(part.view_as(g))
+        torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))
 
 
 def _local(tensor: Tensor | None) -> Tensor:
-    """What lies on this rank."""
+    """Return the part of a tensor on this rank."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -3,10 +3,9 @@
     a backward       the recomputation that it reads first begins before its gradient is waited for
     an overlapped    (`OVERLAP_F_B` of DualPipeV, DeepSeek-V3, arXiv 2412.19437, 3.2.1) both halves at once: on a GPU on
     forward and      two streams, on a CPU with cores to spare in two threads, else one after the other; the forward's
-    backward         result is sent as soon as it is there, not behind the backward
+    backward         result is sent as soon as it is there, not after the backward
 
-Results are those of torch's own runtime bit by bit: the halves share no value, and whatever is added up is added by one
-of them alone.
+Results equal those of torch's runtime bit by bit: the halves share no value, and each sum is made by one of them alone.
 """
 
 from __future__ import annotations
@@ -47,22 +46,18 @@ def register(schedule: _PipelineScheduleRuntime) -> None:
     """Let `schedule` run backwards and overlapped actions as this module's first lines say. Call it once.
 
     A stage's module may have `begin_recompute()`; without, only overlapped actions change. Any schedule on torch's
-    action runtime will do (Interleaved1F1B, ZBVZeroBubble, DualPipeV).
+    action runtime will do (Interleaved1F1B, ZBVZeroBubble, DualPipeV). Outputs of a step are not kept.
     """
     actions = Actions(schedule)
     actions.take_sends()
     step = schedule.step
 
-    def wrapped(*args: Any, return_outputs: bool = True, loss_kwargs: Any = None, **kwargs: Any) -> Any:
-        actions.return_outputs = return_outputs
-        actions.loss_arguments = () if loss_kwargs is None else (loss_kwargs,)
-        if loss_kwargs is not None:
-            kwargs["loss_kwargs"] = loss_kwargs
-        found = step(*args, return_outputs=return_outputs, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        outputs = step(*args, **kwargs)
         actions.end()
-        return found
+        return outputs
 
-    # torch tells custom functions nothing of these arguments, and has no place to wait for what they have sent.
+    # torch has no place to wait for what custom functions have sent.
     schedule.step = wrapped  # type: ignore[method-assign]
     for kind in (FULL_BACKWARD, BACKWARD_INPUT):
         schedule.register_custom_function(kind, actions.backward_alone)
@@ -70,7 +65,7 @@ def register(schedule: _PipelineScheduleRuntime) -> None:
 
 
 def spare_cores() -> bool:
-    """Whether every rank of this machine has two cores for each thread that it computes with."""
+    """Return whether every rank of this machine has two cores for each thread that it computes with."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores >= 2 * ranks * torch.get_num_threads()
@@ -82,8 +77,6 @@ class Actions:
     def __init__(self, schedule: _PipelineScheduleRuntime) -> None:
         self.schedule = schedule
         self.stages: dict[int, Any] = {s.stage_index: s for s in schedule._stages}
-        self.return_outputs = True
-        self.loss_arguments: tuple[Any, ...] = ()
         self._early: set[Key] = set()
         """Forwards whose results their overlapped action sends."""
         self._sent: list[tuple[Key, list[dist.Work]]] = []
@@ -114,7 +107,7 @@ class Actions:
         order[self.schedule.rank] = kept
 
     def end(self) -> None:
-        """Finish a step: what was sent has arrived."""
+        """Finish a step: wait until what was sent has arrived."""
         while self._sent:
             (index, microbatch), works = self._sent.pop()
             _wait_batch_p2p(works)
@@ -122,10 +115,8 @@ class Actions:
                 self.stages[index].release_fwd_send_outputs(microbatch)
         self._aside.clear()
 
-    # --- single actions ----------------------------------------------------------------------------------------------
-
     def perform(self, action: _Action, ctx: _PipelineContext) -> None:
-        """A forward, a backward or one of its halves."""
+        """Run a forward, a backward or one of its halves."""
         self.schedule._assert_unsharded(self.stages[action.stage_index])
         if action.computation_type == FORWARD:
             self._forward(action, ctx)
@@ -135,7 +126,7 @@ class Actions:
             self._backward(action)
 
     def backward_alone(self, action: _Action, ctx: _PipelineContext) -> None:
-        """A backward that is no part of an overlapped action, on the stream of its forward."""
+        """Run a backward that is no part of an overlapped action, on the stream of its forward."""
         stream = self._aside.get(_key(action))
         if stream is None:
             self.perform(action, ctx)
@@ -154,9 +145,9 @@ class Actions:
         assert ctx.arg_mbs is not None
         assert ctx.kwarg_mbs is not None
         output = stage.forward_one_chunk(
-            microbatch, ctx.arg_mbs[microbatch], ctx.kwarg_mbs[microbatch], save_forward_output=self.return_outputs
+            microbatch, ctx.arg_mbs[microbatch], ctx.kwarg_mbs[microbatch], save_forward_output=False
         )
-        self.schedule._maybe_compute_loss(stage, output, ctx.target_mbs, microbatch, *self.loss_arguments)
+        self.schedule._maybe_compute_loss(stage, output, ctx.target_mbs, microbatch)
         if index + 1 in self.stages:
             self.stages[index + 1].set_local_fwd_input(output, microbatch)
         if key in self._early:
@@ -193,17 +184,11 @@ class Actions:
         last = self.schedule.backward_counter[index] == self.schedule._n_microbatches
         self.stages[index].backward_weight_one_chunk(microbatch, last_backward=last)
 
-    # --- overlapped actions ------------------------------------------------------------------------------------------
-
     def overlap(self, action: _Action, ctx: _PipelineContext) -> None:
-        """The forwards of an overlapped action beside the rest of it. The halves are different stages' work."""
+        """Run the forwards of an overlapped action beside the rest of it. The halves are different stages' work."""
         assert action.sub_actions is not None
         forwards = [a for a in action.sub_actions if a.computation_type == FORWARD]
         rest = [a for a in action.sub_actions if a.computation_type != FORWARD]
-
-        def begin() -> None:
-            for a in rest:
-                self._begin(a)
 
         def forward() -> None:
             for a in forwards:
@@ -214,23 +199,25 @@ class Actions:
                 self.perform(a, ctx)
 
         stages = self.stages.values()
-        if any(isinstance(s.submod, FSDPModule) for s in stages):
-            _in_turn(begin, forward, backward)  # both halves gather parameters: in one order on all ranks
-        elif all(s.device.type == "cuda" for s in stages):
-            self._on_streams(forwards, rest, begin, forward, backward)
-        elif spare_cores():
-            self._worker = self._worker or Worker()
-            forwarding = self._worker.submit(forward)
-            begin()
-            backward()
+        # With FSDP both halves gather parameters, which must happen in one order on all ranks.
+        at_once = not any(isinstance(s.submod, FSDPModule) for s in stages)
+        if at_once and all(s.device.type == "cuda" for s in stages):
+            self._on_streams(forwards, rest, forward, backward)
+            return
+        worker = None
+        if at_once and spare_cores():
+            worker = self._worker = self._worker or Worker()
+        forwarding = worker.submit(forward) if worker is not None else None
+        for a in rest:
+            self._begin(a)
+        if forwarding is None:
+            forward()
+        backward()
+        if forwarding is not None:
             forwarding.result()
-        else:
-            _in_turn(begin, forward, backward)
 
-    def _on_streams(
-        self, forwards: Sequence[_Action], rest: Sequence[_Action], begin: Half, forward: Half, backward: Half
-    ) -> None:
-        """Each half on a stream of its own: the backward on that of its forward, where autograd runs it anyway.
+    def _on_streams(self, forwards: Sequence[_Action], rest: Sequence[_Action], forward: Half, backward: Half) -> None:
+        """Run each half on a stream of its own: the backward on that of its forward, where autograd runs it anyway.
 
         The streams wait for each other before and after, so that each may use what the other has freed.
         """
@@ -240,7 +227,8 @@ class Actions:
         ahead = side if back is main else main
         side.wait_stream(main)
         with torch.cuda.stream(back):
-            begin()
+            for a in rest:
+                self._begin(a)
         with torch.cuda.stream(ahead):
             forward()
         with torch.cuda.stream(back):
@@ -250,18 +238,12 @@ class Actions:
         main.wait_stream(side)
 
 
-def _in_turn(begin: Half, forward: Half, backward: Half) -> None:
-    begin()
-    forward()
-    backward()
-
-
 def _key(action: _Action) -> Key:
     return action.stage_index, -1 if action.microbatch_index is None else action.microbatch_index
 
 
 class Worker:
-    """A thread that runs what it is given, one after the other. It does not keep a failing process alive."""
+    """A thread that runs functions one after the other. It does not keep a failing process alive."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[Half, bool, Future[None]]] = SimpleQueue()

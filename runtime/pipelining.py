@@ -1,11 +1,12 @@
-"""torch's pipeline stage, with room for a microbatch's messages only while it is on its way, and heartbeats."""
+"""torch's pipeline stage, with buffers for the microbatches in flight alone, and heartbeats; forward passes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
@@ -16,15 +17,15 @@ from mhc_compile.runtime.stage import Stage
 class RunStage(PipelineStage):
     """A stage of this rank, on torch 2.11 to 2.13.
 
-    torch keeps the received streams and gradients of every microbatch of a step from the first step on. Here room is
-    made when a message is awaited and goes when the backward has run: as many microbatches take memory as are on their
-    way. The watch is told of every pass, so that a step may take long as long as it gets on.
+    torch keeps buffers for the received streams and gradients of every microbatch of a step. Here a buffer is allocated
+    when a message is awaited and freed when the backward has run, so that only microbatches in flight take memory. The
+    watch is told of every pass: a step may take long as long as it makes progress.
 
-    torch 2.11 warms connections up by messages between neighbouring stages, also on one rank, which gloo refuses: there
-    those to itself are left out.
+    torch 2.11 warms connections up by messages between neighbouring stages; those of a rank to itself, which gloo
+    rejects, are left out.
 
-    `defers`: weights' gradients may be left for later (`Stage.dw_builder`). Without that torch would split a backward
-    pass by walking the graph of autograd, of which a compiled stage is one node.
+    `defers`: weights' gradients may be left for later (`Stage.dw_builder`). Otherwise torch would split a backward pass
+    by walking the autograd graph, of which a compiled stage is one node.
     """
 
     submod: Stage
@@ -45,9 +46,9 @@ class RunStage(PipelineStage):
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's."""
-        found = super().forward_one_chunk(*args, **kwargs)
+        output = super().forward_one_chunk(*args, **kwargs)
         self._watch.beat()
-        return found
+        return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """As torch's."""
@@ -55,12 +56,12 @@ class RunStage(PipelineStage):
         self._clear([self.args_recv_info[bwd_chunk_id], self.grad_recv_info.get(bwd_chunk_id, ())])
         self._watch.beat()
 
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[torch.distributed.P2POp]:
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """As torch's."""
         self._make_room(self.args_recv_info[fwd_chunk_id], self.submod.example_inputs, learns=self.has_backward)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[torch.distributed.P2POp]:
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """As torch's."""
         self._make_room(self.grad_recv_info.get(bwd_chunk_id, ()), self.submod.example_outputs)
         return super().get_bwd_recv_ops(bwd_chunk_id)
@@ -72,16 +73,16 @@ class RunStage(PipelineStage):
         super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._prepare_forward_infra(*args, **kwargs)
+        outputs = super()._prepare_forward_infra(*args, **kwargs)
         self._clear(self.args_recv_info.values())
-        return found
+        return outputs
 
     def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._prepare_backward_infra(*args, **kwargs)
+        outputs = super()._prepare_backward_infra(*args, **kwargs)
         self._clear(self.grad_recv_info.values())
-        return found
+        return outputs
 
-    def _get_init_p2p_neighbors_ops(self) -> list[torch.distributed.P2POp]:
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def _clear(self, messages: Iterable[Sequence[Any]]) -> None:
@@ -97,5 +98,38 @@ class RunStage(PipelineStage):
 
 
 def _learning(example: Tensor) -> Tensor:
-    """`example` as it crosses in training: with a gradient to come back where it can have one."""
+    """Return `example` as it crosses in training: requiring a gradient where it can have one."""
     return example.requires_grad_(example.is_floating_point())
+
+
+def forward_passes(
+    stages: Sequence[Stage],
+    places: Sequence[int],
+    group: dist.ProcessGroup | None,
+    microbatches: int,
+    run: Callable[[Stage, tuple[Tensor, ...], int], tuple[Tensor, ...]],
+) -> None:
+    """Run microbatches forward through the stages of a pipeline, without gradients.
+
+    `stages`: this rank's. `places`: the rank in `group` of every stage of the pipeline; without a group, all 0.
+    `run(stage, what crosses into it, number of the microbatch)` returns what crosses out of the stage. All microbatches
+    pass a rank's first stage, then its second one, and so on: every message has been sent before a rank waits for a
+    later one.
+    """
+    rank = 0 if group is None else dist.get_rank(group)
+    crossing: list[tuple[Tensor, ...]] = [()] * microbatches
+    sent: list[dist.Work | None] = []
+    for stage in sorted(stages, key=lambda stage: stage.index):
+        for number in range(microbatches):
+            if stage.index and places[stage.index - 1] != rank:
+                crossing[number] = tuple(torch.empty_like(t, device=stage.device) for t in stage.example_inputs)
+                for t in crossing[number]:
+                    dist.recv(t, group=group, group_src=places[stage.index - 1])
+            crossing[number] = run(stage, crossing[number], number)
+            if stage.index + 1 < stage.count and places[stage.index + 1] != rank:
+                for t in crossing[number]:
+                    sent.append(dist.isend(t.contiguous(), group=group, group_dst=places[stage.index + 1]))
+                crossing[number] = ()
+    for work in sent:
+        assert work is not None
+        work.wait()

@@ -56,12 +56,11 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     known = {id(t): name for name, t in (*buffers.items(), *parameters.items())}
-    given = {id(t): name for name, t in batch.items()}
+    inputs_by_id = {id(t): name for name, t in batch.items()}
     names, inputs = {}, {}
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    for node, real in zip(placeholders, captured.inputs, strict=True):
-        if id(real) in given:
-            inputs[node.name] = given[id(real)]
+    for node, real in zip(graph.graph.find_nodes(op="placeholder"), captured.inputs, strict=True):
+        if id(real) in inputs_by_id:
+            inputs[node.name] = inputs_by_id[id(real)]
         elif id(real) in known:
             names[node.name] = known[id(real)]
         elif node.users:
@@ -73,11 +72,11 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
 
 def _keep_logits(graph: GraphModule, vocabulary: int | None) -> None:
     """Make the logits the graph's only output: the first floating-point one with a value for each token and id."""
-    output = next(n for n in reversed(graph.graph.nodes) if n.op == "output")
-    found = [n for n in output.all_input_nodes if _is_logits(n, vocabulary)]
-    if not found:
-        raise MHCError("MHC504", "the forward gives no logits [batch, sequence, vocabulary]")
-    output.args = ((found[0],),)
+    output = graph.graph.output_node()
+    logits = next((n for n in output.all_input_nodes if _is_logits(n, vocabulary)), None)
+    if logits is None:
+        raise MHCError("MHC504", "the forward returns no logits [batch, sequence, vocabulary]")
+    output.args = ((logits,),)
 
 
 def _is_logits(node: Node, vocabulary: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""The recipe of a training run: a TOML file, every field of it typed, described and checked before anything starts."""
+"""The recipe of a training run: a TOML file whose fields are typed, described and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ class Recipe:
         return Path(self.metrics.folder or self.checkpoint.folder)
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """As TOML and JSON hold it, without what has no value; `parse_recipe` reads it back."""
-        found: dict[str, dict[str, Any]] = {}
+        """Return the recipe as TOML and JSON hold it, without fields that are None; `parse_recipe` reads it back."""
+        content: dict[str, dict[str, Any]] = {}
         for f in fields(self):
             if (table := getattr(self, f.name)) is not None:
                 values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(table).items() if v is not None}
-                found[f.name] = {"preset": values.pop("name"), **values} if f.name == "memory" else values
-        return found
+                content[f.name] = {"preset": values.pop("name"), **values} if f.name == "memory" else values
+        return content
 
 
 TABLES: dict[str, type[Any]] = {
@@ -94,20 +94,14 @@ TABLES: dict[str, type[Any]] = {
 _PRESET = Described(
     "memory", "preset", "a text", '"paper"', "The published memory that the other fields change: paper, v41, qwen_ple."
 )
-_PATHS = (
-    ("model", "folder"),
-    ("data", "folder"),
-    ("data", "validation"),
-    ("checkpoint", "folder"),
-    ("metrics", "folder"),
-)
+_PATHS = {"model": ("folder",), "data": ("folder", "validation"), "checkpoint": ("folder",), "metrics": ("folder",)}
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the file `path` with `overrides`, each `section.field=value`, in its place.
+    """Read the recipe in the file `path`, with `overrides`, each `section.field=value`, applied.
 
-    Values of overrides are TOML; what is no TOML is a text. Relative paths are relative to the recipe's folder and
-    become absolute. Raises MHC600 for a file that is no recipe, MHC601 for an unknown section or field, MHC602 for
+    Values of overrides are TOML; what is no TOML is a text. Relative paths start at the recipe's folder and become
+    absolute. Raises MHC600 for a file that is no recipe, MHC601 for an unknown section or field, MHC602 for
     values that cannot be, MHC604 for a schedule that cannot run, and MHC201 to 204, 220 and 625 as the compiler does.
     """
     try:
@@ -122,19 +116,18 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(content: Mapping[str, Any], folder: Path) -> Recipe:
-    """The recipe from TOML's values; relative paths are relative to `folder`. Raises what `read_recipe` raises."""
-    every = [f"{d.section}.{d.name}" for d in describe_fields()]
+    """Return the recipe of TOML's values; relative paths start at `folder`. Raises what `read_recipe` raises."""
+    names = [f"{d.section}.{d.name}" for d in describe_fields()]
     tables: dict[str, Any] = {}
-    for section, given in content.items():
+    for section, table in content.items():
         if section not in TABLES:
-            raise unknown(section, [*TABLES, *(e for e in every if e.endswith(f".{section}"))])
-        if not isinstance(given, dict):
+            raise unknown(section, [*TABLES, *(name for name in names if name.endswith(f".{section}"))])
+        if not isinstance(table, dict):
             raise MHCError("MHC602", f"{section} is no table", way_out=f"write [{section}] and its fields below it")
-        given = dict(given)
-        for name in (name for where, name in _PATHS if where == section and isinstance(given.get(name), str)):
-            given[name] = str(folder / Path(given[name]).expanduser())
+        paths = {name: table[name] for name in _PATHS.get(section, ()) if isinstance(table.get(name), str)}
+        values = table | {name: str(folder / Path(path).expanduser()) for name, path in paths.items()}
         tables[section] = (
-            _memory(given, every) if section == "memory" else build(TABLES[section], section, given, aside=every)
+            _memory(values, names) if section == "memory" else build(TABLES[section], section, values, aside=names)
         )
     for section in ("model", "data", "train", "checkpoint"):
         if section not in tables:
@@ -143,22 +136,21 @@ def parse_recipe(content: Mapping[str, Any], folder: Path) -> Recipe:
 
 
 def describe_fields() -> list[Described]:
-    """Every field of a recipe, in order, with what may be written, its default, and what it means."""
-    found: list[Described] = []
+    """Return every field of a recipe, in order, with what may be written, its default, and what it means."""
+    described: list[Described] = []
     for section, cls in TABLES.items():
-        found += [_PRESET] if section == "memory" else []
-        found += describe(cls, section, leave_out=("name",) if section == "memory" else ())
-    return found
+        described += [_PRESET] if section == "memory" else []
+        described += describe(cls, section, leave_out=("name",) if section == "memory" else ())
+    return described
 
 
-def _memory(given: dict[str, Any], every: Sequence[str]) -> MemorySettings:
-    preset = typed("memory.preset", given.pop("preset", "paper"), str)
-    known = {f.name for f in fields(MemorySettings)} - {"name"}
-    for name in given:
-        if name not in known:
-            raise unknown(f"memory.{name}", [*(f"memory.{k}" for k in known), *every])
+def _memory(values: dict[str, Any], names: Sequence[str]) -> MemorySettings:
+    preset = typed("memory.preset", values.pop("preset", "paper"), str)
     hints = get_type_hints(MemorySettings)
-    return MemorySettings.preset(preset, **{k: typed(f"memory.{k}", v, hints[k]) for k, v in given.items()})
+    for name in values:
+        if f"memory.{name}" not in names:
+            raise unknown(f"memory.{name}", names)
+    return MemorySettings.preset(preset, **{k: typed(f"memory.{k}", v, hints[k]) for k, v in values.items()})
 
 
 def _override(content: dict[str, Any], text: str) -> None:
@@ -172,25 +164,25 @@ def _override(content: dict[str, Any], text: str) -> None:
     except ValueError:
         parsed = value.strip()
     table = content.setdefault(section, {})
-    if isinstance(table, dict):  # anything else is refused with the rest
+    if isinstance(table, dict):  # `parse_recipe` rejects anything else
         table[field] = parsed
 
 
 def _check_schedule(p: ParallelTable, microbatches: int) -> None:
-    """Raises MHC604 where torch's schedule would refuse to be made, with what would do."""
+    """Raise MHC604 where torch's schedule would reject the numbers, with those that it takes."""
     each = p.stages_per_rank
-    said = None
+    reason = None
     if p.schedule == "1f1b" and each != 1:
-        said = f"1f1b has one stage a rank, not parallel.stages_per_rank = {each}"
-    elif p.schedule in ("zbv", "dualpipev") and each != 2:
-        said = f"{p.schedule} has two stages a rank: parallel.stages_per_rank = 2, not {each}"
+        reason = f"1f1b has one stage a rank, not parallel.stages_per_rank = {each}"
+    elif p.is_v_shaped and each != 2:
+        reason = f"{p.schedule} has two stages a rank: parallel.stages_per_rank = 2, not {each}"
     elif p.schedule == "interleaved1f1b" and each < 2:
-        said = f"interleaved1f1b has at least two stages a rank, not parallel.stages_per_rank = {each}"
+        reason = f"interleaved1f1b has at least two stages a rank, not parallel.stages_per_rank = {each}"
     elif p.schedule == "interleaved1f1b":
         rounds = max(1, microbatches // p.stages)
         if microbatches % rounds:
-            said = f"interleaved1f1b runs {rounds} rounds, which {microbatches} microbatches a step do not divide into"
+            reason = f"interleaved1f1b runs {rounds} rounds, into which {microbatches} microbatches do not divide"
     elif p.schedule != "zbv" and microbatches < p.stage_count:
-        said = f"{p.schedule} keeps {p.stage_count} stages busy with as many microbatches a step, not {microbatches}"
-    if said:
-        raise MHCError("MHC604", said)
+        reason = f"{p.schedule} keeps {p.stage_count} stages busy with as many microbatches a step, not {microbatches}"
+    if reason:
+        raise MHCError("MHC604", reason)

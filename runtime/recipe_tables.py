@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mhc_compile.config import Inner, Options, stream_spec
 from mhc_compile.diagnostics import MHCError
@@ -12,6 +12,7 @@ from mhc_compile.kernels.spec import Exit, FormName, Manifold, StreamSpec
 from mhc_compile.passes.cost import parse_blocks
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 ConventionName = Literal["paper", "deepseek_v4", "glm5_next", "megatron_main", "liger", "hy_v4"]
 
 
@@ -171,6 +172,19 @@ class ParallelTable:
     def world(self) -> int:
         """Ranks of the run."""
         return self.stages * self.replicas
+
+    @property
+    def is_v_shaped(self) -> bool:
+        """Whether the first and the last stage are on one rank."""
+        return self.schedule in ("zbv", "dualpipev")
+
+    def place_of(self, stage: int) -> int:
+        """Return the place in the pipeline of the rank that holds a stage."""
+        return min(stage, 2 * self.stages - 1 - stage) if self.is_v_shaped else stage % self.stages
+
+    def local_stages(self, place: int) -> list[int]:
+        """Return the stages of the rank at a place of its pipeline, in ascending order."""
+        return [stage for stage in range(self.stage_count) if self.place_of(stage) == place]
 
 
 @dataclass(frozen=True, kw_only=True)

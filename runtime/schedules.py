@@ -1,4 +1,4 @@
-"""Which rank holds which stages, and torch's schedules over them."""
+"""torch's pipeline schedules over a rank's stages."""
 
 from __future__ import annotations
 
@@ -20,30 +20,16 @@ from mhc_compile.integrations.transformers import IDS
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.overlap import register
 from mhc_compile.runtime.pipelining import RunStage
-from mhc_compile.runtime.recipe_tables import ParallelTable
 from mhc_compile.runtime.stage import Stage
 
-_SCHEDULES: dict[str, Any] = {
+CLASSES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
     "interleaved1f1b": ScheduleInterleaved1F1B,
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
 # Where a step fails torch prints the whole schedule, which would bury the reason.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
-V_SHAPED = ("zbv", "dualpipev")
-"""Those with the first and the last stage on one rank."""
-
-
-def local_stages(parallel: ParallelTable, pipe: int) -> list[int]:
-    """The stages of the rank at the place `pipe` of its pipeline, in ascending order."""
-    if parallel.schedule in V_SHAPED:
-        return [pipe, 2 * parallel.stages - 1 - pipe]
-    return [pipe + round_ * parallel.stages for round_ in range(parallel.stages_per_rank)]
-
-
-def place_of(parallel: ParallelTable, stage: int) -> int:
-    """The place in the pipeline of the rank that holds a stage."""
-    return next(p for p in range(parallel.stages) if stage in local_stages(parallel, p))
 
 
 class Pipeline:
@@ -54,17 +40,18 @@ class Pipeline:
     """
 
     def __init__(self, stages: Sequence[Stage], world: World, microbatches: int) -> None:
-        parallel = world.parallel
         self.stages, self.world, self.microbatches = list(stages), world, microbatches
         self.has_first = stages[0].index == 0
         self.has_last = any(s.index == s.count - 1 for s in stages)
-        made = [RunStage(s, world, defers=parallel.schedule in V_SHAPED) for s in stages]
-        common: dict[str, Any] = {"n_microbatches": microbatches, "loss_fn": self._loss, "scale_grads": False}
-        self.schedule: Any
-        if parallel.schedule == "1f1b":
-            self.schedule = Schedule1F1B(made[0], **common)
-        else:
-            self.schedule = _SCHEDULES[parallel.schedule](made, **common)
+        run_stages = [RunStage(s, world, defers=world.parallel.is_v_shaped) for s in stages]
+        name = world.parallel.schedule
+        self.schedule = CLASSES[name](
+            run_stages[0] if name == "1f1b" else run_stages,
+            n_microbatches=microbatches,
+            loss_fn=self._loss,
+            scale_grads=False,
+        )
+        if name != "1f1b":
             register(self.schedule)
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
@@ -77,16 +64,13 @@ class Pipeline:
         first = (inputs[IDS],) if self.has_first else ()
         target = {"target": batch["labels"], "losses": losses} if self.has_last else {}
         self.schedule.step(*first, **target, return_outputs=False, **inputs)
-        total = torch.zeros((), device=self.world.device)
-        for loss in losses:
-            total += loss.detach()
-        return total
+        return sum((loss.detach() for loss in losses), torch.zeros((), device=self.world.device))
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The share of one microbatch in the mean over all of the replica's tokens."""
+        """Return the share of one microbatch in the mean over all of the replica's tokens."""
         return cross_entropy(logits, labels) / (labels.numel() * self.microbatches)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum over tokens, in float32: `logits` `[b, S, V]`, `labels` `[b, S]`, the next token of each."""
+    """Return the sum over tokens, in float32: `logits` `[b, S, V]`, `labels` `[b, S]`, the next token of each."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")

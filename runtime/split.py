@@ -44,7 +44,7 @@ class SplitFunction:
         self._pending: deque[weakref.ref[Any]] = deque()
 
     def __call__(self, *args: Any) -> Any:
-        """What the graph returns."""
+        """Return what the graph returns."""
         assert self.forward is not None
         out = self.forward(*args)
         if self.parts is not None and self.parts.split.recompute is not None:
@@ -74,13 +74,13 @@ class SplitFunction:
             self._pending.append(weakref.ref(node))
 
     def _recomputed(self) -> Values | None:
-        """What was recomputed already for the backward that is running."""
+        """Return what was recomputed already for the present backward."""
         node = torch._C._current_autograd_node()
         self._pending = deque(r for r in self._pending if r() not in (None, node))
-        found: Values | None = getattr(node, RECOMPUTED, None)
-        if found is not None:
+        values: Values | None = getattr(node, RECOMPUTED, None)
+        if values is not None:
             delattr(node, RECOMPUTED)
-        return found
+        return values
 
     def run_backward(self, args: list[Any]) -> list[Any]:
         """The gradient of each input, from the values saved for the backward and the gradients of the outputs."""
@@ -91,21 +91,20 @@ class SplitFunction:
         begun = self._recomputed()
         values |= self.parts.recompute(values) if begun is None else begun
         values |= self.parts.activations(values)
-        found = {}
         if split.weights is not None and self.defer:
             self.deferred.append(partial(self._finish, {name: values[name] for name in split.weights.inputs}))
         else:
-            found = self.parts.weights(values)
-        return [None if name is None else found.get(name, values.get(name)) for name in split.gradients]
+            values |= self.parts.weights(values)
+        return [None if name is None else values.get(name) for name in split.gradients]
 
     def _finish(self, kept: Values) -> None:
         assert self.parts is not None
         with torch.no_grad():
-            found = self.parts.weights(kept)
+            gradients = self.parts.weights(kept)
             for position in self.parts.split.deferred:
                 name = self.parts.split.gradients[position]
                 assert name is not None
-                self._accumulate(position, found[name])
+                self._accumulate(position, gradients[name])
 
 
 def compile_split(
@@ -123,9 +122,9 @@ def compile_split(
     """
     if options.inner == "eager":
         raise MHCError("MHC635", "inner='eager'")
-    wanted = [t for t in example_inputs if isinstance(t, Tensor) and t.requires_grad]
-    if len({id(t) for t in wanted}) < len(wanted):
-        raise MHCError("MHC636", f"{len(wanted)} inputs, {len({id(t) for t in wanted})} tensors")
+    learning = [t for t in example_inputs if isinstance(t, Tensor) and t.requires_grad]
+    if (count := len({id(t) for t in learning})) < len(learning):
+        raise MHCError("MHC636", f"{len(learning)} inputs, {count} tensors")
     function = SplitFunction(accumulate)
 
     def backward(bw: GraphModule, inputs: Sequence[Any], compile: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,9 +132,7 @@ def compile_split(
         assert len(split.gradients) == len(example_inputs)
         function.parts = _compile_parts(split, inputs, compile)
 
-        def run(args: list[Any]) -> list[Any]:
-            return function.run_backward(args)
-
+        run = partial(function.run_backward)
         run._boxed_call = True  # type: ignore[attr-defined]  # takes its arguments as a list, which it empties
         return run
 
@@ -156,11 +153,11 @@ class Parts:
 def _compile_parts(split: SplitBackward, inputs: Sequence[Any], compile_one: Callable[..., Any]) -> Parts:
     examples = dict(zip(split.placeholders, inputs, strict=True))
     kept = {name for name in split.gradients if name is not None}
-    made = []
+    compiled = []
     for part in (split.weights, split.activations, split.recompute):
-        made.append(_compile_part(part, examples, frozenset(kept), compile_one))
+        compiled.append(_compile_part(part, examples, frozenset(kept), compile_one))
         kept |= set(part.inputs if part is not None else ())
-    return Parts(split, *reversed(made))
+    return Parts(split, *reversed(compiled))
 
 
 def _compile_part(
@@ -169,8 +166,8 @@ def _compile_part(
     if part is None:
         return lambda _: {}
     graph = part.graph.graph
-    given = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    inputs = [examples[name] if name in examples else value(given[name]) for name in part.inputs]
+    placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    inputs = [examples[name] if name in examples else value(placeholders[name]) for name in part.inputs]
     # Inductor: with the strides that the next part was promised.
     graph.output_node().meta["user_visible_output_idxs"] = list(range(len(part.outputs)))
     compiled = compile_one(part.graph, inputs)

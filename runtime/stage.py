@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from mhc_compile.config import Options
 from mhc_compile.integrations.transformers import IDS
@@ -20,7 +20,7 @@ from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.stages import Piece, coefficient_nodes, split_graph
 from mhc_compile.runtime.program import Program
-from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit, resolve
+from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit, copy_graph
 
 Units = Literal["stage", "blocks"]
 TableFactory = Callable[[int, int, torch.dtype, str], MemoryTable]
@@ -74,74 +74,50 @@ class Stage(nn.Module):
         self._sources: dict[str, Source] = {}
         """Where each placeholder comes from, by its name."""
         shared: dict[str, Compiled] = {}
-        made = []
+        units_of_stage = []
         for p in pieces:
-            unit = Unit(self._pointed(p), options, split=split, shared=shared)
+            unit = Unit(self._with_own_tables(p), options, split=split, shared=shared)
             for name in _placeholders(p):
-                own = self._blocked and users[name] == 1 and program.names.get(name) not in tied
+                alone = self._blocked and users[name] == 1 and program.names.get(name) not in tied
                 if name not in self._sources:
-                    self._sources[name] = self._source(name, _node(p, name), unit if own else self)
+                    self._sources[name] = self._source(name, _node(p.graph, name), unit if alone else self)
             unit.sources = tuple(
                 FromPrevious(name) if name in p.crosses_in else self._sources[name] for name in _placeholders(p)
             )
-            made.append(unit)
-        # In a plain list units are no submodules: the parameters are the stage's own.
-        self.units: Sequence[Unit] = nn.ModuleList(made) if self._blocked else made  # type: ignore[assignment]
-
-    @property
-    def graph(self) -> GraphModule:
-        """The whole stage in the dialect."""
-        return self.piece.graph
-
-    @property
-    def sites(self) -> list[str]:
-        """The sites' names, relative to the stream's owner, in the order of the stream."""
-        return [str(n.meta["mhc_site"]) for n in coefficient_nodes(self.graph.graph)]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the model's inputs that it reads."""
-        return tuple(self._program.inputs[name] for name in _placeholders(self.piece) if name in self._program.inputs)
+            units_of_stage.append(unit)
+        # In a plain list units are no submodules: the parameters are the stage's.
+        self.units: Sequence[Unit] = (
+            nn.ModuleList(units_of_stage) if self._blocked else units_of_stage  # type: ignore[assignment]
+        )
 
     @property
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """What its positional arguments look like, on the meta device."""
+        """Tensors like its positional arguments, on the meta device."""
         if self.index == 0:
-            ids = next(name for name, given in self._program.inputs.items() if given == IDS)
-            return (_meta(value(next(n for n in self._program.graph.graph.nodes if n.name == ids))),)
-        return tuple(_meta(value(_node(self.piece, name))) for name in self.piece.crosses_in)
+            ids = next(placeholder for placeholder, name in self._program.inputs.items() if name == IDS)
+            return (_meta(value(_node(self._program.graph, ids))),)
+        return tuple(_meta(value(_node(self.piece.graph, name))) for name in self.piece.crosses_in)
 
     @property
     def example_outputs(self) -> tuple[Tensor, ...]:
-        """What it returns looks like, on the meta device."""
-        output = next(n for n in reversed(self.graph.graph.nodes) if n.op == "output")
-        return tuple(_meta(value(n)) for n in output.all_input_nodes)
+        """Tensors like its results, on the meta device."""
+        return tuple(_meta(value(n)) for n in self.piece.graph.graph.output_node().all_input_nodes)
 
     def forward(self, *crossing: Tensor, **inputs: Tensor) -> Any:
-        """See the class."""
-        carried, inputs = self._named(crossing, inputs)
+        """Run the stage, see the class."""
+        carried: dict[str, Tensor] = {}
+        if self.index:
+            carried = dict(zip(self.piece.crosses_in, crossing, strict=True))
+        elif crossing:
+            inputs = {IDS: crossing[0], **inputs}
         for unit in self.units:
             out = unit(carried, inputs)
             carried |= dict(zip(unit.piece.crosses_out or self.piece.crosses_out, out, strict=False))
         if self.index == self.count - 1:
             return out[0]
-        # What only passes through would otherwise be given back as it came.
+        # Clone what passes through, so that outputs never alias inputs.
         through = set(self.piece.crosses_in)
         return tuple(carried[n].clone() if n in through else carried[n] for n in self.piece.crosses_out)
-
-    def arguments(self, *crossing: Tensor, **inputs: Tensor) -> list[Tensor]:
-        """The values of the placeholders of `graph`, in their order, for a call with these arguments."""
-        carried, inputs = self._named(crossing, inputs)
-        return [resolve(self._sources[name], carried, inputs) for name in _placeholders(self.piece)]
-
-    def _named(
-        self, crossing: Sequence[Tensor], inputs: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if self.index == 0:
-            return {}, {IDS: crossing[0], **inputs} if crossing else inputs
-        return dict(zip(self.piece.crosses_in, crossing, strict=True)), inputs
-
-    # --- parameters ----------------------------------------------------------------------------------------------
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -158,12 +134,14 @@ class Stage(nn.Module):
         return super().train(mode)
 
     def materialise(self) -> None:
-        """Give parameters on the meta device memory on the stage's; their values are not set."""
+        """Allocate the parameters that are on the meta device; their values are not set."""
         self._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t)
 
     def forget_casts(self) -> None:
-        """Cast parameters anew at the next call: their values have changed. Changes in place are seen without it,
-        but for those that FSDP makes when it gathers."""
+        """Cast parameters again at the next call, because their values have changed.
+
+        Changes in place are noticed without it, except those of FSDP when it gathers.
+        """
         for source in self._sources.values():
             if isinstance(source, Owned):
                 source.casts.clear()
@@ -171,22 +149,22 @@ class Stage(nn.Module):
     def prepare(self, **inputs: Tensor) -> None:
         """Compile now, for the mode the stage is in, instead of at the first call."""
         for unit in self.units:
-            piece = unit.piece
-            crossing = [s.name for s in unit.sources if isinstance(s, FromPrevious)]
-            zeros = {name: _zeros(value(_node(piece, name)), self.device) for name in crossing}
+            fakes = [_node(unit.piece.graph, s.name) for s in unit.sources if isinstance(s, FromPrevious)]
+            zeros = {n.name: torch.zeros_like(_meta(value(n)), device=self.device) for n in fakes}
             unit.compiled(unit.arguments(zeros, inputs))
 
-    # --- deferred weight gradients, early recomputation ------------------------------------------------------------
-
     def dw_builder(self) -> Callable[[], None]:
-        """For `PipelineStage`: what the backward that has just run left for the weights, to be run once."""
-        left = [work for unit in self.units for f in unit.functions for work in f.deferred]
-        for unit in self.units:
-            for f in unit.functions:
-                f.deferred.clear()
+        """Return a function that computes the weights' gradients that the last backward has deferred.
+
+        `PipelineStage` calls both once.
+        """
+        functions = [f for unit in self.units for f in unit.functions]
+        deferred = [work for f in functions for work in f.deferred]
+        for f in functions:
+            f.deferred.clear()
 
         def run() -> None:
-            for work in left:
+            for work in deferred:
                 work()
 
         return run
@@ -197,10 +175,8 @@ class Stage(nn.Module):
             for f in unit.functions:
                 f.begin_recompute()
 
-    # --- how it is made ---------------------------------------------------------------------------------------------
-
-    def _pointed(self, piece: Piece) -> Piece:
-        """`piece` with look-ups in this stage's own tables."""
+    def _with_own_tables(self, piece: Piece) -> Piece:
+        """Let the look-ups of `piece` use this stage's tables."""
         for node in piece.graph.graph.nodes:
             position = _HANDLE.get(node.target)
             if position is None:
@@ -221,7 +197,7 @@ class Stage(nn.Module):
         return self.tables[name]
 
     def _source(self, placeholder: str, node: Node, root: nn.Module) -> Source:
-        """Where a placeholder's values come from; a parameter or buffer is registered at its path under `root`."""
+        """Return the source of a placeholder's values; a parameter or buffer is registered at its path under `root`."""
         if placeholder in self._program.inputs:
             return ModelInput(self._program.inputs[placeholder])
         if placeholder not in self._program.names:
@@ -237,8 +213,8 @@ class Stage(nn.Module):
             empty = torch.empty(like.shape, dtype=dtype, device="meta")
             parent.register_parameter(attribute, nn.Parameter(empty, requires_grad=like.requires_grad))
         else:
-            held = self._program.buffers[name].to(self.device, copy=True)
-            parent.register_buffer(attribute, held, persistent=False)
+            buffer = self._program.buffers[name].to(self.device, copy=True)
+            parent.register_buffer(attribute, buffer, persistent=False)
         return Owned(parent, attribute, value(node).dtype)
 
 
@@ -261,7 +237,7 @@ def build_stages(
     split: bool = False,
     make_table: TableFactory | None = None,
 ) -> list[Stage]:
-    """The stages numbered `indices` of the program cut in front of the sites `starts`, on the meta device.
+    """Return the stages numbered `indices` of the program cut before the sites `starts`, on the meta device.
 
     Parameters that several of these stages hold are one and the same once `materialise_all` has run. Raises MHC620 and
     MHC621 as `mhc_compile.passes.stages.split_graph`.
@@ -271,7 +247,7 @@ def build_stages(
     return [
         Stage(
             program, pieces[i], index=i, count=len(pieces), options=options,
-            tied=frozenset(name for name, held in shared.items() if i in held),
+            tied=frozenset(name for name, holders in shared.items() if i in holders),
             device=device, units=units, split=split, make_table=make_table or plain_table,
         )
         for i in indices
@@ -279,18 +255,18 @@ def build_stages(
 
 
 def tied(program: Program, pieces: Sequence[Piece]) -> dict[str, tuple[int, ...]]:
-    """The trained parameters that several stages hold, with those stages, in the order of the model's parameters."""
-    held = [{program.names.get(name, "") for name in _placeholders(p)} for p in pieces]
-    users = {
-        name: tuple(i for i, names in enumerate(held) if name in names)
+    """Return the trained parameters that several stages hold, with those stages, in the order of the parameters."""
+    names_of = [{program.names.get(name, "") for name in _placeholders(p)} for p in pieces]
+    holders = {
+        name: tuple(i for i, names in enumerate(names_of) if name in names)
         for name, p in program.parameters.items()
         if p.requires_grad
     }
-    return {name: found for name, found in users.items() if len(found) > 1}
+    return {name: stages for name, stages in holders.items() if len(stages) > 1}
 
 
 def materialise_all(stages: Sequence[Stage]) -> None:
-    """Give the stages of one rank memory; a parameter that two of them hold becomes one."""
+    """Allocate the parameters of one rank's stages; a parameter that two of them hold becomes one."""
     first: dict[str, nn.Parameter] = {}
     for stage in stages:
         stage.materialise()
@@ -303,20 +279,18 @@ def materialise_all(stages: Sequence[Stage]) -> None:
 
 
 def plain_table(rows: int, width: int, dtype: torch.dtype, storage: str) -> MemoryTable:
-    """A table that one rank holds as a whole."""
+    """Return a table that one rank holds as a whole."""
     return MemoryTable(rows, width, dtype=dtype, storage=storage, device="meta")  # type: ignore[arg-type]
 
 
 def _tagged(graph: GraphModule, options: Options) -> GraphModule:
-    """A copy of a stage's graph with its recompute blocks chosen."""
-    held = Graph()
-    held.output(held.graph_copy(graph.graph, {}))
-    again = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
-    return Pipeline(again).run(GraphModule(graph, held), Context(), debug=options.debug, provided=("dialect",))
+    """Return a copy of a stage's graph with its recompute blocks chosen."""
+    passes = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
+    return Pipeline(passes).run(copy_graph(graph), Context(), debug=options.debug, provided=("dialect",))
 
 
 def _unit_starts(graph: GraphModule) -> list[int]:
-    """The sites of a stage, counted in it, with which its units but the first begin: those of blocks, or of layers."""
+    """Return the sites, counted in the stage, at which units after the first begin: those of blocks, or of layers."""
     coefficient_calls = coefficient_nodes(graph.graph)
     blocks = [n.meta.get("ac_graph_id") for n in coefficient_calls]
     if any(blocks):
@@ -327,7 +301,7 @@ def _unit_starts(graph: GraphModule) -> list[int]:
 
 
 def _parent(root: nn.Module, name: str) -> nn.Module:
-    """The module that is to hold `name`, made where it is missing."""
+    """Return the module that is to hold `name`; create it where it is missing."""
     module = root
     for part in name.split(".")[:-1]:
         if part not in module._modules:
@@ -337,21 +311,12 @@ def _parent(root: nn.Module, name: str) -> nn.Module:
 
 
 def _placeholders(piece: Piece) -> list[str]:
-    return [n.name for n in piece.graph.graph.nodes if n.op == "placeholder"]
+    return [n.name for n in piece.graph.graph.find_nodes(op="placeholder")]
 
 
-def _node(piece: Piece, name: str) -> Node:
-    return next(n for n in piece.graph.graph.nodes if n.name == name)
+def _node(gm: GraphModule, name: str) -> Node:
+    return next(n for n in gm.graph.nodes if n.name == name)
 
 
 def _meta(fake: Any) -> Tensor:
     return torch.empty(tuple(int(d) for d in fake.shape), dtype=fake.dtype, device="meta")
-
-
-def _zeros(fake: Any, device: torch.device) -> Tensor:
-    return torch.zeros(tuple(int(d) for d in fake.shape), dtype=fake.dtype, device=device)
-
-
-def by_name(stages: Sequence[Stage]) -> Mapping[str, nn.Parameter]:
-    """The parameters of several stages by name, tied ones once."""
-    return {name: p for stage in stages for name, p in stage.named_parameters()}

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.stages import split_graph
 from mhc_compile.runtime.data.shards import open_data
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
-from mhc_compile.runtime.schedules import place_of
+from mhc_compile.runtime.tables import tables_of
 
 
 def summary(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str]:
-    """The model, its stages, the data and the steps. `starts`: the first site of every stage but the first."""
+    """Describe the model, its stages, the data and the steps, line by line.
+
+    `starts`: the first site of every stage but the first.
+    """
     p, t = recipe.parallel, recipe.train
     trained = sum(q.numel() for q in program.parameters.values() if q.requires_grad)
-    tables = [m for m in program.model.modules() if isinstance(m, MemoryTable)]
-    rows = sum(m.rows * m.width for m in tables)
+    tables = tables_of(program.model).values()
+    rows = sum(t.rows * t.width for t in tables)
     more = f" and {_short(rows)} in {len(tables)} table{'s' * (len(tables) > 1)}" if tables else ""
     tokens = t.batch * recipe.data.sequence
     data = open_data(recipe.data.folder)
@@ -36,25 +38,20 @@ def summary(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str
 
 
 def _stages(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str]:
-    """A line for every stage."""
-    pieces = split_graph(program.graph, starts)
-    found = []
-    for i, (piece, begin, end) in enumerate(zip(pieces, [0, *starts], [*starts, program.sites], strict=True)):
-        held = {n.name for n in piece.graph.graph.nodes if n.op == "placeholder"}
-        names = {program.names[h] for h in held if h in program.names}
+    lines = []
+    replicas = recipe.parallel.replicas
+    for i, piece in enumerate(split_graph(program.graph, starts)):
+        names = {program.names.get(n.name) for n in piece.graph.graph.find_nodes(op="placeholder")}
         size = sum(q.numel() for name, q in program.parameters.items() if name in names)
-        where = f"rank{'s' * (recipe.parallel.replicas > 1)} {_ranks(recipe, place_of(recipe.parallel, i))}"
-        found.append(f"stage {i:<3} sites {begin} to {end - 1}, {_short(size)} parameters, {where}")
-    return found
-
-
-def _ranks(recipe: Recipe, place: int) -> str:
-    first, each = place * recipe.parallel.replicas, recipe.parallel.replicas
-    return str(first) if each == 1 else f"{first} to {first + each - 1}"
+        first = recipe.parallel.place_of(i) * replicas
+        ranks = f"rank {first}" if replicas == 1 else f"ranks {first} to {first + replicas - 1}"
+        sites = f"{piece.sites[0]} to {piece.sites[-1]}"
+        lines.append(f"stage {i:<3} sites {sites}, {_short(size)} parameters, {ranks}")
+    return lines
 
 
 def _short(number: float) -> str:
-    """Three digits: 1.23 M."""
+    """Return a number with three digits: 1.23 M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

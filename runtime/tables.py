@@ -14,10 +14,10 @@ from mhc_compile.runtime.stage import TableFactory, plain_table
 
 
 def table_factory(group: dist.ProcessGroup | None) -> TableFactory:
-    """What `build_stages(make_table=...)` makes tables with: sharded over `group`, in one piece where that is one rank.
+    """Return the `make_table` of `build_stages`: sharded over `group`, or whole where that is one rank.
 
-    All ranks of the group call what is returned for the same tables in the same order: MHC630 where they differ,
-    MHC228 for mapped ones.
+    All ranks of the group call it for the same tables in the same order. It raises MHC630 where they differ and MHC228
+    for mapped tables.
     """
     if group is None or group.size() == 1:
         return plain_table
@@ -28,13 +28,17 @@ def table_factory(group: dist.ProcessGroup | None) -> TableFactory:
     return make
 
 
-def look_up_early(model: nn.Module) -> None:
-    """Let graphs that are captured from `model` from now on begin look-ups as soon as they know the rows.
+def tables_of(model: nn.Module) -> dict[str, MemoryTable]:
+    """Return the tables of `model` by their names."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, MemoryTable)}
 
-    For tables on the compute device that will be sharded: their rows then travel while the layers in front of the
-    memory compute.
+
+def look_up_early(model: nn.Module) -> None:
+    """Let graphs that are captured from `model` from now on begin look-ups as soon as their rows are known.
+
+    For tables on the compute device that will be sharded: rows are exchanged while the layers before the memory run.
     """
-    for table in _tables(model).values():
+    for table in tables_of(model).values():
         table.early = True
 
 
@@ -44,9 +48,8 @@ def shard_tables(model: nn.Module, group: dist.ProcessGroup) -> None:
     The rows of tables on the meta device are not set. A collective; make optimizers, and compile, afterwards. Raises
     MHC630 where the ranks' models differ, and MHC228 for mapped tables.
     """
-    for path, table in _tables(model).items():
-        empty = table.storage == "mapped" or table.weight.is_meta
-        made = ShardedTable(
+    for path, table in tables_of(model).items():
+        shard = ShardedTable(
             table.rows,
             table.width,
             group,
@@ -56,11 +59,7 @@ def shard_tables(model: nn.Module, group: dist.ProcessGroup) -> None:
             trainable=table.trainable,
             hot_rows=table.hot.capacity if table.hot else 0,
         )
-        if not empty:
-            made.fill(made.begin, *table.block(made.begin, made.end))
+        if table.storage != "mapped" and not table.weight.is_meta:
+            shard.fill(shard.begin, *table.block(shard.begin, shard.end))
         parent, _, name = path.rpartition(".")
-        model.get_submodule(parent).add_module(name, made)
-
-
-def _tables(model: nn.Module) -> dict[str, MemoryTable]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, MemoryTable)}
+        model.get_submodule(parent).add_module(name, shard)

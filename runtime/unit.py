@@ -29,7 +29,7 @@ class FromPrevious:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """An input of the model's own forward, by its name there."""
+    """An input of the model's forward, by its name there."""
 
     name: str
 
@@ -47,29 +47,29 @@ class Owned:
 
     @property
     def tensor(self) -> Tensor:
-        """What the module holds now."""
-        found = getattr(self.module, self.attribute)
-        assert isinstance(found, Tensor)
-        return found
+        """The module's present tensor."""
+        tensor = getattr(self.module, self.attribute)
+        assert isinstance(tensor, Tensor)
+        return tensor
 
     def cast(self) -> Tensor:
-        """The tensor in `dtype`; one copy serves all microbatches until the master changes or `casts` is cleared.
+        """Return the tensor in `dtype`; one copy serves all microbatches until the master or `casts` changes.
 
-        Each microbatch keeps what it was given for its backward pass: as many copies would be more than the master.
+        Every microbatch keeps its copy for its backward pass: as many copies would be larger than the master.
         """
-        held = self.tensor
-        if held.dtype == self.dtype:
-            return held
-        key = (held.data_ptr(), held._version)
+        master = self.tensor
+        if master.dtype == self.dtype:
+            return master
+        key = (master.data_ptr(), master._version)
         if key not in self.casts:
             self.casts.clear()
-            self.casts[key] = held.detach().to(self.dtype)
-        found: Tensor = _Cast.apply(held, self.casts[key])
-        return found
+            self.casts[key] = master.detach().to(self.dtype)
+        cast: Tensor = _Cast.apply(master, self.casts[key])
+        return cast
 
 
 class _Cast(torch.autograd.Function):
-    """A master in another dtype, made already."""
+    """Give a master's gradient the master's dtype; its cast was computed before."""
 
     @staticmethod
     def forward(ctx: Any, master: Tensor, cast: Tensor) -> Tensor:
@@ -110,30 +110,30 @@ class Unit(nn.Module):
         """The compiled functions whose weights' gradients can be deferred."""
 
     def forward(self, crossing: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What crosses out of the piece, in its order, or the model's outputs, each contiguous."""
+        """Return what crosses out of the piece, in its order, or the model's outputs, each contiguous."""
         arguments = self.arguments(crossing, inputs)
-        found = self.compiled(arguments)(*arguments)
-        return tuple(t.contiguous() for t in found)
+        return tuple(t.contiguous() for t in self.compiled(arguments)(*arguments))
 
     def arguments(self, crossing: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The values of the graph's placeholders."""
-        return [resolve(source, crossing, inputs) for source in self.sources]
+        """Return the values of the graph's placeholders, each in the dtype in which the graph takes it."""
+        return [
+            source.cast()
+            if isinstance(source, Owned)
+            else (crossing if isinstance(source, FromPrevious) else inputs)[source.name]
+            for source in self.sources
+        ]
 
     def compiled(self, arguments: Sequence[Tensor]) -> Compiled:
-        """What runs the graph in the present mode; compiled for tensors like `arguments` when first asked for."""
+        """Return the function that runs the graph in the present mode, compiled at the first call."""
         trains = self.training or not self._random
         if trains not in self._compiled:
-            # What an evaluation asks for first must have gradients when training comes to it.
+            # What an evaluation compiles first must have gradients when training uses it.
             with torch.set_grad_enabled(trains):
                 self._compiled[trains] = self._compile(arguments, trains)
         return self._compiled[trains]
 
     def _compile(self, arguments: Sequence[Tensor], trains: bool) -> Compiled:
-        graph = Graph()
-        graph.output(graph.graph_copy(self.piece.graph.graph, {}))
-        gm = GraphModule(self.piece.graph, graph)
-        if not trains:
-            without_dropout(gm)
+        gm = copy_graph(self.piece.graph) if trains else without_dropout(self.piece.graph)
         text = "" if self.split else signature(gm)
         if text and text in self._shared:
             return self._shared[text]
@@ -149,34 +149,25 @@ class Unit(nn.Module):
             )
             self.functions.append(function)
             return function
-        made = compile_inner(gm, examples, self.options)
+        compiled = compile_inner(gm, examples, self.options)
         if text:
-            self._shared[text] = made
-        return made
+            self._shared[text] = compiled
+        return compiled
 
     def _accumulate(self, index: int, gradient: Tensor) -> None:
         """Add a deferred gradient to the parameter at the placeholder `index`."""
         source = self.sources[index]
         assert isinstance(source, Owned)
-        held = source.tensor
-        if not held.requires_grad:
-            return
-        gradient = gradient.to(held.dtype)
-        held.grad = gradient if held.grad is None else held.grad.add_(gradient)
-
-
-def resolve(source: Source, crossing: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """The tensor that a graph is given, in the dtype in which it takes it."""
-    if not isinstance(source, Owned):
-        return (crossing if isinstance(source, FromPrevious) else inputs)[source.name]
-    return source.cast()
+        parameter = source.tensor
+        if parameter.requires_grad:
+            gradient = gradient.to(parameter.dtype)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _example(argument: Tensor, source: Source) -> Tensor:
-    """Like `argument`, with a gradient to be computed where training will want one."""
-    made = argument.detach()
-    wanted = source.tensor.requires_grad if isinstance(source, Owned) else isinstance(source, FromPrevious)
-    return made.requires_grad_(wanted and made.is_floating_point())
+    """Return a tensor like `argument` that requires a gradient where training computes one."""
+    learns = source.tensor.requires_grad if isinstance(source, Owned) else isinstance(source, FromPrevious)
+    return argument.detach().requires_grad_(learns and argument.is_floating_point())
 
 
 def _drops(node: Node) -> bool:
@@ -184,8 +175,16 @@ def _drops(node: Node) -> bool:
     return float(node.kwargs.get("dropout_p") or 0.0) > 0 if attends else is_random(node)  # type: ignore[arg-type]
 
 
-def without_dropout(gm: GraphModule) -> None:
-    """Turn the active dropouts of a training graph off, in place."""
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """Return a copy of `gm` with a graph of its own."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return GraphModule(gm, graph)
+
+
+def without_dropout(gm: GraphModule) -> GraphModule:
+    """Return a copy of a training graph without its active dropouts."""
+    gm = copy_graph(gm)
     for node in list(gm.graph.nodes):
         if not _drops(node):
             continue
@@ -194,16 +193,17 @@ def without_dropout(gm: GraphModule) -> None:
         elif "dropout" in op_name(node) and dropout_of(node) > 0:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+    return gm
 
 
 def signature(gm: GraphModule) -> str:
-    """The graph as text in which nodes are numbered: equal for layers that differ in their parameters alone."""
+    """Return the graph as text with numbered nodes: equal for layers that differ in their parameters alone."""
     number: dict[Node, str] = {}
     lines = []
     for node in gm.graph.nodes:
         number[node] = f"%{len(number)}"
-        known = value(node)
-        form = f"{tuple(known.shape)} {known.dtype} {known.device}" if isinstance(known, Tensor) else ""
+        fake = value(node)
+        form = f"{tuple(fake.shape)} {fake.dtype} {fake.device}" if isinstance(fake, Tensor) else ""
         args = map_arg((node.args, node.kwargs), lambda n: number[n])
         target = "" if node.op in ("placeholder", "output") else str(node.target)
         lines.append(f"{node.op} {target} {args!r} {form} {node.meta.get('recompute')}")

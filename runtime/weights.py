@@ -1,10 +1,10 @@
-"""Values of stages: drawn from a seed, or read from a checkpoint folder, each stage its own tensors alone."""
+"""Weights of stages: drawn from a seed, or read from a checkpoint folder, for each stage its tensors alone."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,14 +31,12 @@ from mhc_compile.runtime.stage import Stage
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Set `parameter` to the whole `value`, of which a sharded one (DTensor) keeps its own part. No communication."""
+    """Set `parameter` to the whole `value`, or a sharded one (DTensor) to its part of it, without communication."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
             whole = value.to(parameter.device, parameter.dtype)
-            own = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(own.to_local())
-        else:
-            parameter.copy_(value)
+            value = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
 
 
 def initialise(stages: Sequence[Stage], program: Program, seed: int) -> None:
@@ -48,14 +46,12 @@ def initialise(stages: Sequence[Stage], program: Program, seed: int) -> None:
     parameter to which the model's code gives no value.
     """
     for stage in stages:
-        for path, held in _by_module(stage).items():
-            values = _start_of_streams(program, path, seed, scratch=True)
-            if values is None:
-                values = _start_of_module(program, path, seed)
-            for name, p in held.items():
+        for path, parameters in _by_module(stage).items():
+            values = _start_of_streams(program, path, seed, scratch=True) or _start_of_module(program, path, seed)
+            for name, p in parameters.items():
                 assign(p, values[name])
         for name, table in stage.tables.items():
-            table.start(_number(seed, name), DEVIATION)
+            table.start(seed_of(seed, name), DEVIATION)
 
 
 def load_folder(stages: Sequence[Stage], program: Program, folder: Path, seed: int) -> None:
@@ -70,9 +66,9 @@ def load_folder(stages: Sequence[Stage], program: Program, folder: Path, seed: i
     files = {name: shard.path for shard in checkpoint.shards for name in shard.tensors}
     missing = []
     for stage in stages:
-        for path, held in _by_module(stage).items():
+        for path, parameters in _by_module(stage).items():
             start = None if converted else _start_of_streams(program, path, seed, scratch=False)
-            for name, p in held.items():
+            for name, p in parameters.items():
                 full = f"{path}.{name}" if path else name
                 if start is not None:
                     assign(p, start[name])
@@ -88,26 +84,26 @@ def load_folder(stages: Sequence[Stage], program: Program, folder: Path, seed: i
             if converted:
                 _read_table(folder, program, name, table)
             else:
-                table.start(_number(seed, name), DEVIATION)
+                table.start(seed_of(seed, name), DEVIATION)
 
 
 def _by_module(stage: Stage) -> dict[str, dict[str, nn.Parameter]]:
-    """The stage's parameters by the path of their module and their name in it, those of tables left out."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
+    """Return the stage's parameters by the path of their module and their name in it, without those of tables."""
+    parameters: dict[str, dict[str, nn.Parameter]] = {}
     for name, p in stage.named_parameters():
         path, _, attribute = name.rpartition(".")
         if path not in stage.tables:
-            found.setdefault(path, {})[attribute] = p
-    return found
+            parameters.setdefault(path, {})[attribute] = p
+    return parameters
 
 
-def _number(seed: int, name: str) -> int:
-    """A seed for `name` that is the same in every process."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+def seed_of(*parts: int | str) -> int:
+    """Return a seed that depends on all of the parts and is the same in every process."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "little")
 
 
 def _start_of_module(program: Program, path: str, seed: int) -> dict[str, Tensor]:
-    """What the model's own code gives the parameters of one module."""
+    """Return the values with which the model's own code starts the parameters of one module."""
     hollow = program.model.get_submodule(path)
     module = copy.copy(hollow)
     module._parameters = {
@@ -116,42 +112,41 @@ def _start_of_module(program: Program, path: str, seed: int) -> dict[str, Tensor
     }
     draw = getattr(program.model, "_init_weights", None)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(_number(seed, path))
+        torch.manual_seed(seed_of(seed, path))
         if callable(draw):
             draw(module)
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
-    found = {name: p.detach() for name, p in module._parameters.items() if p is not None}
-    if unset := [name for name, value in found.items() if value.isnan().any()]:
+    values = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    if unset := [name for name, value in values.items() if value.isnan().any()]:
         way_out = "save a checkpoint with transformers' own start, and train with model.start = 'checkpoint'"
         raise MHCError("MHC622", f"nothing starts {path}.{unset[0]}", module=path, way_out=way_out)
-    return found
+    return values
 
 
 def _start_of_streams(program: Program, path: str, seed: int, *, scratch: bool) -> dict[str, Tensor] | None:
-    """The start of the stream parameters at `path`; None for a path that is not below a stream owner's `mhc`."""
-    for owner, held in owners(program.model).items():
+    """Return the start of the stream parameters at `path`; None for a path that is not below an owner's `mhc`."""
+    for owner, parameters in owners(program.model).items():
         root = prefix(owner)
         if f"{path}.".startswith(root):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_number(seed, path))
-                return _stream_values(held, path.removeprefix(root), scratch=scratch)
+                torch.manual_seed(seed_of(seed, path))
+                return _stream_values(parameters, path.removeprefix(root), scratch=scratch)
     return None
 
 
-def _stream_values(held: StreamParameters, place: str, *, scratch: bool) -> dict[str, Tensor]:
-    hidden = held.hidden
-    if place in held.sites:
-        index = list(held.sites).index(place)
-        return form_of(held.spec).start(held.spec, index, held.sites[place], scratch=scratch)
+def _stream_values(parameters: StreamParameters, place: str, *, scratch: bool) -> dict[str, Tensor]:
+    spec, hidden = parameters.spec, parameters.hidden
+    if place in parameters.sites:
+        index = list(parameters.sites).index(place)
+        return form_of(spec).start(spec, index, parameters.sites[place], scratch=scratch)
     if place == "head":
-        return dict(zip(("fn", "base", "scale"), start_head(held.spec, hidden, scratch=scratch), strict=True))
+        return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, scratch=scratch), strict=True))
     if place == OVER_ENCODING:
-        return {"projection": torch.zeros(held.get_submodule(OVER_ENCODING).get_parameter("projection").shape)}
-    assert held.memory is not None
+        return {"projection": torch.zeros(parameters.get_submodule(OVER_ENCODING).get_parameter("projection").shape)}
+    assert parameters.memory is not None
     assert place.startswith(f"{ROOT}.")
-    start = "paper" if scratch else "zero"
-    return layer_values(held.memory, held.spec.streams, hidden, start=start, device="cpu")  # type: ignore[arg-type]
+    return layer_values(parameters.memory, spec.streams, hidden, start="paper" if scratch else "zero", device="cpu")
 
 
 def _assign_checked(parameter: nn.Parameter, value: Tensor, name: str) -> None:
@@ -174,13 +169,7 @@ def _load_renamed(missing: Sequence[tuple[str, nn.Parameter]], checkpoint: Check
 
 def _read_table(folder: Path, program: Program, name: str, table: MemoryTable) -> None:
     """Fill a table, or the rows of it that this rank holds, from the folder's files."""
-    for (owner, place), hash_spec in _tables_of(owners(program.model)):
-        held = owners(program.model)[owner]
-        if name == f"{prefix(owner)}{held.table_places[place]}.table":
-            fill_rows(table, folder, table_name(owner, place), hash_spec=hash_spec)
-
-
-def _tables_of(held: Mapping[str, StreamParameters]) -> Iterator[tuple[tuple[str, str], str]]:
-    for owner, parameters in held.items():
+    for owner, parameters in owners(program.model).items():
         for place, hash_spec in hash_specs(parameters).items():
-            yield (owner, place), hash_spec
+            if name == f"{prefix(owner)}{parameters.table_places[place]}.table":
+                fill_rows(table, folder, table_name(owner, place), hash_spec=hash_spec)

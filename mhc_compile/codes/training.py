@@ -67,8 +67,6 @@ MHC640 no hardware to plan for
     --hardware NAME, or --flops, --bandwidth, --link and --memory, each a number such as 989e12
 MHC641 the recipe does not fit into memory
     more ranks (parallel.stages, parallel.data with mode = 'fsdp'), recompute.blocks, smaller microbatches
-MHC642 no such pipeline schedule
-    1f1b with one stage a rank, the others with two or more; as many microbatches a step as stages
 MHC643 two schedules compute different losses
     please report the model: gradients of at least one of them are wrong
 MHC644 the recipe cannot be measured here

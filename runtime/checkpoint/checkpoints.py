@@ -20,12 +20,12 @@ from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.format import Description, read_description, verify_file
 from mhc_compile.runtime.checkpoint.pieces import LoadPlanner, Piece, SavePlanner, copied, piece_of
-from mhc_compile.runtime.checkpoint.storage import Reader, Writer, random_name
+from mhc_compile.runtime.checkpoint.storage import Reader, Writer
 
 T = TypeVar("T")
 State = dict[str, Any]
 """`model`, `optimizer` and `tables`: this rank's Tensors, DTensors and `Piece`s by name. `progress`: plain JSON, the
-first rank's is kept. `random`: plain JSON of this rank, or absent."""
+first rank's is kept."""
 SECTIONS = ("model", "optimizer", "tables")
 
 # One process without a group is meant here, and not worth torch's warning at every save.
@@ -33,18 +33,15 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Checkpoints:
-    """The checkpoints of a run in `folder`, which all ranks see; every method is called by all ranks, in one order.
+    """The checkpoints of a run in `folder`, which all ranks see; all ranks call every method, in one order.
 
-    `every`: optimizer steps between two (`due`); `keep`: how many whole ones stay; `asynchronous`: `save` returns when
-    the values are copied, and they are written while training goes on. `timeout` (seconds): how long ranks wait for the
-    slowest to write or read its part. They talk over a gloo group of their own, so a save does not wait for training's
-    messages.
+    `every`: optimizer steps between two (`due`); `keep`: how many stay; `asynchronous`: `save` returns when the values
+    are copied, and they are written while training goes on. `timeout` (seconds): how long ranks wait for the slowest to
+    write or read its part, in a gloo group apart from training's messages.
 
-    A save that the file system refuses (a full disk) warns with MHC616 when the next one begins or in `wait`: what was
-    saved before stays, the unfinished folder goes, training goes on, and the next save is tried. `close` raises MHC616
-    if the last save of the run failed.
-
-    The constructor raises MHC619 on all ranks where another run writes to `folder`.
+    A save that fails (a full disk) warns with MHC616 when the next one begins or in `wait`; earlier checkpoints stay.
+    `close` raises MHC616 if the last save failed. The constructor raises MHC619, on all ranks, where another run writes
+    to `folder`.
     """
 
     def __init__(
@@ -56,17 +53,17 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self._parallel else None
         self.rank = dist.get_rank() if self._parallel else 0
         self.world = dist.get_world_size() if self._parallel else 1
-        self._pending: tuple[int, _Background] | None = None
+        self._pending: tuple[int, Callable[[], None]] | None = None
         self._saved: int | None = None
         self._failed: str | None = None
         self._agree(self.folder.claim)
 
     def due(self, step: int) -> bool:
-        """Whether the recipe asks for a checkpoint after `step` optimizer steps."""
+        """Return whether a checkpoint is to be saved after `step` optimizer steps."""
         return self.every > 0 and step > 0 and step % self.every == 0
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint, the same on all ranks; None where there is none."""
+        """Return the step of the newest complete checkpoint, the same on all ranks; None without one."""
         steps = self._agree(self.folder.steps)
         return steps[-1] if steps else None
 
@@ -86,29 +83,28 @@ class Checkpoints:
             world=self.world,
             # A copy: it is written while training changes the original.
             progress=json.loads(json.dumps(state.get("progress", {}), allow_nan=False)),
-            random=state.get("random"),
             publish=lambda: self.folder.publish(step, self.keep),
         )
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "storage_writer": writer,
             "planner": SavePlanner(),
             "process_group": self._group,
             "no_dist": not self._parallel,
         }
         if self.asynchronous:
-            held: dict[str, Any] = {**copied(pieces)}
-            self._pending = (step, _Background(lambda: save(held, **given)))
+            copies: dict[str, Any] = {**copied(pieces)}
+            self._pending = (step, _in_background(lambda: save(copies, **options)))
         else:
-            self._finish(step, lambda: save(pieces, **given))
+            self._finish(step, lambda: save(pieces, **options))
 
     def wait(self) -> None:
-        """Return when the save that is being written is done."""
+        """Wait until the present save is done."""
         if self._pending is not None:
-            (step, background), self._pending = self._pending, None
-            self._finish(step, background.result)
+            (step, wait), self._pending = self._pending, None
+            self._finish(step, wait)
 
     def close(self) -> None:
-        """Wait, and let other runs have the folder. Raises MHC616 if the last save failed."""
+        """Wait, and release the folder for other runs. Raises MHC616 if the last save failed."""
         try:
             self.wait()
         finally:
@@ -118,7 +114,7 @@ class Checkpoints:
             raise MHCError("MHC616", self._failed)
 
     def open(self) -> Description | None:
-        """What the newest checkpoint holds, every byte of it checked against its hashes; None where there is none.
+        """Return the description of the newest checkpoint, its files checked by their hashes; None without one.
 
         The ranks share the reading. Raises MHC615 on all of them where anything is missing or damaged.
         """
@@ -137,42 +133,32 @@ class Checkpoints:
 
         return self._together(check)
 
-    def load(self, state: State) -> int:
-        """Fill the tensors of `state`, in place, from the newest checkpoint; returns its step.
+    def load(self, description: Description, state: State) -> None:
+        """Fill the tensors of `state`, in place, from the checkpoint that `open` has described.
 
-        `state["progress"]` and, where as many ranks wrote it, `state["random"]` become what was saved; `random` is None
-        otherwise. Names and shapes must be there (`mhc_compile.runtime.state.restore` checks them). Raises MHC615 where
-        there is no checkpoint or it is damaged.
+        Names and shapes must be there (`mhc_compile.runtime.state.restore` checks them). Raises MHC615 where the
+        checkpoint is damaged.
         """
-        description = self.open()
-        if description is None:
-            raise MHCError("MHC615", f"{self.folder.path} holds no whole checkpoint")
-        folder = self.folder.whole(description.step)
         pieces: dict[str, Any] = _pieces(state)
         try:
             load(
                 pieces,
-                storage_reader=Reader(folder, description),
+                storage_reader=Reader(self.folder.whole(description.step), description),
                 planner=LoadPlanner(),
                 process_group=self._group,
                 no_dist=not self._parallel,
             )
         except (CheckpointException, OSError, SafetensorError) as error:
             raise _coded("MHC615", error) from error
-        own = folder / random_name(self.rank)
-        same = description.world == self.world and own.name in description.files
-        state["random"] = json.loads(own.read_bytes()) if same else None
-        state["progress"] = description.progress
         self._saved = description.step
-        return description.step
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank."""
+        """Return `value` of every rank."""
         if not self._parallel:
             return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value, group=self._group)
-        return found
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def _finish(self, step: int, result: Callable[[], Any]) -> None:
         try:
@@ -187,7 +173,7 @@ class Checkpoints:
             self._saved = step
 
     def _agree(self, fn: Callable[[], T]) -> T:
-        """What `fn` gives on the first rank, on all of them; its coded error, too."""
+        """Return what `fn` returns on the first rank, or raise its coded error, on all ranks."""
         answer: list[Any] = [None]
         if self.rank == 0:
             answer = [_attempt(fn)]
@@ -196,44 +182,43 @@ class Checkpoints:
         return _unwrap(answer)
 
     def _together(self, fn: Callable[[], T]) -> T:
-        """What `fn` gives here; the first coded error that it raises on any rank, on all of them."""
-        found = self.gather(_attempt(fn))
-        _unwrap(found)
-        return _unwrap([found[self.rank]])
+        """Return what `fn` returns here; raise the first coded error of any rank on all of them."""
+        answers = self.gather(_attempt(fn))
+        _unwrap(answers)
+        answer: T = answers[self.rank]
+        return answer
 
 
 def _pieces(state: Mapping[str, Any]) -> dict[str, Piece]:
-    """By full name, in the order of names: who writes what does not depend on how the state came about."""
-    found = {f"{section}/{name}": t for section in SECTIONS for name, t in state.get(section, {}).items()}
-    return {name: piece_of(found[name]) for name in sorted(found)}
+    """Return the pieces by full name, in the order of names, so that all ranks agree on who writes what."""
+    tensors = {f"{section}/{name}": t for section in SECTIONS for name, t in state.get(section, {}).items()}
+    return {name: piece_of(t) for name, t in sorted(tensors.items())}
 
 
-class _Background(threading.Thread):
-    """A save that goes on while training does. Unlike the thread of torch's `async_save`, it keeps no process alive.
+def _in_background(work: Callable[[], Any]) -> Callable[[], None]:
+    """Run `work` in a thread, and return a function that waits for it and raises its error.
 
-    When a peer hangs in the midst of a save, the others end with an error, and must not wait for it then.
+    Unlike the thread of torch's `async_save`, it keeps no process alive: when a peer hangs in the midst of a save, the
+    others end with an error, and must not wait for it then.
     """
+    errors: list[BaseException] = []
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        super().__init__(name="mhc-checkpoint", daemon=True)
-        self._work: Callable[[], Any] | None = work
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Save, and drop what was saved."""
-        assert self._work is not None
+    def run(work: Callable[[], Any]) -> None:
         try:
-            self._work()
-        except BaseException as error:  # CheckpointException is no Exception; `result` raises it
-            self._error = error
-        self._work = None
+            work()
+        except BaseException as error:  # CheckpointException is no Exception
+            errors.append(error)
 
-    def result(self) -> None:
-        """Wait until the thread is gone: one that still frees its tensors while the process ends would abort it."""
-        self.join()
-        if self._error is not None:
-            raise self._error
+    thread = threading.Thread(target=run, args=(work,), name="mhc-checkpoint", daemon=True)
+    thread.start()
+    del work  # what was saved goes with the thread
+
+    def wait() -> None:
+        thread.join()  # a thread that still frees its tensors while the process ends would abort it
+        if errors:
+            raise errors[0]
+
+    return wait
 
 
 def _attempt(fn: Callable[[], Any]) -> Any:
@@ -251,7 +236,7 @@ def _unwrap(answers: list[Any]) -> Any:
 
 
 def _coded(code: str, error: BaseException) -> MHCError:
-    """`error` as a coded one where the file system or a damaged file caused it; raises it otherwise."""
+    """Return `error` as a coded error where the file system or a damaged file caused it; raise it otherwise."""
     causes = [error]
     if isinstance(error, CheckpointException):
         causes = [cause for cause, _ in error.failures.values()]

@@ -28,7 +28,7 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder, take it for this process, and clear what a killed run left unfinished.
 
-        Raises MHC619 where another run has it, or where it cannot be made or written.
+        Raises MHC619 where another run has it, or where it cannot be created or written.
         """
         import fcntl  # not on Windows, where everything but training may still work
 
@@ -49,24 +49,23 @@ class RunFolder:
             raise MHCError("MHC619", f"{self.path}: {error}") from error
 
     def release(self) -> None:
-        """Let another run have it."""
+        """Release the folder for other runs."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def steps(self) -> list[int]:
-        """The steps of which there is a whole checkpoint, in order."""
+        """Return the steps of the complete checkpoints, in order."""
         if not self.path.is_dir():
             return []
-        found = (_STEP.fullmatch(p.name) for p in self.path.iterdir())
-        return sorted(int(m.group(1)) for m in found if m)
+        return sorted(int(m[1]) for p in self.path.iterdir() if (m := _STEP.fullmatch(p.name)))
 
     def whole(self, step: int) -> Path:
-        """The folder of a whole checkpoint."""
+        """Return the folder of a complete checkpoint."""
         return self.path / f"step-{step:08d}"
 
     def partial(self, step: int) -> Path:
-        """The folder of one that is being written."""
+        """Return the folder of a checkpoint that is being written."""
         return self.path / f".step-{step:08d}.partial"
 
     def publish(self, step: int, keep: int) -> None:

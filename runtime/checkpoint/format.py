@@ -3,7 +3,6 @@
     step-00000123/
       checkpoint.json            every tensor: dtype, shape, and which file holds which part of it; progress; hashes
       rank-00000.safetensors     the parts that one rank wrote
-      rank-00000.json            that rank's random states
 
 Tensors are named `model/NAME`, `optimizer/NAME.exp_avg`, `tables/NAME.weight`, after the parameters of the model as it
 is before it is split. Nothing in the folder is unpickled: torch.distributed.checkpoint's own metadata file, which is a
@@ -16,16 +15,18 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from mhc_compile.checkpoint.shards import CHUNK, DTYPES, read_shard, sha256, sync
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.parameters import names
 from mhc_compile.versions import VERSION
 
 NAME = "checkpoint.json"
@@ -44,22 +45,11 @@ class StoredFile:
     sha256: str
 
 
-@dataclass(frozen=True)
-class StoredChunk:
+@dataclass
+class StoredChunk(ChunkStorageMetadata):
     """A box of a tensor, which lies in one file."""
 
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
     file: str
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor and the boxes that it was cut into, which cover it without an overlap."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: tuple[StoredChunk, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +57,37 @@ class Description:
     """The contents of `checkpoint.json`."""
 
     step: int
-    """Optimizer steps made."""
+    """Optimizer steps done."""
     world: int
     """Ranks that wrote it."""
     progress: dict[str, Any]
     """Plain JSON: the position in the data, the recipe, whatever the run needs to go on."""
     files: dict[str, StoredFile]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, TensorStorageMetadata]
+    """With `StoredChunk`s, which cover a tensor without an overlap."""
+
+    def differences(self, weights: Mapping[str, str]) -> list[str]:
+        """Return how the stored weights differ from `weights`, whose values are `form_of` them."""
+        stored = {
+            name: form_of(t.size, t.properties.dtype)
+            for name, t in self.tensors.items()
+            if not name.startswith("optimizer/")
+        }
+        common = sorted(weights.keys() & stored.keys())
+        kinds = {
+            "only here: ": sorted(weights.keys() - stored.keys()),
+            "only in the checkpoint: ": sorted(stored.keys() - weights.keys()),
+            "": [f"{n} is {stored[n]} there and {weights[n]} here" for n in common if stored[n] != weights[n]],
+        }
+        return [f"{kind}{names(which)}" for kind, which in kinds.items() if which]
 
     def text(self) -> str:
-        """As the file holds it."""
-
+        """Return the file's contents."""
         tensors = {
             name: {
-                "dtype": _NAMES[t.dtype],
-                "shape": t.shape,
-                "chunks": [{"offsets": c.offsets, "shape": c.shape, "file": c.file} for c in t.chunks],
+                "dtype": _NAMES[t.properties.dtype],
+                "shape": t.size,
+                "chunks": [{"offsets": c.offsets, "shape": c.sizes, "file": file_of(c)} for c in t.chunks],
             }
             for name, t in self.tensors.items()
         }
@@ -91,8 +96,19 @@ class Description:
         return json.dumps({**content, "progress": self.progress, "files": files, "tensors": tensors}, indent=1) + "\n"
 
 
+def file_of(chunk: ChunkStorageMetadata) -> str:
+    """Return the file in which a stored box lies."""
+    assert isinstance(chunk, StoredChunk)
+    return chunk.file
+
+
+def form_of(shape: Sequence[int], dtype: torch.dtype) -> str:
+    """Return a tensor's shape and dtype as text."""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+
+
 def chunk_key(name: str, offsets: Iterable[int]) -> str:
-    """The name of a tensor's part inside its file."""
+    """Return the name of a tensor's part inside its file."""
     places = list(offsets)
     return f"{name}@{','.join(map(str, places))}" if any(places) else name
 
@@ -120,15 +136,15 @@ def verify_file(folder: Path, description: Description, name: str) -> None:
             raise MHCError("MHC615", f"{path} has {size:,} bytes, {said.size:,} were written")
         if sha256(path) != said.sha256:
             raise MHCError("MHC615", f"{path} is not the file that was written (sha256)")
-        held = read_shard(path).tensors if path.suffix == ".safetensors" else {}
+        tensors = read_shard(path).tensors
     except OSError as error:
         raise MHCError("MHC615", f"{path}: {error.strerror}") from error
     except MHCError as error:
         raise error if error.code == "MHC615" else MHCError("MHC615", error.detail) from error
     for tensor_name, tensor in description.tensors.items():
-        for chunk in (c for c in tensor.chunks if c.file == name):
-            info = held.get(chunk_key(tensor_name, chunk.offsets))
-            if info is None or (DTYPES.get(info.dtype), info.shape) != (tensor.dtype, chunk.shape):
+        for chunk in (c for c in tensor.chunks if file_of(c) == name):
+            info = tensors.get(chunk_key(tensor_name, chunk.offsets))
+            if info is None or (DTYPES.get(info.dtype), info.shape) != (tensor.properties.dtype, chunk.sizes):
                 raise MHCError("MHC615", f"{path} does not hold the part of {tensor_name} that {NAME} names")
 
 
@@ -153,15 +169,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
     return StoredFile(path.name, size, digest.hexdigest())
 
 
-def write_json(path: Path, content: Any) -> StoredFile:
-    """Write a JSON file to the disk itself."""
-    data = (json.dumps(content, allow_nan=False) + "\n").encode()
-    with path.open("xb") as out:
-        out.write(data)
-        sync(out)
-    return StoredFile(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
 def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterable[Any]:
     yield head
     for t in tensors:
@@ -175,22 +182,22 @@ def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterable[Any]:
 def _parse(content: Mapping[str, Any]) -> Description:
     files = {}
     for name, f in content["files"].items():
-        if Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
             raise ValueError(f"{name!r} is not a file of a checkpoint")
         files[name] = StoredFile(name, _count(f["bytes"]), str(f["sha256"]))
     tensors = {}
     for name, t in content["tensors"].items():
         shape = _sizes(t["shape"])
-        chunks = tuple(StoredChunk(_sizes(c["offsets"]), _sizes(c["shape"]), str(c["file"])) for c in t["chunks"])
+        chunks = [StoredChunk(_sizes(c["offsets"]), _sizes(c["shape"]), str(c["file"])) for c in t["chunks"]]
         for c in chunks:
             if c.file not in files:
                 raise ValueError(f"{name} lies in {c.file!r}, which is not listed")
-            ends = [o + s for o, s in zip(c.offsets, c.shape, strict=True)]
+            ends = [o + s for o, s in zip(c.offsets, c.sizes, strict=True)]
             if len(ends) != len(shape) or any(e > s for e, s in zip(ends, shape, strict=True)):
                 raise ValueError(f"a part of {name} lies outside of it")
-        if sum(math.prod(c.shape) for c in chunks) != math.prod(shape) or not chunks:
+        if sum(math.prod(c.sizes) for c in chunks) != math.prod(shape) or not chunks:
             raise ValueError(f"the parts of {name} do not cover it")
-        tensors[str(name)] = StoredTensor(DTYPES[t["dtype"]], shape, chunks)
+        tensors[str(name)] = TensorStorageMetadata(TensorProperties(dtype=DTYPES[t["dtype"]]), shape, list(chunks))
     if not isinstance(content["progress"], dict):
         raise TypeError("progress is no object")
     return Description(
@@ -208,7 +215,7 @@ def _count(value: Any) -> int:
     return value
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def _sizes(value: Any) -> torch.Size:
     if not isinstance(value, list):
         raise TypeError(f"{value!r} is not a list of sizes")
-    return tuple(_count(v) for v in value)
+    return torch.Size(_count(v) for v in value)

@@ -7,7 +7,6 @@ of ranks loadable on any other.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
 
@@ -35,19 +27,26 @@ class Piece:
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        """Its box."""
-        return ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.shape)
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """Return the box of the part; nothing where this rank has nothing of a tensor that is not empty."""
+        is_absent = self.tensor.numel() == 0 and 0 not in self.shape
+        return [] if is_absent else [ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.shape)]
 
-    @property
-    def is_absent(self) -> bool:
-        """Whether this rank has nothing of a tensor that is not empty."""
-        return self.tensor.numel() == 0 and 0 not in self.shape
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        """Return what is to be written: the coordinator leaves each box with one of its holders."""
+        properties = TensorProperties(dtype=self.tensor.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(self.shape)),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
 
 
 def piece_of(value: Tensor | Piece) -> Piece:
-    """What this rank holds of `value`: all of a Tensor, the local part of a DTensor, or the piece itself.
+    """Return what this rank holds of `value`: all of a Tensor, the local part of a DTensor, or the piece itself.
 
     Raises RuntimeError, of torch, for a DTensor that holds partial sums.
     """
@@ -60,7 +59,7 @@ def piece_of(value: Tensor | Piece) -> Piece:
 
 
 def copied(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-    """The same values in memory of their own, on the CPU: what training may change meanwhile is not what is saved."""
+    """Return the pieces in CPU memory of their own, so that training may change the originals while they are saved."""
     return {
         name: Piece(p.tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format), p.offsets, p.shape)
         for name, p in pieces.items()
@@ -68,34 +67,18 @@ def copied(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Torch's planner for a flat dictionary of pieces."""
+    """torch's planner for a flat dictionary of pieces."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
-    def create_local_plan(self) -> SavePlan:
-        """Every piece that this rank holds; the coordinator leaves each with one of its holders."""
-        items = [
-            WriteItem(
-                index=MetadataIndex(name, p.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=p.chunk, properties=TensorProperties(dtype=p.tensor.dtype), size=torch.Size(p.shape)
-                ),
-            )
-            for name, p in self.state_dict.items()
-            if not p.is_absent
-        ]
-        self.plan = SavePlan(items)
-        return self.plan
-
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The piece's values."""
+        """Return the piece's values."""
         return self.state_dict[index.fqn].tensor
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Torch's planner for a flat dictionary of pieces, whose tensors are filled."""
+    """torch's planner for a flat dictionary of pieces, whose tensors are filled."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -104,25 +87,8 @@ class LoadPlanner(DefaultLoadPlanner):
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         """Take the pieces as they are."""
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata = metadata
-        self.is_coordinator = is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        """What must be read of which stored boxes."""
-        assert self.metadata is not None
-        items: list[ReadItem] = []
-        for name, p in self.state_dict.items():
-            stored = self.metadata.state_dict_metadata[name]
-            assert isinstance(stored, TensorStorageMetadata)
-            if not p.is_absent:
-                items += create_read_items_for_chunk_list(name, stored, [p.chunk])
-        return LoadPlan(items)
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Where the values go."""
+        """Return the tensor to fill."""
         return self.state_dict[index.fqn].tensor
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: ARG002
-        """Refuse: torch's own planner unpickles them, and a checkpoint of ours holds none."""
-        raise AssertionError(f"{read_item.dest_index.fqn}: bytes in a checkpoint of tensors")

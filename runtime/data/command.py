@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NAME = "data"
 _REFRESH = 0.1
 _DESCRIPTION = """\
-Tokenise text once, for `mhc-compile train`: an end-of-text token behind every document, packed into
+Tokenise text once, for `mhc-compile train`: an end-of-text token after every document, packed into
 shards of plain numbers that training maps into memory.
 
 SOURCE is a text file (one document), a .jsonl file (one document a line), a folder of such files, or

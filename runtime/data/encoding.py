@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
 from queue import SimpleQueue
 
 from mhc_compile.diagnostics import MHCError
@@ -36,10 +36,10 @@ def encode(
     here = worker.make_encoder(tokenizer.serialised, tokenizer.folder)
     for batch in _batches(pieces):
         try:
-            found = here([piece.text for piece in batch])
+            ids = here([piece.text for piece in batch])
         except Exception as error:  # whatever a tokenizer raises
             raise MHCError("MHC614", f"the tokenizer in {tokenizer.folder}: {error}") from error
-        yield from zip(batch, found, strict=True)
+        yield from zip(batch, ids, strict=True)
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
@@ -58,40 +58,22 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
 def _elsewhere(
     batches: Iterator[Batch], tokenizer: FolderTokenizer, workers: int
 ) -> Generator[tuple[Piece, worker.Ids], None, None]:
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    # A program by its path, isolated from the folder it lies in: nothing of the parent is copied into it, so that its
-    # pipes end with the parent, and it starts in a fraction of the time that torch takes.
-    command = [sys.executable, "-P", worker.__file__]
-    processes: list[subprocess.Popen[bytes]] = []
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    processes: list[_Worker] = []
+
+    def ask(batch: Batch) -> list[worker.Ids]:
+        # One thread a worker: it writes, then reads, so that neither side waits for the other with a full pipe.
+        process = idle.get()
+        try:
+            return process.encode([piece.text for piece in batch])
+        finally:
+            idle.put(process)
+
     threads = ThreadPoolExecutor(workers)
     try:
-        idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         for _ in range(workers):
-            started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            processes.append(started)
-            idle.put(started)
-        greeting = json.dumps([tokenizer.serialised, tokenizer.folder]).encode()
-        fresh = set(processes)
-
-        def ask(batch: Batch) -> list[worker.Ids]:
-            # One thread a worker: it writes, then reads, so that neither side waits for the other with a full pipe.
-            process = idle.get()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                if process in fresh:
-                    fresh.remove(process)
-                    worker.send(process.stdin, greeting)
-                worker.send(process.stdin, json.dumps([piece.text for piece in batch]).encode())
-                answer = worker.receive(process.stdout)
-            except OSError:
-                answer = None
-            idle.put(process)
-            if answer is None:
-                detail = f"a worker ended with exit code {process.wait()}"
-                raise MHCError("MHC614", detail, way_out="see what it said above; fewer --workers need less memory")
-            return worker.unpack(answer, len(batch))
-
+            processes.append(_Worker(tokenizer))
+            idle.put(processes[-1])
         waiting: deque[tuple[Batch, Future[list[worker.Ids]]]] = deque()
         for batch in batches:
             waiting.append((batch, threads.submit(ask, batch)))
@@ -102,13 +84,37 @@ def _elsewhere(
             yield from zip(done, future.result(), strict=True)
     finally:
         for process in processes:
-            process.kill()  # ends the read of a thread that waits for it
+            process.process.kill()  # ends the read of a thread that waits for it
         threads.shutdown(cancel_futures=True)
         for process in processes:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue  # what was buffered for a worker that is gone
+            process.process.wait()
+            process.pipe.close()
+
+
+class _Worker:
+    """A process that encodes, and this end of the pipe to it."""
+
+    def __init__(self, tokenizer: FolderTokenizer) -> None:
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+        self.pipe, other = Pipe()
+        # A program by its path, isolated from the folder it lies in: nothing of the parent is copied into it, so that
+        # its pipe ends with the parent, and it starts in a fraction of the time that torch takes.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", worker.__file__, str(other.fileno())], pass_fds=[other.fileno()], env=environment
+        )
+        other.close()
+        self._greeting: tuple[str | None, str] | None = (tokenizer.serialised, tokenizer.folder)
+
+    def encode(self, texts: list[str]) -> list[worker.Ids]:
+        """Return the ids of each text. Raises MHC614 where the process ends instead."""
+        try:
+            if self._greeting is not None:  # here, so that no process is waited for before it has started
+                self.pipe.send(self._greeting)
+                self._greeting = None
+            self.pipe.send(texts)
+            ids: list[worker.Ids] = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            detail = f"a worker ended with exit code {self.process.wait()}"
+            way_out = "see what it said above; fewer --workers need less memory"
+            raise MHCError("MHC614", detail, way_out=way_out) from error
+        return ids

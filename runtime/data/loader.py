@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from mhc_compile.runtime.data.tokenizer import has_tokenizer, model_vocabulary, 
 _AHEAD = 2
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """The batches of one replica: `batch(step)` depends on the folder, `seed`, `batch` and the step alone.
 
-    Sample i is the window of S + 1 tokens from i * S on: S inputs and the token behind each of them. Windows overlap
+    Sample i is the window of S + 1 tokens from i * S on: S inputs and the token after each of them. Windows overlap
     by one token, so every token but the first is a target once an epoch. Step s takes places s * batch to
     (s + 1) * batch of the `Order`, and replica r of R the r-th of R equal parts of them: another number of replicas
     trains on the same samples in the same order.
@@ -63,22 +63,16 @@ class Loader:
         self._threads = ThreadPoolExecutor(workers, "data") if workers else None
         self._depth = _AHEAD * workers
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
-        self._tokens = 0
-        self._seconds = 0.0
-
-    def __enter__(self) -> Loader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The replica's rows b of a step's batch, on the CPU.
+        """Return the replica's rows b of a step's batch, on the CPU.
 
         `input_ids` and `labels`, the next tokens, int64 [b, S]. With `documents` also `position_ids`, int64 [b, S],
         which begin at 0 with the window and again with every document.
         """
-        began = time.perf_counter()
         future = self._coming.pop(step, None)
         if self._threads is not None:
             window = range(step + 1, step + 1 + self._depth)
@@ -87,20 +81,12 @@ class Loader:
             for coming in window:
                 if coming not in self._coming:
                     self._coming[coming] = self._threads.submit(self._read, coming)
-        found = self._read(step) if future is None else future.result()
-        self._seconds += time.perf_counter() - began
-        self._tokens += self._rows * self.sequence
-        return found
+        return self._read(step) if future is None else future.result()
 
     def describe(self) -> dict[str, Any]:
-        """What must be equal for a step number to mean the same samples, as JSON has it."""
+        """Return what must be equal for a step number to mean the same samples, as plain JSON."""
         data = {"data": self.data.sha256, "tokenizer": self.data.tokenizer}
         return {**data, "seed": self.seed, "sequence": self.sequence}
-
-    @property
-    def throughput(self) -> float:
-        """Tokens for every second that `batch` let its caller wait."""
-        return self._tokens / self._seconds if self._seconds else 0.0
 
     def close(self) -> None:
         """End the threads; `batch` then reads by itself."""
@@ -116,13 +102,13 @@ class Loader:
         if windows.max() > self.data.largest:
             detail = f"{self.data.folder}: token {windows.max()}, the largest one that was written is "
             raise MHCError("MHC611", f"{detail}{self.data.largest}")
-        found = {IDS: windows[:, :-1], "labels": windows[:, 1:]}
+        batch = {IDS: windows[:, :-1], "labels": windows[:, 1:]}
         if self._documents:
-            found[POSITIONS] = np.stack([self._positions(int(begin)) for begin in begins])
-        return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in found.items()}
+            batch[POSITIONS] = np.stack([self._positions(int(begin)) for begin in begins])
+        return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
 
     def _positions(self, begin: int) -> Index:
-        """Of each token in its document or, where that began before the window, in the window."""
+        """Return the position of each token in its document or, where that began before the window, in the window."""
         begun = np.zeros(self.sequence, np.int64)
         starts = self.data.starts(begin, self.sequence) - begin
         begun[starts] = starts

@@ -27,22 +27,19 @@ class Order:
         self._half = max(_LEAST_HALF, -(-(samples - 1).bit_length() // 2))
 
     def __call__(self, first: int, count: int) -> NDArray[np.int64]:
-        """The samples at places `first` to `first + count`, that one excluded: int64 [count]."""
+        """Return the samples at places `first` to `first + count`, that one excluded: int64 [count]."""
         places = np.arange(first, first + count)
         epochs, within = places // self.samples, places % self.samples
-        found = np.empty(count, np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            found[chosen] = self._permute(within[chosen], int(epoch))
-        return found
+        parts = [self._permute(within[epochs == epoch], int(epoch)) for epoch in np.unique(epochs)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     def _permute(self, within: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         digest = hashlib.shake_128(f"{self.seed} {epoch}".encode()).digest(8 * _ROUNDS)
         keys = np.frombuffer(digest, "<u8")
-        found = self._feistel(within.astype(np.uint64), keys)
-        while (outside := found >= self.samples).any():
-            found[outside] = self._feistel(found[outside], keys)
-        return found.astype(np.int64)
+        samples = self._feistel(within.astype(np.uint64), keys)
+        while (outside := samples >= self.samples).any():
+            samples[outside] = self._feistel(samples[outside], keys)
+        return samples.astype(np.int64)
 
     def _feistel(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         half = np.uint64(self._half)
@@ -54,7 +51,7 @@ class Order:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every bit of the result depends on all of `values`."""
+    """Return the finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every bit depends on all of a value's."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,11 +1,11 @@
-"""Text to a folder of data: read, tokenised, an end-of-text token behind every document, packed into shards."""
+"""Text to a folder of data: read, tokenised, an end-of-text token after every document, packed into shards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,11 +18,11 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.runtime.data.encoding import encode
 from mhc_compile.runtime.data.shards import (
     DTYPES,
+    FORMAT,
     MANIFEST,
     STARTS,
     DataFolder,
     Shard,
-    manifest,
     open_data,
     starts_name,
     tokens_name,
@@ -72,8 +72,8 @@ def prepare(
     if not 0.0 <= validation < 1.0:
         raise ValueError(f"a fraction of {validation} for validation")
     target = check_target(Path(out))
-    found = read_tokenizer(tokenizer)
-    if found.eos is None:
+    folder_tokenizer = read_tokenizer(tokenizer)
+    if folder_tokenizer.eos is None:
         raise MHCError("MHC614", f"{tokenizer} names no end-of-text token")
     left_out: list[Path] = []
     opened = [open_source(name, field=field, left_out=left_out.append) for name in sources]
@@ -82,9 +82,9 @@ def prepare(
             check_target(target, Path(name))
     parts = (TRAIN, VALIDATION) if validation else ("",)
     with staged(target) as staging, ExitStack() as stack:
-        writers = [stack.enter_context(_Writer(staging, part, found, shard_tokens)) for part in parts]
+        writers = [stack.enter_context(_Writer(staging, part, folder_tokenizer, shard_tokens)) for part in parts]
         for source in opened:
-            _fill(writers, source, found, workers, validation, progress)
+            _fill(writers, source, folder_tokenizer, workers, validation, progress)
         for writer in writers:
             writer.finish()
     return Prepared(tuple(open_data(target / part) for part in parts), tuple(left_out))
@@ -112,12 +112,12 @@ def _fill(
 
 
 def _share(text: str) -> float:
-    """A number in [0, 1) that looks random and depends on the text alone."""
+    """Return a number in [0, 1) that looks random and depends on the text alone."""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=6).digest()
     return int.from_bytes(digest, "little") / 2**48
 
 
-class _Writer:
+class _Writer(AbstractContextManager["_Writer"]):
     """Writes one folder of data; as a context it closes its files however the block ends."""
 
     def __init__(self, folder: Path, part: str, tokenizer: FolderTokenizer, shard_tokens: int) -> None:
@@ -133,15 +133,12 @@ class _Writer:
         self._open: tuple[_Hashed, _Hashed] | None = None
         self._in_document = False
 
-    def __enter__(self) -> _Writer:
-        return self
-
     def __exit__(self, *_: object) -> None:
         for file in self._open or ():
             file.close()
 
     def write(self, ids: np.ndarray[Any, Any], *, last: bool) -> None:
-        """A piece of a document; `last` ends it. A document without tokens is none."""
+        """Write a piece of a document; `last` ends it. A document without tokens is left out."""
         if len(ids):
             self._largest = max(self._largest, int(ids.max()))
             self._append(ids)
@@ -154,7 +151,7 @@ class _Writer:
                 self._end_shard()
 
     def finish(self) -> None:
-        """The last shard and the manifest. Raises MHC610 where no document was written."""
+        """Write the last shard and the manifest. Raises MHC610 where no document was written."""
         if self._open is not None:
             self._end_shard()
         if not self._shards:
@@ -163,15 +160,18 @@ class _Writer:
             raise MHCError("MHC610", "the sources have no text")
         t = self._tokenizer
         assert t.eos is not None
-        held = manifest(
-            dtype=self._dtype,
-            eos=t.eos,
-            vocabulary=t.vocabulary,
-            largest=max(self._largest, t.eos),
-            tokenizer=t.sha256,
-            shards=self._shards,
-        )
-        write_text(self.folder / MANIFEST, json.dumps(held, indent=1) + "\n")
+        manifest = {
+            "format": FORMAT,
+            "dtype": self._dtype,
+            "tokens": self.tokens,  # the totals are for people
+            "documents": sum(shard.documents for shard in self._shards),
+            "eos": t.eos,
+            "vocabulary": t.vocabulary,
+            "largest": max(self._largest, t.eos),
+            "tokenizer": t.sha256,
+            "shards": [vars(shard) for shard in self._shards],
+        }
+        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
     def _append(self, ids: np.ndarray[Any, Any]) -> None:
         if self._open is None:
@@ -204,19 +204,17 @@ class _Hashed:
         self.count = 0
 
     def write(self, values: np.ndarray[Any, Any]) -> None:
-        held = values.astype(self._dtype).tobytes()
-        self._digest.update(held)
-        self._file.write(held)
+        data = values.astype(self._dtype).tobytes()
+        self._digest.update(data)
+        self._file.write(data)
         self.count += len(values)
 
     def finish(self) -> str:
-        """Close, with all bytes on the disk; the sha256."""
+        """Close, with all bytes on the disk, and return the sha256."""
         sync(self._file)
         self._file.close()
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        try:
+        with suppress(OSError):  # the disk is full: the file goes away with its folder
             self._file.close()
-        except OSError:
-            return  # the disk is full: the file goes away with its folder

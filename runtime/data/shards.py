@@ -73,41 +73,38 @@ class DataFolder:
         return sum(shard.documents for shard in self.shards)
 
     def read(self, start: int, count: int) -> Tokens:
-        """Tokens [count] from `start` on, in the folder's dtype. Raises IndexError beyond the last one."""
+        """Return the tokens [count] from `start` on, in the folder's dtype. Raises IndexError beyond the last one."""
         if not 0 <= start <= start + count <= self.tokens:
             raise IndexError(f"tokens {start} to {start + count} of {self.tokens}")
-        found = np.empty(count, DTYPES[self.dtype])
-        for shard, low, high in self._overlaps(start, count):
-            first = int(self._first[shard])
-            found[first + low - start : first + high - start] = self._tokens[shard][low:high]
-        return found
+        parts = [self._tokens[shard][low:high] for shard, low, high in self._overlaps(start, count)]
+        return np.concatenate(parts) if parts else np.empty(0, DTYPES[self.dtype])
 
     def starts(self, start: int, count: int) -> Index:
-        """The places from `start` to `start + count`, that one excluded, where documents begin, int64."""
-        found = []
+        """Return the places from `start` to `start + count`, that one excluded, where documents begin, int64."""
+        places = [np.empty(0, np.int64)]
         for shard, low, high in self._overlaps(start, count):
-            known = self._starts[shard]
-            begin, end = np.searchsorted(known, np.array([low, high], dtype=STARTS))
-            found.append(known[begin:end].astype(np.int64) + self._first[shard])
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+            starts = self._starts[shard]
+            begin, end = np.searchsorted(starts, np.array([low, high], dtype=STARTS))
+            places.append(starts[begin:end].astype(np.int64) + self._first[shard])
+        return np.concatenate(places)
 
     def verify(self) -> None:
         """Read everything. Raises MHC611 where a file's bytes are not those that were written."""
         for i, shard in enumerate(self.shards):
-            for name, known in ((tokens_name(i), shard.tokens_sha256), (starts_name(i), shard.documents_sha256)):
-                if sha256(self.folder / name) != known:
+            for name, expected in ((tokens_name(i), shard.tokens_sha256), (starts_name(i), shard.documents_sha256)):
+                if sha256(self.folder / name) != expected:
                     raise MHCError("MHC611", f"{self.folder / name} is not what was written: its sha256 differs")
 
     def _overlaps(self, start: int, count: int) -> list[tuple[int, int, int]]:
-        """Shards that hold any of these tokens, with the first place in the shard and the one behind the last."""
-        found = []
+        """Return the shards that hold any of these tokens, with the first place in the shard and the end."""
+        overlaps = []
         shard = int(np.searchsorted(self._first, start, side="right")) - 1
         while count > 0 and shard < len(self.shards):
             low = start - int(self._first[shard])
             high = min(low + count, self.shards[shard].tokens)
-            found.append((shard, low, high))
+            overlaps.append((shard, low, high))
             start, count, shard = start + high - low, count - (high - low), shard + 1
-        return found
+        return overlaps
 
     @cached_property
     def _first(self) -> Index:
@@ -124,7 +121,7 @@ class DataFolder:
 
 
 def open_data(folder: str | Path) -> DataFolder:
-    """The folder that `mhc-compile data` wrote, its files mapped into memory for reading.
+    """Open the folder that `mhc-compile data` wrote, its files mapped into memory for reading.
 
     Raises MHC611 where the manifest or a shard is missing, damaged or of another format. The contents of the shards are
     not read: that is `DataFolder.verify`.
@@ -142,46 +139,24 @@ def open_data(folder: str | Path) -> DataFolder:
         data = _parse(folder, text)
     except (ValueError, KeyError, TypeError) as error:
         raise MHCError("MHC611", f"{path}: {error!r}") from error
+    expected: dict[str, int] = {}
     for i, shard in enumerate(data.shards):
-        expected = {
-            tokens_name(i): shard.tokens * DTYPES[data.dtype].itemsize,
-            starts_name(i): shard.documents * STARTS.itemsize,
-        }
-        for name, size in expected.items():
-            try:
-                found = (folder / name).stat().st_size
-            except OSError as error:
-                raise MHCError("MHC611", str(error)) from error
-            if found != size:
-                raise MHCError("MHC611", f"{folder / name} has {found:,} bytes instead of {size:,}")
+        expected[tokens_name(i)] = shard.tokens * DTYPES[data.dtype].itemsize
+        expected[starts_name(i)] = shard.documents * STARTS.itemsize
     try:
+        for name, size in expected.items():
+            if (present := (folder / name).stat().st_size) != size:
+                raise MHCError("MHC611", f"{folder / name} has {present:,} bytes instead of {size:,}")
         assert len(data._tokens) == len(data._starts)  # maps the files, so that none can vanish later
     except OSError as error:
         raise MHCError("MHC611", str(error)) from error
     return data
 
 
-def manifest(
-    *, dtype: str, eos: int, vocabulary: int, largest: int, tokenizer: str, shards: list[Shard]
-) -> dict[str, Any]:
-    """The manifest as JSON has it; the totals are for people."""
-    return {
-        "format": FORMAT,
-        "dtype": dtype,
-        "tokens": sum(shard.tokens for shard in shards),
-        "documents": sum(shard.documents for shard in shards),
-        "eos": eos,
-        "vocabulary": vocabulary,
-        "largest": largest,
-        "tokenizer": tokenizer,
-        "shards": [vars(shard) for shard in shards],
-    }
-
-
 def _parse(folder: Path, text: bytes) -> DataFolder:
-    held = json.loads(text)
-    if held["format"] != FORMAT:
-        raise MHCError("MHC611", f"{folder / MANIFEST}: format {held['format']!r}, this version reads {FORMAT}")
+    content = json.loads(text)
+    if content["format"] != FORMAT:
+        raise MHCError("MHC611", f"{folder / MANIFEST}: format {content['format']!r}, this version reads {FORMAT}")
     shards = tuple(
         Shard(
             _count(shard, "tokens"),
@@ -189,24 +164,22 @@ def _parse(folder: Path, text: bytes) -> DataFolder:
             str(shard["tokens_sha256"]),
             str(shard["documents_sha256"]),
         )
-        for shard in held["shards"]
+        for shard in content["shards"]
     )
-    if held["dtype"] not in DTYPES or not shards:
-        raise ValueError(f"dtype {held['dtype']!r}, {len(shards)} shards")
-    numbers = {name: _count(held, name, least=0) for name in ("eos", "vocabulary", "largest")}
-    digest = hashlib.sha256(text).hexdigest()
+    if content["dtype"] not in DTYPES or not shards:
+        raise ValueError(f"dtype {content['dtype']!r}, {len(shards)} shards")
     return DataFolder(
         folder=folder,
-        dtype=held["dtype"],
-        tokenizer=str(held["tokenizer"]),
+        dtype=content["dtype"],
+        tokenizer=str(content["tokenizer"]),
         shards=shards,
-        sha256=digest,
-        **numbers,
+        sha256=hashlib.sha256(text).hexdigest(),
+        **{name: _count(content, name, least=0) for name in ("eos", "vocabulary", "largest")},
     )
 
 
-def _count(held: dict[str, Any], name: str, least: int = 1) -> int:
-    value = held[name]
+def _count(entry: dict[str, Any], name: str, least: int = 1) -> int:
+    value = entry[name]
     if type(value) is not int or value < least:
         raise ValueError(f"{name} is {value!r}")
     return value

@@ -6,7 +6,8 @@ import codecs
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 from mhc_compile.diagnostics import MHCError
 
 PIECE = 1 << 20
-"""Characters that are tokenised at a time: a longer document is cut behind a line break."""
+"""Characters that are tokenised at a time: a longer document is cut after a line break."""
 DATASET = "hf:"
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 _PROBED = 1 << 16
@@ -44,7 +45,7 @@ class Source:
 
 
 def open_source(name: str, *, field: str, left_out: LeftOut) -> Source:
-    """The source that `name` means; files of a folder that are not text are told to `left_out`.
+    """Return the source that `name` means; `left_out` is called with files of a folder that are not text.
 
     A text file is one document. A `.jsonl` file has one a line: an object with a string under `field`. A folder is its
     files, sorted by path, those below included and those whose names begin with a dot left out. `hf:NAME[:SPLIT]` is a
@@ -66,7 +67,7 @@ def open_source(name: str, *, field: str, left_out: LeftOut) -> Source:
 
 
 def _files(folder: Path, left_out: LeftOut) -> Iterator[Path]:
-    """The text files below `folder`, in an order that does not depend on the file system."""
+    """Yield the text files below `folder`, in an order that does not depend on the file system."""
     for entry in sorted(folder.iterdir(), key=lambda p: p.name):
         if entry.name.startswith("."):
             continue
@@ -81,7 +82,7 @@ def _files(folder: Path, left_out: LeftOut) -> Iterator[Path]:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether the file begins as UTF-8 text does."""
+    """Return whether the file begins as UTF-8 text does."""
     with path.open("rb") as file:
         head = file.read(_PROBED)
     try:
@@ -141,25 +142,25 @@ def _document(text: str, read: int) -> Iterator[Piece]:
 
 
 def cut(file: TextIO, size: int = PIECE) -> Iterator[tuple[str, bool, bool]]:
-    """A document as pieces of at most `size` characters, whether each is the first and whether it is the last.
+    """Yield a document in pieces of at most `size` characters, and whether each is the first and the last one.
 
-    A piece ends behind the last line break in it that stands alone between visible characters: tokenizers that split
-    text into words and spaces before they merge (GPT-2's, Llama 3's) have no token across that place, so that the
-    tokens are those of the whole document. A text without such a place is cut behind any line break, else anywhere.
+    A piece ends after its last line break that stands alone between visible characters: tokenizers that split text into
+    words and spaces before they merge (GPT-2's, Llama 3's) have no token across that place, so that the tokens are
+    those of the whole document. A text without such a place is cut after any line break, else anywhere.
     """
-    held, first = "", True
+    text, first = "", True
     while True:
-        held += file.read(size - len(held))
-        if len(held) < size:
-            yield held, first, True
+        text += file.read(size - len(text))
+        if len(text) < size:
+            yield text, first, True
             return
-        end = _place(held)
-        yield held[:end], first, False
-        held, first = held[end:], False
+        end = _place(text)
+        yield text[:end], first, False
+        text, first = text[end:], False
 
 
 def _place(text: str) -> int:
-    """Where to cut `text`, see `cut`."""
+    """Return where to cut `text`, see `cut`."""
     at = text.rfind("\n", 1, -1)
     while at > 0:
         if not text[at - 1].isspace() and not text[at + 1].isspace():
@@ -169,37 +170,37 @@ def _place(text: str) -> int:
 
 
 def _dataset(name: str, field: str) -> Source:
-    """A dataset of Hugging Face: rows are documents."""
+    """Return a dataset of Hugging Face as a source, whose rows are documents."""
     try:
         import datasets
     except ImportError as error:
         raise MHCError("MHC610", f"{name}: {error}", way_out="pip install 'mhc-compile[data]'") from error
-    try:
+    with _coded(name):
         rows = _rows(datasets, name.removeprefix(DATASET))
         if rows.column_names is not None and field in rows.column_names:
             rows = rows.select_columns([field])
         size = len(rows) if isinstance(rows, datasets.Dataset) else 0
-    except MHCError:
-        raise
-    except Exception as error:  # the readers behind it have their own classes, without a common one
-        raise MHCError("MHC610", f"{name}: {type(error).__name__}: {error}") from error
 
     def pieces() -> Iterator[Piece]:
-        for number, row in enumerate(_reading(rows, name)):
-            yield from _document(_text(row, field, f"{name}, row {number}"), 1)
+        with _coded(name):  # files of a dataset are only read now
+            for number, row in enumerate(rows):
+                yield from _document(_text(row, field, f"{name}, row {number}"), 1)
 
     return Source(name, size, pieces)
 
 
-def _reading(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _coded(name: str) -> Iterator[None]:
     try:
-        yield from rows
-    except Exception as error:  # as above: files of a dataset are only read now
+        yield
+    except MHCError:
+        raise
+    except Exception as error:  # the library's readers raise classes of their own, without a common base
         raise MHCError("MHC610", f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _rows(datasets: Any, name: str) -> Any:
-    """Rows in their order, streamed where they are not memory-mapped; without a split, `train`."""
+    """Return the rows in their order, streamed where they are not memory-mapped; without a split, those of `train`."""
     path, split = Path(name), "train"
     if not path.exists() and ":" in name:
         name, _, split = name.rpartition(":")

@@ -23,15 +23,15 @@ class FolderTokenizer:
     serialised: str | None
     """What the library tokenizers writes; None for one that only transformers can build."""
     vocabulary: int
-    """The largest id and one."""
+    """The largest id plus one."""
     eos: int | None
     """The id of the end-of-text token."""
     sha256: str
-    """Of the texts that all ids stand for, in order: of equal tokenizers, whatever their files look like."""
+    """Of the texts of all ids, in order: the same for equal tokenizers in different files."""
 
 
 def read_tokenizer(folder: str | Path) -> FolderTokenizer:
-    """The folder's tokenizer: `tokenizer.json`, or what transformers finds there without running code of the folder.
+    """Return the tokenizer of `tokenizer.json`, or the one that transformers reads without running the folder's code.
 
     The end-of-text token is the one that tokenizer_config.json or special_tokens_map.json names, else the id in
     config.json or generation_config.json. Raises MHC614 where there is no tokenizer, MHC415 without the packages.
@@ -41,13 +41,13 @@ def read_tokenizer(folder: str | Path) -> FolderTokenizer:
         raise MHCError("MHC614", f"{folder} is not a folder")
     serialised: str | None = None
     try:
-        found = _open(folder)
-        if hasattr(found, "to_str"):  # of the library tokenizers
+        tokenizer = _open(folder)
+        if hasattr(tokenizer, "to_str"):  # of the library tokenizers
             # What a checkpoint keeps for inference batches would cut documents.
-            found.no_truncation()
-            found.no_padding()
-            serialised = found.to_str()
-        size, digest = fingerprint(found)
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            serialised = tokenizer.to_str()
+        size, digest = fingerprint(tokenizer)
     except ImportError as error:
         raise MHCError("MHC415", str(error)) from error
     except Exception as error:  # what these readers raise for files that are none has no narrower class
@@ -55,7 +55,7 @@ def read_tokenizer(folder: str | Path) -> FolderTokenizer:
         raise MHCError("MHC614", f"{folder}: {reason}") from error
     if size < 1:
         raise MHCError("MHC614", f"the tokenizer in {folder} has no tokens")
-    eos = _eos(folder, found, size)
+    eos = _eos(folder, tokenizer, size)
     return FolderTokenizer(folder=str(folder), serialised=serialised, vocabulary=size, eos=eos, sha256=digest)
 
 
@@ -66,8 +66,8 @@ def _open(folder: Path) -> Any:
         return Tokenizer.from_file(str(folder / _FILE))
     from transformers import AutoTokenizer
 
-    held = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    return getattr(held, "backend_tokenizer", None) or held
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return getattr(tokenizer, "backend_tokenizer", None) or tokenizer
 
 
 def _eos(folder: Path, tokenizer: Any, size: int) -> int | None:
@@ -76,9 +76,9 @@ def _eos(folder: Path, tokenizer: Any, size: int) -> int | None:
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             backend = hasattr(tokenizer, "token_to_id")
-            found = tokenizer.token_to_id(token) if backend else tokenizer.get_vocab().get(token)
-            if found is not None:
-                return int(found)
+            number = tokenizer.token_to_id(token) if backend else tokenizer.get_vocab().get(token)
+            if number is not None:
+                return int(number)
     for name in _NUMBERED:
         number = _json(folder / name).get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
@@ -88,7 +88,7 @@ def _eos(folder: Path, tokenizer: Any, size: int) -> int | None:
 
 
 def model_vocabulary(folder: str | Path) -> int | None:
-    """How many ids the model in `folder` has an embedding for: `vocab_size` of config.json, None where it has none."""
+    """Return how many ids the model in `folder` has embeddings for: `vocab_size` of config.json, or None."""
     config = _json(Path(folder) / "config.json")
     inner = config.get("text_config")
     size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
@@ -96,15 +96,15 @@ def model_vocabulary(folder: str | Path) -> int | None:
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether any file of a tokenizer lies in `folder`."""
+    """Return whether any file of a tokenizer lies in `folder`."""
     names = (_FILE, *_NAMED, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
     return any((Path(folder) / name).is_file() for name in names)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The file's object; empty where there is none, for a folder need not have each of these files."""
+    """Return the file's object; an empty one for a file that is missing or holds no object."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return held if isinstance(held, dict) else {}
+    return content if isinstance(content, dict) else {}

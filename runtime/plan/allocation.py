@@ -8,7 +8,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.settings import MemorySettings, hash_specs, table_rows
 
 BEST_SHARES = (0.20, 0.25)
-"""Of the sparse budget, what the memory should get (arXiv 2601.07372, section 4: validation loss 1.7248 -> 1.7109)."""
+"""The memory's best share of the sparse budget (arXiv 2601.07372, section 4: validation loss 1.7248 -> 1.7109)."""
 ROW_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0 + 4.0 / 32}
 """Bytes a value of a row: float8 has a float32 scale for every 32 channels."""
 
@@ -34,11 +34,11 @@ class Allocation:
         return sum(self.rows) * self.settings.row_width
 
     def table_bytes(self, dtype: str) -> int:
-        """Bytes of all tables with rows of `dtype`."""
+        """Return the bytes of all tables with rows of `dtype`."""
         return int(self.memory * ROW_BYTES[dtype])
 
     def row_traffic(self, dtype: str) -> int:
-        """Bytes of rows that a token reads in all layers."""
+        """Return the bytes of rows that a token reads in all layers."""
         return int(len(self.rows) * self.settings.memory_width * ROW_BYTES[dtype])
 
 
@@ -57,7 +57,7 @@ def allocate(
         least = 2 * layers * settings.memory_width
         raise MHCError("MHC220", f"{share:.0%} of {budget:,} parameters pay for no table; {least:,} are the least")
     sized, rows = _tables(settings, per_head, vocab)
-    # Every head takes another prime above the number wanted: too much together where tables are small.
+    # Every head takes another prime above `per_head`: too much together where tables are small.
     above = sum(rows) * settings.row_width - int(budget * share)
     if above > 0:
         less = max(2, per_head - -(-above // (layers * settings.memory_width)))

@@ -6,6 +6,7 @@ those; they keep queries, keys, values, the output and one float32 for each quer
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -41,8 +42,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor,
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = torch.ops.mhc_plan.attend_backward(grad, *ctx.saved_tensors)
-    return found
+    gradients: tuple[Tensor, ...] = torch.ops.mhc_plan.attend_backward(grad, *ctx.saved_tensors)
+    return gradients
 
 
 LIBRARY.define("attend(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
@@ -59,8 +60,5 @@ ATTEND_BACKWARD = torch.ops.mhc_plan.attend_backward.default
 
 
 def products(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> int:
-    """Multiplications and additions of the forward pass, masked scores counted as kernels without causality do."""
-    batch = 1
-    for size in q[:-2]:
-        batch *= size
-    return 2 * batch * q[-2] * k[-2] * (q[-1] + v[-1])
+    """Return the multiplications and additions of the forward pass, those of masked scores included."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])

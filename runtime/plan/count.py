@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mhc_compile.passes.base import op_name, value
@@ -36,17 +37,17 @@ class Operation:
     moved: float
 
     def seconds(self, flops: float, bandwidth: float) -> float:
-        """At these rates."""
+        """Return the seconds at these rates."""
         return max(self.flops / flops, self.moved / bandwidth)
 
 
 def total(operations: Iterable[Operation], flops: float, bandwidth: float) -> float:
-    """Seconds of all of them, one after the other."""
+    """Return the seconds of all of them, one after the other."""
     return sum(o.seconds(flops, bandwidth) for o in operations)
 
 
 def flops_of(node: Node) -> int:
-    """Multiplications and additions of a contraction; 0 for anything else."""
+    """Return the multiplications and additions of a contraction; 0 for anything else."""
     if node.op != "call_function":
         return 0
     shapes = [tuple(value(a).shape) for a in node.args if isinstance(a, Node) and isinstance(value(a), torch.Tensor)]
@@ -66,9 +67,9 @@ def flops_of(node: Node) -> int:
 
 
 def operations(nodes: Sequence[Node], outputs: Collection[Node]) -> tuple[Operation, ...]:
-    """The kernels of `nodes`, a part of a graph in its order, of which `outputs` are read later."""
+    """Return the kernels of `nodes`, a part of a graph in its order, of which `outputs` are read later."""
     inside = set(nodes)
-    found = []
+    kernels = []
     read: set[Node] = set()
     written: set[Node] = set()
     picked = 0
@@ -79,7 +80,7 @@ def operations(nodes: Sequence[Node], outputs: Collection[Node]) -> tuple[Operat
         sources = {source(i) for i in node.all_input_nodes}
         if node in heavy:
             moved = sum(size_of(i) for i in node.all_input_nodes) + size_of(node)
-            found.append(Operation(flops_of(node), moved))
+            kernels.append(Operation(flops_of(node), moved))
             written |= {s for s in sources if s in inside and s not in heavy}
         elif op_name(node) in _PICKS:
             picked += size_of(node)
@@ -87,23 +88,21 @@ def operations(nodes: Sequence[Node], outputs: Collection[Node]) -> tuple[Operat
             read |= {s for s in sources if s not in inside or s in heavy}
     written |= {s for n in outputs if (s := source(n)) in inside and s not in heavy}
     fused = picked + sum(size_of(n) for n in read | written)
-    return (*found, Operation(0, fused)) if fused else tuple(found)
+    return (*kernels, Operation(0, fused)) if fused else tuple(kernels)
 
 
 def source(node: Node) -> Node:
-    """The value of which `node` is a view, or one of several results."""
+    """Return the value of which `node` is a view, or one of several results."""
     while is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def is_view(node: Node) -> bool:
-    """Whether `node` computes nothing."""
+    """Return whether `node` computes nothing."""
     return node.target is operator.getitem or (node.op == "call_function" and op_name(node) in _VIEWS)
 
 
 def size_of(node: Node) -> int:
-    """Bytes of the tensors that `node` gives."""
-    known = value(node)
-    held = known if isinstance(known, (tuple, list)) else (known,)
-    return sum(t.numel() * t.dtype.itemsize for t in held if isinstance(t, torch.Tensor))
+    """Return the bytes of the tensors that `node` gives."""
+    return sum(t.nbytes for t in tree_leaves(value(node)) if isinstance(t, torch.Tensor))

@@ -1,69 +1,34 @@
-"""One way to run a recipe: stages, their times, what every rank holds, and the simulated step.
+"""What a recipe takes: its stages, their times, the memory of every rank, and the simulated step.
 
 Times are the rates' bound (`runtime.plan.hardware`); nothing waits for a host, a compiler or a kernel's launch.
 What ranks hold follows this package's own runtime:
 
     weights, gradients    float32, whole on every replica; under FSDP shards, gathered whole while a step runs
     moments               two float32 values a weight, sharded under FSDP
-    casts                 weights in the graph's dtype where that is narrower, made once a step
+    casts                 weights in the graph's dtype where that is narrower, cast once a step
     tables                rows and two moments in float32, spread over parallel.engram
     activations           what the schedule keeps at its fullest: branches, streams in recompute blocks, stage outputs
-    transient             a block that is made again, the largest branch's gradients, those of the logits
+    transient             a block that is recomputed, the largest branch's gradients, those of the logits
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import astuple, dataclass, replace
+from itertools import accumulate
 
+from mhc_compile.runtime.engine import splits
 from mhc_compile.runtime.plan.count import total
 from mhc_compile.runtime.plan.hardware import Hardware
 from mhc_compile.runtime.plan.model import Counted
-from mhc_compile.runtime.plan.schedules import Schedule, ScheduleName, schedule
+from mhc_compile.runtime.plan.schedules import schedule
 from mhc_compile.runtime.plan.simulate import Link, Simulated, StageCost, simulate
-from mhc_compile.runtime.schedules import V_SHAPED
+from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.recipe_tables import ParallelTable
 
 FLOAT32 = 4
 ROW = 3 * FLOAT32
 """Bytes of one value of a table with its two moments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """The choices of a recipe that a plan may vary."""
-
-    schedule: ScheduleName
-    stages: int
-    """Ranks a pipeline."""
-    stages_per_rank: int
-    data: int
-    engram: int
-    mode: str
-    blocks: str | int
-    microbatch: int
-    """Sequences."""
-    batch: int
-    """Sequences a step, over all ranks."""
-    balance: tuple[int, ...] | None
-    """Sites a stage, where the recipe says them."""
-    split: bool
-    """Whether backward passes are computed in halves where the schedule has them: not under FSDP."""
-
-    @property
-    def replicas(self) -> int:
-        """Ranks that hold the same stages."""
-        return self.data * self.engram
-
-    @property
-    def ranks(self) -> int:
-        """Of the run."""
-        return self.stages * self.replicas
-
-    @property
-    def microbatches(self) -> int:
-        """Of every replica in a step."""
-        return self.batch // self.replicas // self.microbatch
 
 
 @dataclass(frozen=True)
@@ -87,7 +52,7 @@ class StageEstimate:
     branches_kept: int
     """Bytes of branches' own activations for one microbatch."""
     recompute: float
-    """Seconds of the backward pass in which streams are made again."""
+    """Seconds of the backward pass in which streams are recomputed."""
     casts: int
     """Bytes of weights in the graph's dtype."""
     transient: int
@@ -96,7 +61,7 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank of a pipeline holds at its fullest. Bytes."""
+    """The memory of one rank of a pipeline at its peak, in bytes."""
 
     weights: int
     gradients: int
@@ -109,21 +74,20 @@ class RankMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        parts = (self.weights, self.gradients, self.moments, self.casts, self.tables, self.activations, self.transient)
-        return sum(parts)
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to run a recipe."""
+    """What a recipe takes."""
 
-    way: Way
+    recipe: Recipe
     stages: tuple[StageEstimate, ...]
     memory: tuple[RankMemory, ...]
     """By place in the pipeline."""
     simulated: Simulated
     reduction: float
-    """Seconds in which gradients are summed over replicas, behind the last pass."""
+    """Seconds in which gradients are summed over replicas, after the last pass."""
     optimizer: float
     """Seconds of the optimizer's step."""
     stream_bytes: int
@@ -144,85 +108,76 @@ class Estimate:
         return max(m.total for m in self.memory)
 
 
-def estimate(counted: Counted, hardware: Hardware, way: Way, dtype: str) -> Estimate:
-    """What `way` of running the counted model takes on `hardware`.
+def estimate(counted: Counted, hardware: Hardware, recipe: Recipe) -> Estimate:
+    """Return what `recipe` takes on `hardware`; the model was counted already.
 
-    The model was counted at one size of microbatch; another scales what is proportional to tokens. Raises MHC642 for
-    numbers that the schedule refuses, MHC620 for more stages than sites, MHC626 for a byte budget that nothing fits.
+    It may have been counted for another size of microbatch, which scales what is proportional to tokens. Raises MHC620
+    for more stages than sites, MHC626 for a byte budget that nothing fits.
     """
-    stages = cut_stages(counted, hardware, way, dtype)
-    made = _schedule(way.schedule, way.stages, way.stages_per_rank, way.microbatches)
+    p = recipe.parallel
+    stages = cut_stages(counted, hardware, recipe)
+    planned = schedule(p.schedule, ranks=p.stages, stages_per_rank=p.stages_per_rank, microbatches=recipe.microbatches)
     link = Link(latency=hardware.latency, bandwidth=hardware.link)
-    simulated = simulate(made, [s.cost for s in stages], link)
-    scale = way.microbatch * counted.length / counted.tokens
-    held, looked = [0] * way.stages, [0.0] * way.stages
+    simulated = simulate(planned, [s.cost for s in stages], link)
+    scale = _scale(counted, recipe)
+    parameters, row_bytes = [0] * p.stages, [0.0] * p.stages
     first = 0
     for s in stages:
-        held[s.rank] += s.parameters
-        looked[s.rank] += _row_bytes(counted, (first, first + s.sites)) * scale
+        parameters[s.rank] += s.parameters
+        row_bytes[s.rank] += _row_bytes(counted, (first, first + s.sites)) * scale
         first += s.sites
     # A sum over a ring moves every value twice, FSDP's gather and scatter one way each.
-    share = (way.replicas - 1) / way.replicas
+    share = (p.replicas - 1) / p.replicas
     spared = (counted.streams - 1) * counted.hidden * counted.itemsize * int(counted.tokens * scale)
+    updated = max(parameters) / (p.replicas if p.mode == "fsdp" else 1)
     return Estimate(
-        way=way,
+        recipe=recipe,
         stages=stages,
-        memory=tuple(_memory(way, stages, simulated, rank) for rank in range(way.stages)),
+        memory=tuple(
+            replace(_without_activations(p, [s for s in stages if s.rank == rank]), activations=simulated.kept[rank])
+            for rank in range(p.stages)
+        ),
         simulated=simulated,
-        reduction=max(held) * FLOAT32 * 2 * share / hardware.link,
-        optimizer=max(held) / (way.replicas if way.mode == "fsdp" else 1) * 7 * FLOAT32 / hardware.bandwidth,
+        reduction=max(parameters) * FLOAT32 * 2 * share / hardware.link,
+        optimizer=updated * 7 * FLOAT32 / hardware.bandwidth,
         stream_bytes=max(simulated.sent),
         residual_bytes=max(b - spared * n for b, n in zip(simulated.sent, simulated.messages, strict=True)),
-        table_bytes=int(max(looked) * 2 * way.microbatches * (way.engram - 1) / way.engram),
+        table_bytes=int(max(row_bytes) * 2 * recipe.microbatches * (p.engram - 1) / p.engram),
     )
 
 
-def cut_stages(counted: Counted, hardware: Hardware, way: Way, dtype: str) -> tuple[StageEstimate, ...]:
-    """The stages of `way`, without simulating it. Raises MHC620 and MHC626."""
-    count = way.stages * way.stages_per_rank
-    if way.balance is not None and len(way.balance) == count:
-        starts = tuple(sum(way.balance[:k]) for k in range(1, count))
+def cut_stages(counted: Counted, hardware: Hardware, recipe: Recipe) -> tuple[StageEstimate, ...]:
+    """Return the stages of `recipe`, without simulating it. Raises MHC620 and MHC626."""
+    p = recipe.parallel
+    if isinstance(p.balance, tuple):
+        starts = tuple(accumulate(p.balance[:-1]))
     else:
-        starts = counted.starts(count)
+        starts = counted.starts(p.stage_count)
     crossing, bounds = (*counted.crossing(starts), 0), (0, *starts, len(counted.works))
-    scale = way.microbatch * counted.length / counted.tokens
     return tuple(
-        _stage(counted, hardware, way, dtype, scale, k, (bounds[k], bounds[k + 1]), _rank_of(way, k), crossing[k])
-        for k in range(count)
+        _stage(counted, hardware, recipe, k, (bounds[k], bounds[k + 1]), crossing[k]) for k in range(p.stage_count)
     )
 
 
-def least(way: Way, stages: Sequence[StageEstimate]) -> int:
-    """Bytes that the fullest rank holds at least: what is no activation, and one microbatch of each of its stages."""
-    own = [[s for s in stages if s.rank == rank] for rank in range(way.stages)]
-    return max(replace(_standing(way, held), activations=sum(s.cost.kept for s in held)).total for held in own)
+def least(recipe: Recipe, stages: Sequence[StageEstimate]) -> int:
+    """Return the least bytes of the fullest rank: what is no activation, and one microbatch of each of its stages."""
+    p = recipe.parallel
+    by_rank = [[s for s in stages if s.rank == rank] for rank in range(p.stages)]
+    return max(_without_activations(p, some).total + sum(s.cost.kept for s in some) for some in by_rank)
 
 
-def _rank_of(way: Way, stage: int) -> int:
-    if way.schedule in V_SHAPED:
-        return min(stage, 2 * way.stages - 1 - stage)
-    return stage % way.stages
-
-
-@lru_cache(maxsize=64)
-def _schedule(name: ScheduleName, ranks: int, stages_per_rank: int, microbatches: int) -> Schedule:
-    return schedule(name, ranks=ranks, stages_per_rank=stages_per_rank, microbatches=microbatches)
+def _scale(counted: Counted, recipe: Recipe) -> float:
+    """Return the tokens of the recipe's microbatch over those of the one that was counted."""
+    return recipe.train.microbatch * counted.length / counted.tokens
 
 
 def _stage(
-    counted: Counted,
-    hardware: Hardware,
-    way: Way,
-    dtype: str,
-    scale: float,
-    index: int,
-    sites: tuple[int, int],
-    rank: int,
-    sent: int,
+    counted: Counted, hardware: Hardware, recipe: Recipe, index: int, sites: tuple[int, int], sent: int
 ) -> StageEstimate:
+    parallel, scale, split = recipe.parallel, _scale(counted, recipe), splits(recipe)
     works = counted.works[slice(*sites)]
-    flops, bandwidth = hardware.rate(dtype), hardware.bandwidth
-    blocks = counted.blocks(*sites, way.blocks)
+    flops, bandwidth = hardware.rate(recipe.model.dtype), hardware.bandwidth
+    blocks = counted.blocks(*sites, recipe.recompute.blocks)
     names = set().union(*counted.names[slice(*sites)])
     values = sum(counted.sizes[name] for name in names)
     cast = sum(counted.sizes[name] for name in names & counted.cast)
@@ -231,14 +186,14 @@ def _stage(
     backward = sum(total((*w.branch.input, w.backward), flops, bandwidth) for w in works)
     weight = sum(total(w.branch.weight, flops, bandwidth) for w in works)
     again = blocks.extra / bandwidth
-    narrow = 2 if dtype == "bfloat16" else FLOAT32
+    narrow = 2 if recipe.model.dtype == "bfloat16" else FLOAT32
     # A weight is read and its cast written once a step; a gradient is read and added to a float32 one.
-    casting = cast * (FLOAT32 + narrow) / bandwidth / way.microbatches
+    casting = cast * (FLOAT32 + narrow) / bandwidth / recipe.microbatches
     adding = values * (narrow + 2 * FLOAT32) / bandwidth
     branches = sum(w.branch.kept for w in works)
     deferred = sum(w.branch.deferred for w in works)
     transient = max(w.branch.kept for w in works) + blocks.transient
-    exchanged = _row_bytes(counted, sites) * (way.engram - 1) / way.engram / hardware.link
+    exchanged = _row_bytes(counted, sites) * (parallel.engram - 1) / parallel.engram / hardware.link
     kept = branches + blocks.kept + sent
     if sites[1] == len(counted.works):  # the loss, in float32 outside the graph: logits, their logarithms, gradients
         logits, logit_bytes = counted.logits
@@ -249,7 +204,7 @@ def _stage(
     first, second = (backward + again + exchanged) * scale, weight * scale + adding
     return StageEstimate(
         index=index,
-        rank=rank,
+        rank=parallel.place_of(index),
         first=works[0].name,
         sites=len(works),
         parameters=values,
@@ -263,37 +218,33 @@ def _stage(
         transient=int(transient * scale),
         cost=StageCost(
             forward=(forward + exchanged) * scale + casting,
-            input=first if way.split else first + second,
-            weight=second if way.split else 0.0,
+            input=first if split else first + second,
+            weight=second if split else 0.0,
             sent=int(sent * scale),
             kept=int(kept * scale),
-            deferred=int(deferred * scale) if way.split else 0,
+            deferred=int(deferred * scale) if split else 0,
         ),
     )
 
 
-def _memory(way: Way, stages: Sequence[StageEstimate], simulated: Simulated, rank: int) -> RankMemory:
-    return replace(_standing(way, [s for s in stages if s.rank == rank]), activations=simulated.held[rank])
-
-
-def _standing(way: Way, own: Sequence[StageEstimate]) -> RankMemory:
-    """All but the activations of a rank that holds the stages `own`."""
-    values = sum(s.parameters for s in own)
-    tables = sum(s.table_values for s in own)
-    sharded = way.mode == "fsdp" and way.replicas > 1
-    shard = -(-values // way.replicas) if sharded else 0
+def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate]) -> RankMemory:
+    """Return the memory of a rank with these stages, without activations."""
+    values = sum(s.parameters for s in stages)
+    tables = sum(s.table_values for s in stages)
+    sharded = parallel.mode == "fsdp" and parallel.replicas > 1
+    shard = -(-values // parallel.replicas) if sharded else 0
     return RankMemory(
         weights=FLOAT32 * (values + shard),
         gradients=FLOAT32 * (values + shard),
         moments=2 * FLOAT32 * (shard if sharded else values),
-        casts=sum(s.casts for s in own),
-        tables=ROW * -(-tables // way.engram),
+        casts=sum(s.casts for s in stages),
+        tables=ROW * -(-tables // parallel.engram),
         activations=0,
-        transient=max(s.transient for s in own),
+        transient=max(s.transient for s in stages),
     )
 
 
 def _row_bytes(counted: Counted, sites: tuple[int, int]) -> int:
-    """Bytes of rows that one microbatch looks up in a stage's tables, in one direction."""
+    """Return the bytes of rows that one microbatch looks up in a stage's tables, in one direction."""
     values = sum(t.width * t.hashes for t in counted.tables if sites[0] <= t.site < sites[1])
     return values * FLOAT32 * counted.tokens

@@ -1,4 +1,4 @@
-"""What a plan is made for: the published peak rates of accelerators, or rates that the user gives.
+"""The hardware of a plan: the published peak rates of accelerators, or rates that the user gives.
 
 Rates are those of the vendors' data sheets for dense matrices; no measurement of ours is among them. Every time that
 follows from them is a bound from below: real operations reach a part of these rates, so compare schedules by the
@@ -8,16 +8,17 @@ ratios of their times, or give rates that you have measured.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mhc_compile.diagnostics import MHCError
 
 GIB = 1 << 30
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Hardware:
-    """One rank's device and its way to others."""
+    """One rank's device and its link to others."""
 
     name: str
     flops: float
@@ -28,39 +29,30 @@ class Hardware:
     """Of its memory, bytes a second."""
     link: float
     """To another rank, bytes a second each way."""
-    latency: float
-    """Of a transfer to another rank, seconds."""
     memory: int
     """Bytes."""
+    latency: float = 10e-6
+    """Of a transfer to another rank, seconds; of this order on every one of them."""
 
     def rate(self, dtype: str) -> float:
-        """Operations a second in `dtype`, "bfloat16" or "float32"."""
+        """Return the operations a second in `dtype`, "bfloat16" or "float32"."""
         return self.flops if dtype == "bfloat16" else self.flops_float32
 
 
-_LATENCY = 10e-6
-"""Seconds of a point-to-point transfer, of this order on every one of them."""
-KNOWN: dict[str, Hardware] = {
-    h.name: h
-    for h in (
+KNOWN = {
+    name: Hardware(name, *rates)
+    for name, rates in {
         # NVIDIA's data sheets; links: half of NVLink's two-way rate, or one 400 Gb/s adapter a device.
-        Hardware(name="a100", flops=312e12, flops_float32=156e12, bandwidth=2.039e12, link=300e9, latency=_LATENCY,
-                 memory=80 * GIB),
-        Hardware(name="h100", flops=989e12, flops_float32=494e12, bandwidth=3.35e12, link=450e9, latency=_LATENCY,
-                 memory=80 * GIB),
-        Hardware(name="h100-ib", flops=989e12, flops_float32=494e12, bandwidth=3.35e12, link=50e9, latency=_LATENCY,
-                 memory=80 * GIB),
-        Hardware(name="h200", flops=989e12, flops_float32=494e12, bandwidth=4.8e12, link=450e9, latency=_LATENCY,
-                 memory=int(141e9)),
-        Hardware(name="h200-ib", flops=989e12, flops_float32=494e12, bandwidth=4.8e12, link=50e9, latency=_LATENCY,
-                 memory=int(141e9)),
-        Hardware(name="b200", flops=2250e12, flops_float32=1125e12, bandwidth=8e12, link=900e9, latency=_LATENCY,
-                 memory=int(180e9)),
+        "a100": (312e12, 156e12, 2.039e12, 300e9, 80 * GIB),
+        "h100": (989e12, 494e12, 3.35e12, 450e9, 80 * GIB),
+        "h100-ib": (989e12, 494e12, 3.35e12, 50e9, 80 * GIB),
+        "h200": (989e12, 494e12, 4.8e12, 450e9, int(141e9)),
+        "h200-ib": (989e12, 494e12, 4.8e12, 50e9, int(141e9)),
+        "b200": (2250e12, 1125e12, 8e12, 900e9, int(180e9)),
         # AMD's data sheet; link: one of the seven to the other devices of a node.
-        Hardware(name="mi300x", flops=1307e12, flops_float32=654e12, bandwidth=5.3e12, link=64e9, latency=_LATENCY,
-                 memory=192 * 10**9),
-    )
-}  # fmt: skip
+        "mi300x": (1307e12, 654e12, 5.3e12, 64e9, 192 * 10**9),
+    }.items()
+}
 """By the name that `--hardware` takes."""
 
 
@@ -72,29 +64,27 @@ def hardware(
     link: float | None = None,
     memory: float | None = None,
 ) -> Hardware:
-    """The hardware called `name`, or one of the rates given: all four without a name, any of them instead of its own.
+    """Return the hardware called `name`, with its rates replaced by those given, or one of four given rates.
 
     `flops` holds for every dtype. Raises MHC640 for an unknown name, for rates that are not above 0, and where neither
     a name nor all rates are given.
     """
-    given = {"flops": flops, "bandwidth": bandwidth, "link": link, "memory": memory}
-    if wrong := [key for key, value in given.items() if value is not None and not value > 0]:
-        raise MHCError("MHC640", f"--{wrong[0]} {given[wrong[0]]}; a number above 0")
+    options = {"flops": flops, "bandwidth": bandwidth, "link": link, "memory": memory}
+    rates = {key: value for key, value in options.items() if value is not None}
+    if wrong := [key for key, value in rates.items() if not value > 0]:
+        raise MHCError("MHC640", f"--{wrong[0]} {rates[wrong[0]]}; a number above 0")
     if name is None:
-        if missing := [key for key, value in given.items() if value is None]:
+        if missing := [key for key in options if key not in rates]:
             raise MHCError("MHC640", f"without a name, --{missing[0]} is missing")
-        base = Hardware(name="given", flops=0, flops_float32=0, bandwidth=0, link=0, latency=_LATENCY, memory=0)
-    elif name in KNOWN:
-        base = KNOWN[name]
-    else:
+        name = next(iter(KNOWN))  # whose rates are all replaced
+    if name not in KNOWN:
         near = difflib.get_close_matches(name, KNOWN, 1)
         raise MHCError("MHC640", f"{name!r}; {f'nearest: {near[0]}; ' if near else ''}known: {', '.join(KNOWN)}")
-    return Hardware(
-        name=base.name if name is not None and not any(given.values()) else "given",
-        flops=flops or base.flops,
-        flops_float32=flops or base.flops_float32,
-        bandwidth=bandwidth or base.bandwidth,
-        link=link or base.link,
-        latency=base.latency,
-        memory=int(memory or base.memory),
-    )
+    if not rates:
+        return KNOWN[name]
+    changes: dict[str, Any] = {"name": "given", **rates}
+    if flops is not None:
+        changes["flops_float32"] = flops
+    if memory is not None:
+        changes["memory"] = int(memory)
+    return replace(KNOWN[name], **changes)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import gc
+import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.tables import TOKENIZER
-from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
-from mhc_compile.passes.cost import Plan, SiteCost, optimal_block, parse_blocks
+from mhc_compile.passes.cost import Plan, choose_blocks
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 from mhc_compile.passes.stages import balanced, coefficient_nodes
 from mhc_compile.runtime.balance import site_costs
@@ -24,6 +23,7 @@ from mhc_compile.runtime.engine import capture
 from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, parameters_of_sites, site_works
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.tables import tables_of
 
 
 @dataclass(frozen=True)
@@ -52,29 +52,35 @@ class Counted:
     cast: frozenset[str]
     """Parameters that the graph takes in another dtype than float32, in which they are kept."""
     tables: tuple[Table, ...]
-    _cuts: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
-    _crossing: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
-    _blocks: dict[tuple[int, int, str | int], Plan] = field(default_factory=dict, repr=False)
+    tokens: int
+    """Of a microbatch."""
+    length: int
+    """S, tokens a sequence."""
+    streams: int
+    """n."""
+    hidden: int
+    """C."""
+    itemsize: int
+    """Bytes of one value of a stream."""
 
-    def starts(self, stages: int) -> tuple[int, ...]:
+    @cached_property
+    def starts(self) -> Callable[[int], tuple[int, ...]]:
         """The first site of every stage but the first, of so many balanced ones. Raises MHC620."""
-        if stages not in self._cuts:
-            self._cuts[stages] = tuple(balanced(self.costs, stages))
-        return self._cuts[stages]
+        return cache(lambda stages: tuple(balanced(self.costs, stages)))
 
-    def crossing(self, starts: tuple[int, ...]) -> tuple[int, ...]:
-        """Bytes of one microbatch that cross each of these cuts."""
-        if starts not in self._crossing:
-            self._crossing[starts] = tuple(crossing_bytes(self.program, starts))
-        return self._crossing[starts]
+    @cached_property
+    def crossing(self) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+        """Bytes of one microbatch that cross each cut before the given sites."""
+        return cache(lambda starts: tuple(crossing_bytes(self.program, starts)))
 
-    def blocks(self, begin: int, end: int, blocks: str | int) -> Plan:
-        """The recompute blocks of a stage of these sites, as the pass `recompute` chooses them. Raises MHC626."""
-        key = (begin, end, blocks)
-        if key not in self._blocks:
-            first, *others = self.works[begin:end]
-            self._blocks[key] = choose([first.streams, *(w.joined for w in others)], blocks)
-        return self._blocks[key]
+    @cached_property
+    def blocks(self) -> Callable[[int, int, str | int], Plan]:
+        """The recompute blocks of a stage from one site to another, as the pass `recompute` chooses them. MHC626."""
+        return cache(self._blocks)
+
+    def _blocks(self, begin: int, end: int, blocks: str | int) -> Plan:
+        first, *others = self.works[begin:end]
+        return choose_blocks(((first.streams, *(w.joined for w in others)),), blocks)
 
     @cached_property
     def costs(self) -> list[float]:
@@ -82,65 +88,19 @@ class Counted:
         return site_costs(self.program)
 
     @property
-    def hidden(self) -> int:
-        """C."""
-        return int(self._streams.shape[-1])
-
-    @property
-    def streams(self) -> int:
-        """n."""
-        return int(self._streams.shape[-2])
-
-    @property
-    def tokens(self) -> int:
-        """Of a microbatch."""
-        return int(self._streams.shape[:-2].numel())
-
-    @property
-    def length(self) -> int:
-        """S, tokens a sequence."""
-        return int(self._streams.shape[-3])
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one value of a stream."""
-        return int(self._streams.dtype.itemsize)
-
-    @property
     def logits(self) -> tuple[int, int]:
         """How many logits a microbatch has, and their bytes."""
-        output = next(n for n in reversed(self.program.graph.graph.nodes) if n.op == "output")
-        found = value(output.all_input_nodes[0])
-        return found.numel(), found.numel() * found.dtype.itemsize
+        logits = value(self.program.graph.graph.output_node().all_input_nodes[0])
+        return logits.numel(), logits.nbytes
 
     @property
     def parameters(self) -> int:
         """Values of all parameters, rows of tables not counted."""
         return sum(self.sizes.values())
 
-    @cached_property
-    def _streams(self) -> torch.Tensor:
-        first = coefficient_nodes(self.program.graph.graph)[0].args[0]
-        found: torch.Tensor = value(first)  # type: ignore[arg-type]
-        return found
-
-
-def choose(costs: Sequence[SiteCost], blocks: str | int) -> Plan:
-    """The recompute blocks of one stage's sites. Raises MHC626 for a byte budget that nothing fits."""
-    mode, number = parse_blocks(blocks)
-    runs = (tuple(costs),)
-    if mode == "off":
-        return Plan(runs, 1, rest=len(costs))
-    if mode == "stage":
-        return Plan(runs, len(costs))
-    if mode == "sites":
-        assert number is not None
-        return Plan(runs, number)
-    return optimal_block(runs, number)
-
 
 def count(recipe: Recipe) -> Counted:
-    """Capture the recipe's model on one microbatch and count it. Of a residual folder only config.json is read.
+    """Capture the recipe's model on one microbatch and count it; of a residual folder only config.json is read.
 
     Without a tokenizer in the folder, a memory takes ids as they are; its tables have the same sizes. Raises what
     `hollow_model` and `capture_program` raise.
@@ -150,33 +110,32 @@ def count(recipe: Recipe) -> Counted:
         recipe = replace(recipe, model=replace(recipe.model, start="scratch"))
     if recipe.memory is not None and not (folder / TOKENIZER).is_file():
         recipe = replace(recipe, memory=replace(recipe.memory, compress=False))
-    collects = gc.isenabled()
-    gc.disable()  # hundreds of thousands of nodes that stay: looking through them takes a tenth of the time
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Dynamo says of transformers' own caches
-            program = capture(recipe, torch.device("cpu"))
-            works = site_works(program)
-    finally:
-        if collects:
-            gc.enable()
-    tables = [(path, m) for path, m in program.model.named_modules() if isinstance(m, MemoryTable)]
-    rows = {f"{path}.{name}" for path, m in tables for name, _ in m.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Dynamo says of transformers' own caches
+        program = capture(recipe, torch.device("cpu"))
+        works = site_works(program)
+    rows = {f"{path}.{name}" for path, t in tables_of(program.model).items() for name, _ in t.named_parameters()}
     sizes = {name: p.numel() for name, p in program.parameters.items() if name not in rows}
-    names = [held & sizes.keys() for held in parameters_of_sites(program)]
+    names = [names & sizes.keys() for names in parameters_of_sites(program)]
     cast = {name for name, p in program.parameters.items() if p.is_floating_point() and p.dtype != torch.float32}
-    return Counted(program, works, names, sizes, frozenset(cast), _tables(program, works))
+    streams = value(coefficient_nodes(program.graph.graph)[0].args[0])  # type: ignore[arg-type]
+    *batch, length, n, hidden = streams.shape
+    return Counted(
+        program, works, names, sizes, frozenset(cast), _tables(program, works),
+        tokens=math.prod(batch) * length, length=length, streams=n, hidden=hidden, itemsize=streams.dtype.itemsize,
+    )  # fmt: skip
 
 
 def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
-    """The tables with the sites in front of which their memories are added."""
-    found = []
-    for owner, held in owners(program.model).items():
-        hashes = {m.layer: len(m.hash.moduli) for m in (held.memory.layers if held.memory is not None else ())}
-        if held.over is not None:
-            hashes[OVER_TABLE] = len(held.over.hash.moduli)
-        for name, looked_up in hashes.items():
+    """Return the tables with the sites before which their memories are added."""
+    tables = []
+    for owner, parameters in owners(program.model).items():
+        memory, over = parameters.memory, parameters.over
+        hashes = {m.layer: len(m.hash.moduli) for m in (memory.layers if memory is not None else ())}
+        if over is not None:
+            hashes[OVER_TABLE] = len(over.hash.moduli)
+        for name, count in hashes.items():
             site = next((i for i, w in enumerate(works) if w.name.partition("#")[0] == name), 0)
-            table = held.table(name)
-            found.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, looked_up))
-    return tuple(found)
+            table = parameters.table(name)
+            tables.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, count))
+    return tuple(tables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.runtime.plan.compare import Compared, changes
+from mhc_compile.passes.cost import bytes_text
+from mhc_compile.runtime.plan.compare import Compared, changes, changes_text
 from mhc_compile.runtime.plan.estimate import ROW, Estimate, StageEstimate
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -23,13 +24,15 @@ _PARTS = {
 
 def show(plan: Compared, console: Console) -> None:
     """Print the plan."""
-    way, counted = plan.chosen.way, plan.counted
+    recipe, counted = plan.recipe, plan.counted
     rows = sum(t.rows * t.width for t in counted.tables)
     tables = f" and {rows / 1e9:.4g} B in rows of tables" if rows else ""
-    tokens = way.batch * counted.length
+    tokens = recipe.train.batch * counted.length
     sites = f"{len(counted.works)} sites, {counted.streams} streams of C = {counted.hidden}"
     console.print(f"{counted.parameters / 1e9:.4g} B parameters{tables}; {sites}")
-    console.print(f"{tokens:,} tokens a step, {way.microbatches} microbatches on each of {way.ranks} ranks")
+    console.print(
+        f"{tokens:,} tokens a step, {recipe.microbatches} microbatches on each of {recipe.parallel.world} ranks"
+    )
     console.print(f"times at the peak rates of `{plan.hardware.name}`: bounds, not forecasts")
     for table in (_stages(plan.chosen), _memory(plan), _schedules(plan), *([_tables(plan)] if counted.tables else [])):
         console.print()
@@ -38,11 +41,12 @@ def show(plan: Compared, console: Console) -> None:
         if isinstance(e, MHCError):
             console.print(f"{name}: {str(e).splitlines()[0]}")
     if plan.nearest is not None:
-        console.print(f"fits with {_changed(plan, plan.nearest)}: {_size(plan.nearest.fullest)} a rank")
+        text = changes_text(recipe, plan.nearest.recipe)
+        console.print(f"fits with {text}: {bytes_text(plan.nearest.fullest)} a rank")
 
 
 def plain(plan: Compared) -> dict[str, Any]:
-    """The plan as JSON holds it. Seconds and bytes."""
+    """Return the plan as JSON holds it, in seconds and bytes."""
     return {
         "recipe": plan.recipe.plain(),
         "hardware": asdict(plan.hardware),
@@ -58,14 +62,17 @@ def plain(plan: Compared) -> dict[str, Any]:
         "schedules": {
             name: {"refused": str(e)} if isinstance(e, MHCError) else _plain(e) for name, e in plan.others.items()
         },
-        "nearest": None if plan.nearest is None else changes(plan.chosen.way, plan.nearest.way),
+        "nearest": None if plan.nearest is None else changes(plan.recipe, plan.nearest.recipe),
     }
 
 
 def _plain(e: Estimate) -> dict[str, Any]:
-    s = e.simulated
+    s, recipe = e.simulated, e.recipe
     return {
-        **asdict(e.way),
+        **asdict(recipe.parallel),
+        "blocks": recipe.recompute.blocks,
+        "microbatch": recipe.train.microbatch,
+        "batch": recipe.train.batch,
         "seconds": e.seconds,
         "pipeline_seconds": s.seconds,
         "reduction_seconds": e.reduction,
@@ -82,22 +89,22 @@ def _plain(e: Estimate) -> dict[str, Any]:
 
 def _stages(e: Estimate) -> Table:
     unit, size = _unit(s.cost.kept for s in e.stages)
-    sequences = "1 sequence" if e.way.microbatch == 1 else f"{e.way.microbatch} sequences"
-    table = _table(f"stages of {e.way.schedule}; a microbatch is {sequences}; times in ms, sizes in {unit}")
-    left = ("from", "blocks")
-    for name in ("stage", "rank", "from", "sites", "blocks", "weights", "forward", "back", "keeps", "live"):
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    microbatch = e.recipe.train.microbatch
+    sequences = "1 sequence" if microbatch == 1 else f"{microbatch} sequences"
+    title = f"stages of {e.recipe.parallel.schedule}; a microbatch is {sequences}; times in ms, sizes in {unit}"
+    columns = ("stage", "rank", "from", "sites", "blocks", "weights", "forward", "back", "keeps", "live")
+    table = _table(title, columns, left=("from", "blocks"))
     for s in e.stages:
         c = s.cost
         table.add_row(
-            str(s.index), str(s.rank), s.first, str(s.sites), blocks_text(s), f"{s.parameters / 1e6:,.0f} M",
+            str(s.index), str(s.rank), s.first, str(s.sites), _blocks_text(s), f"{s.parameters / 1e6:,.0f} M",
             _ms(c.forward), _ms(c.seconds("backward")), size(c.kept), str(e.simulated.live[s.index]),
         )  # fmt: skip
     return table
 
 
-def blocks_text(stage: StageEstimate) -> str:
-    """The blocks' sites, equal ones together, and how many sites keep everything."""
+def _blocks_text(stage: StageEstimate) -> str:
+    """Return the blocks' sites as text, equal ones together, and how many sites keep everything."""
     runs = [(size, len(list(group))) for size, group in groupby(stage.blocks)]
     text = " + ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)
     rest = stage.sites - sum(stage.blocks)
@@ -106,11 +113,9 @@ def blocks_text(stage: StageEstimate) -> str:
 
 def _memory(plan: Compared) -> Table:
     unit, size = _unit(m.total for m in plan.chosen.memory)
-    table = _table(f"memory of each rank of a pipeline, in {unit}; there are {size(plan.hardware.memory)}")
-    table.add_column("rank", justify="right", no_wrap=True)
     shown = {part: name for part, name in _PARTS.items() if any(getattr(m, part) for m in plan.chosen.memory)}
-    for name in (*shown.values(), "total"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"memory of each rank of a pipeline, in {unit}; there are {size(plan.hardware.memory)}"
+    table = _table(title, ("rank", *shown.values(), "total"))
     for rank, m in enumerate(plan.chosen.memory):
         style = "red" if m.total > plan.hardware.memory else ""
         table.add_row(str(rank), *(size(getattr(m, p)) for p in shown), size(m.total), style=style)
@@ -118,56 +123,53 @@ def _memory(plan: Compared) -> Table:
 
 
 def _schedules(plan: Compared) -> Table:
-    made = {name: e for name, e in plan.others.items() if not isinstance(e, MHCError)}
-    unit, size = _unit(e.fullest for e in made.values())
-    table = _table(f"schedules with as many ranks; step in ms, sizes in {unit}; sent: the most by one rank in a step")
-    for name in ("schedule", "stages", "step", "to 1f1b", "bubbles", "kept", "memory", "sent", "residual"):
-        table.add_column(name, justify="left" if name == "schedule" else "right", no_wrap=True)
-    for name, e in made.items():
-        ratio = f"{e.seconds / made['1f1b'].seconds:.3f}" if "1f1b" in made else ""
+    estimates = {name: e for name, e in plan.others.items() if not isinstance(e, MHCError)}
+    unit, size = _unit(e.fullest for e in estimates.values())
+    title = f"schedules with as many ranks; step in ms, sizes in {unit}; sent: the most by one rank in a step"
+    columns = ("schedule", "stages", "step", "to 1f1b", "bubbles", "kept", "memory", "sent", "residual")
+    table = _table(title, columns, left=("schedule",))
+    for name, e in estimates.items():
+        ratio = f"{e.seconds / estimates['1f1b'].seconds:.3f}" if "1f1b" in estimates else ""
         table.add_row(
             name, str(len(e.stages)), _ms(e.seconds), ratio, f"{e.simulated.bubble:.1%}",
-            size(max(e.simulated.held)), size(e.fullest), size(e.stream_bytes), size(e.residual_bytes),
-            style="bold" if name == plan.chosen.way.schedule else "",
+            size(max(e.simulated.kept)), size(e.fullest), size(e.stream_bytes), size(e.residual_bytes),
+            style="bold" if name == plan.recipe.parallel.schedule else "",
         )  # fmt: skip
     return table
 
 
 def _tables(plan: Compared) -> Table:
-    way = plan.chosen.way
-    exchanged = f"; one rank exchanges {_size(plan.chosen.table_bytes)} of rows a step" if way.engram > 1 else ""
-    table = _table(f"tables, each spread over {way.engram} ranks{exchanged}")
-    for name in ("table", "stage", "ranks", "rows", "width", "a rank holds"):
-        table.add_column(name, justify="left" if name == "table" else "right", no_wrap=True)
+    parallel = plan.recipe.parallel
+    exchanged = bytes_text(plan.chosen.table_bytes)
+    more = f"; one rank exchanges {exchanged} of rows a step" if parallel.engram > 1 else ""
+    columns = ("table", "stage", "ranks", "rows", "width", "a rank holds")
+    table = _table(f"tables, each spread over {parallel.engram} ranks{more}", columns, left=("table",))
     first = 0
     for s in plan.chosen.stages:
         for t in plan.counted.tables:
             if first <= t.site < first + s.sites:
-                ranks = f"{s.rank * way.replicas} to {(s.rank + 1) * way.replicas - 1}"
-                held = _size(ROW * -(-t.rows * t.width // way.engram))
-                table.add_row(t.name, str(s.index), ranks, f"{t.rows:,}", str(t.width), held)
+                ranks = f"{s.rank * parallel.replicas} to {(s.rank + 1) * parallel.replicas - 1}"
+                share = bytes_text(ROW * -(-t.rows * t.width // parallel.engram))
+                table.add_row(t.name, str(s.index), ranks, f"{t.rows:,}", str(t.width), share)
         first += s.sites
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
+def _table(title: str, columns: Iterable[str], left: Collection[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
 
 
 def _unit(sizes: Iterable[int]) -> tuple[str, Callable[[int], str]]:
-    """One unit for all of `sizes`, and how to write a size in it."""
-    largest = max(sizes, default=0)
-    power = min(len(_UNITS) - 1, max(0, (int(largest).bit_length() - 1) // 10))
+    """Return one unit for all of `sizes`, and the function that writes a size in it."""
+    power = min(len(_UNITS) - 1, max(0, (int(max(sizes)).bit_length() - 1) // 10))
 
     def text(size: int) -> str:
         return _short(size / 1024**power)
 
     return _UNITS[power], text
-
-
-def _size(count: int) -> str:
-    unit, text = _unit([count])
-    return f"{text(count)} {unit}"
 
 
 def _ms(seconds: float) -> str:
@@ -176,7 +178,3 @@ def _ms(seconds: float) -> str:
 
 def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _changed(plan: Compared, other: Estimate) -> str:
-    return " ".join(f"{name}={value}" for name, value in changes(plan.chosen.way, other.way).items())

@@ -12,22 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-from unittest import mock
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, Literal
 
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining import schedules as torch_schedules
-
-from mhc_compile.diagnostics import MHCError
-
-ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
-SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
-_CLASSES = {
-    "1f1b": torch_schedules.Schedule1F1B,
-    "interleaved1f1b": torch_schedules.ScheduleInterleaved1F1B,
-    "zbv": torch_schedules.ScheduleZBVZeroBubble,
-    "dualpipev": torch_schedules.ScheduleDualPipeV,
-}
+from mhc_compile.runtime.recipe_tables import ScheduleName
+from mhc_compile.runtime.schedules import CLASSES
 
 Pass = Literal["forward", "backward", "input", "weight"]
 """`backward` is `input` (gradients of what came in) and `weight` (gradients of parameters) in one."""
@@ -86,51 +76,31 @@ Action = Run | Post | Wait
 class Schedule:
     """The actions of every rank in one step."""
 
-    name: ScheduleName
-    microbatches: int
     ranks: tuple[tuple[Action, ...], ...]
     owner: tuple[int, ...]
     """The rank of every stage."""
 
-    @property
-    def stages_per_rank(self) -> int:
-        """Stages that each rank holds."""
-        return len(self.owner) // len(self.ranks)
 
-    def works(self, rank: int) -> Iterator[Work]:
-        """What the rank computes, in order."""
-        for action in self.ranks[rank]:
-            if isinstance(action, Run):
-                yield from action.works
-
-
+@lru_cache(maxsize=64)
 def schedule(name: ScheduleName, *, ranks: int, stages_per_rank: int, microbatches: int) -> Schedule:
-    """The schedule called `name` for so many pipeline ranks, stages a rank and microbatches a step.
+    """Return the schedule called `name` for so many pipeline ranks, stages a rank and microbatches a step.
 
-    Raises MHC642 where torch's class refuses the numbers.
+    Raises ValueError for numbers that torch's class rejects; a `Recipe` has none of them.
     """
-    if name not in SCHEDULES:
-        raise MHCError("MHC642", f"no schedule {name!r}; known: {', '.join(SCHEDULES)}")
-    count = ranks * stages_per_rank
-    if (name == "1f1b") != (stages_per_rank == 1) or min(ranks, stages_per_rank, microbatches) < 1:
-        raise MHCError("MHC642", f"{name} with {stages_per_rank} stages on each of {ranks} ranks")
-    # The classes read these numbers of their stages and nothing else until a step runs.
-    stage = mock.create_autospec(PipelineStage, instance=True)
-    stage.configure_mock(group_rank=0, group_size=ranks, num_stages=count, submod=None)
-    try:
-        made: Any = _CLASSES[name](stage if name == "1f1b" else [stage] * stages_per_rank, microbatches)
-    except ValueError as error:
-        raise MHCError("MHC642", f"{name}, {ranks} ranks, {microbatches} microbatches: {error}") from error
     if name == "1f1b":
         lists = [tuple(_one_forward_one_backward(r, ranks, microbatches)) for r in range(ranks)]
-        return Schedule(name, microbatches, tuple(lists), tuple(range(ranks)))
-    owner = tuple(int(made.stage_index_to_group_rank[s]) for s in range(count))
-    lists = [tuple(_with_transfers(made.pipeline_order_with_comms[r], owner, r)) for r in range(ranks)]
-    return Schedule(name, microbatches, tuple(lists), owner)
+        return Schedule(tuple(lists), tuple(range(ranks)))
+    count = ranks * stages_per_rank
+    # The classes read these numbers of their stages and nothing else until a step runs.
+    stage = SimpleNamespace(group_rank=0, group_size=ranks, num_stages=count, submod=None)
+    planned: Any = CLASSES[name]([stage] * stages_per_rank, microbatches)
+    owner = tuple(int(planned.stage_index_to_group_rank[s]) for s in range(count))
+    lists = [tuple(_with_transfers(planned.pipeline_order_with_comms[r], owner, r)) for r in range(ranks)]
+    return Schedule(tuple(lists), owner)
 
 
 def _one_forward_one_backward(rank: int, ranks: int, microbatches: int) -> Iterator[Action]:
-    """What `Schedule1F1B` does step by step, its waits included."""
+    """Yield what `Schedule1F1B` does step by step, its waits included."""
 
     def forward(m: int) -> Run:
         return Run((Work("forward", rank, m),))
@@ -180,14 +150,16 @@ _PASSES: dict[str, Pass] = {"F": "forward", "B": "backward", "I": "input", "W": 
 
 
 def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> Iterator[Action]:
-    """torch's actions with communication, as our runtime performs them: a pass waits for what it reads alone, and the
-    result of a forward that runs with a backward is sent as soon as it is there (`mhc_compile.runtime.overlap`)."""
+    """Yield torch's actions with communication, as `mhc_compile.runtime.overlap` performs them.
+
+    A pass waits for its own inputs alone; the result of a forward that runs with a backward is sent at once.
+    """
     sent: list[Transfer] = []
     early: set[Transfer] = set()
     for action in actions:
         name = action.computation_type.value
-        if name in ("UNSHARD", "RESHARD", "REDUCE_GRAD"):
-            continue  # what FSDP gathers and reduces is counted for the whole step
+        if name in ("UNSHARD", "RESHARD", "REDUCE_GRAD") or name.startswith("WAIT_"):
+            continue  # what FSDP gathers and reduces is counted for the whole step; torch 2.15 waits for sends earlier
         if name.startswith(("SEND", "RECV")):
             gradients = name.endswith("_B")
             source = action.stage_index
@@ -214,7 +186,7 @@ def _with_transfers(actions: Sequence[Any], owner: Sequence[int], rank: int) -> 
 
 
 def needs(work: Work, owner: Sequence[int], rank: int) -> Transfer | None:
-    """What must arrive from another rank before `work` can run on `rank`."""
+    """Return what must arrive from another rank before `work` can run on `rank`."""
     if work.kind == "weight":
         return None
     backward = work.kind != "forward"

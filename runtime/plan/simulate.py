@@ -7,11 +7,11 @@ takes `latency + bytes / bandwidth` and costs no computing.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mhc_compile.runtime.plan.schedules import Post, Run, Schedule, Transfer, Wait, Work
+from mhc_compile.runtime.plan.schedules import Post, Schedule, Transfer, Wait, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,6 @@ class StageCost:
     """Backward: gradients of what came in, recomputation included."""
     weight: float
     """Backward: gradients of parameters."""
-    backward: float | None = None
-    """Both in one; None: their sum."""
     sent: int = 0
     """To the next stage, forward; the gradients that come back are as large."""
     kept: int = 0
@@ -33,10 +31,8 @@ class StageCost:
     """What the gradients of parameters still need once those of what came in are there."""
 
     def seconds(self, kind: str) -> float:
-        """Of one pass."""
-        if kind == "backward":
-            return self.input + self.weight if self.backward is None else self.backward
-        return float(getattr(self, kind))
+        """Return the seconds of one pass."""
+        return self.input + self.weight if kind == "backward" else float(getattr(self, kind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +59,15 @@ class Timed:
 class Simulated:
     """One step."""
 
-    schedule: Schedule
     works: list[Timed]
     ends: list[float]
     """When each rank has done its last action."""
     busy: list[float]
     """Seconds each rank computes."""
-    held: list[int]
+    kept: list[int]
     """The most bytes each rank keeps for backward passes at a time."""
     live: list[int]
     """The most microbatches that each stage keeps something of at a time."""
-    live_of_rank: list[int]
-    """The most pairs of a stage and a microbatch that each rank keeps something of at a time."""
     sent: list[int]
     """Bytes that each rank sends."""
     messages: list[int]
@@ -126,19 +119,14 @@ class _Transfers:
         return self.costs[transfer.target if transfer.backward else transfer.stage].sent
 
 
-def simulate(
-    schedule: Schedule, costs: Sequence[StageCost], link: Link | None = None, *, overlap: float = 0.0
-) -> Simulated:
+def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link) -> Simulated:
     """Run one step of `schedule`, whose stages cost `costs`, over `link`.
 
-    `overlap`: the part of the shorter pass that costs no time where a forward and a backward run as one action
-    (0: one after the other; 1: as long as the longer one). Raises ValueError for a schedule whose ranks wait for one
-    another for ever, or another number of stages.
+    A forward and a backward that are one action take as long as one after the other.
     """
-    if len(costs) != len(schedule.owner):
-        raise ValueError(f"{len(costs)} costs for {len(schedule.owner)} stages")
+    assert len(costs) == len(schedule.owner)
     count = len(schedule.ranks)
-    transfers = _Transfers(costs, link or Link(), schedule.owner)
+    transfers = _Transfers(costs, link, schedule.owner)
     now, at, busy = [0.0] * count, [0] * count, [0.0] * count
     timed: list[list[Timed]] = [[] for _ in range(count)]
     moving = True
@@ -155,66 +143,45 @@ def simulate(
                     for t in action.transfers:
                         transfers.post(t, rank, now[rank])
                 else:
-                    done = _run(action, rank, now[rank], costs, overlap)
-                    busy[rank] += done[-1].end - now[rank]
-                    now[rank] = done[-1].end
-                    timed[rank] += done
-                    for t in action.sends:
-                        transfers.post(t, rank, done[0].end)
+                    for i, work in enumerate(action.works):
+                        seconds = costs[work.stage].seconds(work.kind)
+                        timed[rank].append(Timed(work, rank, now[rank], now[rank] + seconds))
+                        now[rank] += seconds
+                        busy[rank] += seconds
+                        for t in action.sends if i == 0 else ():
+                            transfers.post(t, rank, now[rank])
                 at[rank] += 1
                 moving = True
-    if any(at[rank] < len(actions) for rank, actions in enumerate(schedule.ranks)):
-        raise ValueError(f"the ranks of {schedule.name} wait for one another")
+    assert at == [len(actions) for actions in schedule.ranks], "ranks wait for one another"
     watched = [_watch(works, costs) for works in timed]
-    live: dict[int, int] = {}
-    for _, by_stage, _ in watched:
-        live |= by_stage
+    live = {stage: most for _, by_stage in watched for stage, most in by_stage.items()}
     return Simulated(
-        schedule=schedule,
         works=sorted((w for works in timed for w in works), key=lambda w: (w.begin, w.rank)),
         ends=now,
         busy=busy,
-        held=[held for held, _, _ in watched],
+        kept=[most for most, _ in watched],
         live=[live[s] for s in range(len(costs))],
-        live_of_rank=[most for _, _, most in watched],
         sent=[sum(transfers.size(t) for t in transfers.arrived if schedule.owner[t.stage] == r) for r in range(count)],
         messages=[sum(schedule.owner[t.stage] == r for t in transfers.arrived) for r in range(count)],
     )
 
 
-def _run(action: Run, rank: int, now: float, costs: Sequence[StageCost], overlap: float) -> list[Timed]:
-    seconds = [costs[w.stage].seconds(w.kind) for w in action.works]
-    saved = overlap * min(seconds) if len(seconds) > 1 else 0.0
-    done: list[Timed] = []
-    for work, took in zip(action.works, seconds, strict=True):
-        if done:  # the second of two begins as much earlier as they overlap
-            now -= saved
-        done.append(Timed(work, rank, now, now + took))
-        now += took
-    if len(done) > 1 and done[0].end > done[1].end:
-        done[1] = Timed(done[1].work, rank, done[1].begin, done[0].end)
-    return done
-
-
-def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Mapping[int, int], int]:
-    """The most bytes held, the most microbatches of each stage, and of all stages of a rank, at a time."""
-    held = most_held = most = 0
-    live: dict[int, set[int]] = {}
-    most_live: dict[int, int] = {}
-    for timed in works:
-        work = timed.work
+def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Mapping[int, int]]:
+    """Return the most bytes that a rank keeps, and the most microbatches of each of its stages, at a time."""
+    kept = most_kept = 0
+    live: Counter[int] = Counter()
+    most_live: Counter[int] = Counter()
+    for work in (timed.work for timed in works):
         cost = costs[work.stage]
-        of_stage = live.setdefault(work.stage, set())
         if work.kind == "forward":
-            of_stage.add(work.microbatch)
-            held += cost.kept
-        elif work.kind == "input":  # what the gradients of parameters need is there before the rest is given up
-            most_held = max(most_held, held + cost.deferred)
-            held += cost.deferred - cost.kept
+            live[work.stage] += 1
+            kept += cost.kept
+        elif work.kind == "input":  # what the gradients of parameters need is there before the rest is freed
+            most_kept = max(most_kept, kept + cost.deferred)
+            kept += cost.deferred - cost.kept
         else:
-            of_stage.discard(work.microbatch)
-            held -= cost.deferred if work.kind == "weight" else cost.kept
-        most_held = max(most_held, held)
-        most_live[work.stage] = max(most_live.get(work.stage, 0), len(of_stage))
-        most = max(most, sum(map(len, live.values())))
-    return most_held, most_live, most
+            live[work.stage] -= 1
+            kept -= cost.deferred if work.kind == "weight" else cost.kept
+        most_kept = max(most_kept, kept)
+        most_live |= live
+    return most_kept, most_live

@@ -8,8 +8,9 @@ stream part is the fused kernels' (`mhc_compile.kernels.chain`) and the cost mod
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +32,7 @@ from mhc_compile.runtime.program import Program
 
 @dataclass(frozen=True)
 class BranchWork:
-    """The branch of one site, with the embedding in front of the first and the head behind the last."""
+    """The branch of one site, with the embedding before the first and the head after the last."""
 
     forward: tuple[Operation, ...]
     input: tuple[Operation, ...]
@@ -39,7 +40,7 @@ class BranchWork:
     weight: tuple[Operation, ...]
     """The rest of it: the gradients of parameters."""
     kept: int
-    """Bytes of the branch's own activations between the passes; what it is given and parameters not counted."""
+    """Bytes of the branch's own activations between the passes; its inputs and parameters not counted."""
     deferred: int
     """Bytes that the gradients of parameters still need when the rest of the backward pass is done."""
 
@@ -53,16 +54,14 @@ class SiteWork:
     streams: SiteCost
     """What the stream part keeps, for a site at whose beginning a stage or a graph begins."""
     joined: SiteCost
-    """The same behind another site, with which it shares a kernel."""
+    """The same after another site, with which it shares a kernel."""
     forward: Operation
     """Of the stream part: the boundary in front of the branch."""
     backward: Operation
 
 
 def site_works(program: Program) -> list[SiteWork]:
-    """The work of every site, in order."""
-    graph = program.graph.graph
-    found = stream_sites(graph)
+    """Return the work of every site, in order."""
     kinds = _kinds(program)
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
     starts = sorted({k for i in first.values() for k in (i, i + 1) if 0 < k < len(kinds)})
@@ -72,19 +71,17 @@ def site_works(program: Program) -> list[SiteWork]:
         SiteWork(
             site.name, works[kind], _whole(site.cost()), _whole(site.cost(joined=site.is_boundary)), *_stream_work(site)
         )
-        for site, kind in zip(found, kinds, strict=True)
+        for site, kind in zip(stream_sites(program.graph.graph), kinds, strict=True)
     ]
 
 
 def _whole(cost: SiteCost) -> SiteCost:
-    """The same with Python's integers, which are quicker than sympy's."""
-    return replace(
-        cost, state=int(cost.state), made=int(cost.made), branch=int(cost.branch), parameters=int(cost.parameters)
-    )
+    """Return the same with Python's integers, which are quicker than sympy's."""
+    return SiteCost(int(cost.state), int(cost.made), int(cost.branch), int(cost.parameters), cost.joined)
 
 
 def _kinds(program: Program) -> list[int]:
-    """A number for each site, equal for sites whose nodes compute the same from the same shapes."""
+    """Return a number for each site, equal for sites whose nodes compute the same from the same shapes."""
     graph, count = program.graph.graph, program.sites
     place = places(graph, range(1, count))
     lines: list[list[str]] = [[] for _ in range(count)]
@@ -101,106 +98,104 @@ def _kinds(program: Program) -> list[int]:
 
 
 def _branch_work(program: Program, piece: GraphModule) -> BranchWork:
-    region, given = _without_streams(piece)
-    parameters = {n.name for n in given if program.names.get(n.name) in program.parameters}
-    args = [_example(n, n.name in parameters, n.name in program.names or n.name in program.inputs) for n in given]
+    region, inputs = _without_streams(piece)
+    trained = [program.names.get(n.name) in program.parameters for n in inputs]
+    args = [
+        _example(n, learns=is_trained or not (n.name in program.names or n.name in program.inputs))
+        for n, is_trained in zip(inputs, trained, strict=True)
+    ]
     split = _split(region, args)
-    if split is None:
-        return BranchWork((), (), (), 0, 0)
-    return _count(*split, trained=[n.name in parameters for n in given])
+    return BranchWork((), (), (), 0, 0) if split is None else _count(*split, trained=trained)
 
 
 def _without_streams(piece: GraphModule) -> tuple[GraphModule, list[Node]]:
-    """The piece without the stream part of its site: what that gives to the rest are inputs, in order, and what it
-    takes are outputs. The second result: the nodes of the piece that the inputs stand for."""
+    """Return the piece without the stream part of its site, and the nodes of the piece that its inputs stand for.
+
+    What the stream part gives to the rest are inputs, in order, and what it takes are outputs.
+    """
     streams: set[Node] = set()
     for site in stream_sites(piece.graph):
         streams |= {n for n in site.nodes if n not in site.branch}
     streams |= {n for n in piece.graph.nodes if getattr(n.target, "namespace", "") == "mhc"}
-    streams |= {n for n in piece.graph.nodes if n.all_input_nodes and set(n.all_input_nodes) <= streams and _part(n)}
+    streams |= {n for n in piece.graph.nodes if op_name(n) == "getitem" and set(n.all_input_nodes) <= streams}
     rest = [n for n in piece.graph.nodes if n not in streams and n.op not in ("placeholder", "output")]
     inside = set(rest)
-    given = list(dict.fromkeys(i for n in rest for i in n.all_input_nodes if i not in inside))
+    inputs = list(dict.fromkeys(i for n in rest for i in n.all_input_nodes if i not in inside))
     graph = Graph()
-    copies = {n: graph.placeholder(n.name) for n in given}
+    copies = {n: graph.placeholder(n.name) for n in inputs}
     for node in rest:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         if op_name(node) == "scaled_dot_product_attention":
             _fuse_attention(graph, copies[node])
-    outputs = [n for n in rest if any(u not in inside for u in n.users) and _differentiable(n)]
+    outputs = [
+        n for n in rest if any(u not in inside for u in n.users) and is_tensor(n) and value(n).is_floating_point()
+    ]
     graph.output(tuple(copies[n] for n in outputs))
-    return GraphModule(piece, graph), given
-
-
-def _part(node: Node) -> bool:
-    """Whether `node` takes one of several results."""
-    return op_name(node) == "getitem"
-
-
-def _differentiable(node: Node) -> bool:
-    return is_tensor(node) and value(node).is_floating_point()
+    return GraphModule(piece, graph), inputs
 
 
 def _fuse_attention(graph: Graph, node: Node) -> None:
     named = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
     with graph.inserting_before(node):
         both = graph.call_function(ATTEND, (named["query"], named["key"], named["value"]))
-    node.op, node.target, node.args, node.kwargs = "call_function", _first, (both,), {}
+    node.op, node.target, node.args, node.kwargs = "call_function", operator.getitem, (both, 0), {}
 
 
-def _first(results: Sequence[Any]) -> Any:
-    return results[0]
-
-
-def _example(node: Node, parameter: bool, constant: bool) -> Tensor:
-    """A fake tensor like what `node` gives; what comes from the streams, and parameters, want gradients."""
+def _example(node: Node, *, learns: bool) -> Tensor:
+    """Return a fake tensor like the value of `node`; parameters, and what comes from the streams, get gradients."""
     like: Tensor = value(node).detach()
-    return like.requires_grad_((parameter or not constant) and like.is_floating_point())
+    return like.requires_grad_(learns and like.is_floating_point())
 
 
 _Split = tuple[GraphModule, GraphModule, int]
 
 
 def _split(region: GraphModule, args: Sequence[Tensor]) -> _Split | None:
-    """The forward and the backward graph, and how many results of the first are the region's own."""
-    held: list[_Split] = []
+    """Return the forward and the backward graph, and how many results of the forward are the region's own."""
+    splits: list[_Split] = []
 
     def partition(joint: GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **more: Any) -> Any:
         forward, backward = min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **more)
-        held.append((forward, backward, num_fwd_outputs))
+        splits.append((forward, backward, num_fwd_outputs))
         return forward, backward
 
     def keep(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:  # noqa: ARG001
         return gm.forward
 
-    if not next(n for n in reversed(region.graph.nodes) if n.op == "output").all_input_nodes:
+    if not region.graph.output_node().all_input_nodes:
         return None
     aot_module_simplified(
         region, args, fw_compiler=keep, bw_compiler=keep, partition_fn=partition, decompositions=select_decomp_table()
     )
-    return held[0] if held else None
+    return splits[0] if splits else None
 
 
-def _count(forward: GraphModule, backward: GraphModule, own: int, *, trained: Sequence[bool]) -> BranchWork:
+def _count(forward: GraphModule, backward: GraphModule, own_results: int, *, trained: Sequence[bool]) -> BranchWork:
     results = _outputs(forward)
-    inputs = [n for n in forward.graph.nodes if n.op == "placeholder"]
-    given = {n for n, is_trained in zip(inputs, trained, strict=False) if not is_trained}
-    saved = {source(n) for n in results[own:] if isinstance(n, Node)}
-    depends = _depending(forward.graph, given)
+    inputs = forward.graph.find_nodes(op="placeholder")
+    weights = {n.name for n, is_trained in zip(inputs, trained, strict=False) if is_trained}
+    saved = {source(n) for n in results[own_results:] if isinstance(n, Node)}
+    depends: set[Node] = set()
+    for node in forward.graph.nodes:
+        is_activation = node.op == "placeholder" and node.name not in weights
+        if is_activation or not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
     kept = sum(size_of(n) for n in saved if n.op != "placeholder" and n in depends)
     gradients = _outputs(backward)
-    wanted = [g for g, is_trained in zip(gradients, trained, strict=False) if isinstance(g, Node) and not is_trained]
-    computed = [n for n in backward.graph.nodes if n.op not in ("placeholder", "output")]
-    needed = _ancestors(wanted)
+    of_inputs = [g for g, is_trained in zip(gradients, trained, strict=False) if isinstance(g, Node) and not is_trained]
+    needed = set(of_inputs)
+    for node in reversed(backward.graph.nodes):
+        if node in needed:
+            needed |= {*node.all_input_nodes}
+    computed = _computed(backward)
     first = [n for n in computed if n in needed]
     second = [n for n in computed if n not in needed]
     late = set(second)
-    weights = {n.name for n, is_trained in zip(inputs, trained, strict=False) if is_trained}
     between = {source(i) for n in second for i in n.all_input_nodes if source(i) not in late}
     deferred = sum(size_of(n) for n in between if n.name not in weights)
     return BranchWork(
         forward=operations(_computed(forward), [n for n in results if isinstance(n, Node)]),
-        input=operations(first, [*wanted, *(n for n in first if any(u in late for u in n.users))]),
+        input=operations(first, [*of_inputs, *(n for n in first if any(u in late for u in n.users))]),
         weight=operations(second, [g for g in gradients if isinstance(g, Node) and g in late]),
         kept=kept,
         deferred=deferred,
@@ -212,30 +207,11 @@ def _computed(gm: GraphModule) -> list[Node]:
 
 
 def _outputs(gm: GraphModule) -> list[Any]:
-    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    return list(output.args[0])
-
-
-def _depending(graph: Graph, given: set[Node]) -> set[Node]:
-    found = set(given)
-    for node in graph.nodes:
-        if any(i in found for i in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _ancestors(nodes: Sequence[Node]) -> set[Node]:
-    found, stack = set(nodes), list(nodes)
-    while stack:
-        for n in stack.pop().all_input_nodes:
-            if n not in found:
-                found.add(n)
-                stack.append(n)
-    return found
+    return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def _stream_work(site: StreamSite) -> tuple[Operation, Operation]:
-    """One fused boundary, forward and backward."""
+    """Return one fused boundary, forward and backward."""
     state = value(site.state)
     branch = value(site.branch[0]).dtype if site.branch else state.dtype
     chain = Chain(
@@ -253,7 +229,7 @@ def _stream_work(site: StreamSite) -> tuple[Operation, Operation]:
 
 
 def parameters_of_sites(program: Program) -> list[set[str]]:
-    """The names of the parameters that each site's piece of the graph reads; a tied one is read by several."""
+    """Return the names of the parameters that each site's piece of the graph reads; several read a tied one."""
     graph, count = program.graph.graph, program.sites
     place = places(graph, range(1, count))
     readers: dict[Node, int] = {}
@@ -262,22 +238,19 @@ def parameters_of_sites(program: Program) -> list[set[str]]:
         for user in node.users if node not in place else ():
             mask |= readers.get(user, 0)
         readers[node] = mask
-    found: list[set[str]] = [set() for _ in range(count)]
-    for node in graph.nodes:
-        name = program.names.get(node.name)
-        if node.op == "placeholder" and name in program.parameters:
-            for i in range(count):
-                if readers[node] >> i & 1:
-                    found[i].add(name)
-    return found
+    parameters = {node: program.names.get(node.name, "") for node in graph.find_nodes(op="placeholder")}
+    return [
+        {name for node, name in parameters.items() if name in program.parameters and readers[node] >> i & 1}
+        for i in range(count)
+    ]
 
 
 def crossing_bytes(program: Program, starts: Sequence[int]) -> list[int]:
-    """Bytes that cross each cut."""
+    """Return the bytes that cross each cut."""
     place = places(program.graph.graph, starts)
-    found = [0] * len(starts)
+    sizes = [0] * len(starts)
     for node, at in place.items():
         last = max((place[u] for u in node.users if u in place), default=at)
         for k in range(at, last):
-            found[k] += size_of(node) if node.op != "output" else 0
-    return found
+            sizes[k] += size_of(node)
+    return sizes

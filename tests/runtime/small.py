@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mhc_compile
 from mhc_compile.config import Options
 from mhc_compile.runtime.program import Program, capture_program
-from mhc_compile.runtime.stage import Stage, build_stages, by_name, materialise_all
+from mhc_compile.runtime.stage import Stage, build_stages, materialise_all
 from mhc_compile.runtime.weights import assign
 
 VOCAB = 64
@@ -47,6 +47,11 @@ def stages_of(program: Program, starts: Sequence[int], options: Options | None =
     for name, p in by_name(stages).items():
         assign(p, own[name].detach())
     return stages
+
+
+def by_name(stages: Sequence[Stage]) -> dict[str, nn.Parameter]:
+    """The parameters of several stages by name, tied ones once."""
+    return {name: p for stage in stages for name, p in stage.named_parameters()}
 
 
 def through(stages: Sequence[Stage], tokens: Tensor) -> Tensor:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
-import random
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from checkpoint_ranks import Cut, build, claim, fill, load, save, troubles, wrong
+from checkpoint_ranks import Cut, build, claim, load, save, troubles, wrong
 from ranks import run_ranks
 
 from mhc_compile import MHCError
@@ -106,8 +104,6 @@ def test_there_is_nothing_yet(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "new" / "folder")
     assert checkpoints.latest() is None
     assert restore(checkpoints, [part], optimizer, SAME) is None
-    with pytest.raises(MHCError, match="MHC615"):
-        checkpoints.load({})
     checkpoints.close()
 
 
@@ -119,17 +115,18 @@ def _rewrite(path: Path, change: Any) -> None:
 
 DAMAGES = {
     "missing shard": lambda f: (f / "rank-00000.safetensors").unlink(),
-    "missing random states": lambda f: (f / "rank-00000.json").unlink(),
     "cut short": lambda f: (f / "rank-00000.safetensors").write_bytes((f / "rank-00000.safetensors").read_bytes()[:-4]),
-    "other bytes": lambda f: (f / "rank-00000.json").write_bytes(
-        (f / "rank-00000.json").read_bytes().replace(b"1", b"2")
+    "other bytes": lambda f: (f / "rank-00000.safetensors").write_bytes(
+        (f / "rank-00000.safetensors").read_bytes().replace(b"0", b"1")
     ),
     "no description": lambda f: (f / NAME).unlink(),
     "no JSON": lambda f: (f / NAME).write_text("{"),
     "a list": lambda f: (f / NAME).write_text("[]"),
     "a later format": lambda f: _rewrite(f / NAME, lambda c: c.update(format=2)),
     "another step": lambda f: _rewrite(f / NAME, lambda c: c.update(step=8)),
-    "a path": lambda f: _rewrite(f / NAME, lambda c: c["files"].update({"../x.json": c["files"]["rank-00000.json"]})),
+    "a path": lambda f: _rewrite(
+        f / NAME, lambda c: c["files"].update({"../x.safetensors": c["files"]["rank-00000.safetensors"]})
+    ),
     "a file that is not listed": lambda f: _rewrite(f / NAME, lambda c: c["files"].pop("rank-00000.safetensors")),
     "a part that is missing": lambda f: _rewrite(
         f / NAME, lambda c: c["tensors"]["model/embed.weight"]["chunks"].pop()
@@ -167,7 +164,7 @@ def test_another_model_or_other_data(saved: Path) -> None:
         restore(checkpoints, [part], optimizer, SAME)
     checkpoints.close()
     assert caught.value.detail.partition(": ")[2] == (
-        "only in this run: model/more.weight; only in the checkpoint: model/scale; "
+        "only here: model/more.weight; only in the checkpoint: model/scale; "
         "model/embed.weight is [7, 4] float32 there and [7, 5] float32 here, "
         "model/layers.0.weight is [10, 3] float32 there and [10, 3] bfloat16 here"
     )
@@ -190,23 +187,6 @@ def test_what_a_killed_run_left_is_cleared_and_whole_ones_stay(saved: Path) -> N
         (saved / name / "x").touch()
     Checkpoints(saved).close()
     assert sorted(p.name for p in saved.iterdir()) == [".lock", "mine", "step-00000007", "step-old"]
-
-
-def test_random_states_return(tmp_path: Path) -> None:
-    def draw() -> list[float]:
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
-
-    part, optimizer = build((1, 1, 1))
-    fill(part, optimizer)
-    checkpoints = Checkpoints(tmp_path)
-    draw()
-    state = training_state([part], optimizer, SAME)
-    wanted = draw()
-    checkpoints.save(1, state)
-    checkpoints.wait()
-    restore(checkpoints, [part], optimizer, SAME)
-    assert draw() == wanted
-    checkpoints.close()
 
 
 def test_saving_again_after_loading_does_nothing_and_says_nothing(saved: Path) -> None:

@@ -100,9 +100,9 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(MHCError, match="MHC615"):
         export_checkpoint(recipe(tmp_path), tmp_path / "out")
     save_model(str(source), str(tmp_path / "run"), {"streams": 4, "inner": "eager"})
-    with pytest.raises(MHCError, match=r"MHC617.*of another shape: model/model.mhc"):
+    with pytest.raises(MHCError, match=r"MHC617.*model/model.mhc.* there and "):
         export_checkpoint(recipe(tmp_path, mhc={"streams": 2}), tmp_path / "out")
-    with pytest.raises(MHCError, match=r"MHC617.*only in the recipe's model: model/model.mhc.engram"):
+    with pytest.raises(MHCError, match=r"MHC617.*only here: model/model.mhc.engram"):
         export_checkpoint(recipe(tmp_path, memory=MEMORY), tmp_path / "out")
     shard = next((tmp_path / "run" / "step-00000001").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])

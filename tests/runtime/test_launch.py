@@ -21,8 +21,8 @@ WORKER = Path(__file__).with_name("lost_worker.py")
 
 def test_alone_without_torchrun() -> None:
     with launch(ParallelTable(timeout=30)) as world:
-        assert (world.rank, world.size, world.pipe, world.replica) == (0, 1, 0, 0)
-        assert world.pipe_group.size() == world.replica_group.size() == world.engram_group.size() == 1
+        assert (world.rank, world.parallel.world, world.pipe, world.replica) == (0, 1, 0, 0)
+        assert world.pipe_group.size() == world.replica_mesh.size() == world.engram_group.size() == 1
         world.meet()
     assert not dist.is_initialized()
 

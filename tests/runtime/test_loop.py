@@ -25,7 +25,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.runtime.data.loader import Loader
 from mhc_compile.runtime.data.prepare import prepare
 from mhc_compile.runtime.loop import Result, train
-from mhc_compile.runtime.metrics import Metrics, read_metrics
+from mhc_compile.runtime.metrics import Metrics
 from mhc_compile.runtime.recipe import Recipe, parse_recipe
 
 
@@ -57,7 +57,7 @@ def recipe(material: Path, folder: Path, **tables: dict[str, Any]) -> Recipe:
 
 def lines(folder: Path) -> dict[int, dict[str, float]]:
     """The metrics by step, without those of time."""
-    found = read_metrics(folder / "run" / "metrics.jsonl")
+    found = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     return {m["step"]: {k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in found}
 
 

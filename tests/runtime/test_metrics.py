@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mhc_compile import MHCError
-from mhc_compile.runtime.metrics import EVENTS, FILE, Metrics, drop_after, read_metrics
+from mhc_compile.runtime.metrics import EVENTS, FILE, Metrics, drop_after
 
 GAINS = {"composite_gain/forward_max": 1.0, "composite_gain/backward_mean": 2.0, "composite_gain/backward_max": 1.05}
 
@@ -45,7 +45,7 @@ def run(folder: Path, steps: Iterator[int] | range, **options: object) -> None:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return [line["step"] for line in read_metrics(folder / FILE)]
+    return [json.loads(line)["step"] for line in (folder / FILE).read_text().splitlines()]
 
 
 def test_a_line_has_what_was_given_and_the_mean_speed_since_the_last_one(tmp_path: Path) -> None:
@@ -97,7 +97,6 @@ def test_a_line_that_a_killed_run_did_not_finish_is_dropped(tmp_path: Path) -> N
     whole = path.read_text()
     for cut in (1, 5, len(whole.splitlines()[-1])):
         path.write_text(whole[:-cut])
-        assert steps_of(tmp_path) == [1, 2]
         drop_after(path, 10)
         assert path.read_text() == "".join(whole.splitlines(keepends=True)[:2])
     run(tmp_path, range(3, 5))

@@ -17,12 +17,13 @@ from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.measure_step import check_losses, measure
-from mhc_compile.runtime.plan.compare import compare, way_of
+from mhc_compile.runtime.plan.compare import compare
 from mhc_compile.runtime.plan.estimate import estimate
 from mhc_compile.runtime.plan.hardware import hardware
 from mhc_compile.runtime.plan.model import Counted, count
 from mhc_compile.runtime.plan.report import show
 from mhc_compile.runtime.recipe import Recipe, read_recipe
+from mhc_compile.runtime.recipe_tables import RecomputeTable
 
 GOLDEN = Path(__file__).parent / "golden" / "plan.txt"
 RATES = {"flops": 1e12, "bandwidth": 1e11, "link": 1e9, "memory": 1e9}
@@ -115,7 +116,7 @@ def test_equal_layers_are_counted_once_and_alike(counted: Counted) -> None:
 
 
 def test_memory_of_ranks_adds_up(counted: Counted, recipe: Recipe) -> None:
-    found = estimate(counted, hardware(None, **RATES), way_of(recipe), "bfloat16")
+    found = estimate(counted, hardware(None, **RATES), recipe)
     own = sum(s.parameters for s in found.stages)
     embedding = VOCAB * HIDDEN
     assert own == counted.parameters + embedding  # tied: both ends hold it
@@ -133,26 +134,27 @@ def test_memory_of_ranks_adds_up(counted: Counted, recipe: Recipe) -> None:
 
 
 def test_fsdp_shards_what_it_shards(counted: Counted, recipe: Recipe) -> None:
-    way = way_of(recipe)
     device = hardware(None, **RATES)
-    whole = estimate(counted, device, way, "bfloat16")
-    shards = estimate(counted, device, replace(way, mode="fsdp", split=False), "bfloat16")
+    whole = estimate(counted, device, recipe)
+    shards = estimate(counted, device, replace(recipe, parallel=replace(recipe.parallel, mode="fsdp")))
     for a, b in zip(whole.memory, shards.memory, strict=True):
         assert b.moments == pytest.approx(a.moments / 2, abs=8)
         assert b.weights == pytest.approx(a.weights * 1.5, abs=8)
 
 
 def test_smaller_microbatches_keep_less(counted: Counted, recipe: Recipe) -> None:
-    way, device = way_of(recipe), hardware(None, **RATES)
-    whole, half = (estimate(counted, device, replace(way, microbatch=m), "bfloat16") for m in (2, 1))
+    device = hardware(None, **RATES)
+    sizes = (replace(recipe.train, microbatch=size) for size in (2, 1))
+    whole, half = (estimate(counted, device, replace(recipe, train=train)) for train in sizes)
     for a, b in zip(whole.stages, half.stages, strict=True):
         assert b.cost.kept == pytest.approx(a.cost.kept / 2, rel=1e-6)
         assert b.cost.sent == a.cost.sent // 2
 
 
 def test_recompute_keeps_less_and_takes_longer(counted: Counted, recipe: Recipe) -> None:
-    way, device = way_of(recipe), hardware(None, **RATES)
-    off, auto = (estimate(counted, device, replace(way, blocks=b), "bfloat16") for b in ("off", "auto"))
+    device = hardware(None, **RATES)
+    tables = (RecomputeTable(blocks=blocks) for blocks in ("off", "auto"))
+    off, auto = (estimate(counted, device, replace(recipe, recompute=table)) for table in tables)
     assert auto.fullest < off.fullest
     assert auto.seconds > off.seconds
     assert [s.blocks for s in off.stages] == [()] * 2

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import ids, llama, program_of, stages_of, through
+from small import by_name, ids, llama, program_of, stages_of, through
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 import mhc_compile
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.passes.stages import coefficient_nodes
 from mhc_compile.runtime.balance import cuts, site_costs
 from mhc_compile.runtime.program import capture_program
-from mhc_compile.runtime.stage import build_stages, by_name, tied
+from mhc_compile.runtime.stage import build_stages, tied
 
 
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -91,10 +92,10 @@ def test_what_crosses_and_what_is_tied() -> None:
     assert [s.tied for s in stages] == [{"model.embed_tokens.weight"}, set(), {"model.embed_tokens.weight"}]
     assert stages[0].get_parameter("model.embed_tokens.weight") is stages[2].get_parameter("model.embed_tokens.weight")
     # The ids are read where the memory is; they do not travel.
-    assert [s.inputs for s in stages] == [("input_ids",), ("input_ids",), ()]
     assert [tuple(t.shape) for s in stages for t in s.example_inputs] == [(2, 8), (2, 8, 4, 32), (2, 8, 4, 32)]
     assert [tuple(t.shape) for s in stages for t in s.example_outputs] == [(2, 8, 4, 32), (2, 8, 4, 32), (2, 8, 64)]
-    assert stages[1].sites == ["layers.1#0", "layers.1#1"]
+    coefficients = coefficient_nodes(stages[1].piece.graph.graph)
+    assert [n.meta["mhc_site"] for n in coefficients] == ["layers.1#0", "layers.1#1"]
     assert list(stages[1].tables) == ["model.mhc.engram.layers.1.table"]
     assert tied(program, [s.piece for s in stages]) == {"model.embed_tokens.weight": (0, 2)}
 

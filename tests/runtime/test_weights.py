@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import ids, llama, program_of, stages_of, through
+from small import by_name, ids, llama, program_of, stages_of, through
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mhc_compile
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import stream_parameters
-from mhc_compile.runtime.stage import by_name
 from mhc_compile.runtime.weights import initialise, load_folder
 
 

@@ -114,7 +114,7 @@ def spread(recipes: dict[str, Recipe], answers: Path) -> dict[str, Result]:
 
 def _rank(rank: int, recipes: dict[str, Recipe], port: int, answers: Path) -> None:
     torch.set_num_threads(1)
-    optimizer.BUCKET = 5000  # elements; most gradients then share a message, and some have one of their own
+    optimizer.BUCKET = 20_000  # bytes; most gradients then share a message, and some have one of their own
     for name, r in recipes.items():
         if rank >= r.parallel.world:
             continue
