@@ -35,7 +35,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
         say(console, line)
     groups = {}
     for title, backward in ((f"boundary forward, {shape}", False), (f"boundary forward and backward, {shape}", True)):
-        contenders = _contenders(chain, inputs, tokens, packages, backward=backward)
+        contenders = contenders_of(chain, inputs, tokens, packages, backward=backward)
         rows = contest(console, contenders, ours=OURS, device=device, shape=shape, rounds=rounds)
         groups[title] = show(console, title, rows)
     return {"groups": groups}
@@ -83,7 +83,7 @@ def _exactly(chain: Chain, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
     return list(torch.autograd.grad(outputs, leaves, [g.double() for g in gradients]))
 
 
-def _contenders(
+def contenders_of(
     chain: Chain,
     inputs: list[Tensor],
     tokens: int,
@@ -91,6 +91,7 @@ def _contenders(
     *,
     backward: bool,
 ) -> list[Contender]:
+    """Return ways to compute the boundary, forward or forward and backward; copying its bytes is among them."""
     rng = torch.Generator().manual_seed(1)
     names, wanted = chain.inputs(), chain.outputs()[:4]
     gradients = [

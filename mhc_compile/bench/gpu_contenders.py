@@ -135,8 +135,18 @@ class Work:
         return [ours[name] for name in names]
 
 
-def _each(values: Values, how: Mapping[str, Callable[[Tensor], Tensor]]) -> Values:
-    return {name: how[name](v) if name in how else v for name, v in values.items()}
+Layout = Callable[[Values], Values]
+Change = Callable[[Tensor], Tensor]
+
+
+def _layouts(changes: Mapping[str, tuple[Change, Change]]) -> tuple[Layout, Layout]:
+    """Return functions to a package's layouts and back, from those for values by their names, separated by spaces."""
+    by_name = {name: both for names, both in changes.items() for name in names.split()}
+
+    def all_changed(way: int) -> Layout:
+        return lambda values: {name: by_name[name][way](v) if name in by_name else v for name, v in values.items()}
+
+    return all_changed(0), all_changed(1)
 
 
 # Liger-Kernel: streams [T, n, C] as ours, phi [n*C, rows], three scalars for alpha, X' = mix @ X.
@@ -167,26 +177,11 @@ def _liger(api: SimpleNamespace, v: Values) -> Values:
 # TileKernels: streams [1, T, n, C], post [1, T, n, 1], X'[j] = sum of mix[i, j] X[i].
 
 
-def _to_tile(values: Values) -> Values:
-    return _each(
-        values,
-        {
-            **dict.fromkeys(("X", "y", "next_X", "h"), lambda v: v[None]),
-            **dict.fromkeys(("post", "next_post"), lambda v: v[None, ..., None]),
-            **dict.fromkeys(("mix", "next_mix"), lambda v: v.mT.contiguous()[None]),
-        },
-    )
-
-
-def _from_tile(values: Values) -> Values:
-    return _each(
-        values,
-        {
-            **dict.fromkeys(("X", "y", "next_X", "h"), lambda v: v[0]),
-            **dict.fromkeys(("post", "next_post"), lambda v: v[0, ..., 0]),
-            **dict.fromkeys(("mix", "next_mix"), lambda v: v[0].mT),
-        },
-    )
+_TILE_LAYOUTS = _layouts({
+    "X y next_X h": (lambda v: v[None], lambda v: v[0]),
+    "post next_post": (lambda v: v[None, ..., None], lambda v: v[0, ..., 0]),
+    "mix next_mix": (lambda v: v.mT.contiguous()[None], lambda v: v[0].mT),
+})  # fmt: skip
 
 
 def _tile(api: SimpleNamespace, v: Values) -> Values:
@@ -210,37 +205,25 @@ def _streams(rows: int) -> int:
     return round((rows + 1) ** 0.5) - 1
 
 
-def _to_engine(values: Values) -> Values:
-    def phi(v: Tensor) -> Tensor:
-        n = _streams(len(v))
-        return _matrix_transposed(v, n).unflatten(1, (n, -1)).transpose(1, 2).flatten(1).contiguous()
-
-    return _each(
-        values,
-        {
-            **dict.fromkeys(("X", "next_X"), lambda v: v.mT.contiguous()[:, None]),
-            **dict.fromkeys(("y", "h", "post", "next_post"), lambda v: v[:, None]),
-            **dict.fromkeys(("mix", "next_mix"), lambda v: v.mT.contiguous()[:, None]),
-            "phi": phi,
-            "bias": lambda v: _matrix_transposed(v, _streams(len(v)))[None],
-        },
-    )
+def _to_engine_phi(phi: Tensor) -> Tensor:
+    n = _streams(len(phi))
+    return _matrix_transposed(phi, n).unflatten(1, (n, -1)).transpose(1, 2).flatten(1).contiguous()
 
 
-def _from_engine(values: Values) -> Values:
-    def phi(v: Tensor) -> Tensor:
-        n = _streams(len(v))
-        return _matrix_transposed(v, n).unflatten(1, (-1, n)).transpose(1, 2).flatten(1)
+def _from_engine_phi(phi: Tensor) -> Tensor:
+    n = _streams(len(phi))
+    return _matrix_transposed(phi, n).unflatten(1, (-1, n)).transpose(1, 2).flatten(1)
 
-    return _each(
-        values,
-        {
-            **dict.fromkeys(("X", "next_X", "mix", "next_mix"), lambda v: v[:, 0].mT),
-            **dict.fromkeys(("y", "h", "post", "next_post"), lambda v: v[:, 0]),
-            "phi": phi,
-            "bias": lambda v: _matrix_transposed(v[0], _streams(v.shape[1])),
-        },
-    )
+
+_ENGINE_LAYOUTS = _layouts({
+    "X next_X mix next_mix": (lambda v: v.mT.contiguous()[:, None], lambda v: v[:, 0].mT),
+    "y h post next_post": (lambda v: v[:, None], lambda v: v[:, 0]),
+    "phi": (_to_engine_phi, _from_engine_phi),
+    "bias": (
+        lambda v: _matrix_transposed(v, _streams(len(v)))[None],
+        lambda v: _matrix_transposed(v[0], _streams(v.shape[1])),
+    ),
+})  # fmt: skip
 
 
 def _engine(api: SimpleNamespace, v: Values) -> Values:
@@ -261,12 +244,12 @@ PACKAGES = (
     Package(
         name="TileKernels", distribution="tile-kernels", versions="1.0; 2 has neither the projection nor gradients",
         functions=(_TILE + "mhc_pre", _TILE + "ops.mhc_post"),
-        convention=Convention.DEEPSEEK_V4, theirs=_to_tile, ours=_from_tile, boundary=_tile,
+        convention=Convention.DEEPSEEK_V4, theirs=_TILE_LAYOUTS[0], ours=_TILE_LAYOUTS[1], boundary=_tile,
         capability=(9, 0), gradient_attribute="grad_from_mhc_post",
     ),
     Package(
         name="TransformerEngine", distribution="transformer-engine", versions="2.19",
         functions=(_ENGINE + "mhc_fused_expand_combine", _ENGINE + "mhc_generate_mix_and_aggregate"),
-        convention=Convention.PAPER, theirs=_to_engine, ours=_from_engine, boundary=_engine,
+        convention=Convention.PAPER, theirs=_ENGINE_LAYOUTS[0], ours=_ENGINE_LAYOUTS[1], boundary=_engine,
     ),
 )  # fmt: skip

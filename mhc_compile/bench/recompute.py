@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhc_compile.bench.contest import Contender, contest, show
+from mhc_compile.bench.contest import Contender, contest, distance, show
+from mhc_compile.bench.native import gradients
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.conversion import convert
 from mhc_compile.kernels.spec import StreamSpec
@@ -26,7 +27,7 @@ from mhc_compile.passes.cost import Plan
 from mhc_compile.passes.pipeline import WIDENING
 from mhc_compile.passes.recompute import plan_of
 
-KEPT, AGAIN = "all is kept", "computed again"
+KEPT, AGAIN = "everything kept", "recomputed"
 
 
 class Attention(nn.Module):
@@ -85,7 +86,7 @@ class StreamBytes:
     branches: int
     """Held by the branches."""
     transient: int
-    """The most that was computed again and alive at a time."""
+    """The most that was recomputed and alive at a time."""
 
     @property
     def peak(self) -> int:
@@ -152,7 +153,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     layers, width, heads, size, batch, length = (2, 64, 3, 16, 2, 32) if quick else (24, 512, 7, 64, 4, 256)
     torch.manual_seed(0)
     base = Stack(layers, width, heads, size).to(device)
-    x = torch.randn(batch, length, width, device=device)
+    x, weights = (torch.randn(batch, length, width, device=device) for _ in range(2))
     spec = StreamSpec()
     found: dict[str, tuple[StreamBytes, Plan]] = {}
     contenders = []
@@ -163,13 +164,13 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
         with torch.no_grad():
             for p in stream_parameters(model).values():
                 p.add_(0.02 * torch.randn_like(p))
-        step = _step(model, x)
-        expected = expected or [g.double() for g in step()]
+        step = gradients(model, x, weights)
+        expected = expected or [value.double() for value in step()]
         found[name] = (
             stream_bytes(model, lambda m=model: m(x), streams=spec.streams, width=width, rows=spec.rows),  # type: ignore[misc]
             plan_for(model, x, blocks),
         )
-        contenders.append(Contender(name, step, check=partial(_differ, expected), tolerance=0.0))
+        contenders.append(Contender(name, step, check=partial(distance, exact=expected), tolerance=0.0))
     shape = f"{2 * layers} sites, n={spec.streams}, C={width}, {batch} x {length} tokens, float32"
     _show_bytes(console, f"stream part, {shape}", found)
     rows = contest(console, contenders, ours=KEPT, device=device, shape=shape, rounds=2 if quick else 9)
@@ -186,24 +187,8 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     return {"groups": groups, "bytes": figures, "fraction": fraction, "overhead": again.ratio - 1, "block": plan.block}
 
 
-def _step(model: nn.Module, x: Tensor) -> Callable[[], list[Tensor]]:
-    """Forward and backward; returns the gradients."""
-
-    def step() -> list[Tensor]:
-        model.zero_grad()
-        model(x).square().mean().backward()
-        return [p.grad for p in model.parameters() if p.grad is not None]
-
-    return step
-
-
-def _differ(expected: list[Tensor], found: list[Tensor]) -> float:
-    """The largest difference of two lists of gradients."""
-    return max(float((f.double() - e).abs().max()) for f, e in zip(found, expected, strict=True))
-
-
 def _show_bytes(console: Console, title: str, found: dict[str, tuple[StreamBytes, Plan]]) -> None:
-    table = Table("", "kept", "predicted", "made again at a time", "predicted", "branches keep", title=title)
+    table = Table("", "kept", "predicted", "recomputed at a time", "predicted", "branches keep", title=title)
     for name, (b, p) in found.items():
         table.add_row(name, *(f"{v / 2**20:.2f} MiB" for v in (b.kept, p.kept, b.transient, p.transient, b.branches)))
     console.print(table)

@@ -16,7 +16,7 @@ from mhc_compile.bisect import inner, kernels
 from mhc_compile.bisect.bisection import Bisection, Checked
 from mhc_compile.bisect.places import Pair, Source, places_of, site_of
 from mhc_compile.bisect.reproducer import write_reproducer
-from mhc_compile.bisect.search import Search, Wrong, not_finite, output_of
+from mhc_compile.bisect.search import Search, Wrong, not_finite
 from mhc_compile.bisect.slices import code_of, nodes_of, slice_of
 from mhc_compile.bisect.subject import subject_of
 from mhc_compile.bisect.values import Values, run_as_it_is
@@ -107,7 +107,7 @@ def _inner(search: Search, values: Values, options: Options) -> Wrong | None:
         return None
     name = str(dtype).removeprefix("torch.")
     place = inner.judge_places(gm, inputs, options, values)
-    site, what, node, source = None, "the outputs of the graph", output_of(gm), None
+    site, what, node, source = None, "the outputs of the graph", gm.graph.output_node(), None
     agreed: list[Pair] = []
     if place is not None:
         at, source, d, limit = place

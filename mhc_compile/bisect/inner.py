@@ -51,7 +51,7 @@ def judge_places(
     graph = without_dropout(gm)
     named = {n.name: n for n in graph.graph.nodes}
     held = {p: nodes_of(graph, s)[0] for p, s in places.items() if s.node in named and nodes_of(graph, s)}
-    output = next(n for n in reversed(graph.graph.nodes) if n.op == "output")
+    output = graph.graph.output_node()
     output.args = (tuple(held.values()),)
     for (place, node), value in zip(held.items(), compiled_values(graph, inputs, options), strict=True):
         reference, plain = wanted[node.name], own[node.name]

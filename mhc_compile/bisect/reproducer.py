@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.bisect.bisection import Bisection, Finding
 from mhc_compile.bisect.search import Wrong
-from mhc_compile.bisect.slices import code_of, inputs_of, names_of, slice_of
+from mhc_compile.bisect.slices import code_of, names_of, slice_of
 from mhc_compile.bisect.values import Values
 from mhc_compile.capture import private_copy
 from mhc_compile.config import Options
@@ -109,7 +109,7 @@ def _text(found: Bisection, wrong: Wrong, attempt: _Attempt, options: Options, e
     names = ["before", "after"] if len(parts) == 2 else ["computes"]
     codes = [code_of(part, name) for part, name in zip(parts, names, strict=True)]
     imports = list(dict.fromkeys(line for _, lines in codes for line in lines))
-    owned = {n.name for part in parts for n in inputs_of(part) if is_owned(n)}
+    owned = {n.name for part in parts for n in part.graph.find_nodes(op="placeholder") if is_owned(n)}
     held = "".join(
         f"    {name!r}: {_written(v, name in owned, i, draw)},\n" for i, (name, v) in enumerate(values.items())
     )
@@ -188,11 +188,11 @@ def _is_plain(x: object) -> bool:
 
 def _values(wrong: Wrong, parts: Sequence[GraphModule]) -> Values | None:
     """What the parts read, in the dtypes of the graph."""
-    given = dict(zip((n.name for n in inputs_of(wrong.before)), wrong.inputs, strict=False))
-    mine = dict(zip((n.name for n in inputs_of(wrong.after)), wrong.inputs, strict=False))
+    given = dict(zip((n.name for n in wrong.before.graph.find_nodes(op="placeholder")), wrong.inputs, strict=False))
+    mine = dict(zip((n.name for n in wrong.after.graph.find_nodes(op="placeholder")), wrong.inputs, strict=False))
     held: Values = {}
     for part in parts:
-        for node in inputs_of(part):
+        for node in part.graph.find_nodes(op="placeholder"):
             known = [d[node.name] for d in (given, wrong.values, mine, wrong.new) if node.name in d]
             if not known:
                 return None

@@ -195,7 +195,7 @@ class Search:
         self, step: Pass, before: GraphModule, pair: Pair | None, d: Difference, allowed: float, dtype: str, added: bool
     ) -> Wrong:
         if pair is None:
-            site, what, node = None, "the outputs of the graph", output_of(self.graph)
+            site, what, node = None, "the outputs of the graph", self.graph.graph.output_node()
         else:
             site, what = site_of(pair, self.graph, self.subject.residual)
             node = nodes_of(self.graph, Source(pair.after.node))[0]
@@ -227,7 +227,9 @@ class Search:
             site, _ = site_of(pair, self.graph, self.subject.residual)
         self.checked.append(Checked(step.name, True, float("inf")))
         infinite = Difference(float("inf"), 0.0)
-        finding = self.finding(step.name, site, what, node or output_of(self.graph), infinite, 0.0, "float64", False)
+        finding = self.finding(
+            step.name, site, what, node or self.graph.graph.output_node(), infinite, 0.0, "float64", False
+        )
         return Wrong(finding, step, before, private_copy(self.graph), None, None, inputs=self.subject.own)
 
 
@@ -248,11 +250,6 @@ def dtype_of(x: Any) -> torch.dtype | None:
     """The dtype of a floating-point value; None for anything else."""
     tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
     return tensors[0].dtype if tensors and tensors[0].is_floating_point() else None
-
-
-def output_of(gm: GraphModule) -> Node:
-    """The graph's end."""
-    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 
 
 def broken_node(gm: GraphModule, error: Exception) -> Node | None:

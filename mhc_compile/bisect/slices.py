@@ -37,8 +37,7 @@ def slice_of(gm: GraphModule, target: Source | None, stops: Mapping[str, str]) -
     Its placeholders have the names that `stops` give to those nodes. None where it calls a body or reads a constant of
     the graph's own, which code alone does not hold.
     """
-    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    ends = output.all_input_nodes if target is None else nodes_of(gm, Source(target.node))
+    ends = gm.graph.output_node().all_input_nodes if target is None else nodes_of(gm, Source(target.node))
     needed: set[Node] = set()
     stack = list(ends)
     while stack:
@@ -66,11 +65,6 @@ def slice_of(gm: GraphModule, target: Source | None, stops: Mapping[str, str]) -
             out = graph.call_function(operator.getitem, (out, target.item))
     graph.output(out)
     return GraphModule(gm, graph)
-
-
-def inputs_of(gm: GraphModule) -> list[Node]:
-    """The placeholders of a graph."""
-    return [n for n in gm.graph.nodes if n.op == "placeholder"]
 
 
 def code_of(gm: GraphModule, name: str) -> tuple[list[str], list[str]]:

@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mhc_compile.conversion import convert
-from mhc_compile.demo.experiment import SECOND_PEAK, Outcome, bar, stage
+from mhc_compile.demo.experiment import Outcome, stage, train_shown
 from mhc_compile.demo.output import OutputFolder
 from mhc_compile.demo.settings import Settings
-from mhc_compile.demo.text import Corpus, held_out_batches, training_batches
-from mhc_compile.demo.training import Contender, contender, renewed, train
+from mhc_compile.demo.text import Corpus, held_out_batches
+from mhc_compile.demo.training import Contender, contender, renewed
 from mhc_compile.gates import gate_values
 from mhc_compile.loading import from_pretrained
 from mhc_compile.memory.tables import MemoryTable
@@ -99,7 +99,9 @@ def run_memory(settings: Settings, out: OutputFolder, console: Console, outcome:
         with stage(console, "Adding a memory: held-out loss without and with it"):
             before = plain.held_out(held), memory.held_out(held)
         console.print(f"  {statistics.fmean(before[0]):.6f} without, {statistics.fmean(before[1]):.6f} with a memory")
-        _train(console, [plain, memory], corpus, replace(settings, seed=seed, steps=settings.memory_steps))
+        text = f"Training without and with it, seed {seed}"
+        shorter = replace(settings, seed=seed, steps=settings.memory_steps)
+        train_shown(console, text, [plain, memory], corpus, shorter, phase=1)
         found.append(Repetition(seed, before, (plain.held_out(held), memory.held_out(held))))
     assert memory is not None
     with stage(console, "What opens the gates"):
@@ -121,18 +123,6 @@ def _with_memory(residual: Path, corpus: Corpus, settings: Settings, seed: int) 
     torch.manual_seed(seed)
     memory = {"engram": settings.memory, "tokenizer": corpus.tokenizer}
     return convert(model, streams=settings.streams, inner="eager", **memory).train()
-
-
-def _train(console: Console, contenders: list[Contender], corpus: Corpus, settings: Settings) -> None:
-    batches = training_batches(corpus, settings, stream=1)
-    with bar(console) as progress:
-        text = f"Training without and with it, seed {settings.seed}"
-        task = progress.add_task(text, total=len(batches), loss="")
-
-        def tick() -> None:
-            progress.update(task, advance=1, loss="loss " + " | ".join(f"{c.losses[-1]:.3f}" for c in contenders))
-
-        train(contenders, batches, settings.learning_rate * SECOND_PEAK, tick)
 
 
 def opened(model: nn.Module, corpus: Corpus, windows: Tensor) -> dict[str, list[Opened]]:

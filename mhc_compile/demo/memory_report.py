@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mhc_compile.demo.memory import MemoryOutcome, Opened
-from mhc_compile.demo.training import Contender, spread
+from mhc_compile.demo.training import paired, spread
 
 LISTED = 12
 """N-grams a layer that are printed, of those whose gates open most."""
@@ -37,7 +37,7 @@ def numbers(outcome: MemoryOutcome) -> dict[str, Any]:
         ],
         "difference": _mean_and_spread(outcome),
         "seconds_per_step": {name: asdict(spread(c.timed)) for name, c in by_name.items()},
-        "seconds_ratio": asdict(spread(_ratios(outcome.plain, outcome.memory))),
+        "seconds_ratio": asdict(paired(outcome.plain, outcome.memory)),
         "parameters": {"dense": outcome.dense, "rows": outcome.rows},
         "gates": {layer: [asdict(o) for o in _ends(found)] for layer, found in outcome.gates.items()},
         "mapped": {
@@ -55,11 +55,6 @@ def _mean_and_spread(outcome: MemoryOutcome) -> dict[str, float | None]:
         "low": min(found),
         "high": max(found),
     }
-
-
-def _ratios(plain: Contender, memory: Contender) -> list[float]:
-    """Of paired steps: the two that took the same batch one after the other."""
-    return [b / a for a, b in zip(plain.timed, memory.timed, strict=True)]
 
 
 def show(outcome: MemoryOutcome, console: Console) -> None:

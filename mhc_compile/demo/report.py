@@ -10,7 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from mhc_compile.demo.experiment import Outcome
-from mhc_compile.demo.training import Contender, Spread, difference, spread
+from mhc_compile.demo.training import Contender, difference, paired, spread
+from mhc_compile.demo.trials import smooth
 from mhc_compile.measure import CompositeGain, StreamMeasures
 
 _SMOOTHED_OVER = 15
@@ -32,7 +33,7 @@ def numbers(outcome: Outcome) -> dict[str, Any]:
             "standard_error": error,
         },
         "seconds_per_step": {name: asdict(spread(c.timed)) for name, c in pair.items()},
-        "seconds_ratio": asdict(_ratio(residual, streams)),
+        "seconds_ratio": asdict(paired(residual, streams)),
         "seconds_to_compile": dict(zip(pair, outcome.compile_seconds, strict=True)),
         "parameters": {name: _size(c) for name, c in pair.items()},
         "at_conversion": _measured(outcome.measures_before),
@@ -47,11 +48,6 @@ def _measured(found: StreamMeasures) -> dict[str, Any]:
 
 def _size(one: Contender) -> int:
     return sum(p.numel() for p in one.model.parameters())
-
-
-def _ratio(residual: Contender, streams: Contender) -> Spread:
-    """Of paired steps: the two that took the same batch one after the other."""
-    return spread([b / a for a, b in zip(residual.timed, streams.timed, strict=True)])
 
 
 def table(outcome: Outcome) -> Table:
@@ -75,7 +71,7 @@ def table(outcome: Outcome) -> Table:
     delta, error = held["difference_at_end"], held["standard_error"]
     out.add_row("  difference, standard error", "", f"{delta:+.4f} ± {error:.4f}", end_section=True)
     out.add_row("time per step (quartiles)", _milliseconds(residual.timed), _milliseconds(streams.timed))
-    ratio = _ratio(residual, streams)
+    ratio = paired(residual, streams)
     out.add_row("  ratio of paired steps", "1", f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})")
     seconds = outcome.compile_seconds
     out.add_row("tracing and compiling", f"{seconds[0]:.0f} s", f"{seconds[1]:.0f} s", end_section=True)
@@ -104,10 +100,14 @@ def draw(outcome: Outcome, path: Path) -> None:
     residual, streams = outcome.residual, outcome.streams
     later = range(steps, 2 * steps)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, paired, depth = figure.subplots(1, 3)
-    loss.plot(range(steps), _smooth(outcome.first), color="0.45", label="residual, before the conversion")
-    loss.plot(later, _smooth(residual.losses), color="C0", label=residual.name)
-    loss.plot(later, _smooth(streams.losses), color="C3", linestyle="--", label=streams.name)
+    loss, deltas_axis, depth = figure.subplots(1, 3)
+
+    def smoothed(losses: list[float]) -> list[float]:
+        return smooth([losses], _SMOOTHED_OVER)
+
+    loss.plot(range(steps), smoothed(outcome.first), color="0.45", label="residual, before the conversion")
+    loss.plot(later, smoothed(residual.losses), color="C0", label=residual.name)
+    loss.plot(later, smoothed(streams.losses), color="C3", linestyle="--", label=streams.name)
     for x, pair in ((steps, outcome.before), (2 * steps, outcome.after)):
         for losses, color, marker in zip(pair, ("C0", "C3"), ("o", "x"), strict=True):
             loss.plot(x, statistics.fmean(losses), color=color, marker=marker, linestyle="none")
@@ -115,19 +115,14 @@ def draw(outcome: Outcome, path: Path) -> None:
     loss.set(title="Training loss (held-out: markers)", xlabel="step", ylabel="loss in nats a token")
     loss.legend()
     deltas = [b - a for a, b in zip(residual.losses, streams.losses, strict=True)]
-    paired.plot(later, deltas, color="0.8", linewidth=1)
-    paired.plot(later, _smooth(deltas), color="C3")
-    paired.axhline(0, color="0.5", linewidth=1)
-    paired.set(title="Loss of mHC minus residual, same batch", xlabel="step")
+    deltas_axis.plot(later, deltas, color="0.8", linewidth=1)
+    deltas_axis.plot(later, smoothed(deltas), color="C3")
+    deltas_axis.axhline(0, color="0.5", linewidth=1)
+    deltas_axis.set(title="Loss of mHC minus residual, same batch", xlabel="step")
     found = outcome.measures_after
     depth.plot(range(1, len(found.sites) + 1), found.separation, color="C3", marker="o")
     depth.set(title="Separation of the streams after each site", xlabel="site", ylim=(0, None))
     figure.savefig(path, dpi=120)
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """The mean over the last few steps."""
-    return [statistics.fmean(values[max(0, i + 1 - _SMOOTHED_OVER) : i + 1]) for i in range(len(values))]
 
 
 def reading(outcome: Outcome) -> str:

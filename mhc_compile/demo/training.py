@@ -127,6 +127,11 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
+def paired(first: Contender, second: Contender) -> Spread:
+    """The ratio of the durations of two contenders' steps on the same batch, taken one after the other."""
+    return spread([b / a for a, b in zip(first.timed, second.timed, strict=True)])
+
+
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """The mean of `second - first` over paired batches, and its standard error."""
     deltas = [b - a for a, b in zip(first, second, strict=True)]

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -35,13 +35,6 @@ class Claim:
 
 
 CLAIMS_HEAD = ("finding", "published", "here", "counts as reproduced if", "reproduces")
-
-
-class Figure(Protocol):
-    """A matplotlib figure."""
-
-    def savefig(self, path: Path, **options: Any) -> None:
-        """Write it to `path`."""
 
 
 def arguments(description: str, folder: str) -> argparse.Namespace:
@@ -94,8 +87,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", f"|{line}|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def write(folder: Path, name: str, text: str, numbers: dict[str, Any], figure: Figure) -> None:
-    """`name`.md, `name`.json and `name`.png in `folder`, each replaced as a whole.
+def write(folder: Path, name: str, text: str, numbers: dict[str, Any], figure: Any) -> None:
+    """Write `name`.md, `name`.json and `name`.png (a matplotlib figure) to `folder`, each replaced as a whole.
 
     `numbers` get the processor time of this process and of those that it has ended, in seconds.
     """

@@ -10,11 +10,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mhc_compile.bisect.subject import NOISE
-from mhc_compile.configured import weighted
 from mhc_compile.conversion import convert
 from mhc_compile.conversion.example_inputs import seeded_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.measure import evaluating
 from mhc_compile.parameters import owners, stream_parameters
-from mhc_compile.report.inspection import Inspection
 
 SAMPLES = 64
 """Values of an output that are kept, at equal distances."""
@@ -59,11 +55,6 @@ def outputs_of(model: nn.Module, seed: int, **options: Any) -> dict[str, Any]:
             p.add_((NOISE * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype))
     runs["moved"] = _run(model, inputs)
     return {"seed": seed, "weights": weights, "runs": runs}
-
-
-def with_outputs(found: Inspection, path: Path, **options: Any) -> str:
-    """A report's data as JSON, with what the model of `path` computes. Raises `MHCError` as `weighted` does."""
-    return json.dumps({**found.data(), "outputs": outputs_of(weighted(path)[0], 0, **options)}, ensure_ascii=False)
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

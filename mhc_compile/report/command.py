@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,11 +11,10 @@ from rich.console import Console
 
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.checkpoint.manifest import NAME
-from mhc_compile.configured import configured
+from mhc_compile.configured import configured, weighted
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.diff.outputs import with_outputs
+from mhc_compile.diff.outputs import outputs_of
 from mhc_compile.exporting.mlir import Dialect
-from mhc_compile.kernels.kernelspec import DIRECTIONS
 from mhc_compile.report.examine import inspect
 from mhc_compile.report.mlir import mlir_of
 
@@ -81,21 +80,22 @@ def run(args: argparse.Namespace) -> int:
         options["recompute"] = int(args.recompute) if args.recompute.isdigit() else args.recompute
     if args.passes is not None:
         options["pipeline"] = args.passes
-    found = inspect(model, layer=args.layer, stages=args.stages, **options)
+    report = inspect(model, layer=args.layer, stages=args.stages, **options)
     console = Console()
     # Source lines are long: in a pipe or a file they are not broken at 80 characters.
-    console.print(found) if console.is_terminal else print(found)
+    console.print(report) if console.is_terminal else print(report)
     if args.kernels:
-        for kernel in found.kernels:
-            for direction in DIRECTIONS:
-                if (source := kernel.source(direction)) is not None:
-                    print(f"\n===== {kernel.spec.name}, {direction} =====\n{source.text}")
-    as_json = partial(with_outputs, found, args.model, **options) if args.outputs else found.json
-    for file, text in ((args.html, found.html), (args.json, as_json)):
+        for kernel in report.kernels:
+            for direction, source in (("forward", kernel.forward), ("backward", kernel.backward)):
+                if source is not None:
+                    print(f"\n===== {kernel.name}, {direction} =====\n{source}")
+    if args.outputs:
+        report = replace(report, outputs=outputs_of(weighted(args.model)[0], 0, **options))
+    for file, text in ((args.html, report.html), (args.json, report.json)):
         if file is not None:
             write_whole(file, text())
             print(f"\nwritten to {file}")
-    return 1 if found.refusal else 0
+    return 1 if report.refusal else 0
 
 
 def _stream_options(args: argparse.Namespace, *, converted: bool) -> dict[str, Any]:

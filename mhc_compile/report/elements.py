@@ -4,58 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
 from torch.fx import Node
 
 from mhc_compile.passes.base import module_path, op_name
 from mhc_compile.passes.dataflow import MATMULS
-from mhc_compile.passes.results import ResidualStream
+from mhc_compile.report.report import Element
 
-Kind = Literal["outside", "stream", "layer", "site", "branch", "memory", "exit"]
 MAX_SITES = 6
 """Sites that one layer may have; where modules with more are nested, the inner ones are the layers."""
 
 
-@dataclass
-class Element:
-    """One part of the drawing."""
-
-    kind: Kind
-    name: str
-    module: str = ""
-    """Path of the module that it stands for."""
-    children: list[int] = field(default_factory=list)
-    topology: str | None = None
-    spec: str | None = None
-    """Of a converted stream, its `StreamSpec` as text."""
-    calls: int = 1
-    """How often one forward goes through it."""
-    at: Node | None = None
-    """The node whose shape and source line are shown."""
-
-
-@dataclass
-class Found:
-    """A residual stream with what is only there to see behind the pass that finds it."""
-
-    stream: ResidualStream
-    topologies: list[str]
-    """The class of every site."""
-    branches: list[list[Node]]
-    """The nodes of every site's branches."""
-
-
 class Drawing:
-    """Elements by number, and of which nodes it is known to which they belong."""
+    """The numbered elements, and which element each node belongs to."""
 
     def __init__(self) -> None:
         self.elements: list[Element] = []
         self.roots: list[int] = []
         self.parent: dict[int, int] = {}
         self.of: dict[Node, int] = {}
+        self.at: dict[int, Node] = {}
+        """The node whose shape and source line are shown for an element."""
         self.entries: dict[Node, int] = {}
         """Streams by what is expanded into them."""
         self.exits: dict[Node, int] = {}
@@ -86,18 +56,23 @@ class Drawing:
         return [e.module for e in self.elements if e.kind == "stream"]
 
     def add_stream(
-        self, owner: str, spec: str | None, sites: Sequence[tuple[str, str, str | None]], calls: int = 1
+        self,
+        owner: str,
+        spec: str | None,
+        sites: Sequence[tuple[str, str, str | None, str | None]],
+        calls: int = 1,
     ) -> list[int]:
-        """A stream with its sites (name, path of the module, topology), their branches, and its exit.
+        """Add a stream with its sites (name, module path, topology, specification), their branches, and its exit.
 
         Returns the numbers of the stream, of its sites in order, and of its exit.
         """
         whole = owner or "the model itself"
         stream = self.add(Element("stream", whole, owner, spec=spec, calls=calls))
         numbers = [stream]
-        for (name, module, topology), layer in zip(sites, layers_of(owner, [m for _, m, _ in sites]), strict=True):
+        layers = layers_of(owner, [module for _, module, *_ in sites])
+        for (name, module, topology, own_spec), layer in zip(sites, layers, strict=True):
             around = stream if layer is None else self._layer(layer, stream, calls)
-            site = self.add(Element("site", name, module, topology=topology, spec=spec, calls=calls), around)
+            site = self.add(Element("site", name, module, topology=topology, spec=own_spec, calls=calls), around)
             self.add(Element("branch", name, module, calls=calls), site)
             numbers.append(site)
         numbers.append(self.add(Element("exit", f"exit of {whole}", owner, calls=calls)))

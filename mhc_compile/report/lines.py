@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.base import op_name, source_line, value
 from mhc_compile.passes.ownership import INPUT, OWNED, is_owned
+from mhc_compile.report.report import Source
 
 Labels = Mapping[Node, str]
 """Names of placeholders that have none of their own."""
@@ -27,16 +28,6 @@ class Line(NamedTuple):
     text: str
     form: str
     """What it gives: `float32[2, 16, 64]`, or nothing where that is no tensor."""
-
-
-class Source(NamedTuple):
-    """A line of the user's code."""
-
-    file: str
-    """Relative to where packages are installed, or to the working directory."""
-    line: int
-    function: str
-    text: str
 
 
 class Snapshots:
@@ -119,7 +110,7 @@ class Sources:
     """The distinct source lines of some nodes, numbered as they are met."""
 
     def __init__(self) -> None:
-        self.found: dict[Source, int] = {}
+        self.numbers: dict[Source, int] = {}
         self._known: dict[str, int | None] = {}
         """By a node's recorded stack, which many nodes share."""
 
@@ -135,7 +126,7 @@ class Sources:
         if match is None:
             return None
         source = Source(short_path(match[1]), int(match[2]), match[3], match[4] or "")
-        return self.found.setdefault(source, len(self.found))
+        return self.numbers.setdefault(source, len(self.numbers))
 
 
 def short_path(text: str) -> str:

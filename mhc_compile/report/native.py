@@ -20,25 +20,26 @@ def draw_native(graph: Graph) -> Drawing:
     for run in by_stream(stream_sites(graph)):
         paths = [site.name.rpartition("#")[0] for site in run]
         owner = _common(paths)
-        specs = {str(a) for site in run for a in site.coefficients.args if isinstance(a, str)}
-        sites = [(site.name, path, None) for site, path in zip(run, paths, strict=True)]
-        stream, *each, leaves = drawing.add_stream(owner, "; ".join(sorted(specs)), sites)
+        specs = [next(str(a) for a in site.coefficients.args if isinstance(a, str)) for site in run]
+        sites = [(site.name, path, None, spec) for site, path, spec in zip(run, paths, specs, strict=True)]
+        stream, *each, leaves = drawing.add_stream(owner, "; ".join(sorted(set(specs))), sites)
         start = run[0].state
-        drawing.elements[stream].at = start
+        drawing.at[stream] = start
         if start.target is DIALECT.expand.default:
             drawing.give([start], stream)
         for site, number in zip(run, each, strict=True):
-            drawing.elements[number].at = site.distribute or site.coefficients
+            drawing.at[number] = site.distribute or site.coefficients
             drawing.give([*site.stream, *([site.distribute] if site.distribute is not None else [])], number)
         end = run[-1].distribute
-        drawing.elements[leaves].at = end
-        drawing.give([u for u in (end.users if end else ()) if u.target is DIALECT.reduce.default], leaves)
+        if end is not None:
+            drawing.at[leaves] = end
+            drawing.give([u for u in end.users if u.target is DIALECT.reduce.default], leaves)
         for site, number in zip(run, each, strict=True):
             branch = drawing.branch(number)
             if site.distribute is not None:
                 y = site.distribute.args[1]
                 assert isinstance(y, Node)
-                drawing.elements[branch].at = y
+                drawing.at[branch] = y
                 drawing.give(_upstream(y, inside, drawing), branch)
     drawing.name_branches()
     return drawing

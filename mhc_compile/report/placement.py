@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from mhc_compile.passes.base import kernels_of, module_path
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.report.elements import Drawing, Element
+from mhc_compile.report.elements import Drawing
 from mhc_compile.report.lines import input_name
+from mhc_compile.report.report import Element
 
 INPUTS, OUTPUT = "(inputs)", "(output)"
 """Names of what stands at both ends, which no module can have."""
