@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.table import Table
 from rich.text import Text
 
-from mhc_compile.rich_text import Printed
+from mhc_compile.rich_text import Printed, new_table
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,8 @@ class Bisection(Printed):
 
 def _render(found: Bisection) -> Iterator[RenderableType]:
     yield Text.assemble((found.model, "bold"), ": every step against the one before")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("step")
-    table.add_column("difference in float64", justify="right")
-    table.add_column("rounding, of what it may be", justify="right")
+    numbers = ("difference in float64", "rounding, of what it may be")
+    table = new_table("step", *numbers, numbers=numbers)
     for c in found.checked:
         if not c.changed:
             table.add_row(Text(c.name), Text("same graph", style="dim"), "")

@@ -7,10 +7,10 @@ import os
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,14 +34,12 @@ LARGEST = 1 << 26
 """Bytes of inputs beyond which none are written down where random ones do not show the error."""
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """One way to show the error."""
+class _Attempt(NamedTuple):
+    """One way to show the error: the file applies `step`, or without one contains the graph `after` it."""
 
     before: GraphModule
     after: GraphModule
     step: Pass | None
-    """Applied again by the file; None: what it made is shown as recorded."""
 
 
 def write_reproducer(path: Path, found: Bisection, wrong: Wrong, options: Options) -> str | None:

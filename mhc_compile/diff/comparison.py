@@ -13,9 +13,8 @@ from rich.text import Text
 from mhc_compile.diff.form import Form
 from mhc_compile.diff.outputs import Numerics, compare_outputs
 from mhc_compile.report.fold import fold
-from mhc_compile.report.render import new_table
 from mhc_compile.report.report import Element
-from mhc_compile.rich_text import Printed
+from mhc_compile.rich_text import Printed, new_table
 
 SAME = 1e-5
 """Outputs that differ by no more of their scale are the same: float32 rounds so, and so do conventions' eps."""

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from mhc_compile.checkpoint.manifest import NAME
-from mhc_compile.config import STREAM_FIELDS, parse_options
-from mhc_compile.configured import configured, weighted
+from mhc_compile.config import parse_options
+from mhc_compile.configured import configured, refuse_stream_options, weighted
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff.outputs import outputs_of
 from mhc_compile.report import Report, inspect
@@ -63,8 +62,8 @@ def read_form(source: str | os.PathLike[str], options: Sequence[str] = (), *, se
         return Form(label, report, f"{path} has no outputs (inspect --json FILE --outputs)")
     # Without weights nothing is computed, and none are read.
     model, converted = configured(path) if not run else weighted(path, seed=seed)[:2]
-    if converted and (settled := sorted(STREAM_FIELDS & set(parsed))):
-        raise MHCError("MHC304", f"{settled[0]}; {path / NAME} says how the folder was converted")
+    if converted:
+        refuse_stream_options(path, parsed)
     return form_of(model, label, seed=seed, run=run, **parsed)
 
 

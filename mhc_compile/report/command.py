@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.checkpoint.manifest import NAME
-from mhc_compile.configured import configured, weighted
+from mhc_compile.configured import configured, refuse_stream_options, weighted
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff.outputs import outputs_of
 from mhc_compile.exporting.mlir import Dialect
@@ -81,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.passes is not None:
         options["pipeline"] = args.passes
     report = inspect(model, layer=args.layer, stages=args.stages, **options)
-    console = Console()
-    # Source lines are long: in a pipe or a file they are not broken at 80 characters.
-    console.print(report) if console.is_terminal else print(report)
+    report.show()
     if args.kernels:
         for kernel in report.kernels:
             for direction, source in (("forward", kernel.forward), ("backward", kernel.backward)):
@@ -101,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
 def _stream_options(args: argparse.Namespace, *, converted: bool) -> dict[str, Any]:
     """What an unconverted model is converted with. Raises MHC304 for a converted one."""
     options: dict[str, Any] = {} if args.streams is None else {"streams": args.streams}
-    if converted and options:
-        raise MHCError("MHC304", f"--streams {args.streams}; {args.model / NAME} says how the folder was converted")
+    if converted:
+        refuse_stream_options(args.model, options)
     return options
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from mhc_compile.report.fold import fold
+from mhc_compile.rich_text import new_table
 
 if TYPE_CHECKING:
     from mhc_compile.report.report import Diagnostic, Element, LayerReport, PassReport, Reach, Report, Source
@@ -163,15 +163,6 @@ def _reach(reach: Reach) -> Iterator[RenderableType]:
         yield Text("adds that are no sites:", style="bold")
         for where, why in reach.dismissed:
             yield Text(f"  {where}\n    {why}")
-
-
-def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    """Return an empty table; columns that begin with one of `numbers` are right-aligned."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in columns:
-        right = bool(numbers) and name.startswith(numbers)
-        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
-    return table
 
 
 def _brief(source: Source) -> str:
