@@ -93,10 +93,10 @@ def contenders_of(
 ) -> list[Contender]:
     """Return ways to compute the boundary, forward or forward and backward; copying its bytes is among them."""
     rng = torch.Generator().manual_seed(1)
-    names, wanted = chain.inputs(), chain.outputs()[:4]
+    names, output_names = chain.inputs(), chain.outputs()[:4]
     gradients = [
         torch.randn(chain.shape(name, (tokens,)), generator=rng).to(inputs[0].device, chain.dtype(name))
-        for name in wanted
+        for name in output_names
     ]
     exact = _exactly(chain, inputs, gradients, backward=backward)
     leaves = [v.clone().requires_grad_(backward) for v in inputs]
@@ -110,29 +110,31 @@ def contenders_of(
                     return boundary(*leaves)
             return torch.autograd.grad(boundary(*leaves), leaves, gradients)
 
-        return Contender(name, work, moved, lambda found: distance(found, exact), tolerance)
+        return Contender(name, work, moved, lambda results: distance(results, exact), tolerance)
 
     def other(package: Package, api: SimpleNamespace) -> Contender:
-        given, wanted_gradients = (dict(zip(*pair, strict=True)) for pair in ((names, inputs), (wanted, gradients)))
-        work = Work(package, api, given, wanted_gradients, backward=backward)
+        values, wanted_gradients = (
+            dict(zip(*pair, strict=True)) for pair in ((names, inputs), (output_names, gradients))
+        )
+        work = Work(package, api, values, wanted_gradients, backward=backward)
         its_own = replace(chain, stream=replace(chain.stream, convention=package.convention))
         seen = work.inputs()
         exact = _exactly(its_own, [seen[name] for name in names], gradients, backward=backward)
-        read = names if backward else wanted
+        read = names if backward else output_names
         return Contender(
-            package.name, work.run, moved, lambda found: distance(work.read(found, read), exact), tolerance,
+            package.name, work.run, moved, lambda results: distance(work.read(results, read), exact), tolerance,
             optional=True, prepare=work.prepare,
         )  # fmt: skip
 
-    found = [
+    results = [
         contender(OURS, ours(chain)),
         contender("Inductor", torch.compile(plain(chain))),
         contender("eager", plain(chain)),
     ]
-    found.append(Contender("copy", _copy(inputs[0], moved), moved))
+    results.append(Contender("copy", _copy(inputs[0], moved), moved))
     if importlib.util.find_spec("hyper_connections"):
-        found.append(_hyper_connections(chain, inputs[0], backward=backward))
-    return found + [other(package, api) for package, api in packages]
+        results.append(_hyper_connections(chain, inputs[0], backward=backward))
+    return results + [other(package, api) for package, api in packages]
 
 
 def _copy(like: Tensor, moved: int) -> Callable[[], Tensor]:

@@ -58,8 +58,8 @@ def hash_contest(
     exact = hashing.rows(ids, reach, None, spec)
     text = str(spec)
 
-    def check(found: Tensor) -> float:
-        return 0.0 if torch.equal(found, exact) else float("inf")
+    def check(hashes: Tensor) -> float:
+        return 0.0 if torch.equal(hashes, exact) else float("inf")
 
     moved = ids.nbytes + reach.nbytes + exact.nbytes
     contenders = [

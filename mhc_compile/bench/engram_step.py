@@ -85,9 +85,9 @@ def contenders(folder: Path, batches: Sequence[Tensor], inner: str) -> dict[str,
 
     def loaded(*, trained: bool = False, **where: Any) -> nn.Module:
         model = from_pretrained(folder, inner="eager", local_files_only=True, **where).train()
-        for held in owners(model).values():
-            for layer in held.memory_layers:
-                held.table(layer).trainable = trained
+        for parameters in owners(model).values():
+            for layer in parameters.memory_layers:
+                parameters.table(layer).trainable = trained
         return model
 
     given = loaded()
@@ -133,25 +133,25 @@ def relative(given: Steps, other: Steps) -> Spread:
 @torch.no_grad()
 def scatter(model: nn.Module) -> None:
     """Random values for what a memory starts with at zero, and wider rows: the loss depends on every row."""
-    for held in owners(model).values():
-        for name, p in held.in_graph().items():
+    for parameters in owners(model).values():
+        for name, p in parameters.in_graph().items():
             if name.endswith((".value", ".conv")):
                 p.normal_(std=0.2)
-        for layer in held.memory_layers:
-            held.table(layer).start(0, 1.0)
+        for layer in parameters.memory_layers:
+            parameters.table(layer).start(0, 1.0)
 
 
 def looked_up(model: nn.Module, ids: Tensor) -> list[Tensor]:
     """The values of the rows of `ids` [B, S] by layer, [B, S, d_mem], looked up outside of any graph."""
-    found = []
-    for held in owners(model).values():
-        assert held.memory is not None
-        small = held.get_submodule("engram").compression[ids] if held.memory.compressed else ids  # type: ignore[index]
+    values = []
+    for parameters in owners(model).values():
+        assert parameters.memory is not None
+        small = parameters.get_submodule("engram").compression[ids] if parameters.memory.compressed else ids  # type: ignore[index]
         reach = torch.ops.engram.reach(ids, None, None, None, -1)
-        for m in held.memory.layers:
+        for m in parameters.memory.layers:
             rows = torch.ops.engram.rows(small, reach, None, str(m.hash))
-            found.append(held.table(m.layer)(rows).detach())
-    return found
+            values.append(parameters.table(m.layer)(rows).detach())
+    return values
 
 
 @dataclass(frozen=True)

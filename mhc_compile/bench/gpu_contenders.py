@@ -58,14 +58,14 @@ def select(
     device: torch.device, packages: Sequence[Package] | None = None
 ) -> tuple[list[tuple[Package, SimpleNamespace]], list[str]]:
     """The packages that can run on `device` with their functions, and a line for each of the others."""
-    found, left_out = [], []
+    able, left_out = [], []
     for package in PACKAGES if packages is None else packages:
         api, why = _functions(package, device)
         if why:
             left_out.append(f"{package.name}: {why}")
         else:
-            found.append((package, api))
-    return found, left_out
+            able.append((package, api))
+    return able, left_out
 
 
 def _functions(package: Package, device: torch.device) -> tuple[SimpleNamespace, str]:
@@ -124,14 +124,14 @@ class Work:
         out = self._package.boundary(self._api, self._inputs)
         if self._consumed is not None:
             setattr(out["next_X"].untyped_storage(), self._package.gradient_attribute, self._gradients["next_X"])
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             list(out.values()), list(self._inputs.values()), [self._gradients[name] for name in out]
         )
-        return dict(zip(self._inputs, found, strict=True))
+        return dict(zip(self._inputs, gradients, strict=True))
 
-    def read(self, found: Values, names: Sequence[str]) -> list[Tensor]:
+    def read(self, results: Values, names: Sequence[str]) -> list[Tensor]:
         """What `run` returned, by `names` and in our layouts."""
-        ours = self._package.ours(found)
+        ours = self._package.ours(results)
         return [ours[name] for name in names]
 
 
@@ -153,19 +153,19 @@ def _layouts(changes: Mapping[str, tuple[Change, Change]]) -> tuple[Layout, Layo
 
 
 def _to_liger(values: Values) -> Values:
-    found = dict(values)
+    changed = dict(values)
     if "phi" in values:
-        found["phi"] = values["phi"].t().to(values["X"].dtype).contiguous()
-        found |= {f"alpha_{k}": a.clone() for k, a in enumerate(found.pop("alpha"))}
-    return found
+        changed["phi"] = values["phi"].t().to(values["X"].dtype).contiguous()
+        changed |= {f"alpha_{k}": a.clone() for k, a in enumerate(changed.pop("alpha"))}
+    return changed
 
 
 def _from_liger(values: Values) -> Values:
-    found = dict(values)
+    changed = dict(values)
     if "phi" in values:
-        found["phi"] = values["phi"].t()
-        found["alpha"] = torch.stack([found.pop(f"alpha_{k}") for k in range(3)])
-    return found
+        changed["phi"] = values["phi"].t()
+        changed["alpha"] = torch.stack([changed.pop(f"alpha_{k}") for k in range(3)])
+    return changed
 
 
 def _liger(api: SimpleNamespace, v: Values) -> Values:

@@ -57,7 +57,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
 
     def contender(name: str, compile_: Callable[[nn.Module], Any]) -> Contender:
         work = gradients(compile_(copy.deepcopy(model)), x, weights)
-        return Contender(name, work, None, lambda found: distance(found, exact), 1e-3)
+        return Contender(name, work, None, lambda results: distance(results, exact), 1e-3)
 
     contenders = [
         contender(OURS, lambda m: torch.compile(m, backend="mhc")),

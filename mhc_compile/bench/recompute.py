@@ -101,14 +101,14 @@ def stream_bytes(model: nn.Module, run: Callable[[], Tensor], *, streams: int, w
     packs is counted, by storage, parameters left out; what kernels of streams give during the backward pass, while it
     is alive.
     """
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     of_streams: dict[int, int] = {}
     of_branches: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         ours = t.shape[-1:] in ((width,), (streams,), (rows + 1,)) and t.ndim > 1
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameters:
             (of_streams if ours else of_branches)[storage.data_ptr()] = t.nbytes
         return t
 
@@ -155,7 +155,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     base = Stack(layers, width, heads, size).to(device)
     x, weights = (torch.randn(batch, length, width, device=device) for _ in range(2))
     spec = StreamSpec()
-    found: dict[str, tuple[StreamBytes, Plan]] = {}
+    by_name: dict[str, tuple[StreamBytes, Plan]] = {}
     contenders = []
     expected: list[Tensor] = []
     for name, blocks in ((KEPT, "off"), (AGAIN, "auto")):
@@ -166,29 +166,29 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
                 p.add_(0.02 * torch.randn_like(p))
         step = gradients(model, x, weights)
         expected = expected or [value.double() for value in step()]
-        found[name] = (
+        by_name[name] = (
             stream_bytes(model, lambda m=model: m(x), streams=spec.streams, width=width, rows=spec.rows),  # type: ignore[misc]
             plan_for(model, x, blocks),
         )
         contenders.append(Contender(name, step, check=partial(distance, exact=expected), tolerance=0.0))
     shape = f"{2 * layers} sites, n={spec.streams}, C={width}, {batch} x {length} tokens, float32"
-    _show_bytes(console, f"stream part, {shape}", found)
+    _show_bytes(console, f"stream part, {shape}", by_name)
     rows = contest(console, contenders, ours=KEPT, device=device, shape=shape, rounds=2 if quick else 9)
     title = f"forward and backward, {shape}"
     groups = {title: show(console, title, rows)}
     again = next(r for r in rows if r.name == AGAIN)
-    measured, plan = found[AGAIN]
-    fraction = measured.peak / found[KEPT][0].kept
+    measured, plan = by_name[AGAIN]
+    fraction = measured.peak / by_name[KEPT][0].kept
     console.print(
         f"in {len(plan.blocks)} blocks of up to {plan.block} sites the stream part holds {fraction:.1%} of what it "
         f"holds without, at {again.ratio - 1:+.1%} of time; gradients are equal bit by bit"
     )
-    figures = {name: asdict(b) | {"predicted": p.kept, "predicted_peak": p.peak} for name, (b, p) in found.items()}
+    figures = {name: asdict(b) | {"predicted": p.kept, "predicted_peak": p.peak} for name, (b, p) in by_name.items()}
     return {"groups": groups, "bytes": figures, "fraction": fraction, "overhead": again.ratio - 1, "block": plan.block}
 
 
-def _show_bytes(console: Console, title: str, found: dict[str, tuple[StreamBytes, Plan]]) -> None:
+def _show_bytes(console: Console, title: str, measured: dict[str, tuple[StreamBytes, Plan]]) -> None:
     table = Table("", "kept", "predicted", "recomputed at a time", "predicted", "branches keep", title=title)
-    for name, (b, p) in found.items():
+    for name, (b, p) in measured.items():
         table.add_row(name, *(f"{v / 2**20:.2f} MiB" for v in (b.kept, p.kept, b.transient, p.transient, b.branches)))
     console.print(table)

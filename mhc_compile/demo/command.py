@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         shown = memory_report.text(memory)
         (out / "memory.txt").write_text(shown, encoding="utf-8")
         seconds = time.perf_counter() - begin
-        held = {**numbers(outcome), "memory": memory_report.numbers(memory)}
-        results = {"state": "finished", "seconds": seconds, **held}
+        figures = {**numbers(outcome), "memory": memory_report.numbers(memory)}
+        results = {"state": "finished", "seconds": seconds, **figures}
     except DemoError as error:
         return _refused(str(error))
     finally:

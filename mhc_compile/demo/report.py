@@ -42,8 +42,11 @@ def numbers(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _measured(found: StreamMeasures) -> dict[str, Any]:
-    return {"separation": dict(zip(found.sites, found.separation, strict=True)), "composite_gain": asdict(found.gain)}
+def _measured(measures: StreamMeasures) -> dict[str, Any]:
+    return {
+        "separation": dict(zip(measures.sites, measures.separation, strict=True)),
+        "composite_gain": asdict(measures.gain),
+    }
 
 
 def _size(one: Contender) -> int:
@@ -52,8 +55,8 @@ def _size(one: Contender) -> int:
 
 def table(outcome: Outcome) -> Table:
     """The two contenders side by side."""
-    found = numbers(outcome)
-    residual, streams, held = outcome.residual, outcome.streams, found["held_out"]
+    figures = numbers(outcome)
+    residual, streams, held_out = outcome.residual, outcome.streams, figures["held_out"]
     out = Table(title="The same weights, the same batches: residual against mHC", title_justify="left")
     out.add_column("")
     out.add_column(residual.name, justify="right")
@@ -63,12 +66,12 @@ def table(outcome: Outcome) -> Table:
     out.add_row("threads", str(threads), str(threads))
     sizes = _size(residual), _size(streams)
     out.add_row("parameters", f"{sizes[0]:,}", f"{sizes[1]:,} (+{sizes[1] / sizes[0] - 1:.1%})")
-    start, end = held["at_conversion"], held["at_end"]
-    change = held["relative_change_by_conversion"]
+    start, end = held_out["at_conversion"], held_out["at_end"]
+    change = held_out["relative_change_by_conversion"]
     out.add_row("held-out loss at conversion", f"{start['residual']:.6f}", f"{start['streams']:.6f}")
     out.add_row("  largest change of a batch", "", f"{change:.0e} of it")
     out.add_row(f"after {outcome.settings.steps} more steps", f"{end['residual']:.4f}", f"{end['streams']:.4f}")
-    delta, error = held["difference_at_end"], held["standard_error"]
+    delta, error = held_out["difference_at_end"], held_out["standard_error"]
     out.add_row("  difference, standard error", "", f"{delta:+.4f} ± {error:.4f}", end_section=True)
     out.add_row("time per step (quartiles)", _milliseconds(residual.timed), _milliseconds(streams.timed))
     ratio = paired(residual, streams)
@@ -83,13 +86,13 @@ def table(outcome: Outcome) -> Table:
 
 
 def _milliseconds(values: list[float]) -> str:
-    found = spread(values)
-    return f"{1e3 * found.median:.0f} ms ({1e3 * found.low:.0f}-{1e3 * found.high:.0f})"
+    quartiles = spread(values)
+    return f"{1e3 * quartiles.median:.0f} ms ({1e3 * quartiles.low:.0f}-{1e3 * quartiles.high:.0f})"
 
 
 def _gain(gain: CompositeGain, direction: str) -> str:
-    found = asdict(gain)
-    return f"{found[direction + '_mean']:.4f}, {found[direction + '_max']:.4f}"
+    gains = asdict(gain)
+    return f"{gains[direction + '_mean']:.4f}, {gains[direction + '_max']:.4f}"
 
 
 def draw(outcome: Outcome, path: Path) -> None:
@@ -119,22 +122,22 @@ def draw(outcome: Outcome, path: Path) -> None:
     deltas_axis.plot(later, smoothed(deltas), color="C3")
     deltas_axis.axhline(0, color="0.5", linewidth=1)
     deltas_axis.set(title="Loss of mHC minus residual, same batch", xlabel="step")
-    found = outcome.measures_after
-    depth.plot(range(1, len(found.sites) + 1), found.separation, color="C3", marker="o")
+    measures = outcome.measures_after
+    depth.plot(range(1, len(measures.sites) + 1), measures.separation, color="C3", marker="o")
     depth.set(title="Separation of the streams after each site", xlabel="site", ylim=(0, None))
     figure.savefig(path, dpi=120)
 
 
 def reading(outcome: Outcome) -> str:
     """One sentence on what to look at, made from what was measured."""
-    found, after = numbers(outcome), outcome.measures_after
-    held, ratio = found["held_out"], found["seconds_ratio"]["median"]
-    delta, error = held["difference_at_end"], held["standard_error"]
+    figures, after = numbers(outcome), outcome.measures_after
+    held_out, ratio = figures["held_out"], figures["seconds_ratio"]["median"]
+    delta, error = held_out["difference_at_end"], held_out["standard_error"]
     if abs(delta) <= 2 * error:
         verdict = "differs by no more than the noise of the held-out text"
     else:
         verdict = f"is {abs(delta):.4f} {'lower' if delta < 0 else 'higher'} with mHC"
-    moved, apart = held["relative_change_by_conversion"], after.separation[-1]
+    moved, apart = held_out["relative_change_by_conversion"], after.separation[-1]
     gain = max(after.gain.forward_max, after.gain.backward_max)
     return (
         f"What to look at: the conversion moved the held-out loss of no batch by more than {moved:.0e} of it; from "

@@ -57,11 +57,11 @@ def in_processes(run: Callable[[Job], Result], jobs: Sequence[Job], processes: i
 
 
 def _told(jobs: Sequence[Job], results: Iterable[Result]) -> list[Result]:
-    begin, found = time.perf_counter(), []
+    begin, done = time.perf_counter(), []
     for job, result in zip(jobs, results, strict=True):
-        found.append(result)
-        print(f"  {len(found)} of {len(jobs)} after {time.perf_counter() - begin:.0f} s: {job}: {result}", flush=True)
-    return found
+        done.append(result)
+        print(f"  {len(done)} of {len(jobs)} after {time.perf_counter() - begin:.0f} s: {job}: {result}", flush=True)
+    return done
 
 
 def plus_minus(values: Sequence[float], digits: int = 4, *, sign: bool = False) -> str:

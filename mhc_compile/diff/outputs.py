@@ -60,25 +60,25 @@ def outputs_of(model: nn.Module, seed: int, **options: Any) -> dict[str, Any]:
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     with evaluating(model):
         out = model(**inputs)
-    found = getattr(out, "logits", None)
-    if not isinstance(found, Tensor):
-        found = next(t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
-    values = found.detach().double().flatten()
+    output = getattr(out, "logits", None)
+    if not isinstance(output, Tensor):
+        output = next(t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
+    values = output.detach().double().flatten()
     step = max(1, values.numel() // SAMPLES)
     shapes = [f"{name} {tuple(p.shape)}" for name, p in sorted(stream_parameters(model).items())]
     return {
         "streams": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16],
-        "dtype": str(found.dtype).removeprefix("torch."), "shape": list(found.shape),
+        "dtype": str(output.dtype).removeprefix("torch."), "shape": list(output.shape),
         "scale": float(values.abs().max()), "mean": float(values.mean()), "rms": float(values.square().mean().sqrt()),
         "sample": [float(v) for v in values[::step][:SAMPLES]],
     }  # fmt: skip
 
 
 def _digest(parameters: Iterable[Tensor]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for p in parameters:
-        found.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

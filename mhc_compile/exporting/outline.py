@@ -57,7 +57,7 @@ class Outline:
 
 
 def note_on(node: Node, key: str) -> dict[str, Any] | None:
-    """The note under `key` on a program's node, or None."""
+    """Return the note under `key` on a program's node, or None."""
     return (node.meta.get("custom") or {}).get(key)
 
 

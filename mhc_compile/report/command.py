@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--streams", metavar="N", type=int, help="number of streams to convert with (default 4)")
     parser.add_argument("--passes", metavar="TEXT", help="the passes to show in place of the usual: docs/options.md")
     parser.add_argument("--kernels", action="store_true", help="print the generated code of the fused kernels, too")
-    parser.add_argument("--recompute", metavar="BLOCKS", help="show the blocks computed again: auto, stage, 6, 2GiB")
+    parser.add_argument("--recompute", metavar="BLOCKS", help="show the recompute blocks: auto, stage, 6, 2GiB")
     parser.add_argument("--stages", metavar="N", type=int, help="show the model in this many pipeline stages")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as data")
@@ -106,8 +106,8 @@ def _mlir(args: argparse.Namespace) -> int:
     """Print the model in MLIR, or write it to `--out`."""
     if args.mlir is None:
         raise MHCError("MHC520", "--out is for --mlir; --html and --json name the report's files")
-    if given := [name for name in _OF_THE_REPORT if getattr(args, name) not in (None, False)]:
-        raise MHCError("MHC520", f"--mlir and --{given[0]}")
+    if others := [name for name in _OF_THE_REPORT if getattr(args, name) not in (None, False)]:
+        raise MHCError("MHC520", f"--mlir and --{others[0]}")
     text = mlir_of(args.model, args.mlir, **_stream_options(args, converted=(args.model / NAME).is_file()))
     if args.out is None:
         print(text)

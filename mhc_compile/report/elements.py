@@ -101,10 +101,10 @@ class Drawing:
 
         It stands for the last of them that contracts with parameters.
         """
-        held: dict[int, list[Node]] = {}
+        nodes_of: dict[int, list[Node]] = {}
         for node, number in self.of.items():
-            held.setdefault(number, []).append(node)
-        for number, nodes in held.items():
+            nodes_of.setdefault(number, []).append(node)
+        for number, nodes in nodes_of.items():
             element = self.elements[number]
             if element.kind == "branch" and (parts := _parts(nodes, element.module)):
                 element.name = ", ".join(parts)
@@ -114,14 +114,14 @@ class Drawing:
 
 def _parts(nodes: Sequence[Node], base: str) -> dict[str, bool]:
     """The modules right below `base` in which `nodes` lie, and whether there is a contraction among them."""
-    found: dict[str, bool] = {}
+    parts: dict[str, bool] = {}
     for node in nodes:
         path = module_path(node)
         inside = path.removeprefix(base).strip(".").split(".")
         if path.startswith(base) and inside[0]:
             name = ".".join(inside[:2] if inside[1:2] and inside[1].isdigit() else inside[:1])
-            found[name] = found.get(name, False) or op_name(node) in MATMULS
-    return found
+            parts[name] = parts.get(name, False) or op_name(node) in MATMULS
+    return parts
 
 
 def layers_of(owner: str, modules: Sequence[str]) -> list[str | None]:
@@ -131,12 +131,12 @@ def layers_of(owner: str, modules: Sequence[str]) -> list[str | None]:
     """
     inside = [m.removeprefix(owner).strip(".") for m in modules]
     most = max((sum(p.isdigit() for p in m.split(".")) for m in inside), default=0)
-    found: list[str | None] = [None] * len(inside)
+    layers: list[str | None] = [None] * len(inside)
     for depth in range(1, most + 1):
-        found = [_numbered(owner, m, depth) for m in inside]
-        if max(Counter(found).values()) <= MAX_SITES:
+        layers = [_numbered(owner, m, depth) for m in inside]
+        if max(Counter(layers).values()) <= MAX_SITES:
             break
-    return found
+    return layers
 
 
 def _numbered(owner: str, path: str, depth: int) -> str | None:

@@ -37,10 +37,10 @@ def _grouped(
 
 
 def _split(text: str, position: int) -> tuple[str, int | None]:
-    found = list(_NUMBER.finditer(text))
-    if position >= len(found):
+    matches = list(_NUMBER.finditer(text))
+    if position >= len(matches):
         return text, None
-    match = found[position]
+    match = matches[position]
     return f"{text[: match.start()]}\0{text[match.end() :]}", int(match[0])
 
 

@@ -43,8 +43,8 @@ class Snapshots:
         """Every node of `graph` as it is now, in order: inputs, operations, the output."""
         for node in graph.nodes:
             if node not in self._names:
-                own = input_name(node) if node.op == "placeholder" else node.name
-                self._names[node] = self.labels.get(node) or own
+                name = input_name(node) if node.op == "placeholder" else node.name
+                self._names[node] = self.labels.get(node) or name
         return [self._line(node) for node in graph.nodes]
 
     def _line(self, node: Node) -> Line:

@@ -47,25 +47,25 @@ def draw_native(graph: Graph) -> Drawing:
 
 def _inside(graph: Graph) -> set[Node]:
     """What reads the streams through `aggregate`, up to `distribute`."""
-    found: set[Node] = set()
+    inside: set[Node] = set()
     for node in graph.nodes:
         if node.target is DIALECT.aggregate.default or (
-            node.target is not DIALECT.distribute.default and any(n in found for n in node.all_input_nodes)
+            node.target is not DIALECT.distribute.default and any(n in inside for n in node.all_input_nodes)
         ):
-            found.add(node)
-    return found
+            inside.add(node)
+    return inside
 
 
 def _upstream(end: Node, inside: set[Node], drawing: Drawing) -> list[Node]:
     """What `end` is computed from that lies in branches and belongs to no element."""
-    found: dict[Node, None] = {}
+    upstream: dict[Node, None] = {}
     stack = [end]
     while stack:
         node = stack.pop()
-        if node in inside and node not in found and node not in drawing.of:
-            found[node] = None
+        if node in inside and node not in upstream and node not in drawing.of:
+            upstream[node] = None
             stack += node.all_input_nodes
-    return list(found)
+    return list(upstream)
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -35,11 +35,11 @@ class Placement:
         chain = []
         while node not in self.drawing.of:
             chain.append(node)
-            found = self._find(node)
-            if isinstance(found, Node) and found not in chain:
-                node = found
+            origin = self._find(node)
+            if isinstance(origin, Node) and origin not in chain:
+                node = origin
                 continue
-            self.drawing.of[node] = self._by_path(node) if isinstance(found, Node) else found
+            self.drawing.of[node] = self._by_path(node) if isinstance(origin, Node) else origin
         for one in reversed(chain):
             self.drawing.of.setdefault(one, self._inherited(one, self.drawing.of[node]))
             node = one
@@ -55,8 +55,8 @@ class Placement:
         if origin is None or origin is node:
             return self._by_path(node)
         ends = {torch.ops.mhc.expand.default: self.drawing.entries, torch.ops.mhc.reduce.default: self.drawing.exits}
-        found: dict[Any, int] = ends.get(node.target, {})  # type: ignore[call-overload]
-        return found.get(origin, origin)
+        elements: dict[Any, int] = ends.get(node.target, {})  # type: ignore[call-overload]
+        return elements.get(origin, origin)
 
     def _inherited(self, node: Node, element: int) -> int:
         """What a kernel computes belongs to the site, the branch's own norm in it as well."""
@@ -67,12 +67,12 @@ class Placement:
 
     def _learn(self) -> dict[str, int]:
         """Module paths whose nodes all belong to one element, and those of layers."""
-        found: dict[str, set[int]] = {}
+        elements: dict[str, set[int]] = {}
         for node, number in self.drawing.of.items():
             if self.drawing.elements[number].kind != "memory":  # what was added there lies in others' modules
-                found.setdefault(module_path(node), set()).add(number)
+                elements.setdefault(module_path(node), set()).add(number)
         around = {p for owner in self.drawing.owners for p in prefixes(owner)}
-        learnt = {p: next(iter(e)) for p, e in found.items() if len(e) == 1 and p not in around}
+        learnt = {p: next(iter(e)) for p, e in elements.items() if len(e) == 1 and p not in around}
         return learnt | self.drawing.layers
 
     def _by_path(self, node: Node) -> int:

@@ -22,7 +22,7 @@ def topology(flow: Dataflow, stream: ResidualStream, site: Site) -> str:
     """The class of `site`: where its norms stand, then what else is particular, joined by commas.
 
     * pre-norm: the branch begins with a norm; output-norm: it ends with one; sandwich: both.
-    * post-norm: the norm stands on the stream behind the add; no norm: none of these.
+    * post-norm: the norm stands on the stream after the add; no norm: none of these.
     * parallel: the branch is a sum of branches, attention beside MLP.
     * scaled branch, scaled carry: multiplied by a constant or a parameter.
     * early read: the branch reads a value of the stream older than its own add.
@@ -30,7 +30,7 @@ def topology(flow: Dataflow, stream: ResidualStream, site: Site) -> str:
     branch = _Branch(flow, stream, site)
     begins, ends = _holds_norm(branch.head), _holds_norm(branch.tail)
     norms = {(True, True): "sandwich", (True, False): "pre-norm", (False, True): "output-norm"}
-    labels = [norms.get((begins, ends)) or ("post-norm" if _normed_behind(stream, site) else "no norm")]
+    labels = [norms.get((begins, ends)) or ("post-norm" if _normed_after(stream, site) else "no norm")]
     if len(site.branches) > 1 or branch.is_sum():
         labels.append("parallel")
     if not ends and any(_scales(flow, n) and shape(n)[-1:] == shape(site.add)[-1:] for n in branch.tail):
@@ -48,7 +48,7 @@ def branch_nodes(flow: Dataflow, stream: ResidualStream, site: Site) -> list[Nod
 
 
 class _Branch:
-    """The nodes of a branch: `head` before its first parameter contractions, `tail` behind its last ones."""
+    """The nodes of a branch: `head` before its first parameter contractions, `tail` after its last ones."""
 
     def __init__(self, flow: Dataflow, stream: ResidualStream, site: Site) -> None:
         self.flow, self.site = flow, site
@@ -106,7 +106,7 @@ def _scales(flow: Dataflow, node: Node) -> bool:
     return op_name(node) in SCALES and is_tensor(node) and len([n for n in flow.inputs[node] if n in flow.hot]) == 1
 
 
-def _normed_behind(stream: ResidualStream, site: Site) -> bool:
+def _normed_after(stream: ResidualStream, site: Site) -> bool:
     """Whether a norm stands on the carry of this site or of the next."""
     position = next(i for i, s in enumerate(stream.sites) if s is site)
     return any(_holds_norm(s.chain) for s in stream.sites[position : position + 2])

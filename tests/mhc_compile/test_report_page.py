@@ -143,7 +143,7 @@ def test_the_part_of_a_line_that_changed_is_marked(report: Opened, data: Data) -
 def test_side_by_side_and_any_two_graphs(report: Opened, data: Data) -> None:
     choose(report, "layers.0#0")
     report.page.get_by_label("from", exact=True).select_option("as captured")
-    report.page.get_by_label("to", exact=True).select_option("behind fuse")
+    report.page.get_by_label("to", exact=True).select_option("after fuse")
     one = report.page.locator(".line.came").count()
     report.page.get_by_role("button", name="Side by side").click()
     expect(report.page.locator(".pair").first).to_be_visible()

@@ -83,7 +83,7 @@ function codeLeftOut() {
   );
 }
 
-/** The whole graph's code before and behind a pass. */
+/** The whole graph's code before and after a pass. */
 function showPass(index) {
   Object.assign(comparison, { from: index, to: index + 1, picked: true });
   reveal(root);
