@@ -33,6 +33,25 @@ SMALL = 1 << 14
 LARGEST = 1 << 26
 """Bytes of inputs beyond which none are written down where random ones do not show the error."""
 
+_FILE = '''"""{heading}"""
+
+import sys
+
+import torch
+{imports}
+from mhc_compile.bisect import replay
+
+
+{functions}
+
+
+INPUTS = {{
+{inputs}}}
+
+if __name__ == "__main__":
+    sys.exit({call})
+'''
+
 
 class _Attempt(NamedTuple):
     """One way to show the error: the file applies `step`, or without one contains the graph `after` it."""
@@ -112,27 +131,10 @@ def _text(bisection: Bisection, wrong: Wrong, attempt: _Attempt, options: Option
         f"    {name!r}: {_written(v, name in owned, i, draw)},\n" for i, (name, v) in enumerate(values.items())
     )
     functions = "\n\n\n".join("\n".join(lines) for lines, _ in codes)
-    return "\n".join([
-        f'"""{_heading(bisection, f)}"""',
-        "",
-        "import sys",
-        "",
-        "import torch",
-        *imports,
-        "",
-        "from mhc_compile.bisect import replay",
-        "",
-        "",
-        functions,
-        "",
-        "",
-        "INPUTS = {",
-        entries + "}",
-        "",
-        'if __name__ == "__main__":',
-        f"    sys.exit({_call(wrong, attempt, options)})",
-        "",
-    ])  # fmt: skip
+    return _FILE.format(
+        heading=_heading(bisection, f), imports="".join(f"{line}\n" for line in imports), functions=functions,
+        inputs=entries, call=_call(wrong, attempt, options),
+    )  # fmt: skip
 
 
 def _heading(bisection: Bisection, f: Finding) -> str:

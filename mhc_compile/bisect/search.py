@@ -17,7 +17,7 @@ or with moved ones where these are at the start, because equal streams hide what
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ SINGLE_DRIFT = 1e-3
 """What a single stream adds, whose weight is sigmoid(8) = 0.9997 at the start."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Wrong:
     """A finding with what its reproducer needs."""
 
@@ -153,8 +153,7 @@ class Search:
             if not d.error <= tolerance * max(d.scale, 1e-30):
                 self.checked.append(Checked(step.name, True, d.relative))
                 wrong = self._wrong(step, before, pair, d, tolerance * d.scale, "float64", added)
-                wrong.agreed, wrong.values, wrong.new, wrong.tolerance = agreed, old, new, tolerance
-                return wrong
+                return replace(wrong, agreed=agreed, values=old, new=new, tolerance=tolerance)
             if pair is not None:
                 agreed.append(pair)
         return self._rounded(step, before, agreed, old, new, largest, added)
@@ -186,8 +185,7 @@ class Search:
                 self.checked.append(Checked(step.name, True, error, largest))
                 name = str(dtype).removeprefix("torch.")
                 wrong = self._wrong(step, before, pair, d, allowed, name, added)
-                wrong.agreed, wrong.values, wrong.new, wrong.own_dtype = agreed[:i], old, new, True
-                return wrong
+                return replace(wrong, agreed=agreed[:i], values=old, new=new, own_dtype=True)
         self.checked.append(Checked(step.name, True, error, largest))
         return None
 

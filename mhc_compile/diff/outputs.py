@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,29 +32,26 @@ SAMPLES = 64
 
 
 def outputs_of(model: nn.Module, seed: int, **options: Any) -> dict[str, Any]:
-    """The entry `outputs` of a report. A model that is not converted is converted, in place, with `options`.
+    """Return the entry `outputs` of a report. A model that is not converted is converted, in place, with `options`.
 
-    One that `convert` refuses is run as it is. It runs uncompiled, with fused kernels where `options` name some.
+    One that cannot be converted is run as it is. It runs uncompiled, with fused kernels where `options` name some.
     """
     inputs = seeded_inputs(model, seed)
     weights = _digest(p for name, p in sorted(model.named_parameters()) if name not in stream_parameters(model))
-    runs: dict[str, Any] = {}
-    if owners(model):
-        runs["own"] = _run(model, inputs)
-        return {"seed": seed, "weights": weights, "runs": runs}
-    try:
-        # The other inner compilers are for speed, and what they round differently `bisect` judges.
-        convert(model, example_kwargs=inputs, **{**options, "inner": "eager", "mode": None, "recompute": "off"})
-    except MHCError:
-        runs["own"] = _run(model, inputs)
-        return {"seed": seed, "weights": weights, "runs": runs}
-    runs["start"] = _run(model, inputs)
-    with torch.no_grad():
-        for name, p in stream_parameters(model).items():
-            # The same noise for the same parameter, whatever others there are.
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            p.add_((NOISE * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype))
-    runs["moved"] = _run(model, inputs)
+    which = "own"
+    if not owners(model):
+        with suppress(MHCError):
+            # The other inner compilers are for speed, and what they round differently `bisect` judges.
+            convert(model, example_kwargs=inputs, **{**options, "inner": "eager", "mode": None, "recompute": "off"})
+            which = "start"
+    runs = {which: _run(model, inputs)}
+    if which == "start":
+        with torch.no_grad():
+            for name, p in stream_parameters(model).items():
+                # The same noise for the same parameter, whatever others there are.
+                generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+                p.add_((NOISE * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype))
+        runs["moved"] = _run(model, inputs)
     return {"seed": seed, "weights": weights, "runs": runs}
 
 
