@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mhc_compile.demo.memory import MemoryOutcome, Opened
 from mhc_compile.demo.training import paired, spread
+from mhc_compile.parameters import owners
 
 LISTED = 12
 """N-grams a layer that are printed, of those whose gates open most."""
@@ -91,27 +92,21 @@ def _reading(outcome: MemoryOutcome) -> str:
     figures = numbers(outcome)
     delta, ratio, size = figures["difference"], figures["seconds_ratio"], figures["parameters"]
     count = len(outcome.repetitions)
+    memories = [p.memory for p in owners(outcome.memory.model).values() if p.memory is not None]
+    read = sum(m.settings.memory_width * len(m.layers) for m in memories)
     way = "lower" if delta["mean"] < 0 else "higher"
     over = f"{count} seeds, standard deviation {delta['standard_deviation']:.4f}" if count > 1 else "one seed"
     return (
         f"What to look at: adding the memory moved the held-out loss {_moved(figures['relative_change_by_adding'])}. "
         f"After training on the same batches it is {abs(delta['mean']):.4f} {way} "
         f"with the memory ({over}), which adds {size['rows']:,} parameters in rows, of which a token reads "
-        f"{_read(outcome):,}, and {size['dense']:,} others. A step with it takes {ratio['median']:.2f} times as long "
+        f"{read:,}, and {size['dense']:,} others. A step with it takes {ratio['median']:.2f} times as long "
         f"({ratio['low']:.2f}-{ratio['high']:.2f})."
     )
 
 
 def _moved(change: float) -> str:
     return f"of no batch by more than {change:.0e} of it" if change else "of no batch at all"
-
-
-def _read(outcome: MemoryOutcome) -> int:
-    """Of the rows' parameters, those that one token reads."""
-    from mhc_compile.parameters import owners
-
-    memories = [h.memory for h in owners(outcome.memory.model).values() if h.memory is not None]
-    return sum(m.settings.memory_width * len(m.layers) for m in memories)
 
 
 def _ends(gates: list[Opened]) -> list[Opened]:

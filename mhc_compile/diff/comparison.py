@@ -69,7 +69,7 @@ def compare(a: Form, b: Form) -> Comparison:
     """Compare two forms: sites by their names, passes and kernels by theirs, outputs where both have some."""
     sites = _joined(*({s.full_name: _facts(s) for s in form.report.sites} for form in (a, b)))
     changes = [SiteChange(*site) for site in sites if site[1] != site[2]]
-    missing = "; ".join(f.missing for f in (a, b) if f.report.outputs is None)
+    missing = "; ".join(filter(None, (f.missing for f in (a, b) if f.report.outputs is None)))
     return Comparison(
         a, b, tuple(changes), tuple(_joined(a.nodes, b.nodes)), tuple(_joined(a.kernels, b.kernels)),
         tuple(compare_outputs(a.report.outputs, b.report.outputs, missing)),
@@ -102,12 +102,15 @@ def _render(c: Comparison) -> Iterator[RenderableType]:
         yield _sites(c)
     else:
         yield Text(f"sites: the same {len(c.a.report.sites)}")
-    for title, table in (("nodes after", _nodes(c)), ("fused kernel", _kernels(c))):
-        if table is not None:
-            yield Text()
-            yield table
+    for rows, table, same in (
+        (c.nodes, _nodes, "nodes: the same after every pass"),
+        (c.kernels, _kernels, "fused kernel: the same"),
+    ):
+        if all(x == y for _, x, y in rows):
+            yield Text(same)
         else:
-            yield Text(f"{title}: the same" if title == "fused kernel" else "nodes: the same after every pass")
+            yield Text()
+            yield table(c)
     yield Text()
     yield from map(_numerics, c.numerics)
     if not c.same:
@@ -157,9 +160,7 @@ def _of(site: Mapping[str, str] | None, other: Mapping[str, str] | None, kind: s
     return "; ".join(shown[name] for name in kind.split(", "))
 
 
-def _nodes(c: Comparison) -> Table | None:
-    if all(x == y for _, x, y in c.nodes):
-        return None
+def _nodes(c: Comparison) -> Table:
     table = new_table("nodes after", "A", "B", "B - A", numbers=("A", "B", "B - A"))
     for name, x, y in c.nodes:
         change = "" if x is None or y is None or x == y else f"{y - x:+,}"
@@ -167,9 +168,7 @@ def _nodes(c: Comparison) -> Table | None:
     return table
 
 
-def _kernels(c: Comparison) -> Table | None:
-    if all(x == y for _, x, y in c.kernels):
-        return None
+def _kernels(c: Comparison) -> Table:
     table = new_table(
         "fused kernel", "calls in A", "in B", "bytes per token in A", "in B ", numbers=("calls", "in", "bytes")
     )

@@ -61,7 +61,7 @@ def collect(
     parameters = owners(model)
     added = {id(p) for of_owner in parameters.values() for p in of_owner.parameters()}
     numbered = _Numbered(model, watcher)
-    lost = refusal is not None and watcher.native is None and watcher.without_streams is not None
+    lost = watcher.without_streams if refusal is not None and watcher.native is None else None
     state = "native" if watcher.native else "refused" if refusal else "converted" if parameters else "not converted"
     specs = dict.fromkeys(e.spec for e in numbered.drawing.elements if e.kind == "site" and e.spec) or [str(spec)]
     return Report(
@@ -80,7 +80,7 @@ def collect(
         diagnostics=(*([_error(refusal)] if refusal else ()), *(_diagnostic(w, "warning") for w in warnings)),
         memories=tuple(memory for path, of_owner in parameters.items() for memory in _memories(path, of_owner)),
         coverage=None if refusal else watcher.context.coverage,
-        reach=reach(watcher.without_streams) if lost and watcher.without_streams is not None else None,
+        reach=None if lost is None else reach(lost),
         layer=None if layer is None else _layer(watcher, layer),
     )  # fmt: skip
 

@@ -259,7 +259,7 @@ class Report(Printed):
 
     def json(self) -> str:
         """Return `dataclasses.asdict` of the report as JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
 
     @staticmethod
     def of(data: dict[str, Any]) -> Report:

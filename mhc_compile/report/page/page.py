@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ def page(report: Report) -> str:
         policy=policy,
         title=html.escape(f"{report.model} - mhc-compile"),
         style=style,
-        data=_embedded(report.json()),
+        data=_embedded(replace(report, outputs=None).json()),
         script=script,
     )
 
