@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ from mhc_compile.identity import ModuleNames
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, op_name
 from mhc_compile.passes.pipeline import EXPORT, Pipeline
-from mhc_compile.tracing import graph_break_error, tracing_config
+from mhc_compile.tracing import graph_break_error, replaced, tracing_config
 
 _NO_PROGRAM = ("unrecognized type", "attempts to add additional input")
 """Dynamo's words for an output of a class that pytree does not know, and for a number from Python's `random`."""
@@ -102,8 +101,8 @@ def _rewriting(model: nn.Module) -> Iterator[None]:
 
     with (
         torch._dynamo.config.patch(tracing_config()),
-        mock.patch.object(torch_export, "_export_to_torch_ir", captured_and_rewritten),
-        mock.patch.object(carry, "EXPORTING", True),
+        replaced(torch_export, "_export_to_torch_ir", captured_and_rewritten),
+        replaced(carry, "EXPORTING", True),
         noting_sinkhorn(),
     ):
         yield
