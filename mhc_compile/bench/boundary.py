@@ -42,7 +42,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
 
 
 def random_inputs(chain: Chain, tokens: int, device: torch.device) -> list[Tensor]:
-    """The boundary's inputs, of the sizes that training sees: a doubly stochastic mix, small phi."""
+    """Draw the boundary's inputs at sizes that training sees: a doubly stochastic mix, small phi."""
     rng = torch.Generator().manual_seed(0)
     values = []
     for name in chain.inputs():
@@ -53,7 +53,7 @@ def random_inputs(chain: Chain, tokens: int, device: torch.device) -> list[Tenso
 
 
 def ours(chain: Chain) -> Boundary:
-    """The fused op."""
+    """Return the fused op."""
 
     def boundary(*inputs: Tensor) -> Sequence[Tensor]:
         return torch.ops.mhc_kernels.boundary(*inputs, str(chain.stream))[:4]
@@ -62,7 +62,7 @@ def ours(chain: Chain) -> Boundary:
 
 
 def plain(chain: Chain) -> Boundary:
-    """The dialect ops, which decompose into plain PyTorch."""
+    """Return the dialect ops, which decompose into plain PyTorch."""
 
     def boundary(
         X: Tensor, y: Tensor, post: Tensor, mix: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor
@@ -75,7 +75,7 @@ def plain(chain: Chain) -> Boundary:
 
 
 def _exactly(chain: Chain, inputs: Sequence[Tensor], gradients: Sequence[Tensor], *, backward: bool) -> list[Tensor]:
-    """The outputs, or the gradients of the inputs, in float64."""
+    """Return the outputs, or the gradients of the inputs, in float64."""
     leaves = [v.double().requires_grad_(backward) for v in inputs]
     outputs = plain(chain)(*leaves)
     if not backward:
@@ -138,13 +138,13 @@ def contenders_of(
 
 
 def _copy(like: Tensor, moved: int) -> Callable[[], Tensor]:
-    """Copying as many bytes as the work must move: the floor."""
+    """Return a copy of as many bytes as the work must move: the floor."""
     source, target = (torch.ones(moved // 8, dtype=torch.float32, device=like.device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
 def _hyper_connections(chain: Chain, X: Tensor, *, backward: bool) -> Contender:
-    """One site of the package `hyper-connections` around an empty branch, compiled: its own equations, same sizes."""
+    """Return a site of the package `hyper-connections` around an empty branch: its own equations, same sizes."""
     from hyper_connections.manifold_constrained_hyper_connections import ManifoldConstrainedHyperConnections
 
     n = chain.stream.streams

@@ -43,7 +43,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
 
 
 def deepseek_v4(layers: int) -> Any:
-    """Hugging Face's DeepSeek-V4, small widths, its own 20 iterations."""
+    """Return Hugging Face's DeepSeek-V4 with small widths and its own 20 iterations."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     config = DeepseekV4Config(

@@ -114,7 +114,7 @@ def _checked(c: Contender) -> float | None:
 
 
 def reason(error: Exception) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -140,7 +140,7 @@ def _wait(device: torch.device) -> None:
 
 
 def copy_rate(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes a second, read and written, of copying a buffer larger than the caches into memory that is in use."""
+    """Measure the bytes per second, read and written, of copying a buffer larger than the caches into memory in use."""
     source, target = (torch.ones(size // 8, dtype=torch.float32, device=device) for _ in range(2))
     target.copy_(source)
     taken = statistics.median(_time(lambda: target.copy_(source), device) for _ in range(9))
@@ -148,7 +148,7 @@ def copy_rate(device: torch.device, size: int = 1 << 28) -> float:
 
 
 def distance(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest difference of any value, each relative to its own scale."""
+    """Return the largest difference of any value, each relative to its own scale."""
     return max(
         float((f.detach().double() - e).abs().max() / e.abs().max().clamp(min=1e-30))
         for f, e in zip(results, exact, strict=True)

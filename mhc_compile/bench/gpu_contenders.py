@@ -57,7 +57,7 @@ class Package:
 def select(
     device: torch.device, packages: Sequence[Package] | None = None
 ) -> tuple[list[tuple[Package, SimpleNamespace]], list[str]]:
-    """The packages that can run on `device` with their functions, and a line for each of the others."""
+    """Return the packages that can run on `device` with their functions, and a line for each of the others."""
     able, left_out = [], []
     for package in PACKAGES if packages is None else packages:
         api, why = _functions(package, device)
@@ -69,7 +69,7 @@ def select(
 
 
 def _functions(package: Package, device: torch.device) -> tuple[SimpleNamespace, str]:
-    """The functions by name; or why there are none."""
+    """Return the functions by name, or why there are none."""
     api = SimpleNamespace()
     if importlib.util.find_spec(package.functions[0].partition(".")[0]) is None:
         return api, "not installed"
@@ -108,7 +108,7 @@ class Work:
             self._gradients["next_X"] = self._consumed.clone()
 
     def inputs(self) -> Values:
-        """The inputs in our layouts, with the values that the package gets."""
+        """Return the inputs in our layouts, with the values that the package gets."""
         return self._package.ours({k: v.detach() for k, v in self._inputs.items()})
 
     def prepare(self) -> None:
@@ -117,7 +117,7 @@ class Work:
             self._gradients["next_X"].copy_(self._consumed)
 
     def run(self) -> Values:
-        """The outputs, or with a backward the inputs' gradients, in the package's layouts."""
+        """Return the outputs, or with a backward the inputs' gradients, in the package's layouts."""
         if not self._backward:
             with torch.no_grad():
                 return self._package.boundary(self._api, self._inputs)
@@ -130,7 +130,7 @@ class Work:
         return dict(zip(self._inputs, gradients, strict=True))
 
     def read(self, results: Values, names: Sequence[str]) -> list[Tensor]:
-        """What `run` returned, by `names` and in our layouts."""
+        """Return the results of `run` by `names`, in our layouts."""
         ours = self._package.ours(results)
         return [ours[name] for name in names]
 
@@ -195,13 +195,13 @@ def _tile(api: SimpleNamespace, v: Values) -> Values:
 
 
 def _matrix_transposed(rows: Tensor, n: int) -> Tensor:
-    """Rows (or values) pre | post | mix with those of the n x n matrix in the transpose's order."""
+    """Return rows (or values) pre | post | mix with those of the n x n matrix in the transpose's order."""
     mix = rows[2 * n :].unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)
     return torch.cat([rows[: 2 * n], mix])
 
 
 def _streams(rows: int) -> int:
-    """n, where phi has n*n + 2n rows."""
+    """Return n, where phi has n*n + 2n rows."""
     return round((rows + 1) ** 0.5) - 1
 
 

@@ -36,7 +36,7 @@ class Sites(nn.Module):
             nn.init.constant_(connection.scale, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, length, C]` -> the same, through all sites."""
+        """Return `x` [batch, length, C] after all sites."""
         streams = x.unsqueeze(2).expand(-1, -1, 4, -1).contiguous()
         for connection, branch in zip(self.connections, self.branches, strict=True):
             post, comb, h = connection(streams)

@@ -44,7 +44,7 @@ class CompileTime:
 
 
 def llama(layers: int) -> nn.Module:
-    """A Llama of `layers` layers whose widths are small: graphs and compile times depend on depth."""
+    """Return a Llama of `layers` layers with small widths: graphs and compile times depend on depth."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ class Attention(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, C] -> [B, S, C]."""
+        """Map [B, S, C] to [B, S, C]."""
         q, k, v = self.inputs(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
 
@@ -56,7 +56,7 @@ class Feed(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, C] -> [B, S, C]."""
+        """Map [B, S, C] to [B, S, C]."""
         h = self.norm(x)
         return self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -71,7 +71,7 @@ class Stack(nn.Module):
         self.parts = nn.ModuleList(part for pair in parts for part in pair)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, C] -> [B, S, C]."""
+        """Map [B, S, C] to [B, S, C]."""
         for part in self.parts:
             x = x + part(x)
         return x
@@ -141,7 +141,7 @@ class _Alive(TorchDispatchMode):
 
 
 def plan_for(model: nn.Module, x: Tensor, blocks: str | int) -> Plan:
-    """What the cost model says of a converted model."""
+    """Return the cost model's plan for a converted model."""
     captured = capture(model, (x,), {})
     marks = find_marks(captured.graph)
     return plan_of(WIDENING.run(captured.graph, Context(marks=marks)).graph, blocks)

@@ -93,7 +93,7 @@ def _judge(spec: KernelSpec, values: Values) -> list[Judged]:
 
 
 def worst(judged: Sequence[Judged]) -> Judged:
-    """The result that is furthest beyond what it may be; the first where several are not finite."""
+    """Return the result furthest beyond its limit; the first where several are not finite."""
     return max(judged, key=lambda j: j.ratio)
 
 

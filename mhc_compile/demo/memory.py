@@ -116,7 +116,7 @@ def run_memory(settings: Settings, out: OutputFolder, console: Console, outcome:
 
 
 def _with_memory(residual: Path, corpus: Corpus, settings: Settings, seed: int) -> nn.Module:
-    """The residual checkpoint converted, with a memory drawn from `seed`."""
+    """Return the residual checkpoint converted, with a memory drawn from `seed`."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(residual, local_files_only=True)
@@ -126,7 +126,7 @@ def _with_memory(residual: Path, corpus: Corpus, settings: Settings, seed: int) 
 
 
 def opened(model: nn.Module, corpus: Corpus, windows: Tensor) -> dict[str, list[Opened]]:
-    """The N-grams that `windows` [B, S] of text hold at least `LEAST_SEEN` times, by layer, widest gate first.
+    """Return the N-grams that `windows` [B, S] hold at least `LEAST_SEEN` times, by layer, widest gate first.
 
     N is the longest that the memory hashes; the gate is the one at the last of the N tokens.
     """
@@ -148,7 +148,7 @@ def opened(model: nn.Module, corpus: Corpus, windows: Tensor) -> dict[str, list[
 def _mapped(
     folder: Path, held_out: list[Tensor], in_memory: Callable[[list[Tensor]], list[float]], hot_rows: int
 ) -> tuple[float, list[CacheUse]]:
-    """The held-out text once through the model with its tables on disk, a sequence a call."""
+    """Run the held-out text once through the model with its tables on disk, a sequence per call."""
     model: Any = from_pretrained(folder, inner="eager", tables="mapped", hot_rows=hot_rows, local_files_only=True)
     with torch.no_grad():
         losses = [
@@ -164,7 +164,7 @@ def _mapped(
 
 
 def _tables(model: nn.Module) -> dict[str, MemoryTable]:
-    """The tables by the paths of the layers that they belong to."""
+    """Return the tables by the paths of the layers that they belong to."""
     tables: dict[str, MemoryTable] = {}
     for path, parameters in owners(model).items():
         tables |= {

@@ -22,7 +22,7 @@ _LEAST = 4
 
 
 def numbers(outcome: MemoryOutcome) -> dict[str, Any]:
-    """What was measured, as plain values."""
+    """Return the measurements as plain values."""
     pairs = [(a, b) for r in outcome.repetitions for a, b in zip(*r.before, strict=True)]
     by_name = {"without": outcome.plain, "with": outcome.memory}
     return {
@@ -71,7 +71,7 @@ def show(outcome: MemoryOutcome, console: Console) -> None:
 
 
 def text(outcome: MemoryOutcome) -> str:
-    """What `show` prints, as plain text."""
+    """Return what `show` prints as plain text."""
     stream = io.StringIO()
     show(outcome, Console(file=stream, width=120))
     return stream.getvalue()
@@ -110,7 +110,7 @@ def _moved(change: float) -> str:
 
 
 def _ends(gates: list[Opened]) -> list[Opened]:
-    """The widest gates and the narrowest."""
+    """Return the widest gates and the narrowest."""
     return gates if len(gates) <= LISTED + _LEAST else [*gates[:LISTED], *gates[-_LEAST:]]
 
 

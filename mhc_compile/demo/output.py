@@ -46,7 +46,7 @@ class OutputFolder:
         return [name for name in names if self._is_ours(Path(name))]
 
     def _is_ours(self, name: Path) -> bool:
-        """Whether a listed name is a plain file of this folder: nothing else is removed, whatever the list says."""
+        """Return whether a listed name is a plain file of this folder: nothing else is removed."""
         inside = name.parts[:1] and name.parts[0] in ENTRIES and ".." not in name.parts
         linked = any((self.path / part).is_symlink() for part in (name, *name.parents[:-1]))
         return bool(inside) and not linked and (self.path / name).is_file()

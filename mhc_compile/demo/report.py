@@ -18,7 +18,7 @@ _SMOOTHED_OVER = 15
 
 
 def numbers(outcome: Outcome) -> dict[str, Any]:
-    """What was measured, as plain values."""
+    """Return the measurements as plain values."""
     residual, streams = outcome.residual, outcome.streams
     pair = {"residual": residual, "streams": streams}
     means = [statistics.fmean(losses) for losses in (*outcome.before, *outcome.after)]
@@ -54,7 +54,7 @@ def _size(one: Contender) -> int:
 
 
 def table(outcome: Outcome) -> Table:
-    """The two contenders side by side."""
+    """Return a table of the two contenders side by side."""
     figures = numbers(outcome)
     residual, streams, held_out = outcome.residual, outcome.streams, figures["held_out"]
     out = Table(title="The same weights, the same batches: residual against mHC", title_justify="left")
@@ -96,7 +96,7 @@ def _gain(gain: CompositeGain, direction: str) -> str:
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """The curves: losses, their paired difference, and the separation of the streams along the depth."""
+    """Draw the losses, their paired difference, and the separation of the streams along the depth."""
     from matplotlib.figure import Figure
 
     steps = outcome.settings.steps
@@ -129,7 +129,7 @@ def draw(outcome: Outcome, path: Path) -> None:
 
 
 def reading(outcome: Outcome) -> str:
-    """One sentence on what to look at, made from what was measured."""
+    """Return one sentence on what to look at, made from the measurements."""
     figures, after = numbers(outcome), outcome.measures_after
     held_out, ratio = figures["held_out"], figures["seconds_ratio"]["median"]
     delta, error = held_out["difference_at_end"], held_out["standard_error"]
@@ -148,7 +148,7 @@ def reading(outcome: Outcome) -> str:
 
 
 def samples(outcome: Outcome) -> str:
-    """What both wrote."""
+    """Return what both models wrote."""
     return "\n\n".join(
         f"--- {one.name} ---\n{text}"
         for one, text in zip((outcome.residual, outcome.streams), outcome.samples, strict=True)

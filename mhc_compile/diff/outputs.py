@@ -99,7 +99,7 @@ class Numerics:
 
 
 def compare_outputs(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, missing: str) -> list[Numerics]:
-    """The runs that both have, in order; `missing` says why there are none of one of them."""
+    """Compare the runs that both have, in order; `missing` says why one has none."""
     if a is None or b is None:
         return [Numerics("", None, 0.0, missing)]
     for key, what in (("seed", "other inputs: another seed"), ("weights", "other weights")):

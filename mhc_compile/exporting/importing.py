@@ -122,7 +122,7 @@ def _give_arguments(program: ExportedProgram) -> None:
 
 
 def _view(x: Tensor, shape: list[int]) -> Any:
-    """`x.view(shape)` for any layout: torch-mlir's attention hands on another one than the program was traced with."""
+    """Decompose `x.view(shape)` for any layout: torch-mlir's attention returns another one than was traced."""
     return NotImplemented if x.is_contiguous() else x.contiguous().view(shape)
 
 
@@ -142,7 +142,7 @@ def _say_collapse(view: Node) -> None:
 
 
 def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
-    """Without `tm_tensor.scan`, which only torch-mlir reads: every element sees all others."""
+    """Decompose without `tm_tensor.scan`, which only torch-mlir reads: every element sees all others."""
     if not x.dim():
         return NotImplemented
     x = x.movedim(dim, -1)
@@ -150,7 +150,7 @@ def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def _cummax(x: Tensor, dim: int) -> Any:
-    """In the same way: torch-mlir has no form of it, and a memory finds where documents begin by it."""
+    """Decompose in the same way: torch-mlir has no form of it, and a memory finds where documents begin by it."""
     if not x.dim():
         return NotImplemented
     x = x.movedim(dim, -1)

@@ -174,19 +174,23 @@ class _Numbered:
     # --- blocks and stages ---------------------------------------------------------------------------------------
 
     def _blocks(self, blocks: Sequence[Block]) -> tuple[BlockReport, ...]:
-        sites = [[self.place(node) for node in block.sites] for block in blocks]
-        self._spread("block", {number: {k} for k, numbers in enumerate(sites) for number in numbers})
-        return tuple(BlockReport(n[0], n[-1], b.kept, b.recomputed) for n, b in zip(sites, blocks, strict=True))
+        ends = self._ends("block", [block.sites for block in blocks], {})
+        return tuple(BlockReport(*both, b.kept, b.recomputed) for both, b in zip(ends, blocks, strict=True))
 
     def _stages(self, stages: Sequence[Stage]) -> tuple[StageReport, ...]:
-        sites = [[self.place(node) for node in stage.sites] for stage in stages]
         of: dict[int, set[int]] = {}
         for k, stage in enumerate(stages):
             for node in stage.nodes:
                 if node.op != "placeholder":
                     of.setdefault(self.place(node), set()).add(k)
-        self._spread("stage", of | {number: {k} for k, numbers in enumerate(sites) for number in numbers})
-        return tuple(StageReport(n[0], n[-1], s.parameters) for n, s in zip(sites, stages, strict=True))
+        ends = self._ends("stage", [stage.sites for stage in stages], of)
+        return tuple(StageReport(*both, stage.parameters) for both, stage in zip(ends, stages, strict=True))
+
+    def _ends(self, name: str, parts: Sequence[Sequence[Node]], of: dict[int, set[int]]) -> list[tuple[int, int]]:
+        """Note the part of each element; return the first and last site of every part."""
+        sites = [[self.place(node) for node in part] for part in parts]
+        self._spread(name, of | {number: {k} for k, numbers in enumerate(sites) for number in numbers})
+        return [(numbers[0], numbers[-1]) for numbers in sites]
 
     def _spread(self, name: str, of: dict[int, set[int]]) -> None:
         """Note the block or stage of each element: a branch is where its site is, a layer where all its sites are."""

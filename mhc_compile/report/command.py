@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _stream_options(args: argparse.Namespace, *, converted: bool) -> dict[str, Any]:
-    """What an unconverted model is converted with. Raises MHC304 for a converted one."""
+    """Return the stream options of an unconverted model. Raises MHC304 for a converted one."""
     options: dict[str, Any] = {} if args.streams is None else {"streams": args.streams}
     if converted:
         refuse_stream_options(args.model, options)

@@ -80,20 +80,20 @@ class Drawing:
         return numbers
 
     def _layer(self, path: str, stream: int, calls: int) -> int:
-        """The layer at `path` of a stream; a second stream through the same module has a layer of its own."""
+        """Return the layer at `path` of a stream; a second stream through the same module has a layer of its own."""
         known = self.layers.get(path)
         if known is None or self.parent[known] != stream:
             known = self.layers[path] = self.add(Element("layer", path, path, calls=calls), stream)
         return known
 
     def root(self, number: int) -> int:
-        """The element on top of `number`."""
+        """Return the outermost element around `number`."""
         while number in self.parent:
             number = self.parent[number]
         return number
 
     def branch(self, site: int) -> int:
-        """The branch of a site."""
+        """Return the branch of a site."""
         return next(c for c in self.elements[site].children if self.elements[c].kind == "branch")
 
     def name_branches(self) -> None:
@@ -113,7 +113,7 @@ class Drawing:
 
 
 def _parts(nodes: Sequence[Node], base: str) -> dict[str, bool]:
-    """The modules right below `base` in which `nodes` lie, and whether there is a contraction among them."""
+    """Return the modules right below `base` that `nodes` lie in, and whether each contains a contraction."""
     parts: dict[str, bool] = {}
     for node in nodes:
         path = module_path(node)
@@ -125,7 +125,7 @@ def _parts(nodes: Sequence[Node], base: str) -> dict[str, bool]:
 
 
 def layers_of(owner: str, modules: Sequence[str]) -> list[str | None]:
-    """The layer of every site of a stream by the path of the site's module; None where it lies in none.
+    """Return the layer of every site of a stream by the path of the site's module, or None.
 
     A layer is a numbered module: the outermost ones that have a few sites each.
     """
@@ -140,7 +140,7 @@ def layers_of(owner: str, modules: Sequence[str]) -> list[str | None]:
 
 
 def _numbered(owner: str, path: str, depth: int) -> str | None:
-    """`path` up to its number of this `depth`, or its last one; None for a path without."""
+    """Return `path` up to its number of this `depth`, or its last one; None for a path without numbers."""
     parts = path.split(".") if path else []
     at = [i for i, p in enumerate(parts) if p.isdigit()][:depth]
     return ".".join([*([owner] if owner else []), *parts[: at[-1] + 1]]) if at else None

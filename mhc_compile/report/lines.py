@@ -40,7 +40,7 @@ class Snapshots:
         self._names: dict[Node, str] = {}
 
     def take(self, graph: Graph) -> list[Line]:
-        """Every node of `graph` as it is now, in order: inputs, operations, the output."""
+        """Return a line for every node of `graph` as it is now, in order."""
         for node in graph.nodes:
             if node not in self._names:
                 name = input_name(node) if node.op == "placeholder" else node.name
@@ -56,7 +56,7 @@ class Snapshots:
 
 
 def line_text(node: Node, names: Labels) -> str:
-    """`name = op(operands)`. Inputs are `name = input()`, or `parameter()`, `buffer()` where they are the model's."""
+    """Return `name = op(operands)`; inputs are `name = input()`, the model's `parameter()` or `buffer()`."""
     if node.op == "placeholder":
         kind = "input" if not is_owned(node) else "buffer" if is_buffer(node) else "parameter"
         return f"{names.get(node, node.name)} = {kind}()"
@@ -68,7 +68,7 @@ def line_text(node: Node, names: Labels) -> str:
 
 
 def form(result: Any) -> str:
-    """`float32[2, 16, 64]` for a tensor, nothing for anything else."""
+    """Return `float32[2, 16, 64]` for a tensor, and "" for anything else."""
     if isinstance(result, torch.Tensor):
         return f"{str(result.dtype).removeprefix('torch.')}{list(result.shape)}"
     return ""
@@ -115,7 +115,7 @@ class Sources:
         """By a node's recorded stack, which many nodes share."""
 
     def of(self, node: Node) -> int | None:
-        """The number of the source line of `node`, None where none was recorded."""
+        """Return the number of the source line of `node`, None where none was recorded."""
         stack = node.meta.get("stack_trace") or ""
         if stack not in self._known:
             self._known[stack] = self._number(source_line(node))
@@ -130,7 +130,7 @@ class Sources:
 
 
 def short_path(text: str) -> str:
-    """`text` with paths relative to the packages or to the working directory."""
+    """Return `text` with paths relative to the packages or to the working directory."""
     for root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path.cwd())):
         text = text.replace(f"{root}/", "")
     return text

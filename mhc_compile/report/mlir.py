@@ -18,7 +18,7 @@ from mhc_compile.parameters import stream_parameters
 
 
 def mlir_of(path: Path, dialect: Dialect, **options: Any) -> str:
-    """The model of a folder or a config.json as MLIR, converted with `options` where the folder is not.
+    """Return the model of a folder or a config.json as MLIR, converted with `options` where the folder is not.
 
     Its parameters are arguments of `main`, named as in the checkpoint and in the dtype of config.json; buffers, which
     the model computes from the configuration (rotary frequencies), are constants. Sizes are those of the example call,

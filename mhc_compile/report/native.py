@@ -14,7 +14,7 @@ DIALECT = torch.ops.mhc
 
 
 def draw_native(graph: Graph) -> Drawing:
-    """The drawing of a dialect graph whose sites are known by the paths of their modules."""
+    """Return the drawing of a dialect graph whose sites are known by the paths of their modules."""
     drawing = Drawing()
     inside = _inside(graph)
     for run in by_stream(stream_sites(graph)):
@@ -46,7 +46,7 @@ def draw_native(graph: Graph) -> Drawing:
 
 
 def _inside(graph: Graph) -> set[Node]:
-    """What reads the streams through `aggregate`, up to `distribute`."""
+    """Return the nodes that read the streams through `aggregate`, up to `distribute`."""
     inside: set[Node] = set()
     for node in graph.nodes:
         if node.target is DIALECT.aggregate.default or (
@@ -57,7 +57,7 @@ def _inside(graph: Graph) -> set[Node]:
 
 
 def _upstream(end: Node, inside: set[Node], drawing: Drawing) -> list[Node]:
-    """What `end` is computed from that lies in branches and belongs to no element."""
+    """Return the nodes of branches that `end` is computed from and that belong to no element."""
     upstream: dict[Node, None] = {}
     stack = [end]
     while stack:
@@ -69,7 +69,7 @@ def _upstream(end: Node, inside: set[Node], drawing: Drawing) -> list[Node]:
 
 
 def _common(paths: Sequence[str]) -> str:
-    """The innermost module around all `paths` that holds the list of numbered layers, too."""
+    """Return the innermost module around all `paths` that holds the list of numbered layers, too."""
     parts = [p.split(".") for p in paths]
     shared = 0
     while all(len(p) > shared for p in parts) and len({p[shared] for p in parts}) == 1:

@@ -31,7 +31,7 @@ class Placement:
         self.paths = self._learn()
 
     def __call__(self, node: Node) -> int:
-        """The element of `node`."""
+        """Return the element of `node`."""
         chain = []
         while node not in self.drawing.of:
             chain.append(node)
@@ -46,7 +46,7 @@ class Placement:
         return self.drawing.of[node]
 
     def _find(self, node: Node) -> int | Node:
-        """The element of `node`, or the node that it came from."""
+        """Return the element of `node`, or the node that it came from."""
         if node.op == "placeholder":
             return self._by_name(input_name(node)) if is_owned(node) else self._special(INPUTS)
         if node.op == "output":
@@ -59,14 +59,14 @@ class Placement:
         return elements.get(origin, origin)
 
     def _inherited(self, node: Node, element: int) -> int:
-        """What a kernel computes belongs to the site, the branch's own norm in it as well."""
+        """Return the element of a node made from one of `element`: a kernel with the branch's norm is the site's."""
         fused = bool(kernels_of(node))
         return self.drawing.parent[element] if fused and self.drawing.elements[element].kind == "branch" else element
 
     # --- by module path ------------------------------------------------------------------------------------------
 
     def _learn(self) -> dict[str, int]:
-        """Module paths whose nodes all belong to one element, and those of layers."""
+        """Return the elements of module paths whose nodes all belong to one element, and of layers."""
         elements: dict[str, set[int]] = {}
         for node, number in self.drawing.of.items():
             if self.drawing.elements[number].kind != "memory":  # what was added there lies in others' modules
@@ -79,18 +79,18 @@ class Placement:
         return self.at(module_path(node))
 
     def _by_name(self, name: str) -> int:
-        """The element of a parameter by its name."""
+        """Return the element of a parameter by its name."""
         return self.at(name.rpartition(".")[0])
 
     def at(self, path: str) -> int:
-        """The element of what lies in the module at `path`."""
+        """Return the element of what lies in the module at `path`."""
         if path not in self.paths:
             above = next((p for p in reversed(list(prefixes(path))[:-1]) if p in self.paths), None)
             self.paths[path] = self._special(self._cut(path)) if above is None or self.nested else self.paths[above]
         return self.paths[path]
 
     def _cut(self, path: str) -> str:
-        """`path` down to the module beside the streams' owners, or below the deepest that holds it."""
+        """Return `path` cut to the module beside the streams' owners, or below the deepest that holds it."""
         if self.nested:
             return path
         parts = path.split(".") if path else []
@@ -105,7 +105,7 @@ class Placement:
         return ".".join(parts[:end])
 
     def _special(self, path: str) -> int:
-        """The element outside the streams at `path`, below its parent's in a nested drawing."""
+        """Return the element outside the streams at `path`, below its parent's in a nested drawing."""
         if path not in self.outside:
             parent = None
             if self.nested and "." in path:
@@ -118,13 +118,13 @@ class Placement:
 
 
 def prefixes(path: str) -> Iterable[str]:
-    """`""`, `a`, `a.b`, ... up to `path`."""
+    """Return `""`, `a`, `a.b`, ... up to `path`."""
     parts = path.split(".") if path else []
     return (".".join(parts[:i]) for i in range(len(parts) + 1))
 
 
 def in_order(drawing: Drawing, captured: Sequence[Node], place: Placement) -> list[int]:
-    """The roots in the order in which the captured graph reaches them, exits and over-encodings beside their streams.
+    """Return the roots in the order of the captured graph, exits and over-encodings beside their streams.
 
     A stream is where its first site is.
     """

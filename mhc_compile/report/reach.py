@@ -38,7 +38,7 @@ def reach(gm: GraphModule) -> Reach | None:
 
 
 def _walk(search: SiteSearch, node: Node) -> tuple[list[Node], list[Node], Node]:
-    """Contractions passed, site adds passed, and the node where the walk ends."""
+    """Return the contractions and site adds passed, and the node where the walk ends."""
     flow = search.flow
     layers: list[Node] = []
     sites: list[Node] = []

@@ -19,7 +19,7 @@ from mhc_compile.report.draw import StreamView
 from mhc_compile.report.elements import Drawing
 from mhc_compile.report.lines import Line, Snapshots, is_buffer
 from mhc_compile.report.native import draw_native
-from mhc_compile.report.topology import branch_nodes, topology
+from mhc_compile.report.topology import topology
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,11 @@ class Watcher(Observer):
 
 def _views(gm: GraphModule, context: Context) -> list[StreamView]:
     flow = Dataflow(gm.graph, is_owned)
-    return [
-        StreamView(
-            stream,
-            tuple(topology(flow, stream, site) for site in stream.sites),
-            tuple(branch_nodes(flow, stream, site) for site in stream.sites),
-        )
-        for stream in context.streams
-    ]
+    views = []
+    for stream in context.streams:
+        topologies, branches = zip(*(topology(flow, stream, site) for site in stream.sites), strict=True)
+        views.append(StreamView(stream, topologies, branches))
+    return views
 
 
 def _stages(gm: GraphModule, count: int) -> list[Stage]:
