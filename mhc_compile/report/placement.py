@@ -39,7 +39,7 @@ class Placement:
             if isinstance(origin, Node) and origin not in chain:
                 node = origin
                 continue
-            self.drawing.of[node] = self._by_path(node) if isinstance(origin, Node) else origin
+            self.drawing.of[node] = self.at(module_path(node)) if isinstance(origin, Node) else origin
         for one in reversed(chain):
             self.drawing.of.setdefault(one, self._inherited(one, self.drawing.of[node]))
             node = one
@@ -48,12 +48,12 @@ class Placement:
     def _find(self, node: Node) -> int | Node:
         """Return the element of `node`, or the node that it came from."""
         if node.op == "placeholder":
-            return self._by_name(input_name(node)) if is_owned(node) else self._special(INPUTS)
+            return self.at(input_name(node).rpartition(".")[0]) if is_owned(node) else self._special(INPUTS)
         if node.op == "output":
             return self._special(OUTPUT)
         origin = self.seen.get(str(node.meta.get("mhc_from")))
         if origin is None or origin is node:
-            return self._by_path(node)
+            return self.at(module_path(node))
         ends = {torch.ops.mhc.expand.default: self.drawing.entries, torch.ops.mhc.reduce.default: self.drawing.exits}
         elements: dict[Any, int] = ends.get(node.target, {})  # type: ignore[call-overload]
         return elements.get(origin, origin)
@@ -74,13 +74,6 @@ class Placement:
         around = {p for owner in self.drawing.owners for p in prefixes(owner)}
         learnt = {p: next(iter(e)) for p, e in elements.items() if len(e) == 1 and p not in around}
         return learnt | self.drawing.layers
-
-    def _by_path(self, node: Node) -> int:
-        return self.at(module_path(node))
-
-    def _by_name(self, name: str) -> int:
-        """Return the element of a parameter by its name."""
-        return self.at(name.rpartition(".")[0])
 
     def at(self, path: str) -> int:
         """Return the element of what lies in the module at `path`."""
