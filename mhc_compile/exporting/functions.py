@@ -45,11 +45,11 @@ def split(gm: GraphModule, parameters: Mapping[str, str]) -> list[Function]:
     Chains that compute the same on the same shapes share a function. `parameters` are the paths of the placeholders
     that are parameters.
     """
-    functions = _Made(gm, parameters)
-    functions.outline("sinkhorn", lambda node: _number(node) if note_on(node, SINKHORN) else None)
-    functions.outline("chain", _number)
+    outliner = _Outliner(gm, parameters)
+    outliner.outline("sinkhorn", lambda node: _number(node) if note_on(node, SINKHORN) else None)
+    outliner.outline("chain", _number)
     gm.graph.lint()
-    return functions.functions
+    return outliner.functions
 
 
 def _number(node: Node) -> Hashable:
@@ -57,7 +57,7 @@ def _number(node: Node) -> Hashable:
     return note["call"] if note else None
 
 
-class _Made:
+class _Outliner:
     def __init__(self, gm: GraphModule, parameters: Mapping[str, str]) -> None:
         self.gm = gm
         self.parameters = parameters
