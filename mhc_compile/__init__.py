@@ -29,18 +29,18 @@ from mhc_compile.loading import from_pretrained, load
 from mhc_compile.memory.optimizer import TableAdamW, table_groups
 from mhc_compile.parameters import parameter_groups, stream_parameters
 from mhc_compile.probes import Probes
-from mhc_compile.report import Inspection, inspect
+from mhc_compile.report import Report, inspect
 from mhc_compile.versions import VERSION, warn_of_newer
 
 __all__ = [
     "Convention",
-    "Inspection",
     "MHCError",
     "MHCWarning",
     "MemorySettings",
     "Options",
     "OverEncodingSettings",
     "Probes",
+    "Report",
     "StreamSpec",
     "TableAdamW",
     "convert",

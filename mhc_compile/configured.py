@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mhc_compile.checkpoint.manifest import NAME, is_converted, read_manifest
 from mhc_compile.checkpoint.shards import read_json
 from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
 from mhc_compile.checkpoint.source import open_checkpoint
+from mhc_compile.config import STREAM_FIELDS
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.loading import from_pretrained
 from mhc_compile.owner import convert_owners
@@ -57,6 +59,12 @@ def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
     except AttributeError as error:
         raise MHCError("MHC414", f"{path / NAME}: {error}") from error
     return model, True
+
+
+def refuse_stream_options(path: Path, options: Iterable[str]) -> None:
+    """Raise MHC304 where fields of `StreamSpec` are among the options of a converted folder."""
+    if settled := sorted(STREAM_FIELDS & set(options)):
+        raise MHCError("MHC304", f"{settled[0]}; {path / NAME} says how the folder was converted")
 
 
 def weighted(path: Path, *, seed: int = 0) -> tuple[nn.Module, bool, bool]:

@@ -1,10 +1,11 @@
-"""Plain text of what rich prints with tables and colours."""
+"""Text and tables in a terminal by rich, and the same as plain text."""
 
 from __future__ import annotations
 
 import io
 
 from rich.console import Console
+from rich.table import Table
 
 
 class Printed:
@@ -20,3 +21,17 @@ class Printed:
 
     def __str__(self) -> str:
         return self.text()
+
+    def show(self) -> None:
+        """Print with tables and colours on a terminal; elsewhere as plain text, whose lines are not wrapped."""
+        console = Console()
+        console.print(self) if console.is_terminal else print(self)
+
+
+def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """Return an empty table without lines; columns that begin with one of `numbers` are right-aligned."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in columns:
+        right = bool(numbers) and name.startswith(numbers)
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,17 @@ from mhc_compile.diagnostics import MHCError
 
 RECOMPILE_LIMIT = 64
 """Prefill, decode, each batch layout and training are graphs of their own; Dynamo's default of 8 is soon used up."""
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Replace an attribute of a module or object meanwhile."""
+    usual = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, usual)
 
 
 def tracing_config() -> dict[str, Any]:

@@ -71,13 +71,20 @@ class _Inserting(Lookups):
         layers = [m for m in self.memory.layers if m.layer in self.entries]
         if not layers:
             return
+        parts = {m.layer: (m.layer, self.entries[m.layer]) for m in layers}
+        self.part = parts[layers[0].layer]
         ids, reach, before = self._tokens()
         rows = {}
         for m in layers:
+            self.part = parts[m.layer]
             rows[m.layer] = self._early(ENGRAM.rows.default, ids, reach, before, str(m.hash))
         width = self.memory.settings.row_width
-        early = {m.layer: self._look_up(m.layer, rows[m.layer], width) for m in layers}
+        early = {}
         for m in layers:
+            self.part = parts[m.layer]
+            early[m.layer] = self._look_up(m.layer, rows[m.layer], width)
+        for m in layers:
+            self.part = parts[m.layer]
             self._fuse(m, early[m.layer], reach)
         self._keep()
 

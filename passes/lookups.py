@@ -19,6 +19,8 @@ from mhc_compile.passes.tokens import reaches
 
 ENGRAM = torch.ops.engram
 KERNELS = torch.ops.engram_kernels
+MEMORY = "mhc_memory"
+"""Key of a node's metadata: owner, layer and first site of the memory that it computes; "" for an over-encoding."""
 _ALL = slice(None)
 
 
@@ -35,6 +37,8 @@ class Lookups:
         """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
         self.like = widened.stream.entry
         """Whose module and source line the nodes inserted now get."""
+        self.part = ("", "")
+        """The layer and first site of the memory whose nodes are inserted now."""
         self.kept: dict[State, Node] = {}
         """What every tensor of the state becomes."""
         self._refuse_unknown()
@@ -101,7 +105,8 @@ class Lookups:
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         with self.graph.inserting_before(output):
             for state, new in self.kept.items():
-                self._method("copy_", self.inputs[state], new).meta[KEEPS] = True
+                copied = self._method("copy_", self.inputs[state], new)
+                copied.meta |= {KEEPS: True, MEMORY: new.meta[MEMORY]}
 
     # --- nodes ---------------------------------------------------------------------------------------------------
 
@@ -111,10 +116,14 @@ class Lookups:
         return self.last
 
     def _call(self, target: Callable[..., Any], *args: Any) -> Node:
-        return copy_meta(self.graph.call_function(target, args), self.like)
+        return self._with_meta(self.graph.call_function(target, args))
 
     def _method(self, name: str, *args: Any) -> Node:
-        return copy_meta(self.graph.call_method(name, args), self.like)
+        return self._with_meta(self.graph.call_method(name, args))
+
+    def _with_meta(self, node: Node) -> Node:
+        node.meta[MEMORY] = (self.widened.mark.owner, *self.part)
+        return copy_meta(node, self.like)
 
     def _behind(self, node: Node) -> Node:
         place = node.next

@@ -12,9 +12,9 @@ partitioner cuts the joint graph by them, and `fuse` merges nothing across block
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import sympy
@@ -26,6 +26,7 @@ from mhc_compile.passes.base import Context, gradient_modes
 from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, choose_blocks, parse_blocks
 from mhc_compile.passes.dialect_sites import StreamSite, by_stream, size_hints, stream_sites
 from mhc_compile.passes.fuse import KERNELS, Fused
+from mhc_compile.passes.results import Block
 from mhc_compile.passes.stages import coefficient_nodes
 
 _TAG, _BLOCK = "recompute", "ac_graph_id"
@@ -60,6 +61,7 @@ class Recompute:
             context.notes.append("no site is there to be computed again")
             return gm
         plan = _plan(gm.graph, runs, self.blocks, self.kinds)
+        context.blocks += _blocks(runs, plan)
         _tag(gm.graph, runs, plan, {site.state for site in found})
         context.notes += _notes(plan)
         return gm
@@ -113,6 +115,17 @@ def block_boundaries(graph: Graph) -> list[str]:
 def is_tagged(graph: Graph) -> bool:
     """Whether anything of the graph is to be computed again."""
     return any(_TAG in n.meta for n in graph.nodes)
+
+
+def _blocks(runs: list[list[StreamSite]], plan: Plan) -> Iterator[Block]:
+    for run, costs, sizes in zip(runs, plan.runs, plan.sizes, strict=True):
+        for begin, end in pairwise(accumulate(sizes, initial=0)):
+            block = costs[begin:end]
+            yield Block(
+                sites=tuple(site.coefficients for site in run[begin:end]),
+                kept=int(sum(s.branch for s in block) + block[0].begin),
+                recomputed=int(sum(s.made + s.state for s in block) - block[0].begin),
+            )
 
 
 def _tag(graph: Graph, runs: list[list[StreamSite]], plan: Plan, states: set[Node]) -> None:

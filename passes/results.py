@@ -106,6 +106,18 @@ class NativeSite:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Sites whose streams are recomputed together in the backward pass."""
+
+    sites: tuple[Node, ...]
+    """Their coefficients."""
+    kept: int
+    """Bytes kept for the backward pass."""
+    recomputed: int
+    """Bytes recomputed just before the backward pass of the block."""
+
+
+@dataclass(frozen=True)
 class Probed:
     """What is recorded of one owner in a graph."""
 

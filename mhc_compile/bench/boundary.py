@@ -35,14 +35,14 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
         say(console, line)
     groups = {}
     for title, backward in ((f"boundary forward, {shape}", False), (f"boundary forward and backward, {shape}", True)):
-        contenders = _contenders(chain, inputs, tokens, packages, backward=backward)
+        contenders = contenders_of(chain, inputs, tokens, packages, backward=backward)
         rows = contest(console, contenders, ours=OURS, device=device, shape=shape, rounds=rounds)
         groups[title] = show(console, title, rows)
     return {"groups": groups}
 
 
 def random_inputs(chain: Chain, tokens: int, device: torch.device) -> list[Tensor]:
-    """The boundary's inputs, of the sizes that training sees: a doubly stochastic mix, small phi."""
+    """Draw the boundary's inputs at sizes that training sees: a doubly stochastic mix, small phi."""
     rng = torch.Generator().manual_seed(0)
     values = []
     for name in chain.inputs():
@@ -53,7 +53,7 @@ def random_inputs(chain: Chain, tokens: int, device: torch.device) -> list[Tenso
 
 
 def ours(chain: Chain) -> Boundary:
-    """The fused op."""
+    """Return the fused op."""
 
     def boundary(*inputs: Tensor) -> Sequence[Tensor]:
         return torch.ops.mhc_kernels.boundary(*inputs, str(chain.stream))[:4]
@@ -62,7 +62,7 @@ def ours(chain: Chain) -> Boundary:
 
 
 def plain(chain: Chain) -> Boundary:
-    """The dialect ops, which decompose into plain PyTorch."""
+    """Return the dialect ops, which decompose into plain PyTorch."""
 
     def boundary(
         X: Tensor, y: Tensor, post: Tensor, mix: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor
@@ -75,7 +75,7 @@ def plain(chain: Chain) -> Boundary:
 
 
 def _exactly(chain: Chain, inputs: Sequence[Tensor], gradients: Sequence[Tensor], *, backward: bool) -> list[Tensor]:
-    """The outputs, or the gradients of the inputs, in float64."""
+    """Return the outputs, or the gradients of the inputs, in float64."""
     leaves = [v.double().requires_grad_(backward) for v in inputs]
     outputs = plain(chain)(*leaves)
     if not backward:
@@ -83,7 +83,7 @@ def _exactly(chain: Chain, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
     return list(torch.autograd.grad(outputs, leaves, [g.double() for g in gradients]))
 
 
-def _contenders(
+def contenders_of(
     chain: Chain,
     inputs: list[Tensor],
     tokens: int,
@@ -91,11 +91,12 @@ def _contenders(
     *,
     backward: bool,
 ) -> list[Contender]:
+    """Return ways to compute the boundary, forward or forward and backward; copying its bytes is among them."""
     rng = torch.Generator().manual_seed(1)
-    names, wanted = chain.inputs(), chain.outputs()[:4]
+    names, output_names = chain.inputs(), chain.outputs()[:4]
     gradients = [
         torch.randn(chain.shape(name, (tokens,)), generator=rng).to(inputs[0].device, chain.dtype(name))
-        for name in wanted
+        for name in output_names
     ]
     exact = _exactly(chain, inputs, gradients, backward=backward)
     leaves = [v.clone().requires_grad_(backward) for v in inputs]
@@ -109,39 +110,41 @@ def _contenders(
                     return boundary(*leaves)
             return torch.autograd.grad(boundary(*leaves), leaves, gradients)
 
-        return Contender(name, work, moved, lambda found: distance(found, exact), tolerance)
+        return Contender(name, work, moved, lambda results: distance(results, exact), tolerance)
 
     def other(package: Package, api: SimpleNamespace) -> Contender:
-        given, wanted_gradients = (dict(zip(*pair, strict=True)) for pair in ((names, inputs), (wanted, gradients)))
-        work = Work(package, api, given, wanted_gradients, backward=backward)
+        values, wanted_gradients = (
+            dict(zip(*pair, strict=True)) for pair in ((names, inputs), (output_names, gradients))
+        )
+        work = Work(package, api, values, wanted_gradients, backward=backward)
         its_own = replace(chain, stream=replace(chain.stream, convention=package.convention))
         seen = work.inputs()
         exact = _exactly(its_own, [seen[name] for name in names], gradients, backward=backward)
-        read = names if backward else wanted
+        read = names if backward else output_names
         return Contender(
-            package.name, work.run, moved, lambda found: distance(work.read(found, read), exact), tolerance,
+            package.name, work.run, moved, lambda results: distance(work.read(results, read), exact), tolerance,
             optional=True, prepare=work.prepare,
         )  # fmt: skip
 
-    found = [
+    results = [
         contender(OURS, ours(chain)),
         contender("Inductor", torch.compile(plain(chain))),
         contender("eager", plain(chain)),
     ]
-    found.append(Contender("copy", _copy(inputs[0], moved), moved))
+    results.append(Contender("copy", _copy(inputs[0], moved), moved))
     if importlib.util.find_spec("hyper_connections"):
-        found.append(_hyper_connections(chain, inputs[0], backward=backward))
-    return found + [other(package, api) for package, api in packages]
+        results.append(_hyper_connections(chain, inputs[0], backward=backward))
+    return results + [other(package, api) for package, api in packages]
 
 
 def _copy(like: Tensor, moved: int) -> Callable[[], Tensor]:
-    """Copying as many bytes as the work must move: the floor."""
+    """Return a copy of as many bytes as the work must move: the floor."""
     source, target = (torch.ones(moved // 8, dtype=torch.float32, device=like.device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
 def _hyper_connections(chain: Chain, X: Tensor, *, backward: bool) -> Contender:
-    """One site of the package `hyper-connections` around an empty branch, compiled: its own equations, same sizes."""
+    """Return a site of the package `hyper-connections` around an empty branch: its own equations, same sizes."""
     from hyper_connections.manifold_constrained_hyper_connections import ManifoldConstrainedHyperConnections
 
     n = chain.stream.streams

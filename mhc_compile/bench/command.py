@@ -31,13 +31,10 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
         help="measure on this machine what docs/figures.md states",
-        description="boundary: one fused site boundary against PyTorch and what else is installed. step: a training "
-        "step of a converted Llama against the residual one. native: DeepSeek-V4's own hyper-connections. "
-        "compile-time: how long torch.compile takes for DeepSeek-V4. passes: the time of the rewriting passes for 12 "
-        "to 96 layers and at the first call of an unconverted model, and their share of a whole compile. recompute: "
-        "the bytes that 48 sites keep for the backward pass with and without recomputation, and the time of both. "
-        "probes: a sampled step against a plain one. engram: hashing n-grams, gathering rows, and what both add to a "
-        "training step.",
+        description="\n".join(
+            f"{name}: {(module.__doc__ or '').partition(chr(10))[0]}" for name, module in BENCHMARKS.items()
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=sorted(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="small sizes: checks that it runs")

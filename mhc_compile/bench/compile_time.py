@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -20,6 +19,7 @@ from mhc_compile.kernels import cache, in_cpp
 from mhc_compile.kernels.cpp import build
 
 OURS = "mhc-compile"
+_FOLDER = "MHC_COMPILE_CACHE_DIR"
 
 
 def run(console: Console, *, quick: bool) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
 
 
 def deepseek_v4(layers: int) -> Any:
-    """Hugging Face's DeepSeek-V4, small widths, its own 20 iterations."""
+    """Return Hugging Face's DeepSeek-V4 with small widths and its own 20 iterations."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     config = DeepseekV4Config(
@@ -67,11 +67,15 @@ def _compile(model: nn.Module, ids: torch.Tensor, backend: str) -> tuple[float, 
 
 @contextmanager
 def _empty_caches() -> Iterator[None]:
-    """Our own kernels compiled anew, too."""
+    """Compile our own kernels anew, too."""
     cached = (cache.cache_dir, in_cpp.library, build.compiler_problem)
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"MHC_COMPILE_CACHE_DIR": folder}):
+    usual = os.environ.get(_FOLDER)
+    with tempfile.TemporaryDirectory() as os.environ[_FOLDER]:
         for function in cached:
             function.cache_clear()
         yield
+    del os.environ[_FOLDER]
+    if usual is not None:
+        os.environ[_FOLDER] = usual
     for function in cached:
         function.cache_clear()

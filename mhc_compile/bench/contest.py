@@ -34,7 +34,7 @@ class Contender:
     optional: bool = False
     """Of another package: where it raises or fails its check it is left out with a line, instead of stopping all."""
     prepare: Callable[[], None] | None = None
-    """Called before every run and not timed: makes again what a run consumes."""
+    """Called before every run and not timed: restores what a run consumes."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def contest(
 
 
 def _checked(c: Contender) -> float | None:
-    """Its error, from the run that compiles it, and two runs more. Raises MHC110 where it computes wrongly."""
+    """Return its error in the run that compiles it, after two runs more. Raises MHC110 where it computes wrongly."""
     error = None
-    for first in (True, False, False):  # an optimizer's first steps differ from those behind them
+    for first in (True, False, False):  # an optimizer's first steps differ from later ones
         if c.prepare is not None:
             c.prepare()
         result = c.run()
@@ -114,7 +114,7 @@ def _checked(c: Contender) -> float | None:
 
 
 def reason(error: Exception) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -140,18 +140,18 @@ def _wait(device: torch.device) -> None:
 
 
 def copy_rate(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes a second, read and written, of copying a buffer larger than the caches into memory that is in use."""
+    """Measure the bytes per second, read and written, of copying a buffer larger than the caches into memory in use."""
     source, target = (torch.ones(size // 8, dtype=torch.float32, device=device) for _ in range(2))
     target.copy_(source)
     taken = statistics.median(_time(lambda: target.copy_(source), device) for _ in range(9))
     return 2 * source.nbytes / taken
 
 
-def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest difference of any value, each relative to its own scale."""
+def distance(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the largest difference of any value, each relative to its own scale."""
     return max(
         float((f.detach().double() - e).abs().max() / e.abs().max().clamp(min=1e-30))
-        for f, e in zip(found, exact, strict=True)
+        for f, e in zip(results, exact, strict=True)
     )
 
 

@@ -48,7 +48,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
 def hash_contest(
     console: Console, preset: str, tokens: int, device: torch.device, rounds: int
 ) -> tuple[str, list[Row]]:
-    """The rows of one layer for a batch of sequences of 1024 tokens (or fewer), each into new memory, as copies are."""
+    """Measure the rows of one layer for sequences of up to 1024 tokens, each into new memory, as copies are."""
     settings = MemorySettings.preset(preset)
     spec = hash_specs(settings, [1], vocab=_VOCAB, fill=0)[0]
     rng = torch.Generator().manual_seed(0)
@@ -58,8 +58,8 @@ def hash_contest(
     exact = hashing.rows(ids, reach, None, spec)
     text = str(spec)
 
-    def check(found: Tensor) -> float:
-        return 0.0 if torch.equal(found, exact) else float("inf")
+    def check(hashes: Tensor) -> float:
+        return 0.0 if torch.equal(hashes, exact) else float("inf")
 
     moved = ids.nbytes + reach.nbytes + exact.nbytes
     contenders = [
@@ -79,7 +79,7 @@ def _compiled(spec: HashSpec, ids: Tensor, reach: Tensor) -> Callable[[], Tensor
 
 
 def gather_contest(console: Console, device: torch.device, *, quick: bool) -> tuple[str, list[Row], dict[str, float]]:
-    """Rows of one table for calls that follow Zipf's law; returns rows a second by contender, too."""
+    """Measure rows of one table for calls that follow Zipf's law; also return rows per second by contender."""
     rows, width, asked, hot = (4096, 8, 512, 512) if quick else (1 << 20, 80, 16384, 1 << 16)
     calls = zipf_calls(rows, asked, _CALLS, device)
     memory = MemoryTable(rows, width, trainable=False).start(0)
@@ -98,14 +98,14 @@ def gather_contest(console: Console, device: torch.device, *, quick: bool) -> tu
 
 
 def _gathering(name: str, table: MemoryTable, calls: list[Tensor], exact: list[Tensor], moved: int) -> Contender:
-    """Looks up one call after the other; every one has been looked up, and compared, once before."""
+    """Return a contender that looks up one call after the other, each compared once before."""
     wrong = sum(not torch.equal(table(call), values) for call, values in zip(calls, exact, strict=True))
     turn = itertools.cycle(calls)
     return Contender(name, lambda: table(next(turn)), moved, lambda _: float(wrong), tolerance=0.0)
 
 
 def zipf_calls(rows: int, asked: int, count: int, device: torch.device) -> list[Tensor]:
-    """`count` calls [asked] of row numbers: the k-th most frequent row with a probability that falls as 1 / k.
+    """Draw `count` calls [asked] of row numbers: the k-th most frequent row has a probability that falls as 1 / k.
 
     Frequent rows lie anywhere in the table, as hashes do.
     """

@@ -39,7 +39,7 @@ _LEARNING_RATE = 0.0
 
 
 def run_steps(console: Console, *, quick: bool) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """The contest's rows by its title, and by contender the time of a step over that of one with its rows given."""
+    """Measure steps; return rows by title, and by contender the time of a step over one with its rows given."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours are shown
@@ -81,13 +81,13 @@ def run_steps(console: Console, *, quick: bool) -> tuple[dict[str, Any], dict[st
 
 
 def contenders(folder: Path, batches: Sequence[Tensor], inner: str) -> dict[str, Steps]:
-    """The model of `folder` in every form."""
+    """Return the model of `folder` in every form."""
 
     def loaded(*, trained: bool = False, **where: Any) -> nn.Module:
         model = from_pretrained(folder, inner="eager", local_files_only=True, **where).train()
-        for held in owners(model).values():
-            for layer in held.memory_layers:
-                held.table(layer).trainable = trained
+        for parameters in owners(model).values():
+            for layer in parameters.memory_layers:
+                parameters.table(layer).trainable = trained
         return model
 
     given = loaded()
@@ -126,32 +126,32 @@ class Steps:
 
 
 def relative(given: Steps, other: Steps) -> Spread:
-    """The time of a step over that of the one with its rows given that was taken in the same round."""
+    """Return the time of a step over that of the one with its rows given in the same round."""
     return spread([b / a for a, b in zip(given.seconds[3:], other.seconds[3:], strict=True)])
 
 
 @torch.no_grad()
 def scatter(model: nn.Module) -> None:
-    """Random values for what a memory starts with at zero, and wider rows: the loss depends on every row."""
-    for held in owners(model).values():
-        for name, p in held.in_graph().items():
+    """Set what a memory starts at zero to random values, and widen rows: the loss depends on every row."""
+    for parameters in owners(model).values():
+        for name, p in parameters.in_graph().items():
             if name.endswith((".value", ".conv")):
                 p.normal_(std=0.2)
-        for layer in held.memory_layers:
-            held.table(layer).start(0, 1.0)
+        for layer in parameters.memory_layers:
+            parameters.table(layer).start(0, 1.0)
 
 
 def looked_up(model: nn.Module, ids: Tensor) -> list[Tensor]:
-    """The values of the rows of `ids` [B, S] by layer, [B, S, d_mem], looked up outside of any graph."""
-    found = []
-    for held in owners(model).values():
-        assert held.memory is not None
-        small = held.get_submodule("engram").compression[ids] if held.memory.compressed else ids  # type: ignore[index]
+    """Look up the values [B, S, d_mem] of the rows of `ids` [B, S] by layer, outside of any graph."""
+    values = []
+    for parameters in owners(model).values():
+        assert parameters.memory is not None
+        small = parameters.get_submodule("engram").compression[ids] if parameters.memory.compressed else ids  # type: ignore[index]
         reach = torch.ops.engram.reach(ids, None, None, None, -1)
-        for m in held.memory.layers:
+        for m in parameters.memory.layers:
             rows = torch.ops.engram.rows(small, reach, None, str(m.hash))
-            found.append(held.table(m.layer)(rows).detach())
-    return found
+            values.append(parameters.table(m.layer)(rows).detach())
+    return values
 
 
 @dataclass(frozen=True)

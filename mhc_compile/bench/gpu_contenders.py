@@ -57,19 +57,19 @@ class Package:
 def select(
     device: torch.device, packages: Sequence[Package] | None = None
 ) -> tuple[list[tuple[Package, SimpleNamespace]], list[str]]:
-    """The packages that can run on `device` with their functions, and a line for each of the others."""
-    found, left_out = [], []
+    """Return the packages that can run on `device` with their functions, and a line for each of the others."""
+    able, left_out = [], []
     for package in PACKAGES if packages is None else packages:
         api, why = _functions(package, device)
         if why:
             left_out.append(f"{package.name}: {why}")
         else:
-            found.append((package, api))
-    return found, left_out
+            able.append((package, api))
+    return able, left_out
 
 
 def _functions(package: Package, device: torch.device) -> tuple[SimpleNamespace, str]:
-    """The functions by name; or why there are none."""
+    """Return the functions by name, or why there are none."""
     api = SimpleNamespace()
     if importlib.util.find_spec(package.functions[0].partition(".")[0]) is None:
         return api, "not installed"
@@ -108,7 +108,7 @@ class Work:
             self._gradients["next_X"] = self._consumed.clone()
 
     def inputs(self) -> Values:
-        """The inputs in our layouts, with the values that the package gets."""
+        """Return the inputs in our layouts, with the values that the package gets."""
         return self._package.ours({k: v.detach() for k, v in self._inputs.items()})
 
     def prepare(self) -> None:
@@ -117,45 +117,55 @@ class Work:
             self._gradients["next_X"].copy_(self._consumed)
 
     def run(self) -> Values:
-        """The outputs, or with a backward the inputs' gradients, in the package's layouts."""
+        """Return the outputs, or with a backward the inputs' gradients, in the package's layouts."""
         if not self._backward:
             with torch.no_grad():
                 return self._package.boundary(self._api, self._inputs)
         out = self._package.boundary(self._api, self._inputs)
         if self._consumed is not None:
             setattr(out["next_X"].untyped_storage(), self._package.gradient_attribute, self._gradients["next_X"])
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             list(out.values()), list(self._inputs.values()), [self._gradients[name] for name in out]
         )
-        return dict(zip(self._inputs, found, strict=True))
+        return dict(zip(self._inputs, gradients, strict=True))
 
-    def read(self, found: Values, names: Sequence[str]) -> list[Tensor]:
-        """What `run` returned, by `names` and in our layouts."""
-        ours = self._package.ours(found)
+    def read(self, results: Values, names: Sequence[str]) -> list[Tensor]:
+        """Return the results of `run` by `names`, in our layouts."""
+        ours = self._package.ours(results)
         return [ours[name] for name in names]
 
 
-def _each(values: Values, how: Mapping[str, Callable[[Tensor], Tensor]]) -> Values:
-    return {name: how[name](v) if name in how else v for name, v in values.items()}
+Layout = Callable[[Values], Values]
+Change = Callable[[Tensor], Tensor]
+
+
+def _layouts(changes: Mapping[str, tuple[Change, Change]]) -> tuple[Layout, Layout]:
+    """Return functions to a package's layouts and back, from those for values by their names, separated by spaces."""
+    by_name = {name: both for names, both in changes.items() for name in names.split()}
+
+    def all_changed(way: int) -> Layout:
+        return lambda values: {name: by_name[name][way](v) if name in by_name else v for name, v in values.items()}
+
+    return all_changed(0), all_changed(1)
 
 
 # Liger-Kernel: streams [T, n, C] as ours, phi [n*C, rows], three scalars for alpha, X' = mix @ X.
 
 
 def _to_liger(values: Values) -> Values:
-    found = dict(values)
+    changed = dict(values)
     if "phi" in values:
-        found["phi"] = values["phi"].t().to(values["X"].dtype).contiguous()
-        found |= {f"alpha_{k}": a.clone() for k, a in enumerate(found.pop("alpha"))}
-    return found
+        changed["phi"] = values["phi"].t().to(values["X"].dtype).contiguous()
+        changed |= {f"alpha_{k}": a.clone() for k, a in enumerate(changed.pop("alpha"))}
+    return changed
 
 
 def _from_liger(values: Values) -> Values:
-    found = dict(values)
+    changed = dict(values)
     if "phi" in values:
-        found["phi"] = values["phi"].t()
-        found["alpha"] = torch.stack([found.pop(f"alpha_{k}") for k in range(3)])
-    return found
+        changed["phi"] = values["phi"].t()
+        changed["alpha"] = torch.stack([changed.pop(f"alpha_{k}") for k in range(3)])
+    return changed
 
 
 def _liger(api: SimpleNamespace, v: Values) -> Values:
@@ -167,26 +177,11 @@ def _liger(api: SimpleNamespace, v: Values) -> Values:
 # TileKernels: streams [1, T, n, C], post [1, T, n, 1], X'[j] = sum of mix[i, j] X[i].
 
 
-def _to_tile(values: Values) -> Values:
-    return _each(
-        values,
-        {
-            **dict.fromkeys(("X", "y", "next_X", "h"), lambda v: v[None]),
-            **dict.fromkeys(("post", "next_post"), lambda v: v[None, ..., None]),
-            **dict.fromkeys(("mix", "next_mix"), lambda v: v.mT.contiguous()[None]),
-        },
-    )
-
-
-def _from_tile(values: Values) -> Values:
-    return _each(
-        values,
-        {
-            **dict.fromkeys(("X", "y", "next_X", "h"), lambda v: v[0]),
-            **dict.fromkeys(("post", "next_post"), lambda v: v[0, ..., 0]),
-            **dict.fromkeys(("mix", "next_mix"), lambda v: v[0].mT),
-        },
-    )
+_TILE_LAYOUTS = _layouts({
+    "X y next_X h": (lambda v: v[None], lambda v: v[0]),
+    "post next_post": (lambda v: v[None, ..., None], lambda v: v[0, ..., 0]),
+    "mix next_mix": (lambda v: v.mT.contiguous()[None], lambda v: v[0].mT),
+})  # fmt: skip
 
 
 def _tile(api: SimpleNamespace, v: Values) -> Values:
@@ -200,47 +195,35 @@ def _tile(api: SimpleNamespace, v: Values) -> Values:
 
 
 def _matrix_transposed(rows: Tensor, n: int) -> Tensor:
-    """Rows (or values) pre | post | mix with those of the n x n matrix in the transpose's order."""
+    """Return rows (or values) pre | post | mix with those of the n x n matrix in the transpose's order."""
     mix = rows[2 * n :].unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)
     return torch.cat([rows[: 2 * n], mix])
 
 
 def _streams(rows: int) -> int:
-    """n, where phi has n*n + 2n rows."""
+    """Return n, where phi has n*n + 2n rows."""
     return round((rows + 1) ** 0.5) - 1
 
 
-def _to_engine(values: Values) -> Values:
-    def phi(v: Tensor) -> Tensor:
-        n = _streams(len(v))
-        return _matrix_transposed(v, n).unflatten(1, (n, -1)).transpose(1, 2).flatten(1).contiguous()
-
-    return _each(
-        values,
-        {
-            **dict.fromkeys(("X", "next_X"), lambda v: v.mT.contiguous()[:, None]),
-            **dict.fromkeys(("y", "h", "post", "next_post"), lambda v: v[:, None]),
-            **dict.fromkeys(("mix", "next_mix"), lambda v: v.mT.contiguous()[:, None]),
-            "phi": phi,
-            "bias": lambda v: _matrix_transposed(v, _streams(len(v)))[None],
-        },
-    )
+def _to_engine_phi(phi: Tensor) -> Tensor:
+    n = _streams(len(phi))
+    return _matrix_transposed(phi, n).unflatten(1, (n, -1)).transpose(1, 2).flatten(1).contiguous()
 
 
-def _from_engine(values: Values) -> Values:
-    def phi(v: Tensor) -> Tensor:
-        n = _streams(len(v))
-        return _matrix_transposed(v, n).unflatten(1, (-1, n)).transpose(1, 2).flatten(1)
+def _from_engine_phi(phi: Tensor) -> Tensor:
+    n = _streams(len(phi))
+    return _matrix_transposed(phi, n).unflatten(1, (-1, n)).transpose(1, 2).flatten(1)
 
-    return _each(
-        values,
-        {
-            **dict.fromkeys(("X", "next_X", "mix", "next_mix"), lambda v: v[:, 0].mT),
-            **dict.fromkeys(("y", "h", "post", "next_post"), lambda v: v[:, 0]),
-            "phi": phi,
-            "bias": lambda v: _matrix_transposed(v[0], _streams(v.shape[1])),
-        },
-    )
+
+_ENGINE_LAYOUTS = _layouts({
+    "X next_X mix next_mix": (lambda v: v.mT.contiguous()[:, None], lambda v: v[:, 0].mT),
+    "y h post next_post": (lambda v: v[:, None], lambda v: v[:, 0]),
+    "phi": (_to_engine_phi, _from_engine_phi),
+    "bias": (
+        lambda v: _matrix_transposed(v, _streams(len(v)))[None],
+        lambda v: _matrix_transposed(v[0], _streams(v.shape[1])),
+    ),
+})  # fmt: skip
 
 
 def _engine(api: SimpleNamespace, v: Values) -> Values:
@@ -261,12 +244,12 @@ PACKAGES = (
     Package(
         name="TileKernels", distribution="tile-kernels", versions="1.0; 2 has neither the projection nor gradients",
         functions=(_TILE + "mhc_pre", _TILE + "ops.mhc_post"),
-        convention=Convention.DEEPSEEK_V4, theirs=_to_tile, ours=_from_tile, boundary=_tile,
+        convention=Convention.DEEPSEEK_V4, theirs=_TILE_LAYOUTS[0], ours=_TILE_LAYOUTS[1], boundary=_tile,
         capability=(9, 0), gradient_attribute="grad_from_mhc_post",
     ),
     Package(
         name="TransformerEngine", distribution="transformer-engine", versions="2.19",
         functions=(_ENGINE + "mhc_fused_expand_combine", _ENGINE + "mhc_generate_mix_and_aggregate"),
-        convention=Convention.PAPER, theirs=_to_engine, ours=_from_engine, boundary=_engine,
+        convention=Convention.PAPER, theirs=_ENGINE_LAYOUTS[0], ours=_ENGINE_LAYOUTS[1], boundary=_engine,
     ),
 )  # fmt: skip

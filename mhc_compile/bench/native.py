@@ -36,7 +36,7 @@ class Sites(nn.Module):
             nn.init.constant_(connection.scale, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, length, C]` -> the same, through all sites."""
+        """Return `x` [batch, length, C] after all sites."""
         streams = x.unsqueeze(2).expand(-1, -1, 4, -1).contiguous()
         for connection, branch in zip(self.connections, self.branches, strict=True):
             post, comb, h = connection(streams)
@@ -57,7 +57,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
 
     def contender(name: str, compile_: Callable[[nn.Module], Any]) -> Contender:
         work = gradients(compile_(copy.deepcopy(model)), x, weights)
-        return Contender(name, work, None, lambda found: distance(found, exact), 1e-3)
+        return Contender(name, work, None, lambda results: distance(results, exact), 1e-3)
 
     contenders = [
         contender(OURS, lambda m: torch.compile(m, backend="mhc")),

@@ -44,7 +44,7 @@ class CompileTime:
 
 
 def llama(layers: int) -> nn.Module:
-    """A Llama of `layers` layers whose widths are small: graphs and compile times depend on depth."""
+    """Return a Llama of `layers` layers with small widths: graphs and compile times depend on depth."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -60,35 +60,22 @@ def _spent() -> float:
     return float(sum(compilation_time_metrics.get(TIMED, [])))
 
 
-def pass_time(layers: int, runs: int) -> PassTime:
-    """Time the passes over the forward graph of a converted Llama, `runs` times, after checking its logits."""
+def pass_time(layers: int, runs: int, *, first_call: bool = False) -> PassTime:
+    """Time the passes over the forward graph of a converted Llama, `runs` times, after checking its logits.
+
+    With `first_call` the model is not converted before its first call, which is timed.
+    """
     ids = _ids()
     model = llama(layers).eval()
-    with torch.no_grad():
-        expected = model(ids).logits
-        convert(model, streams=4, inner="eager")
-        seconds = []
-        for _ in range(runs):
-            torch._dynamo.reset()
-            before = _spent()
-            compiled = torch.compile(model, backend="mhc", options={"inner": "eager"})
-            _check(expected, compiled(ids).logits)
-            seconds.append(_spent() - before)
-    torch._dynamo.reset()
-    nodes = len(capture(llama(layers).eval(), (ids,), {}).graph.graph.nodes)
-    return PassTime(layers, nodes, runs, statistics.median(seconds), min(seconds), max(seconds))
-
-
-def first_call_time(layers: int, runs: int) -> PassTime:
-    """Time the passes in the first call of an unconverted Llama, which converts it, after checking its logits."""
-    ids = _ids()
     seconds = []
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MHC302: converted at its first call
+        expected = model(ids).logits
+        if not first_call:
+            convert(model, streams=4, inner="eager")
         for _ in range(runs):
             torch._dynamo.reset()
-            model = llama(layers).eval()
-            expected = model(ids).logits
+            model = llama(layers).eval() if first_call else model
             before = _spent()
             _check(expected, torch.compile(model, backend="mhc", options={"inner": "eager"})(ids).logits)
             seconds.append(_spent() - before)
@@ -125,7 +112,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     runs = 3 if quick else 5
     pass_time(depths[0], 1)  # warms imports and caches
     rows = [pass_time(layers, runs) for layers in depths]
-    first = first_call_time(4 if quick else 24, runs)
+    first = pass_time(4 if quick else 24, runs, first_call=True)
     for title, shown in (("forward graph of a converted model", rows), ("first call of an unconverted model", [first])):
         table = Table("layers", "graph nodes", "passes (median)", "spread", "per layer", title=f"passes, {title}")
         for r in shown:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhc_compile.bench.contest import Contender, contest, show
+from mhc_compile.bench.contest import Contender, contest, distance, show
+from mhc_compile.bench.native import gradients
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.conversion import convert
 from mhc_compile.kernels.spec import StreamSpec
@@ -26,7 +27,7 @@ from mhc_compile.passes.cost import Plan
 from mhc_compile.passes.pipeline import WIDENING
 from mhc_compile.passes.recompute import plan_of
 
-KEPT, AGAIN = "all is kept", "computed again"
+KEPT, AGAIN = "everything kept", "recomputed"
 
 
 class Attention(nn.Module):
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, C] -> [B, S, C]."""
+        """Map [B, S, C] to [B, S, C]."""
         q, k, v = self.inputs(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
 
@@ -55,7 +56,7 @@ class Feed(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, C] -> [B, S, C]."""
+        """Map [B, S, C] to [B, S, C]."""
         h = self.norm(x)
         return self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -70,7 +71,7 @@ class Stack(nn.Module):
         self.parts = nn.ModuleList(part for pair in parts for part in pair)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, C] -> [B, S, C]."""
+        """Map [B, S, C] to [B, S, C]."""
         for part in self.parts:
             x = x + part(x)
         return x
@@ -85,7 +86,7 @@ class StreamBytes:
     branches: int
     """Held by the branches."""
     transient: int
-    """The most that was computed again and alive at a time."""
+    """The most that was recomputed and alive at a time."""
 
     @property
     def peak(self) -> int:
@@ -100,14 +101,14 @@ def stream_bytes(model: nn.Module, run: Callable[[], Tensor], *, streams: int, w
     packs is counted, by storage, parameters left out; what kernels of streams give during the backward pass, while it
     is alive.
     """
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     of_streams: dict[int, int] = {}
     of_branches: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         ours = t.shape[-1:] in ((width,), (streams,), (rows + 1,)) and t.ndim > 1
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameters:
             (of_streams if ours else of_branches)[storage.data_ptr()] = t.nbytes
         return t
 
@@ -140,7 +141,7 @@ class _Alive(TorchDispatchMode):
 
 
 def plan_for(model: nn.Module, x: Tensor, blocks: str | int) -> Plan:
-    """What the cost model says of a converted model."""
+    """Return the cost model's plan for a converted model."""
     captured = capture(model, (x,), {})
     marks = find_marks(captured.graph)
     return plan_of(WIDENING.run(captured.graph, Context(marks=marks)).graph, blocks)
@@ -152,9 +153,9 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     layers, width, heads, size, batch, length = (2, 64, 3, 16, 2, 32) if quick else (24, 512, 7, 64, 4, 256)
     torch.manual_seed(0)
     base = Stack(layers, width, heads, size).to(device)
-    x = torch.randn(batch, length, width, device=device)
+    x, weights = (torch.randn(batch, length, width, device=device) for _ in range(2))
     spec = StreamSpec()
-    found: dict[str, tuple[StreamBytes, Plan]] = {}
+    by_name: dict[str, tuple[StreamBytes, Plan]] = {}
     contenders = []
     expected: list[Tensor] = []
     for name, blocks in ((KEPT, "off"), (AGAIN, "auto")):
@@ -163,47 +164,31 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
         with torch.no_grad():
             for p in stream_parameters(model).values():
                 p.add_(0.02 * torch.randn_like(p))
-        step = _step(model, x)
-        expected = expected or [g.double() for g in step()]
-        found[name] = (
+        step = gradients(model, x, weights)
+        expected = expected or [value.double() for value in step()]
+        by_name[name] = (
             stream_bytes(model, lambda m=model: m(x), streams=spec.streams, width=width, rows=spec.rows),  # type: ignore[misc]
             plan_for(model, x, blocks),
         )
-        contenders.append(Contender(name, step, check=partial(_differ, expected), tolerance=0.0))
+        contenders.append(Contender(name, step, check=partial(distance, exact=expected), tolerance=0.0))
     shape = f"{2 * layers} sites, n={spec.streams}, C={width}, {batch} x {length} tokens, float32"
-    _show_bytes(console, f"stream part, {shape}", found)
+    _show_bytes(console, f"stream part, {shape}", by_name)
     rows = contest(console, contenders, ours=KEPT, device=device, shape=shape, rounds=2 if quick else 9)
     title = f"forward and backward, {shape}"
     groups = {title: show(console, title, rows)}
     again = next(r for r in rows if r.name == AGAIN)
-    measured, plan = found[AGAIN]
-    fraction = measured.peak / found[KEPT][0].kept
+    measured, plan = by_name[AGAIN]
+    fraction = measured.peak / by_name[KEPT][0].kept
     console.print(
         f"in {len(plan.blocks)} blocks of up to {plan.block} sites the stream part holds {fraction:.1%} of what it "
         f"holds without, at {again.ratio - 1:+.1%} of time; gradients are equal bit by bit"
     )
-    figures = {name: asdict(b) | {"predicted": p.kept, "predicted_peak": p.peak} for name, (b, p) in found.items()}
+    figures = {name: asdict(b) | {"predicted": p.kept, "predicted_peak": p.peak} for name, (b, p) in by_name.items()}
     return {"groups": groups, "bytes": figures, "fraction": fraction, "overhead": again.ratio - 1, "block": plan.block}
 
 
-def _step(model: nn.Module, x: Tensor) -> Callable[[], list[Tensor]]:
-    """Forward and backward; returns the gradients."""
-
-    def step() -> list[Tensor]:
-        model.zero_grad()
-        model(x).square().mean().backward()
-        return [p.grad for p in model.parameters() if p.grad is not None]
-
-    return step
-
-
-def _differ(expected: list[Tensor], found: list[Tensor]) -> float:
-    """The largest difference of two lists of gradients."""
-    return max(float((f.double() - e).abs().max()) for f, e in zip(found, expected, strict=True))
-
-
-def _show_bytes(console: Console, title: str, found: dict[str, tuple[StreamBytes, Plan]]) -> None:
-    table = Table("", "kept", "predicted", "made again at a time", "predicted", "branches keep", title=title)
-    for name, (b, p) in found.items():
+def _show_bytes(console: Console, title: str, measured: dict[str, tuple[StreamBytes, Plan]]) -> None:
+    table = Table("", "kept", "predicted", "recomputed at a time", "predicted", "branches keep", title=title)
+    for name, (b, p) in measured.items():
         table.add_row(name, *(f"{v / 2**20:.2f} MiB" for v in (b.kept, p.kept, b.transient, p.transient, b.branches)))
     console.print(table)

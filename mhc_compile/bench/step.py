@@ -42,7 +42,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
 
 
 def subject(*, quick: bool) -> tuple[Any, Tensor, str]:
-    """A Llama of the size that this machine measures, ids for it, and both in words."""
+    """Return a Llama of the size that this machine measures, ids for it, and both in words."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers, width, batch, length = (2, 64, 2, 16) if quick else (12, 768, 4, 512)
     dtype = torch.float32
@@ -55,7 +55,7 @@ def subject(*, quick: bool) -> tuple[Any, Tensor, str]:
 
 
 def llama(layers: int, width: int) -> Any:
-    """A Llama of usual proportions with a small vocabulary."""
+    """Return a Llama of usual proportions with a small vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -67,7 +67,7 @@ def llama(layers: int, width: int) -> Any:
 
 
 def training(model: nn.Module | Callable[..., Any], ids: Tensor) -> Callable[[], Tensor]:
-    """One step: forward, backward, AdamW. The learning rate is zero, so that every step computes the same loss."""
+    """Return a step: forward, backward, AdamW at a learning rate of zero, so that all compute the same loss."""
     assert isinstance(model, nn.Module)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
 

@@ -1,4 +1,4 @@
-"""What `bisect` found, as data, as text and for a terminal."""
+"""The result of `bisect`, as data, as text and for a terminal."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.table import Table
 from rich.text import Text
 
-from mhc_compile.rich_text import Printed
+from mhc_compile.rich_text import Printed, new_table
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was seen of one step."""
+    """The result of one step."""
 
     name: str
     changed: bool
-    """Whether the graph is another one behind it."""
+    """Whether it changed the graph."""
     error: float | None = None
     """The largest difference of any value that both graphs hold, in float64, over the value's scale."""
     rounding: float | None = None
@@ -34,29 +33,29 @@ class Finding:
     step: str
     """Name of the pass, `kernels` for a generated kernel, or the inner compiler."""
     site: str | None
-    """Module path and ordinal, `model.layers.3#0`; None in front of the first site and behind the last."""
+    """Module path and ordinal, `model.layers.3#0`; None before the first site and after the last."""
     what: str
     """What the value is at its site."""
     node: str
-    """The node of the graph behind the step that gives it."""
+    """The node that computes it in the graph after the step."""
     error: float
     """The largest difference; infinite where a value is not finite or the graph cannot be run."""
     scale: float
     """The largest value."""
     allowed: float
-    """What the error may be."""
+    """The largest error allowed."""
     dtype: str
-    """In which it was computed."""
+    """The dtype of the computation."""
     values: str
-    """Which stream parameters it was computed with."""
+    """The stream parameters it was computed with."""
     module: str
     """Path of the module that the value belongs to."""
     source: str | None
     """`file:line, in function: text` of the user's line."""
     before: tuple[str, ...] = ()
-    """Code of what computes the value in front of the step, or of what a kernel or compiler was given."""
+    """Code that computes the value before the step, or the input of a kernel or compiler."""
     after: tuple[str, ...] = ()
-    """The same behind it."""
+    """The same after it."""
 
 
 @dataclass(frozen=True)
@@ -90,28 +89,26 @@ class Bisection(Printed):
         yield from _render(self)
 
 
-def _render(found: Bisection) -> Iterator[RenderableType]:
-    yield Text.assemble((found.model, "bold"), ": every step against the one before")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("step")
-    table.add_column("difference in float64", justify="right")
-    table.add_column("rounding, of what it may be", justify="right")
-    for c in found.checked:
+def _render(bisection: Bisection) -> Iterator[RenderableType]:
+    yield Text.assemble((bisection.model, "bold"), ": every step against the one before")
+    numbers = ("difference in float64", "rounding, of what it may be")
+    table = new_table("step", *numbers, numbers=numbers)
+    for c in bisection.checked:
         if not c.changed:
             table.add_row(Text(c.name), Text("same graph", style="dim"), "")
             continue
-        wrong = found.step == c.name
+        wrong = bisection.step == c.name
         row = [("" if x is None else f"{x:.2g}") for x in (c.error, c.rounding)]
         table.add_row(Text(c.name, style="bold red" if wrong else ""), *row)
     yield table
-    if found.finding is None:
+    if bisection.finding is None:
         yield Text("no difference found", style="green")
     else:
-        yield from _finding(found.finding)
-    for note in found.notes:
+        yield from _finding(bisection.finding)
+    for note in bisection.notes:
         yield Text(note)
-    if found.reproducer is not None:
-        yield Text(f"reproducer: python {found.reproducer}")
+    if bisection.reproducer is not None:
+        yield Text(f"reproducer: python {bisection.reproducer}")
 
 
 def _finding(f: Finding) -> Iterator[RenderableType]:

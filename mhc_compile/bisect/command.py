@@ -6,14 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mhc_compile.bisect.find import bisect
-from mhc_compile.checkpoint.manifest import NAME
-from mhc_compile.config import STREAM_FIELDS, parse_options
-from mhc_compile.configured import weighted
+from mhc_compile.config import parse_options
+from mhc_compile.configured import refuse_stream_options, weighted
 from mhc_compile.conversion.example_inputs import seeded_inputs
-from mhc_compile.diagnostics import MHCError
 
 COMMAND = "bisect"
 _DESCRIPTION = """\
@@ -63,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if args.passes is not None:
         options["pipeline"] = args.passes
     model, converted, _ = weighted(args.model, seed=args.seed)
-    if converted and (settled := sorted(STREAM_FIELDS & set(options))):
-        raise MHCError("MHC304", f"{settled[0]}; {args.model / NAME} says how the folder was converted")
-    found = bisect(model, example_kwargs=seeded_inputs(model, args.seed), reproducer=args.reproducer, **options)
-    console = Console()
-    console.print(found) if console.is_terminal else print(found)
-    return 1 if found.finding else 0
+    if converted:
+        refuse_stream_options(args.model, options)
+    bisection = bisect(model, example_kwargs=seeded_inputs(model, args.seed), reproducer=args.reproducer, **options)
+    bisection.show()
+    return 1 if bisection.finding else 0

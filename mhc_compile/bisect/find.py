@@ -16,7 +16,7 @@ from mhc_compile.bisect import inner, kernels
 from mhc_compile.bisect.bisection import Bisection, Checked
 from mhc_compile.bisect.places import Pair, Source, places_of, site_of
 from mhc_compile.bisect.reproducer import write_reproducer
-from mhc_compile.bisect.search import Search, Wrong, not_finite, output_of
+from mhc_compile.bisect.search import Search, Wrong, not_finite
 from mhc_compile.bisect.slices import code_of, nodes_of, slice_of
 from mhc_compile.bisect.subject import subject_of
 from mhc_compile.bisect.values import Values, run_as_it_is
@@ -46,8 +46,8 @@ def bisect(
     Raises `MHCError`: MHC204 for options, MHC209 without inputs, MHC525 for a model without weights, MHC526 for a
     reproducer in a folder that is not there, and what `convert` raises for a model whose streams cannot be found.
     """
-    given, own = split_options(options)
-    settings, spec = Options(**own), stream_spec(given)
+    stream_options, compile_options = split_options(options)
+    settings, spec = Options(**compile_options), stream_spec(stream_options)
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
     if any(p.is_meta for p in model.parameters()):
@@ -65,19 +65,19 @@ def bisect(
     if wrong is None:
         values = search.values()
         if (name := not_finite(values, search.graph)) is not None:
-            notes.append(f"the model's own results are not numbers from {name} on: nothing behind it could be compared")
+            notes.append(f"the model's own results are not numbers from {name} on: nothing after it could be compared")
         wrong = _kernels(search) or _inner(search, values, settings)
-    found = Bisection(type(model).__name__, tuple(search.checked), notes=tuple(notes))
-    return found if wrong is None else _reported(found, wrong, settings, path)
+    bisection = Bisection(type(model).__name__, tuple(search.checked), notes=tuple(notes))
+    return bisection if wrong is None else _reported(bisection, wrong, settings, path)
 
 
 def _kernels(search: Search) -> Wrong | None:
-    """The first fused call whose kernel is wrong."""
+    """Return the first fused call whose kernel is wrong."""
     subject, gm = search.subject, search.graph
     largest: float | None = None
-    own = run_as_it_is(gm, subject.own, {})
+    values = run_as_it_is(gm, subject.own, {})
     for node in filter(kernels_of, gm.graph.nodes):
-        judged = kernels.judge(node.target, [own[a.name] if isinstance(a, Node) else a for a in node.args])
+        judged = kernels.judge(node.target, [values[a.name] if isinstance(a, Node) else a for a in node.args])
         if not judged:
             continue
         j = kernels.worst(judged)
@@ -90,8 +90,8 @@ def _kernels(search: Search) -> Wrong | None:
             dtype = str(j.spec.floats()["X"]).removeprefix("torch.")
             finding = search.finding("kernels", site, what, node, j.kernel, j.allowed, dtype, added=False)
             source = Source(node.name)
-            given = [Pair(Source(n.name), Source(n.name), None) for n in node.all_input_nodes]
-            return Wrong(finding, None, gm, gm, source, source, given, subject.own, own, own_dtype=True)
+            inputs = [Pair(Source(n.name), Source(n.name), None) for n in node.all_input_nodes]
+            return Wrong(finding, None, gm, gm, source, source, inputs, subject.own, values, own_dtype=True)
     if largest is not None:
         search.checked.append(Checked("kernels", True, None, largest))
     return None
@@ -107,7 +107,7 @@ def _inner(search: Search, values: Values, options: Options) -> Wrong | None:
         return None
     name = str(dtype).removeprefix("torch.")
     place = inner.judge_places(gm, inputs, options, values)
-    site, what, node, source = None, "the outputs of the graph", output_of(gm), None
+    site, what, node, source = None, "the outputs of the graph", gm.graph.output_node(), None
     agreed: list[Pair] = []
     if place is not None:
         at, source, d, limit = place
@@ -120,18 +120,18 @@ def _inner(search: Search, values: Values, options: Options) -> Wrong | None:
     return Wrong(finding, None, gm, gm, source, source, agreed, inputs, values, own_dtype=True)
 
 
-def _reported(found: Bisection, wrong: Wrong, options: Options, path: Path | None) -> Bisection:
+def _reported(bisection: Bisection, wrong: Wrong, options: Options, path: Path | None) -> Bisection:
     before, after = _code(wrong)
     finding = replace(wrong.finding, before=before, after=after)
-    found = replace(found, finding=finding)
+    bisection = replace(bisection, finding=finding)
     if path is None:
-        return found
-    note = write_reproducer(path, found, wrong, options)
-    return replace(found, reproducer=path) if note is None else replace(found, notes=(*found.notes, note))
+        return bisection
+    note = write_reproducer(path, bisection, wrong, options)
+    return replace(bisection, reproducer=path) if note is None else replace(bisection, notes=(*bisection.notes, note))
 
 
 def _code(wrong: Wrong) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The code of both sides of a finding."""
+    """Return the code of both sides of a finding."""
     if wrong.source is None or wrong.found is None:
         return (), ()
     before, after = wrong.stops()

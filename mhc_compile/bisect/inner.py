@@ -22,39 +22,39 @@ from mhc_compile.passes.numeric import KEEPS
 
 
 def compiled_values(gm: GraphModule, inputs: Sequence[Any], options: Options) -> list[Tensor]:
-    """The tensors that the compiled graph gives, on copies of `inputs`, without gradients."""
-    given = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+    """Return the output tensors of the compiled graph on copies of `inputs`, without gradients."""
+    copies = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
     gm.recompile()
     with torch.no_grad():
-        out = compile_inner(gm, given, options)(*given)
+        out = compile_inner(gm, copies, options)(*copies)
     return tensors(out)
 
 
 def judge_outputs(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, wanted: Values
+    gm: GraphModule, inputs: Sequence[Any], options: Options, exact: Values
 ) -> tuple[Difference, float, torch.dtype]:
-    """The compiled graph's error at the output that is furthest beyond what it may be, what that is, and the dtype."""
+    """Return the error of the compiled graph at the output furthest beyond its limit, the limit, and the dtype."""
     plain = tensors(run_as_it_is(gm, inputs, {})["output"])
-    found = compiled_values(without_dropout(gm), inputs, options)
-    return worst(tensors(wanted["output"]), plain, found)
+    compiled = compiled_values(without_dropout(gm), inputs, options)
+    return worst(tensors(exact["output"]), plain, compiled)
 
 
 def judge_places(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, wanted: Values
+    gm: GraphModule, inputs: Sequence[Any], options: Options, exact: Values
 ) -> tuple[Place, Source, Difference, float] | None:
-    """The first place of a site at which the compiled graph leaves the tolerance; None where all keep to it.
+    """Return the first place of a site at which the compiled graph leaves the tolerance, or None.
 
     The graph is compiled anew with the places as its outputs.
     """
     places = places_of(gm, []).of
-    own = run_as_it_is(gm, inputs, {})
+    own_values = run_as_it_is(gm, inputs, {})
     graph = without_dropout(gm)
     named = {n.name: n for n in graph.graph.nodes}
-    held = {p: nodes_of(graph, s)[0] for p, s in places.items() if s.node in named and nodes_of(graph, s)}
-    output = next(n for n in reversed(graph.graph.nodes) if n.op == "output")
-    output.args = (tuple(held.values()),)
-    for (place, node), value in zip(held.items(), compiled_values(graph, inputs, options), strict=True):
-        reference, plain = wanted[node.name], own[node.name]
+    nodes = {p: nodes_of(graph, s)[0] for p, s in places.items() if s.node in named and nodes_of(graph, s)}
+    output = graph.graph.output_node()
+    output.args = (tuple(nodes.values()),)
+    for (place, node), value in zip(nodes.items(), compiled_values(graph, inputs, options), strict=True):
+        reference, plain = exact[node.name], own_values[node.name]
         d = difference(reference, value)
         limit = allowed(difference(reference, plain), plain.dtype)
         if not d.error <= limit:
@@ -63,18 +63,18 @@ def judge_places(
 
 
 def worst(
-    wanted: Sequence[Tensor], plain: Sequence[Tensor], found: Sequence[Tensor]
+    exact: Sequence[Tensor], plain: Sequence[Tensor], results: Sequence[Tensor]
 ) -> tuple[Difference, float, torch.dtype]:
-    """Of several results that which is furthest beyond what it may be."""
+    """Return the result furthest beyond its limit, the limit, and the dtype."""
     judged = []
-    for w, p, f in zip(wanted, plain, found, strict=True):
+    for w, p, f in zip(exact, plain, results, strict=True):
         if p.is_floating_point():
             judged.append((difference(w, f), allowed(difference(w, p), p.dtype), p.dtype))
     return max(judged, key=lambda j: j[0].error / max(j[1], 1e-300), default=(Difference(0, 0), 0.0, torch.float32))
 
 
 def without_dropout(gm: GraphModule) -> GraphModule:
-    """A copy whose results are the same at every run: nothing is dropped, no state of cached calls is written."""
+    """Return a copy whose results are the same at every run: without dropout and writes to cached state."""
     copy = private_copy(gm)
     for node in copy.graph.nodes:
         if node.meta.get(KEEPS) or (node.op == "call_function" and op_name(node) == "dropout"):
@@ -87,5 +87,5 @@ def without_dropout(gm: GraphModule) -> GraphModule:
 
 
 def tensors(out: Any) -> list[Tensor]:
-    """The tensors of an output."""
+    """Return the tensors of an output."""
     return [t for t in tree_leaves(out) if isinstance(t, Tensor)]

@@ -92,9 +92,9 @@ def _judge(spec: KernelSpec, values: Values) -> list[Judged]:
     return judged
 
 
-def worst(found: Sequence[Judged]) -> Judged:
-    """The result that is furthest beyond what it may be; the first where several are not finite."""
-    return max(found, key=lambda j: j.ratio)
+def worst(judged: Sequence[Judged]) -> Judged:
+    """Return the result furthest beyond its limit; the first where several are not finite."""
+    return max(judged, key=lambda j: j.ratio)
 
 
 def _results(name: str, spec: KernelSpec, values: Values, gradients: Values) -> dict[str, Tensor]:

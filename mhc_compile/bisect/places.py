@@ -3,9 +3,9 @@
 A site has places that every form of a graph has in some shape:
 
     reads   what the branch reads: the stream's value, `mhc.aggregate`, h of a fused chain
-    normed  the same behind the norm with which the branch begins, where a fused chain gives that
+    normed  the same after the norm with which the branch begins, where a fused chain returns that
     pre, post, mix   the coefficients, from `widen` on
-    stream  the stream behind the site: the add's value, `mhc.distribute`, next_X of a fused chain
+    stream  the stream after the site: the add's value, `mhc.distribute`, next_X of a fused chain
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PARTS = {
     "pre": "its weights pre",
     "post": "its weights post",
     "mix": "its matrix H",
-    "stream": "the streams behind it",
+    "stream": "the streams after it",
 }
 _CHAIN_PARTS = {"next_pre": "pre", "next_post": "post", "next_mix": "mix"}
 
@@ -55,11 +55,11 @@ class Source:
     item: int | None = None
 
     def of(self, values: Values) -> Any:
-        """Its value in a run, None where the run has no such node."""
-        found = values.get(self.node)
-        if self.item is None or found is None:
-            return found
-        return found[self.item] if isinstance(found, (tuple, list)) and self.item < len(found) else None
+        """Return its value in a run, None where the run has no such node."""
+        value = values.get(self.node)
+        if self.item is None or value is None:
+            return value
+        return value[self.item] if isinstance(value, (tuple, list)) and self.item < len(value) else None
 
 
 @dataclass
@@ -91,15 +91,15 @@ class ResidualSite:
 
 
 def residual_sites(streams: Iterable[ResidualStream]) -> list[ResidualSite]:
-    """The sites that the analysis of a graph found, in the order of their streams."""
-    found = []
+    """Return the sites of the streams in order."""
+    sites = []
     for stream in streams:
         for site in stream.sites:
             read = next((v for v in (site.previous, *site.chain) if v in site.reads), None)
             path = f"{module_path(site.add)}#{site.name.rpartition('#')[2]}"
             names = (_names(read) if read is not None else (), _names(site.add))
-            found.append(ResidualSite(path, module_path(site.add), source_line(site.add), *names))
-    return found
+            sites.append(ResidualSite(path, module_path(site.add), source_line(site.add), *names))
+    return sites
 
 
 def _names(node: Node) -> tuple[str, ...]:
@@ -107,50 +107,50 @@ def _names(node: Node) -> tuple[str, ...]:
 
 
 def places_of(gm: GraphModule, residual: Iterable[ResidualSite]) -> Places:
-    """The places of a graph in whatever form: of `residual` sites where the stream is not widened yet."""
-    found = Places()
+    """Return the places of a graph in any form: of `residual` sites where the stream is not widened yet."""
+    places = Places()
     nodes = {n.name: n for n in gm.graph.nodes}
     ours = [n for n in gm.graph.nodes if getattr(n.target, "namespace", "") in ("mhc", "mhc_kernels")]
     if not any(op_name(n) != "mark" for n in ours):
         for site in residual:
             for part, names in (("reads", site.reads), ("stream", site.stream)):
                 # The last name that is there: before the normal form an in-place add has the name of what it wrote.
-                if held := next((name for name in names if name in nodes), None):
-                    found.add(site.site, part, held)
-        return found
+                if present := next((name for name in names if name in nodes), None):
+                    places.add(site.site, part, present)
+        return places
     for node in ours:
         chain = next((spec for spec in kernels_of(node) if isinstance(spec, Chain)), None)
         if chain is not None:
-            _of_chain(found, node, chain)
+            _of_chain(places, node, chain)
         elif op_name(node) == "distribute":
-            found.add(site_path(node), "stream", node.name)
+            places.add(site_path(node), "stream", node.name)
         elif op_name(node) in ("coefficients", "plain_coefficients"):
-            _of_coefficients(found, node)
-    return found
+            _of_coefficients(places, node)
+    return places
 
 
-def _of_chain(found: Places, node: Node, chain: Chain) -> None:
+def _of_chain(places: Places, node: Node, chain: Chain) -> None:
     names = chain.outputs()
     for i, name in enumerate(names):
         item = i if len(names) > 1 else None
         if name == "next_X" and "mhc_mixes" in node.meta:
-            found.add(node.meta["mhc_mixes"], "stream", node.name, item)
+            places.add(node.meta["mhc_mixes"], "stream", node.name, item)
         elif "mhc_reads" in node.meta and name == "h":
-            found.add(node.meta["mhc_reads"], "reads" if chain.norm == "none" else "normed", node.name, item)
+            places.add(node.meta["mhc_reads"], "reads" if chain.norm == "none" else "normed", node.name, item)
         elif "mhc_reads" in node.meta and name in _CHAIN_PARTS:
-            found.add(node.meta["mhc_reads"], _CHAIN_PARTS[name], node.name, item)
+            places.add(node.meta["mhc_reads"], _CHAIN_PARTS[name], node.name, item)
 
 
-def _of_coefficients(found: Places, node: Node) -> None:
+def _of_coefficients(places: Places, node: Node) -> None:
     site = site_path(node)
     items = {u.args[1]: u for u in node.users if u.target is operator.getitem}
     for i, part in enumerate(("pre", "post", "mix")):
-        found.add(site, part, node.name, i)
+        places.add(site, part, node.name, i)
     weighs = [u for u in items[0].users if op_name(u) == "aggregate"] if 0 in items else []
     for h in sorted(weighs)[:1]:
-        found.add(site, "reads", h.name)
+        places.add(site, "reads", h.name)
         if (norm := match_norm(h)) is not None:
-            found.add(site, "normed", norm.out.name)
+            places.add(site, "normed", norm.out.name)
 
 
 @dataclass(frozen=True)
@@ -164,50 +164,52 @@ class Pair:
 
 
 def pairs(before: GraphModule, after: GraphModule, residual: list[ResidualSite]) -> Iterator[Pair]:
-    """What can be compared, in the order of the graph `after`."""
+    """Yield the values that both graphs hold, in the order of the graph `after`."""
     old, new = places_of(before, residual), places_of(after, residual)
     names = {n.name for n in before.graph.nodes if n.op not in ("output", "placeholder")}
     for node in after.graph.nodes:
         if node.op in ("output", "placeholder"):
             continue
-        held = [place for place in new.by_node.get(node.name, ()) if place in old.of]
+        shared = [place for place in new.by_node.get(node.name, ()) if place in old.of]
         # Coefficients first: what is wrong with them is what is wrong with the rest.
-        for place in sorted(held, key=lambda p: list(PARTS).index(p.part) if p.part in ("pre", "post", "mix") else -1):
+        for place in sorted(
+            shared, key=lambda p: list(PARTS).index(p.part) if p.part in ("pre", "post", "mix") else -1
+        ):
             yield Pair(old.of[place], new.of[place], place)
-        if not held and node.name in names:
+        if not shared and node.name in names:
             yield Pair(Source(node.name), Source(node.name), None)
 
 
 def site_of(pair: Pair, after: GraphModule, residual: list[ResidualSite]) -> tuple[str | None, str]:
-    """The site that a value belongs to, with what it is there: of a node in a branch, that of the branch.
+    """Return the site that a value belongs to and what it is there; of a node in a branch, the branch's site.
 
-    None for the site where the value lies in front of all sites or behind them.
+    The site is None where the value lies before all sites or after them.
     """
     if pair.place is not None:
         return pair.place.site, PARTS[pair.place.part]
     nodes = {n.name: n for n in after.graph.nodes}
     node = nodes[pair.after.node]
-    held = places_of(after, residual).by_node
-    if not _reached(node, held, lambda n: n.all_input_nodes):
-        return None, "in front of the first site"
-    ahead = _reached(node, held, lambda n: list(n.users))
+    by_node = places_of(after, residual).by_node
+    if not _reached(node, by_node, lambda n: n.all_input_nodes):
+        return None, "before the first site"
+    ahead = _reached(node, by_node, lambda n: list(n.users))
     streams = [place for place in ahead if place.part == "stream"] or ahead
     if not streams:
-        return None, "behind the last site"
+        return None, "after the last site"
     return streams[0].site, "its branch"
 
 
-def _reached(node: Node, held: dict[str, list[Place]], step: Any) -> list[Place]:
-    """The places that are reached first from `node`, in the order of the graph."""
-    found: list[Node] = []
+def _reached(node: Node, by_node: dict[str, list[Place]], step: Any) -> list[Place]:
+    """Return the places reached first from `node`, in the order of the graph."""
+    reached: list[Node] = []
     seen, stack = {node}, list(step(node))
     while stack:
         n = stack.pop()
         if n in seen:
             continue
         seen.add(n)
-        if n.name in held:
-            found.append(n)
+        if n.name in by_node:
+            reached.append(n)
         else:
             stack += step(n)
-    return [place for n in sorted(found) for place in held[n.name]]
+    return [place for n in sorted(reached) for place in by_node[n.name]]

@@ -1,4 +1,4 @@
-"""What the reproducers call that `bisect` writes: they hold code, inputs and what to expect, and this judges it.
+"""Functions that the reproducers of `bisect` call; these files contain code, inputs and what to expect.
 
 Every function returns an exit code, 1 while the error is there and 0 once it is gone, and prints what it compared.
 """
@@ -32,20 +32,20 @@ Inputs = Mapping[str, Any]
 
 
 def raw(dtype: str, shape: Sequence[int], text: str, *, parameter: bool = False) -> Tensor:
-    """A tensor from its bytes in base64; `parameter`: one that the model owns."""
+    """Return a tensor from its bytes in base64; `parameter`: one that the model owns."""
     kind = getattr(torch, dtype)
     data = bytearray(base64.b64decode(text))
-    made = torch.frombuffer(data, dtype=kind).reshape(tuple(shape)) if data else torch.empty(tuple(shape), dtype=kind)
-    return nn.Parameter(made, requires_grad=False) if parameter else made
+    tensor = torch.frombuffer(data, dtype=kind).reshape(tuple(shape)) if data else torch.empty(tuple(shape), dtype=kind)
+    return nn.Parameter(tensor, requires_grad=False) if parameter else tensor
 
 
 def seeded(
     dtype: str, shape: Sequence[int], seed: int, mean: float, deviation: float, *, parameter: bool = False
 ) -> Tensor:
-    """Normal random numbers in place of values that are too many to be written down."""
+    """Return normal random numbers in place of values that are too many to write."""
     generator = torch.Generator().manual_seed(seed)
-    made = (torch.randn(tuple(shape), generator=generator) * deviation + mean).to(getattr(torch, dtype))
-    return nn.Parameter(made, requires_grad=False) if parameter else made
+    tensor = (torch.randn(tuple(shape), generator=generator) * deviation + mean).to(getattr(torch, dtype))
+    return nn.Parameter(tensor, requires_grad=False) if parameter else tensor
 
 
 def rewritten(
@@ -58,7 +58,7 @@ def rewritten(
     sites: Sequence[tuple[str, str]] = (),
     spec: str | None = None,
 ) -> int:
-    """Compare what a pass makes of `before` with it: by `tolerance` in float64, or by rounding where that is None.
+    """Compare what a pass makes of `before` with it: by `tolerance` in float64, or by rounding for None.
 
     `step` names the pass: module, class and fields. Where there is none, or it cannot be imported, what it made is
     `after`, as recorded. `sites` are the paths and names of the sites of the stream ops in `before`; `spec` is given
@@ -74,17 +74,17 @@ def rewritten(
         new = _graph(after, inputs, sites)
     if tolerance is None:
         return _rounding(old, new, how)
-    wanted, found = (run_in_float64(c.graph, c.inputs)["output"] for c in (old, new))
-    d = difference(wanted, found)
-    return _verdict(wanted, found, d.error, d.scale, tolerance * d.scale, f"rewritten {how}, in float64")
+    exact, result = (run_in_float64(c.graph, c.inputs)["output"] for c in (old, new))
+    d = difference(exact, result)
+    return _verdict(exact, result, d.error, d.scale, tolerance * d.scale, f"rewritten {how}, in float64")
 
 
 def kernel(computes: Function, inputs: Inputs) -> int:
     """Judge the generated kernel of the one fused op that `computes` calls, forward and backward."""
-    held = _graph(computes, inputs, ())
-    nodes = held.graph.graph.nodes
+    captured = _graph(computes, inputs, ())
+    nodes = captured.graph.graph.nodes
     (node,) = [n for n in nodes if registered(n.target) is not None]
-    values = dict(zip((n for n in nodes if n.op == "placeholder"), held.inputs, strict=True))
+    values = dict(zip((n for n in nodes if n.op == "placeholder"), captured.inputs, strict=True))
     judged = kernels.judge(node.target, [values[a] if isinstance(a, Node) else a for a in node.args])
     if not judged:
         print("no kernel: plain PyTorch computes this here")
@@ -97,9 +97,9 @@ def kernel(computes: Function, inputs: Inputs) -> int:
 
 def compiled(computes: Function, inputs: Inputs, options: Mapping[str, Any]) -> int:
     """Judge what the inner compiler makes of `computes`."""
-    held = _graph(computes, inputs, ())
-    wanted = run_in_float64(held.graph, held.inputs)
-    d, allowed, _ = inner.judge_outputs(held.graph, held.inputs, Options(**options), wanted)
+    captured = _graph(computes, inputs, ())
+    exact = run_in_float64(captured.graph, captured.inputs)
+    d, allowed, _ = inner.judge_outputs(captured.graph, captured.inputs, Options(**options), exact)
     return _said(d.error, d.scale, allowed, f"compiled by {options['inner']}")
 
 
@@ -113,51 +113,51 @@ class _Called(nn.Module):
 
 
 def _graph(function: Function, inputs: Inputs, sites: Sequence[tuple[str, str]]) -> Captured:
-    """The function's graph, its stream ops with the sites that they belong to, in order."""
+    """Return the function's graph, its stream ops with the sites that they belong to, in order."""
     args = [inputs[name] for name in inspect.signature(function).parameters]
     with torch.no_grad():
-        held = capture(_Called(function), args, {})
-    ops = [n for n in held.graph.graph.nodes if getattr(n.target, "namespace", "") in ("mhc", "mhc_kernels")]
+        captured = capture(_Called(function), args, {})
+    ops = [n for n in captured.graph.graph.nodes if getattr(n.target, "namespace", "") in ("mhc", "mhc_kernels")]
     for node, (module, name) in zip(ops, sites, strict=False):
         if name:
             node.meta["mhc_site"] = name
             node.meta["nn_module_stack"] = {"site": (module, nn.Module)}
-    return held
+    return captured
 
 
 def _imported(step: tuple[str, str, Mapping[str, Any]]) -> Pass:
     module, name, fields = step
     try:
-        made: Pass = getattr(importlib.import_module(module), name)(**fields)
+        step_of_module: Pass = getattr(importlib.import_module(module), name)(**fields)
     except AttributeError as error:
         raise ImportError(f"{module} has no {name}") from error
-    return made
+    return step_of_module
 
 
-def _applied(step: Pass, held: Captured, spec: str | None) -> Captured:
-    context, inputs = Context(), held.inputs
+def _applied(step: Pass, captured: Captured, spec: str | None) -> Captured:
+    context, inputs = Context(), captured.inputs
     if spec is not None:
-        ANALYSIS.run(held.graph, context)
+        ANALYSIS.run(captured.graph, context)
         for owner, sites in sites_of_owners(context.streams).items():
             parameters = StreamParameters(StreamSpec.parse(spec), sites)
-            context.marks.append(append_parameters(held.graph, owner, parameters))
+            context.marks.append(append_parameters(captured.graph, owner, parameters))
             inputs = [*inputs, *(t.detach() for t in graph_inputs(parameters).values())]
         context.streams = []
-        ANALYSIS.run(held.graph, context)
-    graph = step.apply(held.graph, context)
+        ANALYSIS.run(captured.graph, context)
+    graph = step.apply(captured.graph, context)
     verify(graph, whole=False, after=step.name)
     return Captured(graph, inputs)
 
 
 def _rounding(old: Captured, new: Captured, how: str) -> int:
-    wanted = run_in_float64(old.graph, old.inputs)["output"]
-    plain, found = (run_as_it_is(c.graph, c.inputs, {})["output"] for c in (old, new))
-    d, allowed, dtype = inner.worst(inner.tensors(wanted), inner.tensors(plain), inner.tensors(found))
-    return _verdict(wanted, found, d.error, d.scale, allowed, f"rewritten {how}, in {dtype}")
+    exact = run_in_float64(old.graph, old.inputs)["output"]
+    plain, result = (run_as_it_is(c.graph, c.inputs, {})["output"] for c in (old, new))
+    d, allowed, dtype = inner.worst(inner.tensors(exact), inner.tensors(plain), inner.tensors(result))
+    return _verdict(exact, result, d.error, d.scale, allowed, f"rewritten {how}, in {dtype}")
 
 
-def _verdict(wanted: Any, found: Any, error: float, scale: float, allowed: float, what: str) -> int:
-    for title, out in (("before", wanted), ("after", found)):
+def _verdict(exact: Any, result: Any, error: float, scale: float, allowed: float, what: str) -> int:
+    for title, out in (("before", exact), ("after", result)):
         for t in inner.tensors(out)[:3]:
             print(f"{title}: {_short(t)}")
     return _said(error, scale, allowed, what)

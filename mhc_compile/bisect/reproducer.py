@@ -7,10 +7,10 @@ import os
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.bisect.bisection import Bisection, Finding
 from mhc_compile.bisect.search import Wrong
-from mhc_compile.bisect.slices import code_of, inputs_of, names_of, slice_of
+from mhc_compile.bisect.slices import code_of, names_of, slice_of
 from mhc_compile.bisect.values import Values
 from mhc_compile.capture import private_copy
 from mhc_compile.config import Options
@@ -33,29 +33,46 @@ SMALL = 1 << 14
 LARGEST = 1 << 26
 """Bytes of inputs beyond which none are written down where random ones do not show the error."""
 
+_FILE = '''"""{heading}"""
 
-@dataclass(frozen=True)
-class _Attempt:
-    """One way to show the error."""
+import sys
+
+import torch
+{imports}
+from mhc_compile.bisect import replay
+
+
+{functions}
+
+
+INPUTS = {{
+{inputs}}}
+
+if __name__ == "__main__":
+    sys.exit({call})
+'''
+
+
+class _Attempt(NamedTuple):
+    """One way to show the error: the file applies `step`, or without one contains the graph `after` it."""
 
     before: GraphModule
     after: GraphModule
     step: Pass | None
-    """Applied again by the file; None: what it made is shown as recorded."""
 
 
-def write_reproducer(path: Path, found: Bisection, wrong: Wrong, options: Options) -> str | None:
-    """Write the smallest reproducer that shows the error; returns why there is none, in that case."""
+def write_reproducer(path: Path, bisection: Bisection, wrong: Wrong, options: Options) -> str | None:
+    """Write the smallest reproducer that shows the error; return why there is none, or None."""
     for attempt in _attempts(wrong):
         for everything in (False, True):
-            text = _text(found, wrong, attempt, options, everything)
+            text = _text(bisection, wrong, attempt, options, everything)
             if text is not None and _shows(path, text):
                 return None
     return "no reproducer: no part of the graph shows the error by itself, nor does the whole, from code alone"
 
 
 def _attempts(wrong: Wrong) -> Iterator[_Attempt]:
-    """What is right in front of the value, the site, the whole graph; with the pass run again, then as recorded."""
+    """Yield what computes the value, the site, the whole graph; with the pass applied again, then as recorded."""
     before, after = _unmarked(wrong.before), _unmarked(wrong.after)
     near = wrong.stops()
     site = _in_front_of_site(before, wrong, near[0]), near[1]
@@ -81,19 +98,19 @@ def _unmarked(gm: GraphModule) -> GraphModule:
 
 
 def _in_front_of_site(gm: GraphModule, wrong: Wrong, agreed: Mapping[str, str]) -> dict[str, str]:
-    """Agreed values that do not depend on what the site's branch reads: with it, the site is whole."""
+    """Return the agreed values that do not depend on what the site's branch reads."""
     site = wrong.finding.site
     reads = [p.before for p in wrong.agreed if p.place and p.place.site == site and p.place.part == "reads"]
     inside = {n.name for n in gm.graph.nodes if n.name in names_of(gm, reads)}
     for node in gm.graph.nodes:
         if any(n.name in inside for n in node.all_input_nodes):
             inside.add(node.name)
-    # In a residual graph it is the stream in front of the site, which stays an input.
+    # In a residual graph it is the stream before the site, which stays an input.
     keep = set(names_of(gm, reads)) if wrong.spec else set()
     return {name: as_ for name, as_ in agreed.items() if name not in inside or name in keep}
 
 
-def _text(found: Bisection, wrong: Wrong, attempt: _Attempt, options: Options, everything: bool) -> str | None:
+def _text(bisection: Bisection, wrong: Wrong, attempt: _Attempt, options: Options, everything: bool) -> str | None:
     parts = (
         [attempt.before] if attempt.before is attempt.after or wrong.step is None else [attempt.before, attempt.after]
     )
@@ -104,43 +121,26 @@ def _text(found: Bisection, wrong: Wrong, attempt: _Attempt, options: Options, e
     draw = not everything and size > EMBEDDED
     if everything and not EMBEDDED < size <= LARGEST:
         return None  # too many, or as in the attempt before
-    f = found.finding
+    f = bisection.finding
     assert f is not None
     names = ["before", "after"] if len(parts) == 2 else ["computes"]
     codes = [code_of(part, name) for part, name in zip(parts, names, strict=True)]
     imports = list(dict.fromkeys(line for _, lines in codes for line in lines))
-    owned = {n.name for part in parts for n in inputs_of(part) if is_owned(n)}
-    held = "".join(
+    owned = {n.name for part in parts for n in part.graph.find_nodes(op="placeholder") if is_owned(n)}
+    entries = "".join(
         f"    {name!r}: {_written(v, name in owned, i, draw)},\n" for i, (name, v) in enumerate(values.items())
     )
     functions = "\n\n\n".join("\n".join(lines) for lines, _ in codes)
-    return "\n".join([
-        f'"""{_heading(found, f)}"""',
-        "",
-        "import sys",
-        "",
-        "import torch",
-        *imports,
-        "",
-        "from mhc_compile.bisect import replay",
-        "",
-        "",
-        functions,
-        "",
-        "",
-        "INPUTS = {",
-        held + "}",
-        "",
-        'if __name__ == "__main__":',
-        f"    sys.exit({_call(wrong, attempt, options)})",
-        "",
-    ])  # fmt: skip
+    return _FILE.format(
+        heading=_heading(bisection, f), imports="".join(f"{line}\n" for line in imports), functions=functions,
+        inputs=entries, call=_call(wrong, attempt, options),
+    )  # fmt: skip
 
 
-def _heading(found: Bisection, f: Finding) -> str:
+def _heading(bisection: Bisection, f: Finding) -> str:
     where = f"at site {f.site}" if f.site else f"in {f.what}"
     lines = [
-        f"{f.step} is wrong {where} of {found.model}: {f.what}.",
+        f"{f.step} is wrong {where} of {bisection.model}: {f.what}.",
         "",
         f"Error {f.error:.3g} at a scale of {f.scale:.3g}, allowed {f.allowed:.3g}, in {f.dtype}, with {f.values}.",
         f"Written by mhc-compile {VERSION} with torch {torch.__version__}.",
@@ -157,8 +157,8 @@ def _call(wrong: Wrong, attempt: _Attempt, options: Options) -> str:
     if wrong.step is None:
         if wrong.finding.step == "kernels":
             return "replay.kernel(computes, INPUTS)"
-        given = {"inner": options.inner, "mode": options.mode}
-        return f"replay.compiled(computes, INPUTS, {given!r})"
+        compiler = {"inner": options.inner, "mode": options.mode}
+        return f"replay.compiled(computes, INPUTS, {compiler!r})"
     tolerance = None if wrong.own_dtype else wrong.tolerance
     ours = [n for n in attempt.before.graph.nodes if getattr(n.target, "namespace", "") in ("mhc", "mhc_kernels")]
     sites = [(module_path(n), str(n.meta.get("mhc_site", ""))) for n in ours]
@@ -173,11 +173,11 @@ def _call(wrong: Wrong, attempt: _Attempt, options: Options) -> str:
 
 
 def _fields(step: Pass) -> dict[str, Any] | None:
-    """The fields of a pass that another process can make again; None where it cannot."""
+    """Return the fields of a pass that another process can create; None where it cannot."""
     cls = type(step)
-    held = {f.name: getattr(step, f.name) for f in fields(step)}  # type: ignore[arg-type]
-    plain = all(_is_plain(v) for v in held.values())
-    return held if plain and cls.__module__ != "__main__" and "<" not in cls.__qualname__ else None
+    values = {f.name: getattr(step, f.name) for f in fields(step)}  # type: ignore[arg-type]
+    plain = all(_is_plain(v) for v in values.values())
+    return values if plain and cls.__module__ != "__main__" and "<" not in cls.__qualname__ else None
 
 
 def _is_plain(x: object) -> bool:
@@ -187,23 +187,25 @@ def _is_plain(x: object) -> bool:
 
 
 def _values(wrong: Wrong, parts: Sequence[GraphModule]) -> Values | None:
-    """What the parts read, in the dtypes of the graph."""
-    given = dict(zip((n.name for n in inputs_of(wrong.before)), wrong.inputs, strict=False))
-    mine = dict(zip((n.name for n in inputs_of(wrong.after)), wrong.inputs, strict=False))
-    held: Values = {}
+    """Return the inputs of the parts, in the dtypes of the graph; None where one cannot be written."""
+    old_inputs = dict(
+        zip((n.name for n in wrong.before.graph.find_nodes(op="placeholder")), wrong.inputs, strict=False)
+    )
+    new_inputs = dict(zip((n.name for n in wrong.after.graph.find_nodes(op="placeholder")), wrong.inputs, strict=False))
+    values: Values = {}
     for part in parts:
-        for node in inputs_of(part):
-            known = [d[node.name] for d in (given, wrong.values, mine, wrong.new) if node.name in d]
+        for node in part.graph.find_nodes(op="placeholder"):
+            known = [d[node.name] for d in (old_inputs, wrong.values, new_inputs, wrong.new) if node.name in d]
             if not known:
                 return None
-            found = known[0]
+            known_value = known[0]
             form = value(node)
-            if isinstance(found, Tensor):
-                found = found.detach().to(form.dtype if isinstance(form, Tensor) else found.dtype)
-            elif not isinstance(found, (int, float, bool)):
+            if isinstance(known_value, Tensor):
+                known_value = known_value.detach().to(form.dtype if isinstance(form, Tensor) else known_value.dtype)
+            elif not isinstance(known_value, (int, float, bool)):
                 return None
-            held[node.name] = found
-    return held
+            values[node.name] = known_value
+    return values
 
 
 def _written(v: Any, parameter: bool, seed: int, draw: bool) -> str:

@@ -1,10 +1,10 @@
 """Find the first pass and the first site at which a model's results leave the tolerance.
 
-Passes run one at a time. The graph behind each is compared with the graph in front of it:
+Passes run one at a time. The graph after each is compared with the graph before it:
 
     in float64            value by value, wherever both hold the same one (`mhc_compile.bisect.places`)
     in the own dtypes     each value computed from what float64 says of the values before it, so that errors do not add
-                          up: its rounding may be ten times that of the graph in front
+                          up: its rounding may be ten times that of the graph before
 
 Then every generated kernel by itself, forward and backward (`mhc_compile.bisect.kernels`), and what the inner compiler
 makes of the last graph (`mhc_compile.bisect.inner`).
@@ -17,7 +17,7 @@ or with moved ones where these are at the start, because equal streams hide what
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,9 +47,9 @@ SINGLE_DRIFT = 1e-3
 """What a single stream adds, whose weight is sigmoid(8) = 0.9997 at the start."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Wrong:
-    """The finding with what a reproducer needs."""
+    """A finding with what its reproducer needs."""
 
     finding: Finding
     step: Pass | None
@@ -61,7 +61,7 @@ class Wrong:
     found: Source | None
     """The same in `after`."""
     agreed: list[Pair] = field(default_factory=list)
-    """What both hold alike."""
+    """Values on which both graphs agree."""
     inputs: list[Any] = field(default_factory=list)
     values: Values = field(default_factory=dict)
     """Of `before`: in float64, of kernels in their own dtypes."""
@@ -72,10 +72,10 @@ class Wrong:
     spec: str | None = None
     """Of the streams that a pass adds."""
     own_dtype: bool = False
-    """Whether it shows in the model's own dtypes alone."""
+    """Whether it shows only in the model's own dtypes."""
 
     def stops(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The nodes of both graphs that hold what they agree on, with one name for each value that both have."""
+        """Return the nodes of both graphs whose values agree, with one name for each value."""
         before: dict[str, str] = {}
         after: dict[str, str] = {}
         for pair in self.agreed:
@@ -103,11 +103,11 @@ class Search:
         """Of the graph as it is, in float64, by whether the streams are at their start."""
 
     def run(self, steps: Iterable[Pass]) -> Wrong | None:
-        """What the first wrong pass does; None where none is wrong."""
+        """Run the passes; return what the first wrong one does, or None."""
         return next((wrong for step in steps if (wrong := self._step(step)) is not None), None)
 
     def values(self) -> Values:
-        """Of the graph behind all passes, in float64."""
+        """Return the values of the graph after all passes, in float64."""
         return self._values(self.graph, at_start=False)
 
     def _step(self, step: Pass) -> Wrong | None:
@@ -126,10 +126,10 @@ class Search:
         reference = self._values(before, at_start=added)
         self._known = {}
         try:
-            found = self._values(self.graph, at_start=added)
+            values = self._values(self.graph, at_start=added)
         except Exception as error:  # whatever the operations of a wrong graph raise
             return self._broken(step, before, error)
-        return self._compared(step, before, reference, found, added)
+        return self._compared(step, before, reference, values, added)
 
     def _values(self, gm: GraphModule, *, at_start: bool) -> Values:
         if at_start not in self._known:
@@ -145,16 +145,15 @@ class Search:
         agreed: list[Pair] = []
         largest = 0.0
         for pair in (*pairs(before, self.graph, self.subject.residual), None):
-            wanted, found = (
+            exact, result = (
                 (old["output"], new["output"]) if pair is None else (pair.before.of(old), pair.after.of(new))
             )
-            d = difference(wanted, found)
+            d = difference(exact, result)
             largest = max(largest, d.relative)
             if not d.error <= tolerance * max(d.scale, 1e-30):
                 self.checked.append(Checked(step.name, True, d.relative))
                 wrong = self._wrong(step, before, pair, d, tolerance * d.scale, "float64", added)
-                wrong.agreed, wrong.values, wrong.new, wrong.tolerance = agreed, old, new, tolerance
-                return wrong
+                return replace(wrong, agreed=agreed, values=old, new=new, tolerance=tolerance)
             if pair is not None:
                 agreed.append(pair)
         return self._rounded(step, before, agreed, old, new, largest, added)
@@ -186,8 +185,7 @@ class Search:
                 self.checked.append(Checked(step.name, True, error, largest))
                 name = str(dtype).removeprefix("torch.")
                 wrong = self._wrong(step, before, pair, d, allowed, name, added)
-                wrong.agreed, wrong.values, wrong.new, wrong.own_dtype = agreed[:i], old, new, True
-                return wrong
+                return replace(wrong, agreed=agreed[:i], values=old, new=new, own_dtype=True)
         self.checked.append(Checked(step.name, True, error, largest))
         return None
 
@@ -195,7 +193,7 @@ class Search:
         self, step: Pass, before: GraphModule, pair: Pair | None, d: Difference, allowed: float, dtype: str, added: bool
     ) -> Wrong:
         if pair is None:
-            site, what, node = None, "the outputs of the graph", output_of(self.graph)
+            site, what, node = None, "the outputs of the graph", self.graph.graph.output_node()
         else:
             site, what = site_of(pair, self.graph, self.subject.residual)
             node = nodes_of(self.graph, Source(pair.after.node))[0]
@@ -208,7 +206,7 @@ class Search:
     def finding(
         self, step: str, site: str | None, what: str, node: Node, d: Difference, allowed: float, dtype: str, added: bool
     ) -> Finding:
-        """The finding about a value, with the module and the source line of its site."""
+        """Return the finding about a value, with the module and the source line of its site."""
         known = next((s for s in self.subject.residual if s.site == site), None)
         return Finding(
             step, site, what, node.name, d.error, d.scale, allowed, dtype,
@@ -222,41 +220,38 @@ class Search:
         node = broken_node(self.graph, error)
         site, what = None, f"the graph cannot be run: {str(error).splitlines()[0]}"
         if node is not None and node.op != "output":
-            held = places_of(self.graph, self.subject.residual).by_node.get(node.name)
-            pair = Pair(Source(node.name), Source(node.name), held[0] if held else None)
+            places = places_of(self.graph, self.subject.residual).by_node.get(node.name)
+            pair = Pair(Source(node.name), Source(node.name), places[0] if places else None)
             site, _ = site_of(pair, self.graph, self.subject.residual)
         self.checked.append(Checked(step.name, True, float("inf")))
         infinite = Difference(float("inf"), 0.0)
-        finding = self.finding(step.name, site, what, node or output_of(self.graph), infinite, 0.0, "float64", False)
+        finding = self.finding(
+            step.name, site, what, node or self.graph.graph.output_node(), infinite, 0.0, "float64", False
+        )
         return Wrong(finding, step, before, private_copy(self.graph), None, None, inputs=self.subject.own)
 
 
 def anchors(sources: list[Source], values: Values) -> dict[str, Any]:
-    """What `values` say of `sources`, as `run_as_it_is` takes it: by node, with None for items not among them."""
-    found: dict[str, Any] = {}
+    """Return the `values` of `sources` by node, as `run_as_it_is` takes them; other items of tuples are None."""
+    anchored: dict[str, Any] = {}
     for source in sources:
         whole = values.get(source.node)
         if source.item is None:
-            found[source.node] = whole
+            anchored[source.node] = whole
         elif isinstance(whole, (tuple, list)):
-            held = found.setdefault(source.node, [None] * len(whole))
-            held[source.item] = whole[source.item]
-    return found
+            items = anchored.setdefault(source.node, [None] * len(whole))
+            items[source.item] = whole[source.item]
+    return anchored
 
 
 def dtype_of(x: Any) -> torch.dtype | None:
-    """The dtype of a floating-point value; None for anything else."""
+    """Return the dtype of a floating-point value; None for anything else."""
     tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
     return tensors[0].dtype if tensors and tensors[0].is_floating_point() else None
 
 
-def output_of(gm: GraphModule) -> Node:
-    """The graph's end."""
-    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-
-
 def broken_node(gm: GraphModule, error: Exception) -> Node | None:
-    """The node that an error of the verifier or of a run names."""
+    """Return the node that an error of the verifier or of a run names."""
     text = str(error)
     # The first that is named is the node itself; its operands follow.
     at = {
@@ -268,11 +263,11 @@ def broken_node(gm: GraphModule, error: Exception) -> Node | None:
 
 
 def not_finite(values: Values, gm: GraphModule) -> str | None:
-    """The first floating-point value of a run that holds NaN, by node: infinities are put into masks on purpose."""
+    """Return the first node whose value holds NaN: infinities are put into masks on purpose."""
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output") or not isinstance(value(node), Tensor):
             continue
-        found = values.get(node.name)
-        if isinstance(found, Tensor) and found.is_floating_point() and found.isnan().any():
+        result = values.get(node.name)
+        if isinstance(result, Tensor) and result.is_floating_point() and result.isnan().any():
             return str(node.name)
     return None

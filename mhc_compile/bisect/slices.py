@@ -18,7 +18,7 @@ _COMMENT = re.compile(r"\n\s*#[^\n]*")
 
 
 def nodes_of(gm: GraphModule, source: Source) -> list[Node]:
-    """The nodes that hold a value: the node itself, or those that take the item out of its tuple."""
+    """Return the nodes that hold a value: the node itself, or those that take the item out of its tuple."""
     node = next(n for n in gm.graph.nodes if n.name == source.node)
     if source.item is None:
         return [node]
@@ -26,19 +26,18 @@ def nodes_of(gm: GraphModule, source: Source) -> list[Node]:
 
 
 def names_of(gm: GraphModule, sources: Iterable[Source]) -> list[str]:
-    """The names of the nodes that hold these values."""
+    """Return the names of the nodes that hold these values."""
     there = {n.name for n in gm.graph.nodes}
     return [n.name for s in sources if s.node in there for n in nodes_of(gm, s)]
 
 
 def slice_of(gm: GraphModule, target: Source | None, stops: Mapping[str, str]) -> GraphModule | None:
-    """What computes `target` (the graph's outputs where it is None) from the nodes named in `stops` and the inputs.
+    """Return what computes `target` (or the outputs, for None) from the nodes named in `stops` and the inputs.
 
     Its placeholders have the names that `stops` give to those nodes. None where it calls a body or reads a constant of
     the graph's own, which code alone does not hold.
     """
-    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    ends = output.all_input_nodes if target is None else nodes_of(gm, Source(target.node))
+    ends = gm.graph.output_node().all_input_nodes if target is None else nodes_of(gm, Source(target.node))
     needed: set[Node] = set()
     stack = list(ends)
     while stack:
@@ -68,17 +67,12 @@ def slice_of(gm: GraphModule, target: Source | None, stops: Mapping[str, str]) -
     return GraphModule(gm, graph)
 
 
-def inputs_of(gm: GraphModule) -> list[Node]:
-    """The placeholders of a graph."""
-    return [n for n in gm.graph.nodes if n.op == "placeholder"]
-
-
 def code_of(gm: GraphModule, name: str) -> tuple[list[str], list[str]]:
-    """A graph as a function of this name, and what it needs imported beside torch: lines of each."""
-    made = gm.graph.python_code("self")
-    text = _COMMENT.sub("", _RELEASED.sub("", made.src)).strip()
+    """Return a graph as a function of this name, and the imports it needs besides torch, as lines."""
+    python = gm.graph.python_code("self")
+    text = _COMMENT.sub("", _RELEASED.sub("", python.src)).strip()
     text = re.sub(r"def forward\(self(?:, )?", f"def {name}(", text, count=1)
-    imports = [ln for ln in _format_import_block(made.globals, sys_importer).splitlines() if ln != "import torch"]
+    imports = [ln for ln in _format_import_block(python.globals, sys_importer).splitlines() if ln != "import torch"]
     bound = [re.split(r" import | as |=", ln)[-1 if "=" not in ln else 0].strip() for ln in imports]
     used = [ln for ln, word in zip(imports, bound, strict=True) if re.search(rf"\b{re.escape(word)}\b", text)]
     return [line for line in text.splitlines() if line.strip()], used

@@ -1,4 +1,4 @@
-"""What is searched: a model's graph with its inputs, once with the streams at their start and once away from it."""
+"""The graph that is searched, with inputs at the start of the streams and away from it."""
 
 from __future__ import annotations
 
@@ -79,23 +79,26 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _moved(graph: GraphModule, marks: Sequence[Mark], start: Sequence[Any]) -> list[Any]:
-    held = {node for mark in marks for node in mark.parameters.values()}
+    parameters = {node for mark in marks for node in mark.parameters.values()}
     generator = torch.Generator().manual_seed(0)
-    found = list(start)
+    inputs = list(start)
     for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
-        if node in held and isinstance(found[i], Tensor):
-            noise = torch.randn(found[i].shape, generator=generator) * NOISE
-            found[i] = found[i].detach() + noise.to(found[i].device, found[i].dtype)
-    return found
+        if node in parameters and isinstance(inputs[i], Tensor):
+            noise = torch.randn(inputs[i].shape, generator=generator) * NOISE
+            inputs[i] = inputs[i].detach() + noise.to(inputs[i].device, inputs[i].dtype)
+    return inputs
 
 
 def parameters_read(gm: GraphModule, marks: Sequence[Mark]) -> set[str]:
-    """The stream parameters that a graph computes with, by the names of their nodes.
+    """Return the names of the nodes of the stream parameters that a graph computes with.
 
     A pass that begins to read some changes the function, except at their start.
     """
     live = set(gm.graph.nodes)
-    own = {mark.node for mark in marks}
+    marking = {mark.node for mark in marks}
     return {
-        p.name for mark in marks for p in mark.parameters.values() if p in live and any(u not in own for u in p.users)
+        p.name
+        for mark in marks
+        for p in mark.parameters.values()
+        if p in live and any(u not in marking for u in p.users)
     }

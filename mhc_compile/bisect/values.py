@@ -36,14 +36,14 @@ class Difference:
         return self.error / max(self.scale, 1e-30)
 
 
-def difference(wanted: Any, found: Any) -> Difference:
-    """Between tensors, or tuples of them. Of n streams `[..., n, C]` each should be the one that is wanted, `[..., C]`.
+def difference(exact: Any, result: Any) -> Difference:
+    """Return the difference of tensors or tuples; each of n streams `[..., n, C]` is compared with an exact `[..., C]`.
 
     Values that are equal, or undefined in both, do not differ: masks hold infinities.
     """
     pairs = (
-        [t for t in tree_leaves(wanted) if isinstance(t, Tensor)],
-        [t for t in tree_leaves(found) if isinstance(t, Tensor)],
+        [t for t in tree_leaves(exact) if isinstance(t, Tensor)],
+        [t for t in tree_leaves(result) if isinstance(t, Tensor)],
     )
     if len(pairs[0]) != len(pairs[1]):
         return Difference(float("inf"), 0.0)
@@ -65,7 +65,7 @@ def _difference(a: Tensor, b: Tensor) -> Difference:
 
 
 def written(gm: GraphModule) -> set[str]:
-    """The names of nodes whose storage another node writes into: their values do not stay what they were."""
+    """Return the names of nodes whose storage another node writes into: their values change."""
     roots = {storage_root(n.args[0]) for n in gm.graph.nodes if writes_first_operand(n)}
     return {n.name for n in gm.graph.nodes if storage_root(n) in roots}
 
@@ -83,7 +83,7 @@ class _Recording64(Float64Interpreter):
 
 
 def run_in_float64(gm: GraphModule, inputs: Sequence[Any]) -> Values:
-    """What every node of `gm` gives on copies of `inputs`, in float64, dropout off; other random numbers are seeded."""
+    """Run `gm` on copies of `inputs` in float64, dropout off, other random numbers seeded; return every value."""
     copies = [widen(_kept(x)) for x in inputs]
     run = _Recording64(gm)
     with torch.no_grad(), torch.random.fork_rng():
@@ -93,7 +93,7 @@ def run_in_float64(gm: GraphModule, inputs: Sequence[Any]) -> Values:
 
 
 class _RecordingOwn(Interpreter):
-    """In the graph's own dtypes, dropout off; what is anchored goes on as it should."""
+    """Runs in the graph's own dtypes, dropout off; anchored values replace what was computed."""
 
     def __init__(self, gm: GraphModule, anchors: Mapping[str, Any]) -> None:
         super().__init__(gm)
@@ -118,7 +118,7 @@ class _RecordingOwn(Interpreter):
 
 
 def run_as_it_is(gm: GraphModule, inputs: Sequence[Any], anchors: Mapping[str, Any]) -> Values:
-    """What every node of `gm` gives in its own dtype, each from what `anchors` say that the nodes before should give.
+    """Run `gm` in its own dtypes, each node on the values that `anchors` give its inputs; return every value.
 
     So errors do not add up along the graph, and each value shows the rounding of what lies between it and the anchors.
     Fused kernels are left to plain PyTorch: they are judged by themselves (`mhc_compile.bisect.kernels`).
@@ -130,17 +130,17 @@ def run_as_it_is(gm: GraphModule, inputs: Sequence[Any], anchors: Mapping[str, A
     return run.values
 
 
-def like(wanted: Any, found: Any) -> Any:
-    """The values of `wanted` in the dtypes of `found`, of each stream where `found` has several."""
-    if not isinstance(found, Tensor):
-        if isinstance(found, (tuple, list)) and isinstance(wanted, (tuple, list)) and len(found) == len(wanted):
-            return type(found)(like(w, f) for w, f in zip(wanted, found, strict=True)) if _plain(found) else found
-        return found
-    if not isinstance(wanted, Tensor):
-        return found
-    if found.ndim == wanted.ndim + 1 and wanted.ndim > 0:
-        wanted = wanted.unsqueeze(-2).expand(found.shape)
-    return wanted.to(found.dtype).clone() if wanted.shape == found.shape else found
+def like(exact: Any, result: Any) -> Any:
+    """Return the values of `exact` in the dtypes of `result`, for each stream where `result` has several."""
+    if not isinstance(result, Tensor):
+        if isinstance(result, (tuple, list)) and isinstance(exact, (tuple, list)) and len(result) == len(exact):
+            return type(result)(like(w, f) for w, f in zip(exact, result, strict=True)) if _plain(result) else result
+        return result
+    if not isinstance(exact, Tensor):
+        return result
+    if result.ndim == exact.ndim + 1 and exact.ndim > 0:
+        exact = exact.unsqueeze(-2).expand(result.shape)
+    return exact.to(result.dtype).clone() if exact.shape == result.shape else result
 
 
 def _plain(x: Any) -> bool:
@@ -148,7 +148,7 @@ def _plain(x: Any) -> bool:
 
 
 def _defined(node: Node, out: Any) -> Any:
-    """What a node gave, memory that it left as it was at zero: it is written before it is read, if it is."""
+    """Return the value of a node, uninitialised memory set to zero: it is written before it is read."""
     return torch.zeros_like(out) if op_name(node) in _UNWRITTEN else out
 
 

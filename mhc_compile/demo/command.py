@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,25 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a smaller model without Inductor: under a minute")
     parser.add_argument(
-        "--steps", type=_steps, metavar="N",
+        "--steps", type=_at_least(LEAST_STEPS), metavar="N",
         help=f"optimizer steps before the conversion, and again after it (default {FULL.steps}, quick {QUICK.steps})",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("mhc-demo"), metavar="DIR", help="default: ./mhc-demo")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the batches and the samples")
     parser.add_argument(
-        "--seeds", type=_count, metavar="N",
+        "--seeds", type=_at_least(1), metavar="N",
         help=f"repetitions of the training with and without a memory (default {FULL.seeds}, quick {QUICK.seeds})",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
 
-def _steps(text: str) -> int:
-    steps = int(text)
-    if steps < LEAST_STEPS:
-        raise argparse.ArgumentTypeError(f"{steps} is too few to compare times: at least {LEAST_STEPS}")
-    return steps
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is too few: at least {least}")
+        return int(text)
 
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return int(text)
+    return number
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         shown = memory_report.text(memory)
         (out / "memory.txt").write_text(shown, encoding="utf-8")
         seconds = time.perf_counter() - begin
-        held = {**numbers(outcome), "memory": memory_report.numbers(memory)}
-        results = {"state": "finished", "seconds": seconds, **held}
+        figures = {**numbers(outcome), "memory": memory_report.numbers(memory)}
+        results = {"state": "finished", "seconds": seconds, **figures}
     except DemoError as error:
         return _refused(str(error))
     finally:

@@ -63,8 +63,8 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
     )
     model = residual_model(settings, corpus)
     residual = contender("residual", model, backend="residual", inner=settings.inner)
-    held = held_out_batches(corpus, settings)
-    _train(console, "Training a residual Llama", [residual], corpus, settings, phase=0)
+    held_out = held_out_batches(corpus, settings)
+    train_shown(console, "Training a residual Llama", [residual], corpus, settings, phase=0)
     first = residual.losses
     residual_compile = residual.seconds[0]
     _save(model, corpus, out / "residual")
@@ -75,19 +75,19 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
     residual = renewed(residual)
     with stage(console, "Held-out loss of both"):
         begin = time.perf_counter()
-        streams.held_out(held[:1])
+        streams.held_out(held_out[:1])
         streams_compile = time.perf_counter() - begin
-        before = residual.held_out(held), streams.held_out(held)
+        before = residual.held_out(held_out), streams.held_out(held_out)
     console.print(f"  {statistics.fmean(before[0]):.6f} residual, {statistics.fmean(before[1]):.6f} with streams")
-    example = {"input_ids": held[0], "use_cache": False}
-    measures_before = _only(measure_streams(converted, example))
+    example = {"input_ids": held_out[0], "use_cache": False}
+    (measures_before,) = measure_streams(converted, example).values()
 
-    _train(console, "Training both on the same batches", [residual, streams], corpus, settings, phase=1)
+    train_shown(console, "Training both on the same batches", [residual, streams], corpus, settings, phase=1)
     streams_compile += streams.seconds[0]
     _save(converted, corpus, out / "mhc-trained")
     with stage(console, "Held-out loss of both, the state of the streams, samples"):
-        after = residual.held_out(held), streams.held_out(held)
-        measures_after = _only(measure_streams(converted, example))
+        after = residual.held_out(held_out), streams.held_out(held_out)
+        (measures_after,) = measure_streams(converted, example).values()
         samples = _sample(model, corpus, settings), _sample(converted, corpus, settings)
         inspection = inspect(converted).text()
     return Outcome(
@@ -97,7 +97,7 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
 
 
 def residual_model(settings: Settings, corpus: Corpus) -> nn.Module:
-    """A small Llama at its random start."""
+    """Return a small Llama at its random start."""
     from transformers import LlamaForCausalLM
 
     model: nn.Module = LlamaForCausalLM(model_config(settings, corpus.tokenizer))
@@ -105,7 +105,7 @@ def residual_model(settings: Settings, corpus: Corpus) -> nn.Module:
 
 
 def model_config(settings: Settings, tokenizer: Any) -> Any:
-    """The `LlamaConfig` of that model."""
+    """Return the `LlamaConfig` of that model."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -130,17 +130,19 @@ def _save(model: Any, corpus: Corpus, folder: Path) -> None:
 
 
 def _converted(source: Path, target: Path, settings: Settings) -> nn.Module:
-    """The n-stream form of the checkpoint in `source`. Outside `torch.compile` (sampling) it is not compiled."""
+    """Return the n-stream form of the checkpoint in `source`. Outside `torch.compile` (sampling) it is not compiled."""
     convert_folder(source, target, streams=settings.streams)
     return from_pretrained(target, inner="eager", local_files_only=True).train()
 
 
-def _train(
+def train_shown(
     console: Console, text: str, contenders: list[Contender], corpus: Corpus, settings: Settings, *, phase: int
 ) -> None:
+    """Train on the batches of a phase with a progress bar; after the conversion at half the learning rate."""
     batches = training_batches(corpus, settings, stream=phase)
     peak = settings.learning_rate * (SECOND_PEAK if phase else 1.0)
-    with bar(console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(text, total=len(batches), loss="compiling")
 
         def tick() -> None:
@@ -150,7 +152,7 @@ def _train(
 
 
 def _sample(model: nn.Module, corpus: Corpus, settings: Settings) -> str:
-    """The prompt continued, with the same random numbers for every model."""
+    """Return the prompt continued, with the same random numbers for every model."""
     ids = corpus.tokenizer(PROMPT, return_tensors="pt")
     torch.manual_seed(settings.seed)
     generate: Any = model.generate
@@ -166,21 +168,10 @@ def _sample(model: nn.Module, corpus: Corpus, settings: Settings) -> str:
     return str(corpus.tokenizer.decode(out[0], skip_special_tokens=True)).rstrip()
 
 
-def _only(found: dict[str, StreamMeasures]) -> StreamMeasures:
-    (measures,) = found.values()
-    return measures
-
-
 @contextmanager
 def stage(console: Console, text: str) -> Iterator[None]:
-    """A stage without steps to count: a spinner, then one line with its duration."""
+    """Show a spinner, then one line with the duration."""
     begin = time.perf_counter()
     with console.status(text):
         yield
     console.print(f"{text}: {time.perf_counter() - begin:.1f} s")
-
-
-def bar(console: Console) -> Progress:
-    """A bar of steps with a text `loss` behind it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    return Progress(*columns, TimeElapsedColumn(), console=console)

@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mhc_compile.conversion import convert
-from mhc_compile.demo.experiment import SECOND_PEAK, Outcome, bar, stage
+from mhc_compile.demo.experiment import Outcome, stage, train_shown
 from mhc_compile.demo.output import OutputFolder
 from mhc_compile.demo.settings import Settings
-from mhc_compile.demo.text import Corpus, held_out_batches, training_batches
-from mhc_compile.demo.training import Contender, contender, renewed, train
+from mhc_compile.demo.text import Corpus, held_out_batches
+from mhc_compile.demo.training import Contender, contender, renewed
 from mhc_compile.gates import gate_values
 from mhc_compile.loading import from_pretrained
 from mhc_compile.memory.tables import MemoryTable
@@ -84,9 +84,9 @@ class MemoryOutcome:
 
 def run_memory(settings: Settings, out: OutputFolder, console: Console, outcome: Outcome) -> MemoryOutcome:
     """Train the converted model with and without a memory from the folders of the first part, once for every seed."""
-    corpus, held = outcome.corpus, held_out_batches(outcome.corpus, settings)
+    corpus, held_out = outcome.corpus, held_out_batches(outcome.corpus, settings)
     plain, memory = outcome.streams, None
-    found: list[Repetition] = []
+    repetitions: list[Repetition] = []
     for number in range(settings.seeds):
         seed = settings.seed + number * _SEED_STRIDE
         start = _with_memory(out / "residual", corpus, settings, seed)
@@ -97,24 +97,26 @@ def run_memory(settings: Settings, out: OutputFolder, console: Console, outcome:
             memory.model.load_state_dict(start.state_dict())
         plain, memory = (replace(renewed(c), name=n) for c, n in ((plain, "without"), (memory, "with a memory")))
         with stage(console, "Adding a memory: held-out loss without and with it"):
-            before = plain.held_out(held), memory.held_out(held)
+            before = plain.held_out(held_out), memory.held_out(held_out)
         console.print(f"  {statistics.fmean(before[0]):.6f} without, {statistics.fmean(before[1]):.6f} with a memory")
-        _train(console, [plain, memory], corpus, replace(settings, seed=seed, steps=settings.memory_steps))
-        found.append(Repetition(seed, before, (plain.held_out(held), memory.held_out(held))))
+        text = f"Training without and with it, seed {seed}"
+        shorter = replace(settings, seed=seed, steps=settings.memory_steps)
+        train_shown(console, text, [plain, memory], corpus, shorter, phase=1)
+        repetitions.append(Repetition(seed, before, (plain.held_out(held_out), memory.held_out(held_out))))
     assert memory is not None
     with stage(console, "What opens the gates"):
-        gates = opened(memory.model, corpus, torch.cat(held))
+        gates = opened(memory.model, corpus, torch.cat(held_out))
     memory.model.save_pretrained(out / "mhc-memory")  # type: ignore[operator]
     corpus.tokenizer.save_pretrained(out / "mhc-memory")
     with stage(console, "Reading the tables' rows from their files"):
-        change, caches = _mapped(out / "mhc-memory", held, memory.held_out, settings.hot_rows)
+        change, caches = _mapped(out / "mhc-memory", held_out, memory.held_out, settings.hot_rows)
     sizes = [sum(p.numel() for p in c.model.parameters()) for c in (plain, memory)]
     rows = sum(t.rows * t.width for t in _tables(memory.model).values())
-    return MemoryOutcome(found, plain, memory, sizes[1] - sizes[0] - rows, rows, gates, change, caches)
+    return MemoryOutcome(repetitions, plain, memory, sizes[1] - sizes[0] - rows, rows, gates, change, caches)
 
 
 def _with_memory(residual: Path, corpus: Corpus, settings: Settings, seed: int) -> nn.Module:
-    """The residual checkpoint converted, with a memory drawn from `seed`."""
+    """Return the residual checkpoint converted, with a memory drawn from `seed`."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(residual, local_files_only=True)
@@ -123,47 +125,37 @@ def _with_memory(residual: Path, corpus: Corpus, settings: Settings, seed: int) 
     return convert(model, streams=settings.streams, inner="eager", **memory).train()
 
 
-def _train(console: Console, contenders: list[Contender], corpus: Corpus, settings: Settings) -> None:
-    batches = training_batches(corpus, settings, stream=1)
-    with bar(console) as progress:
-        text = f"Training without and with it, seed {settings.seed}"
-        task = progress.add_task(text, total=len(batches), loss="")
-
-        def tick() -> None:
-            progress.update(task, advance=1, loss="loss " + " | ".join(f"{c.losses[-1]:.3f}" for c in contenders))
-
-        train(contenders, batches, settings.learning_rate * SECOND_PEAK, tick)
-
-
 def opened(model: nn.Module, corpus: Corpus, windows: Tensor) -> dict[str, list[Opened]]:
-    """The N-grams that `windows` [B, S] of text hold at least `LEAST_SEEN` times, by layer, widest gate first.
+    """Return the N-grams that `windows` [B, S] hold at least `LEAST_SEEN` times, by layer, widest gate first.
 
     N is the longest that the memory hashes; the gate is the one at the last of the N tokens.
     """
-    order = next(held.memory.settings.order for held in owners(model).values() if held.memory is not None)
+    order = next(
+        parameters.memory.settings.order for parameters in owners(model).values() if parameters.memory is not None
+    )
     ngrams = windows.unfold(1, order, 1).reshape(-1, order)
     different, which, seen = ngrams.unique(dim=0, return_inverse=True, return_counts=True)
     frequent = (seen >= LEAST_SEEN).nonzero().flatten().tolist()
-    found = {}
+    gates_of = {}
     for layer, gates in gate_values(model, {"input_ids": windows, "use_cache": False}).items():
         sums = torch.zeros(len(different)).index_add_(0, which, gates.mean(-1)[:, order - 1 :].reshape(-1))
         means = sums / seen
         rows = [Opened(corpus.tokenizer.decode(different[i]), float(means[i]), int(seen[i])) for i in frequent]
-        found[layer] = sorted(rows, key=lambda r: -r.gate)
-    return found
+        gates_of[layer] = sorted(rows, key=lambda r: -r.gate)
+    return gates_of
 
 
 def _mapped(
-    folder: Path, held: list[Tensor], in_memory: Callable[[list[Tensor]], list[float]], hot_rows: int
+    folder: Path, held_out: list[Tensor], in_memory: Callable[[list[Tensor]], list[float]], hot_rows: int
 ) -> tuple[float, list[CacheUse]]:
-    """The held-out text once through the model with its tables on disk, a sequence a call."""
+    """Run the held-out text once through the model with its tables on disk, a sequence per call."""
     model: Any = from_pretrained(folder, inner="eager", tables="mapped", hot_rows=hot_rows, local_files_only=True)
     with torch.no_grad():
         losses = [
             statistics.fmean(model(input_ids=s, labels=s, use_cache=False).loss.item() for s in batch.split(1))
-            for batch in held
+            for batch in held_out
         ]
-    change = max(abs(b - a) / a for a, b in zip(in_memory(held), losses, strict=True))
+    change = max(abs(b - a) / a for a, b in zip(in_memory(held_out), losses, strict=True))
     uses = []
     for layer, table in _tables(model).items():
         assert table.hot is not None
@@ -172,8 +164,12 @@ def _mapped(
 
 
 def _tables(model: nn.Module) -> dict[str, MemoryTable]:
-    """The tables by the paths of the layers that they belong to."""
-    found: dict[str, MemoryTable] = {}
-    for path, held in owners(model).items():
-        found |= {f"{path}.{layer}".strip("."): held.table(layer) for layer in held.memory_layers if held.memory}
-    return found
+    """Return the tables by the paths of the layers that they belong to."""
+    tables: dict[str, MemoryTable] = {}
+    for path, parameters in owners(model).items():
+        tables |= {
+            f"{path}.{layer}".strip("."): parameters.table(layer)
+            for layer in parameters.memory_layers
+            if parameters.memory
+        }
+    return tables

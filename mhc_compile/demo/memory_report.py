@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mhc_compile.demo.memory import MemoryOutcome, Opened
-from mhc_compile.demo.training import Contender, spread
+from mhc_compile.demo.training import paired, spread
+from mhc_compile.parameters import owners
 
 LISTED = 12
 """N-grams a layer that are printed, of those whose gates open most."""
@@ -21,7 +22,7 @@ _LEAST = 4
 
 
 def numbers(outcome: MemoryOutcome) -> dict[str, Any]:
-    """What was measured, as plain values."""
+    """Return the measurements as plain values."""
     pairs = [(a, b) for r in outcome.repetitions for a, b in zip(*r.before, strict=True)]
     by_name = {"without": outcome.plain, "with": outcome.memory}
     return {
@@ -37,9 +38,9 @@ def numbers(outcome: MemoryOutcome) -> dict[str, Any]:
         ],
         "difference": _mean_and_spread(outcome),
         "seconds_per_step": {name: asdict(spread(c.timed)) for name, c in by_name.items()},
-        "seconds_ratio": asdict(spread(_ratios(outcome.plain, outcome.memory))),
+        "seconds_ratio": asdict(paired(outcome.plain, outcome.memory)),
         "parameters": {"dense": outcome.dense, "rows": outcome.rows},
-        "gates": {layer: [asdict(o) for o in _ends(found)] for layer, found in outcome.gates.items()},
+        "gates": {layer: [asdict(o) for o in _ends(gates)] for layer, gates in outcome.gates.items()},
         "mapped": {
             "relative_change": outcome.mapped_change,
             "tables": [asdict(c) for c in outcome.caches],
@@ -48,18 +49,13 @@ def numbers(outcome: MemoryOutcome) -> dict[str, Any]:
 
 
 def _mean_and_spread(outcome: MemoryOutcome) -> dict[str, float | None]:
-    found = [r.difference for r in outcome.repetitions]
+    differences = [r.difference for r in outcome.repetitions]
     return {
-        "mean": statistics.fmean(found),
-        "standard_deviation": statistics.stdev(found) if len(found) > 1 else None,
-        "low": min(found),
-        "high": max(found),
+        "mean": statistics.fmean(differences),
+        "standard_deviation": statistics.stdev(differences) if len(differences) > 1 else None,
+        "low": min(differences),
+        "high": max(differences),
     }
-
-
-def _ratios(plain: Contender, memory: Contender) -> list[float]:
-    """Of paired steps: the two that took the same batch one after the other."""
-    return [b / a for a, b in zip(plain.timed, memory.timed, strict=True)]
 
 
 def show(outcome: MemoryOutcome, console: Console) -> None:
@@ -67,18 +63,18 @@ def show(outcome: MemoryOutcome, console: Console) -> None:
     console.print()
     console.print(_losses(outcome))
     console.print(_reading(outcome), highlight=False)
-    for layer, found in outcome.gates.items():
+    for layer, gates in outcome.gates.items():
         console.print()
-        console.print(_gates(layer, found))
+        console.print(_gates(layer, gates))
     console.print()
     console.print(_caches(outcome), highlight=False)
 
 
 def text(outcome: MemoryOutcome) -> str:
-    """What `show` prints, as plain text."""
-    held = io.StringIO()
-    show(outcome, Console(file=held, width=120))
-    return held.getvalue()
+    """Return what `show` prints as plain text."""
+    stream = io.StringIO()
+    show(outcome, Console(file=stream, width=120))
+    return stream.getvalue()
 
 
 def _losses(outcome: MemoryOutcome) -> Table:
@@ -93,16 +89,18 @@ def _losses(outcome: MemoryOutcome) -> Table:
 
 
 def _reading(outcome: MemoryOutcome) -> str:
-    found = numbers(outcome)
-    delta, ratio, size = found["difference"], found["seconds_ratio"], found["parameters"]
+    figures = numbers(outcome)
+    delta, ratio, size = figures["difference"], figures["seconds_ratio"], figures["parameters"]
     count = len(outcome.repetitions)
+    memories = [p.memory for p in owners(outcome.memory.model).values() if p.memory is not None]
+    read = sum(m.settings.memory_width * len(m.layers) for m in memories)
     way = "lower" if delta["mean"] < 0 else "higher"
     over = f"{count} seeds, standard deviation {delta['standard_deviation']:.4f}" if count > 1 else "one seed"
     return (
-        f"What to look at: adding the memory moved the held-out loss {_moved(found['relative_change_by_adding'])}. "
+        f"What to look at: adding the memory moved the held-out loss {_moved(figures['relative_change_by_adding'])}. "
         f"After training on the same batches it is {abs(delta['mean']):.4f} {way} "
         f"with the memory ({over}), which adds {size['rows']:,} parameters in rows, of which a token reads "
-        f"{_read(outcome):,}, and {size['dense']:,} others. A step with it takes {ratio['median']:.2f} times as long "
+        f"{read:,}, and {size['dense']:,} others. A step with it takes {ratio['median']:.2f} times as long "
         f"({ratio['low']:.2f}-{ratio['high']:.2f})."
     )
 
@@ -111,25 +109,17 @@ def _moved(change: float) -> str:
     return f"of no batch by more than {change:.0e} of it" if change else "of no batch at all"
 
 
-def _read(outcome: MemoryOutcome) -> int:
-    """Of the rows' parameters, those that one token reads."""
-    from mhc_compile.parameters import owners
-
-    held = [h.memory for h in owners(outcome.memory.model).values() if h.memory is not None]
-    return sum(m.settings.memory_width * len(m.layers) for m in held)
+def _ends(gates: list[Opened]) -> list[Opened]:
+    """Return the widest gates and the narrowest."""
+    return gates if len(gates) <= LISTED + _LEAST else [*gates[:LISTED], *gates[-_LEAST:]]
 
 
-def _ends(found: list[Opened]) -> list[Opened]:
-    """The widest gates and the narrowest."""
-    return found if len(found) <= LISTED + _LEAST else [*found[:LISTED], *found[-_LEAST:]]
-
-
-def _gates(layer: str, found: list[Opened]) -> Table:
+def _gates(layer: str, gates: list[Opened]) -> Table:
     out = Table(title=f"What the memory at {layer} takes in, and leaves out", title_justify="left")
     out.add_column("the tokens up to here")
     out.add_column("gate", justify="right")
     out.add_column("times in the held-out text", justify="right")
-    rows = _ends(found)
+    rows = _ends(gates)
     for i, o in enumerate(rows):
         last_of_top = i + 1 == LISTED < len(rows)
         out.add_row(Text(repr(o.text)), f"{o.gate:.3f}", str(o.seen), end_section=last_of_top)

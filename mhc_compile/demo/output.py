@@ -36,9 +36,9 @@ class OutputFolder:
 
     def _written_before(self) -> list[str]:
         try:
-            found = json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
-            ours = found["made_by"] == _MADE_BY
-            names = [str(name) for name in found["files"]]
+            results = json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
+            ours = results["made_by"] == _MADE_BY
+            names = [str(name) for name in results["files"]]
         except (OSError, ValueError, KeyError, TypeError):
             ours, names = False, []
         if not ours:
@@ -46,7 +46,7 @@ class OutputFolder:
         return [name for name in names if self._is_ours(Path(name))]
 
     def _is_ours(self, name: Path) -> bool:
-        """Whether a listed name is a plain file of this folder: nothing else is removed, whatever the list says."""
+        """Return whether a listed name is a plain file of this folder: nothing else is removed."""
         inside = name.parts[:1] and name.parts[0] in ENTRIES and ".." not in name.parts
         linked = any((self.path / part).is_symlink() for part in (name, *name.parents[:-1]))
         return bool(inside) and not linked and (self.path / name).is_file()
@@ -65,8 +65,8 @@ class OutputFolder:
         files = {RESULTS}
         for name in ENTRIES:
             here = self.path / name
-            found = here.rglob("*") if here.is_dir() else [here]
-            files |= {p.relative_to(self.path).as_posix() for p in found if p.is_file()}
+            paths = here.rglob("*") if here.is_dir() else [here]
+            files |= {p.relative_to(self.path).as_posix() for p in paths if p.is_file()}
         text = json.dumps({"made_by": _MADE_BY, **results, "files": sorted(files)}, indent=2)
         (self.path / RESULTS).write_text(text + "\n", encoding="utf-8")
 

@@ -10,14 +10,15 @@ from typing import Any
 from rich.table import Table
 
 from mhc_compile.demo.experiment import Outcome
-from mhc_compile.demo.training import Contender, Spread, difference, spread
+from mhc_compile.demo.training import Contender, difference, paired, spread
+from mhc_compile.demo.trials import smooth
 from mhc_compile.measure import CompositeGain, StreamMeasures
 
 _SMOOTHED_OVER = 15
 
 
 def numbers(outcome: Outcome) -> dict[str, Any]:
-    """What was measured, as plain values."""
+    """Return the measurements as plain values."""
     residual, streams = outcome.residual, outcome.streams
     pair = {"residual": residual, "streams": streams}
     means = [statistics.fmean(losses) for losses in (*outcome.before, *outcome.after)]
@@ -32,7 +33,7 @@ def numbers(outcome: Outcome) -> dict[str, Any]:
             "standard_error": error,
         },
         "seconds_per_step": {name: asdict(spread(c.timed)) for name, c in pair.items()},
-        "seconds_ratio": asdict(_ratio(residual, streams)),
+        "seconds_ratio": asdict(paired(residual, streams)),
         "seconds_to_compile": dict(zip(pair, outcome.compile_seconds, strict=True)),
         "parameters": {name: _size(c) for name, c in pair.items()},
         "at_conversion": _measured(outcome.measures_before),
@@ -41,23 +42,21 @@ def numbers(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _measured(found: StreamMeasures) -> dict[str, Any]:
-    return {"separation": dict(zip(found.sites, found.separation, strict=True)), "composite_gain": asdict(found.gain)}
+def _measured(measures: StreamMeasures) -> dict[str, Any]:
+    return {
+        "separation": dict(zip(measures.sites, measures.separation, strict=True)),
+        "composite_gain": asdict(measures.gain),
+    }
 
 
 def _size(one: Contender) -> int:
     return sum(p.numel() for p in one.model.parameters())
 
 
-def _ratio(residual: Contender, streams: Contender) -> Spread:
-    """Of paired steps: the two that took the same batch one after the other."""
-    return spread([b / a for a, b in zip(residual.timed, streams.timed, strict=True)])
-
-
 def table(outcome: Outcome) -> Table:
-    """The two contenders side by side."""
-    found = numbers(outcome)
-    residual, streams, held = outcome.residual, outcome.streams, found["held_out"]
+    """Return a table of the two contenders side by side."""
+    figures = numbers(outcome)
+    residual, streams, held_out = outcome.residual, outcome.streams, figures["held_out"]
     out = Table(title="The same weights, the same batches: residual against mHC", title_justify="left")
     out.add_column("")
     out.add_column(residual.name, justify="right")
@@ -67,15 +66,15 @@ def table(outcome: Outcome) -> Table:
     out.add_row("threads", str(threads), str(threads))
     sizes = _size(residual), _size(streams)
     out.add_row("parameters", f"{sizes[0]:,}", f"{sizes[1]:,} (+{sizes[1] / sizes[0] - 1:.1%})")
-    start, end = held["at_conversion"], held["at_end"]
-    change = held["relative_change_by_conversion"]
+    start, end = held_out["at_conversion"], held_out["at_end"]
+    change = held_out["relative_change_by_conversion"]
     out.add_row("held-out loss at conversion", f"{start['residual']:.6f}", f"{start['streams']:.6f}")
     out.add_row("  largest change of a batch", "", f"{change:.0e} of it")
     out.add_row(f"after {outcome.settings.steps} more steps", f"{end['residual']:.4f}", f"{end['streams']:.4f}")
-    delta, error = held["difference_at_end"], held["standard_error"]
+    delta, error = held_out["difference_at_end"], held_out["standard_error"]
     out.add_row("  difference, standard error", "", f"{delta:+.4f} ± {error:.4f}", end_section=True)
     out.add_row("time per step (quartiles)", _milliseconds(residual.timed), _milliseconds(streams.timed))
-    ratio = _ratio(residual, streams)
+    ratio = paired(residual, streams)
     out.add_row("  ratio of paired steps", "1", f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})")
     seconds = outcome.compile_seconds
     out.add_row("tracing and compiling", f"{seconds[0]:.0f} s", f"{seconds[1]:.0f} s", end_section=True)
@@ -87,27 +86,31 @@ def table(outcome: Outcome) -> Table:
 
 
 def _milliseconds(values: list[float]) -> str:
-    found = spread(values)
-    return f"{1e3 * found.median:.0f} ms ({1e3 * found.low:.0f}-{1e3 * found.high:.0f})"
+    quartiles = spread(values)
+    return f"{1e3 * quartiles.median:.0f} ms ({1e3 * quartiles.low:.0f}-{1e3 * quartiles.high:.0f})"
 
 
 def _gain(gain: CompositeGain, direction: str) -> str:
-    found = asdict(gain)
-    return f"{found[direction + '_mean']:.4f}, {found[direction + '_max']:.4f}"
+    gains = asdict(gain)
+    return f"{gains[direction + '_mean']:.4f}, {gains[direction + '_max']:.4f}"
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """The curves: losses, their paired difference, and the separation of the streams along the depth."""
+    """Draw the losses, their paired difference, and the separation of the streams along the depth."""
     from matplotlib.figure import Figure
 
     steps = outcome.settings.steps
     residual, streams = outcome.residual, outcome.streams
     later = range(steps, 2 * steps)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, paired, depth = figure.subplots(1, 3)
-    loss.plot(range(steps), _smooth(outcome.first), color="0.45", label="residual, before the conversion")
-    loss.plot(later, _smooth(residual.losses), color="C0", label=residual.name)
-    loss.plot(later, _smooth(streams.losses), color="C3", linestyle="--", label=streams.name)
+    loss, deltas_axis, depth = figure.subplots(1, 3)
+
+    def smoothed(losses: list[float]) -> list[float]:
+        return smooth([losses], _SMOOTHED_OVER)
+
+    loss.plot(range(steps), smoothed(outcome.first), color="0.45", label="residual, before the conversion")
+    loss.plot(later, smoothed(residual.losses), color="C0", label=residual.name)
+    loss.plot(later, smoothed(streams.losses), color="C3", linestyle="--", label=streams.name)
     for x, pair in ((steps, outcome.before), (2 * steps, outcome.after)):
         for losses, color, marker in zip(pair, ("C0", "C3"), ("o", "x"), strict=True):
             loss.plot(x, statistics.fmean(losses), color=color, marker=marker, linestyle="none")
@@ -115,31 +118,26 @@ def draw(outcome: Outcome, path: Path) -> None:
     loss.set(title="Training loss (held-out: markers)", xlabel="step", ylabel="loss in nats a token")
     loss.legend()
     deltas = [b - a for a, b in zip(residual.losses, streams.losses, strict=True)]
-    paired.plot(later, deltas, color="0.8", linewidth=1)
-    paired.plot(later, _smooth(deltas), color="C3")
-    paired.axhline(0, color="0.5", linewidth=1)
-    paired.set(title="Loss of mHC minus residual, same batch", xlabel="step")
-    found = outcome.measures_after
-    depth.plot(range(1, len(found.sites) + 1), found.separation, color="C3", marker="o")
+    deltas_axis.plot(later, deltas, color="0.8", linewidth=1)
+    deltas_axis.plot(later, smoothed(deltas), color="C3")
+    deltas_axis.axhline(0, color="0.5", linewidth=1)
+    deltas_axis.set(title="Loss of mHC minus residual, same batch", xlabel="step")
+    measures = outcome.measures_after
+    depth.plot(range(1, len(measures.sites) + 1), measures.separation, color="C3", marker="o")
     depth.set(title="Separation of the streams after each site", xlabel="site", ylim=(0, None))
     figure.savefig(path, dpi=120)
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """The mean over the last few steps."""
-    return [statistics.fmean(values[max(0, i + 1 - _SMOOTHED_OVER) : i + 1]) for i in range(len(values))]
-
-
 def reading(outcome: Outcome) -> str:
-    """One sentence on what to look at, made from what was measured."""
-    found, after = numbers(outcome), outcome.measures_after
-    held, ratio = found["held_out"], found["seconds_ratio"]["median"]
-    delta, error = held["difference_at_end"], held["standard_error"]
+    """Return one sentence on what to look at, made from the measurements."""
+    figures, after = numbers(outcome), outcome.measures_after
+    held_out, ratio = figures["held_out"], figures["seconds_ratio"]["median"]
+    delta, error = held_out["difference_at_end"], held_out["standard_error"]
     if abs(delta) <= 2 * error:
         verdict = "differs by no more than the noise of the held-out text"
     else:
         verdict = f"is {abs(delta):.4f} {'lower' if delta < 0 else 'higher'} with mHC"
-    moved, apart = held["relative_change_by_conversion"], after.separation[-1]
+    moved, apart = held_out["relative_change_by_conversion"], after.separation[-1]
     gain = max(after.gain.forward_max, after.gain.backward_max)
     return (
         f"What to look at: the conversion moved the held-out loss of no batch by more than {moved:.0e} of it; from "
@@ -150,7 +148,7 @@ def reading(outcome: Outcome) -> str:
 
 
 def samples(outcome: Outcome) -> str:
-    """What both wrote."""
+    """Return what both models wrote."""
     return "\n\n".join(
         f"--- {one.name} ---\n{text}"
         for one, text in zip((outcome.residual, outcome.streams), outcome.samples, strict=True)

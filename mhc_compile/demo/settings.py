@@ -48,7 +48,7 @@ class Settings:
 
 
 def _memory(*layers: int) -> MemorySettings:
-    """N-grams of two and three tokens, tables of 131,072 rows or a few more."""
+    """Return settings for n-grams of two and three tokens, tables of 131,072 rows or a few more."""
     return MemorySettings.preset("paper", heads=4, rows_per_head=16_384, row_width=16, layers=layers)
 
 
@@ -65,7 +65,7 @@ QUICK = Settings(
 
 
 def settings_for(*, quick: bool, steps: int | None, seed: int, seeds: int | None = None) -> Settings:
-    """The settings that the command's arguments ask for."""
+    """Return the settings that the command's arguments ask for."""
     chosen = QUICK if quick else FULL
     steps = chosen.steps if steps is None else steps
     memory_steps = min(chosen.memory_steps, steps)

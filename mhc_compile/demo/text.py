@@ -43,12 +43,12 @@ def build_corpus(settings: Settings) -> Corpus:
 
 
 def divided(texts: list[str]) -> tuple[list[str], list[str]]:
-    """The texts to train on, and those held out."""
+    """Return the texts to train on, and those held out."""
     return [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY], texts[::HELD_OUT_EVERY]
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
-    """A `PreTrainedTokenizerFast`: a byte-level BPE of so many tokens."""
+    """Train a byte-level BPE of so many tokens; return it as a `PreTrainedTokenizerFast`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +66,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
 
 
 def source_texts(limit: int) -> list[str]:
-    """Whole modules of the standard library in a fixed order spread over it, up to `limit` bytes."""
+    """Return whole modules of the standard library in a fixed order spread over it, up to `limit` bytes."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(p for p in root.rglob("*.py") if not _SKIPPED & set(p.relative_to(root).parts))
     # A stride through the sorted list mixes packages; a prefix would be `_pyrepl` and `asyncio` alone.
@@ -99,7 +99,7 @@ def _encode(bpe: Any, texts: list[str]) -> Tensor:
 
 
 def training_batches(corpus: Corpus, settings: Settings, *, stream: int) -> list[Tensor]:
-    """One batch `[batch, length]` of random windows for every step; `stream` tells the two phases apart."""
+    """Return a batch `[batch, length]` of random windows for every step; `stream` tells the two phases apart."""
     generator = torch.Generator().manual_seed(settings.seed * 2 + stream)
     last = len(corpus.train) - settings.length
     starts = torch.randint(0, last, (settings.steps, settings.batch, 1), generator=generator)
@@ -107,7 +107,7 @@ def training_batches(corpus: Corpus, settings: Settings, *, stream: int) -> list
 
 
 def held_out_batches(corpus: Corpus, settings: Settings) -> list[Tensor]:
-    """Windows spread evenly over the held-out text, the same for every seed."""
+    """Return windows spread evenly over the held-out text, the same for every seed."""
     count = settings.held_out_batches * settings.batch
     starts = torch.linspace(0, len(corpus.held_out) - settings.length, count).long()
     windows = corpus.held_out[starts[:, None] + torch.arange(settings.length)]

@@ -55,7 +55,7 @@ class Contender:
         self.norms.append(norm.item())
 
     def held_out(self, batches: Sequence[Tensor]) -> list[float]:
-        """The loss of every batch. Gradients stay on: so the program that trains is the one that is measured."""
+        """Return the loss of every batch, with gradients on: the program that trains is the one that is measured."""
         return [self.program(input_ids=batch, labels=batch).loss.item() for batch in batches]
 
     @property
@@ -74,18 +74,18 @@ def contender(name: str, model: nn.Module, *, backend: str, inner: Inner) -> Con
 
 
 def renewed(old: Contender) -> Contender:
-    """The same model and program with a fresh optimizer and no history."""
+    """Return the same model and program with a fresh optimizer and no history."""
     return Contender(old.name, old.model, old.program, adamw(old.model))
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW for a `Contender`, which sets the learning rate at every step."""
+    """Return AdamW for a `Contender`, which sets the learning rate at every step."""
     groups = parameter_groups(model, weight_decay=0.05, lr=0.0)
     return TableAdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine down to a twentieth of the peak."""
+    """Return a linear warm-up, then a cosine down to a twentieth of the peak."""
     warm = max(1, round(steps * _WARM_UP_SHARE))
     if step < warm:
         return peak * (step + 1) / warm
@@ -94,7 +94,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(contenders: Sequence[Contender], batches: Sequence[Tensor], peak: float, tick: Callable[[], None]) -> None:
-    """Every contender takes a step on every batch; who goes first alternates. `tick` is called after each batch."""
+    """Take a step of every contender on every batch, in alternating order; call `tick` after each batch."""
     for i, batch in enumerate(batches):
         rate = learning_rate(i, len(batches), peak)
         for one in contenders if i % 2 == 0 else reversed(contenders):
@@ -104,7 +104,7 @@ def train(contenders: Sequence[Contender], batches: Sequence[Tensor], peak: floa
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Torch on `count` threads, and on its own number again afterwards."""
+    """Set the number of torch's threads, and restore it afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -123,11 +123,16 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The quartiles of `values` (two or more)."""
+    """Return the quartiles of `values` (two or more)."""
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
+def paired(first: Contender, second: Contender) -> Spread:
+    """Return the ratio of the durations of two contenders' steps on the same batch, taken one after the other."""
+    return spread([b / a for a, b in zip(first.timed, second.timed, strict=True)])
+
+
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """The mean of `second - first` over paired batches, and its standard error."""
+    """Return the mean of `second - first` over paired batches, and its standard error."""
     deltas = [b - a for a, b in zip(first, second, strict=True)]
     return statistics.fmean(deltas), statistics.stdev(deltas) / math.sqrt(len(deltas))

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -37,15 +37,8 @@ class Claim:
 CLAIMS_HEAD = ("finding", "published", "here", "counts as reproduced if", "reproduces")
 
 
-class Figure(Protocol):
-    """A matplotlib figure."""
-
-    def savefig(self, path: Path, **options: Any) -> None:
-        """Write it to `path`."""
-
-
 def arguments(description: str, folder: str) -> argparse.Namespace:
-    """`quick` and `out`, from the command line of an example."""
+    """Parse `quick` and `out` from the command line of an example."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a size that shows that it runs")
     parser.add_argument("--out", type=Path, default=Path(folder), help="folder of the results (%(default)s)")
@@ -53,7 +46,7 @@ def arguments(description: str, folder: str) -> argparse.Namespace:
 
 
 def in_processes(run: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> list[Result]:
-    """`run(job)` of every job, in the order of `jobs`; job and result are printed as they become known.
+    """Run `run(job)` for every job; return results in the order of `jobs`, printed as they become known.
 
     `run` must be importable by name, and its argument and result must pickle. With one process it runs in this one.
     """
@@ -64,27 +57,27 @@ def in_processes(run: Callable[[Job], Result], jobs: Sequence[Job], processes: i
 
 
 def _told(jobs: Sequence[Job], results: Iterable[Result]) -> list[Result]:
-    begin, found = time.perf_counter(), []
+    begin, done = time.perf_counter(), []
     for job, result in zip(jobs, results, strict=True):
-        found.append(result)
-        print(f"  {len(found)} of {len(jobs)} after {time.perf_counter() - begin:.0f} s: {job}: {result}", flush=True)
-    return found
+        done.append(result)
+        print(f"  {len(done)} of {len(jobs)} after {time.perf_counter() - begin:.0f} s: {job}: {result}", flush=True)
+    return done
 
 
 def plus_minus(values: Sequence[float], digits: int = 4, *, sign: bool = False) -> str:
-    """The mean and, of several, the standard deviation (with n - 1)."""
+    """Return the mean and, of several, the standard deviation (with n - 1)."""
     mean = f"{statistics.fmean(values):{'+' if sign else ''}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def smooth(curves: Sequence[Sequence[float]], over: int = 10) -> list[float]:
-    """The mean of curves of the same length, averaged over the last few steps."""
+    """Return the mean of curves of the same length, averaged over the last few steps."""
     means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
     return [statistics.fmean(means[max(0, i + 1 - over) : i + 1]) for i in range(len(means))]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; columns from the second on are aligned to the right where all their cells begin like numbers."""
+    """Return a table whose columns after the first are right-aligned where all their cells begin like numbers."""
     assert all(len(row) == len(head) for row in rows)
 
     def numeric(column: int) -> bool:
@@ -94,8 +87,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", f"|{line}|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def write(folder: Path, name: str, text: str, numbers: dict[str, Any], figure: Figure) -> None:
-    """`name`.md, `name`.json and `name`.png in `folder`, each replaced as a whole.
+def write(folder: Path, name: str, text: str, numbers: dict[str, Any], figure: Any) -> None:
+    """Write `name`.md, `name`.json and `name`.png (a matplotlib figure) to `folder`, each replaced as a whole.
 
     `numbers` get the processor time of this process and of those that it has ended, in seconds.
     """

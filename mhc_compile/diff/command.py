@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mhc_compile.diff.comparison import compare
 from mhc_compile.diff.form import read_form
 
@@ -53,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
         read_form(path, options, seed=args.seed, run=not args.no_run)
         for path, options in ((args.A, args.options_a), (args.B, args.options_b))
     )
-    found = compare(a, b)
-    console = Console()
-    console.print(found) if console.is_terminal else print(found)
-    return 0 if found.same else 1
+    comparison = compare(a, b)
+    comparison.show()
+    return 0 if comparison.same else 1

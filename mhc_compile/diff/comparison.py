@@ -10,10 +10,11 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from mhc_compile.diff.form import Form, Site
+from mhc_compile.diff.form import Form
 from mhc_compile.diff.outputs import Numerics, compare_outputs
 from mhc_compile.report.fold import fold
-from mhc_compile.rich_text import Printed
+from mhc_compile.report.report import Element
+from mhc_compile.rich_text import Printed, new_table
 
 SAME = 1e-5
 """Outputs that differ by no more of their scale are the same: float32 rounds so, and so do conventions' eps."""
@@ -21,21 +22,18 @@ SAME = 1e-5
 
 @dataclass(frozen=True)
 class SiteChange:
-    """A site that only one form has, or that is another one there."""
+    """A site that only one form has, or that differs: topology, shape, specification and parameters in either form."""
 
     name: str
-    a: Site | None
-    b: Site | None
+    a: Mapping[str, str] | None
+    b: Mapping[str, str] | None
 
     @property
     def kind(self) -> str:
         """`only in A`, `only in B`, or what differs."""
         if self.a is None or self.b is None:
             return "only in A" if self.b is None else "only in B"
-        a, b = self.a, self.b
-        rows = (("topology", a.topology, b.topology), ("shape", a.shape, b.shape),
-                ("specification", a.spec, b.spec), ("parameters", a.parameters, b.parameters))  # fmt: skip
-        return ", ".join(name for name, x, y in rows if x != y)
+        return ", ".join(name for name, fact in self.a.items() if fact != self.b[name])
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,9 @@ class Comparison(Printed):
     sites: tuple[SiteChange, ...]
     """Those that differ."""
     nodes: tuple[tuple[str, int | None, int | None], ...]
-    """Nodes of the graph behind every pass: its name, in A, in B; None where it did not run."""
+    """Nodes of the graph after every pass: its name, in A, in B; None where it did not run."""
     kernels: tuple[tuple[str, tuple[int, int] | None, tuple[int, int] | None], ...]
-    """Every fused kernel: its name, calls and bytes a token in A and in B."""
+    """Every fused kernel: its name, calls and bytes per token in A and in B."""
     numerics: tuple[Numerics, ...]
 
     @property
@@ -69,16 +67,12 @@ class Comparison(Printed):
 
 def compare(a: Form, b: Form) -> Comparison:
     """Compare two forms: sites by their names, passes and kernels by theirs, outputs where both have some."""
-    mine, other = {s.name: s for s in a.sites}, {s.name: s for s in b.sites}
-    changes = [
-        SiteChange(name, mine.get(name), other.get(name))
-        for name in dict.fromkeys([*mine, *other])
-        if mine.get(name) != other.get(name)
-    ]
-    missing = "; ".join(f.missing for f in (a, b) if f.outputs is None)
+    sites = _joined(*({s.full_name: _facts(s) for s in form.report.sites} for form in (a, b)))
+    changes = [SiteChange(*site) for site in sites if site[1] != site[2]]
+    missing = "; ".join(filter(None, (f.missing for f in (a, b) if f.report.outputs is None)))
     return Comparison(
         a, b, tuple(changes), tuple(_joined(a.nodes, b.nodes)), tuple(_joined(a.kernels, b.kernels)),
-        tuple(compare_outputs(a.outputs, b.outputs, missing)),
+        tuple(compare_outputs(a.report.outputs, b.report.outputs, missing)),
     )  # fmt: skip
 
 
@@ -87,8 +81,18 @@ def _joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, A
         yield name, a.get(name), b.get(name)
 
 
+def _facts(site: Element) -> dict[str, str]:
+    calls = f", {site.calls} calls" if site.calls > 1 else ""
+    return {
+        "topology": site.topology or "",
+        "shape": f"{site.dtype}{site.shape}{calls}",
+        "specification": site.spec or "residual",
+        "parameters": f"{site.added:,}",
+    }
+
+
 def _refusal(form: Form) -> str:
-    return next((d["code"] for d in form.report["diagnostics"] if d["severity"] == "error"), "")
+    return form.report.refusal.code if form.report.refusal else ""
 
 
 def _render(c: Comparison) -> Iterator[RenderableType]:
@@ -97,13 +101,16 @@ def _render(c: Comparison) -> Iterator[RenderableType]:
     if c.sites:
         yield _sites(c)
     else:
-        yield Text(f"sites: the same {len(c.a.sites)}")
-    for title, table in (("nodes behind", _nodes(c)), ("fused kernel", _kernels(c))):
-        if table is not None:
-            yield Text()
-            yield table
+        yield Text(f"sites: the same {len(c.a.report.sites)}")
+    for rows, table, same in (
+        (c.nodes, _nodes, "nodes: the same after every pass"),
+        (c.kernels, _kernels, "fused kernel: the same"),
+    ):
+        if all(x == y for _, x, y in rows):
+            yield Text(same)
         else:
-            yield Text(f"{title}: the same" if title == "fused kernel" else "nodes: the same behind every pass")
+            yield Text()
+            yield table(c)
     yield Text()
     yield from map(_numerics, c.numerics)
     if not c.same:
@@ -115,27 +122,26 @@ def _render(c: Comparison) -> Iterator[RenderableType]:
 
 
 def _sides(c: Comparison) -> Table:
-    table = _table("", "A", "B")
+    table = new_table("", "A", "B")
     table.add_row("form", Text(c.a.label), Text(c.b.label))
     a, b = c.a.report, c.b.report
     rows: list[tuple[str, Any, Any]] = [
-        (key, a["model"].get(key), b["model"].get(key)) for key in ("name", "parameters", "added")
+        (key, getattr(a, key), getattr(b, key)) for key in ("model", "parameters", "added")
     ]
-    x, y = (" ".join(filter(None, (f.report["model"].get("state"), _refusal(f)))) for f in (c.a, c.b))
+    x, y = (f"{f.report.state} {_refusal(f)}".strip() for f in (c.a, c.b))
     rows.append(("state", x, y))
-    rows += list(_joined(a["options"], b["options"]))
-    rows += list(_joined(a["versions"], b["versions"]))
+    rows += [*_joined(a.options, b.options), *_joined(a.versions, b.versions)]
     for name, x, y in rows:
-        if x != y or name in ("name", "state", "parameters", "added", "streams", "mhc_compile"):
+        if x != y or name in ("model", "state", "parameters", "added", "streams", "mhc_compile"):
             style = "" if x == y else "yellow"
             table.add_row(name, *(Text(f"{v:,}" if isinstance(v, int) else str(v), style=style) for v in (x, y)))
     return table
 
 
 def _sites(c: Comparison) -> Table:
-    table = _table("site", "differs in", "A", "B")
-    shared = len({s.name for s in c.a.sites} & {s.name for s in c.b.sites})
-    table.title, table.title_justify = f"sites: {len(c.a.sites)} in A, {len(c.b.sites)} in B, {shared} in both", "left"
+    table = new_table("site", "differs in", "A", "B")
+    a, b = ({site.full_name for site in form.report.sites} for form in (c.a, c.b))
+    table.title, table.title_justify = f"sites: {len(a)} in A, {len(b)} in B, {len(a & b)} in both", "left"
 
     def shown(change: SiteChange) -> tuple[str, str, str]:
         return change.kind, _of(change.a, change.b, change.kind), _of(change.b, change.a, change.kind)
@@ -145,31 +151,26 @@ def _sites(c: Comparison) -> Table:
     return table
 
 
-def _of(site: Site | None, other: Site | None, kind: str) -> str:
-    """What is to be seen of a site beside the other form's."""
+def _of(site: Mapping[str, str] | None, other: Mapping[str, str] | None, kind: str) -> str:
+    """Return what is shown of a site beside that of the other form."""
     if site is None or other is None:
-        return "-" if site is None else f"{site.topology}, {site.shape}"
-    spec = " ".join(word for word in site.spec.split() if word not in other.spec.split())
-    held = {"topology": site.topology, "shape": site.shape, "specification": spec or "residual",
-            "parameters": f"{site.parameters:,}"}  # fmt: skip
-    return "; ".join(held[name] for name in kind.split(", "))
+        return "-" if site is None else f"{site['topology']}, {site['shape']}"
+    words = (word for word in site["specification"].split() if word not in other["specification"].split())
+    shown = {**site, "specification": " ".join(words)}
+    return "; ".join(shown[name] for name in kind.split(", "))
 
 
-def _nodes(c: Comparison) -> Table | None:
-    if all(x == y for _, x, y in c.nodes):
-        return None
-    table = _table("nodes behind", "A", "B", "B - A", numbers=("A", "B", "B - A"))
+def _nodes(c: Comparison) -> Table:
+    table = new_table("nodes after", "A", "B", "B - A", numbers=("A", "B", "B - A"))
     for name, x, y in c.nodes:
         change = "" if x is None or y is None or x == y else f"{y - x:+,}"
         table.add_row(name, *("-" if v is None else f"{v:,}" for v in (x, y)), change)
     return table
 
 
-def _kernels(c: Comparison) -> Table | None:
-    if all(x == y for _, x, y in c.kernels):
-        return None
-    table = _table(
-        "fused kernel", "calls in A", "in B", "bytes a token in A", "in B ", numbers=("calls", "in", "bytes")
+def _kernels(c: Comparison) -> Table:
+    table = new_table(
+        "fused kernel", "calls in A", "in B", "bytes per token in A", "in B ", numbers=("calls", "in", "bytes")
     )
     for name, x, y in c.kernels:
         calls = [f"{v[0]:,}" if v else "-" for v in (x, y)]
@@ -184,11 +185,3 @@ def _numerics(n: Numerics) -> Text:
         return Text(f"{where}not comparable: {n.reason}")
     verdict = "the same" if n.error == 0 else f"differ by {n.error:.3g} at a scale of {n.scale:.3g} ({n.relative:.2g})"
     return Text(f"{where}{verdict}", style="" if (n.relative or 0) <= SAME else "yellow")
-
-
-def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in columns:
-        right = bool(numbers) and name.startswith(numbers)
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    return table

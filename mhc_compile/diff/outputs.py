@@ -10,11 +10,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,72 +21,62 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mhc_compile.bisect.subject import NOISE
-from mhc_compile.configured import weighted
 from mhc_compile.conversion import convert
 from mhc_compile.conversion.example_inputs import seeded_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.modes import in_mode
 from mhc_compile.parameters import owners, stream_parameters
-from mhc_compile.report.inspection import Inspection
 
 SAMPLES = 64
 """Values of an output that are kept, at equal distances."""
 
 
 def outputs_of(model: nn.Module, seed: int, **options: Any) -> dict[str, Any]:
-    """The entry `outputs` of a report. A model that is not converted is converted, in place, with `options`.
+    """Return the entry `outputs` of a report. A model that is not converted is converted, in place, with `options`.
 
-    One that `convert` refuses is run as it is. It runs uncompiled, with fused kernels where `options` name some.
+    One that cannot be converted is run as it is. It runs uncompiled, with fused kernels where `options` name some.
     """
     inputs = seeded_inputs(model, seed)
     weights = _digest(p for name, p in sorted(model.named_parameters()) if name not in stream_parameters(model))
-    runs: dict[str, Any] = {}
-    if owners(model):
-        runs["own"] = _run(model, inputs)
-        return {"seed": seed, "weights": weights, "runs": runs}
-    try:
-        # The other inner compilers are for speed, and what they round differently `bisect` judges.
-        convert(model, example_kwargs=inputs, **{**options, "inner": "eager", "mode": None, "recompute": "off"})
-    except MHCError:
-        runs["own"] = _run(model, inputs)
-        return {"seed": seed, "weights": weights, "runs": runs}
-    runs["start"] = _run(model, inputs)
-    with torch.no_grad():
-        for name, p in stream_parameters(model).items():
-            # The same noise for the same parameter, whatever others there are.
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            p.add_((NOISE * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype))
-    runs["moved"] = _run(model, inputs)
+    which = "own"
+    if not owners(model):
+        with suppress(MHCError):
+            # The other inner compilers are for speed, and what they round differently `bisect` judges.
+            convert(model, example_kwargs=inputs, **{**options, "inner": "eager", "mode": None, "recompute": "off"})
+            which = "start"
+    runs = {which: _run(model, inputs)}
+    if which == "start":
+        with torch.no_grad():
+            for name, p in stream_parameters(model).items():
+                # The same noise for the same parameter, whatever others there are.
+                generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+                p.add_((NOISE * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype))
+        runs["moved"] = _run(model, inputs)
     return {"seed": seed, "weights": weights, "runs": runs}
-
-
-def with_outputs(found: Inspection, path: Path, **options: Any) -> str:
-    """A report's data as JSON, with what the model of `path` computes. Raises `MHCError` as `weighted` does."""
-    return json.dumps({**found.data(), "outputs": outputs_of(weighted(path)[0], 0, **options)}, ensure_ascii=False)
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     with in_mode(model, training=False), torch.no_grad():
         out = model(**inputs)
-    found = getattr(out, "logits", None)
-    if not isinstance(found, Tensor):
-        found = next(t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
-    values = found.detach().double().flatten()
+    output = getattr(out, "logits", None)
+    if not isinstance(output, Tensor):
+        output = next(t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
+    values = output.detach().double().flatten()
     step = max(1, values.numel() // SAMPLES)
     shapes = [f"{name} {tuple(p.shape)}" for name, p in sorted(stream_parameters(model).items())]
     return {
         "streams": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16],
-        "dtype": str(found.dtype).removeprefix("torch."), "shape": list(found.shape),
+        "dtype": str(output.dtype).removeprefix("torch."), "shape": list(output.shape),
         "scale": float(values.abs().max()), "mean": float(values.mean()), "rms": float(values.square().mean().sqrt()),
         "sample": [float(v) for v in values[::step][:SAMPLES]],
     }  # fmt: skip
 
 
 def _digest(parameters: Iterable[Tensor]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for p in parameters:
-        found.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,7 @@ class Numerics:
 
 
 def compare_outputs(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, missing: str) -> list[Numerics]:
-    """The runs that both have, in order; `missing` says why there are none of one of them."""
+    """Compare the runs that both have, in order; `missing` says why one has none."""
     if a is None or b is None:
         return [Numerics("", None, 0.0, missing)]
     for key, what in (("seed", "other inputs: another seed"), ("weights", "other weights")):

@@ -61,7 +61,7 @@ _REGIONS: dict[Any, Callable[..., Any]] = {
 
 
 def leftovers(gm: GraphModule) -> list[str]:
-    """Names of the dialect ops in `gm` and its subgraphs."""
+    """Return the names of the dialect ops in `gm` and its subgraphs."""
     return sorted(
         {
             str(node.target)
@@ -74,7 +74,7 @@ def leftovers(gm: GraphModule) -> list[str]:
 
 
 def _kernel(op: OpOverload[..., Any]) -> Callable[..., Any]:
-    """The composite kernel of `op` as a function of the same signature."""
+    """Return the composite kernel of `op` as a function of the same signature."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))

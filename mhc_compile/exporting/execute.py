@@ -19,7 +19,7 @@ _PASSES = (
     "one-shot-bufferize{bufferize-function-boundaries function-boundary-type-conversion=identity-layout-map "
     "copy-before-write}",
     "canonicalize",
-    # From here on a result belongs to the caller, constants are copied on their way out.
+    # From here on a result belongs to the caller, constants are copied when returned.
     "buffer-deallocation-pipeline",
     "func.func(refback-munge-memref-copy,tm-tensor-to-loops)",
     "convert-bufferization-to-memref",
@@ -47,21 +47,21 @@ class Executable:
     def __init__(self, module: Any) -> None:
         ir, runtime = torch_mlir("ir"), torch_mlir("runtime")
         with module.context:
-            own = ir.Module.parse(str(module))
+            copy = ir.Module.parse(str(module))
             functions = {
-                op.attributes["sym_name"].value: op for op in own.body.operations if "sym_name" in op.attributes
+                op.attributes["sym_name"].value: op for op in copy.body.operations if "sym_name" in op.attributes
             }
             kinds = [_kind(ir, t) for t in functions[ENTRY].type.results]
-        run_mlir_passes(own, ",".join(_PASSES))
-        self._engine = torch_mlir("execution_engine").ExecutionEngine(own, opt_level=0)
+        run_mlir_passes(copy, ",".join(_PASSES))
+        self._engine = torch_mlir("execution_engine").ExecutionEngine(copy, opt_level=0)
         self._descriptor = runtime.get_ranked_memref_descriptor
         self._dtypes = [dtype for dtype, _ in kinds]
-        # The function writes its results' descriptors one behind the other.
+        # The function writes its results' descriptors one after the other.
         fields = [(f"result{i}", _descriptor_of(rank)) for i, (_, rank) in enumerate(kinds)]
         self._results: type[ctypes.Structure] = type("Results", (ctypes.Structure,), {"_fields_": fields})
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """The module's results for `inputs`, as new tensors."""
+        """Return the module's results for `inputs`, as new tensors."""
         arrays = [t.detach().contiguous().numpy() for t in inputs]
         results = self._results()
         arguments = [ctypes.pointer(ctypes.pointer(x)) for x in (results, *map(self._descriptor, arrays))]
@@ -77,7 +77,7 @@ class _Scalar(ctypes.Structure):
 
 @functools.cache
 def _descriptor_of(rank: int) -> type[ctypes.Structure]:
-    """MLIR's descriptor of a buffer of `rank` dimensions."""
+    """Return MLIR's descriptor of a buffer of `rank` dimensions."""
     if rank == 0:
         return _Scalar
     sizes = ctypes.c_int64 * rank
@@ -85,7 +85,7 @@ def _descriptor_of(rank: int) -> type[ctypes.Structure]:
 
 
 def _take(result: Any, dtype: torch.dtype) -> Tensor:
-    """A copy of a result buffer, which is freed."""
+    """Return a copy of a result buffer, which is freed."""
     shape, strides = list(getattr(result, "shape", ())), list(getattr(result, "strides", ()))
     out = torch.empty(shape, dtype=dtype)
     if out.numel():
@@ -103,7 +103,7 @@ _free.argtypes, _free.restype = [ctypes.c_void_p], None
 
 
 def _kind(ir: Any, result: Any) -> tuple[torch.dtype, int]:
-    """Dtype and rank of a result type."""
+    """Return dtype and rank of a result type."""
     if isinstance(result, ir.RankedTensorType) and (dtype := _DTYPES.get(str(result.element_type))) is not None:
         return dtype, result.rank
     raise MHCError("MHC506", f"a result of type {result}")

@@ -40,16 +40,16 @@ class Function:
 
 
 def split(gm: GraphModule, parameters: Mapping[str, str]) -> list[Function]:
-    """Turn the chains of `gm` into calls of functions, in place; returns the functions, callees before callers.
+    """Turn the chains of `gm` into calls of functions, in place; return the functions, callees before callers.
 
     Chains that compute the same on the same shapes share a function. `parameters` are the paths of the placeholders
     that are parameters.
     """
-    made = _Made(gm, parameters)
-    made.outline("sinkhorn", lambda node: _number(node) if note_on(node, SINKHORN) else None)
-    made.outline("chain", _number)
+    outliner = _Outliner(gm, parameters)
+    outliner.outline("sinkhorn", lambda node: _number(node) if note_on(node, SINKHORN) else None)
+    outliner.outline("chain", _number)
     gm.graph.lint()
-    return made.functions
+    return outliner.functions
 
 
 def _number(node: Node) -> Hashable:
@@ -57,7 +57,7 @@ def _number(node: Node) -> Hashable:
     return note["call"] if note else None
 
 
-class _Made:
+class _Outliner:
     def __init__(self, gm: GraphModule, parameters: Mapping[str, str]) -> None:
         self.gm = gm
         self.parameters = parameters
@@ -69,12 +69,12 @@ class _Made:
         """Make a function of every set of nodes that have one `number`."""
         parts: dict[Hashable, dict[Node, int | None]] = {}
         for node in self.gm.graph.nodes:
-            if node.op == "call_function" and (found := number(node)) is not None:
-                parts.setdefault(found, {})[node] = None
+            if node.op == "call_function" and (key := number(node)) is not None:
+                parts.setdefault(key, {})[node] = None
         order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
         parts = {
-            found: dict.fromkeys(sorted((*part, *_between(part, order)), key=order.__getitem__))
-            for found, part in parts.items()
+            key: dict.fromkeys(sorted((*part, *_between(part, order)), key=order.__getitem__))
+            for key, part in parts.items()
         }
         notes = [next(iter(part)).meta["custom"] for part in parts.values()]
         fuse_by_partitions(self.gm, list(parts.values()), f"{prefix}_", always_return_tuple=True)
@@ -116,30 +116,32 @@ class _Made:
 
 
 def _between(part: Mapping[Node, object], order: Mapping[Node, int]) -> set[Node]:
-    """What lies on a way from one node of `part` to another: notes may have holes, and a function is all of it."""
+    """Return the nodes on paths from one node of `part` to another: notes may have gaps, a function must not."""
     last = max(order[n] for n in part)
-    behind: set[Node] = set()
+    after: set[Node] = set()
     waiting = list(part)
     while waiting:
-        new = [u for u in waiting.pop().users if order[u] < last and u not in part and u not in behind]
-        behind.update(new)
+        new = [u for u in waiting.pop().users if order[u] < last and u not in part and u not in after]
+        after.update(new)
         waiting += new
     inside: set[Node] = set()
-    for node in sorted(behind, key=lambda n: -order[n]):
+    for node in sorted(after, key=lambda n: -order[n]):
         if any(u in part or u in inside for u in node.users):
             inside.add(node)
     return inside
 
 
 def _arguments(call: Node, note: dict[str, Any], parameters: Mapping[str, str]) -> list[str]:
-    """What each argument of a chain is."""
+    """Return the name of each argument of a chain."""
     named = []
     for node in call.all_input_nodes:
         path = parameters.get(node.name, "")
         leaf = path.rpartition(".")[2]
         named.append(leaf if ".mhc." in f".{path}" or not leaf else f"norm_{leaf}")
-    found = _by_shape([n for n, name in zip(call.all_input_nodes, named, strict=True) if not name], note, note["takes"])
-    rest = iter(found)
+    unnamed = _by_shape(
+        [n for n, name in zip(call.all_input_nodes, named, strict=True) if not name], note, note["takes"]
+    )
+    rest = iter(unnamed)
     return [name or next(rest) for name in named]
 
 
@@ -147,11 +149,11 @@ _TAILS = {
     "X": "nC", "next_X": "nC", "keys": "nC", "y": "C", "h": "C", "value": "C", "mix": "nn", "next_mix": "nn",
     "pre": "n", "post": "n", "next_pre": "n", "next_post": "n", "a": "n", "reach": "",
 }  # fmt: skip
-"""The sizes behind those of the tokens."""
+"""The sizes after those of the tokens."""
 
 
 def _by_shape(nodes: list[Node], note: dict[str, Any], names: list[str]) -> list[str]:
-    """Which of `names` each of `nodes` is, by the sizes behind the tokens; `""` where two have the same."""
+    """Return which of `names` each node is, by the sizes after the tokens; `""` where two have the same."""
     n, C = note["streams"], note["width"]
     by_tail: dict[tuple[int, ...], list[str]] = {}
     for name in names:
@@ -160,8 +162,8 @@ def _by_shape(nodes: list[Node], note: dict[str, Any], names: list[str]) -> list
     shapes = [tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else () for node in nodes]
     tokens = max((len(s) for s in shapes), default=0) - max((len(t) for t in by_tail), default=0)
     tails = [s[tokens:] for s in shapes]
-    found = [by_tail.get(tail, []) for tail in tails]
-    return [f[0] if len(f) == 1 and tails.count(tail) == 1 else "" for f, tail in zip(found, tails, strict=True)]
+    candidates = [by_tail.get(tail, []) for tail in tails]
+    return [f[0] if len(f) == 1 and tails.count(tail) == 1 else "" for f, tail in zip(candidates, tails, strict=True)]
 
 
 def _place(name: str, order: list[str]) -> int:
@@ -175,7 +177,7 @@ def _reorder(body: GraphModule, order: list[int]) -> None:
 
 
 def _text(body: GraphModule) -> str:
-    """What the function computes, without names: equal texts are equal functions."""
+    """Return what the function computes, without names: equal texts are equal functions."""
     numbers: dict[Node, int] = {}
     lines = []
     for node in body.graph.nodes:
@@ -186,8 +188,8 @@ def _text(body: GraphModule) -> str:
 
 
 def _form(node: Node) -> object:
-    held = node.meta.get("val")
-    values = held if isinstance(held, (tuple, list)) else [held]
+    val = node.meta.get("val")
+    values = val if isinstance(val, (tuple, list)) else [val]
     return [
         (v.dtype, [d if isinstance(d, int) else "?" for d in v.shape]) if isinstance(v, Tensor) else type(v)
         for v in values

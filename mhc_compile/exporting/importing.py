@@ -23,7 +23,7 @@ ENTRY = "main"
 
 
 def torch_mlir(name: str) -> Any:
-    """The module `torch_mlir.<name>`. Raises MHC505 where torch-mlir is not installed."""
+    """Return the module `torch_mlir.<name>`. Raises MHC505 where torch-mlir is not installed."""
     try:
         return importlib.import_module(f"torch_mlir.{name}")
     except ImportError as error:
@@ -31,7 +31,7 @@ def torch_mlir(name: str) -> Any:
 
 
 def imported(exported: ExportedProgram) -> Any:
-    """The program as a `torch_mlir.ir.Module` of `main` and the functions it calls.
+    """Return the program as a `torch_mlir.ir.Module` of `main` and the functions it calls.
 
     Raises `MHCError`: MHC505 without torch-mlir, MHC506 where its importer has no form for an operation.
     """
@@ -45,19 +45,19 @@ def imported(exported: ExportedProgram) -> Any:
     importer = importing.FxImporter(context=context, graph_node_importer_cls=_node_importer())
     try:
         for f in functions:
-            made = importer.import_stateless_graph(f.body.graph, func_name=f.name, func_visibility="private")
-            _name(made, "arg_attrs", f.arguments)
-            _name(made, "res_attrs", f.results)
+            function = importer.import_stateless_graph(f.body.graph, func_name=f.name, func_visibility="private")
+            _name(function, "arg_attrs", f.arguments)
+            _name(function, "res_attrs", f.results)
         main = importer.import_frozen_program(program, func_name=ENTRY)
     except (NotImplementedError, AssertionError) as error:
         raise MHCError("MHC506", str(error)) from error
-    given = [n.name for n in program.graph.find_nodes(op="placeholder")]
-    _name(main, "arg_attrs", [paths.get(name, name) for name in given])
+    inputs = [n.name for n in program.graph.find_nodes(op="placeholder")]
+    _name(main, "arg_attrs", [paths.get(name, name) for name in inputs])
     return importer.module
 
 
 def _node_importer() -> Any:
-    """torch-mlir's class, which also knows calls of functions."""
+    """Return torch-mlir's importer class, extended to calls of functions."""
     ir, func = torch_mlir("ir"), torch_mlir("dialects.func")
 
     class Importer(torch_mlir("extras.fx_importer").GraphNodeImporter):  # type: ignore[misc]
@@ -74,7 +74,7 @@ def _node_importer() -> Any:
 
 
 def _name(function: Any, attribute: str, names: list[str]) -> None:
-    """Write down what a function's arguments or results are."""
+    """Name a function's arguments or results."""
     ir = torch_mlir("ir")
     with function.context:
         named = [ir.DictAttr.get({"mhc.name": ir.StringAttr.get(name)} if name else {}) for name in names]
@@ -82,15 +82,15 @@ def _name(function: Any, attribute: str, names: list[str]) -> None:
 
 
 def _importable(exported: ExportedProgram) -> ExportedProgram:
-    """A copy in torch-mlir's operations, with what its importer does not know rewritten.
+    """Return a copy in torch-mlir's operations, with what its importer does not know rewritten.
 
     It looks for every buffer in the state dict, where the non-persistent ones (rotary frequencies) are not: they become
     constants. Inputs that are numbers, flags or None have their values in the program already and are dropped.
     """
     table = torch_mlir("extras.fx_decomp_util").get_decomposition_table()
     aten = torch.ops.aten
-    own = {aten.view.default: _view, aten.cumsum.default: _cumsum, aten.cummax.default: _cummax}
-    program = exported.run_decompositions({**table, **own})
+    rewritten = {aten.view.default: _view, aten.cumsum.default: _cumsum, aten.cummax.default: _cummax}
+    program = exported.run_decompositions({**table, **rewritten})
     graph = program.graph_module.graph
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
@@ -116,13 +116,13 @@ def _give_arguments(program: ExportedProgram) -> None:
     """Make an argument of every parameter and buffer that has no values."""
     specs = program.graph_signature.input_specs
     for i, spec in enumerate(specs):
-        held = program.state_dict.get(spec.target, program.constants.get(spec.target)) if spec.target else None
-        if isinstance(held, Tensor) and (held.is_meta or isinstance(held, FakeTensor)):
+        tensor = program.state_dict.get(spec.target, program.constants.get(spec.target)) if spec.target else None
+        if isinstance(tensor, Tensor) and (tensor.is_meta or isinstance(tensor, FakeTensor)):
             specs[i] = dataclasses.replace(spec, kind=InputKind.USER_INPUT, target=None, persistent=None)
 
 
 def _view(x: Tensor, shape: list[int]) -> Any:
-    """`x.view(shape)` for any layout: torch-mlir's attention hands on another one than the program was traced with."""
+    """Decompose `x.view(shape)` for any layout: torch-mlir's attention returns another one than was traced."""
     return NotImplemented if x.is_contiguous() else x.contiguous().view(shape)
 
 
@@ -142,7 +142,7 @@ def _say_collapse(view: Node) -> None:
 
 
 def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
-    """Without `tm_tensor.scan`, which only torch-mlir reads: every element sees all others."""
+    """Decompose without `tm_tensor.scan`, which only torch-mlir reads: every element sees all others."""
     if not x.dim():
         return NotImplemented
     x = x.movedim(dim, -1)
@@ -150,7 +150,7 @@ def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def _cummax(x: Tensor, dim: int) -> Any:
-    """In the same way: torch-mlir has no form of it, and a memory finds where documents begin by it."""
+    """Decompose in the same way: torch-mlir has no form of it, and a memory finds where documents begin by it."""
     if not x.dim():
         return NotImplemented
     x = x.movedim(dim, -1)
@@ -162,6 +162,6 @@ def _cummax(x: Tensor, dim: int) -> Any:
 
 
 def _up_to(x: Tensor) -> Tensor:
-    """Which elements of the last dimension are not behind each: `[S, S]`."""
+    """Return a mask `[S, S]` of the elements of the last dimension up to each."""
     at = torch.arange(x.shape[-1], device=x.device)
     return at <= at.unsqueeze(-1)

@@ -22,14 +22,14 @@ MAX_REASON = 300
 
 
 def to_mlir(exported: ExportedProgram, dialect: Dialect = "torch") -> Any:
-    """`exported` as a `torch_mlir.ir.Module`, in the torch dialect or in linalg on tensors.
+    """Return `exported` as a `torch_mlir.ir.Module`, in the torch dialect or in linalg on tensors.
 
     The function `main` is the program: its arguments are the program's tensor inputs, its results the program's
     tensors, in order. What one fused kernel would compute is a private function that `main` calls, named
     `@mhc_<chain>_n<streams>_c<width>_<dtype>` or `@engram_...`; chains that compute the same share one, and so do
     their Sinkhorn projections. The attribute `mhc.name` says what an argument is.
 
-    Parameters and buffers are constants of the module where they have values, and arguments of `main` in front of the
+    Parameters and buffers are constants of the module where they have values, and arguments of `main` before the
     inputs where they have none (meta and fake tensors). `str(module)` is the text with all values,
     `module.operation.get_asm(large_resource_limit=8)` the text without.
 
@@ -63,14 +63,14 @@ def run_mlir_passes(module: Any, passes: str) -> None:
 
 
 def _without(module: Any, pipeline: str, unwanted: str) -> str:
-    """The passes of one of torch-mlir's pipelines without the `unwanted` one."""
+    """Return the passes of one of torch-mlir's pipelines without the `unwanted` one."""
     with module.context:
         passes = str(torch_mlir("passmanager").PassManager.parse(f"builtin.module({pipeline})"))
     return re.sub(unwanted, "", passes).removeprefix("builtin.module(").removesuffix(")")
 
 
 def _refuse_leftovers(module: Any) -> None:
-    """Raises MHC506 for an operation of the torch dialect."""
+    """Raise MHC506 for an operation of the torch dialect."""
     walk = torch_mlir("ir").WalkResult
 
     def look(op: Any) -> Any:

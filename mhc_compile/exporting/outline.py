@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from unittest import mock
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -23,6 +22,7 @@ from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, kernels_of
 from mhc_compile.passes.fuse import Fuse
+from mhc_compile.tracing import replaced
 
 CHAIN = "mhc_chain"
 """Key of the note on an operation of a chain: its number, its name, n, C, and what it takes and gives by name."""
@@ -57,7 +57,7 @@ class Outline:
 
 
 def note_on(node: Node, key: str) -> dict[str, Any] | None:
-    """The note under `key` on a program's node, or None."""
+    """Return the note under `key` on a program's node, or None."""
     return (node.meta.get("custom") or {}).get(key)
 
 
@@ -73,7 +73,7 @@ def noting_sinkhorn() -> Iterator[None]:
         with fx_traceback.annotate({SINKHORN: {"name": f"mhc_sinkhorn_n{spec.streams}_x{spec.iterations}"}}):
             return plain(logits, spec)
 
-    with mock.patch.object(reference, "_SINKHORN", noted):
+    with replaced(reference, "_SINKHORN", noted):
         yield
 
 

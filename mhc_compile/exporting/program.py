@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ from mhc_compile.identity import ModuleNames
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, op_name
 from mhc_compile.passes.pipeline import EXPORT, Pipeline
-from mhc_compile.tracing import graph_break_error, tracing_config
+from mhc_compile.tracing import graph_break_error, replaced, tracing_config
 
 _NO_PROGRAM = ("unrecognized type", "attempts to add additional input")
 """Dynamo's words for an output of a class that pytree does not know, and for a number from Python's `random`."""
@@ -40,7 +39,7 @@ def export(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
 ) -> ExportedProgram:
-    """The n-stream program of a converted model as a `torch.export.ExportedProgram`.
+    """Return the n-stream program of a converted model as a `torch.export.ExportedProgram`.
 
     The program consists of ATen operations alone: saved with `torch.export.save`, it loads and runs where this package
     is not installed. Its state dict has the model's names and shares the model's storage. Inputs, outputs and
@@ -102,8 +101,8 @@ def _rewriting(model: nn.Module) -> Iterator[None]:
 
     with (
         torch._dynamo.config.patch(tracing_config()),
-        mock.patch.object(torch_export, "_export_to_torch_ir", captured_and_rewritten),
-        mock.patch.object(carry, "EXPORTING", True),
+        replaced(torch_export, "_export_to_torch_ir", captured_and_rewritten),
+        replaced(carry, "EXPORTING", True),
         noting_sinkhorn(),
     ):
         yield
@@ -111,7 +110,7 @@ def _rewriting(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what `torch` logs about a guard that it also raises, and about side effects inside transformers."""
+    """Silence what torch logs about a guard that it also raises, and about side effects inside transformers."""
     log = logging.getLogger("torch._guards")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -123,18 +122,18 @@ def _quietly() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _complete(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> Any:
-    """`dynamic_shapes` with every argument of the call named. Raises MHC503 for a name that is none."""
-    if not isinstance(given, Mapping):
-        return given
+def _complete(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
+    """Return `dynamic_shapes` with every argument of the call named. Raises MHC503 for an unknown name."""
+    if not isinstance(shapes, Mapping):
+        return shapes
     names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    if unknown := [name for name in given if name not in names]:
+    if unknown := [name for name in shapes if name not in names]:
         raise MHCError("MHC503", f"no argument {unknown[0]!r} in this call; its arguments: {', '.join(names)}")
-    return {name: given.get(name) for name in names}
+    return {name: shapes.get(name) for name in names}
 
 
 def _first_paragraph(error: Exception) -> str:
-    """What torch has to say, without its advice on its own functions and the user's stack."""
+    """Return torch's message without its advice on its own functions and the user's stack."""
     text = str(error).split("\n\nThe error above occurred")[0].split("For more information about this error")[0]
     head, _, rest = text.partition("\n\nUser stack:")
     _, fixes, advice = rest.partition("Suggested fixes:")
@@ -142,7 +141,7 @@ def _first_paragraph(error: Exception) -> str:
 
 
 def _graphs(program: ExportedProgram) -> Iterator[GraphModule]:
-    """The program's graph and those of its regions."""
+    """Return the program's graph and those of its regions."""
     return (m for m in program.graph_module.modules() if isinstance(m, GraphModule))
 
 
@@ -156,7 +155,7 @@ def _erase_dead_queries(program: ExportedProgram) -> None:
 
 
 def _first_random(program: ExportedProgram) -> str | None:
-    """The first active dropout of the program, by its module path."""
+    """Return the first active dropout of the program, by its module path."""
     for node in (n for gm in _graphs(program) for n in gm.graph.nodes):
         if _drops(node):
             stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())

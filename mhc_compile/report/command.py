@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.checkpoint.manifest import NAME
-from mhc_compile.configured import configured
+from mhc_compile.configured import configured, refuse_stream_options, weighted
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.diff.outputs import with_outputs
+from mhc_compile.diff.outputs import outputs_of
 from mhc_compile.exporting.mlir import Dialect
-from mhc_compile.kernels.kernelspec import DIRECTIONS
 from mhc_compile.report.examine import inspect
 from mhc_compile.report.mlir import mlir_of
 
@@ -50,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--streams", metavar="N", type=int, help="number of streams to convert with (default 4)")
     parser.add_argument("--passes", metavar="TEXT", help="the passes to show in place of the usual: docs/options.md")
     parser.add_argument("--kernels", action="store_true", help="print the generated code of the fused kernels, too")
-    parser.add_argument("--recompute", metavar="BLOCKS", help="show the blocks computed again: auto, stage, 6, 2GiB")
+    parser.add_argument("--recompute", metavar="BLOCKS", help="show the recompute blocks: auto, stage, 6, 2GiB")
     parser.add_argument("--stages", metavar="N", type=int, help="show the model in this many pipeline stages")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as data")
@@ -81,28 +78,27 @@ def run(args: argparse.Namespace) -> int:
         options["recompute"] = int(args.recompute) if args.recompute.isdigit() else args.recompute
     if args.passes is not None:
         options["pipeline"] = args.passes
-    found = inspect(model, layer=args.layer, stages=args.stages, **options)
-    console = Console()
-    # Source lines are long: in a pipe or a file they are not broken at 80 characters.
-    console.print(found) if console.is_terminal else print(found)
+    report = inspect(model, layer=args.layer, stages=args.stages, **options)
+    report.show()
     if args.kernels:
-        for kernel in found.kernels:
-            for direction in DIRECTIONS:
-                if (source := kernel.source(direction)) is not None:
-                    print(f"\n===== {kernel.spec.name}, {direction} =====\n{source.text}")
-    as_json = partial(with_outputs, found, args.model, **options) if args.outputs else found.json
-    for file, text in ((args.html, found.html), (args.json, as_json)):
+        for kernel in report.kernels:
+            for direction, source in (("forward", kernel.forward), ("backward", kernel.backward)):
+                if source is not None:
+                    print(f"\n===== {kernel.name}, {direction} =====\n{source}")
+    if args.outputs:
+        report = replace(report, outputs=outputs_of(weighted(args.model)[0], 0, **options))
+    for file, text in ((args.html, report.html), (args.json, report.json)):
         if file is not None:
             write_whole(file, text())
             print(f"\nwritten to {file}")
-    return 1 if found.refusal else 0
+    return 1 if report.refusal else 0
 
 
 def _stream_options(args: argparse.Namespace, *, converted: bool) -> dict[str, Any]:
-    """What an unconverted model is converted with. Raises MHC304 for a converted one."""
+    """Return the stream options of an unconverted model. Raises MHC304 for a converted one."""
     options: dict[str, Any] = {} if args.streams is None else {"streams": args.streams}
-    if converted and options:
-        raise MHCError("MHC304", f"--streams {args.streams}; {args.model / NAME} says how the folder was converted")
+    if converted:
+        refuse_stream_options(args.model, options)
     return options
 
 
@@ -110,8 +106,8 @@ def _mlir(args: argparse.Namespace) -> int:
     """Print the model in MLIR, or write it to `--out`."""
     if args.mlir is None:
         raise MHCError("MHC520", "--out is for --mlir; --html and --json name the report's files")
-    if given := [name for name in _OF_THE_REPORT if getattr(args, name) not in (None, False)]:
-        raise MHCError("MHC520", f"--mlir and --{given[0]}")
+    if others := [name for name in _OF_THE_REPORT if getattr(args, name) not in (None, False)]:
+        raise MHCError("MHC520", f"--mlir and --{others[0]}")
     text = mlir_of(args.model, args.mlir, **_stream_options(args, converted=(args.model / NAME).is_file()))
     if args.out is None:
         print(text)

@@ -4,58 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
 from torch.fx import Node
 
 from mhc_compile.passes.base import module_path, op_name
 from mhc_compile.passes.dataflow import MATMULS
-from mhc_compile.passes.results import ResidualStream
+from mhc_compile.report.report import Element
 
-Kind = Literal["outside", "stream", "layer", "site", "branch", "memory", "exit"]
 MAX_SITES = 6
 """Sites that one layer may have; where modules with more are nested, the inner ones are the layers."""
 
 
-@dataclass
-class Element:
-    """One part of the drawing."""
-
-    kind: Kind
-    name: str
-    module: str = ""
-    """Path of the module that it stands for."""
-    children: list[int] = field(default_factory=list)
-    topology: str | None = None
-    spec: str | None = None
-    """Of a converted stream, its `StreamSpec` as text."""
-    calls: int = 1
-    """How often one forward goes through it."""
-    at: Node | None = None
-    """The node whose shape and source line are shown."""
-
-
-@dataclass
-class Found:
-    """A residual stream with what is only there to see behind the pass that finds it."""
-
-    stream: ResidualStream
-    topologies: list[str]
-    """The class of every site."""
-    branches: list[list[Node]]
-    """The nodes of every site's branches."""
-
-
 class Drawing:
-    """Elements by number, and of which nodes it is known to which they belong."""
+    """The numbered elements, and which element each node belongs to."""
 
     def __init__(self) -> None:
         self.elements: list[Element] = []
         self.roots: list[int] = []
         self.parent: dict[int, int] = {}
         self.of: dict[Node, int] = {}
+        self.at: dict[int, Node] = {}
+        """The node whose shape and source line are shown for an element."""
         self.entries: dict[Node, int] = {}
         """Streams by what is expanded into them."""
         self.exits: dict[Node, int] = {}
@@ -86,18 +56,23 @@ class Drawing:
         return [e.module for e in self.elements if e.kind == "stream"]
 
     def add_stream(
-        self, owner: str, spec: str | None, sites: Sequence[tuple[str, str, str | None]], calls: int = 1
+        self,
+        owner: str,
+        spec: str | None,
+        sites: Sequence[tuple[str, str, str | None, str | None]],
+        calls: int = 1,
     ) -> list[int]:
-        """A stream with its sites (name, path of the module, topology), their branches, and its exit.
+        """Add a stream with its sites (name, module path, topology, specification), their branches, and its exit.
 
         Returns the numbers of the stream, of its sites in order, and of its exit.
         """
         whole = owner or "the model itself"
         stream = self.add(Element("stream", whole, owner, spec=spec, calls=calls))
         numbers = [stream]
-        for (name, module, topology), layer in zip(sites, layers_of(owner, [m for _, m, _ in sites]), strict=True):
+        layers = layers_of(owner, [module for _, module, *_ in sites])
+        for (name, module, topology, own_spec), layer in zip(sites, layers, strict=True):
             around = stream if layer is None else self._layer(layer, stream, calls)
-            site = self.add(Element("site", name, module, topology=topology, spec=spec, calls=calls), around)
+            site = self.add(Element("site", name, module, topology=topology, spec=own_spec, calls=calls), around)
             self.add(Element("branch", name, module, calls=calls), site)
             numbers.append(site)
         numbers.append(self.add(Element("exit", f"exit of {whole}", owner, calls=calls)))
@@ -105,20 +80,20 @@ class Drawing:
         return numbers
 
     def _layer(self, path: str, stream: int, calls: int) -> int:
-        """The layer at `path` of a stream; a second stream through the same module has a layer of its own."""
+        """Return the layer at `path` of a stream; a second stream through the same module has a layer of its own."""
         known = self.layers.get(path)
         if known is None or self.parent[known] != stream:
             known = self.layers[path] = self.add(Element("layer", path, path, calls=calls), stream)
         return known
 
     def root(self, number: int) -> int:
-        """The element on top of `number`."""
+        """Return the outermost element around `number`."""
         while number in self.parent:
             number = self.parent[number]
         return number
 
     def branch(self, site: int) -> int:
-        """The branch of a site."""
+        """Return the branch of a site."""
         return next(c for c in self.elements[site].children if self.elements[c].kind == "branch")
 
     def name_branches(self) -> None:
@@ -126,10 +101,10 @@ class Drawing:
 
         It stands for the last of them that contracts with parameters.
         """
-        held: dict[int, list[Node]] = {}
+        nodes_of: dict[int, list[Node]] = {}
         for node, number in self.of.items():
-            held.setdefault(number, []).append(node)
-        for number, nodes in held.items():
+            nodes_of.setdefault(number, []).append(node)
+        for number, nodes in nodes_of.items():
             element = self.elements[number]
             if element.kind == "branch" and (parts := _parts(nodes, element.module)):
                 element.name = ", ".join(parts)
@@ -138,34 +113,34 @@ class Drawing:
 
 
 def _parts(nodes: Sequence[Node], base: str) -> dict[str, bool]:
-    """The modules right below `base` in which `nodes` lie, and whether there is a contraction among them."""
-    found: dict[str, bool] = {}
+    """Return the modules right below `base` that `nodes` lie in, and whether each contains a contraction."""
+    parts: dict[str, bool] = {}
     for node in nodes:
         path = module_path(node)
         inside = path.removeprefix(base).strip(".").split(".")
         if path.startswith(base) and inside[0]:
             name = ".".join(inside[:2] if inside[1:2] and inside[1].isdigit() else inside[:1])
-            found[name] = found.get(name, False) or op_name(node) in MATMULS
-    return found
+            parts[name] = parts.get(name, False) or op_name(node) in MATMULS
+    return parts
 
 
 def layers_of(owner: str, modules: Sequence[str]) -> list[str | None]:
-    """The layer of every site of a stream by the path of the site's module; None where it lies in none.
+    """Return the layer of every site of a stream by the path of the site's module, or None.
 
     A layer is a numbered module: the outermost ones that have a few sites each.
     """
     inside = [m.removeprefix(owner).strip(".") for m in modules]
     most = max((sum(p.isdigit() for p in m.split(".")) for m in inside), default=0)
-    found: list[str | None] = [None] * len(inside)
+    layers: list[str | None] = [None] * len(inside)
     for depth in range(1, most + 1):
-        found = [_numbered(owner, m, depth) for m in inside]
-        if max(Counter(found).values()) <= MAX_SITES:
+        layers = [_numbered(owner, m, depth) for m in inside]
+        if max(Counter(layers).values()) <= MAX_SITES:
             break
-    return found
+    return layers
 
 
 def _numbered(owner: str, path: str, depth: int) -> str | None:
-    """`path` up to its number of this `depth`, or its last one; None for a path without."""
+    """Return `path` up to its number of this `depth`, or its last one; None for a path without numbers."""
     parts = path.split(".") if path else []
     at = [i for i, p in enumerate(parts) if p.isdigit()][:depth]
     return ".".join([*([owner] if owner else []), *parts[: at[-1] + 1]]) if at else None

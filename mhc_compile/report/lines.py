@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.base import op_name, source_line, value
 from mhc_compile.passes.ownership import INPUT, OWNED, is_owned
+from mhc_compile.report.report import Source
 
 Labels = Mapping[Node, str]
 """Names of placeholders that have none of their own."""
@@ -29,16 +30,6 @@ class Line(NamedTuple):
     """What it gives: `float32[2, 16, 64]`, or nothing where that is no tensor."""
 
 
-class Source(NamedTuple):
-    """A line of the user's code."""
-
-    file: str
-    """Relative to where packages are installed, or to the working directory."""
-    line: int
-    function: str
-    text: str
-
-
 class Snapshots:
     """Takes snapshots of a graph as it changes; of nodes that stayed as they were, lines are made once."""
 
@@ -49,11 +40,11 @@ class Snapshots:
         self._names: dict[Node, str] = {}
 
     def take(self, graph: Graph) -> list[Line]:
-        """Every node of `graph` as it is now, in order: inputs, operations, the output."""
+        """Return a line for every node of `graph` as it is now, in order."""
         for node in graph.nodes:
             if node not in self._names:
-                own = input_name(node) if node.op == "placeholder" else node.name
-                self._names[node] = self.labels.get(node) or own
+                name = input_name(node) if node.op == "placeholder" else node.name
+                self._names[node] = self.labels.get(node) or name
         return [self._line(node) for node in graph.nodes]
 
     def _line(self, node: Node) -> Line:
@@ -65,7 +56,7 @@ class Snapshots:
 
 
 def line_text(node: Node, names: Labels) -> str:
-    """`name = op(operands)`. Inputs are `name = input()`, or `parameter()`, `buffer()` where they are the model's."""
+    """Return `name = op(operands)`; inputs are `name = input()`, the model's `parameter()` or `buffer()`."""
     if node.op == "placeholder":
         kind = "input" if not is_owned(node) else "buffer" if is_buffer(node) else "parameter"
         return f"{names.get(node, node.name)} = {kind}()"
@@ -77,7 +68,7 @@ def line_text(node: Node, names: Labels) -> str:
 
 
 def form(result: Any) -> str:
-    """`float32[2, 16, 64]` for a tensor, nothing for anything else."""
+    """Return `float32[2, 16, 64]` for a tensor, and "" for anything else."""
     if isinstance(result, torch.Tensor):
         return f"{str(result.dtype).removeprefix('torch.')}{list(result.shape)}"
     return ""
@@ -119,12 +110,12 @@ class Sources:
     """The distinct source lines of some nodes, numbered as they are met."""
 
     def __init__(self) -> None:
-        self.found: dict[Source, int] = {}
+        self.numbers: dict[Source, int] = {}
         self._known: dict[str, int | None] = {}
         """By a node's recorded stack, which many nodes share."""
 
     def of(self, node: Node) -> int | None:
-        """The number of the source line of `node`, None where none was recorded."""
+        """Return the number of the source line of `node`, None where none was recorded."""
         stack = node.meta.get("stack_trace") or ""
         if stack not in self._known:
             self._known[stack] = self._number(source_line(node))
@@ -135,11 +126,11 @@ class Sources:
         if match is None:
             return None
         source = Source(short_path(match[1]), int(match[2]), match[3], match[4] or "")
-        return self.found.setdefault(source, len(self.found))
+        return self.numbers.setdefault(source, len(self.numbers))
 
 
 def short_path(text: str) -> str:
-    """`text` with paths relative to the packages or to the working directory."""
+    """Return `text` with paths relative to the packages or to the working directory."""
     for root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path.cwd())):
         text = text.replace(f"{root}/", "")
     return text

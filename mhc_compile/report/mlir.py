@@ -18,7 +18,7 @@ from mhc_compile.parameters import stream_parameters
 
 
 def mlir_of(path: Path, dialect: Dialect, **options: Any) -> str:
-    """The model of a folder or a config.json as MLIR, converted with `options` where the folder is not.
+    """Return the model of a folder or a config.json as MLIR, converted with `options` where the folder is not.
 
     Its parameters are arguments of `main`, named as in the checkpoint and in the dtype of config.json; buffers, which
     the model computes from the configuration (rotary frequencies), are constants. Sizes are those of the example call,
@@ -39,14 +39,14 @@ def _fake_parameters(model: nn.Module) -> None:
     """Make CPU tensors without values of the parameters on the meta device, in the dtype of the configuration."""
     dtype = getattr(model.config, "dtype", None) or torch.float32
     ours = {id(p) for p in stream_parameters(model).values()}
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays tied
+    fakes: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays tied
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is None:
                 continue
-            if p not in made:
+            if p not in fakes:
                 kept = id(p) in ours or not p.is_floating_point()
                 with mode:
-                    made[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype if kept else dtype), p.requires_grad)
-            module._parameters[name] = made[p]
+                    fakes[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype if kept else dtype), p.requires_grad)
+            module._parameters[name] = fakes[p]

@@ -14,61 +14,62 @@ DIALECT = torch.ops.mhc
 
 
 def draw_native(graph: Graph) -> Drawing:
-    """The drawing of a dialect graph whose sites are known by the paths of their modules."""
+    """Return the drawing of a dialect graph whose sites are known by the paths of their modules."""
     drawing = Drawing()
     inside = _inside(graph)
     for run in by_stream(stream_sites(graph)):
         paths = [site.name.rpartition("#")[0] for site in run]
         owner = _common(paths)
-        specs = {str(a) for site in run for a in site.coefficients.args if isinstance(a, str)}
-        sites = [(site.name, path, None) for site, path in zip(run, paths, strict=True)]
-        stream, *each, leaves = drawing.add_stream(owner, "; ".join(sorted(specs)), sites)
+        specs = [next(str(a) for a in site.coefficients.args if isinstance(a, str)) for site in run]
+        sites = [(site.name, path, None, spec) for site, path, spec in zip(run, paths, specs, strict=True)]
+        stream, *each, leaves = drawing.add_stream(owner, "; ".join(sorted(set(specs))), sites)
         start = run[0].state
-        drawing.elements[stream].at = start
+        drawing.at[stream] = start
         if start.target is DIALECT.expand.default:
             drawing.give([start], stream)
         for site, number in zip(run, each, strict=True):
-            drawing.elements[number].at = site.distribute or site.coefficients
+            drawing.at[number] = site.distribute or site.coefficients
             drawing.give([*site.stream, *([site.distribute] if site.distribute is not None else [])], number)
         end = run[-1].distribute
-        drawing.elements[leaves].at = end
-        drawing.give([u for u in (end.users if end else ()) if u.target is DIALECT.reduce.default], leaves)
+        if end is not None:
+            drawing.at[leaves] = end
+            drawing.give([u for u in end.users if u.target is DIALECT.reduce.default], leaves)
         for site, number in zip(run, each, strict=True):
             branch = drawing.branch(number)
             if site.distribute is not None:
                 y = site.distribute.args[1]
                 assert isinstance(y, Node)
-                drawing.elements[branch].at = y
+                drawing.at[branch] = y
                 drawing.give(_upstream(y, inside, drawing), branch)
     drawing.name_branches()
     return drawing
 
 
 def _inside(graph: Graph) -> set[Node]:
-    """What reads the streams through `aggregate`, up to `distribute`."""
-    found: set[Node] = set()
+    """Return the nodes that read the streams through `aggregate`, up to `distribute`."""
+    inside: set[Node] = set()
     for node in graph.nodes:
         if node.target is DIALECT.aggregate.default or (
-            node.target is not DIALECT.distribute.default and any(n in found for n in node.all_input_nodes)
+            node.target is not DIALECT.distribute.default and any(n in inside for n in node.all_input_nodes)
         ):
-            found.add(node)
-    return found
+            inside.add(node)
+    return inside
 
 
 def _upstream(end: Node, inside: set[Node], drawing: Drawing) -> list[Node]:
-    """What `end` is computed from that lies in branches and belongs to no element."""
-    found: dict[Node, None] = {}
+    """Return the nodes of branches that `end` is computed from and that belong to no element."""
+    upstream: dict[Node, None] = {}
     stack = [end]
     while stack:
         node = stack.pop()
-        if node in inside and node not in found and node not in drawing.of:
-            found[node] = None
+        if node in inside and node not in upstream and node not in drawing.of:
+            upstream[node] = None
             stack += node.all_input_nodes
-    return list(found)
+    return list(upstream)
 
 
 def _common(paths: Sequence[str]) -> str:
-    """The innermost module around all `paths` that holds the list of numbered layers, too."""
+    """Return the innermost module around all `paths` that holds the list of numbered layers, too."""
     parts = [p.split(".") for p in paths]
     shared = 0
     while all(len(p) > shared for p in parts) and len({p[shared] for p in parts}) == 1:

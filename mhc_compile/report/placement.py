@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from mhc_compile.passes.base import kernels_of, module_path
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.report.elements import Drawing, Element
+from mhc_compile.report.elements import Drawing
 from mhc_compile.report.lines import input_name
+from mhc_compile.report.report import Element
 
 INPUTS, OUTPUT = "(inputs)", "(output)"
 """Names of what stands at both ends, which no module can have."""
@@ -30,66 +31,59 @@ class Placement:
         self.paths = self._learn()
 
     def __call__(self, node: Node) -> int:
-        """The element of `node`."""
+        """Return the element of `node`."""
         chain = []
         while node not in self.drawing.of:
             chain.append(node)
-            found = self._find(node)
-            if isinstance(found, Node) and found not in chain:
-                node = found
+            origin = self._find(node)
+            if isinstance(origin, Node) and origin not in chain:
+                node = origin
                 continue
-            self.drawing.of[node] = self._by_path(node) if isinstance(found, Node) else found
+            self.drawing.of[node] = self.at(module_path(node)) if isinstance(origin, Node) else origin
         for one in reversed(chain):
             self.drawing.of.setdefault(one, self._inherited(one, self.drawing.of[node]))
             node = one
         return self.drawing.of[node]
 
     def _find(self, node: Node) -> int | Node:
-        """The element of `node`, or the node that it came from."""
+        """Return the element of `node`, or the node that it came from."""
         if node.op == "placeholder":
-            return self._by_name(input_name(node)) if is_owned(node) else self._special(INPUTS)
+            return self.at(input_name(node).rpartition(".")[0]) if is_owned(node) else self._special(INPUTS)
         if node.op == "output":
             return self._special(OUTPUT)
         origin = self.seen.get(str(node.meta.get("mhc_from")))
         if origin is None or origin is node:
-            return self._by_path(node)
+            return self.at(module_path(node))
         ends = {torch.ops.mhc.expand.default: self.drawing.entries, torch.ops.mhc.reduce.default: self.drawing.exits}
-        found: dict[Any, int] = ends.get(node.target, {})  # type: ignore[call-overload]
-        return found.get(origin, origin)
+        elements: dict[Any, int] = ends.get(node.target, {})  # type: ignore[call-overload]
+        return elements.get(origin, origin)
 
     def _inherited(self, node: Node, element: int) -> int:
-        """What a kernel computes belongs to the site, the branch's own norm in it as well."""
+        """Return the element of a node made from one of `element`: a kernel with the branch's norm is the site's."""
         fused = bool(kernels_of(node))
         return self.drawing.parent[element] if fused and self.drawing.elements[element].kind == "branch" else element
 
     # --- by module path ------------------------------------------------------------------------------------------
 
     def _learn(self) -> dict[str, int]:
-        """Module paths whose nodes all belong to one element, and those of layers."""
-        found: dict[str, set[int]] = {}
+        """Return the elements of module paths whose nodes all belong to one element, and of layers."""
+        elements: dict[str, set[int]] = {}
         for node, number in self.drawing.of.items():
             if self.drawing.elements[number].kind != "memory":  # what was added there lies in others' modules
-                found.setdefault(module_path(node), set()).add(number)
+                elements.setdefault(module_path(node), set()).add(number)
         around = {p for owner in self.drawing.owners for p in prefixes(owner)}
-        learnt = {p: next(iter(e)) for p, e in found.items() if len(e) == 1 and p not in around}
+        learnt = {p: next(iter(e)) for p, e in elements.items() if len(e) == 1 and p not in around}
         return learnt | self.drawing.layers
 
-    def _by_path(self, node: Node) -> int:
-        return self.at(module_path(node))
-
-    def _by_name(self, name: str) -> int:
-        """The element of a parameter by its name."""
-        return self.at(name.rpartition(".")[0])
-
     def at(self, path: str) -> int:
-        """The element of what lies in the module at `path`."""
+        """Return the element of what lies in the module at `path`."""
         if path not in self.paths:
             above = next((p for p in reversed(list(prefixes(path))[:-1]) if p in self.paths), None)
             self.paths[path] = self._special(self._cut(path)) if above is None or self.nested else self.paths[above]
         return self.paths[path]
 
     def _cut(self, path: str) -> str:
-        """`path` down to the module beside the streams' owners, or below the deepest that holds it."""
+        """Return `path` cut to the module beside the streams' owners, or below the deepest that holds it."""
         if self.nested:
             return path
         parts = path.split(".") if path else []
@@ -104,7 +98,7 @@ class Placement:
         return ".".join(parts[:end])
 
     def _special(self, path: str) -> int:
-        """The element outside the streams at `path`, below its parent's in a nested drawing."""
+        """Return the element outside the streams at `path`, below its parent's in a nested drawing."""
         if path not in self.outside:
             parent = None
             if self.nested and "." in path:
@@ -117,13 +111,13 @@ class Placement:
 
 
 def prefixes(path: str) -> Iterable[str]:
-    """`""`, `a`, `a.b`, ... up to `path`."""
+    """Return `""`, `a`, `a.b`, ... up to `path`."""
     parts = path.split(".") if path else []
     return (".".join(parts[:i]) for i in range(len(parts) + 1))
 
 
 def in_order(drawing: Drawing, captured: Sequence[Node], place: Placement) -> list[int]:
-    """The roots in the order in which the captured graph reaches them, exits and over-encodings beside their streams.
+    """Return the roots in the order of the captured graph, exits and over-encodings beside their streams.
 
     A stream is where its first site is.
     """

@@ -1,8 +1,6 @@
-"""How far the stream of a refused model was followed, and what stood in the way."""
+"""Follow the stream of a model that is not supported, and say where it was lost."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
@@ -10,26 +8,10 @@ from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, sour
 from mhc_compile.passes.dataflow import EMBEDDINGS, Dataflow
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.residual_sites import SiteSearch
-from mhc_compile.report.lines import input_name
+from mhc_compile.report.lines import input_name, short_path
+from mhc_compile.report.report import Reach
 
 MAX_ADDS = 5
-
-
-@dataclass(frozen=True)
-class Reach:
-    """The walk back from the output along the stream."""
-
-    layers: tuple[str, ...]
-    """Modules of the parameter contractions passed before the first site, the nearest to the output first."""
-    sites: tuple[str, ...]
-    """Modules of the adds followed, the last one first."""
-    node: str
-    """Where the walk stopped."""
-    module: str
-    source: str | None
-    reason: str
-    dismissed: tuple[tuple[str, str], ...]
-    """Adds that are no sites: where, and why."""
 
 
 def reach(gm: GraphModule) -> Reach | None:
@@ -37,25 +19,26 @@ def reach(gm: GraphModule) -> Reach | None:
     flow = Dataflow(gm.graph, is_owned)
     search = SiteSearch(flow, [])
     search.find()
-    output = next(n for n in reversed(flow.nodes) if n.op == "output")
+    output = gm.graph.output_node()
     ends = [n for n in output.all_input_nodes if n in flow.hot and is_tensor(n) and value(n).is_floating_point()]
     if not ends:
         return None
     walks = [_walk(search, end) for end in ends]
     layers, sites, stop = max(walks, key=lambda walk: len(walk[1]))
+    source = source_line(stop)
     return Reach(
         tuple(module_path(n) or n.name for n in layers),
         tuple(module_path(n) or "the model itself" for n in sites),
         input_name(stop) if stop.op == "placeholder" else stop.name,
         module_path(stop) or "the model itself",
-        None if stop.op == "placeholder" else source_line(stop),
+        None if stop.op == "placeholder" or source is None else short_path(source),
         _why(flow, stop),
         () if sites else _dismissed(search),
     )
 
 
 def _walk(search: SiteSearch, node: Node) -> tuple[list[Node], list[Node], Node]:
-    """Contractions passed, site adds passed, and the node where the walk ends."""
+    """Return the contractions and site adds passed, and the node where the walk ends."""
     flow = search.flow
     layers: list[Node] = []
     sites: list[Node] = []
@@ -87,7 +70,7 @@ def _why(flow: Dataflow, node: Node) -> str:
 
 def _dismissed(search: SiteSearch) -> tuple[tuple[str, str], ...]:
     flow = search.flow
-    found = []
+    adds = []
     for node in flow.nodes:
         operands = [a for a in node.args if isinstance(a, Node) and a in flow.hot]
         if op_name(node) != "add" or node in search.sites or len(operands) != 2 or not is_tensor(node):
@@ -103,5 +86,5 @@ def _dismissed(search: SiteSearch) -> tuple[tuple[str, str], ...]:
             reason = "no layer with parameters between its operands"
         else:
             reason = "its carry is no stream value"
-        found.append((source_line(node) or node.name, reason))
-    return tuple(dict.fromkeys(found))[:MAX_ADDS]
+        adds.append((short_path(source_line(node) or node.name), reason))
+    return tuple(dict.fromkeys(adds))[:MAX_ADDS]

@@ -1,252 +1,305 @@
-"""The report as plain data: dictionaries, lists, text and numbers, for the page, for JSON, and to be compared.
-
-    format, versions, model, options
-    elements   the drawing: {kind, name, module, children, source, shape, dtype, topology, spec, parameters, block,
-               stage, kernels, calls}; an element's number is its place in this list
-    roots      numbers of the elements on top, from the inputs to the output
-    lines      every distinct line of graph code, [text, element, source, form]
-    captured   the graph before the first pass, numbers of lines
-    passes     {name, text, purpose, ms, verify_ms, nodes_before, nodes_after, notes, code}: `code` is the
-               graph behind the pass, `purpose` what the pass is for
-    sources    {file, line, function, text}: lines of the user's code
-    kernels    see `mhc_compile.report.kernels`
-    diagnostics, blocks, stages, memories, native, reach
-
-Numbers of things that are not there are None.
-"""
+"""The report of a model: frozen data that text, page, notebook and `diff` read, and whose `asdict` is the JSON."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
-from dataclasses import asdict, fields
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
-from torch.fx import Node
+from rich.console import Console, ConsoleOptions, RenderResult
 
-from mhc_compile.diagnostics import TABLE, MHCError, MHCWarning
-from mhc_compile.passes.base import is_tensor, shape, value
-from mhc_compile.passes.observer import Record
-from mhc_compile.passes.ownership import is_owned
-from mhc_compile.report.draw import draw
-from mhc_compile.report.elements import Element
-from mhc_compile.report.kernels import kernel_entries
-from mhc_compile.report.lines import Line, Sources, is_buffer, short_path
-from mhc_compile.report.placement import Placement, in_order
-from mhc_compile.report.reach import Reach
+from mhc_compile.atomic_write import write_whole
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.passes.results import Coverage
+from mhc_compile.rich_text import Printed
 
-if TYPE_CHECKING:
-    from mhc_compile.report.inspection import Inspection
-    from mhc_compile.report.watch import Watcher
+FORMAT = 2
+"""Changes with the fields of `Report` and with what they mean."""
 
-FORMAT = 1
-"""Changes when what the data means does."""
+CodeLine = tuple[str, int, int | None, str]
+"""A line of graph code: text, element, source, and dtype and shape of its value."""
+Kind = Literal["outside", "stream", "layer", "site", "branch", "memory", "exit"]
 
 
-def data_of(found: Inspection) -> dict[str, Any]:
-    """The report of an inspection."""
-    watcher = found.watcher
-    assert watcher is not None
-    work = _Report(found, watcher)
-    return {
-        "format": FORMAT,
-        "versions": {
-            "mhc_compile": version("mhc-compile"), "torch": torch.__version__, "python": platform.python_version()
-        },
-        "model": {
-            "name": found.model, "state": _state(found), "parameters": found.parameters, "added": found.added,
-            "adds": str(found.coverage or ""),
-        },
-        "options": _options(found),
-        **work.data(),
-        "diagnostics": [*([_error(found.refusal)] if found.refusal else ()), *map(_warning, found.warnings)],
-        "memories": [asdict(m) for m in found.memories],
-        "native": [asdict(s) for s in found.native],
-        "reach": _reach(found.reach),
-    }  # fmt: skip
+@dataclass
+class Element:
+    """One part of the drawing of a model; its number is its place in `Report.elements`."""
+
+    kind: Kind
+    name: str
+    module: str = ""
+    """Path of the module it stands for."""
+    children: list[int] = field(default_factory=list)
+    source: int | None = None
+    """Number of the source line."""
+    place: str = ""
+    """Of a stream and its exit: module and source line of the value that enters and leaves."""
+    shape: str = ""
+    dtype: str = ""
+    topology: str | None = None
+    """Of a site: see `mhc_compile.report.topology`."""
+    spec: str | None = None
+    """The `StreamSpec` as text; None where the stream stays residual."""
+    parameters: int = 0
+    """Elements of all parameters of this part and its children."""
+    added: int = 0
+    """Elements of the stream parameters of a site (phi, alpha, bias) or of an exit (`exit="head"`)."""
+    block: int | None = None
+    stage: int | None = None
+    kernels: list[int] = field(default_factory=list)
+    """Numbers of the kernels that compute it."""
+    calls: int = 1
+    """Number of times that one forward pass runs it."""
+
+    @property
+    def full_name(self) -> str:
+        """Module path and ordinal of a site: `model.layers.3#0`."""
+        return f"{self.module}#{self.name.rpartition('#')[2]}"
 
 
-class _Report:
-    """The parts that number each other."""
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did."""
 
-    def __init__(self, found: Inspection, watcher: Watcher) -> None:
-        self.found, self.watcher = found, watcher
-        self.sources = Sources()
-        self.lines: dict[tuple[str, int, int | None, str], int] = {}
-        self.seen = {line.node.name: line.node for lines in watcher.lines for line in lines}
-        self.drawing = draw(watcher)
-        nested = not self.drawing.elements
-        self.place = Placement(self.drawing, self.seen, found.model, nested=nested)
-        if nested and not watcher.lines:
-            for path in found.modules:
-                self.place.at(path)
-
-    def data(self) -> dict[str, Any]:
-        """Everything that has numbers or is numbered."""
-        code = [self._code(lines) for lines in self.watcher.lines]
-        last = [line.node for line in self.watcher.lines[-1]] if self.watcher.lines else []
-        first = [line.node for line in self.watcher.lines[0]] if self.watcher.lines else []
-        roots = in_order(self.drawing, first, self.place)
-        self._show_last(last)
-        kernels = kernel_entries(self.found.kernels, last, self.place)
-        blocks, stages, where = self._parts()
-        elements = [self._element(e) for e in self.drawing.elements]
-        for number, size in self._parameters().items():
-            elements[number]["parameters"] = size
-        for number, parts in where.items():
-            elements[number] |= parts
-        for k, kernel in enumerate(kernels):
-            for number in kernel["elements"]:
-                elements[number]["kernels"].append(k)
-        return {
-            "elements": elements,
-            "roots": roots,
-            "lines": [list(key) for key in self.lines],
-            "captured": code[0] if code else [],
-            "passes": [
-                _pass(*parts)
-                for parts in zip(self.found.passes, self.watcher.texts, self.watcher.purposes, code[1:], strict=True)
-            ],
-            "sources": [s._asdict() for s in self.sources.found],
-            "kernels": kernels,
-            "blocks": blocks,
-            "stages": stages,
-        }
-
-    # --- lines ---------------------------------------------------------------------------------------------------
-
-    def _show_last(self, nodes: Sequence[Node]) -> None:
-        """Elements of which no node is shown yet show the last tensor that they give."""
-        for node in reversed(nodes):
-            element = self.drawing.elements[self.place(node)]
-            if element.at is None and is_tensor(node) and node.op not in ("placeholder", "output"):
-                element.at = node
-
-    def _code(self, lines: Sequence[Line]) -> list[int]:
-        found = []
-        for line in lines:
-            key = (line.text, self.place(line.node), self.sources.of(line.node), line.form)
-            found.append(self.lines.setdefault(key, len(self.lines)))
-        return found
-
-    # --- elements ------------------------------------------------------------------------------------------------
-
-    def _element(self, element: Element) -> dict[str, Any]:
-        at = element.at
-        tensor = at if at is not None and is_tensor(at) else None
-        return {
-            "kind": element.kind, "name": element.name, "module": element.module, "children": element.children,
-            "source": None if at is None else self.sources.of(at),
-            "shape": "" if tensor is None else f"[{', '.join(map(str, shape(tensor)))}]",
-            "dtype": "" if tensor is None else str(value(tensor).dtype).removeprefix("torch."),
-            "topology": element.topology, "spec": element.spec, "parameters": 0, "block": None, "stage": None,
-            "kernels": [], "calls": element.calls,
-        }  # fmt: skip
-
-    def _parameters(self) -> dict[int, int]:
-        """Elements of the parameters of every element, of what lies in it among them."""
-        found: dict[int, int] = {}
-        first = self.watcher.lines[0] if self.watcher.lines else []
-        for line in first:
-            if (
-                line.node.op == "placeholder"
-                and is_owned(line.node)
-                and is_tensor(line.node)
-                and not is_buffer(line.node)
-            ):
-                number: int | None = self.place(line.node)
-                while number is not None:
-                    found[number] = found.get(number, 0) + value(line.node).numel()
-                    number = self.drawing.parent.get(number)
-        return found
-
-    def _parts(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[int, dict[str, int]]]:
-        """Blocks, stages, and in which of them elements are."""
-        where: dict[int, dict[str, int]] = {}
-        blocks, of = [], dict[int, set[int]]()
-        for k, block in enumerate(self.watcher.blocks or ()):
-            inside = list(dict.fromkeys(map(self.place, block.sites)))
-            blocks.append({"first": inside[0], "last": inside[-1], "kept": block.kept, "again": block.again})
-            of |= {number: {k} for number in inside}
-        self._spread(where, "block", of)
-        stages, of = [], dict[int, set[int]]()
-        for k, stage in enumerate(self.watcher.stages):
-            inside = list(dict.fromkeys(map(self.place, stage.sites)))
-            stages.append({"first": inside[0], "last": inside[-1], "parameters": stage.parameters})
-            for node in stage.nodes:
-                if node.op != "placeholder":
-                    of.setdefault(self.place(node), set()).add(k)
-            of |= {number: {k} for number in inside}
-        self._spread(where, "stage", of)
-        return blocks, stages, where
-
-    def _spread(self, where: dict[int, dict[str, int]], name: str, of: dict[int, set[int]]) -> None:
-        """Note the one part that an element is in: a branch is where its site is, a layer where all its sites are."""
-        elements = self.drawing.elements
-
-        def visit(number: int, around: set[int]) -> set[int]:
-            kind = elements[number].kind
-            parts = around if kind == "branch" else of.get(number, set())
-            below = [visit(child, parts) for child in elements[number].children]
-            if kind in ("stream", "layer"):
-                parts = set().union(*below)
-            if len(parts) == 1:
-                where.setdefault(number, {})[name] = next(iter(parts))
-            return parts
-
-        for root in self.drawing.roots:
-            visit(root, set())
+    name: str
+    text: str
+    """Name and options."""
+    purpose: str
+    ms: float
+    verify_ms: float
+    nodes_before: int
+    nodes_after: int
+    notes: tuple[str, ...]
+    code: tuple[int, ...]
+    """The graph after the pass as numbers of `Report.lines`."""
 
 
-def _pass(record: Record, text: str, purpose: str, code: list[int]) -> dict[str, Any]:
-    return {
-        "name": record.name, "text": text, "purpose": purpose, "ms": 1e3 * record.seconds,
-        "verify_ms": 1e3 * record.verify_seconds, "nodes_before": record.nodes_before,
-        "nodes_after": record.nodes_after, "notes": list(record.notes), "code": code,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Source:
+    """A line of the user's code."""
+
+    file: str
+    """Relative to where packages are installed, or to the working directory."""
+    line: int
+    function: str
+    text: str
 
 
-def _state(found: Inspection) -> str:
-    if found.native:
-        return "native"
-    return "refused" if found.refusal else "converted" if found.converted else "not converted"
+@dataclass(frozen=True)
+class KernelReport:
+    """One fused kernel: its code, and the bytes that it moves per token (`KernelSpec.bytes_token`)."""
+
+    name: str
+    kind: str
+    device: str
+    """The type of device it is generated for."""
+    calls: int
+    """Number of calls in one forward pass."""
+    forward: str | None
+    """Generated code; None where plain PyTorch computes it."""
+    backward: str | None
+    bytes_token: int
+    """As the generated code counts them."""
+    limit_token: int
+    """Every value once: what any kernel has to move."""
+    bytes_token_backward: int
+    limit_token_backward: int
+    elements: tuple[int, ...]
+    """The elements it computes: the sites before and after a boundary."""
 
 
-def _options(found: Inspection) -> dict[str, str]:
-    """What the model is, or would be, converted and compiled with."""
-    held = [*(s.spec for s in found.streams), *(s.spec for s in found.native)]
-    specs = dict.fromkeys(filter(None, held)) or [found.spec]
-    values = {"streams": "; ".join(specs)}
-    values |= {f.name: str(getattr(found.options, f.name)) for f in fields(found.options)}
-    stages = found.watcher.count if found.watcher is not None else None
-    return values | ({} if stages is None else {"stages": str(stages)})
+@dataclass(frozen=True)
+class BlockReport:
+    """Sites whose streams are recomputed together in the backward pass."""
+
+    first: int
+    last: int
+    kept: int
+    """Bytes kept for the backward pass."""
+    recomputed: int
+    """Bytes recomputed just before the backward pass of the block."""
 
 
-def _reach(reach: Reach | None) -> dict[str, Any] | None:
-    if reach is None:
-        return None
-    return asdict(reach) | {
-        "layers": list(reach.layers), "sites": list(reach.sites),
-        "source": reach.source and short_path(reach.source),
-        "dismissed": [[short_path(where), why] for where, why in reach.dismissed],
-    }  # fmt: skip
+@dataclass(frozen=True)
+class StageReport:
+    """One pipeline stage."""
+
+    first: int
+    last: int
+    parameters: int
+    """Elements of the parameters that it reads."""
 
 
-def _error(error: MHCError) -> dict[str, Any]:
-    return _diagnostic(error.code, error.detail, "error") | {
-        "node": error.node, "module": error.module, "source": None if error.source is None else short_path(error.source)
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Diagnostic:
+    """An error or a warning of this package."""
+
+    code: str
+    title: str
+    detail: str
+    way_out: str
+    severity: Literal["error", "warning"]
+    node: str | None = None
+    module: str | None = None
+    source: str | None = None
 
 
-def _warning(warning: MHCWarning) -> dict[str, Any]:
-    return _diagnostic(warning.code, warning.detail, "warning")
+@dataclass(frozen=True)
+class MemoryReport:
+    """The memory at the entry of one layer."""
+
+    layer: str
+    """Full module path of the layer."""
+    orders: str
+    """N-grams and hashes per n-gram: `2..3 x 8`."""
+    table: str
+    """Rows, width, dtype and storage of the table, and the hit rate of its cache."""
+    rows: int
+    """Elements of the table."""
+    parameters: int
+    """Elements of everything else."""
 
 
-def _diagnostic(code: str, detail: str, severity: str) -> dict[str, Any]:
-    row = TABLE[code]
-    return {
-        "code": code, "title": row.title, "detail": detail, "node": None, "module": None, "source": None,
-        "way_out": row.way_out, "severity": severity,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class LayerReport:
+    """The graph of one module before and after `widen`, one line per node."""
+
+    path: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The walk back from the output along the stream of a model that is not supported."""
+
+    layers: tuple[str, ...]
+    """Modules of the parameter contractions passed before the first site, starting at the output."""
+    sites: tuple[str, ...]
+    """Modules of the adds followed, starting at the output."""
+    node: str
+    """Where the walk stopped."""
+    module: str
+    source: str | None
+    reason: str
+    dismissed: tuple[tuple[str, str], ...]
+    """Adds that are not sites: where, and why."""
+
+
+@dataclass(frozen=True)
+class Report(Printed):
+    """The streams of a model and what each pass did, or why the model is not supported.
+
+    `str()` and `text()` return plain text; printed by rich (`rich.print`, a rich console) it has tables and colours; a
+    notebook shows the page of `html()`. Elements, lines, sources, kernels, blocks and stages refer to each other by
+    number, from 0.
+    """
+
+    format: int
+    versions: dict[str, str]
+    model: str
+    """The model's class."""
+    state: Literal["converted", "not converted", "native", "refused"]
+    parameters: int
+    """Elements of the model's own parameters."""
+    options: dict[str, str]
+    elements: tuple[Element, ...]
+    roots: tuple[int, ...]
+    """The outermost elements, from the inputs to the output."""
+    lines: tuple[CodeLine, ...]
+    """Every distinct line of graph code."""
+    captured: tuple[int, ...]
+    """The graph before the first pass."""
+    passes: tuple[PassReport, ...]
+    sources: tuple[Source, ...]
+    kernels: tuple[KernelReport, ...]
+    blocks: tuple[BlockReport, ...]
+    stages: tuple[StageReport, ...]
+    diagnostics: tuple[Diagnostic, ...]
+    memories: tuple[MemoryReport, ...]
+    coverage: Coverage | None = None
+    """How many residual adds are part of a stream; None for a model that is not supported."""
+    reach: Reach | None = None
+    """How far the stream of a model that is not supported was followed."""
+    layer: LayerReport | None = None
+    outputs: dict[str, Any] | None = None
+    """What the model computes: see `mhc_compile.diff.outputs`."""
+
+    @property
+    def refusal(self) -> Diagnostic | None:
+        """Why the model cannot be converted, or None."""
+        return next((d for d in self.diagnostics if d.severity == "error"), None)
+
+    def of_kind(self, kind: Kind) -> tuple[Element, ...]:
+        """Return the elements of one kind, in the order of the streams."""
+        return tuple(e for e in self.elements if e.kind == kind)
+
+    @property
+    def streams(self) -> tuple[Element, ...]:
+        """The streams."""
+        return self.of_kind("stream")
+
+    @property
+    def sites(self) -> tuple[Element, ...]:
+        """The sites of all streams."""
+        return self.of_kind("site")
+
+    def sites_in(self, element: Element) -> Iterator[Element]:
+        """Yield the sites of an element in order."""
+        for child in (self.elements[number] for number in element.children):
+            yield from [child] if child.kind == "site" else self.sites_in(child)
+
+    @property
+    def added(self) -> int:
+        """Elements of all stream parameters."""
+        return sum(e.added for e in self.elements)
+
+    def json(self) -> str:
+        """Return `dataclasses.asdict` of the report as JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+
+    @staticmethod
+    def of(data: dict[str, Any]) -> Report:
+        """Return the report whose JSON is `data`. Raises MHC527 for another format."""
+        if data.get("format") != FORMAT:
+            raise MHCError("MHC527", f"a report of format {data.get('format')}, known is {FORMAT}")
+        try:
+            return _read(Report, data)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise MHCError("MHC527", f"the report has no usable {error}") from error
+
+    def html(self, file: str | Path | None = None) -> str:
+        """Return a self-contained HTML page, also written to `file`. Raises MHC509 where that fails."""
+        from mhc_compile.report.page.page import page
+
+        text = page(self)
+        if file is not None:
+            write_whole(Path(file), text)
+        return text
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        """Return what a notebook shows: the page in a frame, and text where there is no browser."""
+        from mhc_compile.report.page.notebook import frame
+
+        return {"text/plain": self.text(), "text/html": frame(self)}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from mhc_compile.report.render import render
+
+        yield from render(self)
+
+
+def _read(hint: Any, data: Any) -> Any:
+    """Return the value of type `hint` whose JSON is `data`."""
+    args = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return None if data is None else _read(args[0], data)
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{f.name: _read(hints[f.name], data[f.name]) for f in fields(hint)})  # type: ignore[operator]
+    if get_origin(hint) is tuple:
+        return tuple(_read(args[0], item) for item in data) if args[1:] == (...,) else tuple(data)
+    return data

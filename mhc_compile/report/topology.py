@@ -18,11 +18,11 @@ SCALES = {"mul", "multiply", "truediv", "div"}
 CARRIES = {"to", "float", "half", "bfloat16", "type_as", "contiguous", "dropout", "view", "reshape", "transpose"}
 
 
-def topology(flow: Dataflow, stream: ResidualStream, site: Site) -> str:
-    """The class of `site`: where its norms stand, then what else is particular, joined by commas.
+def topology(flow: Dataflow, stream: ResidualStream, site: Site) -> tuple[str, list[Node]]:
+    """Return the topology of `site`, joined by commas, and the nodes of its branches in graph order.
 
     * pre-norm: the branch begins with a norm; output-norm: it ends with one; sandwich: both.
-    * post-norm: the norm stands on the stream behind the add; no norm: none of these.
+    * post-norm: the norm stands on the stream after the add; no norm: none of these.
     * parallel: the branch is a sum of branches, attention beside MLP.
     * scaled branch, scaled carry: multiplied by a constant or a parameter.
     * early read: the branch reads a value of the stream older than its own add.
@@ -30,7 +30,7 @@ def topology(flow: Dataflow, stream: ResidualStream, site: Site) -> str:
     branch = _Branch(flow, stream, site)
     begins, ends = _holds_norm(branch.head), _holds_norm(branch.tail)
     norms = {(True, True): "sandwich", (True, False): "pre-norm", (False, True): "output-norm"}
-    labels = [norms.get((begins, ends)) or ("post-norm" if _normed_behind(stream, site) else "no norm")]
+    labels = [norms.get((begins, ends)) or ("post-norm" if _normed_after(stream, site) else "no norm")]
     if len(site.branches) > 1 or branch.is_sum():
         labels.append("parallel")
     if not ends and any(_scales(flow, n) and shape(n)[-1:] == shape(site.add)[-1:] for n in branch.tail):
@@ -39,16 +39,11 @@ def topology(flow: Dataflow, stream: ResidualStream, site: Site) -> str:
         labels.append("scaled carry")
     if not site.reads:
         labels.append("early read")
-    return ", ".join(labels)
-
-
-def branch_nodes(flow: Dataflow, stream: ResidualStream, site: Site) -> list[Node]:
-    """What computes the branches of `site` from what they read of the stream, in graph order."""
-    return _Branch(flow, stream, site).nodes
+    return ", ".join(labels), branch.nodes
 
 
 class _Branch:
-    """The nodes of a branch: `head` before its first parameter contractions, `tail` behind its last ones."""
+    """The nodes of a branch: `head` before its first parameter contractions, `tail` after its last ones."""
 
     def __init__(self, flow: Dataflow, stream: ResidualStream, site: Site) -> None:
         self.flow, self.site = flow, site
@@ -67,7 +62,7 @@ class _Branch:
         ]
 
     def is_sum(self) -> bool:
-        """Whether the branch ends in an add of two, of which one mixes tokens and the other does not.
+        """Return whether the branch ends in an add of two, of which one mixes tokens and the other does not.
 
         Experts beside a shared expert are a sum too, and neither mixes tokens.
         """
@@ -102,11 +97,11 @@ def _holds_norm(nodes: Iterable[Node]) -> bool:
 
 
 def _scales(flow: Dataflow, node: Node) -> bool:
-    """Whether `node` multiplies by something that does not come from the stream."""
+    """Return whether `node` multiplies by something that does not come from the stream."""
     return op_name(node) in SCALES and is_tensor(node) and len([n for n in flow.inputs[node] if n in flow.hot]) == 1
 
 
-def _normed_behind(stream: ResidualStream, site: Site) -> bool:
-    """Whether a norm stands on the carry of this site or of the next."""
+def _normed_after(stream: ResidualStream, site: Site) -> bool:
+    """Return whether a norm stands on the carry of this site or of the next."""
     position = next(i for i, s in enumerate(stream.sites) if s is site)
     return any(_holds_norm(s.chain) for s in stream.sites[position : position + 2])

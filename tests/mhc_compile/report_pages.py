@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from playwright.sync_api import Browser
 from tiny_models import ids, llama
 
 import mhc_compile
+from mhc_compile import Report
 from mhc_compile.report.page.page import page
 
 Data = dict[str, Any]
@@ -30,7 +32,11 @@ def data() -> Data:
     """A converted Llama of three layers in two blocks and two stages, as it compiles for this machine."""
     torch._dynamo.reset()
     model = mhc_compile.convert(llama(num_hidden_layers=3), streams=4)
-    return mhc_compile.inspect(model, ids(), recompute="auto", stages=2).data()
+    return json_of(mhc_compile.inspect(model, ids(), recompute="auto", stages=2))
+
+
+def json_of(report: Report) -> Data:
+    return json.loads(report.json())  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def report(browser: Browser, data: Data, tmp_path: Path) -> Iterator[Opened]:
 
 def written(data: Data, folder: Path) -> Path:
     file = folder / "report.html"
-    file.write_text(page(data), encoding="utf-8")
+    file.write_text(page(Report.of(data)), encoding="utf-8")
     return file
 
 

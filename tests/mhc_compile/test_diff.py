@@ -39,7 +39,7 @@ def usual(folder: Path) -> Form:
 def report(usual: Form, tmp_path: Path) -> Path:
     """What a file of a report holds, outputs among it."""
     path = tmp_path / "report.json"
-    path.write_text(json.dumps({**usual.report, "outputs": usual.outputs}), encoding="utf-8")
+    path.write_text(usual.report.json(), encoding="utf-8")
     return path
 
 
@@ -56,9 +56,9 @@ def test_a_form_is_the_same_as_itself(folder: Path, usual: Form) -> None:
     assert [n.which for n in found.numerics] == ["start", "moved"]
     assert all(n.error == 0 for n in found.numerics)
     assert "no difference" in str(found)
-    assert len(usual.sites) == 4
-    assert {s.topology for s in usual.sites} == {"pre-norm"}
-    assert {s.parameters for s in usual.sites} == {24 * 4 * 32 + 24 + 3}
+    assert len(usual.report.sites) == 4
+    assert {s.topology for s in usual.report.sites} == {"pre-norm"}
+    assert {s.added for s in usual.report.sites} == {24 * 4 * 32 + 24 + 3}
 
 
 def test_another_number_of_streams(folder: Path, usual: Form) -> None:
@@ -145,9 +145,9 @@ def test_a_model_that_is_refused_is_compared_as_it_is() -> None:
     assert found.same
     assert [n.which for n in found.numerics] == ["own"]
     assert re.search(r"state +refused MHC108 +refused MHC108", str(found))
-    assert not found.a.sites
-    assert found.a.outputs is not None
-    assert len(found.a.outputs["runs"]["own"]["sample"]) == SAMPLES
+    assert not found.a.report.sites
+    assert found.a.report.outputs is not None
+    assert len(found.a.report.outputs["runs"]["own"]["sample"]) == SAMPLES
 
 
 # --- reports in files -------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_a_model_that_is_refused_is_compared_as_it_is() -> None:
 def test_a_report_is_compared_with_a_model(folder: Path, report: Path, usual: Form) -> None:
     held = read_form(report)
     assert compare(held, usual).same
-    old = changed(report, versions={**usual.report["versions"], "mhc_compile": "0.0.9"})
+    old = changed(report, versions={**usual.report.versions, "mhc_compile": "0.0.9"})
     found = compare(read_form(old), usual)
     assert found.same  # what another version makes of the model is the same
     assert re.search(r"mhc_compile +0\.0\.9 +0\.1\.0", str(found))
@@ -164,8 +164,9 @@ def test_a_report_is_compared_with_a_model(folder: Path, report: Path, usual: Fo
 
 def test_what_another_version_did_otherwise_is_found(report: Path, usual: Form) -> None:
     more, kinds = {"widen": 7}, {"layers.0#1": "post-norm"}
-    passes = [{**p, "nodes_after": p["nodes_after"] + more.get(p["name"], 0)} for p in usual.report["passes"]]
-    elements = [{**e, "topology": kinds.get(e["name"], e["topology"])} for e in usual.report["elements"]]
+    data = json.loads(usual.report.json())
+    passes = [{**p, "nodes_after": p["nodes_after"] + more.get(p["name"], 0)} for p in data["passes"]]
+    elements = [{**e, "topology": kinds.get(e["name"], e["topology"])} for e in data["elements"]]
     found = compare(read_form(changed(report, passes=passes, elements=elements)), usual)
     assert [(s.name, s.kind) for s in found.sites] == [("model.layers.0#1", "topology")]
     assert [(name, a - b) for name, a, b in found.nodes if a != b] == [("widen", 7)]

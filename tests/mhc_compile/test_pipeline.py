@@ -211,7 +211,7 @@ def test_a_pass_of_an_installed_package(installed: Path, monkeypatch: pytest.Mon
     assert close(logits(torch.compile(model, backend="mhc", options=options)(ids())), expected)
     found = inspect(llama(), ids(), inner="eager", pipeline=text)
     notes = next(record.notes for record in found.passes if record.name == "powers")
-    assert notes == ["5 powers written as products"]
+    assert notes == ("5 powers written as products",)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import mhc_compile
-from mhc_compile import OverEncodingSettings
+from mhc_compile import OverEncodingSettings, Report
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.kernels.cpp import build
@@ -31,9 +31,10 @@ KINDS = {"outside", "stream", "layer", "site", "branch", "memory", "exit"}
 needs_compiler = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler: nothing is fused")
 
 
-def check(data: Data) -> Data:
-    """What holds for every report: plain data, all numbers in range, elements a forest, parts in order."""
-    assert json.loads(json.dumps(data, allow_nan=False)) == data
+def check(report: Report) -> Data:
+    """Return the JSON of a report, of which this holds: it reads back, numbers are in range, elements a forest."""
+    data: Data = json.loads(report.json())
+    assert Report.of(data) == report
     elements, lines, sources = data["elements"], data["lines"], data["sources"]
     children = [c for e in elements for c in e["children"]]
     assert sorted([*children, *data["roots"]]) == list(range(len(elements)))
@@ -90,16 +91,18 @@ def code(data: Data, after: str = "") -> list[tuple[str, dict[str, Any]]]:
 def converted() -> Data:
     torch._dynamo.reset()
     model = mhc_compile.convert(llama(num_hidden_layers=3))
-    return check(mhc_compile.inspect(model, ids(), recompute=2, stages=2).data())
+    return check(mhc_compile.inspect(model, ids(), recompute=2, stages=2))
 
 
 def test_the_drawing_of_a_converted_llama(converted: Data) -> None:
-    assert converted["model"] == {
-        "name": "LlamaForCausalLM", "state": "converted", "adds": "6 of 6 adds",
-        "parameters": sum(p.numel() for p in llama(num_hidden_layers=3).parameters()),
-        "added": sum(e["parameters"] for e in converted["elements"] if e["kind"] == "stream")
-        - sum(e["parameters"] for e in converted["elements"] if e["kind"] == "branch"),
-    }  # fmt: skip
+    assert (converted["model"], converted["state"], converted["coverage"]["sites"]) == (
+        "LlamaForCausalLM", "converted", 6,
+    )  # fmt: skip
+    assert converted["parameters"] == sum(p.numel() for p in llama(num_hidden_layers=3).parameters())
+    added = sum(e["added"] for e in converted["elements"])
+    assert added == sum(
+        {"stream": e["parameters"], "branch": -e["parameters"]}.get(e["kind"], 0) for e in converted["elements"]
+    )
     assert [converted["elements"][r]["name"] for r in converted["roots"]] == [
         "inputs", "model.embed_tokens", "model", "model.rotary_emb", "model", "exit of model", "model.norm",
         "LlamaForCausalLM", "lm_head", "output",
@@ -108,7 +111,7 @@ def test_the_drawing_of_a_converted_llama(converted: Data) -> None:
     assert named(converted, "site") == [f"layers.{i}#{k}" for i in range(3) for k in range(2)]
     assert named(converted, "branch") == ["input_layernorm, self_attn", "post_attention_layernorm, mlp"] * 3
     total = sum(converted["elements"][r]["parameters"] for r in converted["roots"])
-    assert total == converted["model"]["parameters"] + converted["model"]["added"]
+    assert total == converted["parameters"] + added
     for e in converted["elements"]:
         if e["kind"] == "site":
             assert (e["topology"], e["dtype"], e["shape"]) == ("pre-norm", "float32", f"[2, 8, {HIDDEN}]")
@@ -195,7 +198,7 @@ def test_passes_have_times_and_notes(converted: Data) -> None:
 def test_blocks_are_those_of_the_pass(converted: Data) -> None:
     assert len(converted["blocks"]) == 3
     kept = bytes_text(sum(b["kept"] for b in converted["blocks"]))
-    again = bytes_text(max(b["again"] for b in converted["blocks"]))
+    again = bytes_text(max(b["recomputed"] for b in converted["blocks"]))
     notes = converted["passes"][5]["notes"]
     assert any(f"keeps {kept} for the backward pass" in n for n in notes)
     assert any(n.startswith(f"{again} are made again") for n in notes)
@@ -204,7 +207,7 @@ def test_blocks_are_those_of_the_pass(converted: Data) -> None:
 def test_stages_are_those_of_training() -> None:
     model = mhc_compile.convert(llama(tie_word_embeddings=True))
     for count in (3,):
-        data = check(mhc_compile.inspect(model, ids(), stages=count).data())
+        data = check(mhc_compile.inspect(model, ids(), stages=count))
         sites = [e for e in data["elements"] if e["kind"] == "site"]
         starts = [next(i for i, s in enumerate(sites) if s["stage"] == k) for k in range(1, count)]
         assert starts == cuts(capture_program(model, {"input_ids": ids()}), count)
@@ -229,9 +232,11 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_an_unconverted_model_is_drawn_like_the_converted_one(converted: Data) -> None:
-    data = check(mhc_compile.inspect(llama(num_hidden_layers=3), ids(), recompute=2, stages=2).data())
-    assert data["model"] == converted["model"] | {"state": "not converted"}
-    shown = ("kind", "name", "module", "shape", "topology", "spec", "parameters", "block", "stage")
+    data = check(mhc_compile.inspect(llama(num_hidden_layers=3), ids(), recompute=2, stages=2))
+    assert (data["model"], data["state"], data["parameters"]) == (
+        converted["model"], "not converted", converted["parameters"],
+    )  # fmt: skip
+    shown = ("kind", "name", "module", "place", "shape", "topology", "spec", "parameters", "added", "block", "stage")
     for a, b in zip(in_order(data), in_order(converted), strict=True):
         one, other = data["elements"][a], converted["elements"][b]
         assert [one[s] for s in shown] == [other[s] for s in shown]
@@ -240,7 +245,7 @@ def test_an_unconverted_model_is_drawn_like_the_converted_one(converted: Data) -
 def test_two_owners_and_exits_with_parameters() -> None:
     call = {"input_ids": ids(), "decoder_input_ids": ids(2, 5), "use_cache": False}
     model = mhc_compile.convert(t5(), example_kwargs=call, inner="eager", exit="head")
-    data = check(mhc_compile.inspect(model, example_kwargs=call, stages=3).data())
+    data = check(mhc_compile.inspect(model, example_kwargs=call, stages=3))
     assert named(data, "stream") == ["encoder", "decoder"]
     assert named(data, "layer") == [f"{o}.block.{i}" for o in ("encoder", "decoder") for i in range(2)]
     assert [len(data["elements"][i]["children"]) for i in in_order(data) if data["elements"][i]["kind"] == "layer"] == [
@@ -261,7 +266,7 @@ def test_an_owner_that_is_called_twice_is_drawn_once() -> None:
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             return self.tower(a) + self.tower(b)
 
-    data = check(mhc_compile.inspect(Pair(), ids(), ids(seed=1)).data())
+    data = check(mhc_compile.inspect(Pair(), ids(), ids(seed=1)))
     assert named(data, "stream") == ["tower"]
     assert {e["calls"] for e in data["elements"] if e["kind"] in ("stream", "site", "branch", "exit")} == {2}
     reads = Counter(e["name"] for text, e in code(data, "widen") if "= mhc.coefficients(" in text)
@@ -280,7 +285,7 @@ def test_a_stream_that_stays_residual_and_one_without_layers() -> None:
     x = torch.randn(2, 3, HIDDEN)
     model = Two()
     mhc_compile.convert(model.b, x, inner="eager")
-    data = check(mhc_compile.inspect(model, x).data())
+    data = check(mhc_compile.inspect(model, x))
     specs = {e["module"]: e["spec"] is not None for e in data["elements"] if e["kind"] == "stream"}
     assert specs == {"a": False, "b": True}
     assert named(data, "layer") == []
@@ -291,7 +296,7 @@ def test_a_stream_that_stays_residual_and_one_without_layers() -> None:
 @pytest.mark.parametrize("preset", ["paper", "v41"])
 def test_memories(preset: str) -> None:
     model = with_memory(llama(), preset, layers=(0, 1))
-    data = check(mhc_compile.inspect(model, kernels="all").data())
+    data = check(mhc_compile.inspect(model, kernels="all"))
     assert named(data, "memory") == ["memory at model.layers.0", "memory at model.layers.1"]
     for text, element in code(data, "engram"):
         if re.search(r"= engram\.(rows|gate|inject)", text):
@@ -314,7 +319,7 @@ def test_an_over_encoding_is_shown() -> None:
     assert (memory.layer, memory.orders, memory.parameters) == ("model.over-encoding", "2..3 x 2", HIDDEN * 4 * 5)
     assert memory.rows == (97 + 99 + 101 + 103) * 5
     assert "model.over-encoding" in str(found)
-    data = check(found.data())
+    data = check(found)
     assert named(data, "memory") == ["over-encoding of model"]
     assert [data["elements"][r]["kind"] for r in data["roots"]].index("memory") == 4  # right in front of the stream
     for text, element in code(data, "overencoding"):

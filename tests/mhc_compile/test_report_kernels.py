@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from test_report import check, needs_compiler
 from tiny_models import HIDDEN, ids, llama
 
 import mhc_compile
+from mhc_compile.bench import boundary as boundary_bench
+from mhc_compile.bench.recompute import plan_for
 from mhc_compile.diff.form import Form
 from mhc_compile.kernels.chain import Chain, Kind
 from mhc_compile.kernels.cpp import build as cpp
@@ -24,6 +28,8 @@ from mhc_compile.kernels.kernelspec import DIRECTIONS
 from mhc_compile.kernels.memory.spec import FusionSpec
 from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.passes.cost import bytes_text
+from mhc_compile.report.page.page import page
 
 TARGETS = {"cpp": Cpp(), "triton": Triton()}
 KINDS: tuple[Kind, ...] = ("distribute", "aggregate", "coefficients", "read", "boundary", "reduce", "leave")
@@ -128,21 +134,42 @@ def test_what_a_memory_moves() -> None:
 
 @needs_compiler
 def test_one_kernel_has_one_number_everywhere() -> None:
-    found = mhc_compile.inspect(mhc_compile.convert(llama()), ids(), kernels="all")
-    boundary = next(k for k in found.kernels if k.spec.kind == "boundary")
-    size = boundary.bytes_token("forward")
-    (kernel,) = [k for k in found.data()["kernels"] if k["kind"] == "boundary"]
-    assert kernel["bytes_token"] == size
-    line = next(line for line in str(found).splitlines() if line.startswith(boundary.spec.name))
+    report = mhc_compile.inspect(mhc_compile.convert(llama()), ids(), kernels="all")
+    (boundary,) = [k for k in report.kernels if k.kind == "boundary"]
+    chain = Chain(kind="boundary", stream=StreamSpec(), width=HIDDEN, norm="rms")
+    size = chain.bytes_token("forward", TARGETS["cpp"].source(chain, "forward").passes)
+    assert (boundary.name, boundary.bytes_token) == (chain.name, size)
+    (embedded,) = re.findall(r'<script id="report" type="application/json">(.*?)</script>', page(report), re.DOTALL)
+    for data in (json.loads(report.json()), json.loads(embedded)):
+        (kernel,) = [k for k in data["kernels"] if k["kind"] == "boundary"]
+        assert kernel["bytes_token"] == size
+    line = next(line for line in str(report).splitlines() if line.startswith(boundary.name))
     assert line.split()[-1] == f"{size:,}"
-    form = Form("A", found.data(), None, "not run")
-    assert form.kernels[boundary.spec.name] == (boundary.calls, size)
+    form = Form("A", report)
+    assert form.kernels[boundary.name] == (boundary.calls, size)
+    # What the bench measures against is what any kernel must move.
+    bare = replace(chain, norm="none")
+    inputs = boundary_bench.random_inputs(bare, 2, torch.device("cpu"))
+    ours, *_ = boundary_bench.contenders_of(bare, inputs, 2, (), backward=False)
+    assert ours.bytes is not None
+    assert ours.bytes - bare.bytes_moved(1) == bare.bytes_token("forward")
+
+
+@needs_compiler
+def test_blocks_and_stages_have_one_number_everywhere() -> None:
+    report = mhc_compile.inspect(mhc_compile.convert(llama()), ids(), recompute=2, stages=2)
+    assert [e.block for e in report.sites] == [e.stage for e in report.sites] == [0, 0, 1, 1]
+    plan = plan_for(mhc_compile.convert(llama()), ids(), 2)
+    assert sum(b.kept for b in report.blocks) == plan.kept
+    assert max(b.recomputed for b in report.blocks) == plan.transient
+    notes = next(p.notes for p in report.passes if p.name == "recompute")
+    assert any(bytes_text(plan.kept) in note for note in notes)
 
 
 @needs_compiler
 def test_kernels_of_a_model() -> None:
     model = mhc_compile.convert(llama())
-    data = check(mhc_compile.inspect(model, ids(), kernels="all").data())
+    data = check(mhc_compile.inspect(model, ids(), kernels="all"))
     kinds = {k["kind"]: k for k in data["kernels"]}
     assert {kind: k["calls"] for kind, k in kinds.items()} == {"read": 1, "boundary": 3, "leave": 1}
     assert {k["device"] for k in data["kernels"]} == {"cpu"}
@@ -160,7 +187,7 @@ def test_kernels_of_a_model() -> None:
 
 @needs_compiler
 def test_kernels_of_memories_have_code_and_counted_bytes() -> None:
-    data = check(mhc_compile.inspect(with_memory(llama(), layers=(0,)), kernels="all").data())
+    data = check(mhc_compile.inspect(with_memory(llama(), layers=(0,)), kernels="all"))
     memory = [k for k in data["kernels"] if k["kind"] in ("gate", "inject")]
     assert len(memory) == 2
     for kernel in memory:

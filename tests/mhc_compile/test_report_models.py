@@ -17,11 +17,12 @@ import torch
 from chromium import Opened, opened
 from matplotlib.image import imread
 from playwright.sync_api import Browser, expect
-from report_pages import NAMED, Data, browser, choose, data, written  # noqa: F401
+from report_pages import NAMED, Data, browser, choose, data, json_of, written  # noqa: F401
 from tiny_models import Chain, ids, llama
 from torch import Tensor, nn
 
 import mhc_compile
+from mhc_compile import Report
 from mhc_compile.diagnostics import TABLE
 from mhc_compile.report.page import notebook
 from mhc_compile.report.page.page import page
@@ -51,7 +52,7 @@ def deep(browser: Browser, data: Data, folder: Path, site: str) -> Iterator[Open
 
 @pytest.mark.slow
 def test_ninety_six_layers(browser: Browser, tmp_path: Path) -> None:
-    data = mhc_compile.inspect(Chain(depth=96), ids(), inner="eager").data()
+    data = json_of(mhc_compile.inspect(Chain(depth=96), ids(), inner="eager"))
     with deep(browser, data, tmp_path, "layers.57#0") as report:
         report.page.keyboard.press("Home")
         # So much code waits until it is asked for, and comes in parts.
@@ -67,7 +68,7 @@ def test_a_llama_of_ninety_six_layers(browser: Browser, tmp_path: Path) -> None:
     """With `-s` it prints the page's size and how long it took to open."""
     with torch.device("meta"):
         model = llama(num_hidden_layers=96)
-    with deep(browser, mhc_compile.inspect(model).data(), tmp_path, "layers.57#1") as report:
+    with deep(browser, json_of(mhc_compile.inspect(model)), tmp_path, "layers.57#1") as report:
         report.page.get_by_role("treeitem", name=re.compile("residual stream")).locator(".row").first.click()
         expect(report.page.get_by_role("button", name=re.compile("^Show the "))).to_be_visible()
 
@@ -84,7 +85,7 @@ def test_a_refused_model(browser: Browser, tmp_path: Path) -> None:
     found = mhc_compile.inspect(Forked(), torch.randn(2, 4))
     assert found.refusal is not None
     assert found.reach is not None
-    with opened(browser, written(found.data(), tmp_path)) as report:
+    with opened(browser, written(json_of(found), tmp_path)) as report:
         text = report.page.locator("#detail").inner_text()
         way_out = TABLE[found.refusal.code].way_out
         for part in ("refused", found.refusal.code, way_out, found.reach.reason, "self.a(x) + self.b(x)"):
@@ -96,7 +97,7 @@ def test_a_refused_model(browser: Browser, tmp_path: Path) -> None:
 
 def test_a_model_that_breaks(browser: Browser, tmp_path: Path) -> None:
     found = mhc_compile.inspect(Chain(breaks="inside"), ids())
-    with opened(browser, written(found.data(), tmp_path)) as report:
+    with opened(browser, written(json_of(found), tmp_path)) as report:
         expect(report.page.locator(".diagnostic")).to_contain_text("MHC104")
         expect(report.page.locator(".diagnostic")).to_contain_text("tiny_models.py")
         report.check()
@@ -114,14 +115,16 @@ def spoiled(value: Any) -> Any:
     if isinstance(value, list):
         return [spoiled(v) for v in value]
     if isinstance(value, dict):
-        kept = ("kind", "state", "severity", "device")
+        kept = ("kind", "state", "severity", "device", "format")
         return {k: v if k in kept or (k == "name" and "code" in value) else spoiled(v) for k, v in value.items()}
     return value
 
 
 def test_texts_never_run(browser: Browser, data: Data, tmp_path: Path) -> None:
     row = {"code": "MHC103", "title": "t", "detail": "d", "node": "n", "module": "m", "source": "s", "way_out": "w"}
-    evil = spoiled(data | {"diagnostics": [row | {"severity": "error"}], "reach": {"layers": ["a"], "node": "b"}})
+    reach = dict.fromkeys(("module", "source", "reason"), "b")
+    reach |= {"layers": ["a"], "sites": [], "node": "b", "dismissed": [["a", "b"]]}
+    evil = spoiled(data | {"diagnostics": [row | {"severity": "error"}], "reach": reach})
     with opened(browser, written(evil, tmp_path)) as report:
         items = report.page.get_by_role("treeitem")
         while (folded := report.page.locator(".item[aria-expanded=false] > .row")).count():
@@ -149,7 +152,6 @@ def test_a_notebook_shows_the_page(browser: Browser, tmp_path: Path) -> None:
     found = mhc_compile.inspect(mhc_compile.convert(Chain(), ids(), inner="eager"), ids(), inner="eager")
     shown = found._repr_mimebundle_()
     assert shown["text/plain"] == str(found)
-    assert shown["text/html"] == found._repr_html_()
     file = tmp_path / "cell.html"
     file.write_text(f"<!doctype html><meta charset=utf-8>{shown['text/html']}", encoding="utf-8")
     with opened(browser, file) as cell:
@@ -170,9 +172,10 @@ def test_a_large_report_comes_to_a_notebook_without_code(
     browser: Browser, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notebook, "LARGEST", 1000)
-    small, whole = notebook.frame(data), page(data)
+    report = Report.of(data)
+    small, whole = notebook.frame(report), page(report)
     assert len(small) < len(whole) / 2
-    assert data["lines"]  # the report itself keeps its code
+    assert report.lines  # the report itself keeps its code
     file = tmp_path / "cell.html"
     file.write_text(f"<!doctype html><meta charset=utf-8>{small}", encoding="utf-8")
     with opened(browser, file) as cell:
@@ -180,7 +183,7 @@ def test_a_large_report_comes_to_a_notebook_without_code(
         expect(frame.locator("#detail")).to_contain_text("Left out of this view")
         frame.locator(".item.layer .row").first.click()
         frame.locator(".item.site .row").first.click()
-        expect(frame.locator(".kernel").first).to_contain_text("bytes a token")
+        expect(frame.locator(".kernel").first).to_contain_text("bytes per token")
         assert cell.errors == []
 
 

@@ -13,6 +13,7 @@ from chromium import Opened
 from playwright.sync_api import Browser, expect
 from report_pages import NAMED, Data, below, browser, choose, color_of, data, number_of, report  # noqa: F401
 
+from mhc_compile import Report
 from mhc_compile.report.page.page import FOLDER, page
 
 # --- opening and unfolding -------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_the_part_of_a_line_that_changed_is_marked(report: Opened, data: Data) -
 def test_side_by_side_and_any_two_graphs(report: Opened, data: Data) -> None:
     choose(report, "layers.0#0")
     report.page.get_by_label("from", exact=True).select_option("as captured")
-    report.page.get_by_label("to", exact=True).select_option("behind fuse")
+    report.page.get_by_label("to", exact=True).select_option("after fuse")
     one = report.page.locator(".line.came").count()
     report.page.get_by_role("button", name="Side by side").click()
     expect(report.page.locator(".pair").first).to_be_visible()
@@ -183,7 +184,7 @@ def test_kernels_show_their_source_and_traffic(report: Opened, data: Data) -> No
     kernel = data["kernels"][number]
     card = report.page.locator(f"[data-kernel='{number}']")
     share = round(100 * kernel["limit_token"] / kernel["bytes_token"])
-    expect(card).to_contain_text(f"{kernel['bytes_token']:,} bytes a token, {share} % of the limit")
+    expect(card).to_contain_text(f"{kernel['bytes_token']:,} bytes per token, {share} % of the limit")
     expect(card.locator("pre")).to_have_count(0)  # nothing is written before it is asked for
     for direction in ("forward", "backward"):
         card.locator("summary", has_text=direction).click()
@@ -195,8 +196,10 @@ def test_kernels_show_their_source_and_traffic(report: Opened, data: Data) -> No
 
 
 def test_the_embedded_data_is_the_data(data: Data) -> None:
-    (embedded,) = re.findall(r'<script id="report" type="application/json">(.*?)</script>', page(data), re.DOTALL)
-    assert json.loads(embedded) == json.loads(json.dumps(data))
+    (embedded,) = re.findall(
+        r'<script id="report" type="application/json">(.*?)</script>', page(Report.of(data)), re.DOTALL
+    )
+    assert json.loads(embedded) == data
     assert "</script" not in "".join(p.read_text() for p in FOLDER.glob("*.js"))
 
 

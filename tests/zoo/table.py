@@ -32,7 +32,7 @@ def topology_of(name: str) -> str | None:
         return f"refused: {error.code}"
     if found.refusal is not None:
         return f"refused: {found.refusal.code}"
-    return " + ".join(sorted({site.topology for stream in found.streams for site in stream.sites}))
+    return " + ".join(sorted({site.topology for site in found.sites}))
 
 
 def main() -> None:

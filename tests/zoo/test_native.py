@@ -229,8 +229,8 @@ def test_inspect_lists_the_sites() -> None:
     count, spec = SITES["hy_v4"]
     assert found.refusal is not None
     assert found.refusal.code == "MHC107"
-    assert [site.spec for site in found.native] == [spec] * count
-    assert found.native[1].name == "model.layers.0#1"
+    assert [site.spec for site in found.sites] == [spec] * count
+    assert found.sites[1].name == "model.layers.0#1"
     text = found.text()
     assert f"hyper-connections of its own: {count} sites" in text
     assert f"{count} x {spec}" in text

@@ -54,16 +54,15 @@ def check(browser: Browser, name: str, folder: Path) -> str:
     found = mhc_compile.inspect(model, example_kwargs=inputs, inner="eager")
     file = folder / "report.html"
     file.write_text(found.html(), encoding="utf-8")
-    data = found.data()
     with opened(browser, file) as report:
         seen = report.page.evaluate(VISIT)
-        kinds = [element["kind"] for element in data["elements"]]
+        kinds = [element.kind for element in found.elements]
         assert seen["parts"] > len(kinds)  # each of them, and the model
         assert seen["sites"] == kinds.count("site")
-        assert bool(seen["code"]) == bool(data["lines"])
+        assert bool(seen["code"]) == bool(found.lines)
         shown = report.page.locator("#model-state").inner_text()
         report.check()
-    assert shown == data["model"]["state"]
+    assert shown == found.state
     return shown
 
 

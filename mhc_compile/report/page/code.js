@@ -190,7 +190,7 @@ function lineFacts(id) {
     ["belongs to", jump],
   ];
   if (life)
-    rows.push(["in the graph", life[0] === life[1] ? `behind ${life[0]} only` : `from ${life[0]} to ${life[1]}`]);
+    rows.push(["in the graph", life[0] === life[1] ? `after ${life[0]} only` : `from ${life[0]} to ${life[1]}`]);
   return make("div", { class: "line-facts" }, facts(rows));
 }
 

@@ -1,4 +1,4 @@
-// The graph code of the chosen part before and behind a pass: which passes are compared is kept from part to part.
+// The graph code of the chosen part before and after a pass: which passes are compared is kept from part to part.
 
 const MANY = 3000; // lines above which the difference waits to be asked for
 const comparison = { from: 0, to: snapshots.length - 1, sideBySide: false, picked: false };
@@ -107,7 +107,7 @@ function pairBar(change) {
         "select",
         { "aria-label": name, "data-key": name, on: { change: (event) => set(Number(event.target.value)) } },
         snapshots.map((snapshot, i) =>
-          make("option", { value: i, selected: i === value }, i ? `behind ${snapshot.name}` : "as captured"),
+          make("option", { value: i, selected: i === value }, i ? `after ${snapshot.name}` : "as captured"),
         ),
       ),
     );

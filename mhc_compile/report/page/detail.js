@@ -76,7 +76,7 @@ function specification(text) {
 function blockText(index) {
   if (index === null || index === undefined) return null;
   const block = report.blocks[index];
-  const sizes = block ? `: keeps ${bytes(block.kept)}, makes ${bytes(block.again)} again in the backward pass` : "";
+  const sizes = block ? `: keeps ${bytes(block.kept)}, recomputes ${bytes(block.recomputed)} in the backward pass` : "";
   return `${index} of ${report.blocks.length}${sizes}`;
 }
 

@@ -92,7 +92,7 @@ function hasExit(item) {
   return item.children.some((child) => child.kind === "exit");
 }
 
-/** Whether a part stands before everything, or behind. */
+/** Whether a part stands before everything, or after. */
 function endOf(item) {
   const [siblings, outermost] = [item.parent.children, item.parent === root];
   return { first: outermost && siblings[0] === item, last: outermost && siblings[siblings.length - 1] === item };

@@ -11,7 +11,7 @@ function makeItem(kind, name, ids, parent, streams) {
 
 const itemOf = new Map(); // element id -> item
 const signatures = new Map(); // element id -> what it has in common with its likes
-const root = makeItem("model", report.model.name, report.roots, null, 1);
+const root = makeItem("model", report.model, report.roots, null, 1);
 fillRoot();
 const stageStarts = new Map(); // item -> the pipeline stage that begins with it
 findStages(root, null);

@@ -42,7 +42,7 @@ function limit(moved, least) {
   const share = Math.min(1, least / moved);
   const bar = make("span", { class: "gauge", "aria-hidden": "true" }, make("span", { style: { "--share": share } }));
   const percent = `${Math.round(100 * share)} % of the limit (${count(least)} must move)`;
-  return [bar, make("span", { class: "figures" }, `${count(moved)} bytes a token, ${percent}`)];
+  return [bar, make("span", { class: "figures" }, `${count(moved)} bytes per token, ${percent}`)];
 }
 
 function numbered(text, wanted, label) {

@@ -45,9 +45,9 @@ function goBack(event) {
   event.preventDefault();
 }
 
-byId("model-name").textContent = report.model.name;
-byId("model-state").textContent = report.model.state;
-byId("model-state").dataset.state = report.model.state;
+byId("model-name").textContent = report.model;
+byId("model-state").textContent = report.state;
+byId("model-state").dataset.state = report.state;
 byId("theme").addEventListener("click", nextTheme);
 byId("help-button").addEventListener("click", () => byId("help").showModal());
 document.addEventListener("keydown", everywhere);

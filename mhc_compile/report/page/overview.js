@@ -4,8 +4,8 @@
 function overview({ line = null, kernel = null, code = line !== null }) {
   const everyKernel = kernels.map((_, index) => index);
   const parts = [
-    make("header", {}, make("h2", {}, make("span", { class: "kind" }, "model"), report.model.name)),
-    modelFacts(report.model),
+    make("header", {}, make("h2", {}, make("span", { class: "kind" }, "model"), report.model)),
+    modelFacts(report),
     report.diagnostics.length ? section("Diagnostics", report.diagnostics.map(diagnostic)) : null,
     report.reach ? section("How far the stream was followed", reachFacts(report.reach)) : null,
     passes.length ? section("Passes", passTable()) : null,
@@ -19,7 +19,9 @@ function overview({ line = null, kernel = null, code = line !== null }) {
   return parts.filter(Boolean);
 }
 
-function modelFacts({ state, parameters, added, adds }) {
+function modelFacts({ state, parameters, coverage }) {
+  const added = elements.reduce((sum, element) => sum + element.added, 0);
+  const adds = coverage && `${coverage.sites} of ${coverage.sites + coverage.left.length} adds`;
   const [streams, sites] = ["stream", "site"].map((kind) => elements.filter((element) => element.kind === kind).length);
   const share = ((100 * added) / Math.max(1, parameters)).toFixed(2);
   const versions = Object.entries(report.versions).map(([what, version]) => `${what} ${version}`);
@@ -27,7 +29,7 @@ function modelFacts({ state, parameters, added, adds }) {
     ["state", state],
     ["parameters", count(parameters)],
     ["streams", streams ? `${several(streams, "stream")}, ${several(sites, "site")}` : null],
-    ["residual adds", adds || null],
+    ["residual adds", adds],
     ["the sites add", added ? `${several(added, "parameter")} (${share} %)` : null],
     ["made by", versions.join(", ")],
   ]);
@@ -37,7 +39,7 @@ function modelFacts({ state, parameters, added, adds }) {
 function diagnostic(row, index) {
   const code = (text) => text && make("code", {}, text);
   // That a model has streams of its own is no fault of it.
-  const kind = report.model.state === "native" ? "warning" : row.severity;
+  const kind = report.state === "native" ? "warning" : row.severity;
   return make(
     "div",
     { class: `diagnostic ${kind}`, "data-diagnostic": index },
@@ -81,7 +83,7 @@ function codeLeftOut() {
   );
 }
 
-/** The whole graph's code before and behind a pass. */
+/** The whole graph's code before and after a pass. */
 function showPass(index) {
   Object.assign(comparison, { from: index, to: index + 1, picked: true });
   reveal(root);
@@ -96,8 +98,9 @@ function partButton(id) {
 
 function blocksTable() {
   if (!report.blocks.length) return null;
-  const row = ({ first, last, kept, again }, i) => [i, partButton(first), partButton(last), bytes(kept), bytes(again)];
-  return section("Recompute blocks", table(["#block", "from", "to", "#keeps", "#makes again"], report.blocks.map(row)));
+  const row = ({ first, last, kept, recomputed }, i) =>
+    [i, partButton(first), partButton(last), bytes(kept), bytes(recomputed)];
+  return section("Recompute blocks", table(["#block", "from", "to", "#keeps", "#recomputes"], report.blocks.map(row)));
 }
 
 function stagesTable() {
@@ -107,7 +110,7 @@ function stagesTable() {
 }
 
 function memoryFacts() {
-  if (!report.memories?.length) return null;
+  if (!report.memories.length) return null;
   const text = (value) => (typeof value === "number" ? count(value) : String(value));
   const one = (memory) => facts(Object.entries(memory).map(([name, value]) => [name, text(value)]));
   return section("Memories", report.memories.map(one));

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
+from dataclasses import replace
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mhc_compile.report.report import Report
 
 FOLDER = Path(__file__).parent
 # Every file declares what the later ones use: they are one script in the page.
@@ -18,20 +21,20 @@ SCRIPTS = (
 )  # fmt: skip
 
 
-def page(data: dict[str, Any]) -> str:
-    """`data` (of `Inspection.data()`) as a page.
+def page(report: Report) -> str:
+    """Return the report as a page.
 
-    The data is embedded as JSON that is parsed, never run, and every text of it is shown as text. A content security
-    policy names the page's one script and one style by their hashes, and forbids everything else, the network with it.
+    Its JSON is embedded to be parsed, never run, and every text of it is shown as text. A content security policy names
+    the page's one script and one style by their hashes, and forbids everything else, including the network.
     """
     script = "\n".join(["(() => {", '"use strict";', *(_read(f"{name}.js") for name in SCRIPTS), "})();"])
     style = _read("page.css")
     policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; {_hashes(script, style)}"
     return Template(_read("page.html")).substitute(
         policy=policy,
-        title=html.escape(f"{data['model']['name']} - mhc-compile"),
+        title=html.escape(f"{report.model} - mhc-compile"),
         style=style,
-        data=_embedded(data),
+        data=_embedded(replace(report, outputs=None).json()),
         script=script,
     )
 
@@ -49,7 +52,6 @@ def _sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _embedded(data: dict[str, Any]) -> str:
-    """JSON that holds no character with which markup could begin: `</script>` in a source line ends nothing."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def _embedded(text: str) -> str:
+    """Escape the characters of JSON with which markup could begin: `</script>` in a source line ends nothing."""
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

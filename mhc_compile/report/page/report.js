@@ -5,7 +5,7 @@ const { elements, lines, passes, sources, kernels } = report;
 // A line of the graph: [text, element, source, form].
 const [TEXT, OWNER, SOURCE, FORM] = [0, 1, 2, 3];
 
-// The graph as it was captured, then behind each pass.
+// The graph as it was captured, then after each pass.
 const snapshots = [{ name: "captured", code: report.captured }, ...passes];
 
 /** Ids of `roots` and everything below them. */
