@@ -38,6 +38,8 @@ class Mark:
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
     probe: Node | None = None
     """The slot that a sampled step brings for gradients (`mhc_compile.passes.probe`); None in every other step."""
+    sites: tuple[str, ...] = ()
+    """The owner's sites in the order of the stream, where `parameters` has another."""
     node: Node | None = None
     """The `mhc::mark` itself, which `widen` removes; None where there is none (export, the first call of a model)."""
 

@@ -19,7 +19,7 @@ from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.checkpoint.tables import hash_specs, table_name
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.start import start_head
 from mhc_compile.loading import load_by_transformers, open_converted
 from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values
@@ -143,7 +143,7 @@ def _stream_values(held: StreamParameters, place: str, *, scratch: bool) -> dict
     hidden = held.hidden
     if place in held.sites:
         index = list(held.sites).index(place)
-        return form_of(held.spec).start(held.spec, index, held.sites[place], scratch=scratch)
+        return start_values(held.spec, index, held.sites[place], scratch=scratch)
     if place == "head":
         return dict(zip(("fn", "base", "scale"), start_head(held.spec, hidden, scratch=scratch), strict=True))
     if place == OVER_ENCODING:

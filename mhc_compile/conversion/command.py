@@ -15,7 +15,7 @@ from mhc_compile.conversion.folder import Converted, Form, convert_folder
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import PRESETS, MemorySettings
-from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, FormName, Manifold
+from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, Manifold, form_names
 
 NAME = "convert"
 _OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form", "strict")
@@ -71,7 +71,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--form",
-        choices=get_args(FormName),
+        choices=form_names(),
         help="what a site computes: mHC (default), or Hyper-Connections, dynamic or static, which are unconstrained",
     )
     parser.add_argument(

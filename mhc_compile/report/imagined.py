@@ -29,10 +29,12 @@ def imagined_marks(captured: Captured, spec: StreamSpec, options: Options, obser
         mine = [s for s in context.streams if s.owner == owner]
         device, n = value(mine[0].exit).device, spec.streams
         shapes: dict[str, tuple[int, ...]] = {}
+        sites: list[str] = []
         for stream in mine:
             for site in stream.sites:
-                own = form_of(spec).shapes(spec, stream.hidden)
-                shapes |= {f"{site.name}.{name}": size for name, size in own.items()}
+                parameters = form_of(spec).parameters(spec, len(sites), stream.hidden)
+                shapes |= {f"{site.name}.{name}": p.shape for name, p in parameters.items()}
+                sites.append(site.name)
         if spec.exit == "head":
             shapes |= {"head.fn": (n, n * mine[0].hidden), "head.base": (n,), "head.scale": (1,)}
         nodes = {}

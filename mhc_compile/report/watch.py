@@ -129,7 +129,7 @@ class Watcher(Observer):
         size = 0
         if mark is not None:
             spec = StreamSpec.parse(mark.spec)
-            size = sum(math.prod(s) for s in form_of(spec).shapes(spec, stream.hidden).values())
+            size = sum(math.prod(p.shape) for p in form_of(spec).parameters(spec, 0, stream.hidden).values())
         sites = [
             SiteReport(
                 name=site.name,

@@ -16,8 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import ops, reference, sinkhorn
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.spec import Convention, Manifold, StreamSpec
-from mhc_compile.kernels.start import start_head, start_site
+from mhc_compile.kernels.start import start_head
 
 C = 8
 CASES = [
@@ -41,8 +42,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def leaves(spec: StreamSpec, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    rng = torch.Generator().manual_seed(1)
-    return [t.to(dtype).requires_grad_() for t in start_site(spec, 1, C, scratch=True, generator=rng)]
+    torch.manual_seed(1)
+    return [t.to(dtype).requires_grad_() for t in start_values(spec, 1, C, scratch=True).values()]
 
 
 def site(spec: StreamSpec, opaque: bool = True) -> Callable[..., Tensor]:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mhc_compile.kernels import probe_ops, reference
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.memory import fusion
 from mhc_compile.kernels.memory.spec import FusionSpec
 from mhc_compile.kernels.spec import Convention, StreamSpec
-from mhc_compile.kernels.start import start_site
 
 OPS = torch.ops.mhc_probes
 
@@ -60,7 +60,7 @@ def test_pieces_make_the_whole(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_pre_from_what_a_kernel_keeps(convention: Convention) -> None:
     spec = StreamSpec(streams=3, convention=convention, manifold=convention.fields.manifold)
     chain = Chain(kind="read", stream=spec, width=5)
-    phi, alpha, bias = start_site(spec, 0, 5)
+    phi, alpha, bias = start_values(spec, 0, 5).values()
     phi, alpha = torch.randn(phi.shape), torch.tensor([0.3, 0.2, 0.1])
     X = torch.randn(2, 7, 3, 5)
     kept = chain.reference({"X": X, "phi": phi, "alpha": alpha, "bias": bias})["z"]
