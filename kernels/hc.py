@@ -16,6 +16,8 @@ read; `phi` `[n + 2, C]` the rows W_m, W_b and the n columns of W_r; `alpha` s_a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,6 +51,14 @@ def dynamic(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Three:
     post = alpha[1] * z[..., 1] + bias[n : 2 * n]
     mix = alpha[0] * z[..., 2:] + bias[2 * n :].reshape(n, n)
     return pre, post, mix.transpose(-1, -2)
+
+
+def weights(z: Tensor, alpha: Tensor, bias: Tensor, width: int) -> Tensor:
+    """Return pre `[..., n]` from what a kernel keeps: n projections on the rows of phi and n sums of squares."""
+    n = math.isqrt(bias.numel() + 1) - 1
+    scale = torch.rsqrt(z[..., -n:] / width + RMS_EPS)
+    first = z[..., :-n].unflatten(-1, (n, n + 2))[..., 0]
+    return alpha[0].to(z.dtype) * torch.tanh(first * scale) + bias[:n].to(z.dtype)
 
 
 def static(X: Tensor, bias: Tensor) -> Three:

@@ -37,7 +37,7 @@ class Cpp(Target):
             stream = spec.stream
             if stream.manifold not in ("sinkhorn", "identity", "unconstrained"):
                 return f"no C++ kernel for the manifold {stream.manifold}"
-            if stream.manifold == "sinkhorn" and not 1 <= stream.iterations <= MAX_STEPS_BYTES // (128 * spec.n**2):
+            if spec.uses_sinkhorn and not 1 <= stream.iterations <= MAX_STEPS_BYTES // (128 * spec.n**2):
                 return f"no C++ kernel for {stream.iterations} Sinkhorn iterations"
         return "no C++ compiler" if build.no_compiler() else ""
 

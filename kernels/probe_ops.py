@@ -2,7 +2,7 @@
 
     mhc_probes::site(streams [..., n, C], branch [..., C], pre [..., n], post [..., n], mix [..., n, n],
                      earlier [..., n, n]?, mixed) -> figures [FIGURES of one site], composite [..., n, n]
-    mhc_probes::pre(z [..., rows + 1], alpha [3], bias [rows], width, spec) -> pre [..., n]
+    mhc_probes::pre(z, alpha, bias, width, spec) -> pre [..., n]
     mhc_probes::gates(streams [..., n, C], keys [..., n, C], query_gain [n, C], key_gain [n, C], spec) -> [n, BINS]
     mhc_probes::norms(d_streams [..., n, C], d_branch [..., C]) -> squares [n + 1]
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import measures, reference
+from mhc_compile.kernels import hc, measures, reference
 from mhc_compile.kernels.autocast import without_autocast
 from mhc_compile.kernels.memory import fusion
 from mhc_compile.kernels.memory.spec import FusionSpec
@@ -120,6 +120,8 @@ def _pieces(width: int, *tensors: tuple[Tensor, int]) -> Iterator[Sequence[Tenso
 
 def _pre(z: Tensor, alpha: Tensor, bias: Tensor, width: int, spec: str) -> Tensor:
     parsed = parse_spec(spec)
+    if parsed.form == "hc":
+        return hc.weights(z, alpha, bias, width)
     fields = parsed.convention.fields
     mean = z[..., -1:] / (parsed.streams * width)
     scale = torch.rsqrt(mean + fields.rms_eps) if fields.rms_inside else 1.0 / (mean.sqrt() + fields.rms_eps)

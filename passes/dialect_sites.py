@@ -8,6 +8,7 @@ what lies between is nobody's.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -68,7 +69,6 @@ class StreamSite:
         spread = {n for n in self.stream if is_tensor(n)}
         read = {x for n in (*self.stream, self.distribute) if n is not None for x in _streams_read(n)}
         parameters = [p for p in self.coefficients.args[1:] if isinstance(p, Node)]
-        rows = shape(parameters[0])[0]
         items = {int(n.args[1]): n for n in self.coefficients.users if n.target is operator.getitem}  # type: ignore[arg-type]
         weighs = self.weighs
         made = sum((size_of(x) for x in read & spread if x is not self.state), sympy.S.Zero)
@@ -78,7 +78,10 @@ class StreamSite:
         made += sum((size_of(n) for i, n in items.items() if i > 0 or len(weighs) != 1), sympy.S.Zero)
         if 0 in items:
             tokens = sympy.prod(shape(items[0])[:-1])
-            made += tokens * (rows + 1) * value(items[0]).dtype.itemsize
+            # z, of which mHC has a row for the flattened streams, Hyper-Connections for each stream.
+            rows, columns = shape(parameters[0])[0], shape(parameters[0])[-1]
+            groups = max(1, math.prod(shape(self.state)[-2:]) // columns) if len(shape(parameters[0])) > 1 else 1
+            made += tokens * groups * (rows + 1) * value(items[0]).dtype.itemsize
         # A branch that several sites read is kept once, here.
         branch = size_of(self.branch[0]) if self.branch else sympy.S.Zero
         return SiteCost(size_of(self.state), made, branch, size_of(parameters[0]), joined)

@@ -2,6 +2,7 @@
 
     distribute, coefficients, aggregate  ->  mhc_kernels.boundary   from one site to the next
     coefficients, aggregate              ->  mhc_kernels.read       the first site, and behind a norm of each stream
+    distribute, aggregate                ->  mhc_kernels.carry      where coefficients do not depend on the streams
     distribute, reduce                   ->  mhc_kernels.leave      the exit
     ... aggregate, norm of the branch    ->  mhc_kernels.boundary_rms, read_layer, ...
     whatever is left alone               ->  its own kernel
@@ -23,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 import mhc_compile.kernels.fused  # noqa: F401  (registers the ops)
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain, Kind
+from mhc_compile.kernels.forms import COEFFICIENTS, StreamForm, form_of
 from mhc_compile.kernels.fused import op_of
 from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.kernels.spec import StreamSpec
@@ -100,31 +102,46 @@ class _Fusing:
         self.notes: Counter[str] = Counter()
 
     def run(self) -> None:
+        for node in [n for n in self.graph.nodes if n.target in COEFFICIENTS]:
+            self._hoist(node)
         # Larger chains first: what they take is gone when the smaller ones look.
         for node in list(self.graph.nodes):
             if node.target is DIALECT.distribute.default:
                 self._mix(node)
         for node in list(self.graph.nodes):
-            if node.target is DIALECT.coefficients.default:
+            if node.target in COEFFICIENTS:
                 self._site(_Parts(site=node, weigh=self._only_aggregate(node)), "read")
         for node in list(self.graph.nodes):
             if node.target is DIALECT.distribute.default:
                 self._replace("distribute", _Parts(mix=node), StreamSpec(streams=_streams(node)))
-            elif node.target is DIALECT.coefficients.default:
+            elif node.target in COEFFICIENTS:
                 self._site(_Parts(site=node), "coefficients")
             elif node.target is DIALECT.aggregate.default:
                 self._replace("aggregate", _Parts(weigh=node), StreamSpec(streams=_streams(node)))
             elif node.target is DIALECT.reduce.default:
                 self._replace("reduce", _Parts(weigh=node), _spec(node))
 
+    def _hoist(self, site: Node) -> None:
+        """Take coefficients that do not read the streams' values in front of the `distribute` that they are given."""
+        form, mix = form_of(_spec(site)), site.all_input_nodes[0]
+        free = isinstance(form, StreamForm) and not form.reads_streams and mix.target is DIALECT.distribute.default
+        same = _block(mix) == _block(site) and self.modes[mix] == self.modes[site]
+        if free and same and all(node < mix for node in site.all_input_nodes[1:]):
+            site.update_arg(0, mix.args[0])
+            for node in (site, *(u for u in site.users if u.target is operator.getitem)):
+                mix.prepend(node)
+
     def _mix(self, mix: Node) -> None:
-        site = next((u for u in mix.users if u.target is DIALECT.coefficients.default and u.args[0] is mix), None)
+        site = next((u for u in mix.users if u.target in COEFFICIENTS and u.args[0] is mix), None)
         if site is not None:
             weigh = self._only_aggregate(site)
             if weigh is not None and weigh.args[0] is mix:
                 self._replace("boundary", _Parts(mix, site, weigh), _spec(site))
             return
-        if len(mix.users) == 1 and next(iter(mix.users)).target is DIALECT.reduce.default:
+        reads = [u for u in mix.users if u.target is DIALECT.aggregate.default]
+        if len(reads) == 1 and reads[0].args[1] < mix:
+            self._replace("carry", _Parts(mix=mix, weigh=reads[0]), StreamSpec(streams=_streams(mix)))
+        elif len(mix.users) == 1 and next(iter(mix.users)).target is DIALECT.reduce.default:
             exit_ = next(iter(mix.users))
             self._replace("leave", _Parts(mix=mix, weigh=exit_), _spec(exit_))
 
@@ -150,11 +167,15 @@ class _Fusing:
     def _replaced(self, kind: Kind, parts: _Parts, spec: StreamSpec, otherwise: str) -> bool:
         first, values = self._values(parts)
         X, y = value(values["X"]), value(values["y"]) if "y" in values else None
-        chain = Chain(
-            kind=kind, stream=spec, width=int(X.shape[-1]), streams_dtype=X.dtype,
-            branch_dtype=X.dtype if y is None else y.dtype,
-            norm=parts.norm.kind if parts.norm else "none", norm_eps=parts.norm.eps if parts.norm else 0.0,
-        )  # fmt: skip
+        fields: dict[str, Any] = {
+            "kind": kind, "width": int(X.shape[-1]), "streams_dtype": X.dtype,
+            "branch_dtype": X.dtype if y is None else y.dtype,
+            "norm": parts.norm.kind if parts.norm else "none", "norm_eps": parts.norm.eps if parts.norm else 0.0,
+        }  # fmt: skip
+        chain = form_of(spec).kernel(spec, **fields) if parts.site is not None else Chain(stream=spec, **fields)
+        if chain is None:
+            self.notes[f"{kind} {otherwise}: the form {spec.form} has no kernel"] += 1
+            return False
         if reason := self._against(chain, parts, first, values):
             self.notes[f"{kind} {otherwise}: {reason}"] += 1
             return False
@@ -202,7 +223,7 @@ class _Fusing:
             return "switched off"
         if len({self.modes[n] for n in parts.nodes}) > 1:
             return "gradients are switched on or off inside it"
-        if len({(n.meta.get("ac_graph_id"), n.meta.get("recompute")) for n in parts.nodes}) > 1:
+        if len({_block(n) for n in parts.nodes}) > 1:
             return "it crosses a recompute boundary"
         if any(values[name] >= first for name in chain.inputs()):
             return "a parameter is computed inside it"
@@ -231,6 +252,11 @@ class _Fusing:
             if "next_X" in items:
                 _take_place(items["next_X"], parts.mix)
             self.graph.erase_node(parts.mix)
+
+
+def _block(node: Node) -> tuple[object, object]:
+    """The recompute block of a node."""
+    return node.meta.get("ac_graph_id"), node.meta.get("recompute")
 
 
 def device_of(X: Node) -> str:
@@ -262,4 +288,4 @@ def _streams(node: Node) -> int:
 
 def _spec(node: Node) -> StreamSpec:
     """The specification that a site or an exit carries."""
-    return StreamSpec.parse(str(node.args[4 if node.target is DIALECT.coefficients.default else 1]))
+    return StreamSpec.parse(str(node.args[-1 if node.target in COEFFICIENTS else 1]))

@@ -1,4 +1,4 @@
-"""A form whose state is the list of earlier outputs, on the way that every form takes: conversion, training, folders."""
+"""A form whose state is the list of earlier outputs, as every form is used: conversion, training, folders."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def test_to_residual() -> None:
 
 def test_a_memory_needs_streams() -> None:
     settings = mhc_compile.MemorySettings.preset("v41", layers=(1,), rows_per_head=50, row_width=4, compress=False)
-    with pytest.raises(MHCError, match="MHC204 .*each_channel"):
+    with pytest.raises(MHCError, match=r"MHC204 .*each_channel"):
         converted(llama(), engram=settings)
 
 
 def test_names_that_are_refused() -> None:
-    with pytest.raises(MHCError, match="MHC204 .*already"):
+    with pytest.raises(MHCError, match=r"MHC204 .*already"):
         forms.register(EachChannel())
     other = type("Other", (EachChannel,), {"name": "not-a-name"})
-    with pytest.raises(MHCError, match="MHC204 .*identifier"):
+    with pytest.raises(MHCError, match=r"MHC204 .*identifier"):
         forms.register(other())
