@@ -116,7 +116,7 @@ class Form(ABC):
         names = tuple(self.parameters(StreamSpec(form=self.name), 0, 1))
         LIBRARY.define(self._schema(names), tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._kernel(names), "CompositeImplicitAutograd")
-        return getattr(torch.ops.mhc_forms, self.name).default  # type: ignore[no-any-return]
+        return getattr(torch.ops.mhc_forms, self.name).default
 
     @abstractmethod
     def _schema(self, names: Sequence[str]) -> str: ...

@@ -72,43 +72,6 @@ class SiteCost:
         return 2 * self.state + self.branch + self.made + self.parameters
 
 
-def paper(streams: Expr, width: Expr) -> SiteCost:
-    """Elements a token as arXiv 2512.24880 counts them (Eq. 20): X; h and the branch norm; F's output."""
-    return SiteCost(state=streams * width, made=2 * width, branch=width)
-
-
-# --- equal sites: formulas ------------------------------------------------------------------------------------------
-
-
-def kept(site: SiteCost, sites: Expr, block: Expr) -> Expr:
-    """Bytes that `sites` equal sites keep for the backward pass in blocks of `block`."""
-    return sites * site.branch + sympy.ceiling(sites / block) * site.begin
-
-
-def transient(site: SiteCost, block: Expr) -> Expr:
-    """Bytes that a block makes again."""
-    return block * (site.state + site.made) - site.begin
-
-
-def peak(site: SiteCost, sites: Expr, block: Expr) -> Expr:
-    """Bytes at the beginning of the backward pass: all that is kept, and the last block."""
-    return kept(site, sites, block) + transient(site, block)
-
-
-def extra(site: SiteCost, sites: Expr, block: Expr) -> Expr:
-    """Bytes moved more than without recomputation, where `block` divides `sites`."""
-    blocks = sites / block
-    return blocks * site.first + (sites - blocks) * site.again
-
-
-def best_block(site: SiteCost, sites: Expr) -> Expr:
-    """The block size at which the peak is smallest, were it no whole number: `sqrt(n*L/(n+2))` in the paper's count."""
-    block = sympy.Symbol("L_r", positive=True)
-    smooth = peak(site, sites, block).replace(sympy.ceiling, lambda x: x)
-    slope = sympy.diff(smooth, block)
-    return sympy.solve(slope, block)[0]
-
-
 # --- the sites of a graph: whole numbers ----------------------------------------------------------------------------
 
 

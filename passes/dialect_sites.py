@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.base import is_tensor, op_name, shape, value
 from mhc_compile.passes.cost import SiteCost
+from mhc_compile.passes.graphs import reachable
 from mhc_compile.passes.norms import match_norm
 from mhc_compile.passes.stages import coefficient_nodes, is_random
 
@@ -143,14 +144,13 @@ def size_hints(graph: Graph) -> dict[Any, int]:
 
 def _ends(coefficients: Node) -> list[Node]:
     """The `aggregate`s and the `distribute` that read the coefficients, through casts."""
-    found, stack = set(), [coefficients]
-    while stack:
-        for user in stack.pop().users:
-            if user.target in (DIALECT.aggregate.default, DIALECT.distribute.default):
-                found.add(user)
-            elif user.target is operator.getitem or op_name(user) == "to":
-                stack.append(user)
-    return sorted(found)
+    ends = (DIALECT.aggregate.default, DIALECT.distribute.default)
+
+    def readers(node: Node) -> list[Node]:
+        casts = (u for u in node.users if u.target is operator.getitem or op_name(u) == "to" or u.target in ends)
+        return list(casts) if node.target not in ends else []
+
+    return sorted(n for n in reachable([coefficients], readers) if n.target in ends)
 
 
 def _carried(graph: Graph) -> set[Node]:
@@ -198,15 +198,11 @@ def _inside_branches(graph: Graph) -> set[Node]:
 
 def _between(roots: Iterable[Node], allowed: set[Node]) -> set[Node]:
     """What lies between the states and `roots`, the states and roots that end other sites not counted."""
-    found: set[Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        for n in node.all_input_nodes:
-            if n in allowed and n not in found and not _is_state(n):
-                found.add(n)
-                stack.append(n)
-    return found
+
+    def above(node: Node) -> list[Node]:
+        return [n for n in node.all_input_nodes if n in allowed and not _is_state(n)]
+
+    return reachable((n for root in roots for n in above(root)), above)
 
 
 def _streams_read(node: Node) -> list[Node]:

@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.memory.memories import LayerMemory, Memory, layers_of
 from mhc_compile.passes.base import Context, Widened, gradient_modes, value
+from mhc_compile.passes.graphs import after
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.marks import Argument, Compression, State
 from mhc_compile.passes.tokens import token_ids
@@ -100,7 +101,7 @@ class _Inserting(Lookups):
         X = site.args[0]
         assert isinstance(X, Node)
         readers = [u for u in X.users if u.target is not torch.ops.mhc.reduce.default]
-        place = self._behind(max(X, self.last))
+        place = after(max(X, self.last))
         if self.modes.get(X) != self.modes.get(site):
             place, readers = site, [u for u in readers if u >= site]
         self.like = site
@@ -113,26 +114,26 @@ class _Inserting(Lookups):
         """The streams with the memory added, inserted where the graph inserts now."""
         streams, dtype = value(X).shape[-2], value(X).dtype
         p = {name: self._parameter(m, name) for name in ("key", "value", "query_gain", "key_gain")}
-        rows = self._method("to", rows, dtype)
-        key, weight = (self._method("to", p[name], dtype) for name in ("key", "value"))
-        keys = self._method("unflatten", self._call(torch.nn.functional.linear, rows, key), -1, (streams, -1))
-        fact = self._call(torch.nn.functional.linear, rows, weight)
+        rows = self.method("to", rows, dtype)
+        key, weight = (self.method("to", p[name], dtype) for name in ("key", "value"))
+        keys = self.method("unflatten", self.call(torch.nn.functional.linear, rows, key), -1, (streams, -1))
+        fact = self.call(torch.nn.functional.linear, rows, weight)
         spec = str(self.memory.fusion)
-        gate = self._call(ENGRAM.gate.default, X, keys, self._gain(p["query_gain"]), self._gain(p["key_gain"]), spec)
+        gate = self.call(ENGRAM.gate.default, X, keys, self._gain(p["query_gain"]), self._gain(p["key_gain"]), spec)
         if not self.memory.fusion.dilation:
-            return self._call(ENGRAM.inject.default, X, gate, fact, None, None, None, spec)
+            return self.call(ENGRAM.inject.default, X, gate, fact, None, None, None, spec)
         gates, facts = State("gate", m.layer), State("value", m.layer)
         if gates in self.inputs:
-            gate = self._call(torch.cat, (self.inputs[gates], gate), 1)
-            fact = self._call(torch.cat, (self.inputs[facts], fact), 1)
+            gate = self.call(torch.cat, (self.inputs[gates], gate), 1)
+            fact = self.call(torch.cat, (self.inputs[facts], fact), 1)
             self._keep_end(gates, gate)
             self._keep_end(facts, fact)
         gain, conv = self._gain(self._parameter(m, "conv_gain")), self._parameter(m, "conv")
-        return self._call(ENGRAM.inject.default, X, gate, fact, reach, gain, conv, spec)
+        return self.call(ENGRAM.inject.default, X, gate, fact, reach, gain, conv, spec)
 
     def _parameter(self, m: LayerMemory, name: str) -> Node:
         return self.parameters[f"engram.{m.layer}.{name}"]
 
     def _gain(self, held: Node) -> Node:
         offset = self.memory.settings.gain_offset
-        return self._call(operator.add, held, offset) if offset else held
+        return self.call(operator.add, held, offset) if offset else held

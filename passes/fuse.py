@@ -139,7 +139,7 @@ class _Fusing:
                 self._replace("boundary", _Parts(mix, site, weigh), _spec(site))
             return
         reads = [u for u in mix.users if u.target is DIALECT.aggregate.default]
-        if len(reads) == 1 and reads[0].args[1] < mix:
+        if len(reads) == 1 and all(node < mix for node in reads[0].all_input_nodes[1:]):
             self._replace("carry", _Parts(mix=mix, weigh=reads[0]), StreamSpec(streams=_streams(mix)))
         elif len(mix.users) == 1 and next(iter(mix.users)).target is DIALECT.reduce.default:
             exit_ = next(iter(mix.users))

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.passes.base import Context, module_stack, refuse, value
+from mhc_compile.passes.graphs import after
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.marks import Argument
 from mhc_compile.passes.tokens import token_embedding
@@ -71,12 +72,12 @@ class _Encoding(Lookups):
         reach, before = self._documents(self.ids, _NO_EOS, TABLE)
         rows = self._early(ENGRAM.over_rows.default, self.ids, reach, before, str(over.hash))
         look_up = self._look_up(TABLE, rows, over.width)
-        with self.graph.inserting_before(self._behind(max(embedding, self.last))):
+        with self.graph.inserting_before(after(max(embedding, self.last))):
             dtype = value(embedding).dtype
-            found = self._method("to", look_up(), dtype)
-            weight = self._method("to", self.parameters[f"{ROOT}.projection"], dtype)
-            added = self._call(torch.nn.functional.linear, found, weight)
-            total = self._call(torch.add, embedding, added)
+            found = self.method("to", look_up(), dtype)
+            weight = self.method("to", self.parameters[f"{ROOT}.projection"], dtype)
+            added = self.call(torch.nn.functional.linear, found, weight)
+            total = self.call(torch.add, embedding, added)
         for reader in readers:
             reader.replace_input_with(embedding, total)
         self._keep()

@@ -20,15 +20,14 @@ from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.kernels.probe_ops import watch
-from mhc_compile.passes.base import Context, Mark, copy_meta, kernels_of, op_name, value
+from mhc_compile.passes.base import Context, Mark, kernels_of, op_name, value
+from mhc_compile.passes.graphs import Writer, after
 from mhc_compile.passes.numeric import RECORDED
 from mhc_compile.passes.results import Probed
 
 PROBES = torch.ops.mhc_probes
 _ENGRAM, _KERNELS = torch.ops.engram, torch.ops.engram_kernels
-_PLAIN = {*COEFFICIENTS, torch.ops.mhc_kernels.plain_coefficients.default}
 _GATES = {
     op.default: places
     for op, places in (
@@ -62,9 +61,9 @@ class Probe:
         return gm
 
 
-class _Probing:
+class _Probing(Writer):
     def __init__(self, graph: Graph, marks: Sequence[Mark]) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.held: dict[Node, tuple[Node, str]] = {}
         """The slot and the name of every parameter."""
         self.owners: dict[Node, Probed] = {}
@@ -84,7 +83,7 @@ class _Probing:
             elif node.target in _GATES:
                 self._gates(node, _GATES[node.target])
         found = list(self.owners.values())
-        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        output = self.graph.output_node()
         added = []
         with self.graph.inserting_before(output):
             for owner in found:
@@ -108,20 +107,20 @@ class _Probing:
         self._watch(owner, name, mix)
         fused = _chain(mix)
         mixed = fused is None or fused.keeps_streams
-        with self.graph.inserting_before(_behind(mix, *(u for u in mix.users if u.target is operator.getitem))):
+        with self.graph.inserting_before(after(mix, *(u for u in mix.users if u.target is operator.getitem))):
             several = fused is not None and len(fused.outputs()) > 1
-            after = (self._item(mix, 0) if several else mix) if mixed else X
-            both = self._record(PROBES.site.default, (after, y, self._pre(coefficients), post, H, earlier, mixed), mix)
-            owner.figures.append(self._item(both, 0))
-            self.composites[mix] = self._item(both, 1)
+            state = (self.item(mix, 0) if several else mix) if mixed else X
+            both = self._record(PROBES.site.default, (state, y, self._pre(coefficients), post, H, earlier, mixed), mix)
+            owner.figures.append(self.item(both, 0))
+            self.composites[mix] = self.item(both, 1)
         owner.sites.append(name)
 
     def _owner(self, slot: Node, X: Node) -> Probed:
         if slot not in self.owners:
             self.owners[slot] = Probed(slot, int(value(X).shape[-2]))
-            with self.graph.inserting_before(_behind(slot)):
-                rows = self._call(torch.unbind, (slot,), slot)
-                self.watched[slot] = [self._item(rows, i) for i in range(int(value(slot).shape[0]))]
+            with self.graph.inserting_before(after(slot)):
+                rows = self.call(torch.unbind, slot, like=slot)
+                self.watched[slot] = [self.item(rows, i) for i in range(int(value(slot).shape[0]))]
         return self.owners[slot]
 
     def _watch(self, owner: Probed, name: str, mix: Node) -> None:
@@ -131,16 +130,16 @@ class _Probing:
         assert isinstance(X, Node)
         with self.graph.inserting_before(mix):
             row = self.watched[owner.slot][owner.rows.index(name)]
-            both = self._call(watch, (X, y, row), X)
-            mix.args = (self._item(both, 0), self._item(both, 1), *mix.args[2:])
+            both = self.call(watch, X, y, row, like=X)
+            mix.args = (self.item(both, 0), self.item(both, 1), *mix.args[2:])
 
     def _pre(self, coefficients: Node) -> Node:
         """The weights with which the site's branch reads the streams; made from `z` where a kernel kept that alone."""
         chain = _chain(coefficients)
         if chain is None or chain.kind == "coefficients":
-            return self._item(coefficients, 0)
+            return self.item(coefficients, 0)
         given = dict(zip(chain.inputs(), coefficients.args, strict=False))
-        z = self._item(coefficients, chain.outputs().index("z"))
+        z = self.item(coefficients, chain.outputs().index("z"))
         operands = (z, given["alpha"], given["bias"], chain.width, str(chain.stream))
         return self._record(PROBES.pre.default, operands, coefficients)
 
@@ -172,26 +171,17 @@ class _Probing:
         if found is None:
             return
         owner = self._owner(found[0], X)
-        with self.graph.inserting_before(_behind(gate)):
+        with self.graph.inserting_before(after(gate)):
             operands = (X, keys, query_gain, key_gain, gate.args[-1])
             owner.counts.append(self._record(PROBES.gates.default, operands, gate))
         owner.layers.append(found[1].removeprefix("engram.").rpartition(".")[0])
 
-    def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
-        return copy_meta(self.graph.call_function(target, arguments), like)
-
     def _record(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
-        """As `_call`, without tags: the backward pass has no use for what is recorded."""
-        new = self._call(target, arguments, like)
+        """As `call`, without tags: the backward pass has no use for what is recorded."""
+        new = self.call(target, *arguments, like=like)
         for tag in ("recompute", "ac_graph_id"):
             new.meta.pop(tag, None)
         return new
-
-    def _item(self, node: Node, index: int) -> Node:
-        for user in node.users:
-            if user.target is operator.getitem and user.args[1] == index:
-                return user
-        return self._call(operator.getitem, (node, index), node)
 
 
 def _mixes(node: Node) -> bool:
@@ -210,11 +200,3 @@ def _maker(node: Node) -> Node:
     while node.target is operator.getitem or op_name(node) == "to":
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def _behind(*nodes: Node) -> Node:
-    """The first node behind all `nodes` that is no input of the graph: what to insert in front of."""
-    place = max(nodes).next
-    while place.op == "placeholder":
-        place = place.next
-    return place

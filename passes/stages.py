@@ -12,7 +12,7 @@ later branches read of earlier ones (the values of the first layer, the output o
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.passes.base import is_tensor, op_name, refuse, switches_gradients, value
+from mhc_compile.passes.graphs import reachable
 
 DIALECT = torch.ops.mhc
 _VIEWS = ("getitem", "view", "reshape", "transpose", "select", "narrow", "unsqueeze", "squeeze", "permute", "expand")
@@ -63,8 +64,7 @@ def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = (
     for node in {n for nodes in crossing for n in nodes}:
         if not is_tensor(node) or not value(node).is_floating_point():
             raise refuse("MHC621", f"{op_name(node)} gives no floating-point tensor", node)
-    outputs = _outputs(gm.graph)
-    ends = [*crossing, outputs]
+    ends = [*crossing, gm.graph.output_node().all_input_nodes]
     pieces = []
     for k, (inside, out) in enumerate(zip([[], *crossing], ends, strict=True)):
         pieces.append(
@@ -160,11 +160,6 @@ def _crossing(place: dict[Node, int], k: int) -> list[Node]:
     return sorted(n for n in inner if place[n] < k and any(place.get(u, 0) >= k for u in n.users))
 
 
-def _outputs(graph: Graph) -> list[Node]:
-    output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    return output.all_input_nodes
-
-
 def _slice(gm: GraphModule, inside: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
     """The part of the graph that computes `outputs` from `inside` and the placeholders."""
     needed = _needed(gm.graph, inside, outputs)
@@ -182,24 +177,16 @@ def _slice(gm: GraphModule, inside: Sequence[Node], outputs: Sequence[Node]) -> 
 
 
 def _needed(graph: Graph, inside: Sequence[Node], outputs: Sequence[Node]) -> set[Node]:
-    stop = set(inside)
     needed: set[Node] = set()
 
-    def need(node: Node) -> None:
-        stack = [node]
-        while stack:
-            n = stack.pop()
-            if n not in needed and n not in stop:
-                needed.add(n)
-                stack += n.all_input_nodes
+    def need(nodes: Iterable[Node]) -> None:
+        needed.update(reachable(nodes, lambda n: [m for m in n.all_input_nodes if m not in inside]))
 
-    for node in outputs:
-        need(node)
+    need(n for n in outputs if n not in inside)
     writers = [n for n in graph.nodes if _writes(n)]
     # What is written into a needed value is needed, and what that reads.
     while new := [w for w in writers if w not in needed and _base(w.args[0]) in needed]:
-        for writer in new:
-            need(writer)
+        need(new)
     return needed
 
 

@@ -29,7 +29,6 @@ from mhc_compile.passes.base import (
     Context,
     Mark,
     Widened,
-    copy_meta,
     erase_unused,
     gradient_modes,
     op_name,
@@ -38,6 +37,7 @@ from mhc_compile.passes.base import (
     shape,
     switches_gradients,
 )
+from mhc_compile.passes.graphs import Writer, after
 from mhc_compile.passes.match_marks import pair_with_marks, sites_of
 from mhc_compile.passes.perstream import apply_per_stream
 from mhc_compile.passes.results import ResidualStream, Site
@@ -69,11 +69,11 @@ class Widen:
         return gm
 
 
-class _Widening:
+class _Widening(Writer):
     """The rewriting of one stream."""
 
     def __init__(self, graph: Graph, stream: ResidualStream, mark: Mark) -> None:
-        self.graph = graph
+        super().__init__(graph, stream.entry)
         self.stream = stream
         self.mark = mark
         self.spec = StreamSpec.parse(mark.spec)
@@ -84,15 +84,13 @@ class _Widening:
         self.places: dict[Node, int] = {}
         """Of the output of a site the number of the site in the mark, counted from 1."""
         self.reads: dict[str, Node] = {}
-        self.like = stream.entry
-        """The node whose provenance new nodes get."""
 
     def run(self) -> None:
         stream = self.stream
         entry, *values = stream.values
         members = {entry, *values}
         numbers = {name: i + 1 for i, name in enumerate(sites_of(self.mark))}
-        with self.graph.inserting_before(self.after(entry, entry)):
+        with self.graph.inserting_before(self.place(entry, entry)):
             self.states[entry] = self.form.enter(self, entry, self.spec)
         for site in stream.sites:
             self._between(site)
@@ -116,7 +114,7 @@ class _Widening:
             apply_per_stream(self.graph, site.previous, site.chain, wide, self.spec.streams)
             self.states |= wide
         elif site.chain:
-            with self.graph.inserting_before(self.after(state, site.previous)):
+            with self.graph.inserting_before(self.place(state, site.previous)):
                 total = self._sum(state, site.previous)
             for node in site.chain:
                 node.replace_input_with(site.previous, total)
@@ -128,7 +126,7 @@ class _Widening:
             return
         state = self.states[v]
         inside = [u for u in readers if u.op != "output"] or [v]
-        with self.graph.inserting_before(self.after(state, v, min(inside), max(inside))):
+        with self.graph.inserting_before(self.place(state, v, min(inside), max(inside))):
             reduced = self._sum(state, v) if isinstance(state, tuple) else self._reduced(state, v)
         for u in readers:
             u.replace_input_with(v, reduced)
@@ -147,18 +145,12 @@ class _Widening:
         self.like = v
         return functools.reduce(lambda a, b: self.call(operator.add, a, b), outputs)
 
-    def call(self, op: Any, *arguments: Any) -> Node:
-        """Insert a call where the graph inserts now."""
-        return copy_meta(self.graph.call_function(op, arguments), self.like)
-
-    def after(self, state: State, v: Node, reader: Node | None = None, wanted: Node | None = None) -> Node:
+    def place(self, state: State, v: Node, reader: Node | None = None, wanted: Node | None = None) -> Node:
         """Return what to insert in front of, right after `state`, which stands where `v` does.
 
         Where gradients are switched on or off at `wanted` other than at `v`: after that switch, in front of `reader`.
         """
-        place = (state if isinstance(state, Node) else max(state)).next
-        while place.op == "placeholder":
-            place = place.next
+        place = after(*(state if isinstance(state, tuple) else (state,)))
         if wanted is not None and self.gradients[v] != self.gradients.get(wanted, self.gradients[v]):
             at = place
             while at is not reader:
@@ -189,7 +181,7 @@ class _SiteWriter:
         """Call an op in front of all readers; return its results, of `ranks` dimensions after those of the tokens."""
         stream, site = self.stream, self.site
         reader = min([*self.first.values(), site.add])
-        with stream.graph.inserting_before(stream.after(self.read_state, self.read_at, reader, site.add)):
+        with stream.graph.inserting_before(stream.place(self.read_state, self.read_at, reader, site.add)):
             node = stream.call(op, *arguments)
             results = [stream.call(operator.getitem, node, i) for i in range(len(ranks))]
         self.ranks = dict(zip(results, ranks, strict=True))
@@ -202,10 +194,10 @@ class _SiteWriter:
         stream = self.stream
         for v in self.values:
             state = stream.states[v]
-            outputs = state if isinstance(state, tuple) else ()
-            operands = (state, [stream.places.get(o, 0) for o in outputs]) if outputs else (state,)
-            last = max(*self.ranks, *(outputs or operands))
-            with stream.graph.inserting_before(stream.after(last, v, self.first[v], self.site.add)):
+            outputs = state if isinstance(state, tuple) else (state,)
+            operands = (state,) if state is outputs[0] else (state, [stream.places.get(o, 0) for o in outputs])
+            last = max([*self.ranks, *outputs])
+            with stream.graph.inserting_before(stream.place(last, v, self.first[v], self.site.add)):
                 self.reads[v] = stream.call(op, *operands, *(self._laid_out(a, v) for a in arguments))
             stream.reads.setdefault(self.site.name, self.reads[v])
             for reader in self.site.reads[v]:
@@ -222,8 +214,8 @@ class _SiteWriter:
                 return branch
             one = self.carried_state  # what the add broadcast to
             if isinstance(one, Node):
-                one = (copy_meta(stream.graph.call_method("select", (one, -2, 0)), site.add),)
-            return copy_meta(stream.graph.call_method("expand_as", (branch, one[0])), site.add)
+                one = (stream.method("select", one, -2, 0),)
+            return stream.method("expand_as", branch, one[0])
 
     def write(self, op: Any, *arguments: Any) -> Node:
         """Return `op(carried_state, y, *arguments)`."""
@@ -248,4 +240,4 @@ class _SiteWriter:
         if sizes.count(-1) > 1 or any(op_name(n) in REORDERS for n in self.site.chain):
             raise refuse("MHC108", "the stream is laid out anew between where it is read and where it is added to", v)
         sizes += [self.stream.spec.streams] * self.ranks[coefficients]
-        return copy_meta(self.stream.graph.call_method("reshape", (coefficients, tuple(sizes))), self.site.add)
+        return self.stream.method("reshape", coefficients, tuple(sizes))

@@ -75,7 +75,7 @@ def test_conversion_keeps_the_function_and_every_weight_learns(make: type[nn.Mod
 
 def test_the_weights_weigh() -> None:
     """Without earlier outputs every branch reads the embedding alone."""
-    model = converted(chain(depth=2))
+    model = convert(chain(depth=2), ids(), form="each_channel", inner="eager")
     (parameters,) = owners(model).values()
     before = logits(model(ids())).detach()
     with torch.no_grad():
