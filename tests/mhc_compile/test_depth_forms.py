@@ -47,7 +47,7 @@ def registered() -> Iterator[None]:
 def bert() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return BertForMaskedLM(BertConfig(vocab_size=50, attn_implementation="sdpa", **sizes)).eval()
+    return BertForMaskedLM(BertConfig(vocab_size=100, attn_implementation="sdpa", **sizes)).eval()
 
 
 def converted(model: nn.Module, **options: object) -> nn.Module:
