@@ -1,7 +1,7 @@
 """The stream ops, registered with `torch.library` on import.
 
 `mhc::*` is the dialect of the graph passes. Its ops are composite: they decompose into the plain PyTorch of
-`mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. `mhc_kernels::plain_coefficients`
+`mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. `mhc_kernels::reference_coefficients`
 is the same with the Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is
 always `str(StreamSpec)`.
 
@@ -112,8 +112,8 @@ def _register() -> None:
     for schema, kernel in composite.items():
         DIALECT.define(schema, tags=tags)
         DIALECT.impl(schema.split("(", 1)[0], kernel, "CompositeImplicitAutograd")
-    KERNELS.define(f"plain_{coefficients}", tags=tags)
-    KERNELS.impl("plain_coefficients", _coefficients_opaque, "CompositeImplicitAutograd")
+    KERNELS.define(f"reference_{coefficients}", tags=tags)
+    KERNELS.impl("reference_coefficients", _coefficients_opaque, "CompositeImplicitAutograd")
 
     DIALECT.define("mark(Tensor x, Tensor[] params, str spec, Tensor[] given, str names) -> Tensor", tags=tags)
     DIALECT.impl("mark", _mark, "CompositeExplicitAutograd")

@@ -33,10 +33,10 @@ from mhc_compile.passes.tokens import token_ids
 class Engram:
     """Adds the memories of every widened stream's owner. Raises MHC225 where the graph has no token ids.
 
-    `plain`: rows are read by PyTorch's embedding, for programs that run without this package.
+    `portable`: rows are read by PyTorch's embedding, for programs that run without this package.
     """
 
-    plain: bool = False
+    portable: bool = False
 
     name: ClassVar[str] = "engram"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -49,7 +49,7 @@ class Engram:
                 of_mark = [w for w in context.widened if w.mark is widened.mark]
                 # Of this graph: the first site of a layer may be one that its mode leaves out.
                 entries = layers_of([site for w in of_mark for site in w.reads])
-                _Inserting(gm.graph, widened, widened.mark.memory, entries, plain=self.plain).run()
+                _Inserting(gm.graph, widened, widened.mark.memory, entries, portable=self.portable).run()
                 layers = ", ".join(m.layer for m in widened.mark.memory.layers)
                 context.notes.append(f"memory at {layers} of {widened.mark.owner or 'the model'}")
         return gm
@@ -59,10 +59,10 @@ class _Inserting(Lookups):
     """The memories of one stream."""
 
     def __init__(
-        self, graph: Graph, widened: Widened, memory: Memory, entries: Mapping[str, str], *, plain: bool
+        self, graph: Graph, widened: Widened, memory: Memory, entries: Mapping[str, str], *, portable: bool
     ) -> None:
         ids = token_ids(widened.stream.entry, memory.vocab, widened.mark.inputs.get(Argument("ids")))
-        super().__init__(graph, widened, ids, plain=plain)
+        super().__init__(graph, widened, ids, portable=portable)
         self.memory = memory
         self.entries = {layer: site for layer, site in entries.items() if site in widened.reads}
         """The site in front of which each layer of the stream gets its memory."""

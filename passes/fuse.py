@@ -51,12 +51,12 @@ KERNELS: tuple[Fused, ...] = get_args(Fused)
 class Fuse:
     """Replaces dialect ops by `mhc_kernels` ops; `kinds` names the kinds of chain that may be used.
 
-    With `engram` among them memories get their kernels, too. `plain`: chains are merged whether or not a kernel exists
+    With `engram` among them memories get their kernels, too. `without_kernels`: chains are merged whether or not a kernel exists
     for them, which shows what belongs together.
     """
 
     kinds: tuple[Fused, ...] = KERNELS
-    plain: bool = False
+    without_kernels: bool = False
 
     name: ClassVar[str] = "fuse"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -70,7 +70,7 @@ class Fuse:
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
-        work = _Fusing(gm.graph, self.kinds, plain=self.plain)
+        work = _Fusing(gm.graph, self.kinds, without_kernels=self.without_kernels)
         work.run()
         context.notes += [f"{count} x {text}" for text, count in work.notes.items()]
         if MEMORIES in self.kinds:
@@ -94,10 +94,10 @@ class _Parts:
 
 
 class _Fusing:
-    def __init__(self, graph: Graph, kernels: tuple[str, ...], *, plain: bool) -> None:
+    def __init__(self, graph: Graph, kernels: tuple[str, ...], *, without_kernels: bool) -> None:
         self.graph = graph
         self.kernels = kernels
-        self.plain = plain
+        self.without_kernels = without_kernels
         self.modes = gradient_modes(graph)
         self.notes: Counter[str] = Counter()
 
@@ -227,7 +227,7 @@ class _Fusing:
             return "it crosses a recompute boundary"
         if any(values[name] >= first for name in chain.inputs()):
             return "a parameter is computed inside it"
-        if self.plain:
+        if self.without_kernels:
             return ""
         target, reason = targets.choose(chain, device_of(values["X"]))
         return reason if target == "reference" else ""

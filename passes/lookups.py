@@ -26,12 +26,12 @@ _ALL = slice(None)
 class Lookups(Writer):
     """Inserts look-ups for the owner of one stream, whose token ids are `ids`.
 
-    `plain`: rows are read by PyTorch's embedding, for programs that run without this package.
+    `portable`: rows are read by PyTorch's embedding, for programs that run without this package.
     """
 
-    def __init__(self, graph: Graph, widened: Widened, ids: Node, *, plain: bool) -> None:
+    def __init__(self, graph: Graph, widened: Widened, ids: Node, *, portable: bool) -> None:
         super().__init__(graph, widened.stream.entry)
-        self.widened, self.ids, self.plain = widened, ids, plain
+        self.widened, self.ids, self.portable = widened, ids, portable
         self.inputs, self.parameters = widened.mark.inputs, widened.mark.parameters
         self.last = max(ids, *self.inputs.values(), *self.parameters.values())
         """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
@@ -73,7 +73,7 @@ class Lookups(Writer):
 
     def _look_up(self, table: str, rows: Node, width: int) -> Callable[[], Node]:
         """Begin to fetch the rows; returns what gives the node of their values, inserted where it is called."""
-        if self.plain:
+        if self.portable:
             if Weight(table) not in self.inputs:
                 detail = f"the rows of {table} are no float32 or bfloat16 tensor in memory"
                 raise MHCError("MHC504", detail, way_out='load the folder with tables="device"')

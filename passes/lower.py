@@ -18,7 +18,7 @@ from mhc_compile.passes.base import Context, erase_unused
 
 @dataclass(frozen=True)
 class Lower:
-    """Replaces `mhc::coefficients` by `mhc_kernels::plain_coefficients`; the other dialect ops decompose as they are.
+    """Replaces `mhc::coefficients` by `mhc_kernels::reference_coefficients`; the other dialect ops decompose as they are.
 
     What `fuse` has turned into kernels is no dialect op any more.
     """
@@ -32,7 +32,7 @@ class Lower:
         replaced = 0
         for node in gm.graph.nodes:
             if node.target is torch.ops.mhc.coefficients.default:
-                node.target = torch.ops.mhc_kernels.plain_coefficients.default
+                node.target = torch.ops.mhc_kernels.reference_coefficients.default
                 replaced += 1
         erase_unused(gm)
         context.notes.append(f"{replaced} sites: coefficients with an opaque Sinkhorn, the rest in plain PyTorch")

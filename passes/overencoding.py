@@ -34,10 +34,10 @@ _NO_EOS = -1
 class OverEncode:
     """Adds the n-grams of every widened stream's owner that has some. Raises MHC225 where it embeds no token ids.
 
-    `plain`: rows are read by PyTorch's embedding, for programs that run without this package.
+    `portable`: rows are read by PyTorch's embedding, for programs that run without this package.
     """
 
-    plain: bool = False
+    portable: bool = False
 
     name: ClassVar[str] = "overencoding"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -57,7 +57,7 @@ class OverEncode:
             if found.node in done:
                 continue
             done.add(found.node)
-            _Encoding(gm.graph, widened, found.ids, plain=self.plain).run(found.node, over)
+            _Encoding(gm.graph, widened, found.ids, portable=self.portable).run(found.node, over)
             context.notes.append(f"over-encoding of n-grams up to {over.hash.order} at {found.node.name}")
         return gm
 

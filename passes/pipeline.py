@@ -133,4 +133,4 @@ ANALYSIS = Pipeline((Normalize(), Residual()))
 NATIVE = Pipeline((Normalize(), Native()))
 WIDENING = Pipeline((*ANALYSIS, Widen(), OverEncode(), Engram()))
 """What a converted model's graph goes through before kernels hide the equations."""
-EXPORT = Pipeline((*ANALYSIS, Widen(), OverEncode(plain=True), Engram(plain=True)))
+EXPORT = Pipeline((*ANALYSIS, Widen(), OverEncode(portable=True), Engram(portable=True)))

@@ -13,7 +13,7 @@ from mhc_compile.passes.coverage import coverage
 from mhc_compile.passes.dataflow import Dataflow, storage_root
 from mhc_compile.passes.multistream import multistream, side_by_side
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.passes.residual_sites import SiteSearch, branch_mask
+from mhc_compile.passes.residual_sites import SiteSearch, branch_mask, branches_mask
 from mhc_compile.passes.results import ResidualStream, Site
 
 MAX_OUTER_MATMULS = 8
@@ -84,9 +84,7 @@ class StreamAnalysis:
     def _refuse_kept_adds(self, sites: list[Site]) -> None:
         """Refuse `x += branch(x)` that normalising had to leave: what else sees `x` change would not."""
         flow = self.flow
-        inside = 0
-        for site in sites:
-            inside |= branch_mask(flow, site) & ~flow.ancestors[site.carry]
+        inside = branches_mask(flow, sites)
         for root, writes in flow.writes.items():
             for write in writes:
                 if op_name(write) not in ("iadd", "add_") or flow.bit(write) & inside:

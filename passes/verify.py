@@ -45,7 +45,7 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
                 continue
             known = value(node)
             namespace = getattr(node.target, "namespace", "")
-            if namespace == "mhc" or node.target is torch.ops.mhc_kernels.plain_coefficients.default:
+            if namespace == "mhc" or node.target is torch.ops.mhc_kernels.reference_coefficients.default:
                 result = _dialect_value(node, after, known is None)
             elif (
                 namespace in ("mhc_kernels", "mhc_forms", "engram", "engram_kernels")
@@ -143,7 +143,7 @@ def _dialect_value(node: Node, after: str, new: bool) -> Any:
     def make(shape: tuple[Any, ...], dtype: torch.dtype = x.dtype) -> Any:
         return x.new_empty(shape, dtype=dtype) if new else _Like(shape, dtype, x.device)
 
-    name = str(node.target).split(".")[1].removeprefix("plain_")
+    name = str(node.target).split(".")[1].removeprefix("reference_")
     wide = max(x.dtype, torch.float32, key=lambda d: d.itemsize)
     if name == "expand":
         return make((*x.shape[:-1], operands[1], x.shape[-1]))

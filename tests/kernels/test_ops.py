@@ -49,7 +49,7 @@ def leaves(spec: StreamSpec, dtype: torch.dtype = torch.float32) -> list[Tensor]
 def site(spec: StreamSpec, opaque: bool = True) -> Callable[..., Tensor]:
     """A whole stream with one site, from entry to exit."""
     dialect, text = torch.ops.mhc, str(spec)
-    maps = torch.ops.mhc_kernels.plain_coefficients if opaque else dialect.coefficients
+    maps = torch.ops.mhc_kernels.reference_coefficients if opaque else dialect.coefficients
 
     def run(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
         X = dialect.expand(x, spec.streams)
@@ -198,7 +198,7 @@ def test_opcheck(spec: StreamSpec) -> None:
     X, y = normal(2, 3, n, C).requires_grad_(), normal(2, 3, C).requires_grad_()
     parameters = leaves(spec)
     post, H = normal(2, 3, n).requires_grad_(), normal(2, 3, n, n).requires_grad_()
-    calls: list[tuple[Any, tuple[Any, ...]]] = [(torch.ops.mhc_kernels.plain_coefficients, (X, *parameters, text))]
+    calls: list[tuple[Any, tuple[Any, ...]]] = [(torch.ops.mhc_kernels.reference_coefficients, (X, *parameters, text))]
     if spec.manifold == "sinkhorn":
         calls.append((torch.ops.mhc_kernels.sinkhorn, (H, text)))
         calls.append((torch.ops.mhc_kernels.sinkhorn_backward, (H.detach(), H.detach(), text)))
@@ -391,4 +391,4 @@ def test_importing_again_registers_nothing_new() -> None:
     assert sinkhorn.LIBRARY.ns == "mhc_kernels"
     names = {str(s.name) for s in torch._C._jit_get_all_schemas() if str(s.name).startswith("mhc")}
     assert {"mhc::expand", "mhc::coefficients", "mhc::aggregate", "mhc::distribute", "mhc::reduce"} <= names
-    assert {"mhc::mark", "mhc_kernels::plain_coefficients", "mhc_kernels::sinkhorn"} <= names
+    assert {"mhc::mark", "mhc_kernels::reference_coefficients", "mhc_kernels::sinkhorn"} <= names

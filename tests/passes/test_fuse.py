@@ -90,7 +90,7 @@ def test_every_topology_computes_the_same(recipe: Recipe) -> None:
     out = fused(model, ids)
     found = ops(out)
     assert "coefficients" in found or "read" in found or "boundary" in found
-    assert "plain_coefficients" not in found
+    assert "reference_coefficients" not in found
 
 
 def test_a_norm_of_each_stream_separates_distribute_from_read() -> None:
@@ -128,7 +128,7 @@ def test_each_kind_can_be_switched_off(kind: str) -> None:
 def test_nothing_is_fused_without_kernels() -> None:
     model, ids = toy(Recipe(layers=1))
     found = ops(fused(model, ids, step=Fuse(())))
-    assert set(found) == {"expand", "plain_coefficients", "aggregate", "distribute", "reduce"}
+    assert set(found) == {"expand", "reference_coefficients", "aggregate", "distribute", "reduce"}
 
 
 def test_a_manifold_without_a_kernel_is_left_with_its_reason() -> None:
@@ -141,7 +141,7 @@ def test_a_manifold_without_a_kernel_is_left_with_its_reason() -> None:
 def test_float64_is_left_alone() -> None:
     model, ids = toy(Recipe(layers=1))
     out = stepped(model.double(), SPEC, ids, fuse=None)
-    assert "plain_coefficients" in ops(out)
+    assert "reference_coefficients" in ops(out)
 
 
 class Blocks(nn.Module):
@@ -193,7 +193,7 @@ def test_without_a_compiler_everything_stays_plain_with_one_warning(monkeypatch:
         for cached in (targets.choose, build.no_compiler):
             cached.cache_clear()
     assert len([w for w in caught if "MHC309" in str(w.message)]) == 1
-    assert "plain_coefficients" in ops(out)
+    assert "reference_coefficients" in ops(out)
 
 
 def test_the_search_for_compilers_is_no_part_of_the_pass_and_only_for_streams() -> None:
