@@ -1,9 +1,9 @@
 """The stream ops, registered with `torch.library` on import.
 
 `mhc::*` is the dialect of the graph passes. Its ops are composite: they decompose into the plain PyTorch of
-`mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. `mhc_kernels::reference_coefficients`
-is the same with the Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is
-always `str(StreamSpec)`.
+`mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. The sites of other forms than mHC
+begin with ops `mhc_forms::*` (`mhc_compile.kernels.form`). `mhc_kernels::reference_coefficients` is mHC's with the
+Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is always `str(StreamSpec)`.
 
     mhc::expand(x [..., C], streams n) -> [..., n, C]
     mhc::coefficients(streams [..., n, C], phi [rows, n*C], alpha [3], bias [rows], spec) -> pre, post, H

@@ -51,8 +51,8 @@ KERNELS: tuple[Fused, ...] = get_args(Fused)
 class Fuse:
     """Replaces dialect ops by `mhc_kernels` ops; `kinds` names the kinds of chain that may be used.
 
-    With `engram` among them memories get their kernels, too. `without_kernels`: chains are merged whether or not a kernel exists
-    for them, which shows what belongs together.
+    With `engram` among them memories get their kernels, too. With `without_kernels` chains are merged whether or not a
+    kernel exists for them, which shows what belongs together.
     """
 
     kinds: tuple[Fused, ...] = KERNELS

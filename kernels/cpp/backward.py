@@ -263,6 +263,45 @@ def _dh(chain: Chain) -> str:
     return "d_h + (first + t) * C" if chain.norm == "none" else "dh + t * V * LANES"
 
 
+def _site(chain: Chain) -> list[str]:
+    """The coefficients again, and from their gradients those of the projections (`du_of`) and norms (`scale_of`)."""
+    lines = []
+    lines.append("""\
+      Lanes u[Z], du[U] = {}, s[GROUPS], ds[GROUPS] = {}, scale[GROUPS];
+      tokens_to_lanes(z + first * Z, Z, m, u);
+      for (int g = 0; g < GROUPS; ++g) s[g] = inverse_rms(u[U + g]);
+      Site found, d;
+      site(u, s, alpha, bias, found);""")
+    if chain.collapses:
+        lines.append("""\
+      float weights[TOKENS * N], dweights[TOKENS * N];
+      lanes_to_tokens(found.pre, N, m, weights, N);""")
+        if chain.norm != "none":
+            bias = ", own_norm + V * LANES" if chain.norm == "layer" else ""
+            lines.append(f"""\
+      for (int t = 0; t < m; ++t) {{
+        float* row = dh + t * V * LANES;
+        collapse(x + t * STRIDE, weights + t * N, row);
+        normalise_backward(row, d_h + (first + t) * C, norm_weight, own_norm{bias});
+      }}""")
+        lines.append(f"""\
+      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, {_dh(chain)}, dweights + t * N);
+      tokens_to_lanes(dweights, N, m, d.pre);""")
+    else:
+        lines.append("      tokens_to_lanes(d_next_pre + first * N, N, m, d.pre);")
+    if chain.weights == "site":
+        lines.append("""\
+      tokens_to_lanes(d_next_post + first * N, N, m, d.post);
+      tokens_to_lanes(d_next_H + first * N * N, N * N, m, &d.H[0][0]);""")
+    lines.append("""\
+      site_backward(u, s, alpha, bias, d, du, ds, dalpha, dbias);
+      for (int g = 0; g < GROUPS; ++g) scale[g] = inverse_rms_backward(ds[g], s[g], u[U + g]);
+      float du_of[TOKENS * U] = {}, scale_of[TOKENS * GROUPS];
+      lanes_to_tokens(du, U, m, du_of, U);
+      lanes_to_tokens(scale, GROUPS, m, scale_of, GROUPS);""")
+    return lines
+
+
 def _body(chain: Chain) -> str:
     n = chain.stream.streams
     lines = [load_tokens(chain, keeps=False, squares=False)] if _reads_streams(chain) else []
@@ -278,39 +317,7 @@ def _body(chain: Chain) -> str:
             "        weigh(x + t * STRIDE, d_h + (first + t) * C, d_pre + (first + t) * N);"
         )
     if chain.projects:
-        lines.append("""\
-      Lanes u[Z], du[U] = {}, s[GROUPS], ds[GROUPS] = {}, scale[GROUPS];
-      tokens_to_lanes(z + first * Z, Z, m, u);
-      for (int g = 0; g < GROUPS; ++g) s[g] = inverse_rms(u[U + g]);
-      Site found, d;
-      site(u, s, alpha, bias, found);""")
-        if chain.collapses:
-            lines.append("""\
-      float weights[TOKENS * N], dweights[TOKENS * N];
-      lanes_to_tokens(found.pre, N, m, weights, N);""")
-            if chain.norm != "none":
-                bias = ", own_norm + V * LANES" if chain.norm == "layer" else ""
-                lines.append(f"""\
-      for (int t = 0; t < m; ++t) {{
-        float* row = dh + t * V * LANES;
-        collapse(x + t * STRIDE, weights + t * N, row);
-        normalise_backward(row, d_h + (first + t) * C, norm_weight, own_norm{bias});
-      }}""")
-            lines.append(f"""\
-      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, {_dh(chain)}, dweights + t * N);
-      tokens_to_lanes(dweights, N, m, d.pre);""")
-        else:
-            lines.append("      tokens_to_lanes(d_next_pre + first * N, N, m, d.pre);")
-        if chain.weights == "site":
-            lines.append("""\
-      tokens_to_lanes(d_next_post + first * N, N, m, d.post);
-      tokens_to_lanes(d_next_H + first * N * N, N * N, m, &d.H[0][0]);""")
-        lines.append("""\
-      site_backward(u, s, alpha, bias, d, du, ds, dalpha, dbias);
-      for (int g = 0; g < GROUPS; ++g) scale[g] = inverse_rms_backward(ds[g], s[g], u[U + g]);
-      float du_of[TOKENS * U] = {}, scale_of[TOKENS * GROUPS];
-      lanes_to_tokens(du, U, m, du_of, U);
-      lanes_to_tokens(scale, GROUPS, m, scale_of, GROUPS);""")
+        lines += _site(chain)
     gather = []
     if chain.keeps_streams:
         gather.append("d_next_X + (first + t) * N * C")

@@ -31,7 +31,7 @@ def kernel_entries(kernels: Sequence[KernelReport], nodes: Sequence[Node], place
     for node in nodes:
         for spec in kernels_of(node):
             number = place(node)
-            around = [place.drawing.before.get(number, number)] if spec.kind in ("boundary", "leave") else []
+            around = [place.drawing.before.get(number, number)] if spec.kind in ("boundary", "carry", "leave") else []
             used.setdefault(spec, {}).update(dict.fromkeys([*around, number]))
     return [_entry(kernel, list(used.get(kernel.spec, ()))) for kernel in kernels]
 

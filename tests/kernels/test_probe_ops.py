@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import probe_ops, reference
+from mhc_compile.kernels import hc, probe_ops, reference
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.memory import fusion
@@ -66,6 +66,14 @@ def test_pre_from_what_a_kernel_keeps(convention: Convention) -> None:
     kept = chain.reference({"X": X, "phi": phi, "alpha": alpha, "bias": bias})["z"]
     expected, _, _ = reference.coefficients(X, phi, alpha, bias, spec)
     torch.testing.assert_close(OPS.pre(kept, alpha, bias, 5, str(spec)), expected)
+
+
+def test_pre_of_hyper_connections_from_what_a_kernel_keeps() -> None:
+    spec = StreamSpec(streams=3, form="hc")
+    values = {"X": torch.randn(2, 7, 3, 5), "phi": torch.randn(5, 5), "alpha": torch.rand(2), "bias": torch.randn(15)}
+    kept = Chain(kind="read", stream=spec, width=5).reference(values)["z"]
+    expected, _, _ = hc.dynamic(**values)
+    torch.testing.assert_close(OPS.pre(kept, values["alpha"], values["bias"], 5, str(spec)), expected)
 
 
 def test_gates_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

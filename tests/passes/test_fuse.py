@@ -83,6 +83,16 @@ def test_a_stream_becomes_read_boundaries_and_leave(golden: Golden) -> None:
     golden(f"{out.texts['widen']}\n\n{out.texts['fuse']}")
 
 
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [("hc", ["expand", "read", "boundary", "leave"]), ("hc_static", ["expand", "aggregate", "carry", "leave"])],
+)
+def test_hyper_connections_are_fused_too(form: str, expected: list[str]) -> None:
+    """Static coefficients are given to the kernel that mixes and weighs."""
+    model, ids = toy(Recipe(layers=1))
+    assert ops(fused(model, ids, spec=StreamSpec(streams=3, form=form))) == expected
+
+
 # The recipe with a cast computes in float64, for which there are no kernels.
 @pytest.mark.parametrize("recipe", [r for r in ONE_BY_ONE if r.extra != "cast"], ids=str)
 def test_every_topology_computes_the_same(recipe: Recipe) -> None:
