@@ -39,6 +39,7 @@ from mhc_compile.passes.base import (
     value,
 )
 from mhc_compile.passes.fuse_memory import MEMORIES, fuse_memories
+from mhc_compile.passes.graphs import Writer
 from mhc_compile.passes.norms import BranchNorm, match_norm
 
 DIALECT = torch.ops.mhc
@@ -93,9 +94,9 @@ class _Parts:
         return [n for n in (self.mix, self.site, self.weigh, *normed) if n is not None]
 
 
-class _Fusing:
+class _Fusing(Writer):
     def __init__(self, graph: Graph, kernels: tuple[str, ...], *, without_kernels: bool) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.kernels = kernels
         self.without_kernels = without_kernels
         self.modes = gradient_modes(graph)
@@ -192,13 +193,10 @@ class _Fusing:
                 if made_of is not None:
                     fused.meta[part] = site_path(made_of)
             names = chain.outputs()
-            items = {n: self._item(fused, i) if len(names) > 1 else fused for i, n in enumerate(names) if n != "z"}
+            items = {n: self.item(fused, i) if len(names) > 1 else fused for i, n in enumerate(names) if n != "z"}
         self._redirect(parts, items)
         self.notes[f"{op_of(chain)} in {chain.name}"] += 1
         return True
-
-    def _item(self, fused: Node, i: int) -> Node:
-        return copy_meta(self.graph.call_function(operator.getitem, (fused, i)), fused)
 
     def _values(self, parts: _Parts) -> tuple[Node, dict[str, Any]]:
         """Where the new op goes, and its arguments by name."""

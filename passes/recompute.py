@@ -26,7 +26,6 @@ from mhc_compile.passes.base import Context, gradient_modes
 from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, optimal_block, parse_blocks
 from mhc_compile.passes.dialect_sites import StreamSite, by_stream, size_hints, stream_sites
 from mhc_compile.passes.fuse import KERNELS, Fused
-from mhc_compile.passes.stages import coefficient_nodes
 
 _TAG, _BLOCK = "recompute", "ac_graph_id"
 
@@ -103,19 +102,6 @@ def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]
         return not any(_TAG in n.meta or modes[n] is False for n in (*site.stream, *filter(None, [site.distribute])))
 
     return by_stream([site for site in among if may(site)])
-
-
-def block_boundaries(graph: Graph) -> list[str]:
-    """The names of the sites that begin a block of a dialect graph that is tagged, in order: the first is among them.
-
-    Sites outside all blocks count as one between two blocks. A graph may be cut in front of each without another kernel
-    to run (`mhc_compile.passes.stages.split_graph`).
-    """
-    coefficient_calls = coefficient_nodes(graph)
-    held = [t.meta.get(_BLOCK) for t in coefficient_calls]
-    return [
-        str(t.meta.get("mhc_site", "")) for i, t in enumerate(coefficient_calls) if i == 0 or held[i] != held[i - 1]
-    ]
 
 
 def is_tagged(graph: Graph) -> bool:
