@@ -39,25 +39,14 @@ class Parameter(NamedTuple):
 class SiteWriter(Protocol):
     """One site of a graph that is being rewritten, as a form sees it (`mhc_compile.passes.widen`)."""
 
-    @property
-    def parameters(self) -> Sequence[Node]:
-        """The site's parameters, in the order of `Form.parameters`."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """The specification as text, which ops carry."""
-        ...
-
-    @property
-    def read_state(self) -> State:
-        """The state where the branch first reads it."""
-        ...
-
-    @property
-    def carried_state(self) -> State:
-        """The state to which the branch is added."""
-        ...
+    parameters: list[Node]
+    """The site's parameters, in the order of `Form.parameters`."""
+    text: str
+    """The specification as text, which ops carry."""
+    read_state: State
+    """The state where the branch first reads it."""
+    carried_state: State
+    """The state to which the branch is added."""
 
     def compute(self, op: Any, *arguments: Any, ranks: Sequence[int]) -> list[Node]:
         """Call an op in front of all readers; return its results, of `ranks` dimensions after those of the tokens."""
@@ -76,14 +65,6 @@ class SiteWriter(Protocol):
         ...
 
 
-class StateWriter(Protocol):
-    """Inserts operations where a stream begins, or where something outside all branches reads it."""
-
-    def call(self, op: Any, *arguments: Any) -> Node:
-        """Insert a call."""
-        ...
-
-
 class Form(ABC):
     """One way to write sites."""
 
@@ -99,8 +80,8 @@ class Form(ABC):
         """
 
     @abstractmethod
-    def enter(self, graph: StateWriter, entry: Node, spec: StreamSpec) -> State:
-        """Return the state with which a stream begins."""
+    def enter(self, call: Callable[..., Node], entry: Node, spec: StreamSpec) -> State:
+        """Return the state with which a stream begins; `call(op, *arguments)` inserts a node."""
 
     @abstractmethod
     def rewrite(self, site: SiteWriter) -> State:
@@ -138,9 +119,9 @@ class StreamForm(Form):
         The branch reads `pre @ X`; the next streams are `H @ X + outer(post, y)`.
         """
 
-    def enter(self, graph: StateWriter, entry: Node, spec: StreamSpec) -> State:
+    def enter(self, call: Callable[..., Node], entry: Node, spec: StreamSpec) -> State:
         """Return n equal streams."""
-        return graph.call(torch.ops.mhc.expand.default, entry, spec.streams)
+        return call(torch.ops.mhc.expand.default, entry, spec.streams)
 
     def rewrite(self, site: SiteWriter) -> State:
         """Write aggregate, branch, distribute with the coefficients."""
@@ -177,7 +158,7 @@ class DepthForm(Form):
         begins anew, or that leaves layers out, they are not all there.
         """
 
-    def enter(self, graph: StateWriter, entry: Node, spec: StreamSpec) -> State:  # noqa: ARG002
+    def enter(self, call: Callable[..., Node], entry: Node, spec: StreamSpec) -> State:  # noqa: ARG002
         """Return the entry alone."""
         return (entry,)
 

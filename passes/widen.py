@@ -91,7 +91,7 @@ class _Widening(Writer):
         members = {entry, *values}
         numbers = {name: i + 1 for i, name in enumerate(sites_of(self.mark))}
         with self.graph.inserting_before(self.place(entry, entry)):
-            self.states[entry] = self.form.enter(self, entry, self.spec)
+            self.states[entry] = self.form.enter(self.call, entry, self.spec)
         for site in stream.sites:
             self._between(site)
             state = self.form.rewrite(_SiteWriter(self, site))
@@ -170,8 +170,8 @@ class _SiteWriter:
         self.values = [v for v in (site.previous, *site.chain) if v in site.reads]
         """The values of the stream that the branch reads."""
         self.read_at = self.values[0] if self.values else site.carry
-        self.read_state = stream.states[self.read_at]
-        self.carried_state = stream.states[site.carry]
+        self.read_state: State = stream.states[self.read_at]
+        self.carried_state: State = stream.states[site.carry]
         self.first = {v: min([*site.reads[v], site.add]) for v in self.values}
         self.reads: dict[Node, Node] = {}
         self.ranks: dict[Node, int] = {}
