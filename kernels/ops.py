@@ -95,18 +95,17 @@ def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     coefficients = "coefficients(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, str spec)"
     coefficients += " -> (Tensor, Tensor, Tensor)"
-    composite = {
+    head = "Tensor? fn=None, Tensor? base=None, Tensor? scale=None"
+    composite: dict[str, Callable[..., Any]] = {
         "expand(Tensor x, int streams) -> Tensor": reference.expand,
-        coefficients: _apart(_coefficients),
-        "aggregate(Tensor streams, Tensor pre) -> Tensor": _apart(reference.aggregate),
-        "distribute(Tensor streams, Tensor branch, Tensor post, Tensor mix) -> Tensor": _apart(reference.distribute),
-        "reduce(Tensor streams, str spec, Tensor? fn=None, Tensor? base=None, Tensor? scale=None) -> Tensor": _apart(
-            _reduce
-        ),
+        coefficients: _coefficients,
+        "aggregate(Tensor streams, Tensor pre) -> Tensor": reference.aggregate,
+        "distribute(Tensor streams, Tensor branch, Tensor post, Tensor mix) -> Tensor": reference.distribute,
+        f"reduce(Tensor streams, str spec, {head}) -> Tensor": _reduce,
     }
     for schema, kernel in composite.items():
         DIALECT.define(schema, tags=tags)
-        DIALECT.impl(schema.split("(", 1)[0], kernel, "CompositeImplicitAutograd")
+        DIALECT.impl(schema.split("(", 1)[0], _apart(kernel), "CompositeImplicitAutograd")
     KERNELS.define(f"reference_{coefficients}", tags=tags)
     KERNELS.impl("reference_coefficients", _apart(_coefficients_opaque), "CompositeImplicitAutograd")
 
