@@ -57,8 +57,8 @@ class Cpp(Target):
         numbers = spec.numbers(sizes)
         if not numbers["tokens"]:
             return {name: t.zero_() for name, t in out.items()}
-        given, stride = laid_out(spec, values)
-        pointers = [t.data_ptr() for t in (*given.values(), *out.values())]
+        arguments, stride = laid_out(spec, values)
+        pointers = [t.data_ptr() for t in (*arguments.values(), *out.values())]
         counts = [*numbers.values(), stride]
         getattr(library(spec, direction).result(), direction)(
             (ctypes.c_void_p * len(pointers))(*pointers),

@@ -148,16 +148,16 @@ class StreamSpec:
             raise MHCError("MHC204", f"exit={self.exit!r}; known: {', '.join(get_args(Exit))}")
         if self.form not in FORM_NAMES and self.form not in form_names():
             raise MHCError("MHC204", f"form={self.form!r}; known: {', '.join(form_names())}")
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.form == "mhc":
-            del given["form"]
+            del values["form"]
         else:
-            chosen = [f.name for f in fields(self) if f.name in _OF_MHC and given.pop(f.name) != f.default]
+            chosen = [f.name for f in fields(self) if f.name in _OF_MHC and values.pop(f.name) != f.default]
             if self.exit == "head":
                 chosen.append("exit=head")
             if chosen:
                 raise MHCError("MHC204", f"{chosen[0]} is one of mHC's choices, form={self.form!r} does not have it")
-        text = " ".join(f"{name}={v.value if isinstance(v, Enum) else v}" for name, v in given.items())
+        text = " ".join(f"{name}={v.value if isinstance(v, Enum) else v}" for name, v in values.items())
         object.__setattr__(self, "_text", text)  # made once: Dynamo reads it where it could not trace the making
 
     @property

@@ -212,11 +212,11 @@ def switches_gradients(node: Node) -> bool:
 def gradient_modes(graph: Graph) -> dict[Node, object]:
     """Whether gradients are on at each node. `with` blocks leave them as they were: the last switch tells the first."""
     on = next((n.args[0] for n in reversed(graph.nodes) if switches_gradients(n)), None)
-    found = {}
+    modes = {}
     for node in graph.nodes:
         on = node.args[0] if switches_gradients(node) else on
-        found[node] = on
-    return found
+        modes[node] = on
+    return modes
 
 
 KERNELS_OF = "mhc_kernels"

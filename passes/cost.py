@@ -94,20 +94,20 @@ class Plan:
     @cached_property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """The numbers of sites of the blocks of every run; those of the `rest` are in none."""
-        left, found = self.count - self.rest, []
+        left, sizes = self.count - self.rest, []
         for run in self.runs:
             sites = min(max(0, left), len(run))
-            found.append(tuple(min(self.block, sites - i) for i in range(0, sites, self.block)))
+            sizes.append(tuple(min(self.block, sites - i) for i in range(0, sites, self.block)))
             left -= len(run)
-        return tuple(found)
+        return tuple(sizes)
 
     @cached_property
     def blocks(self) -> tuple[tuple[SiteCost, ...], ...]:
         """The sites of every block."""
-        found = []
+        blocks = []
         for run, sizes in zip(self.runs, self.sizes, strict=True):
-            found += [run[i : i + size] for i, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
-        return tuple(found)
+            blocks += [run[i : i + size] for i, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
+        return tuple(blocks)
 
     @cached_property
     def whole(self) -> int:
@@ -122,8 +122,8 @@ class Plan:
     @cached_property
     def transient(self) -> int:
         """The most that one block makes again."""
-        made = (sum(s.made + s.state for s in block) - block[0].begin for block in self.blocks)
-        return int(max(made, default=0))
+        recomputed = (sum(s.made + s.state for s in block) - block[0].begin for block in self.blocks)
+        return int(max(recomputed, default=0))
 
     @property
     def peak(self) -> int:
@@ -154,16 +154,16 @@ def optimal_block(runs: Sequence[Sequence[SiteCost]], budget: int | None = None)
 
     The costs must be whole numbers. Raises MHC626, with the smallest possible peak, where nothing fits.
     """
-    held = tuple(tuple(run) for run in runs)
-    longest = max(map(len, held), default=0)
-    plans = [Plan(held, block) for block in range(1, longest + 1)] or [Plan(held, 1)]
+    costs = tuple(tuple(run) for run in runs)
+    longest = max(map(len, costs), default=0)
+    plans = [Plan(costs, block) for block in range(1, longest + 1)] or [Plan(costs, 1)]
     smallest = min(plans, key=lambda p: (p.peak, p.extra))
     if budget is None:
         return smallest
     if smallest.whole <= budget:
-        return Plan(held, 1, rest=smallest.count)
+        return Plan(costs, 1, rest=smallest.count)
     # The more sites keep everything, the less is computed again.
-    tried = [Plan(held, plan.block, _last(plan, lambda p: p.kept <= budget)) for plan in plans]
+    tried = [Plan(costs, plan.block, _last(plan, lambda p: p.kept <= budget)) for plan in plans]
     if fitting := [plan for plan in tried if plan.peak <= budget]:
         return min(fitting, key=lambda p: (p.extra, p.peak))
     least = bytes_text(min(_least(plan) for plan in plans))
@@ -198,9 +198,9 @@ def parse_blocks(blocks: str | int) -> tuple[Mode, int | None] | tuple[Literal["
         return blocks, None  # type: ignore[return-value]
     if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks >= 1:
         return "sites", blocks
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?B)", blocks) if isinstance(blocks, str) else None
-    if found is not None and found[2] in _UNITS:
-        return "bytes", int(float(found[1]) * _UNITS[found[2]])
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?B)", blocks) if isinstance(blocks, str) else None
+    if size is not None and size[2] in _UNITS:
+        return "bytes", int(float(size[1]) * _UNITS[size[2]])
     raise MHCError("MHC204", f"recompute={blocks!r}; known: off, auto, stage, sites a block (6), bytes ('2GiB')")
 
 

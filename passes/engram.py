@@ -134,6 +134,6 @@ class _Inserting(Lookups):
     def _parameter(self, m: LayerMemory, name: str) -> Node:
         return self.parameters[f"engram.{m.layer}.{name}"]
 
-    def _gain(self, held: Node) -> Node:
+    def _gain(self, gain: Node) -> Node:
         offset = self.memory.settings.gain_offset
-        return self.call(operator.add, held, offset) if offset else held
+        return self.call(operator.add, gain, offset) if offset else gain

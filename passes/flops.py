@@ -28,10 +28,10 @@ def by_site(graph: Graph, costs: Mapping[Node, float]) -> list[float]:
     """
     count = len(coefficient_nodes(graph))
     place = first_places(graph, range(1, count))
-    found = [0.0] * count
+    costs_by_site = [0.0] * count
     for node, cost in costs.items():
-        found[place[node]] += cost
-    return found
+        costs_by_site[place[node]] += cost
+    return costs_by_site
 
 
 def first_places(graph: Graph, starts: Sequence[int]) -> dict[Node, int]:

@@ -155,8 +155,8 @@ class _Fusing(Writer):
     def _only_aggregate(self, site: Node) -> Node | None:
         """The one reader of the site's `pre`."""
         readers = [u for item in _items(site, 0) for u in item.users]
-        found = len(readers) == 1 and readers[0].target is DIALECT.aggregate.default
-        return readers[0] if found else None
+        only = len(readers) == 1 and readers[0].target is DIALECT.aggregate.default
+        return readers[0] if only else None
 
     def _replace(self, kind: Kind, parts: _Parts, spec: StreamSpec) -> None:
         """Replace `parts` by one op, where a kernel may and can compute them; with the branch's norm if possible."""
@@ -259,8 +259,8 @@ def _block(node: Node) -> tuple[object, object]:
 
 def device_of(X: Node) -> str:
     """The type of device whose kernels compute on X; for a model without memory the one that this machine has."""
-    found = str(value(X).device.type)
-    return ("cuda" if torch.cuda.is_available() else "cpu") if found == "meta" else found
+    device = str(value(X).device.type)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "meta" else device
 
 
 def kernels_in(gm: GraphModule) -> dict[tuple[KernelSpec, str], int]:

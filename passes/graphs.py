@@ -13,14 +13,14 @@ from mhc_compile.passes.base import copy_meta
 
 def reachable(roots: Iterable[Node], further: Callable[[Node], Iterable[Node]]) -> set[Node]:
     """Return `roots` and all that `further`, called on each, leads to."""
-    found: set[Node] = set()
+    reached: set[Node] = set()
     stack = list(roots)
     while stack:
         node = stack.pop()
-        if node not in found:
-            found.add(node)
+        if node not in reached:
+            reached.add(node)
             stack += further(node)
-    return found
+    return reached
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:

@@ -77,15 +77,15 @@ class Lookups(Writer):
             if Weight(table) not in self.inputs:
                 detail = f"the rows of {table} are no float32 or bfloat16 tensor in memory"
                 raise MHCError("MHC504", detail, way_out='load the folder with tables="device"')
-            found = self._early(torch.nn.functional.embedding, rows, self.inputs[Weight(table)])
-            flat = self._early(torch.flatten, found, -2)
+            embedded = self._early(torch.nn.functional.embedding, rows, self.inputs[Weight(table)])
+            flat = self._early(torch.flatten, embedded, -2)
             return lambda: flat
-        held = next(x for x in self.inputs if isinstance(x, Table) and x.of == table)
-        dtype = torch.float32 if held.dtype == "float32" else torch.bfloat16
-        gathered = (rows, self.inputs[held], held.handle, width, dtype)
-        if not held.early:
+        described = next(x for x in self.inputs if isinstance(x, Table) and x.of == table)
+        dtype = torch.float32 if described.dtype == "float32" else torch.bfloat16
+        gathered = (rows, self.inputs[described], described.handle, width, dtype)
+        if not described.early:
             return lambda: self.call(KERNELS.gather.default, *gathered)
-        ticket = self._early(KERNELS.prefetch.default, rows, held.handle)
+        ticket = self._early(KERNELS.prefetch.default, rows, described.handle)
         return lambda: self.call(KERNELS.collect.default, ticket, *gathered)
 
     # --- state ---------------------------------------------------------------------------------------------------

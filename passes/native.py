@@ -99,9 +99,9 @@ class _Lifting(Writer):
                 self._confirm(p)
             except NotApart as error:
                 self.context.notes.append(f"{self._place(p.projection)}: left alone: {error}")
-        made = {c.following for c in self.found}
+        written = {c.following for c in self.found}
         read = {c.proposal.streams for c in self.found}
-        for streams in read - made:
+        for streams in read - written:
             self._find_entry(streams)
         for c in self.found:
             if c.following is not None and c.following not in read:
@@ -179,18 +179,18 @@ class _Lifting(Writer):
         with self.graph.inserting_before(p.read):
             coefficients = self.call(torch.ops.mhc.coefficients.default, X, phi, alpha, bias, spec, like=p.read)
             pre, post, mix = (self.call(operator.getitem, coefficients, i, like=p.read) for i in range(3))
-            wide, held = self._widened(X, dtype, p.read)
+            wide, wide_dtype = self._widened(X, dtype, p.read)
             read = self.call(torch.ops.mhc.aggregate.default, wide, pre, like=p.read)
-            self._replace(p.read, self._cast(read, held, value(p.read).dtype))
+            self._replace(p.read, self._cast(read, wide_dtype, value(p.read).dtype))
         with self.graph.inserting_before(c.following):
             post, mix = (
                 self.method("to", m, c.rounded[kind], like=c.following) if kind in c.rounded else m
                 for kind, m in (("post", post), ("mix", mix))
             )
-            wide, held = self._widened(X, dtype, c.following)
-            y, held = self._now(p.branch), torch.promote_types(held, value(p.branch).dtype)
+            wide, wide_dtype = self._widened(X, dtype, c.following)
+            y, wide_dtype = self._now(p.branch), torch.promote_types(wide_dtype, value(p.branch).dtype)
             new = self.call(torch.ops.mhc.distribute.default, wide, y, post, mix, like=c.following)
-            self._replace(c.following, self._cast(new, held, value(c.following).dtype))
+            self._replace(c.following, self._cast(new, wide_dtype, value(c.following).dtype))
         new.meta["mhc_site"] = coefficients.meta["mhc_site"] = name
         self.context.native.append(NativeSite(name, spec))
 
@@ -221,19 +221,19 @@ class _Lifting(Writer):
 
     def _reduce(self, streams: Node, out: Node, spec: str, *head: Node) -> None:
         with self.graph.inserting_before(out):
-            wide, held = self._widened(self._now(streams), value(streams).dtype, out)
+            wide, wide_dtype = self._widened(self._now(streams), value(streams).dtype, out)
             new = self.call(torch.ops.mhc.reduce.default, wide, spec, *head, like=out)
-            self._replace(out, self._cast(new, held, value(out).dtype))
+            self._replace(out, self._cast(new, wide_dtype, value(out).dtype))
 
     def _widened(self, X: Node, dtype: torch.dtype, like: Node) -> tuple[Node, torch.dtype]:
         """X in the dtype of `like` where that is the wider one, and its dtype then."""
-        wanted = value(like).dtype
-        if wanted == dtype or torch.promote_types(wanted, dtype) != wanted:
+        target_dtype = value(like).dtype
+        if target_dtype == dtype or torch.promote_types(target_dtype, dtype) != target_dtype:
             return X, dtype
-        return self.method("to", X, wanted, like=like), wanted
+        return self.method("to", X, target_dtype, like=like), target_dtype
 
-    def _cast(self, node: Node, dtype: torch.dtype, wanted: torch.dtype) -> Node:
-        return node if dtype == wanted else self.method("to", node, wanted, like=node)
+    def _cast(self, node: Node, dtype: torch.dtype, target_dtype: torch.dtype) -> Node:
+        return node if dtype == target_dtype else self.method("to", node, target_dtype, like=node)
 
     def _now(self, node: Node) -> Node:
         return self.new.get(node, node)

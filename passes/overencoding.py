@@ -50,15 +50,16 @@ class OverEncode:
             over = widened.mark.over
             if over is None:
                 continue
-            found = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.inputs.get(Argument("ids")))
+            embedding = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.inputs.get(Argument("ids")))
             # Where it lies outside, calls of the owner alone would not find it.
-            if widened.mark.owner not in module_stack(found.node):
-                raise refuse("MHC225", f"{widened.mark.owner}, which holds the stream, is given embeddings", found.node)
-            if found.node in done:
+            if widened.mark.owner not in module_stack(embedding.node):
+                detail = f"{widened.mark.owner}, which holds the stream, is given embeddings"
+                raise refuse("MHC225", detail, embedding.node)
+            if embedding.node in done:
                 continue
-            done.add(found.node)
-            _Encoding(gm.graph, widened, found.ids, portable=self.portable).run(found.node, over)
-            context.notes.append(f"over-encoding of n-grams up to {over.hash.order} at {found.node.name}")
+            done.add(embedding.node)
+            _Encoding(gm.graph, widened, embedding.ids, portable=self.portable).run(embedding.node, over)
+            context.notes.append(f"over-encoding of n-grams up to {over.hash.order} at {embedding.node.name}")
         return gm
 
 

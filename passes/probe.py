@@ -55,9 +55,9 @@ class Probe:
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
-        found = _Probing(gm.graph, [mark for mark in context.marks if mark.probe is not None]).run()
-        context.probed += found
-        context.notes += [f"{len(p.sites)} sites and {len(p.layers)} memories recorded" for p in found]
+        probed = _Probing(gm.graph, [mark for mark in context.marks if mark.probe is not None]).run()
+        context.probed += probed
+        context.notes += [f"{len(p.sites)} sites and {len(p.layers)} memories recorded" for p in probed]
         return gm
 
 
@@ -82,27 +82,27 @@ class _Probing(Writer):
                 self._site(node)
             elif node.target in _GATES:
                 self._gates(node, _GATES[node.target])
-        found = list(self.owners.values())
+        owners = list(self.owners.values())
         output = self.graph.output_node()
         added = []
         with self.graph.inserting_before(output):
-            for owner in found:
+            for owner in owners:
                 for recorded in (owner.figures, owner.counts):
                     if recorded:
                         added.append(self._record(torch.stack, (recorded,), recorded[-1]))
         output.args = ((*output.args[0], *added),)
         output.meta[RECORDED] = len(added)
-        return found
+        return owners
 
     def _site(self, mix: Node) -> None:
         """Watch and record one site."""
         X, y, post, H = (a for a in mix.args[:4] if isinstance(a, Node))
         coefficients = _maker(post)
-        found = next((self.held[p] for p in coefficients.all_input_nodes if p in self.held), None)
-        if found is None:
+        slot_and_name = next((self.held[p] for p in coefficients.all_input_nodes if p in self.held), None)
+        if slot_and_name is None:
             return
-        owner = self._owner(found[0], X)
-        name = found[1].rpartition(".")[0]
+        owner = self._owner(slot_and_name[0], X)
+        name = slot_and_name[1].rpartition(".")[0]
         earlier = self._earlier(X)
         self._watch(owner, name, mix)
         fused = _chain(mix)
@@ -167,14 +167,14 @@ class _Probing(Writer):
         assert isinstance(X, Node)
         assert isinstance(key_gain, Node)
         # A gain that is stored as what is added to 1 is one step further up.
-        found = next((self.held[p] for p in (key_gain, *key_gain.all_input_nodes) if p in self.held), None)
-        if found is None:
+        slot_and_name = next((self.held[p] for p in (key_gain, *key_gain.all_input_nodes) if p in self.held), None)
+        if slot_and_name is None:
             return
-        owner = self._owner(found[0], X)
+        owner = self._owner(slot_and_name[0], X)
         with self.graph.inserting_before(after(gate)):
             operands = (X, keys, query_gain, key_gain, gate.args[-1])
             owner.counts.append(self._record(PROBES.gates.default, operands, gate))
-        owner.layers.append(found[1].removeprefix("engram.").rpartition(".")[0])
+        owner.layers.append(slot_and_name[1].removeprefix("engram.").rpartition(".")[0])
 
     def _record(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
         """As `call`, without tags: the backward pass has no use for what is recorded."""

@@ -53,13 +53,13 @@ class Recompute:
         """Tag the nodes of `gm` in place."""
         if parse_blocks(self.blocks)[0] == "off":
             return gm
-        found = stream_sites(gm.graph)
-        runs = runs_of(gm.graph, found)
+        sites = stream_sites(gm.graph)
+        runs = runs_of(gm.graph, sites)
         if not runs:
             context.notes.append("no site is there to be computed again")
             return gm
         plan = _plan(gm.graph, runs, self.blocks, self.kinds)
-        _tag(gm.graph, runs, plan, {site.state for site in found})
+        _tag(gm.graph, runs, plan, {site.state for site in sites})
         context.notes += _notes(plan)
         return gm
 
@@ -122,10 +122,10 @@ def _tag(graph: Graph, runs: list[list[StreamSite]], plan: Plan, states: set[Nod
         # Sites without tags that one kernel joins to the last block keep all that it gives, as they would anyway.
         if end is not None and end in states and not (done < len(run) and costs[done].joined):
             end.meta |= {_TAG: CheckpointPolicy.MUST_SAVE, _BLOCK: block}
-    made = set(again)
+    recomputed = set(again)
     for node in again:
         # An older state that a later block reads, too.
-        if any(u in made and u.meta[_BLOCK] != node.meta[_BLOCK] for u in node.users):
+        if any(u in recomputed and u.meta[_BLOCK] != node.meta[_BLOCK] for u in node.users):
             node.meta[_TAG] = CheckpointPolicy.MUST_SAVE
 
 
@@ -151,11 +151,11 @@ def _in_numbers(cost: SiteCost, hints: dict[sympy.Symbol, int], *, exact: bool) 
 
     Raises MHC627 for one, where they must be `exact`.
     """
-    found = [sympy.sympify(e).subs(hints) for e in (cost.state, cost.made, cost.branch, cost.parameters)]
-    unknown = {symbol for e in found for symbol in e.free_symbols}
+    costs = [sympy.sympify(e).subs(hints) for e in (cost.state, cost.made, cost.branch, cost.parameters)]
+    unknown = {symbol for e in costs for symbol in e.free_symbols}
     if unknown and exact:
         raise MHCError("MHC627", f"{', '.join(sorted(map(str, unknown)))} depend on data")
-    state, made, branch, parameters = (int(e.subs(dict.fromkeys(unknown, 1))) for e in found)
+    state, made, branch, parameters = (int(e.subs(dict.fromkeys(unknown, 1))) for e in costs)
     return SiteCost(state, made, branch, parameters, cost.joined)
 
 

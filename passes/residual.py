@@ -169,7 +169,7 @@ class StreamAnalysis:
             for site in stream.sites:
                 all_branches |= branch_mask(flow, site)
         for stream in streams:
-            own, sites = set(stream.values), list[Site]()
+            members, sites = set(stream.values), list[Site]()
             for i, site in enumerate(stream.sites):
                 inside = branch_mask(flow, site)
                 reads: dict[Node, tuple[Node, ...]] = {}
@@ -177,7 +177,7 @@ class StreamAnalysis:
                     # What re-enters later layers from the stream's entry is the embedding itself, not the stream.
                     feeds = inside if i == 0 and v is stream.entry else inside | all_branches
                     # `zeros_like(v)` asks for its shape alone.
-                    readers = (u for u in v.users if u not in own and flow.bit(u) & feeds and v in flow.inputs[u])
+                    readers = (u for u in v.users if u not in members and flow.bit(u) & feeds and v in flow.inputs[u])
                     if (read_by := tuple(readers)) or v in site.branches:
                         reads[v] = read_by
                 sites.append(replace(site, reads=reads))

@@ -62,8 +62,8 @@ def split_backward(gm: GraphModule, weights: Collection[int]) -> SplitBackward:
     """
     graph = gm.graph
     output = graph.output_node()
-    given = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
-    results = [n if isinstance(n, Node) else None for n in given]
+    returned = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    results = [n if isinstance(n, Node) else None for n in returned]
     inner = {n for n in results if n is not None}
     first = _last_block(graph)
     early = _whole(ancestors(n for i, n in enumerate(results) if n is not None and i not in weights)) - first
@@ -85,22 +85,22 @@ def split_backward(gm: GraphModule, weights: Collection[int]) -> SplitBackward:
 def _parts(gm: GraphModule, sets: Sequence[set[Node]], results: set[Node]) -> list[Part | None]:
     """A part for each of the sets of nodes."""
     reads = [_reads(s) for s in sets]
-    found: list[Part | None] = []
-    for i, own in enumerate(sets):
+    parts: list[Part | None] = []
+    for i, nodes in enumerate(sets):
         later = {n for r in reads[i + 1 :] for n in r}
-        gives = [n for n in gm.graph.nodes if n in own and (n in later or n in results)]
-        found.append(_part(gm, own, reads[i], gives) if own else None)
-    return found
+        gives = [n for n in gm.graph.nodes if n in nodes and (n in later or n in results)]
+        parts.append(_part(gm, nodes, reads[i], gives) if nodes else None)
+    return parts
 
 
-def _reads(own: set[Node]) -> set[Node]:
+def _reads(nodes: set[Node]) -> set[Node]:
     """What a part with the nodes `own` is given: inputs of the graph and values that parts before it compute."""
-    inputs = (p for n in own for p in n.all_input_nodes)
-    seen = reachable(inputs, lambda n: n.all_input_nodes if n not in own and _is_repeated(n) else ())
-    return {n for n in seen - own if not _is_repeated(n)}
+    inputs = (p for n in nodes for p in n.all_input_nodes)
+    seen = reachable(inputs, lambda n: n.all_input_nodes if n not in nodes and _is_repeated(n) else ())
+    return {n for n in seen - nodes if not _is_repeated(n)}
 
 
-def _part(gm: GraphModule, own: set[Node], reads: set[Node], gives: Sequence[Node]) -> Part:
+def _part(gm: GraphModule, nodes: set[Node], reads: set[Node], gives: Sequence[Node]) -> Part:
     graph = Graph()
     copies: dict[Node, Node] = {}
     inputs = [n for n in gm.graph.nodes if n in reads]
@@ -109,7 +109,7 @@ def _part(gm: GraphModule, own: set[Node], reads: set[Node], gives: Sequence[Nod
         copies[node].meta = dict(node.meta)
     for node in gm.graph.nodes:
         repeated = _is_repeated(node) and all(n in copies for n in node.all_input_nodes)
-        if node not in copies and (node in own or repeated):
+        if node not in copies and (node in nodes or repeated):
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[n] for n in gives))
     for node in reversed(graph.nodes):
@@ -150,13 +150,13 @@ def _is_repeated(node: Node) -> bool:
         return True
     if node.op != "call_function" or node.target is operator.getitem:
         return False
-    made = value(node)
-    if not isinstance(made, (Tensor, tuple, list)):
+    result = value(node)
+    if not isinstance(result, (Tensor, tuple, list)):
         return True  # a size
     if isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
         return True
-    given = value(node.all_input_nodes[0]) if node.target in _CASTS else None
-    return isinstance(given, Tensor) and isinstance(made, Tensor) and given.itemsize < made.itemsize
+    operand = value(node.all_input_nodes[0]) if node.target in _CASTS else None
+    return isinstance(operand, Tensor) and isinstance(result, Tensor) and operand.itemsize < result.itemsize
 
 
 def _has_effect(node: Node) -> bool:

@@ -92,9 +92,9 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
     for k in range(1, count + 1):
         for end in range(k, len(costs) + 1):
             for begin in range(k - 1, end):
-                found = max(best[k - 1][begin], total[end] - total[begin])
-                if found < best[k][end]:
-                    best[k][end], cut_at[k][end] = found, begin
+                dearest = max(best[k - 1][begin], total[end] - total[begin])
+                if dearest < best[k][end]:
+                    best[k][end], cut_at[k][end] = dearest, begin
     starts, end = [], len(costs)
     for k in range(count, 0, -1):
         end = cut_at[k][end]
@@ -113,28 +113,28 @@ def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> di
             coefficients = post.args[0]
             assert isinstance(coefficients, Node)
             anchored[node] = at[coefficients]
-    found: dict[Node, int] = {}
+    place: dict[Node, int] = {}
     depends = _depending(graph, given)
     for node in reversed(graph.nodes):
         if node.op == "output":
-            found[node] = len(starts)
+            place[node] = len(starts)
         elif node in depends:
             # What writes into a value belongs to those who read that value afterwards; what nobody reads, to none.
             readers = [*node.users, *(_readers(node) if _writes(node) else ())]
-            later = [found[u] for u in readers if u in found]
+            later = [place[u] for u in readers if u in place]
             if node in anchored or later:
-                found[node] = anchored.get(node, min(later, default=0))
-    return found
+                place[node] = anchored.get(node, min(later, default=0))
+    return place
 
 
 def _depending(graph: Graph, given: Sequence[str]) -> set[Node]:
     """The nodes that need the streams, or draw at random, which no two pieces would do alike."""
-    found: set[Node] = set()
+    depending: set[Node] = set()
     for node in graph.nodes:
         begins = node.target is DIALECT.expand.default or node.name in given or is_random(node)
-        if begins or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
+        if begins or any(n in depending for n in node.all_input_nodes):
+            depending.add(node)
+    return depending
 
 
 def is_random(node: Node) -> bool:
@@ -201,11 +201,11 @@ def _writes(node: Node) -> bool:
 def _readers(writer: Node) -> list[Node]:
     """Who reads, directly or through views, the value that `writer` changes."""
     base = _base(writer.args[0])
-    found = [] if base is None else list(base.users)
-    for node in found:  # grows
+    readers = [] if base is None else list(base.users)
+    for node in readers:  # grows
         if op_name(node) in _VIEWS:
-            found += node.users
-    return found
+            readers += node.users
+    return readers
 
 
 def _in_place(node: Node) -> bool:

@@ -38,10 +38,10 @@ def token_embedding(entry: Node, vocab: int | None = None, told: Node | None = N
     Without `vocab` it is the largest. Those of what the caller says are the ids, `told`, go before others. Raises
     MHC225 where there are none.
     """
-    found = _embeddings(entry)
-    wanted = max(e.rows for e in found) if vocab is None else vocab
-    others = {e.node for e in found if told is None or not reaches(told, e.ids)}
-    return min(found, key=lambda e: (e.node in others, abs(e.rows - wanted), e.ids, e.node))
+    embeddings = _embeddings(entry)
+    rows = max(e.rows for e in embeddings) if vocab is None else vocab
+    others = {e.node for e in embeddings if told is None or not reaches(told, e.ids)}
+    return min(embeddings, key=lambda e: (e.node in others, abs(e.rows - rows), e.ids, e.node))
 
 
 def reaches(node: Node, goal: Node | Callable[..., Any]) -> bool:
@@ -58,16 +58,16 @@ def embedded(entry: Node) -> dict[Node, int]:
 
 
 def _embeddings(entry: Node) -> list[Embedding]:
-    found: list[Embedding] = []
+    embeddings: list[Embedding] = []
     above = reachable([entry], lambda n: [m for m in n.all_input_nodes if m.op != "placeholder" or not is_owned(m)])
     for node in sorted(above, reverse=True):
         ids = _ids(node)
         if ids is not None and shape(ids[0]) == shape(entry)[:-1] and len(shape(entry)) == len(shape(node)) == 3:
-            found.append(Embedding(node, *ids))
-    if not found:
+            embeddings.append(Embedding(node, *ids))
+    if not embeddings:
         detail = f"{entry.name} {list(shape(entry))} is made from no embedding of ids [batch, sequence] passed in"
         raise refuse("MHC225", detail, entry)
-    return found
+    return embeddings
 
 
 def _ids(node: Node) -> tuple[Node, int] | None:

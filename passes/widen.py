@@ -145,13 +145,13 @@ class _Widening(Writer):
         self.like = v
         return functools.reduce(lambda a, b: self.call(operator.add, a, b), outputs)
 
-    def place(self, state: State, v: Node, reader: Node | None = None, wanted: Node | None = None) -> Node:
+    def place(self, state: State, v: Node, reader: Node | None = None, user: Node | None = None) -> Node:
         """Return what to insert in front of, right after `state`, which stands where `v` does.
 
-        Where gradients are switched on or off at `wanted` other than at `v`: after that switch, in front of `reader`.
+        Where gradients are switched on or off at `user` other than at `v`: after that switch, in front of `reader`.
         """
         place = after(*(state if isinstance(state, tuple) else (state,)))
-        if wanted is not None and self.gradients[v] != self.gradients.get(wanted, self.gradients[v]):
+        if user is not None and self.gradients[v] != self.gradients.get(user, self.gradients[v]):
             at = place
             while at is not reader:
                 at, place = at.next, at.next if switches_gradients(at) else place

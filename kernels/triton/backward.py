@@ -121,8 +121,8 @@ def _flows_of_logits(chain: Chain) -> list[str]:
     if chain.weights == "site":
         for i in range(n):
             lines.append(f"gate = tl.sigmoid({logit(chain, n + i)})")
-            given = f"tl.load(d_next_post + token * {n} + {i}, live, other=0.0)"
-            lines.append(_keep(chain, n + i, f"{fields.post_scale!r} * {given} * gate * (1.0 - gate)"))
+            flow = f"tl.load(d_next_post + token * {n} + {i}, live, other=0.0)"
+            lines.append(_keep(chain, n + i, f"{fields.post_scale!r} * {flow} * gate * (1.0 - gate)"))
         lines += _mix_backward(chain)
     return lines
 
@@ -132,16 +132,16 @@ def _group_backward(chain: Chain, g: int) -> list[str]:
     n, rows, U = chain.n, chain.rows, chain.groups * chain.rows
     inside = f"live[:, None] & (row < {rows})[None, :]"
     which = "row * 0" if chain.weights == "head" else f"tl.where(row < {n}, 0, tl.where(row < {2 * n}, 1, 2))"
-    given = f"dlogit * tl.load(alpha + {which})[None, :]"
+    flow = f"dlogit * tl.load(alpha + {which})[None, :]"
     value = f"u * s_{g}[:, None]"
     if chain.is_hyper_connection:
-        given = "dlogit * tl.load(alpha + tl.where(row == 1, 1, 0))[None, :] * (1.0 - value * value)"
+        flow = "dlogit * tl.load(alpha + tl.where(row == 1, 1, 0))[None, :] * (1.0 - value * value)"
         value = f"tanh({value})"
     return [
         f"dlogit = tl.load(dlogits + token[:, None] * {U} + {g * rows} + row[None, :], {inside}, other=0.0)",
         f"u = tl.load(z + token[:, None] * {U + chain.groups} + {g * rows} + row[None, :], {inside}, other=0.0)",
         f"value = {value}",
-        f"du_{g} = {given}",
+        f"du_{g} = {flow}",
         f"ds = tl.sum(du_{g} * u, 1)",
         f"scale_{g} = inverse_rms_backward(ds, s_{g}, squares_{g})",
         f"du_{g} = du_{g} * s_{g}[:, None]",

@@ -60,16 +60,18 @@ class ChainLauncher(Launcher):
         """Launch the kernels of one direction; return its outputs by name."""
         sizes, like = spec.sizes(values), values["X"]
         out = {n: like.new_empty(spec.shape(n, sizes), dtype=spec.dtype(n)) for n in spec.outputs(direction)}
-        given, stride = laid_out(spec, values)
+        arguments, stride = laid_out(spec, values)
         numbers = {**spec.numbers(sizes), "x_stride": stride}
         tokens, device = numbers["tokens"], like.device
-        every = {**given, **out}
+        every = {**arguments, **out}
         if direction == "backward" and spec.projects:
-            every["dlogits"], every["du"] = (given["z"].new_empty(tokens, spec.groups * spec.rows) for _ in range(2))
+            every["dlogits"], every["du"] = (
+                arguments["z"].new_empty(tokens, spec.groups * spec.rows) for _ in range(2)
+            )
 
         def call(tile: TileConfig) -> Call:
             programs = -(-tokens // tile.tokens)
-            scratch = _sums(spec, given["z"], programs) if direction == "backward" and spec.projects else {}
+            scratch = _sums(spec, arguments["z"], programs) if direction == "backward" and spec.projects else {}
             return Call({**every, **scratch}, numbers, (programs, 1))
 
         launched = self.launch(spec, direction, direction, device, call)

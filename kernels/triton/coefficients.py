@@ -27,8 +27,8 @@ def entries(n: int, name: str) -> list[str]:
 
 def matrix(n: int, *names: str) -> str:
     """The entries of matrices as arguments, results or targets of a function; a single one is a tuple too."""
-    found = [entry for name in names for entry in entries(n, name)]
-    return ", ".join(found) if len(found) > 1 else f"{found[0]},"
+    names_of_entries = [entry for name in names for entry in entries(n, name)]
+    return ", ".join(names_of_entries) if len(names_of_entries) > 1 else f"{names_of_entries[0]},"
 
 
 def line(n: int, name: str, axis: int, a: int) -> list[str]:
