@@ -81,7 +81,7 @@ class _Lifting(Writer):
         self.gradients = gradient_modes(gm.graph)
         self.first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         self.memory: dict[Any, Verdict] = {}
-        self.found: list[Confirmed] = []
+        self.confirmed: list[Confirmed] = []
         self.entries: dict[Node, Node] = {}
         """What is expanded into n streams, by these streams."""
         self.means: dict[Node, tuple[Node, StreamSpec]] = {}
@@ -99,27 +99,27 @@ class _Lifting(Writer):
                 self._confirm(p)
             except NotApart as error:
                 self.context.notes.append(f"{self._place(p.projection)}: left alone: {error}")
-        written = {c.following for c in self.found}
-        read = {c.proposal.streams for c in self.found}
+        written = {c.following for c in self.confirmed}
+        read = {c.proposal.streams for c in self.confirmed}
         for streams in read - written:
             self._find_entry(streams)
-        for c in self.found:
+        for c in self.confirmed:
             if c.following is not None and c.following not in read:
                 self._find_exit(c.following, c.spec)
 
     def _confirm(self, p: Proposal) -> None:
-        hints = list(dict.fromkeys(c.spec for c in reversed(self.found)))
+        hints = list(dict.fromkeys(c.spec for c in reversed(self.confirmed)))
         if p.rows == p.n:
             done = confirm_exit(self.flow, p, hints)
         else:
             done = confirm_site(self.flow, p, hints, self.memory)
         if len({self.gradients[n] for n in done.nodes}) > 1:
             raise NotApart("a part of it runs without gradients")
-        if any(n is other.following or n is other.proposal.read for other in self.found for n in done.nodes):
+        if any(n is other.following or n is other.proposal.read for other in self.confirmed for n in done.nodes):
             raise NotApart("another site shares its values")
         for n in done.numbers:
             float(value(n))  # a guard: with another value the model is compiled again
-        self.found.append(done)
+        self.confirmed.append(done)
         self.dead.update(done.nodes)
 
     def _find_entry(self, streams: Node) -> None:
@@ -155,7 +155,7 @@ class _Lifting(Writer):
                 new = self.call(torch.ops.mhc.expand.default, x, shape(streams)[-2], like=streams)
             self._replace(streams, new)
         counts: Counter[str] = Counter()
-        for c in self.found:
+        for c in self.confirmed:
             if c.following is None:
                 self._rewrite_exit(c)
                 continue
@@ -249,7 +249,7 @@ class _Lifting(Writer):
         notes = self.context.notes
         for spec, count in Counter(site.spec for site in self.context.native).items():
             notes.append(f"{count} hand-written sites raised: {spec}")
-        exits = [str(c.spec) for c in self.found if c.following is None] + [str(s) for _, s in self.means.values()]
+        exits = [str(c.spec) for c in self.confirmed if c.following is None] + [str(s) for _, s in self.means.values()]
         notes += [f"exit raised: {spec}" for spec in exits]
         notes += [f"entry raised at {self._place(x)}" for x in self.entries.values()]
 

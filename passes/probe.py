@@ -64,7 +64,7 @@ class Probe:
 class _Probing(Writer):
     def __init__(self, graph: Graph, marks: Sequence[Mark]) -> None:
         super().__init__(graph)
-        self.held: dict[Node, tuple[Node, str]] = {}
+        self.slots: dict[Node, tuple[Node, str]] = {}
         """The slot and the name of every parameter."""
         self.owners: dict[Node, Probed] = {}
         """By slot: an owner that is called twice has one."""
@@ -74,7 +74,7 @@ class _Probing(Writer):
         """By the mix, what it and all in front of it in its stream make together."""
         for mark in marks:
             assert mark.probe is not None
-            self.held |= {p: (mark.probe, name) for name, p in mark.parameters.items()}
+            self.slots |= {p: (mark.probe, name) for name, p in mark.parameters.items()}
 
     def run(self) -> list[Probed]:
         for node in list(self.graph.nodes):
@@ -98,7 +98,7 @@ class _Probing(Writer):
         """Watch and record one site."""
         X, y, post, H = (a for a in mix.args[:4] if isinstance(a, Node))
         coefficients = _maker(post)
-        slot_and_name = next((self.held[p] for p in coefficients.all_input_nodes if p in self.held), None)
+        slot_and_name = next((self.slots[p] for p in coefficients.all_input_nodes if p in self.slots), None)
         if slot_and_name is None:
             return
         owner = self._owner(slot_and_name[0], X)
@@ -167,7 +167,7 @@ class _Probing(Writer):
         assert isinstance(X, Node)
         assert isinstance(key_gain, Node)
         # A gain that is stored as what is added to 1 is one step further up.
-        slot_and_name = next((self.held[p] for p in (key_gain, *key_gain.all_input_nodes) if p in self.held), None)
+        slot_and_name = next((self.slots[p] for p in (key_gain, *key_gain.all_input_nodes) if p in self.slots), None)
         if slot_and_name is None:
             return
         owner = self._owner(slot_and_name[0], X)
