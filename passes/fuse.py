@@ -208,7 +208,8 @@ class _Fusing(Writer):
             elif len(parts.weigh.args) > 2:
                 values["phi"], values["bias"], values["alpha"] = parts.weigh.args[2:]
         if parts.site is not None:
-            values["X"], values["phi"], values["alpha"], values["bias"] = parts.site.args[:4]
+            names = [a.name for a in parts.site.target._schema.arguments]  # type: ignore[union-attr]
+            values |= {"X": parts.site.args[0], **dict(zip(names[1:], parts.site.args[1:-1], strict=False))}
         if parts.mix is not None:
             values["X"], values["y"], values["post"], values["mix"] = parts.mix.args
         if parts.norm is not None:

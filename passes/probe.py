@@ -83,7 +83,7 @@ class _Probing(Writer):
             elif node.target in _GATES:
                 self._gates(node, _GATES[node.target])
         owners = list(self.owners.values())
-        output = self.graph.output_node()
+        output: Any = self.graph.output_node()
         added = []
         with self.graph.inserting_before(output):
             for owner in owners:
