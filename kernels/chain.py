@@ -15,8 +15,11 @@ are in the chain's dtypes, all else is float32 (float64 where one of them is).
 
     X [T, n, C]   y [T, C]   post [T, n]   mix [T, n, n]   pre [T, n]   phi [R, n*C]   alpha [3], of a head [1]
     bias [R]   norm_weight, norm_bias [C]
+                                          of Hyper-Connections: phi [n+2, C], alpha [2], bias [2n+n^2]
     next_X [T, n, C]   h [T, C]   next_pre, next_post [T, n]   next_mix [T, n, n]
-    z [T, R + 1]  phi @ X before the norm, and the sum of squares: all that the backward needs of the coefficients
+    z [T, groups * (R + 1)]  phi @ X before the norm, then sums of squares: what the backward needs of the coefficients
+
+Hyper-Connections project and normalise each stream apart: n `groups` of `span` = C values. mHC has one, of n*C values.
 """
 
 from __future__ import annotations
@@ -29,13 +32,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhc_compile.kernels import reference
+from mhc_compile.kernels import hc, reference
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Sizes, Values, dtype_names
 from mhc_compile.kernels.spec import StreamSpec
 
 Weights = Literal["none", "given", "site", "head", "mean", "sum"]
 Norm = Literal["none", "rms", "layer"]
-Kind = Literal["distribute", "aggregate", "coefficients", "read", "boundary", "reduce", "leave"]
+Kind = Literal["distribute", "aggregate", "coefficients", "read", "boundary", "carry", "reduce", "leave"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +68,12 @@ class Chain(KernelSpec):
     @property
     def mixes(self) -> bool:
         """Whether it begins with `X' = H @ X + outer(post, y)`."""
-        return self.kind in ("distribute", "boundary", "leave")
+        return self.kind in ("distribute", "boundary", "carry", "leave")
 
     @property
     def keeps_streams(self) -> bool:
         """Whether X' is written: not where the exit is all that reads it."""
-        return self.kind in ("distribute", "boundary")
+        return self.kind in ("distribute", "boundary", "carry")
 
     @property
     def weights(self) -> Weights:
@@ -78,7 +81,8 @@ class Chain(KernelSpec):
         if self.kind in ("reduce", "leave"):
             return self.stream.exit
         by_kind: dict[str, Weights] = {
-            "distribute": "none", "aggregate": "given", "coefficients": "site", "read": "site", "boundary": "site"
+            "distribute": "none", "aggregate": "given", "carry": "given",
+            "coefficients": "site", "read": "site", "boundary": "site",
         }  # fmt: skip
         return by_kind[self.kind]
 
@@ -98,9 +102,40 @@ class Chain(KernelSpec):
         return self.kind != "reduce" or self.projects
 
     @property
+    def is_hyper_connection(self) -> bool:
+        """Whether its site is one of Hyper-Connections (`mhc_compile.kernels.hc`), not of mHC."""
+        return self.weights == "site" and self.stream.form == "hc"
+
+    @property
+    def uses_sinkhorn(self) -> bool:
+        """Whether Sinkhorn's iterations make its mixing matrix."""
+        return self.weights == "site" and self.stream.form == "mhc" and self.stream.manifold == "sinkhorn"
+
+    @property
     def rows(self) -> int:
         """Rows of phi: those of the site, n of a head, none otherwise."""
-        return {"site": self.stream.rows, "head": self.stream.streams}.get(self.weights, 0)
+        site = self.n + 2 if self.is_hyper_connection else self.stream.rows
+        return {"site": site, "head": self.n}.get(self.weights, 0)
+
+    @property
+    def groups(self) -> int:
+        """The parts of the flattened streams that phi is multiplied with, each with a norm of its own."""
+        return self.n if self.is_hyper_connection else 1
+
+    @property
+    def span(self) -> int:
+        """Values in one of the groups: columns of phi."""
+        return self.n * self.width // self.groups
+
+    @property
+    def biases(self) -> int:
+        """Values of the bias."""
+        return 2 * self.n + self.n**2 if self.is_hyper_connection else self.rows
+
+    @property
+    def scales(self) -> int:
+        """Values of alpha."""
+        return 1 if self.weights == "head" else 2 if self.is_hyper_connection else 3
 
     @property
     def name(self) -> str:
@@ -149,7 +184,7 @@ class Chain(KernelSpec):
 
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape of a value; `sizes` are its leading dimensions."""
-        n, rows = self.n, self.rows
+        n = self.n
         by_name: dict[str, tuple[int, ...]] = {
             "X": (*sizes, n, self.width),
             "y": (*sizes, self.width),
@@ -157,10 +192,10 @@ class Chain(KernelSpec):
             "pre": (*sizes, n),
             "post": (*sizes, n),
             "mix": (*sizes, n, n),
-            "z": (*sizes, rows + 1),
-            "phi": (rows, n * self.width),
-            "alpha": (1 if self.weights == "head" else 3,),
-            "bias": (rows,),
+            "z": (*sizes, self.groups * (self.rows + 1)),
+            "phi": (self.rows, self.span),
+            "alpha": (self.scales,),
+            "bias": (self.biases,),
             "norm_weight": (self.width,),
             "norm_bias": (self.width,),
         }
@@ -197,7 +232,11 @@ class Chain(KernelSpec):
         if self.weights == "given":
             out["h"] = reference.aggregate(X, values["pre"])
         elif self.weights == "site":
-            pre, post, mix = reference.coefficients(X, values["phi"], values["alpha"], values["bias"], self.stream)
+            parameters = values["phi"], values["alpha"], values["bias"]
+            if self.is_hyper_connection:
+                pre, post, mix = hc.dynamic(X, *parameters)
+            else:
+                pre, post, mix = reference.coefficients(X, *parameters, self.stream)
             out |= {"next_pre": pre, "next_post": post, "next_mix": mix, "h": reference.aggregate(X, pre)}
         elif self.weights != "none":
             head = (values["phi"], values["bias"], values["alpha"]) if self.weights == "head" else None
@@ -205,9 +244,9 @@ class Chain(KernelSpec):
         if self.norm != "none":
             out["h"] = self._normed(out["h"], values)
         if self.projects:
-            v = X.flatten(-2).to(self.dtype("z"))
-            u = F.linear(v, values["phi"].to(v.dtype))
-            out["z"] = torch.cat([u, v.square().sum(-1, keepdim=True)], -1)
+            v = X.flatten(-2).unflatten(-1, (self.groups, self.span)).to(self.dtype("z"))
+            u = F.linear(v, values["phi"].to(v.dtype)).flatten(-2)
+            out["z"] = torch.cat([u, v.square().sum(-1)], -1)
         return {name: out[name] for name in self.outputs()}
 
     def _normed(self, h: Tensor, values: Values) -> Tensor:
@@ -232,8 +271,8 @@ class Chain(KernelSpec):
         if backward:  # reads the saved inputs and the outputs' gradients, writes the inputs' gradients
             read = (read if self.reads_streams_backward else 0) + written
             written = n * size + branch
-        small = 4 * ((n + n * n) * self.mixes + (n + n * n) * (self.weights == "site") + self.rows)
-        phi = 4 * self.rows * n * self.width * (2 if backward else 1)
+        small = 4 * ((n + n * n) * self.mixes + (n + n * n) * (self.weights == "site") + self.groups * self.rows)
+        phi = 4 * self.rows * self.span * (2 if backward else 1)
         return tokens * ((read + written) * self.width + (2 if backward else 1) * small) + phi
 
     def operations(self, tokens: int, *, backward: bool = False) -> int:

@@ -1,51 +1,136 @@
-"""The forms in which `widen` can write a site: what its parameters are, how they start, which op reads the streams.
-
-A form is a file like `kernels/hc.py`, a name in `spec.FormName` and an entry here. Its op takes the streams
-`[..., n, C]`, the parameters of a site in the order of `shapes`, and the specification as text, and gives
-pre `[..., n]`, post `[..., n]` and H `[..., n, n]`; `aggregate`, `distribute` and `reduce` are the same in every form.
-"""
+"""The forms by name: `mhc`, `hc` and `hc_static`, those given to `register`, those of installed packages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
-from mhc_compile.kernels import hc
-from mhc_compile.kernels import start as mhc
-from mhc_compile.kernels.spec import FormName, StreamSpec
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels import hc, reference, start
+from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.form import DepthForm, Form, Parameter, StreamForm
+from mhc_compile.kernels.installed import load_installed
+from mhc_compile.kernels.spec import FORM_GROUP, FORM_NAMES, StreamSpec, form_names
 
 
-@dataclass(frozen=True)
-class Form:
-    """One kind of hyper-connection."""
+class ManifoldConstrained(StreamForm):
+    """mHC (arXiv 2512.24880) in all its conventions."""
 
-    op: torch._ops.OpOverload
-    """`op(streams, *parameters, spec) -> pre, post, H`."""
-    shapes: Callable[[StreamSpec, int], dict[str, tuple[int, ...]]]
-    """`shapes(spec, C)`: the parameters of one site by name, in the order of the op's operands."""
-    start: Callable[..., dict[str, Tensor]]
-    """`start(spec, index of the site, C, scratch=False)`: their values at the start, float32."""
+    name = "mhc"
+    op = torch.ops.mhc.coefficients.default
+
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False) -> dict[str, Parameter]:
+        """Return phi `[rows, n*C]`, alpha `[3]` and bias `[rows]`."""
+        phi = (spec.rows, spec.streams * hidden)
+        return {
+            "phi": Parameter(phi, lambda: start.start_phi(phi, scratch=scratch)),
+            "alpha": Parameter((3,), lambda: torch.full((3,), start.ALPHA)),
+            "bias": Parameter((spec.rows,), lambda: start.start_bias(spec, index)),
+        }
+
+    def coefficients(self, X: Tensor, spec: StreamSpec, **parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three maps of a site."""
+        return reference.coefficients(X, parameters["phi"], parameters["alpha"], parameters["bias"], spec)
+
+    def kernel(self, spec: StreamSpec, **fields: Any) -> Chain | None:
+        """Return the fused chain."""
+        return Chain(stream=spec, **fields)
 
 
-FORMS: dict[FormName, Form] = {
-    "mhc": Form(torch.ops.mhc.coefficients.default, mhc.site_shapes, mhc.start_parameters),
-    "hc": Form(torch.ops.hc.coefficients.default, hc.shapes, hc.start),
-    "hc_static": Form(torch.ops.hc.static_coefficients.default, hc.shapes, hc.start),
-}
-COEFFICIENTS = frozenset(form.op for form in FORMS.values())
-"""The ops with which sites begin."""
+class StaticHyperConnections(StreamForm):
+    """Hyper-Connections (arXiv 2409.19606) whose coefficients are parameters."""
+
+    name = "hc_static"
+    reads_streams = False
+
+    def parameters(
+        self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False  # noqa: ARG002
+    ) -> dict[str, Parameter]:  # fmt: skip
+        """Return bias `[2n + n^2]`."""
+        n = spec.streams
+        return {"bias": Parameter((2 * n + n * n,), lambda: hc.start_bias(n, index))}
+
+    def coefficients(self, X: Tensor, spec: StreamSpec, **parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
+        """Return the same three maps for every token."""
+        return hc.static(X, **parameters)
+
+
+class HyperConnections(StaticHyperConnections):
+    """Hyper-Connections whose coefficients depend on the streams."""
+
+    name = "hc"
+    reads_streams = True
+
+    def parameters(
+        self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False
+    ) -> dict[str, Parameter]:  # fmt: skip
+        """Return phi `[n + 2, C]`, alpha `[2]` and bias `[2n + n^2]`."""
+        phi = (spec.streams + 2, hidden)
+        dynamic = {
+            "phi": Parameter(phi, lambda: torch.zeros(phi)),
+            "alpha": Parameter((2,), lambda: torch.full((2,), hc.SCALE)),
+        }
+        return dynamic | super().parameters(spec, index, hidden, scratch=scratch)
+
+    def coefficients(self, X: Tensor, spec: StreamSpec, **parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
+        """Return the three maps of a site."""
+        return hc.dynamic(X, **parameters)
+
+    def kernel(self, spec: StreamSpec, **fields: Any) -> Chain | None:
+        """Return the fused chain."""
+        return Chain(stream=spec, **fields)
+
+
+FORMS: dict[str, Form] = {}
+"""Those that have been used or registered."""
+COEFFICIENTS: set[object] = set()
+"""The ops with which the sites of stream forms begin."""
+
+
+def register(form: Form) -> None:
+    """Make a form known by its name to this process. Raises MHC204 for a name that is taken or no identifier."""
+    if form.name in FORMS:
+        raise MHCError("MHC204", f"there is a form {form.name!r} already")
+    if not form.name.isidentifier():
+        raise MHCError("MHC204", f"a form's name is an identifier, which {form.name!r} is not")
+    FORM_NAMES[form.name] = None
+    FORMS[form.name] = form
+    if isinstance(form, StreamForm):
+        COEFFICIENTS.add(form.op)
+
+
+for _form in (ManifoldConstrained(), HyperConnections(), StaticHyperConnections()):
+    register(_form)
 
 
 def form_of(spec: StreamSpec) -> Form:
-    """The form that `spec` names."""
+    """Return the form that `spec` names; that of an installed package is imported now. Raises MHC204."""
+    if spec.form not in FORMS:
+        if spec.form not in form_names():
+            raise MHCError("MHC204", f"form={spec.form!r}; known: {', '.join(form_names())}")
+        cls, place = load_installed(FORM_GROUP, spec.form, "MHC204")
+        if not (isinstance(cls, type) and issubclass(cls, Form)) or getattr(cls, "name", None) != spec.form:
+            raise MHCError("MHC204", f"{place} is no subclass of StreamForm or DepthForm of the name {spec.form!r}")
+        register(cls())
     return FORMS[spec.form]
 
 
-def width_of(spec: StreamSpec, held: Mapping[str, tuple[int, ...]]) -> int:
-    """C, from the shapes `held` of a site's parameters by name; 1 where none of them depends on it."""
-    of_one = form_of(spec).shapes(spec, 1)
-    return max(held[name][-1] // shape[-1] for name, shape in of_one.items())
+def start_values(spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False) -> dict[str, Tensor]:
+    """Return the values with which the parameters of site `index` start."""
+    return {name: p.start() for name, p in form_of(spec).parameters(spec, index, hidden, scratch=scratch).items()}
+
+
+def width_of(spec: StreamSpec, index: int, site: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return C of a site from the shapes of all sites' parameters (`site.phi`); 1 where none of them depends on it."""
+    of_one = form_of(spec).parameters(spec, index, 1)
+    return max(shapes[f"{site}.{name}"][-1] // p.shape[-1] for name, p in of_one.items())
+
+
+__all__ = [
+    "COEFFICIENTS", "FORMS", "DepthForm", "Form", "Parameter", "StreamForm", "form_of", "register", "start_values",
+    "width_of",
+]  # fmt: skip

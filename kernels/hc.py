@@ -1,4 +1,4 @@
-"""Hyper-Connections (arXiv 2409.19606), the unconstrained ancestor of mHC, as a form that `widen` can write.
+"""Hyper-Connections (arXiv 2409.19606), the unconstrained ancestor of mHC.
 
 With the streams X `[n, C]` of a token and the branch F:
 
@@ -12,46 +12,32 @@ With the streams X `[n, C]` of a token and the branch F:
 The norm is the root mean square's without a gain: W takes a gain in. Everything is computed in max(float32, dtype of X)
 with autocast off. `bias` holds A_m0 `[n]`, B0 `[n]` and A_r0 `[n, n]` row-major, rows of A_r being the streams that are
 read; `phi` `[n + 2, C]` the rows W_m, W_b and the n columns of W_r; `alpha` s_a and s_b.
-
-    hc::coefficients(streams [..., n, C], phi [n+2, C], alpha [2], bias [2n+n^2], spec) -> pre, post, H
-    hc::static_coefficients(streams, bias, spec) -> pre, post, H
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhc_compile.kernels.autocast import without_autocast
 from mhc_compile.kernels.reference import compute_dtype
-from mhc_compile.kernels.spec import StreamSpec
 
-LIBRARY = torch.library.Library("hc", "DEF")
 RMS_EPS = 1e-6
 SCALE = 0.01
 
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def shapes(spec: StreamSpec, hidden: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of one site by name, in the order of the op's operands."""
-    n = spec.streams
-    dynamic: dict[str, tuple[int, ...]] = {"phi": (n + 2, hidden), "alpha": (2,)} if spec.form == "hc" else {}
-    return {**dynamic, "bias": (2 * n + n * n,)}
+def start_bias(n: int, index: int) -> Tensor:
+    """Return the bias of site `index` (counted from 0) at the start, float32: A_m0 = e_{l mod n}, B0 = 1, A_r0 = I.
 
-
-def start(spec: StreamSpec, site_index: int, hidden: int, *, scratch: bool = False) -> dict[str, Tensor]:  # noqa: ARG001
-    """The parameters of site `site_index` (counted from 0) at the start, float32; the published one in every case.
-
-    A_m0 = e_{l mod n}, B0 = 1, A_r0 = I, W = 0, scales 0.01: with equal streams the residual network.
+    With phi = 0 and equal streams that is the residual network; the published scales are 0.01.
     """
-    n = spec.streams
     one = torch.zeros(n)
-    one[site_index % n] = 1.0
-    bias = torch.cat([one, torch.ones(n), torch.eye(n).flatten()])
-    dynamic = {"phi": torch.zeros(n + 2, hidden), "alpha": torch.full((2,), SCALE)} if spec.form == "hc" else {}
-    return {**dynamic, "bias": bias}
+    one[index % n] = 1.0
+    return torch.cat([one, torch.ones(n), torch.eye(n).flatten()])
 
 
 def dynamic(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Three:
@@ -67,31 +53,17 @@ def dynamic(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Three:
     return pre, post, mix.transpose(-1, -2)
 
 
+def weights(z: Tensor, alpha: Tensor, bias: Tensor, width: int) -> Tensor:
+    """Return pre `[..., n]` from what a kernel keeps: n projections on the rows of phi and n sums of squares."""
+    n = math.isqrt(bias.numel() + 1) - 1
+    scale = torch.rsqrt(z[..., -n:] / width + RMS_EPS)
+    first = z[..., :-n].unflatten(-1, (n, n + 2))[..., 0]
+    return alpha[0].to(z.dtype) * torch.tanh(first * scale) + bias[:n].to(z.dtype)
+
+
 def static(X: Tensor, bias: Tensor) -> Three:
     """The same three for every token, from the parameters alone."""
     n, lead = X.shape[-2], X.shape[:-2]
     bias = bias.to(compute_dtype(X.dtype))
     pre, post, mix = bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n).t()
     return pre.repeat(*lead, 1), post.repeat(*lead, 1), mix.repeat(*lead, 1, 1)
-
-
-def _dynamic_op(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: str) -> Three:  # noqa: ARG001
-    with without_autocast(streams):
-        return dynamic(streams, phi, alpha, bias)
-
-
-def _static_op(streams: Tensor, bias: Tensor, spec: str) -> Three:  # noqa: ARG001
-    with without_autocast(streams):
-        return static(streams, bias)
-
-
-def _register() -> None:
-    for schema, kernel in (
-        ("coefficients(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, str spec)", _dynamic_op),
-        ("static_coefficients(Tensor streams, Tensor bias, str spec)", _static_op),
-    ):
-        LIBRARY.define(f"{schema} -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(schema.split("(", 1)[0], kernel, "CompositeImplicitAutograd")
-
-
-_register()

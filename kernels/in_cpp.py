@@ -37,7 +37,7 @@ class Cpp(Target):
             stream = spec.stream
             if stream.manifold not in ("sinkhorn", "identity", "unconstrained"):
                 return f"no C++ kernel for the manifold {stream.manifold}"
-            if stream.manifold == "sinkhorn" and not 1 <= stream.iterations <= MAX_STEPS_BYTES // (128 * spec.n**2):
+            if spec.uses_sinkhorn and not 1 <= stream.iterations <= MAX_STEPS_BYTES // (128 * spec.n**2):
                 return f"no C++ kernel for {stream.iterations} Sinkhorn iterations"
         return "no C++ compiler" if build.no_compiler() else ""
 
@@ -57,8 +57,8 @@ class Cpp(Target):
         numbers = spec.numbers(sizes)
         if not numbers["tokens"]:
             return {name: t.zero_() for name, t in out.items()}
-        given, stride = laid_out(spec, values)
-        pointers = [t.data_ptr() for t in (*given.values(), *out.values())]
+        arguments, stride = laid_out(spec, values)
+        pointers = [t.data_ptr() for t in (*arguments.values(), *out.values())]
         counts = [*numbers.values(), stride]
         getattr(library(spec, direction).result(), direction)(
             (ctypes.c_void_p * len(pointers))(*pointers),

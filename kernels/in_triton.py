@@ -38,7 +38,7 @@ class Triton(Target):
         if isinstance(spec, Chain):
             if spec.weights == "site" and spec.stream.manifold not in ("sinkhorn", "identity", "unconstrained"):
                 return f"no Triton kernel for the manifold {spec.stream.manifold}"
-            if spec.weights == "site" and spec.stream.manifold == "sinkhorn" and spec.stream.iterations < 1:
+            if spec.uses_sinkhorn and spec.stream.iterations < 1:
                 return "no Triton kernel without a Sinkhorn iteration"
             if spec.norm != "none" and spec.kind not in ("read", "boundary"):
                 return f"no Triton kernel for {spec.kind} with a norm"

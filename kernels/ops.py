@@ -1,9 +1,9 @@
 """The stream ops, registered with `torch.library` on import.
 
 `mhc::*` is the dialect of the graph passes. Its ops are composite: they decompose into the plain PyTorch of
-`mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. `mhc_kernels::plain_coefficients`
-is the same with the Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is
-always `str(StreamSpec)`.
+`mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. The sites of other forms than mHC
+begin with ops `mhc_forms::*` (`mhc_compile.kernels.form`). `mhc_kernels::reference_coefficients` is mHC's with the
+Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is always `str(StreamSpec)`.
 
     mhc::expand(x [..., C], streams n) -> [..., n, C]
     mhc::coefficients(streams [..., n, C], phi [rows, n*C], alpha [3], bias [rows], spec) -> pre, post, H
@@ -22,6 +22,7 @@ stands at every module that reads a stream: it is removed where the graph holds 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -40,40 +41,32 @@ DIALECT = torch.library.Library("mhc", "DEF")
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def _expand(x: Tensor, streams: int) -> Tensor:
-    return reference.expand(x, streams)
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with autocast off for the device of its first operand."""
+
+    def kernel(streams: Tensor, *arguments: Any) -> Any:
+        with without_autocast(streams):
+            return function(streams, *arguments)
+
+    return kernel
 
 
-def _coefficients(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: str) -> Three:
-    with without_autocast(streams):
-        return reference.coefficients(streams, phi, alpha, bias, parse_spec(spec))
+def _coefficients(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: str) -> Three:
+    return reference.coefficients(X, phi, alpha, bias, parse_spec(spec))
 
 
-def _coefficients_opaque(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: str) -> Three:
-    with without_autocast(streams):
-        return reference.coefficients(streams, phi, alpha, bias, parse_spec(spec), sinkhorn=_opaque_sinkhorn)
+def _coefficients_opaque(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: str) -> Three:
+    def sinkhorn(logits: Tensor, _: StreamSpec) -> Tensor:
+        return torch.ops.mhc_kernels.sinkhorn(logits, spec)
 
-
-def _opaque_sinkhorn(logits: Tensor, spec: StreamSpec) -> Tensor:
-    return torch.ops.mhc_kernels.sinkhorn(logits, str(spec))
-
-
-def _aggregate(streams: Tensor, pre: Tensor) -> Tensor:
-    with without_autocast(streams):
-        return reference.aggregate(streams, pre)
-
-
-def _distribute(streams: Tensor, branch: Tensor, post: Tensor, mix: Tensor) -> Tensor:
-    with without_autocast(streams):
-        return reference.distribute(streams, branch, post, mix)
+    return reference.coefficients(X, phi, alpha, bias, parse_spec(spec), sinkhorn=sinkhorn)
 
 
 def _reduce(
     streams: Tensor, spec: str, fn: Tensor | None = None, base: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
     head = None if fn is None or base is None or scale is None else (fn, base, scale)
-    with without_autocast(streams):
-        return reference.reduce(streams, parse_spec(spec), head)
+    return reference.reduce(streams, parse_spec(spec), head)
 
 
 def _mark(x: Tensor, params: list[Tensor], spec: str, given: list[Tensor], names: str) -> NoReturn:  # noqa: ARG001
@@ -102,18 +95,19 @@ def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     coefficients = "coefficients(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, str spec)"
     coefficients += " -> (Tensor, Tensor, Tensor)"
-    composite = {
-        "expand(Tensor x, int streams) -> Tensor": _expand,
+    head = "Tensor? fn=None, Tensor? base=None, Tensor? scale=None"
+    composite: dict[str, Callable[..., Any]] = {
+        "expand(Tensor x, int streams) -> Tensor": reference.expand,
         coefficients: _coefficients,
-        "aggregate(Tensor streams, Tensor pre) -> Tensor": _aggregate,
-        "distribute(Tensor streams, Tensor branch, Tensor post, Tensor mix) -> Tensor": _distribute,
-        "reduce(Tensor streams, str spec, Tensor? fn=None, Tensor? base=None, Tensor? scale=None) -> Tensor": _reduce,
+        "aggregate(Tensor streams, Tensor pre) -> Tensor": reference.aggregate,
+        "distribute(Tensor streams, Tensor branch, Tensor post, Tensor mix) -> Tensor": reference.distribute,
+        f"reduce(Tensor streams, str spec, {head}) -> Tensor": _reduce,
     }
     for schema, kernel in composite.items():
         DIALECT.define(schema, tags=tags)
-        DIALECT.impl(schema.split("(", 1)[0], kernel, "CompositeImplicitAutograd")
-    KERNELS.define(f"plain_{coefficients}", tags=tags)
-    KERNELS.impl("plain_coefficients", _coefficients_opaque, "CompositeImplicitAutograd")
+        DIALECT.impl(schema.split("(", 1)[0], _apart(kernel), "CompositeImplicitAutograd")
+    KERNELS.define(f"reference_{coefficients}", tags=tags)
+    KERNELS.impl("reference_coefficients", _apart(_coefficients_opaque), "CompositeImplicitAutograd")
 
     DIALECT.define("mark(Tensor x, Tensor[] params, str spec, Tensor[] given, str names) -> Tensor", tags=tags)
     DIALECT.impl("mark", _mark, "CompositeExplicitAutograd")

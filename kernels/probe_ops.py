@@ -2,7 +2,7 @@
 
     mhc_probes::site(streams [..., n, C], branch [..., C], pre [..., n], post [..., n], mix [..., n, n],
                      earlier [..., n, n]?, mixed) -> figures [FIGURES of one site], composite [..., n, n]
-    mhc_probes::pre(z [..., rows + 1], alpha [3], bias [rows], width, spec) -> pre [..., n]
+    mhc_probes::pre(z, alpha, bias, width, spec) -> pre [..., n]
     mhc_probes::gates(streams [..., n, C], keys [..., n, C], query_gain [n, C], key_gain [n, C], spec) -> [n, BINS]
     mhc_probes::norms(d_streams [..., n, C], d_branch [..., C]) -> squares [n + 1]
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import measures, reference
+from mhc_compile.kernels import hc, measures, reference
 from mhc_compile.kernels.autocast import without_autocast
 from mhc_compile.kernels.memory import fusion
 from mhc_compile.kernels.memory.spec import FusionSpec
@@ -58,8 +58,8 @@ def watch(streams: Tensor, branch: Tensor, slot: Tensor) -> tuple[Tensor, Tensor
     """
     if not (torch.is_grad_enabled() and (streams.requires_grad or branch.requires_grad)):
         return streams, branch
-    found: tuple[Tensor, Tensor] = _Watch.apply(streams, branch, slot)
-    return found
+    watched: tuple[Tensor, Tensor] = _Watch.apply(streams, branch, slot)
+    return watched
 
 
 class _Watch(torch.autograd.Function):
@@ -83,19 +83,19 @@ def _site(
             f"{k}_{d}": g for k, gains in both.items() for d, g in zip(("forward", "backward"), gains, strict=True)
         }
         values["distance"] = measures.distance(mix)
-        found = {"tokens": mix.new_tensor(float(mix.shape[:-2].numel()))}
-        found |= {f"{name}_mean": values[name].mean() for name in MEANS}
-        found |= {f"{name}_max": values[name].amax() for name in MEANS}
-        found |= {f"{k}_entropy": measures.entropy(w).mean() for k, w in (("pre", pre), ("post", post))}
-        found |= {"pre": _mean(pre, 1), "post": _mean(post, 1), "mix": _mean(mix, 2)}
-        found |= _of_streams(streams, branch, post, mix, mixed=mixed)
-        kept = [found[name].flatten().float() for name in layout(mix.shape[-1])]
+        figures = {"tokens": mix.new_tensor(float(mix.shape[:-2].numel()))}
+        figures |= {f"{name}_mean": values[name].mean() for name in MEANS}
+        figures |= {f"{name}_max": values[name].amax() for name in MEANS}
+        figures |= {f"{k}_entropy": measures.entropy(w).mean() for k, w in (("pre", pre), ("post", post))}
+        figures |= {"pre": _mean(pre, 1), "post": _mean(post, 1), "mix": _mean(mix, 2)}
+        figures |= _of_streams(streams, branch, post, mix, mixed=mixed)
+        kept = [figures[name].flatten().float() for name in layout(mix.shape[-1])]
         return torch.cat(kept), composite
 
 
-def _mean(values: Tensor, own: int) -> Tensor:
+def _mean(values: Tensor, rank: int) -> Tensor:
     """Over tokens, of values that have `own` dimensions each."""
-    return values.reshape(-1, *values.shape[values.ndim - own :]).mean(0)
+    return values.reshape(-1, *values.shape[values.ndim - rank :]).mean(0)
 
 
 def _of_streams(X: Tensor, y: Tensor, post: Tensor, mix: Tensor, *, mixed: bool) -> dict[str, Tensor]:
@@ -114,12 +114,14 @@ def _of_streams(X: Tensor, y: Tensor, post: Tensor, mix: Tensor, *, mixed: bool)
 
 def _pieces(width: int, *tensors: tuple[Tensor, int]) -> Iterator[Sequence[Tensor]]:
     """Tensors with the number of dimensions of one token, by so many tokens of `width` values as make a piece."""
-    flat = [t.reshape(-1, *t.shape[t.ndim - own :]) for t, own in tensors]
+    flat = [t.reshape(-1, *t.shape[t.ndim - rank :]) for t, rank in tensors]
     return zip(*(t.split(max(1, CHUNK // width)) for t in flat), strict=True)
 
 
 def _pre(z: Tensor, alpha: Tensor, bias: Tensor, width: int, spec: str) -> Tensor:
     parsed = parse_spec(spec)
+    if parsed.form == "hc":
+        return hc.weights(z, alpha, bias, width)
     fields = parsed.convention.fields
     mean = z[..., -1:] / (parsed.streams * width)
     scale = torch.rsqrt(mean + fields.rms_eps) if fields.rms_inside else 1.0 / (mean.sqrt() + fields.rms_eps)

@@ -24,10 +24,10 @@ LOGIT_FLOOR = -60.0
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which values of `dtypes` are combined: float32, or float64 where one of them is."""
-    found = torch.float32
+    widest = torch.float32
     for dtype in dtypes:
-        found = torch.promote_types(found, dtype)
-    return found
+        widest = torch.promote_types(widest, dtype)
+    return widest
 
 
 def expand(x: Tensor, n: int) -> Tensor:

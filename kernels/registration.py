@@ -121,11 +121,11 @@ def _kernel(op: KernelOp, direction: Direction) -> Callable[..., Any]:
 def _fake(op: KernelOp, direction: Direction) -> Callable[..., Any]:
     def fake(*args: Any) -> Any:
         values, specs = op.parse(args, direction)
-        like, made = next(iter(values.values())), []
+        like, results = next(iter(values.values())), []
         for name in op.results(direction):
             spec = next(s for s in specs if name in s.outputs(direction))
-            made.append(like.new_empty(spec.shape(name, spec.sizes(values)), dtype=spec.dtype(name)))
-        return _single(made)
+            results.append(like.new_empty(spec.shape(name, spec.sizes(values)), dtype=spec.dtype(name)))
+        return _single(results)
 
     return fake
 
@@ -176,7 +176,7 @@ def register(op: KernelOp) -> None:
         op.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         op.library.impl(name, _kernel(op, direction), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{op.library.ns}::{name}", _fake(op, direction), lib=op.library)
-    own, backward = (f"{op.library.ns}::{name}" for _, name in directions)
-    torch.library.register_autograd(own, _differentiate(op), setup_context=_save(op), lib=op.library)
+    forward, backward = (f"{op.library.ns}::{name}" for _, name in directions)
+    torch.library.register_autograd(forward, _differentiate(op), setup_context=_save(op), lib=op.library)
     torch.library.register_autograd(backward, _no_second_order, setup_context=_nothing, lib=op.library)
-    _OPS[own] = op
+    _OPS[forward] = op

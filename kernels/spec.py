@@ -8,10 +8,14 @@ from enum import Enum
 from typing import ClassVar, Literal, get_args
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.installed import installed_names
 
 Manifold = Literal["sinkhorn", "identity", "permutations", "kronecker", "unconstrained"]
 Exit = Literal["mean", "sum", "head"]
-FormName = Literal["mhc", "hc", "hc_static"]
+FORM_GROUP = "mhc_compile.forms"
+"""The group of entry points in which installed packages name their forms."""
+FORM_NAMES = dict.fromkeys(("mhc", "hc", "hc_static"))
+"""Those of this package and those registered in this process (`mhc_compile.kernels.forms`), in order."""
 MAX_STREAMS = 8
 MAX_ITERATIONS = 1000
 """Of Sinkhorn: published systems use 20, and every iteration is an operation of the graph."""
@@ -19,6 +23,11 @@ MAX_ITERATIONS = 1000
 MAX_PERMUTATION_STREAMS = 6
 _OF_MHC = ("convention", "manifold", "iterations")
 """Fields of a `StreamSpec` that mean nothing in another form."""
+
+
+def form_names() -> list[str]:
+    """Return the names of all forms, those of installed packages among them."""
+    return [*dict.fromkeys([*FORM_NAMES, *installed_names(FORM_GROUP)])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +115,10 @@ class StreamSpec:
     """Sinkhorn iterations, 0 to 1000."""
     exit: Exit = "mean"
     """`mean`, `sum`, or `head`: a learned sigmoid head (DeepSeek-V4)."""
-    form: FormName = "mhc"
+    form: str = "mhc"
     """`mhc`; or their ancestor, unconstrained Hyper-Connections (arXiv 2409.19606): `hc`, whose coefficients depend on
-    the streams, and `hc_static`, whose coefficients are parameters. Conventions, manifolds and iterations are mHC's."""
+    the streams, and `hc_static`, whose coefficients are parameters; or one of yours (docs/write_a_form.md).
+    Conventions, manifolds and iterations are mHC's."""
 
     _text: ClassVar[str]
 
@@ -136,18 +146,18 @@ class StreamSpec:
             raise MHCError("MHC204", f"iterations={self.iterations!r}; 0 to {MAX_ITERATIONS}")
         if self.exit not in get_args(Exit):
             raise MHCError("MHC204", f"exit={self.exit!r}; known: {', '.join(get_args(Exit))}")
-        if self.form not in get_args(FormName):
-            raise MHCError("MHC204", f"form={self.form!r}; known: {', '.join(get_args(FormName))}")
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.form not in FORM_NAMES and self.form not in form_names():
+            raise MHCError("MHC204", f"form={self.form!r}; known: {', '.join(form_names())}")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.form == "mhc":
-            del given["form"]
+            del values["form"]
         else:
-            chosen = [f.name for f in fields(self) if f.name in _OF_MHC and given.pop(f.name) != f.default]
+            chosen = [f.name for f in fields(self) if f.name in _OF_MHC and values.pop(f.name) != f.default]
             if self.exit == "head":
                 chosen.append("exit=head")
             if chosen:
                 raise MHCError("MHC204", f"{chosen[0]} is one of mHC's choices, form={self.form!r} does not have it")
-        text = " ".join(f"{name}={v.value if isinstance(v, Enum) else v}" for name, v in given.items())
+        text = " ".join(f"{name}={v.value if isinstance(v, Enum) else v}" for name, v in values.items())
         object.__setattr__(self, "_text", text)  # made once: Dynamo reads it where it could not trace the making
 
     @property

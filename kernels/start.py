@@ -43,41 +43,18 @@ def start_bias(spec: StreamSpec, site_index: int) -> Tensor:
     return torch.cat([pre, post, _start_mix(spec)]).to(torch.float32)
 
 
-def start_site(
-    spec: StreamSpec, site_index: int, hidden: int, *, scratch: bool = False, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """phi `[rows, n*hidden]`, alpha `[3]` and bias `[rows]` of one site at the start, float32.
-
-    phi is zero, so that the residual network's function is kept, or drawn from N(0, 0.02) with `scratch`.
-    """
-    phi = torch.zeros(spec.rows, spec.streams * hidden, dtype=torch.float32)
-    if scratch:
-        phi.normal_(0.0, SCRATCH_STD, generator=generator)
-    return phi, torch.full((3,), ALPHA, dtype=torch.float32), start_bias(spec, site_index)
+def start_phi(shape: tuple[int, ...], *, scratch: bool = False) -> Tensor:
+    """Return phi at the start: zero, which keeps the residual network's function, or with `scratch` from N(0, 0.02)."""
+    return torch.randn(shape) * SCRATCH_STD if scratch else torch.zeros(shape)
 
 
-def site_shapes(spec: StreamSpec, hidden: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of one site by name, in the order of the op's operands."""
-    return {"phi": (spec.rows, spec.streams * hidden), "alpha": (3,), "bias": (spec.rows,)}
-
-
-def start_parameters(spec: StreamSpec, site_index: int, hidden: int, *, scratch: bool = False) -> dict[str, Tensor]:
-    """As `start_site`, by name."""
-    values = start_site(spec, site_index, hidden, scratch=scratch)
-    return dict(zip(site_shapes(spec, hidden), values, strict=True))
-
-
-def start_head(
-    spec: StreamSpec, hidden: int, *, scratch: bool = False, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def start_head(spec: StreamSpec, hidden: int, *, scratch: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """fn `[n, n*hidden]`, base `[n]` and scale `[1]` of the learned exit at the start, float32.
 
     With equal streams the head gives their mean. fn is zero, or drawn from N(0, 0.02) with `scratch`.
     """
     n = spec.streams
-    fn = torch.zeros(n, n * hidden, dtype=torch.float32)
-    if scratch:
-        fn.normal_(0.0, SCRATCH_STD, generator=generator)
+    fn = start_phi((n, n * hidden), scratch=scratch)
     mean = torch.full((n,), 1.0 / n - spec.convention.fields.pre_eps, dtype=torch.float64)
     base = torch.logit(mean) if n > 1 else torch.full((1,), SINGLE, dtype=torch.float64)
     return fn, base.to(torch.float32), torch.ones(1, dtype=torch.float32)

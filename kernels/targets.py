@@ -54,9 +54,9 @@ def source(spec: KernelSpec, direction: Direction, device: str) -> Source:
 
 def run(spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Tensor]:
     """Compute one direction on the device of `values`; return its outputs by name."""
-    given = spec.call(values, direction)
-    name = _ONLY.get() or choose(spec, next(iter(given.values())).device.type)[0]
-    return TARGETS[name].run(spec, direction, given)
+    arguments = spec.call(values, direction)
+    name = _ONLY.get() or choose(spec, next(iter(arguments.values())).device.type)[0]
+    return TARGETS[name].run(spec, direction, arguments)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from mhc_compile import carry
 from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.guard import stream_readers
+from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.memory.request import Request
+from mhc_compile.memory.request import MemoryRequest, Request
 from mhc_compile.modes import joined_sites
 from mhc_compile.owner import refuse_unconvertible
 from mhc_compile.parameters import StreamParameters
@@ -49,6 +50,8 @@ def rewrite_with_parameters(
     and MHC207 as `convert_owners` does.
     """
     streams = context.streams
+    if any(isinstance(request, MemoryRequest) for request in requests) and not isinstance(form_of(spec), StreamForm):
+        raise MHCError("MHC204", f"a memory is added to streams, which form={spec.form!r} does not have")
     parameters: dict[str, StreamParameters] = {}
     joined, partial = joined_sites(sites_of_owners(streams), sites_of_owners(others))
     # An inference tensor could never be trained.
@@ -159,4 +162,5 @@ def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters)
         memory=parameters.memory,
         over=parameters.over,
         partial=parameters.partial,
+        sites=tuple(parameters.sites),
     )

@@ -225,13 +225,8 @@ def inputs_at_start(gm: GraphModule, marks: Sequence[Mark], example_inputs: Sequ
     position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     for mark in marks:
         spec = StreamSpec.parse(mark.spec)
-        by_site: dict[str, dict[str, tuple[int, ...]]] = {}
-        names = sites_of(mark)
-        for name, node in mark.parameters.items():
-            site, _, parameter = name.rpartition(".")
-            if site in names:
-                by_site.setdefault(site, {})[parameter] = tuple(inputs[position[node]].shape)
-        sites = {site: width_of(spec, shapes) for site, shapes in by_site.items()}
+        shapes = {name: tuple(inputs[position[node]].shape) for name, node in mark.parameters.items()}
+        sites = {site: width_of(spec, i, site, shapes) for i, site in enumerate(sites_of(mark))}
         for name, p in StreamParameters(spec, sites).named_parameters():
             at = position[mark.parameters[name]]
             inputs[at] = p.detach().to(inputs[at].device)

@@ -70,6 +70,7 @@ def find_marks(gm: GraphModule) -> list[Mark]:
                     memory=known.memory,
                     over=known.over,
                     partial=known.partial,
+                    sites=known.sites,
                     node=node,
                 )
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.spec import Convention, Exit, FormName, Manifold, StreamSpec
+from mhc_compile.kernels.spec import Convention, Exit, Manifold, StreamSpec
 from mhc_compile.passes.cost import parse_blocks
 from mhc_compile.passes.fuse import KERNELS, Fuse, Fused
 from mhc_compile.passes.lower import Lower
@@ -137,7 +137,7 @@ class StreamOverrides(TypedDict, total=False):
     manifold: Manifold
     iterations: int
     exit: Exit
-    form: FormName
+    form: str
 
 
 class Overrides(StreamOverrides, total=False):

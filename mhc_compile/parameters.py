@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.memory.memories import Memory
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.kernels.spec import StreamSpec
@@ -41,7 +41,7 @@ class Started(nn.Module):
 class StreamParameters(nn.Module):
     """`phi` [rows, n*C], `alpha` [3] and `bias` [rows] for every site of one stream owner, in float32.
 
-    Those are mHC's; other forms have others (`mhc_compile.kernels.forms`).
+    Those are mHC's; other forms have others (`mhc_compile.kernels.form`).
 
     Each site's parameters sit in modules nested by its name: `layers.3#0` -> `mhc.layers.3#0.phi`. With the exit
     `head` there are also `head.fn` [n, n*C], `head.base` [n] and `head.scale` [1].
@@ -83,7 +83,7 @@ class StreamParameters(nn.Module):
         self.partial = tuple(frozenset(names) for names in partial)
         self.options = options or Options()
         for index, (name, hidden) in enumerate(self.sites.items()):
-            self._place(name, functools.partial(_start_of_site, spec, index, hidden, scratch=scratch), device)
+            self._place(name, functools.partial(start_values, spec, index, hidden, scratch=scratch), device)
         if spec.exit == "head":
             self._place(
                 "head",
@@ -95,7 +95,8 @@ class StreamParameters(nn.Module):
         if over is not None:
             self._place_over_encoding(over, device, tables_on or device)
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
-        self.signature = str(Signature(str(spec), tuple(self.in_graph()), memory, over, self.partial))
+        names = tuple(self.in_graph())
+        self.signature = str(Signature(str(spec), names, tuple(self.sites), memory, over, self.partial))
         self.hidden = next(iter(self.sites.values()), 0)
 
     def _place(
@@ -216,10 +217,6 @@ def _set(tensor: Tensor, values: Tensor) -> None:
             assert isinstance(tensor, DTensor)
             values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
         tensor.copy_(values)
-
-
-def _start_of_site(spec: StreamSpec, index: int, hidden: int, *, scratch: bool) -> Mapping[str, Tensor]:
-    return form_of(spec).start(spec, index, hidden, scratch=scratch)
 
 
 def _start_of_head(spec: StreamSpec, hidden: int, *, scratch: bool) -> Mapping[str, Tensor]:

@@ -38,6 +38,8 @@ class Mark:
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
     probe: Node | None = None
     """The slot that a sampled step brings for gradients (`mhc_compile.passes.probe`); None in every other step."""
+    sites: tuple[str, ...] = ()
+    """The owner's sites in the order of the stream, where `parameters` has another."""
     node: Node | None = None
     """The `mhc::mark` itself, which `widen` removes; None where there is none (export, the first call of a model)."""
 
@@ -212,11 +214,11 @@ def switches_gradients(node: Node) -> bool:
 def gradient_modes(graph: Graph) -> dict[Node, object]:
     """Whether gradients are on at each node. `with` blocks leave them as they were: the last switch tells the first."""
     on = next((n.args[0] for n in reversed(graph.nodes) if switches_gradients(n)), None)
-    found = {}
+    modes = {}
     for node in graph.nodes:
         on = node.args[0] if switches_gradients(node) else on
-        found[node] = on
-    return found
+        modes[node] = on
+    return modes
 
 
 KERNELS_OF = "mhc_kernels"

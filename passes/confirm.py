@@ -97,8 +97,8 @@ class Trial:
         rng = torch.Generator().manual_seed(1)
         weights = torch.randn(out.shape, generator=rng, dtype=torch.float64, device="cpu")
         inputs = [self.values[n] for n in self.inputs]
-        found = torch.autograd.grad((out * weights).sum(), inputs, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+        gradients = torch.autograd.grad((out * weights).sum(), inputs, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
 
     def error(self, node: Node, want: Tensor) -> float:
         """The largest difference of `node` or of its gradients from `want`, as a share of the largest element."""
@@ -233,7 +233,7 @@ def confirm_exit(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec]) -> Co
 
 
 def is_function(
-    flow: Dataflow, out: Node, source: Node, wanted: Callable[[Tensor], Tensor], tail: tuple[int, ...]
+    flow: Dataflow, out: Node, source: Node, function: Callable[[Tensor], Tensor], tail: tuple[int, ...]
 ) -> Region | None:
     """What computes `out` from `source` `[..., *tail]` if it is what `wanted` computes, parameters unread."""
     tokens = shape(source)[: len(shape(source)) - len(tail)]
@@ -246,7 +246,7 @@ def is_function(
         trial.run()
     except NotApart:
         return None
-    return apart if trial.error(out, wanted(trial.values[source])) <= TOLERANCE else None
+    return apart if trial.error(out, function(trial.values[source])) <= TOLERANCE else None
 
 
 def _roles(p: Proposal, apart: Region, sizes: tuple[int, ...]) -> tuple[Node, Node, Node]:
@@ -291,7 +291,7 @@ def _matrix(trial: Trial, phi: Node, p: Proposal) -> Tensor:
 def _rounded(flow: Dataflow, p: Proposal, mix: Region, trial: Trial) -> dict[str, torch.dtype]:
     """The dtype in which coefficients meet values of C channels, where it is a narrow one."""
     sizes = {p.n: "post", p.n * p.n: "mix"}
-    found = {}
+    dtypes = {}
     for node in filter(is_tensor, mix.nodes):
         for source in node.all_input_nodes:
             if not (is_tensor(source) and source in trial.values and flow.depends(source, p.projection)):
@@ -299,8 +299,8 @@ def _rounded(flow: Dataflow, p: Proposal, mix: Region, trial: Trial) -> dict[str
             small, large = (trial.values[n].numel() / trial.small_numel for n in (source, node))
             dtype = value(source).dtype
             if small in sizes and large >= p.hidden and dtype.itemsize < torch.float32.itemsize:
-                found[sizes[int(small)]] = dtype
-    return found
+                dtypes[sizes[int(small)]] = dtype
+    return dtypes
 
 
 def specifications(n: int, rows: int, apart: Region, hints: Sequence[StreamSpec]) -> Iterator[StreamSpec]:

@@ -72,43 +72,6 @@ class SiteCost:
         return 2 * self.state + self.branch + self.made + self.parameters
 
 
-def paper(streams: Expr, width: Expr) -> SiteCost:
-    """Elements a token as arXiv 2512.24880 counts them (Eq. 20): X; h and the branch norm; F's output."""
-    return SiteCost(state=streams * width, made=2 * width, branch=width)
-
-
-# --- equal sites: formulas ------------------------------------------------------------------------------------------
-
-
-def kept(site: SiteCost, sites: Expr, block: Expr) -> Expr:
-    """Bytes that `sites` equal sites keep for the backward pass in blocks of `block`."""
-    return sites * site.branch + sympy.ceiling(sites / block) * site.begin
-
-
-def transient(site: SiteCost, block: Expr) -> Expr:
-    """Bytes that a block makes again."""
-    return block * (site.state + site.made) - site.begin
-
-
-def peak(site: SiteCost, sites: Expr, block: Expr) -> Expr:
-    """Bytes at the beginning of the backward pass: all that is kept, and the last block."""
-    return kept(site, sites, block) + transient(site, block)
-
-
-def extra(site: SiteCost, sites: Expr, block: Expr) -> Expr:
-    """Bytes moved more than without recomputation, where `block` divides `sites`."""
-    blocks = sites / block
-    return blocks * site.first + (sites - blocks) * site.again
-
-
-def best_block(site: SiteCost, sites: Expr) -> Expr:
-    """The block size at which the peak is smallest, were it no whole number: `sqrt(n*L/(n+2))` in the paper's count."""
-    block = sympy.Symbol("L_r", positive=True)
-    smooth = peak(site, sites, block).replace(sympy.ceiling, lambda x: x)
-    slope = sympy.diff(smooth, block)
-    return sympy.solve(slope, block)[0]
-
-
 # --- the sites of a graph: whole numbers ----------------------------------------------------------------------------
 
 
@@ -131,20 +94,20 @@ class Plan:
     @cached_property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """The numbers of sites of the blocks of every run; those of the `rest` are in none."""
-        left, found = self.count - self.rest, []
+        left, sizes = self.count - self.rest, []
         for run in self.runs:
             sites = min(max(0, left), len(run))
-            found.append(tuple(min(self.block, sites - i) for i in range(0, sites, self.block)))
+            sizes.append(tuple(min(self.block, sites - i) for i in range(0, sites, self.block)))
             left -= len(run)
-        return tuple(found)
+        return tuple(sizes)
 
     @cached_property
     def blocks(self) -> tuple[tuple[SiteCost, ...], ...]:
         """The sites of every block."""
-        found = []
+        blocks = []
         for run, sizes in zip(self.runs, self.sizes, strict=True):
-            found += [run[i : i + size] for i, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
-        return tuple(found)
+            blocks += [run[i : i + size] for i, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
+        return tuple(blocks)
 
     @cached_property
     def whole(self) -> int:
@@ -159,8 +122,8 @@ class Plan:
     @cached_property
     def transient(self) -> int:
         """The most that one block makes again."""
-        made = (sum(s.made + s.state for s in block) - block[0].begin for block in self.blocks)
-        return int(max(made, default=0))
+        recomputed = (sum(s.made + s.state for s in block) - block[0].begin for block in self.blocks)
+        return int(max(recomputed, default=0))
 
     @property
     def peak(self) -> int:
@@ -191,16 +154,16 @@ def optimal_block(runs: Sequence[Sequence[SiteCost]], budget: int | None = None)
 
     The costs must be whole numbers. Raises MHC626, with the smallest possible peak, where nothing fits.
     """
-    held = tuple(tuple(run) for run in runs)
-    longest = max(map(len, held), default=0)
-    plans = [Plan(held, block) for block in range(1, longest + 1)] or [Plan(held, 1)]
+    costs = tuple(tuple(run) for run in runs)
+    longest = max(map(len, costs), default=0)
+    plans = [Plan(costs, block) for block in range(1, longest + 1)] or [Plan(costs, 1)]
     smallest = min(plans, key=lambda p: (p.peak, p.extra))
     if budget is None:
         return smallest
     if smallest.whole <= budget:
-        return Plan(held, 1, rest=smallest.count)
+        return Plan(costs, 1, rest=smallest.count)
     # The more sites keep everything, the less is computed again.
-    tried = [Plan(held, plan.block, _last(plan, lambda p: p.kept <= budget)) for plan in plans]
+    tried = [Plan(costs, plan.block, _last(plan, lambda p: p.kept <= budget)) for plan in plans]
     if fitting := [plan for plan in tried if plan.peak <= budget]:
         return min(fitting, key=lambda p: (p.extra, p.peak))
     least = bytes_text(min(_least(plan) for plan in plans))
@@ -248,9 +211,9 @@ def parse_blocks(blocks: str | int) -> tuple[Mode, int | None] | tuple[Literal["
         return blocks, None  # type: ignore[return-value]
     if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks >= 1:
         return "sites", blocks
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?B)", blocks) if isinstance(blocks, str) else None
-    if found is not None and found[2] in _UNITS:
-        return "bytes", int(float(found[1]) * _UNITS[found[2]])
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?B)", blocks) if isinstance(blocks, str) else None
+    if size is not None and size[2] in _UNITS:
+        return "bytes", int(float(size[1]) * _UNITS[size[2]])
     raise MHCError("MHC204", f"recompute={blocks!r}; known: off, auto, stage, sites a block (6), bytes ('2GiB')")
 
 

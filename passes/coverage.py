@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, source_line
 from mhc_compile.passes.dataflow import Dataflow
-from mhc_compile.passes.residual_sites import SiteSearch, branch_mask
+from mhc_compile.passes.residual_sites import SiteSearch, branches_mask
 from mhc_compile.passes.results import ENDS, Coverage, ResidualStream
 
 # Operations that may put a value and what a branch makes of it together.
@@ -30,10 +30,7 @@ MAX_LAYER_SITES = 3
 
 def coverage(flow: Dataflow, search: SiteSearch, streams: Sequence[ResidualStream]) -> Coverage:
     """Compare the sites of `streams` with all that adds to the residual path outside of branches."""
-    inside = 0
-    for stream in streams:
-        for site in stream.sites:
-            inside |= branch_mask(flow, site) & ~flow.ancestors[site.carry]
+    inside = branches_mask(flow, (site for stream in streams for site in stream.sites))
     around = _around(flow, streams)
     carried = _carried(flow)
     left = [

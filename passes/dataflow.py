@@ -115,8 +115,10 @@ class Dataflow:
         self.writes: dict[Node, list[Node]] = {}
         """Mutating nodes by the storage they mutate."""
         last_write: dict[Node, Node] = {}
-        given = [n for n in self.nodes if n.op == "placeholder" and not owned(n)]
-        self.content = set(given if not any(self._embeds(n) for n in given) else filter(self._is_projected, given))
+        passed_in = [n for n in self.nodes if n.op == "placeholder" and not owned(n)]
+        self.content = set(
+            passed_in if not any(self._embeds(n) for n in passed_in) else filter(self._is_projected, passed_in)
+        )
         """Inputs that hold content where they are floating point; beside token ids, caches and masks do not."""
         for i, node in enumerate(self.nodes):
             inputs = self._data_inputs(node)

@@ -8,6 +8,7 @@ what lies between is nobody's.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.base import is_tensor, op_name, shape, value
 from mhc_compile.passes.cost import SiteCost
+from mhc_compile.passes.graphs import reachable
 from mhc_compile.passes.norms import match_norm
 from mhc_compile.passes.stages import coefficient_nodes, is_random
 
@@ -68,26 +70,28 @@ class StreamSite:
         spread = {n for n in self.stream if is_tensor(n)}
         read = {x for n in (*self.stream, self.distribute) if n is not None for x in _streams_read(n)}
         parameters = [p for p in self.coefficients.args[1:] if isinstance(p, Node)]
-        rows = shape(parameters[0])[0]
         items = {int(n.args[1]): n for n in self.coefficients.users if n.target is operator.getitem}  # type: ignore[arg-type]
         weighs = self.weighs
-        made = sum((size_of(x) for x in read & spread if x is not self.state), sympy.S.Zero)
+        kept = sum((size_of(x) for x in read & spread if x is not self.state), sympy.S.Zero)
         for h in weighs:
             norm = match_norm(h)
-            made += size_of(norm.out if norm is not None else h)
-        made += sum((size_of(n) for i, n in items.items() if i > 0 or len(weighs) != 1), sympy.S.Zero)
+            kept += size_of(norm.out if norm is not None else h)
+        kept += sum((size_of(n) for i, n in items.items() if i > 0 or len(weighs) != 1), sympy.S.Zero)
         if 0 in items:
             tokens = sympy.prod(shape(items[0])[:-1])
-            made += tokens * (rows + 1) * value(items[0]).dtype.itemsize
+            # z, of which mHC has a row for the flattened streams, Hyper-Connections for each stream.
+            rows, columns = shape(parameters[0])[0], shape(parameters[0])[-1]
+            groups = max(1, math.prod(shape(self.state)[-2:]) // columns) if len(shape(parameters[0])) > 1 else 1
+            kept += tokens * groups * (rows + 1) * value(items[0]).dtype.itemsize
         # A branch that several sites read is kept once, here.
         branch = size_of(self.branch[0]) if self.branch else sympy.S.Zero
-        return SiteCost(size_of(self.state), made, branch, size_of(parameters[0]), joined)
+        return SiteCost(size_of(self.state), kept, branch, size_of(parameters[0]), joined)
 
 
 def stream_sites(graph: Graph) -> list[StreamSite]:
     """The sites of a dialect graph in the order of their streams."""
     outside = _depending(graph) - _inside_branches(graph)
-    found = []
+    sites = []
     taken: set[Node] = set()
     for coefficients in coefficient_nodes(graph):
         ends = _ends(coefficients)
@@ -97,22 +101,22 @@ def stream_sites(graph: Graph) -> list[StreamSite]:
             str(coefficients.meta.get("mhc_site", "")), coefficients, _state(coefficients, outside), distribute
         )
         norms = [norm.nodes for h in weighs if (norm := match_norm(h)) is not None]
-        wanted = {*weighs, coefficients, *(n for nodes in norms for n in nodes)}
+        members = {*weighs, coefficients, *(n for nodes in norms for n in nodes)}
         roots = [coefficients, *weighs] if distribute is None else [coefficients, *weighs, distribute]
-        wanted |= _between(roots, outside)
-        site.stream = sorted(n for n in wanted if n not in taken and not is_random(n))
+        members |= _between(roots, outside)
+        site.stream = sorted(n for n in members if n not in taken and not is_random(n))
         taken.update(site.stream)
         if distribute is not None:
             site.branch = [n for n in _unwrapped(distribute.args[1]) if n not in taken and n.op != "placeholder"]
-        found.append(site)
-    return found
+        sites.append(site)
+    return sites
 
 
-def by_stream(found: Iterable[StreamSite]) -> list[list[StreamSite]]:
+def by_stream(sites: Iterable[StreamSite]) -> list[list[StreamSite]]:
     """The sites of every stream, in order."""
     every: list[list[StreamSite]] = []
     ending: dict[Node, list[StreamSite]] = {}
-    for site in found:
+    for site in sites:
         run = ending.get(site.state)
         if run is None:
             run = []
@@ -130,24 +134,23 @@ def size_of(node: Node) -> Expr:
 
 def size_hints(graph: Graph) -> dict[Any, int]:
     """The sizes at hand for every dynamic size of the graph, without a guard on it."""
-    found: dict[Any, int] = {}
+    hints: dict[Any, int] = {}
     for node in filter(is_tensor, graph.nodes):
         for d in value(node).shape:
             if not isinstance(d, int) and d.node.expr.is_Symbol and d.node.hint is not None:
-                found[d.node.expr] = int(d.node.hint)
-    return found
+                hints[d.node.expr] = int(d.node.hint)
+    return hints
 
 
 def _ends(coefficients: Node) -> list[Node]:
     """The `aggregate`s and the `distribute` that read the coefficients, through casts."""
-    found, stack = set(), [coefficients]
-    while stack:
-        for user in stack.pop().users:
-            if user.target in (DIALECT.aggregate.default, DIALECT.distribute.default):
-                found.add(user)
-            elif user.target is operator.getitem or op_name(user) == "to":
-                stack.append(user)
-    return sorted(found)
+    ends = (DIALECT.aggregate.default, DIALECT.distribute.default)
+
+    def readers(node: Node) -> list[Node]:
+        casts = (u for u in node.users if u.target is operator.getitem or op_name(u) == "to" or u.target in ends)
+        return list(casts) if node.target not in ends else []
+
+    return sorted(n for n in reachable([coefficients], readers) if n.target in ends)
 
 
 def _carried(graph: Graph) -> set[Node]:
@@ -158,11 +161,11 @@ def _carried(graph: Graph) -> set[Node]:
 
 def _depending(graph: Graph) -> set[Node]:
     """What needs the streams, what they start with among it."""
-    found = _carried(graph)
+    depending = _carried(graph)
     for node in graph.nodes:
-        if node.target is DIALECT.expand.default or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.target is DIALECT.expand.default or any(n in depending for n in node.all_input_nodes):
+            depending.add(node)
+    return depending
 
 
 def _state(coefficients: Node, outside: set[Node]) -> Node:
@@ -183,39 +186,35 @@ def _is_state(node: Node) -> bool:
 
 def _inside_branches(graph: Graph) -> set[Node]:
     """What reads the streams through `aggregate` or `reduce`, up to `distribute`."""
-    found: set[Node] = set()
+    inside: set[Node] = set()
     opens = (DIALECT.aggregate.default, DIALECT.reduce.default)
     for node in graph.nodes:
         if node.target is not DIALECT.distribute.default and any(
-            n in found or n.target in opens for n in node.all_input_nodes
+            n in inside or n.target in opens for n in node.all_input_nodes
         ):
-            found.add(node)
-    return found
+            inside.add(node)
+    return inside
 
 
 def _between(roots: Iterable[Node], allowed: set[Node]) -> set[Node]:
     """What lies between the states and `roots`, the states and roots that end other sites not counted."""
-    found: set[Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        for n in node.all_input_nodes:
-            if n in allowed and n not in found and not _is_state(n):
-                found.add(n)
-                stack.append(n)
-    return found
+
+    def above(node: Node) -> list[Node]:
+        return [n for n in node.all_input_nodes if n in allowed and not _is_state(n)]
+
+    return reachable((n for root in roots for n in above(root)), above)
 
 
 def _streams_read(node: Node) -> list[Node]:
     """The n-stream values that an op of the dialect or of a memory reads."""
-    own = getattr(node.target, "namespace", "") in ("mhc", "engram")
-    return [node.args[0]] if own and isinstance(node.args[0], Node) and len(node.all_input_nodes) > 1 else []
+    in_dialect = getattr(node.target, "namespace", "") in ("mhc", "engram")
+    return [node.args[0]] if in_dialect and isinstance(node.args[0], Node) and len(node.all_input_nodes) > 1 else []
 
 
 def _unwrapped(branch: object) -> list[Node]:
     """`branch` and, where it is a view, what it views."""
-    found = []
+    values = []
     while isinstance(branch, Node):
-        found.append(branch)
+        values.append(branch)
         branch = branch.args[0] if op_name(branch) in _VIEWS and branch.args else None
-    return found
+    return values

@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.memory.memories import LayerMemory, Memory, layers_of
 from mhc_compile.passes.base import Context, Widened, gradient_modes, value
+from mhc_compile.passes.graphs import after
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.marks import Argument, Compression, State
 from mhc_compile.passes.tokens import token_ids
@@ -32,10 +33,10 @@ from mhc_compile.passes.tokens import token_ids
 class Engram:
     """Adds the memories of every widened stream's owner. Raises MHC225 where the graph has no token ids.
 
-    `plain`: rows are read by PyTorch's embedding, for programs that run without this package.
+    `portable`: rows are read by PyTorch's embedding, for programs that run without this package.
     """
 
-    plain: bool = False
+    portable: bool = False
 
     name: ClassVar[str] = "engram"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -48,7 +49,7 @@ class Engram:
                 of_mark = [w for w in context.widened if w.mark is widened.mark]
                 # Of this graph: the first site of a layer may be one that its mode leaves out.
                 entries = layers_of([site for w in of_mark for site in w.reads])
-                _Inserting(gm.graph, widened, widened.mark.memory, entries, plain=self.plain).run()
+                _Inserting(gm.graph, widened, widened.mark.memory, entries, portable=self.portable).run()
                 layers = ", ".join(m.layer for m in widened.mark.memory.layers)
                 context.notes.append(f"memory at {layers} of {widened.mark.owner or 'the model'}")
         return gm
@@ -58,10 +59,10 @@ class _Inserting(Lookups):
     """The memories of one stream."""
 
     def __init__(
-        self, graph: Graph, widened: Widened, memory: Memory, entries: Mapping[str, str], *, plain: bool
+        self, graph: Graph, widened: Widened, memory: Memory, entries: Mapping[str, str], *, portable: bool
     ) -> None:
         ids = token_ids(widened.stream.entry, memory.vocab, widened.mark.inputs.get(Argument("ids")))
-        super().__init__(graph, widened, ids, plain=plain)
+        super().__init__(graph, widened, ids, portable=portable)
         self.memory = memory
         self.entries = {layer: site for layer, site in entries.items() if site in widened.reads}
         """The site in front of which each layer of the stream gets its memory."""
@@ -107,7 +108,7 @@ class _Inserting(Lookups):
         X = site.args[0]
         assert isinstance(X, Node)
         readers = [u for u in X.users if u.target is not torch.ops.mhc.reduce.default]
-        place = self._behind(max(X, self.last))
+        place = after(max(X, self.last))
         if self.modes.get(X) != self.modes.get(site):
             place, readers = site, [u for u in readers if u >= site]
         self.like = site
@@ -120,26 +121,26 @@ class _Inserting(Lookups):
         """The streams with the memory added, inserted where the graph inserts now."""
         streams, dtype = value(X).shape[-2], value(X).dtype
         p = {name: self._parameter(m, name) for name in ("key", "value", "query_gain", "key_gain")}
-        rows = self._method("to", rows, dtype)
-        key, weight = (self._method("to", p[name], dtype) for name in ("key", "value"))
-        keys = self._method("unflatten", self._call(torch.nn.functional.linear, rows, key), -1, (streams, -1))
-        fact = self._call(torch.nn.functional.linear, rows, weight)
+        rows = self.method("to", rows, dtype)
+        key, weight = (self.method("to", p[name], dtype) for name in ("key", "value"))
+        keys = self.method("unflatten", self.call(torch.nn.functional.linear, rows, key), -1, (streams, -1))
+        fact = self.call(torch.nn.functional.linear, rows, weight)
         spec = str(self.memory.fusion)
-        gate = self._call(ENGRAM.gate.default, X, keys, self._gain(p["query_gain"]), self._gain(p["key_gain"]), spec)
+        gate = self.call(ENGRAM.gate.default, X, keys, self._gain(p["query_gain"]), self._gain(p["key_gain"]), spec)
         if not self.memory.fusion.dilation:
-            return self._call(ENGRAM.inject.default, X, gate, fact, None, None, None, spec)
+            return self.call(ENGRAM.inject.default, X, gate, fact, None, None, None, spec)
         gates, facts = State("gate", m.layer), State("value", m.layer)
         if gates in self.inputs:
-            gate = self._call(torch.cat, (self.inputs[gates], gate), 1)
-            fact = self._call(torch.cat, (self.inputs[facts], fact), 1)
+            gate = self.call(torch.cat, (self.inputs[gates], gate), 1)
+            fact = self.call(torch.cat, (self.inputs[facts], fact), 1)
             self._keep_end(gates, gate)
             self._keep_end(facts, fact)
         gain, conv = self._gain(self._parameter(m, "conv_gain")), self._parameter(m, "conv")
-        return self._call(ENGRAM.inject.default, X, gate, fact, reach, gain, conv, spec)
+        return self.call(ENGRAM.inject.default, X, gate, fact, reach, gain, conv, spec)
 
     def _parameter(self, m: LayerMemory, name: str) -> Node:
         return self.parameters[f"engram.{m.layer}.{name}"]
 
-    def _gain(self, held: Node) -> Node:
+    def _gain(self, gain: Node) -> Node:
         offset = self.memory.settings.gain_offset
-        return self._call(operator.add, held, offset) if offset else held
+        return self.call(operator.add, gain, offset) if offset else gain

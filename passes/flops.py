@@ -28,10 +28,10 @@ def by_site(graph: Graph, costs: Mapping[Node, float]) -> list[float]:
     """
     count = len(coefficient_nodes(graph))
     place = first_places(graph, range(1, count))
-    found = [0.0] * count
+    costs_by_site = [0.0] * count
     for node, cost in costs.items():
-        found[place[node]] += cost
-    return found
+        costs_by_site[place[node]] += cost
+    return costs_by_site
 
 
 def first_places(graph: Graph, starts: Sequence[int]) -> dict[Node, int]:
@@ -56,7 +56,7 @@ class _Counting(Interpreter):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self.found: dict[Node, float] = {}
+        self.flops: dict[Node, float] = {}
         self.counter = FlopCounterMode(display=False)
         self._known: dict[str, float] = {}
 
@@ -66,7 +66,7 @@ class _Counting(Interpreter):
         mode = next(v.fake_mode for v in inputs if hasattr(v, "fake_mode"))
         with mode, torch.no_grad(), self.counter:
             self.run(*inputs)
-        return self.found
+        return self.flops
 
     def run_node(self, n: Node) -> Any:
         key = f"{n.op} {n.target} {map_arg((n.args, n.kwargs), _form)}"
@@ -78,7 +78,7 @@ class _Counting(Interpreter):
             if "grouped_mm" in op_name(n):
                 a, b = (value(i) for i in n.all_input_nodes[:2])
                 self._known[key] += grouped_flops(a.shape, b.shape)
-        self.found[n] = self._known[key]
+        self.flops[n] = self._known[key]
         return result
 
 

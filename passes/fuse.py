@@ -2,6 +2,7 @@
 
     distribute, coefficients, aggregate  ->  mhc_kernels.boundary   from one site to the next
     coefficients, aggregate              ->  mhc_kernels.read       the first site, and behind a norm of each stream
+    distribute, aggregate                ->  mhc_kernels.carry      where coefficients do not depend on the streams
     distribute, reduce                   ->  mhc_kernels.leave      the exit
     ... aggregate, norm of the branch    ->  mhc_kernels.boundary_rms, read_layer, ...
     whatever is left alone               ->  its own kernel
@@ -23,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 import mhc_compile.kernels.fused  # noqa: F401  (registers the ops)
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain, Kind
+from mhc_compile.kernels.forms import COEFFICIENTS, StreamForm, form_of
 from mhc_compile.kernels.fused import op_of
 from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.kernels.spec import StreamSpec
@@ -37,6 +39,7 @@ from mhc_compile.passes.base import (
     value,
 )
 from mhc_compile.passes.fuse_memory import MEMORIES, fuse_memories
+from mhc_compile.passes.graphs import Writer
 from mhc_compile.passes.norms import BranchNorm, match_norm
 
 DIALECT = torch.ops.mhc
@@ -49,12 +52,12 @@ KERNELS: tuple[Fused, ...] = get_args(Fused)
 class Fuse:
     """Replaces dialect ops by `mhc_kernels` ops; `kinds` names the kinds of chain that may be used.
 
-    With `engram` among them memories get their kernels, too. `plain`: chains are merged whether or not a kernel exists
-    for them, which shows what belongs together.
+    With `engram` among them memories get their kernels, too. With `without_kernels` chains are merged whether or not a
+    kernel exists for them, which shows what belongs together.
     """
 
     kinds: tuple[Fused, ...] = KERNELS
-    plain: bool = False
+    without_kernels: bool = False
 
     name: ClassVar[str] = "fuse"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -68,7 +71,7 @@ class Fuse:
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
-        work = _Fusing(gm.graph, self.kinds, plain=self.plain)
+        work = _Fusing(gm.graph, self.kinds, without_kernels=self.without_kernels)
         work.run()
         context.notes += [f"{count} x {text}" for text, count in work.notes.items()]
         if MEMORIES in self.kinds:
@@ -91,40 +94,55 @@ class _Parts:
         return [n for n in (self.mix, self.site, self.weigh, *normed) if n is not None]
 
 
-class _Fusing:
-    def __init__(self, graph: Graph, kernels: tuple[str, ...], *, plain: bool) -> None:
-        self.graph = graph
+class _Fusing(Writer):
+    def __init__(self, graph: Graph, kernels: tuple[str, ...], *, without_kernels: bool) -> None:
+        super().__init__(graph)
         self.kernels = kernels
-        self.plain = plain
+        self.without_kernels = without_kernels
         self.modes = gradient_modes(graph)
         self.notes: Counter[str] = Counter()
 
     def run(self) -> None:
+        for node in [n for n in self.graph.nodes if n.target in COEFFICIENTS]:
+            self._hoist(node)
         # Larger chains first: what they take is gone when the smaller ones look.
         for node in list(self.graph.nodes):
             if node.target is DIALECT.distribute.default:
                 self._mix(node)
         for node in list(self.graph.nodes):
-            if node.target is DIALECT.coefficients.default:
+            if node.target in COEFFICIENTS:
                 self._site(_Parts(site=node, weigh=self._only_aggregate(node)), "read")
         for node in list(self.graph.nodes):
             if node.target is DIALECT.distribute.default:
                 self._replace("distribute", _Parts(mix=node), StreamSpec(streams=_streams(node)))
-            elif node.target is DIALECT.coefficients.default:
+            elif node.target in COEFFICIENTS:
                 self._site(_Parts(site=node), "coefficients")
             elif node.target is DIALECT.aggregate.default:
                 self._replace("aggregate", _Parts(weigh=node), StreamSpec(streams=_streams(node)))
             elif node.target is DIALECT.reduce.default:
                 self._replace("reduce", _Parts(weigh=node), _spec(node))
 
+    def _hoist(self, site: Node) -> None:
+        """Take coefficients that do not read the streams' values in front of the `distribute` that they are given."""
+        form, mix = form_of(_spec(site)), site.all_input_nodes[0]
+        free = isinstance(form, StreamForm) and not form.reads_streams and mix.target is DIALECT.distribute.default
+        same = _block(mix) == _block(site) and self.modes[mix] == self.modes[site]
+        if free and same and all(node < mix for node in site.all_input_nodes[1:]):
+            site.update_arg(0, mix.args[0])
+            for node in (site, *(u for u in site.users if u.target is operator.getitem)):
+                mix.prepend(node)
+
     def _mix(self, mix: Node) -> None:
-        site = next((u for u in mix.users if u.target is DIALECT.coefficients.default and u.args[0] is mix), None)
+        site = next((u for u in mix.users if u.target in COEFFICIENTS and u.args[0] is mix), None)
         if site is not None:
             weigh = self._only_aggregate(site)
             if weigh is not None and weigh.args[0] is mix:
                 self._replace("boundary", _Parts(mix, site, weigh), _spec(site))
             return
-        if len(mix.users) == 1 and next(iter(mix.users)).target is DIALECT.reduce.default:
+        reads = [u for u in mix.users if u.target is DIALECT.aggregate.default]
+        if len(reads) == 1 and all(node < mix for node in reads[0].all_input_nodes[1:]):
+            self._replace("carry", _Parts(mix=mix, weigh=reads[0]), StreamSpec(streams=_streams(mix)))
+        elif len(mix.users) == 1 and next(iter(mix.users)).target is DIALECT.reduce.default:
             exit_ = next(iter(mix.users))
             self._replace("leave", _Parts(mix=mix, weigh=exit_), _spec(exit_))
 
@@ -137,8 +155,8 @@ class _Fusing:
     def _only_aggregate(self, site: Node) -> Node | None:
         """The one reader of the site's `pre`."""
         readers = [u for item in _items(site, 0) for u in item.users]
-        found = len(readers) == 1 and readers[0].target is DIALECT.aggregate.default
-        return readers[0] if found else None
+        only = len(readers) == 1 and readers[0].target is DIALECT.aggregate.default
+        return readers[0] if only else None
 
     def _replace(self, kind: Kind, parts: _Parts, spec: StreamSpec) -> None:
         """Replace `parts` by one op, where a kernel may and can compute them; with the branch's norm if possible."""
@@ -150,11 +168,15 @@ class _Fusing:
     def _replaced(self, kind: Kind, parts: _Parts, spec: StreamSpec, otherwise: str) -> bool:
         first, values = self._values(parts)
         X, y = value(values["X"]), value(values["y"]) if "y" in values else None
-        chain = Chain(
-            kind=kind, stream=spec, width=int(X.shape[-1]), streams_dtype=X.dtype,
-            branch_dtype=X.dtype if y is None else y.dtype,
-            norm=parts.norm.kind if parts.norm else "none", norm_eps=parts.norm.eps if parts.norm else 0.0,
-        )  # fmt: skip
+        fields: dict[str, Any] = {
+            "kind": kind, "width": int(X.shape[-1]), "streams_dtype": X.dtype,
+            "branch_dtype": X.dtype if y is None else y.dtype,
+            "norm": parts.norm.kind if parts.norm else "none", "norm_eps": parts.norm.eps if parts.norm else 0.0,
+        }  # fmt: skip
+        chain = form_of(spec).kernel(spec, **fields) if parts.site is not None else Chain(stream=spec, **fields)
+        if chain is None:
+            self.notes[f"{kind} {otherwise}: the form {spec.form} has no kernel"] += 1
+            return False
         if reason := self._against(chain, parts, first, values):
             self.notes[f"{kind} {otherwise}: {reason}"] += 1
             return False
@@ -171,13 +193,10 @@ class _Fusing:
                 if made_of is not None:
                     fused.meta[part] = site_path(made_of)
             names = chain.outputs()
-            items = {n: self._item(fused, i) if len(names) > 1 else fused for i, n in enumerate(names) if n != "z"}
+            items = {n: self.item(fused, i) if len(names) > 1 else fused for i, n in enumerate(names) if n != "z"}
         self._redirect(parts, items)
         self.notes[f"{op_of(chain)} in {chain.name}"] += 1
         return True
-
-    def _item(self, fused: Node, i: int) -> Node:
-        return copy_meta(self.graph.call_function(operator.getitem, (fused, i)), fused)
 
     def _values(self, parts: _Parts) -> tuple[Node, dict[str, Any]]:
         """Where the new op goes, and its arguments by name."""
@@ -189,7 +208,8 @@ class _Fusing:
             elif len(parts.weigh.args) > 2:
                 values["phi"], values["bias"], values["alpha"] = parts.weigh.args[2:]
         if parts.site is not None:
-            values["X"], values["phi"], values["alpha"], values["bias"] = parts.site.args[:4]
+            names = [a.name for a in parts.site.target._schema.arguments]  # type: ignore[union-attr]
+            values |= {"X": parts.site.args[0], **dict(zip(names[1:], parts.site.args[1:-1], strict=False))}
         if parts.mix is not None:
             values["X"], values["y"], values["post"], values["mix"] = parts.mix.args
         if parts.norm is not None:
@@ -202,11 +222,11 @@ class _Fusing:
             return "switched off"
         if len({self.modes[n] for n in parts.nodes}) > 1:
             return "gradients are switched on or off inside it"
-        if len({(n.meta.get("ac_graph_id"), n.meta.get("recompute")) for n in parts.nodes}) > 1:
+        if len({_block(n) for n in parts.nodes}) > 1:
             return "it crosses a recompute boundary"
         if any(values[name] >= first for name in chain.inputs()):
             return "a parameter is computed inside it"
-        if self.plain:
+        if self.without_kernels:
             return ""
         target, reason = targets.choose(chain, device_of(values["X"]))
         return reason if target == "reference" else ""
@@ -233,10 +253,15 @@ class _Fusing:
             self.graph.erase_node(parts.mix)
 
 
+def _block(node: Node) -> tuple[object, object]:
+    """The recompute block of a node."""
+    return node.meta.get("ac_graph_id"), node.meta.get("recompute")
+
+
 def device_of(X: Node) -> str:
     """The type of device whose kernels compute on X; for a model without memory the one that this machine has."""
-    found = str(value(X).device.type)
-    return ("cuda" if torch.cuda.is_available() else "cpu") if found == "meta" else found
+    device = str(value(X).device.type)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "meta" else device
 
 
 def kernels_in(gm: GraphModule) -> dict[tuple[KernelSpec, str], int]:
@@ -262,4 +287,4 @@ def _streams(node: Node) -> int:
 
 def _spec(node: Node) -> StreamSpec:
     """The specification that a site or an exit carries."""
-    return StreamSpec.parse(str(node.args[4 if node.target is DIALECT.coefficients.default else 1]))
+    return StreamSpec.parse(str(node.args[-1 if node.target in COEFFICIENTS else 1]))

@@ -71,10 +71,10 @@ def _merge(graph: Graph, inject: Node) -> None:
     arguments: tuple[Any, ...] = inject.args
     X, gate, fact, reach, conv_gain, conv, spec = arguments
     keys, query_gain, key_gain = gate.args[1:4]
-    given = (X, keys, fact, query_gain, key_gain)
+    operands = (X, keys, fact, query_gain, key_gain)
     target = KERNELS.remember.default if conv is None else KERNELS.recall.default
     with graph.inserting_before(inject):
-        merged = graph.call_function(target, (*given, *((reach, conv_gain, conv) if conv is not None else ()), spec))
+        merged = graph.call_function(target, (*operands, *((reach, conv_gain, conv) if conv is not None else ()), spec))
         new = copy_meta(merged, inject)
         merged.meta |= {KERNELS_OF: _specs(merged), "mhc_parts": (gate.name, inject.name)}
         if conv is not None:

@@ -82,20 +82,20 @@ def proposals(flow: Dataflow) -> Iterator[Proposal]:
         if phi is None:
             continue
         streams = _streams(flow, node, max(shape(phi))), _streams(flow, node, min(shape(phi)))
-        found = next((s for s in streams if s is not None), None)
-        if found is not None:
-            yield from _proposal(flow, Proposal(found, phi, node, found))
+        nearest = next((s for s in streams if s is not None), None)
+        if nearest is not None:
+            yield from _proposal(flow, Proposal(nearest, phi, node, nearest))
 
 
 def _proposal(flow: Dataflow, p: Proposal) -> Iterator[Proposal]:
     tokens = shape(p.streams)[:-2]
     near = local(flow, p.streams, p.projection)
-    made = [n for n in near if flow.depends(n, p.projection)]
-    read = next((n for n in made if is_tensor(n) and shape(n) == (*tokens, p.hidden)), None)
+    projected = [n for n in near if flow.depends(n, p.projection)]
+    read = next((n for n in projected if is_tensor(n) and shape(n) == (*tokens, p.hidden)), None)
     if read is None:
         return
     p.read = cast_behind(read, value(p.streams).dtype)
-    before = {n for n in made if not flow.depends(n, read)}
+    before = {n for n in projected if not flow.depends(n, read)}
     if p.rows > p.n:
         p.branch, p.following = _mix(flow, p, set(near), before)
     yield p
@@ -103,10 +103,10 @@ def _proposal(flow: Dataflow, p: Proposal) -> Iterator[Proposal]:
 
 def _phi(flow: Dataflow, node: Node) -> Node | None:
     """The one parameter matrix that `node` contracts with."""
-    given = [n for n in flow.inputs[node] if n in flow.parametric]
-    if len(given) != 1:
+    parametric = [n for n in flow.inputs[node] if n in flow.parametric]
+    if len(parametric) != 1:
         return None
-    leaf = given[0]
+    leaf = parametric[0]
     while leaf.op not in ("placeholder", "get_attr"):
         above = [n for n in flow.inputs[leaf] if n in flow.parametric]
         if len(above) != 1 or op_name(leaf) not in _RESHAPES:
@@ -147,15 +147,15 @@ def cast_behind(node: Node, dtype: torch.dtype) -> Node:
 
 def local(flow: Dataflow, streams: Node, projection: Node | None = None) -> list[Node]:
     """All values that follow from `streams` and parameters alone, through no layer other than `projection`."""
-    found: dict[Node, None] = {streams: None}
+    values: dict[Node, None] = {streams: None}
     queue = _Ahead(flow, [streams])
     for node in queue:
         hot = [n for n in flow.inputs[node] if n in flow.hot]
         layer = node is not projection and bool(flow.bit(node) & flow.matmuls)
-        if hot and not layer and all(n in found for n in hot) and _is_pure(node):
-            found[node] = None
+        if hot and not layer and all(n in values for n in hot) and _is_pure(node):
+            values[node] = None
             queue.add(node)
-    return [n for n in found if n is not streams]
+    return [n for n in values if n is not streams]
 
 
 def _mix(flow: Dataflow, p: Proposal, near: set[Node], before: set[Node]) -> tuple[Node | None, list[Node]]:
@@ -171,10 +171,12 @@ def _mix(flow: Dataflow, p: Proposal, near: set[Node], before: set[Node]) -> tup
         others = [n for n in hot if n is not p.streams and n not in near and n not in mixed]
         if branch is None and not any(n in before for n in hot):
             continue
-        found = {_branch(n, (*tokens, p.hidden)) for n in others}
-        if any(y is None or y is not (branch or y) or not flow.depends(y, p.read) for y in found) or len(found) > 1:
+        branches = {_branch(n, (*tokens, p.hidden)) for n in others}
+        if len(branches) > 1 or any(
+            y is None or y is not (branch or y) or not flow.depends(y, p.read) for y in branches
+        ):
             continue
-        branch = branch or next(iter(found), None)
+        branch = branch or next(iter(branches), None)
         mixed.add(node)
         queue.add(node)
         if is_tensor(node) and shape(node) == shape(p.streams):

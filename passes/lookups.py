@@ -12,7 +12,8 @@ from torch.fx import Graph, Node
 import mhc_compile.kernels.memory.gather
 import mhc_compile.kernels.memory.hash_ops  # noqa: F401  (these register the ops)
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.base import Widened, copy_meta, refuse, shape, value
+from mhc_compile.passes.base import Widened, refuse, shape, value
+from mhc_compile.passes.graphs import Writer, after
 from mhc_compile.passes.marks import Argument, State, Table, Unknown, Weight
 from mhc_compile.passes.numeric import KEEPS
 from mhc_compile.passes.tokens import reaches
@@ -24,19 +25,18 @@ MEMORY = "mhc_memory"
 _ALL = slice(None)
 
 
-class Lookups:
+class Lookups(Writer):
     """Inserts look-ups for the owner of one stream, whose token ids are `ids`.
 
-    `plain`: rows are read by PyTorch's embedding, for programs that run without this package.
+    `portable`: rows are read by PyTorch's embedding, for programs that run without this package.
     """
 
-    def __init__(self, graph: Graph, widened: Widened, ids: Node, *, plain: bool) -> None:
-        self.graph, self.widened, self.ids, self.plain = graph, widened, ids, plain
+    def __init__(self, graph: Graph, widened: Widened, ids: Node, *, portable: bool) -> None:
+        super().__init__(graph, widened.stream.entry)
+        self.widened, self.ids, self.portable = widened, ids, portable
         self.inputs, self.parameters = widened.mark.inputs, widened.mark.parameters
         self.last = max(ids, *self.inputs.values(), *self.parameters.values())
         """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
-        self.like = widened.stream.entry
-        """Whose module and source line the nodes inserted now get."""
         self.part = ("", "")
         """The layer and first site of the memory whose nodes are inserted now."""
         self.kept: dict[State, Node] = {}
@@ -77,56 +77,43 @@ class Lookups:
 
     def _look_up(self, table: str, rows: Node, width: int) -> Callable[[], Node]:
         """Begin to fetch the rows; returns what gives the node of their values, inserted where it is called."""
-        if self.plain:
+        if self.portable:
             if Weight(table) not in self.inputs:
                 detail = f"the rows of {table} are no float32 or bfloat16 tensor in memory"
                 raise MHCError("MHC504", detail, way_out='load the folder with tables="device"')
-            found = self._early(torch.nn.functional.embedding, rows, self.inputs[Weight(table)])
-            flat = self._early(torch.flatten, found, -2)
+            embedded = self._early(torch.nn.functional.embedding, rows, self.inputs[Weight(table)])
+            flat = self._early(torch.flatten, embedded, -2)
             return lambda: flat
-        held = next(x for x in self.inputs if isinstance(x, Table) and x.of == table)
-        dtype = torch.float32 if held.dtype == "float32" else torch.bfloat16
-        gathered = (rows, self.inputs[held], held.handle, width, dtype)
-        if not held.early:
-            return lambda: self._call(KERNELS.gather.default, *gathered)
-        ticket = self._early(KERNELS.prefetch.default, rows, held.handle)
-        return lambda: self._call(KERNELS.collect.default, ticket, *gathered)
+        described = next(x for x in self.inputs if isinstance(x, Table) and x.of == table)
+        dtype = torch.float32 if described.dtype == "float32" else torch.bfloat16
+        gathered = (rows, self.inputs[described], described.handle, width, dtype)
+        if not described.early:
+            return lambda: self.call(KERNELS.gather.default, *gathered)
+        ticket = self._early(KERNELS.prefetch.default, rows, described.handle)
+        return lambda: self.call(KERNELS.collect.default, ticket, *gathered)
 
     # --- state ---------------------------------------------------------------------------------------------------
 
     def _keep_end(self, state: State, whole: Node) -> None:
         """Keep the end of `whole` as the `state` to carry on."""
-        with self.graph.inserting_before(self._behind(whole)):
-            end = self._call(operator.getitem, whole, (_ALL, slice(-value(self.inputs[state]).shape[1], None)))
-            self.kept[state] = self._method("detach", end)
+        with self.graph.inserting_before(after(whole)):
+            end = self.call(operator.getitem, whole, (_ALL, slice(-value(self.inputs[state]).shape[1], None)))
+            self.kept[state] = self.method("detach", end)
 
     def _keep(self) -> None:
         """Write the state, once everything has read it."""
-        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
-        with self.graph.inserting_before(output):
+        with self.graph.inserting_before(self.graph.output_node()):
             for state, new in self.kept.items():
-                copied = self._method("copy_", self.inputs[state], new)
+                copied = self.method("copy_", self.inputs[state], new)
                 copied.meta |= {KEEPS: True, MEMORY: new.meta[MEMORY]}
 
     # --- nodes ---------------------------------------------------------------------------------------------------
 
     def _early(self, target: Callable[..., Any], *args: Any) -> Node:
-        with self.graph.inserting_before(self._behind(self.last)):
-            self.last = self._call(target, *args)
+        with self.graph.inserting_before(after(self.last)):
+            self.last = self.call(target, *args)
         return self.last
 
-    def _call(self, target: Callable[..., Any], *args: Any) -> Node:
-        return self._with_meta(self.graph.call_function(target, args))
-
-    def _method(self, name: str, *args: Any) -> Node:
-        return self._with_meta(self.graph.call_method(name, args))
-
-    def _with_meta(self, node: Node) -> Node:
-        node.meta[MEMORY] = (self.widened.mark.owner, *self.part)
-        return copy_meta(node, self.like)
-
-    def _behind(self, node: Node) -> Node:
-        place = node.next
-        while place.op == "placeholder":
-            place = place.next
-        return place
+    def _with_meta(self, new: Node, like: Node | None) -> Node:
+        new.meta[MEMORY] = (self.widened.mark.owner, *self.part)
+        return super()._with_meta(new, like)

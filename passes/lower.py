@@ -1,7 +1,7 @@
-"""Give every dialect op what computes it.
+"""Replace what is left of the dialect by plain PyTorch.
 
-Providers so far: plain PyTorch. The Sinkhorn loop is one opaque op, because unrolled it costs seconds of Inductor's
-time a site; `export` keeps the dialect, which decomposes into plain operations.
+The Sinkhorn loop is one opaque op, because unrolled it costs seconds of Inductor's time per site. `export` keeps the
+dialect, which decomposes into PyTorch's own operations.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from mhc_compile.passes.base import Context, erase_unused
 
 @dataclass(frozen=True)
 class Lower:
-    """Replaces `mhc::coefficients` by `mhc_kernels::plain_coefficients`; the other dialect ops decompose as they are.
-
-    What `fuse` has turned into kernels is no dialect op any more.
-    """
+    """Replaces `mhc::coefficients` by `mhc_kernels::reference_coefficients`; other ops decompose as they are."""
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -32,7 +29,7 @@ class Lower:
         replaced = 0
         for node in gm.graph.nodes:
             if node.target is torch.ops.mhc.coefficients.default:
-                node.target = torch.ops.mhc_kernels.plain_coefficients.default
+                node.target = torch.ops.mhc_kernels.reference_coefficients.default
                 replaced += 1
         erase_unused(gm)
         context.notes.append(f"{replaced} sites: coefficients with an opaque Sinkhorn, the rest in plain PyTorch")

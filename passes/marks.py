@@ -109,6 +109,8 @@ class Signature:
     """The owner's `StreamSpec` as text."""
     names: tuple[str, ...]
     """Of the parameters, relative to the owner's `mhc` module."""
+    sites: tuple[str, ...]
+    """In the order of the stream, by which their parameters start."""
     memory: Memory | None = None
     over: OverEncoding | None = None
     partial: tuple[frozenset[str], ...] = ()
@@ -120,6 +122,7 @@ class Signature:
         fields = {
             "spec": self.spec,
             "names": self.names,
+            "sites": self.sites,
             **{name: value.plain() for name, value in optional.items() if value is not None},
             "partial": [sorted(names) for names in self.partial],
         }
@@ -132,6 +135,7 @@ class Signature:
         return cls(
             fields["spec"],
             tuple(fields["names"]),
+            tuple(fields["sites"]),
             Memory.parse(fields["memory"]) if "memory" in fields else None,
             OverEncoding.parse(fields["over"]) if "over" in fields else None,
             tuple(frozenset(names) for names in fields["partial"]),

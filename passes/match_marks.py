@@ -16,22 +16,24 @@ def pair_with_marks(streams: list[ResidualStream], marks: list[Mark]) -> list[tu
     """
     pairs = [(_named_below(s, mark), mark) for s in streams if (mark := _mark_for(s, marks)) is not None]
     for mark in marks:
-        held = sites_of(mark)
+        expected = set(sites_of(mark))
         calls = [s for s, m in pairs if m is mark]
-        found = {site.name for stream in calls for site in stream.sites}
-        if found != held and found not in mark.partial:
+        present = {site.name for stream in calls for site in stream.sites}
+        if present != expected and present not in mark.partial:
             raise refuse(
                 "MHC206",
-                f"sites without parameters: {sorted(found - held)}; parameters without a site: {sorted(held - found)}; "
-                f"found in the graph: {sorted(found)}; held by the model: {sorted(held)}",
+                f"sites without parameters: {sorted(present - expected)}; "
+                f"parameters without a site: {sorted(expected - present)}; "
+                f"found in the graph: {sorted(present)}; held by the model: {sorted(expected)}",
                 calls[0].exit if calls else None,
             )
     return pairs
 
 
-def sites_of(mark: Mark) -> set[str]:
-    """The site names a mark holds parameters for."""
-    return {name.rsplit(".", 1)[0] for name in mark.parameters if name.endswith((".phi", ".alpha", ".bias"))}
+def sites_of(mark: Mark) -> list[str]:
+    """Return the names of the sites that a mark has parameters for, in order."""
+    named = dict.fromkeys(name.rpartition(".")[0] for name in mark.parameters if "#" in name)
+    return [*(mark.sites or named)]
 
 
 def _mark_for(stream: ResidualStream, marks: list[Mark]) -> Mark | None:

@@ -20,7 +20,6 @@ from mhc_compile.kernels import reference
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import (
     Context,
-    copy_meta,
     erase_unused,
     gradient_modes,
     is_tensor,
@@ -31,6 +30,7 @@ from mhc_compile.passes.base import (
 )
 from mhc_compile.passes.confirm import Confirmed, Verdict, confirm_exit, confirm_site, is_function
 from mhc_compile.passes.dataflow import CASTS, Dataflow
+from mhc_compile.passes.graphs import Writer
 from mhc_compile.passes.hyperconnections import NotApart, Proposal, cast_behind, local, proposals
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.results import NativeSite
@@ -71,18 +71,17 @@ def drop_idle_casts(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-class _Lifting:
+class _Lifting(Writer):
     """The analysis of one graph, then its rewriting."""
 
     def __init__(self, gm: GraphModule, context: Context) -> None:
-        self.gm = gm
-        self.graph = gm.graph
+        super().__init__(gm.graph)
         self.context = context
         self.flow = Dataflow(gm.graph, is_owned)
         self.gradients = gradient_modes(gm.graph)
         self.first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         self.memory: dict[Any, Verdict] = {}
-        self.found: list[Confirmed] = []
+        self.confirmed: list[Confirmed] = []
         self.entries: dict[Node, Node] = {}
         """What is expanded into n streams, by these streams."""
         self.means: dict[Node, tuple[Node, StreamSpec]] = {}
@@ -100,27 +99,27 @@ class _Lifting:
                 self._confirm(p)
             except NotApart as error:
                 self.context.notes.append(f"{self._place(p.projection)}: left alone: {error}")
-        made = {c.following for c in self.found}
-        read = {c.proposal.streams for c in self.found}
-        for streams in read - made:
+        written = {c.following for c in self.confirmed}
+        read = {c.proposal.streams for c in self.confirmed}
+        for streams in read - written:
             self._find_entry(streams)
-        for c in self.found:
+        for c in self.confirmed:
             if c.following is not None and c.following not in read:
                 self._find_exit(c.following, c.spec)
 
     def _confirm(self, p: Proposal) -> None:
-        hints = list(dict.fromkeys(c.spec for c in reversed(self.found)))
+        hints = list(dict.fromkeys(c.spec for c in reversed(self.confirmed)))
         if p.rows == p.n:
             done = confirm_exit(self.flow, p, hints)
         else:
             done = confirm_site(self.flow, p, hints, self.memory)
         if len({self.gradients[n] for n in done.nodes}) > 1:
             raise NotApart("a part of it runs without gradients")
-        if any(n is other.following or n is other.proposal.read for other in self.found for n in done.nodes):
+        if any(n is other.following or n is other.proposal.read for other in self.confirmed for n in done.nodes):
             raise NotApart("another site shares its values")
         for n in done.numbers:
             float(value(n))  # a guard: with another value the model is compiled again
-        self.found.append(done)
+        self.confirmed.append(done)
         self.dead.update(done.nodes)
 
     def _find_entry(self, streams: Node) -> None:
@@ -153,10 +152,10 @@ class _Lifting:
         """Put the dialect in place of all that was confirmed."""
         for streams, x in self.entries.items():
             with self.graph.inserting_before(streams):
-                new = self._call(torch.ops.mhc.expand.default, (x, shape(streams)[-2]), streams)
+                new = self.call(torch.ops.mhc.expand.default, x, shape(streams)[-2], like=streams)
             self._replace(streams, new)
         counts: Counter[str] = Counter()
-        for c in self.found:
+        for c in self.confirmed:
             if c.following is None:
                 self._rewrite_exit(c)
                 continue
@@ -178,20 +177,20 @@ class _Lifting:
         X, dtype = self._now(p.streams), value(p.streams).dtype
         phi, alpha, bias = self._parameters(c)
         with self.graph.inserting_before(p.read):
-            coefficients = self._call(torch.ops.mhc.coefficients.default, (X, phi, alpha, bias, spec), p.read)
-            pre, post, mix = (self._call(operator.getitem, (coefficients, i), p.read) for i in range(3))
-            wide, held = self._widened(X, dtype, p.read)
-            read = self._call(torch.ops.mhc.aggregate.default, (wide, pre), p.read)
-            self._replace(p.read, self._cast(read, held, value(p.read).dtype))
+            coefficients = self.call(torch.ops.mhc.coefficients.default, X, phi, alpha, bias, spec, like=p.read)
+            pre, post, mix = (self.call(operator.getitem, coefficients, i, like=p.read) for i in range(3))
+            wide, wide_dtype = self._widened(X, dtype, p.read)
+            read = self.call(torch.ops.mhc.aggregate.default, wide, pre, like=p.read)
+            self._replace(p.read, self._cast(read, wide_dtype, value(p.read).dtype))
         with self.graph.inserting_before(c.following):
             post, mix = (
-                self._method("to", (m, c.rounded[kind]), c.following) if kind in c.rounded else m
+                self.method("to", m, c.rounded[kind], like=c.following) if kind in c.rounded else m
                 for kind, m in (("post", post), ("mix", mix))
             )
-            wide, held = self._widened(X, dtype, c.following)
-            y, held = self._now(p.branch), torch.promote_types(held, value(p.branch).dtype)
-            new = self._call(torch.ops.mhc.distribute.default, (wide, y, post, mix), c.following)
-            self._replace(c.following, self._cast(new, held, value(c.following).dtype))
+            wide, wide_dtype = self._widened(X, dtype, c.following)
+            y, wide_dtype = self._now(p.branch), torch.promote_types(wide_dtype, value(p.branch).dtype)
+            new = self.call(torch.ops.mhc.distribute.default, wide, y, post, mix, like=c.following)
+            self._replace(c.following, self._cast(new, wide_dtype, value(c.following).dtype))
         new.meta["mhc_site"] = coefficients.meta["mhc_site"] = name
         self.context.native.append(NativeSite(name, spec))
 
@@ -218,23 +217,23 @@ class _Lifting:
         """A form of `parameter`, in front of all else where possible: `fuse` wants it outside the chain."""
         early = parameter.op == "placeholder" and self.gradients[self.first] == self.gradients[like]
         with self.graph.inserting_before(self.first if early else like):
-            return self._call(target, (parameter, *arguments), like)
+            return self.call(target, parameter, *arguments, like=like)
 
     def _reduce(self, streams: Node, out: Node, spec: str, *head: Node) -> None:
         with self.graph.inserting_before(out):
-            wide, held = self._widened(self._now(streams), value(streams).dtype, out)
-            new = self._call(torch.ops.mhc.reduce.default, (wide, spec, *head), out)
-            self._replace(out, self._cast(new, held, value(out).dtype))
+            wide, wide_dtype = self._widened(self._now(streams), value(streams).dtype, out)
+            new = self.call(torch.ops.mhc.reduce.default, wide, spec, *head, like=out)
+            self._replace(out, self._cast(new, wide_dtype, value(out).dtype))
 
     def _widened(self, X: Node, dtype: torch.dtype, like: Node) -> tuple[Node, torch.dtype]:
         """X in the dtype of `like` where that is the wider one, and its dtype then."""
-        wanted = value(like).dtype
-        if wanted == dtype or torch.promote_types(wanted, dtype) != wanted:
+        target_dtype = value(like).dtype
+        if target_dtype == dtype or torch.promote_types(target_dtype, dtype) != target_dtype:
             return X, dtype
-        return self._method("to", (X, wanted), like), wanted
+        return self.method("to", X, target_dtype, like=like), target_dtype
 
-    def _cast(self, node: Node, dtype: torch.dtype, wanted: torch.dtype) -> Node:
-        return node if dtype == wanted else self._method("to", (node, wanted), node)
+    def _cast(self, node: Node, dtype: torch.dtype, target_dtype: torch.dtype) -> Node:
+        return node if dtype == target_dtype else self.method("to", node, target_dtype, like=node)
 
     def _now(self, node: Node) -> Node:
         return self.new.get(node, node)
@@ -244,19 +243,13 @@ class _Lifting:
         self.new[old] = new
         self.dead.add(old)
 
-    def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
-        return copy_meta(self.graph.call_function(target, arguments), like)
-
-    def _method(self, target: str, arguments: tuple[Any, ...], like: Node) -> Node:
-        return copy_meta(self.graph.call_method(target, arguments), like)
-
     # --- report ------------------------------------------------------------------------------------------------
 
     def _report(self) -> None:
         notes = self.context.notes
         for spec, count in Counter(site.spec for site in self.context.native).items():
             notes.append(f"{count} hand-written sites raised: {spec}")
-        exits = [str(c.spec) for c in self.found if c.following is None] + [str(s) for _, s in self.means.values()]
+        exits = [str(c.spec) for c in self.confirmed if c.following is None] + [str(s) for _, s in self.means.values()]
         notes += [f"exit raised: {spec}" for spec in exits]
         notes += [f"entry raised at {self._place(x)}" for x in self.entries.values()]
 

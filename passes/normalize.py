@@ -135,17 +135,17 @@ def functionalise(gm: GraphModule, context: Context) -> None:
             context.notes.append(f"in-place {node.format_node()} kept: another view of its operand is read afterwards")
             continue
         with gm.graph.inserting_before(node):
-            made = _functional(gm, node)
-        new = made[-1]
+            replacements = _functional(gm, node)
+        new = replacements[-1]
         node.replace_all_uses_with(new)
         for user in list(target.users):
             if order.get(user, -1) > at:
                 user.replace_input_with(target, new)
-        order.update(dict.fromkeys(made, at))
+        order.update(dict.fromkeys(replacements, at))
         # What viewed the mutated value from here on views the new one.
         later = [n for n in group[root] if order[n] > at]
         group[root] = [n for n in group[root] if order[n] < at]
-        group.setdefault(storage_root(new), []).extend([*made, *later])
+        group.setdefault(storage_root(new), []).extend([*replacements, *later])
         gm.graph.erase_node(node)
 
 
@@ -200,10 +200,10 @@ def unify_add(gm: GraphModule, node: Node) -> None:
     """`torch.add(x, y)` and `x.add(y)` become `x + y`; with `alpha=a`, `x + y * a`."""
     if op_name(node) != "add" or node.target is operator.add or node.op not in ("call_function", "call_method"):
         return
-    given = dict(zip(("input", "other"), node.args, strict=False)) | node.kwargs
-    if len(node.args) > 2 or not set(given) <= {"input", "other", "alpha"}:
+    arguments = dict(zip(("input", "other"), node.args, strict=False)) | node.kwargs
+    if len(node.args) > 2 or not set(arguments) <= {"input", "other", "alpha"}:
         return
-    left, right, alpha = given["input"], given["other"], given.get("alpha", 1)
+    left, right, alpha = arguments["input"], arguments["other"], arguments.get("alpha", 1)
     if alpha != 1:
         if not isinstance(right, Node):
             return

@@ -38,27 +38,27 @@ class BranchNorm:
 def match_norm(h: Node) -> BranchNorm | None:
     """The norm of `h` `[..., C]`, if one is its only reader and gives its dtype; None otherwise."""
     readers = list(h.users)
-    found = None
+    norm = None
     if len(readers) == 1 and op_name(readers[0]) in _ARGUMENTS:
-        found = _called(h, readers[0])
+        norm = _called(h, readers[0])
     elif readers:
-        found = _written_out(h)
-    if found is None or value(found.out).dtype != value(h).dtype or shape(found.out) != shape(h):
+        norm = _written_out(h)
+    if norm is None or value(norm.out).dtype != value(h).dtype or shape(norm.out) != shape(h):
         return None
-    parameters = [p for p in (found.weight, found.bias) if p is not None]
-    return found if all(shape(p) == shape(h)[-1:] for p in parameters) else None
+    parameters = [p for p in (norm.weight, norm.bias) if p is not None]
+    return norm if all(shape(p) == shape(h)[-1:] for p in parameters) else None
 
 
 def _called(h: Node, call: Node) -> BranchNorm | None:
     names = _ARGUMENTS[op_name(call)]
-    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-    weight, bias = given.get("weight"), given.get("bias")
-    dims = given["normalized_shape"]
+    arguments = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    weight, bias = arguments.get("weight"), arguments.get("bias")
+    dims = arguments["normalized_shape"]
     over_one = isinstance(dims, (tuple, list)) and len(dims) == 1
-    if given["input"] is not h or not isinstance(weight, Node) or not over_one:
+    if arguments["input"] is not h or not isinstance(weight, Node) or not over_one:
         return None
     layer = op_name(call) == "layer_norm"
-    eps = given.get("eps")
+    eps = arguments.get("eps")
     if eps is None:
         eps = 1e-5 if layer else torch.finfo(value(h).dtype).eps
     if not isinstance(eps, float):  # a number that varies from call to call
@@ -123,6 +123,6 @@ def _squares(node: Node, x: Node) -> bool:
 
 
 def _over_the_last(mean: Node) -> bool:
-    given: dict[str, Any] = {**dict(zip(("input", "dim", "keepdim"), mean.args, strict=False)), **mean.kwargs}
-    dim = given.get("dim")
-    return (dim in (-1, [-1], (-1,))) and given.get("keepdim") is True
+    arguments: dict[str, Any] = {**dict(zip(("input", "dim", "keepdim"), mean.args, strict=False)), **mean.kwargs}
+    dim = arguments.get("dim")
+    return (dim in (-1, [-1], (-1,))) and arguments.get("keepdim") is True

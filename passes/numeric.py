@@ -62,7 +62,7 @@ def run_float64(gm: GraphModule, inputs: Sequence[Any]) -> list[torch.Tensor]:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         out = Float64Interpreter(gm).run(*copies)
-    if recorded := next(n for n in reversed(gm.graph.nodes) if n.op == "output").meta.get(RECORDED, 0):
+    if recorded := gm.graph.output_node().meta.get(RECORDED, 0):
         out = out[:-recorded]
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 

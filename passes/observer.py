@@ -47,7 +47,7 @@ class Observer:
     def run(self, step: Pass, gm: GraphModule, context: Context, debug: Debug) -> GraphModule:
         """Apply one pass under observation."""
         keep = self.snapshots or log.isEnabledFor(logging.DEBUG) or _tracing()
-        before, size = (text_of(gm) if keep else ""), len(gm.graph.nodes)
+        before, size = (str(gm.graph) if keep else ""), len(gm.graph.nodes)
         numeric = debug == "numeric" and bool(context.inputs)
         reference = run_float64(gm, context.inputs) if numeric else []
         if isinstance(step, Fuse):
@@ -60,7 +60,7 @@ class Observer:
         if numeric:
             compare(reference, run_float64(gm, context.inputs), step.name)
         end = time.perf_counter()
-        after = text_of(gm) if keep else ""
+        after = str(gm.graph) if keep else ""
         record = Record(
             step.name, size, len(gm.graph.nodes), middle - start, end - middle, before, after, context.notes
         )
@@ -88,11 +88,6 @@ class Observer:
 
 def _tracing() -> bool:
     return bool(logging.getLogger("torch.__trace").handlers)
-
-
-def text_of(gm: GraphModule) -> str:
-    """The graph as text, one node a line."""
-    return str(gm.graph)
 
 
 def diff_of(record: Record) -> str:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.passes.base import Context, module_stack, refuse, value
+from mhc_compile.passes.graphs import after
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.marks import Argument
 from mhc_compile.passes.tokens import token_embedding
@@ -33,10 +34,10 @@ _NO_EOS = -1
 class OverEncode:
     """Adds the n-grams of every widened stream's owner that has some. Raises MHC225 where it embeds no token ids.
 
-    `plain`: rows are read by PyTorch's embedding, for programs that run without this package.
+    `portable`: rows are read by PyTorch's embedding, for programs that run without this package.
     """
 
-    plain: bool = False
+    portable: bool = False
 
     name: ClassVar[str] = "overencoding"
     requires: ClassVar[tuple[str, ...]] = ("dialect",)
@@ -49,15 +50,16 @@ class OverEncode:
             over = widened.mark.over
             if over is None:
                 continue
-            found = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.inputs.get(Argument("ids")))
+            embedding = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.inputs.get(Argument("ids")))
             # Where it lies outside, calls of the owner alone would not find it.
-            if widened.mark.owner not in module_stack(found.node):
-                raise refuse("MHC225", f"{widened.mark.owner}, which holds the stream, is given embeddings", found.node)
-            if found.node in done:
+            if widened.mark.owner not in module_stack(embedding.node):
+                detail = f"{widened.mark.owner}, which holds the stream, is given embeddings"
+                raise refuse("MHC225", detail, embedding.node)
+            if embedding.node in done:
                 continue
-            done.add(found.node)
-            _Encoding(gm.graph, widened, found.ids, plain=self.plain).run(found.node, over)
-            context.notes.append(f"over-encoding of n-grams up to {over.hash.order} at {found.node.name}")
+            done.add(embedding.node)
+            _Encoding(gm.graph, widened, embedding.ids, portable=self.portable).run(embedding.node, over)
+            context.notes.append(f"over-encoding of n-grams up to {over.hash.order} at {embedding.node.name}")
         return gm
 
 
@@ -71,12 +73,12 @@ class _Encoding(Lookups):
         reach, before = self._documents(self.ids, _NO_EOS, TABLE)
         rows = self._early(ENGRAM.over_rows.default, self.ids, reach, before, str(over.hash))
         look_up = self._look_up(TABLE, rows, over.width)
-        with self.graph.inserting_before(self._behind(max(embedding, self.last))):
+        with self.graph.inserting_before(after(max(embedding, self.last))):
             dtype = value(embedding).dtype
-            found = self._method("to", look_up(), dtype)
-            weight = self._method("to", self.parameters[f"{ROOT}.projection"], dtype)
-            added = self._call(torch.nn.functional.linear, found, weight)
-            total = self._call(torch.add, embedding, added)
+            found = self.method("to", look_up(), dtype)
+            weight = self.method("to", self.parameters[f"{ROOT}.projection"], dtype)
+            added = self.call(torch.nn.functional.linear, found, weight)
+            total = self.call(torch.add, embedding, added)
         for reader in readers:
             reader.replace_input_with(embedding, total)
         self._keep()

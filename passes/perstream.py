@@ -73,14 +73,14 @@ def _widened(graph: Graph, node: Node, members: set[Node], wide: dict[Node, Node
 
 
 def _once_per_stream(graph: Graph, source: Node, chain: Sequence[Node], wide: dict[Node, Node], n: int) -> None:
-    behind = {node: node.next for node in chain}
-    with graph.inserting_before(behind[chain[0]]):
+    following = {node: node.next for node in chain}
+    with graph.inserting_before(following[chain[0]]):
         parts = copy_meta(graph.call_function(torch.unbind, (wide[source], -2)), chain[0])
         each = [copy_meta(graph.call_function(operator.getitem, (parts, i)), chain[0]) for i in range(n)]
     per_stream: list[dict[Node, Node]] = [{source: part} for part in each]
     for node in chain:
         # Behind this node, not behind the chain: what reads it may come before the chain's end.
-        with graph.inserting_before(behind[node]):
+        with graph.inserting_before(following[node]):
             for env in per_stream:
                 env[node] = copy_meta(graph.node_copy(node, lambda a, env=env: env.get(a, a)), node)  # type: ignore[misc]
             if is_tensor(node) and len(shape(node)) >= 1:

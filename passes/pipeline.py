@@ -102,11 +102,11 @@ class Pipeline:
         """Raise MHC241 where a pass requires what neither a pass before it nor the graph, `provided`, has."""
         there = set(provided)
         for step in self.passes:
-            for wanted in step.requires:
-                if wanted not in there:
-                    makers = " or ".join(name for name, cls in BUILT_IN.items() if wanted in cls.provides)
-                    fix = f"put {makers or f'a pass that provides {wanted}'} before {step.name}"
-                    raise MHCError("MHC241", f"{step.name} requires {wanted} in {self}", way_out=fix)
+            for requirement in step.requires:
+                if requirement not in there:
+                    makers = " or ".join(name for name, cls in BUILT_IN.items() if requirement in cls.provides)
+                    fix = f"put {makers or f'a pass that provides {requirement}'} before {step.name}"
+                    raise MHCError("MHC241", f"{step.name} requires {requirement} in {self}", way_out=fix)
             there |= set(step.provides)
 
     def run(
@@ -133,4 +133,4 @@ ANALYSIS = Pipeline((Normalize(), Residual()))
 NATIVE = Pipeline((Normalize(), Native()))
 WIDENING = Pipeline((*ANALYSIS, Widen(), OverEncode(), Engram()))
 """What a converted model's graph goes through before kernels hide the equations."""
-EXPORT = Pipeline((*ANALYSIS, Widen(), OverEncode(plain=True), Engram(plain=True)))
+EXPORT = Pipeline((*ANALYSIS, Widen(), OverEncode(portable=True), Engram(portable=True)))

@@ -20,15 +20,14 @@ from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.kernels.probe_ops import watch
-from mhc_compile.passes.base import Context, Mark, copy_meta, kernels_of, op_name, value
+from mhc_compile.passes.base import Context, Mark, kernels_of, op_name, value
+from mhc_compile.passes.graphs import Writer, after
 from mhc_compile.passes.numeric import RECORDED
 from mhc_compile.passes.results import Probed
 
 PROBES = torch.ops.mhc_probes
 _ENGRAM, _KERNELS = torch.ops.engram, torch.ops.engram_kernels
-_PLAIN = {*COEFFICIENTS, torch.ops.mhc_kernels.plain_coefficients.default}
 _GATES = {
     op.default: places
     for op, places in (
@@ -56,16 +55,16 @@ class Probe:
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
-        found = _Probing(gm.graph, [mark for mark in context.marks if mark.probe is not None]).run()
-        context.probed += found
-        context.notes += [f"{len(p.sites)} sites and {len(p.layers)} memories recorded" for p in found]
+        probed = _Probing(gm.graph, [mark for mark in context.marks if mark.probe is not None]).run()
+        context.probed += probed
+        context.notes += [f"{len(p.sites)} sites and {len(p.layers)} memories recorded" for p in probed]
         return gm
 
 
-class _Probing:
+class _Probing(Writer):
     def __init__(self, graph: Graph, marks: Sequence[Mark]) -> None:
-        self.graph = graph
-        self.held: dict[Node, tuple[Node, str]] = {}
+        super().__init__(graph)
+        self.slots: dict[Node, tuple[Node, str]] = {}
         """The slot and the name of every parameter."""
         self.owners: dict[Node, Probed] = {}
         """By slot: an owner that is called twice has one."""
@@ -75,7 +74,7 @@ class _Probing:
         """By the mix, what it and all in front of it in its stream make together."""
         for mark in marks:
             assert mark.probe is not None
-            self.held |= {p: (mark.probe, name) for name, p in mark.parameters.items()}
+            self.slots |= {p: (mark.probe, name) for name, p in mark.parameters.items()}
 
     def run(self) -> list[Probed]:
         for node in list(self.graph.nodes):
@@ -83,45 +82,45 @@ class _Probing:
                 self._site(node)
             elif node.target in _GATES:
                 self._gates(node, _GATES[node.target])
-        found = list(self.owners.values())
-        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        owners = list(self.owners.values())
+        output: Any = self.graph.output_node()
         added = []
         with self.graph.inserting_before(output):
-            for owner in found:
+            for owner in owners:
                 for recorded in (owner.figures, owner.counts):
                     if recorded:
                         added.append(self._record(torch.stack, (recorded,), recorded[-1]))
         output.args = ((*output.args[0], *added),)
         output.meta[RECORDED] = len(added)
-        return found
+        return owners
 
     def _site(self, mix: Node) -> None:
         """Watch and record one site."""
         X, y, post, H = (a for a in mix.args[:4] if isinstance(a, Node))
         coefficients = _maker(post)
-        found = next((self.held[p] for p in coefficients.all_input_nodes if p in self.held), None)
-        if found is None:
+        slot_and_name = next((self.slots[p] for p in coefficients.all_input_nodes if p in self.slots), None)
+        if slot_and_name is None:
             return
-        owner = self._owner(found[0], X)
-        name = found[1].rpartition(".")[0]
+        owner = self._owner(slot_and_name[0], X)
+        name = slot_and_name[1].rpartition(".")[0]
         earlier = self._earlier(X)
         self._watch(owner, name, mix)
         fused = _chain(mix)
         mixed = fused is None or fused.keeps_streams
-        with self.graph.inserting_before(_behind(mix, *(u for u in mix.users if u.target is operator.getitem))):
+        with self.graph.inserting_before(after(mix, *(u for u in mix.users if u.target is operator.getitem))):
             several = fused is not None and len(fused.outputs()) > 1
-            after = (self._item(mix, 0) if several else mix) if mixed else X
-            both = self._record(PROBES.site.default, (after, y, self._pre(coefficients), post, H, earlier, mixed), mix)
-            owner.figures.append(self._item(both, 0))
-            self.composites[mix] = self._item(both, 1)
+            state = (self.item(mix, 0) if several else mix) if mixed else X
+            both = self._record(PROBES.site.default, (state, y, self._pre(coefficients), post, H, earlier, mixed), mix)
+            owner.figures.append(self.item(both, 0))
+            self.composites[mix] = self.item(both, 1)
         owner.sites.append(name)
 
     def _owner(self, slot: Node, X: Node) -> Probed:
         if slot not in self.owners:
             self.owners[slot] = Probed(slot, int(value(X).shape[-2]))
-            with self.graph.inserting_before(_behind(slot)):
-                rows = self._call(torch.unbind, (slot,), slot)
-                self.watched[slot] = [self._item(rows, i) for i in range(int(value(slot).shape[0]))]
+            with self.graph.inserting_before(after(slot)):
+                rows = self.call(torch.unbind, slot, like=slot)
+                self.watched[slot] = [self.item(rows, i) for i in range(int(value(slot).shape[0]))]
         return self.owners[slot]
 
     def _watch(self, owner: Probed, name: str, mix: Node) -> None:
@@ -131,16 +130,16 @@ class _Probing:
         assert isinstance(X, Node)
         with self.graph.inserting_before(mix):
             row = self.watched[owner.slot][owner.rows.index(name)]
-            both = self._call(watch, (X, y, row), X)
-            mix.args = (self._item(both, 0), self._item(both, 1), *mix.args[2:])
+            both = self.call(watch, X, y, row, like=X)
+            mix.args = (self.item(both, 0), self.item(both, 1), *mix.args[2:])
 
     def _pre(self, coefficients: Node) -> Node:
         """The weights with which the site's branch reads the streams; made from `z` where a kernel kept that alone."""
         chain = _chain(coefficients)
         if chain is None or chain.kind == "coefficients":
-            return self._item(coefficients, 0)
+            return self.item(coefficients, 0)
         given = dict(zip(chain.inputs(), coefficients.args, strict=False))
-        z = self._item(coefficients, chain.outputs().index("z"))
+        z = self.item(coefficients, chain.outputs().index("z"))
         operands = (z, given["alpha"], given["bias"], chain.width, str(chain.stream))
         return self._record(PROBES.pre.default, operands, coefficients)
 
@@ -168,30 +167,21 @@ class _Probing:
         assert isinstance(X, Node)
         assert isinstance(key_gain, Node)
         # A gain that is stored as what is added to 1 is one step further up.
-        found = next((self.held[p] for p in (key_gain, *key_gain.all_input_nodes) if p in self.held), None)
-        if found is None:
+        slot_and_name = next((self.slots[p] for p in (key_gain, *key_gain.all_input_nodes) if p in self.slots), None)
+        if slot_and_name is None:
             return
-        owner = self._owner(found[0], X)
-        with self.graph.inserting_before(_behind(gate)):
+        owner = self._owner(slot_and_name[0], X)
+        with self.graph.inserting_before(after(gate)):
             operands = (X, keys, query_gain, key_gain, gate.args[-1])
             owner.counts.append(self._record(PROBES.gates.default, operands, gate))
-        owner.layers.append(found[1].removeprefix("engram.").rpartition(".")[0])
-
-    def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
-        return copy_meta(self.graph.call_function(target, arguments), like)
+        owner.layers.append(slot_and_name[1].removeprefix("engram.").rpartition(".")[0])
 
     def _record(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
-        """As `_call`, without tags: the backward pass has no use for what is recorded."""
-        new = self._call(target, arguments, like)
+        """As `call`, without tags: the backward pass has no use for what is recorded."""
+        new = self.call(target, *arguments, like=like)
         for tag in ("recompute", "ac_graph_id"):
             new.meta.pop(tag, None)
         return new
-
-    def _item(self, node: Node, index: int) -> Node:
-        for user in node.users:
-            if user.target is operator.getitem and user.args[1] == index:
-                return user
-        return self._call(operator.getitem, (node, index), node)
 
 
 def _mixes(node: Node) -> bool:
@@ -210,11 +200,3 @@ def _maker(node: Node) -> Node:
     while node.target is operator.getitem or op_name(node) == "to":
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def _behind(*nodes: Node) -> Node:
-    """The first node behind all `nodes` that is no input of the graph: what to insert in front of."""
-    place = max(nodes).next
-    while place.op == "placeholder":
-        place = place.next
-    return place

@@ -27,7 +27,6 @@ from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, choose_blocks, p
 from mhc_compile.passes.dialect_sites import StreamSite, by_stream, size_hints, stream_sites
 from mhc_compile.passes.fuse import KERNELS, Fused
 from mhc_compile.passes.results import Block
-from mhc_compile.passes.stages import coefficient_nodes
 
 _TAG, _BLOCK = "recompute", "ac_graph_id"
 
@@ -55,14 +54,14 @@ class Recompute:
         """Tag the nodes of `gm` in place."""
         if parse_blocks(self.blocks)[0] == "off":
             return gm
-        found = stream_sites(gm.graph)
-        runs = runs_of(gm.graph, found)
+        sites = stream_sites(gm.graph)
+        runs = runs_of(gm.graph, sites)
         if not runs:
             context.notes.append("no site is there to be computed again")
             return gm
         plan = _plan(gm.graph, runs, self.blocks, self.kinds)
         context.blocks += _blocks(runs, plan)
-        _tag(gm.graph, runs, plan, {site.state for site in found})
+        _tag(gm.graph, runs, plan, {site.state for site in sites})
         context.notes += _notes(plan)
         return gm
 
@@ -99,19 +98,6 @@ def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]
     return by_stream([site for site in among if may(site)])
 
 
-def block_boundaries(graph: Graph) -> list[str]:
-    """The names of the sites that begin a block of a dialect graph that is tagged, in order: the first is among them.
-
-    Sites outside all blocks count as one between two blocks. A graph may be cut in front of each without another kernel
-    to run (`mhc_compile.passes.stages.split_graph`).
-    """
-    coefficient_calls = coefficient_nodes(graph)
-    held = [t.meta.get(_BLOCK) for t in coefficient_calls]
-    return [
-        str(t.meta.get("mhc_site", "")) for i, t in enumerate(coefficient_calls) if i == 0 or held[i] != held[i - 1]
-    ]
-
-
 def is_tagged(graph: Graph) -> bool:
     """Whether anything of the graph is to be computed again."""
     return any(_TAG in n.meta for n in graph.nodes)
@@ -141,10 +127,10 @@ def _tag(graph: Graph, runs: list[list[StreamSite]], plan: Plan, states: set[Nod
         # Sites without tags that one kernel joins to the last block keep all that it gives, as they would anyway.
         if end is not None and end in states and not (done < len(run) and costs[done].joined):
             end.meta |= {_TAG: CheckpointPolicy.MUST_SAVE, _BLOCK: block}
-    made = set(again)
+    recomputed = set(again)
     for node in again:
         # An older state that a later block reads, too.
-        if any(u in made and u.meta[_BLOCK] != node.meta[_BLOCK] for u in node.users):
+        if any(u in recomputed and u.meta[_BLOCK] != node.meta[_BLOCK] for u in node.users):
             node.meta[_TAG] = CheckpointPolicy.MUST_SAVE
 
 
@@ -170,11 +156,11 @@ def _in_numbers(cost: SiteCost, hints: dict[sympy.Symbol, int], *, exact: bool) 
 
     Raises MHC627 for one, where they must be `exact`.
     """
-    found = [sympy.sympify(e).subs(hints) for e in (cost.state, cost.made, cost.branch, cost.parameters)]
-    unknown = {symbol for e in found for symbol in e.free_symbols}
+    costs = [sympy.sympify(e).subs(hints) for e in (cost.state, cost.made, cost.branch, cost.parameters)]
+    unknown = {symbol for e in costs for symbol in e.free_symbols}
     if unknown and exact:
         raise MHCError("MHC627", f"{', '.join(sorted(map(str, unknown)))} depend on data")
-    state, made, branch, parameters = (int(e.subs(dict.fromkeys(unknown, 1))) for e in found)
+    state, made, branch, parameters = (int(e.subs(dict.fromkeys(unknown, 1))) for e in costs)
     return SiteCost(state, made, branch, parameters, cost.joined)
 
 

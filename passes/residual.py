@@ -13,7 +13,7 @@ from mhc_compile.passes.coverage import coverage
 from mhc_compile.passes.dataflow import Dataflow, storage_root
 from mhc_compile.passes.multistream import multistream, side_by_side
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.passes.residual_sites import SiteSearch, branch_mask
+from mhc_compile.passes.residual_sites import SiteSearch, branch_mask, branches_mask
 from mhc_compile.passes.results import ResidualStream, Site
 
 MAX_OUTER_MATMULS = 8
@@ -84,9 +84,7 @@ class StreamAnalysis:
     def _refuse_kept_adds(self, sites: list[Site]) -> None:
         """Refuse `x += branch(x)` that normalising had to leave: what else sees `x` change would not."""
         flow = self.flow
-        inside = 0
-        for site in sites:
-            inside |= branch_mask(flow, site) & ~flow.ancestors[site.carry]
+        inside = branches_mask(flow, sites)
         for root, writes in flow.writes.items():
             for write in writes:
                 if op_name(write) not in ("iadd", "add_") or flow.bit(write) & inside:
@@ -171,7 +169,7 @@ class StreamAnalysis:
             for site in stream.sites:
                 all_branches |= branch_mask(flow, site)
         for stream in streams:
-            own, sites = set(stream.values), list[Site]()
+            members, sites = set(stream.values), list[Site]()
             for i, site in enumerate(stream.sites):
                 inside = branch_mask(flow, site)
                 reads: dict[Node, tuple[Node, ...]] = {}
@@ -179,7 +177,7 @@ class StreamAnalysis:
                     # What re-enters later layers from the stream's entry is the embedding itself, not the stream.
                     feeds = inside if i == 0 and v is stream.entry else inside | all_branches
                     # `zeros_like(v)` asks for its shape alone.
-                    readers = (u for u in v.users if u not in own and flow.bit(u) & feeds and v in flow.inputs[u])
+                    readers = (u for u in v.users if u not in members and flow.bit(u) & feeds and v in flow.inputs[u])
                     if (read_by := tuple(readers)) or v in site.branches:
                         reads[v] = read_by
                 sites.append(replace(site, reads=reads))

@@ -6,7 +6,9 @@ parameters, and the branch depends on that same stream value through at least on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 
 from torch.fx import Node
 
@@ -32,6 +34,11 @@ def branch_mask(flow: Dataflow, site: Site) -> int:
     for branch in site.branches:
         mask |= flow.ancestors[branch]
     return mask
+
+
+def branches_mask(flow: Dataflow, sites: Iterable[Site]) -> int:
+    """Return the bit mask of what lies inside the branches of `sites`, without what their carries hold already."""
+    return functools.reduce(operator.or_, (branch_mask(flow, s) & ~flow.ancestors[s.carry] for s in sites), 0)
 
 
 class SiteSearch:

@@ -197,16 +197,16 @@ def _of_product(op: _Operation) -> Iterator[Reading]:
 
 def _of_lerp(op: _Operation) -> Iterator[Reading]:
     start, end, weight = op.arguments["input"], op.arguments["end"], op.arguments["weight"]
-    given = [weight] if isinstance(weight, Node) else []
+    weights = [weight] if isinstance(weight, Node) else []
     yield Reading(
-        start, [end, *given], lambda w: (start, w.call(operator.mul, w.call(operator.sub, end, start), weight))
+        start, [end, *weights], lambda w: (start, w.call(operator.mul, w.call(operator.sub, end, start), weight))
     )
 
     def from_end(w: _Writer) -> tuple[Node, Node]:
-        rest = w.call(operator.sub, 1, weight) if given else 1 - weight
+        rest = w.call(operator.sub, 1, weight) if weights else 1 - weight
         return end, w.call(operator.mul, w.call(operator.sub, start, end), rest)
 
-    yield Reading(end, [start, *given], from_end)
+    yield Reading(end, [start, *weights], from_end)
 
 
 def _of_contraction(op: _Operation) -> Iterator[Reading]:

@@ -11,7 +11,7 @@ Parallelism"), and a rank that waits for a gradient can run `recompute` meanwhil
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.base import value
+from mhc_compile.passes.graphs import ancestors, reachable
 
 _CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -60,19 +61,19 @@ def split_backward(gm: GraphModule, weights: Collection[int]) -> SplitBackward:
     stays there. Nodes with side effects run in `weights`. `gm` is not changed.
     """
     graph = gm.graph
-    output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    given = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
-    results = [n if isinstance(n, Node) else None for n in given]
+    output = graph.output_node()
+    returned = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    results = [n if isinstance(n, Node) else None for n in returned]
     inner = {n for n in results if n is not None}
     first = _last_block(graph)
-    early = _whole(_ancestors(n for i, n in enumerate(results) if n is not None and i not in weights)) - first
-    late = {n for n in _ancestors([*inner, *(n for n in graph.nodes if _has_effect(n))]) if n not in early | first}
-    first &= _ancestors([*early, *late, *(inner & first)])
+    early = _whole(ancestors(n for i, n in enumerate(results) if n is not None and i not in weights)) - first
+    late = {n for n in ancestors([*inner, *(n for n in graph.nodes if _has_effect(n))]) if n not in early | first}
+    first &= ancestors([*early, *late, *(inner & first)])
     sets = [_computing(s) for s in (first, early, late)]
     deferred = tuple(i for i, n in enumerate(results) if n in sets[2])
     recompute, activations, later = _parts(gm, sets, inner)
     return SplitBackward(
-        placeholders=tuple(n.name for n in graph.nodes if n.op == "placeholder"),
+        placeholders=tuple(n.name for n in graph.find_nodes(op="placeholder")),
         recompute=recompute,
         activations=activations,
         weights=later,
@@ -84,32 +85,22 @@ def split_backward(gm: GraphModule, weights: Collection[int]) -> SplitBackward:
 def _parts(gm: GraphModule, sets: Sequence[set[Node]], results: set[Node]) -> list[Part | None]:
     """A part for each of the sets of nodes."""
     reads = [_reads(s) for s in sets]
-    found: list[Part | None] = []
-    for i, own in enumerate(sets):
+    parts: list[Part | None] = []
+    for i, nodes in enumerate(sets):
         later = {n for r in reads[i + 1 :] for n in r}
-        gives = [n for n in gm.graph.nodes if n in own and (n in later or n in results)]
-        found.append(_part(gm, own, reads[i], gives) if own else None)
-    return found
+        gives = [n for n in gm.graph.nodes if n in nodes and (n in later or n in results)]
+        parts.append(_part(gm, nodes, reads[i], gives) if nodes else None)
+    return parts
 
 
-def _reads(own: set[Node]) -> set[Node]:
+def _reads(nodes: set[Node]) -> set[Node]:
     """What a part with the nodes `own` is given: inputs of the graph and values that parts before it compute."""
-    found: set[Node] = set()
-    stack = [p for n in own for p in n.all_input_nodes]
-    seen = set(own)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "placeholder" or not _repeated(node):
-            found.add(node)
-        else:
-            stack += node.all_input_nodes
-    return found
+    inputs = (p for n in nodes for p in n.all_input_nodes)
+    seen = reachable(inputs, lambda n: n.all_input_nodes if n not in nodes and _is_repeated(n) else ())
+    return {n for n in seen - nodes if not _is_repeated(n)}
 
 
-def _part(gm: GraphModule, own: set[Node], reads: set[Node], gives: Sequence[Node]) -> Part:
+def _part(gm: GraphModule, nodes: set[Node], reads: set[Node], gives: Sequence[Node]) -> Part:
     graph = Graph()
     copies: dict[Node, Node] = {}
     inputs = [n for n in gm.graph.nodes if n in reads]
@@ -117,8 +108,8 @@ def _part(gm: GraphModule, own: set[Node], reads: set[Node], gives: Sequence[Nod
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
     for node in gm.graph.nodes:
-        repeated = _repeated(node) and all(n in copies for n in node.all_input_nodes)
-        if node not in copies and (node in own or repeated):
+        repeated = _is_repeated(node) and all(n in copies for n in node.all_input_nodes)
+        if node not in copies and (node in nodes or repeated):
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[n] for n in gives))
     for node in reversed(graph.nodes):
@@ -136,23 +127,12 @@ def _last_block(graph: Graph) -> set[Node]:
             free.add(node)
     tagged = {n: b for n in free if n.op == "call_function" and (b := _block(n)) is not None}
     last = max(tagged.values(), default=None)
-    return _whole(_ancestors(n for n, block in tagged.items() if block == last))
+    return _whole(ancestors(n for n, block in tagged.items() if block == last))
 
 
 def _block(node: Node) -> int | None:
     """The recompute block of a node that is computed again, None for any other."""
     return node.meta.get("ac_graph_id") if node.meta.get("recompute") in _RECOMPUTED else None
-
-
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    found: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def _whole(nodes: set[Node]) -> set[Node]:
@@ -164,19 +144,19 @@ def _computing(nodes: set[Node]) -> set[Node]:
     return {n for n in nodes if n.op not in ("placeholder", "get_attr", "output")}
 
 
-def _repeated(node: Node) -> bool:
+def _is_repeated(node: Node) -> bool:
     """Whether a part computes `node` again rather than being given it."""
     if node.op == "get_attr":
         return True
     if node.op != "call_function" or node.target is operator.getitem:
         return False
-    made = value(node)
-    if not isinstance(made, (Tensor, tuple, list)):
+    result = value(node)
+    if not isinstance(result, (Tensor, tuple, list)):
         return True  # a size
     if isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
         return True
-    given = value(node.all_input_nodes[0]) if node.target in _CASTS else None
-    return isinstance(given, Tensor) and isinstance(made, Tensor) and given.itemsize < made.itemsize
+    operand = value(node.all_input_nodes[0]) if node.target in _CASTS else None
+    return isinstance(operand, Tensor) and isinstance(result, Tensor) and operand.itemsize < result.itemsize
 
 
 def _has_effect(node: Node) -> bool:

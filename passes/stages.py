@@ -12,7 +12,7 @@ later branches read of earlier ones (the values of the first layer, the output o
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.passes.base import is_tensor, op_name, refuse, switches_gradients, value
+from mhc_compile.passes.graphs import reachable
 
 DIALECT = torch.ops.mhc
 _VIEWS = ("getitem", "view", "reshape", "transpose", "select", "narrow", "unsqueeze", "squeeze", "permute", "expand")
@@ -63,8 +64,7 @@ def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = (
     for node in {n for nodes in crossing for n in nodes}:
         if not is_tensor(node) or not value(node).is_floating_point():
             raise refuse("MHC621", f"{op_name(node)} gives no floating-point tensor", node)
-    outputs = _outputs(gm.graph)
-    ends = [*crossing, outputs]
+    ends = [*crossing, gm.graph.output_node().all_input_nodes]
     pieces = []
     for k, (inside, out) in enumerate(zip([[], *crossing], ends, strict=True)):
         pieces.append(
@@ -92,9 +92,9 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
     for k in range(1, count + 1):
         for end in range(k, len(costs) + 1):
             for begin in range(k - 1, end):
-                found = max(best[k - 1][begin], total[end] - total[begin])
-                if found < best[k][end]:
-                    best[k][end], cut_at[k][end] = found, begin
+                dearest = max(best[k - 1][begin], total[end] - total[begin])
+                if dearest < best[k][end]:
+                    best[k][end], cut_at[k][end] = dearest, begin
     starts, end = [], len(costs)
     for k in range(count, 0, -1):
         end = cut_at[k][end]
@@ -113,28 +113,28 @@ def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> di
             coefficients = post.args[0]
             assert isinstance(coefficients, Node)
             anchored[node] = at[coefficients]
-    found: dict[Node, int] = {}
+    place: dict[Node, int] = {}
     depends = _depending(graph, given)
     for node in reversed(graph.nodes):
         if node.op == "output":
-            found[node] = len(starts)
+            place[node] = len(starts)
         elif node in depends:
             # What writes into a value belongs to those who read that value afterwards; what nobody reads, to none.
             readers = [*node.users, *(_readers(node) if _writes(node) else ())]
-            later = [found[u] for u in readers if u in found]
+            later = [place[u] for u in readers if u in place]
             if node in anchored or later:
-                found[node] = anchored.get(node, min(later, default=0))
-    return found
+                place[node] = anchored.get(node, min(later, default=0))
+    return place
 
 
 def _depending(graph: Graph, given: Sequence[str]) -> set[Node]:
     """The nodes that need the streams, or draw at random, which no two pieces would do alike."""
-    found: set[Node] = set()
+    depending: set[Node] = set()
     for node in graph.nodes:
         begins = node.target is DIALECT.expand.default or node.name in given or is_random(node)
-        if begins or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
+        if begins or any(n in depending for n in node.all_input_nodes):
+            depending.add(node)
+    return depending
 
 
 def is_random(node: Node) -> bool:
@@ -160,11 +160,6 @@ def _crossing(place: dict[Node, int], k: int) -> list[Node]:
     return sorted(n for n in inner if place[n] < k and any(place.get(u, 0) >= k for u in n.users))
 
 
-def _outputs(graph: Graph) -> list[Node]:
-    output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    return output.all_input_nodes
-
-
 def _slice(gm: GraphModule, inside: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
     """The part of the graph that computes `outputs` from `inside` and the placeholders."""
     needed = _needed(gm.graph, inside, outputs)
@@ -182,24 +177,16 @@ def _slice(gm: GraphModule, inside: Sequence[Node], outputs: Sequence[Node]) -> 
 
 
 def _needed(graph: Graph, inside: Sequence[Node], outputs: Sequence[Node]) -> set[Node]:
-    stop = set(inside)
     needed: set[Node] = set()
 
-    def need(node: Node) -> None:
-        stack = [node]
-        while stack:
-            n = stack.pop()
-            if n not in needed and n not in stop:
-                needed.add(n)
-                stack += n.all_input_nodes
+    def need(nodes: Iterable[Node]) -> None:
+        needed.update(reachable(nodes, lambda n: [m for m in n.all_input_nodes if m not in inside]))
 
-    for node in outputs:
-        need(node)
+    need(n for n in outputs if n not in inside)
     writers = [n for n in graph.nodes if _writes(n)]
     # What is written into a needed value is needed, and what that reads.
     while new := [w for w in writers if w not in needed and _base(w.args[0]) in needed]:
-        for writer in new:
-            need(writer)
+        need(new)
     return needed
 
 
@@ -214,11 +201,11 @@ def _writes(node: Node) -> bool:
 def _readers(writer: Node) -> list[Node]:
     """Who reads, directly or through views, the value that `writer` changes."""
     base = _base(writer.args[0])
-    found = [] if base is None else list(base.users)
-    for node in found:  # grows
+    readers = [] if base is None else list(base.users)
+    for node in readers:  # grows
         if op_name(node) in _VIEWS:
-            found += node.users
-    return found
+            readers += node.users
+    return readers
 
 
 def _in_place(node: Node) -> bool:

@@ -11,11 +11,11 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
-from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.installed import installed_names, load_installed
 from mhc_compile.passes.base import Pass
 
 GROUP = "mhc_compile.passes"
@@ -56,18 +56,13 @@ def _class_of(name: str, built_in: dict[str, type[Any]]) -> type[Any]:
     """Return the class of the pass `name`; a package is imported only if its pass is named."""
     if name in built_in:
         return built_in[name]
-    installed = entry_points(group=GROUP)
-    if name not in installed.names:
-        known = ", ".join([*built_in, *sorted(installed.names)])
-        raise MHCError("MHC240", f"there is no pass {name!r}; known: {known}")
-    point = installed[name]
-    try:
-        cls: Any = point.load()
-    except (ImportError, AttributeError) as error:
-        raise MHCError("MHC240", f"{name} is {point.value}, which cannot be imported: {error}") from error
+    installed = installed_names(GROUP)
+    if name not in installed:
+        raise MHCError("MHC240", f"there is no pass {name!r}; known: {', '.join([*built_in, *installed])}")
+    cls, place = load_installed(GROUP, name, "MHC240")
     is_pass = isinstance(cls, type) and is_dataclass(cls) and callable(getattr(cls, "apply", None))
     if not is_pass or getattr(cls, "name", None) != name:
-        raise MHCError("MHC240", f"{point.value} is no frozen dataclass with a method `apply` and the name {name!r}")
+        raise MHCError("MHC240", f"{place} is no frozen dataclass with a method `apply` and the name {name!r}")
     return cls
 
 

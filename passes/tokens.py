@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from mhc_compile.passes.base import is_tensor, op_name, refuse, shape, value
 from mhc_compile.passes.dataflow import EMBEDDINGS
+from mhc_compile.passes.graphs import ancestors, reachable
 from mhc_compile.passes.ownership import is_owned
 
 
@@ -37,23 +38,15 @@ def token_embedding(entry: Node, vocab: int | None = None, told: Node | None = N
     Without `vocab` it is the largest. Those of what the caller says are the ids, `told`, go before others. Raises
     MHC225 where there are none.
     """
-    found = _embeddings(entry)
-    wanted = max(e.rows for e in found) if vocab is None else vocab
-    others = {e.node for e in found if told is None or not reaches(told, e.ids)}
-    return min(found, key=lambda e: (e.node in others, abs(e.rows - wanted), e.ids, e.node))
+    embeddings = _embeddings(entry)
+    rows = max(e.rows for e in embeddings) if vocab is None else vocab
+    others = {e.node for e in embeddings if told is None or not reaches(told, e.ids)}
+    return min(embeddings, key=lambda e: (e.node in others, abs(e.rows - rows), e.ids, e.node))
 
 
 def reaches(node: Node, goal: Node | Callable[..., Any]) -> bool:
     """Return whether `goal`, or a call of it, is made from `node`."""
-    seen, queue = {node}, [node]
-    while queue:
-        reached = queue.pop()
-        if reached is goal or reached.target is goal:
-            return True
-        new = [user for user in reached.users if user not in seen]
-        seen.update(new)
-        queue += new
-    return False
+    return any(n is goal or n.target is goal for n in reachable([node], lambda n: n.users))
 
 
 def embedded(entry: Node) -> dict[Node, int]:
@@ -65,21 +58,16 @@ def embedded(entry: Node) -> dict[Node, int]:
 
 
 def _embeddings(entry: Node) -> list[Embedding]:
-    found: list[Embedding] = []
-    seen, queue = {entry}, [entry]
-    while queue:
-        node = queue.pop()
+    embeddings: list[Embedding] = []
+    above = reachable([entry], lambda n: [m for m in n.all_input_nodes if m.op != "placeholder" or not is_owned(m)])
+    for node in sorted(above, reverse=True):
         ids = _ids(node)
         if ids is not None and shape(ids[0]) == shape(entry)[:-1] and len(shape(entry)) == len(shape(node)) == 3:
-            found.append(Embedding(node, *ids))
-        for source in node.all_input_nodes:
-            if source not in seen and not (source.op == "placeholder" and is_owned(source)):
-                seen.add(source)
-                queue.append(source)
-    if not found:
+            embeddings.append(Embedding(node, *ids))
+    if not embeddings:
         detail = f"{entry.name} {list(shape(entry))} is made from no embedding of ids [batch, sequence] passed in"
         raise refuse("MHC225", detail, entry)
-    return found
+    return embeddings
 
 
 def _ids(node: Node) -> tuple[Node, int] | None:
@@ -96,12 +84,4 @@ def _ids(node: Node) -> tuple[Node, int] | None:
 
 def _passed_in(ids: Node) -> bool:
     """Whether a caller's tensor reaches `ids`."""
-    seen, queue = {ids}, [ids]
-    while queue:
-        node = queue.pop()
-        if node.op == "placeholder" and not is_owned(node) and is_tensor(node):
-            return True
-        new = [n for n in node.all_input_nodes if n not in seen]
-        seen.update(new)
-        queue += new
-    return False
+    return any(n.op == "placeholder" and not is_owned(n) and is_tensor(n) for n in ancestors([ids]))

@@ -45,10 +45,10 @@ def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
                 continue
             known = value(node)
             namespace = getattr(node.target, "namespace", "")
-            if namespace in ("mhc", "hc") or node.target is torch.ops.mhc_kernels.plain_coefficients.default:
+            if namespace == "mhc" or node.target is torch.ops.mhc_kernels.reference_coefficients.default:
                 result = _dialect_value(node, after, known is None)
             elif (
-                namespace in ("mhc_kernels", "engram", "engram_kernels")
+                namespace in ("mhc_kernels", "mhc_forms", "engram", "engram_kernels")
                 or (known is None and "mhc_from" in node.meta)
                 or (whole and _replayable(node))
             ):
@@ -143,7 +143,7 @@ def _dialect_value(node: Node, after: str, new: bool) -> Any:
     def make(shape: tuple[Any, ...], dtype: torch.dtype = x.dtype) -> Any:
         return x.new_empty(shape, dtype=dtype) if new else _Like(shape, dtype, x.device)
 
-    name = str(node.target).split(".")[1].removeprefix("plain_").removeprefix("static_")
+    name = str(node.target).split(".")[1].removeprefix("reference_")
     wide = max(x.dtype, torch.float32, key=lambda d: d.itemsize)
     if name == "expand":
         return make((*x.shape[:-1], operands[1], x.shape[-1]))
@@ -152,8 +152,9 @@ def _dialect_value(node: Node, after: str, new: bool) -> Any:
     if name == "coefficients":
         spec = StreamSpec.parse(operands[-1])
         need(n == spec.streams, f"{n} streams, specification {spec}")
-        for p, (name, wanted) in zip(operands[1:-1], form_of(spec).shapes(spec, hidden).items(), strict=True):
-            need(tuple(p.shape) == wanted, f"{name} is {tuple(p.shape)}, not {wanted}")
+        parameters = form_of(spec).parameters(spec, 0, hidden)
+        for operand, (name, (size, _)) in zip(operands[1:-1], parameters.items(), strict=True):
+            need(tuple(operand.shape) == size, f"{name} is {tuple(operand.shape)}, not {size}")
         return tuple(make((*tokens, *tail), dtype=wide) for tail in ((n,), (n,), (n, n)))
     if name == "aggregate":
         need(tuple(operands[1].shape) == (*tokens, n) and operands[1].dtype == wide, "`pre` does not fit the streams")

@@ -6,28 +6,29 @@ For a site `a = carry + branch(previous)` of a stream whose n-stream state is X:
     h  = mhc.aggregate(X, pre)                     what the branch reads in place of `previous`
     X' = mhc.distribute(X, branch(h), post, mix)   in place of the add
 
-In another form (`mhc_compile.kernels.forms`) the coefficients are another op's, the rest is the same.
+That is mHC; what a site becomes is said by its form (`mhc_compile.kernels.form`).
 
 Values outside the branches (hidden states that a caller asked for, the final norm) read `mhc.reduce(X)`.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from mhc_compile.kernels.form import State
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import (
     Context,
     Mark,
     Widened,
-    copy_meta,
     erase_unused,
     gradient_modes,
     op_name,
@@ -36,7 +37,8 @@ from mhc_compile.passes.base import (
     shape,
     switches_gradients,
 )
-from mhc_compile.passes.match_marks import pair_with_marks
+from mhc_compile.passes.graphs import Writer, after
+from mhc_compile.passes.match_marks import pair_with_marks, sites_of
 from mhc_compile.passes.perstream import apply_per_stream
 from mhc_compile.passes.results import ResidualStream, Site
 
@@ -67,112 +69,175 @@ class Widen:
         return gm
 
 
-class _Widening:
+class _Widening(Writer):
     """The rewriting of one stream."""
 
     def __init__(self, graph: Graph, stream: ResidualStream, mark: Mark) -> None:
-        self.graph = graph
+        super().__init__(graph, stream.entry)
         self.stream = stream
         self.mark = mark
         self.spec = StreamSpec.parse(mark.spec)
+        self.form = form_of(self.spec)
         self.gradients = gradient_modes(graph)
-        self.wide: dict[Node, Node] = {}
-        """The n-stream form of every stream value."""
+        self.states: dict[Node, State] = {}
+        """What the form makes of every stream value."""
+        self.places: dict[Node, int] = {}
+        """Of the output of a site the number of the site in the mark, counted from 1."""
         self.reads: dict[str, Node] = {}
 
     def run(self) -> None:
         stream = self.stream
         entry, *values = stream.values
-        own = {entry, *values}
-        with self.graph.inserting_before(self._behind(entry, entry)):
-            self.wide[entry] = self._call(torch.ops.mhc.expand.default, (entry, self.spec.streams), entry)
+        members = {entry, *values}
+        numbers = {name: i + 1 for i, name in enumerate(sites_of(self.mark))}
+        with self.graph.inserting_before(self.place(entry, entry)):
+            self.states[entry] = self.form.enter(self.call, entry, self.spec)
         for site in stream.sites:
-            apply_per_stream(self.graph, site.previous, site.chain, self.wide, self.spec.streams)
-            self._rewrite(site)
+            self._between(site)
+            state = self.form.rewrite(_SiteWriter(self, site))
+            self.states[site.add] = state
+            if isinstance(state, tuple):
+                self.places[state[-1]] = numbers[site.name]
         for v in values:
-            # An inner add of a flattened tree has no n-stream form and no reader but its tree.
-            if v in self.wide:
-                self._reduce_for(v, [u for u in v.users if u not in own])
+            # An inner add of a flattened tree has no state and no reader but its tree.
+            if v in self.states and self.states[v] != (v,):
+                self._reduce_for(v, [u for u in v.users if u not in members])
         for v in reversed(values):
             if not v.users:
                 self.graph.erase_node(v)
 
-    def _rewrite(self, site: Site) -> None:
-        values = [v for v in (site.previous, *site.chain) if v in site.reads]
-        read_at = values[0] if values else site.carry
-        state = self.wide[read_at]
-        form = form_of(self.spec)
-        parameters = [self.mark.parameters[f"{site.name}.{p}"] for p in form.shapes(self.spec, self.stream.hidden)]
-        first = {v: min([*site.reads[v], site.add]) for v in values}
-        place = self._behind(state, read_at, min([*first.values(), site.add]), site.add)
-        with self.graph.inserting_before(place):
-            coefficients = self._call(form.op, (state, *parameters, self.mark.spec), site.add)
-            pre, post, mix = (self._call(operator.getitem, (coefficients, i), site.add) for i in range(3))
-        read: dict[Node, Node] = {}
-        for v in values:
-            with self.graph.inserting_before(self._behind(max(mix, self.wide[v]), v, first[v], site.add)):
-                arguments = (self.wide[v], self._laid_out(pre, 1, read_at, v, site))
-                read[v] = self._call(torch.ops.mhc.aggregate.default, arguments, site.add)
-            for u in site.reads[v]:
-                u.replace_input_with(v, read[v])
-        with self.graph.inserting_before(site.add):
-            branch, *others = (read.get(b, b) for b in site.branches)
-            for other in others:
-                branch = self._call(operator.add, (branch, other), site.add)
-            if any(not same_shape(b, site.add) for b in site.branches):
-                # What the add broadcast.
-                one = copy_meta(self.graph.call_method("select", (self.wide[site.carry], -2, 0)), site.add)
-                branch = copy_meta(self.graph.call_method("expand_as", (branch, one)), site.add)
-            laid_out = [self._laid_out(c, k, read_at, site.carry, site) for c, k in ((post, 1), (mix, 2))]
-            operands: tuple[Node, ...] = (self.wide[site.carry], branch, *laid_out)
-            new = self._call(torch.ops.mhc.distribute.default, operands, site.add)
-        new.meta["mhc_site"] = coefficients.meta["mhc_site"] = site.name
-        self.reads[site.name] = coefficients
-        self.wide[site.add] = new
-
-    def _laid_out(self, coefficients: Node, rank: int, read_at: Node, v: Node, site: Site) -> Node:
-        """The coefficients computed at `read_at`, their last `rank` dimensions n, for the tokens as they lie in `v`.
-
-        Raises MHC108 where more than a view is between the two.
-        """
-        tokens = shape(v)[:-1]
-        if tokens == shape(read_at)[:-1]:
-            return coefficients
-        sizes = [d if isinstance(d, int) else -1 for d in tokens]
-        if sizes.count(-1) > 1 or any(op_name(n) in REORDERS for n in site.chain):
-            raise refuse("MHC108", "the stream is laid out anew between where it is read and where it is added to", v)
-        sizes += [self.spec.streams] * rank
-        return copy_meta(self.graph.call_method("reshape", (coefficients, tuple(sizes))), site.add)
+    def _between(self, site: Site) -> None:
+        """Apply what the model does to its stream between two sites."""
+        state = self.states[site.previous]
+        if isinstance(state, Node):
+            wide = {site.previous: state}
+            apply_per_stream(self.graph, site.previous, site.chain, wide, self.spec.streams)
+            self.states |= wide
+        elif site.chain:
+            with self.graph.inserting_before(self.place(state, site.previous)):
+                total = self._sum(state, site.previous)
+            for node in site.chain:
+                node.replace_input_with(site.previous, total)
+                self.states[node] = (node,)
 
     def _reduce_for(self, v: Node, readers: list[Node]) -> None:
         """Give readers outside all branches the reduction: the exit's own form at the exit, the mean elsewhere."""
         if not readers:
             return
-        arguments: tuple[Any, ...] = (self.wide[v], self.mark.spec)
+        state = self.states[v]
+        inside = [u for u in readers if u.op != "output"] or [v]
+        with self.graph.inserting_before(self.place(state, v, min(inside), max(inside))):
+            reduced = self._sum(state, v) if isinstance(state, tuple) else self._reduced(state, v)
+        for u in readers:
+            u.replace_input_with(v, reduced)
+
+    def _reduced(self, X: Node, v: Node) -> Node:
+        arguments: tuple[Any, ...] = (X, self.mark.spec)
         if self.spec.exit == "head" and v is self.stream.exit:
             p = self.mark.parameters
             arguments += (p["head.fn"], p["head.base"], p["head.scale"])
         elif v is not self.stream.exit:
-            arguments = (self.wide[v], self.mark.spec.replace(f"exit={self.spec.exit}", "exit=mean"))
-        inside = [u for u in readers if u.op != "output"] or [v]
-        with self.graph.inserting_before(self._behind(self.wide[v], v, min(inside), max(inside))):
-            reduced = self._call(torch.ops.mhc.reduce.default, arguments, v)
-        for u in readers:
-            u.replace_input_with(v, reduced)
+            arguments = (X, self.mark.spec.replace(f"exit={self.spec.exit}", "exit=mean"))
+        self.like = v
+        return self.call(torch.ops.mhc.reduce.default, *arguments)
 
-    def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
-        return copy_meta(self.graph.call_function(target, arguments), like)
+    def _sum(self, outputs: tuple[Node, ...], v: Node) -> Node:
+        self.like = v
+        return functools.reduce(lambda a, b: self.call(operator.add, a, b), outputs)
 
-    def _behind(self, node: Node, v: Node, reader: Node | None = None, wanted: Node | None = None) -> Node:
-        """What to insert in front of, right behind `node`, which stands where `v` does.
+    def place(self, state: State, v: Node, reader: Node | None = None, user: Node | None = None) -> Node:
+        """Return what to insert in front of, right after `state`, which stands where `v` does.
 
-        Where gradients are switched on or off at `wanted` other than at `v`: behind that switch, in front of `reader`.
+        Where gradients are switched on or off at `user` other than at `v`: after that switch, in front of `reader`.
         """
-        place = node.next
-        while place.op == "placeholder":
-            place = place.next
-        if wanted is not None and self.gradients[v] != self.gradients.get(wanted, self.gradients[v]):
+        place = after(*(state if isinstance(state, tuple) else (state,)))
+        if user is not None and self.gradients[v] != self.gradients.get(user, self.gradients[v]):
             at = place
             while at is not reader:
                 at, place = at.next, at.next if switches_gradients(at) else place
         return place
+
+
+class _SiteWriter:
+    """One site as its form sees it: `mhc_compile.kernels.form.SiteWriter`."""
+
+    def __init__(self, stream: _Widening, site: Site) -> None:
+        self.stream = stream
+        self.site = site
+        self.text = stream.mark.spec
+        names = stream.form.parameters(stream.spec, 0, 1)
+        self.parameters = [stream.mark.parameters[f"{site.name}.{name}"] for name in names]
+        self.values = [v for v in (site.previous, *site.chain) if v in site.reads]
+        """The values of the stream that the branch reads."""
+        self.read_at = self.values[0] if self.values else site.carry
+        self.read_state: State = stream.states[self.read_at]
+        self.carried_state: State = stream.states[site.carry]
+        self.first = {v: min([*site.reads[v], site.add]) for v in self.values}
+        self.reads: dict[Node, Node] = {}
+        self.ranks: dict[Node, int] = {}
+        stream.like = site.add
+
+    def compute(self, op: Any, *arguments: Any, ranks: Sequence[int]) -> list[Node]:
+        """Call an op in front of all readers; return its results, of `ranks` dimensions after those of the tokens."""
+        stream, site = self.stream, self.site
+        reader = min([*self.first.values(), site.add])
+        with stream.graph.inserting_before(stream.place(self.read_state, self.read_at, reader, site.add)):
+            node = stream.call(op, *arguments)
+            results = [stream.call(operator.getitem, node, i) for i in range(len(ranks))]
+        self.ranks = dict(zip(results, ranks, strict=True))
+        node.meta["mhc_site"] = site.name
+        stream.reads[site.name] = node
+        return results
+
+    def read(self, op: Any, *arguments: Any) -> None:
+        """Make the branch read `op(state, *arguments)`; a list of outputs is followed by the places of each."""
+        stream = self.stream
+        for v in self.values:
+            state = stream.states[v]
+            outputs = state if isinstance(state, tuple) else (state,)
+            operands = (state,) if state is outputs[0] else (state, [stream.places.get(o, 0) for o in outputs])
+            last = max([*self.ranks, *outputs])
+            with stream.graph.inserting_before(stream.place(last, v, self.first[v], self.site.add)):
+                self.reads[v] = stream.call(op, *operands, *(self._laid_out(a, v) for a in arguments))
+            stream.reads.setdefault(self.site.name, self.reads[v])
+            for reader in self.site.reads[v]:
+                reader.replace_input_with(v, self.reads[v])
+
+    def branch(self) -> Node:
+        """Return the branch's output, of the size of the stream."""
+        stream, site = self.stream, self.site
+        with stream.graph.inserting_before(site.add):
+            branch, *others = (self.reads.get(b, b) for b in site.branches)
+            for other in others:
+                branch = stream.call(operator.add, branch, other)
+            if all(same_shape(b, site.add) for b in site.branches):
+                return branch
+            one = self.carried_state  # what the add broadcast to
+            if isinstance(one, Node):
+                one = (stream.method("select", one, -2, 0),)
+            return stream.method("expand_as", branch, one[0])
+
+    def write(self, op: Any, *arguments: Any) -> Node:
+        """Return `op(carried_state, y, *arguments)`."""
+        branch = self.branch()
+        with self.stream.graph.inserting_before(self.site.add):
+            laid_out = [self._laid_out(a, self.site.carry) for a in arguments]
+            node = self.stream.call(op, self.carried_state, branch, *laid_out)
+        node.meta["mhc_site"] = self.site.name
+        return node
+
+    def _laid_out(self, coefficients: Any, v: Node) -> Any:
+        """The coefficients computed at `read_at` for the tokens as they lie in `v`; any other argument as it is.
+
+        Raises MHC108 where more than a view is between the two.
+        """
+        tokens = shape(v)[:-1]
+        if not isinstance(coefficients, Node) or coefficients not in self.ranks:
+            return coefficients
+        if tokens == shape(self.read_at)[:-1]:
+            return coefficients
+        sizes = [d if isinstance(d, int) else -1 for d in tokens]
+        if sizes.count(-1) > 1 or any(op_name(n) in REORDERS for n in self.site.chain):
+            raise refuse("MHC108", "the stream is laid out anew between where it is read and where it is added to", v)
+        sizes += [self.stream.spec.streams] * self.ranks[coefficients]
+        return self.stream.method("reshape", coefficients, tuple(sizes))

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from mhc_compile.config import Inner, Options, stream_spec
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.spec import Exit, FormName, Manifold, StreamSpec
+from mhc_compile.kernels.spec import Exit, Manifold, StreamSpec
 from mhc_compile.passes.cost import parse_blocks
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
@@ -50,7 +50,7 @@ class StreamsTable:
     """Sinkhorn iterations."""
     exit: Exit | None = None
     """How the streams become one again; left out, the convention's."""
-    form: FormName = "mhc"
+    form: str = "mhc"
     """`mhc`, or its ancestor Hyper-Connections: `hc` and `hc_static`, without a convention, manifold and iterations."""
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.checkpoint.tables import hash_specs, table_name
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.start import start_head
 from mhc_compile.loading import load_by_transformers, open_converted
 from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values
@@ -139,7 +139,7 @@ def _stream_values(parameters: StreamParameters, place: str, *, scratch: bool) -
     spec, hidden = parameters.spec, parameters.hidden
     if place in parameters.sites:
         index = list(parameters.sites).index(place)
-        return form_of(spec).start(spec, index, parameters.sites[place], scratch=scratch)
+        return start_values(spec, index, parameters.sites[place], scratch=scratch)
     if place == "head":
         return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, scratch=scratch), strict=True))
     if place == OVER_ENCODING:

@@ -47,10 +47,10 @@ static inline void gather({arguments}float* g) {{
 
 PROJECT_BACKWARD = """\
 constexpr int TILE_TOKENS = TOKENS;
-// G += phi.T @ du, dphi += outer(du, X') for TOKENS tokens; du [tokens][ROWS].
+// G += phi.T @ du, dphi += outer(du, X') of a group for TOKENS tokens; du [tokens][U].
 static void project_backward(const float* x, const float* packed, const float* du, float* g, float* dphi) {{
   for (int t0 = 0; t0 < TOKENS; t0 += TILE_TOKENS)
-    for (int64_t k = 0; k < N * V; ++k) {{
+    for (int64_t k = 0; k < SPAN; ++k) {{
       Lanes value[TILE_TOKENS], grad[TILE_TOKENS];
       for (int t = 0; t < TILE_TOKENS; ++t) {{
         value[t] = load(x + (t0 + t) * STRIDE + k * LANES);
@@ -59,7 +59,7 @@ static void project_backward(const float* x, const float* packed, const float* d
       for (int r = 0; r < ROWS; ++r) {{
         Lanes p = load(packed + (k * ROWS + r) * LANES), sum = load(dphi + (k * ROWS + r) * LANES);
         for (int t = 0; t < TILE_TOKENS; ++t) {{
-          const float d = du[(t0 + t) * ROWS + r];
+          const float d = du[(t0 + t) * U + r];
           grad[t] += d * p;
           sum += d * value[t];
         }}
@@ -70,11 +70,11 @@ static void project_backward(const float* x, const float* packed, const float* d
 }}
 // The sum of all threads' [vector][row] sums, as phi lies.
 static void unpack(const float* partial, float* dphi, int thread, int threads) {{
-  for (int64_t k = thread; k < N * V; k += threads)
+  for (int64_t k = thread; k < SPAN; k += threads)
     for (int r = 0; r < ROWS; ++r) {{
       Lanes sum = all(0.0f);
-      for (int w = 0; w < threads; ++w) sum += load(partial + (((int64_t)w * N * V + k) * ROWS + r) * LANES);
-      write(dphi + (r * N + k / V) * (int64_t)C, k % V, sum);
+      for (int w = 0; w < threads; ++w) sum += load(partial + ((w * SPAN + k) * ROWS + r) * LANES);
+      write(dphi + (r * (N / GROUPS) + k / V) * (int64_t)C, k % V, sum);
     }}
 }}
 """
@@ -148,13 +148,13 @@ extern "C" void backward(void** p, const int64_t* size, int threads) {{
 
 _PREPARE = """\
     pack(phi, packed, thread, omp_get_num_threads());
-    float* own = partial + (int64_t)thread * N * V * ROWS * LANES;
-    memset(own, 0, (int64_t)N * V * ROWS * LANES * 4);
-    Lanes dalpha[{alphas}] = {{}}, dbias[ROWS] = {{}};
+    float* own = partial + thread * SPAN * ROWS * LANES;
+    memset(own, 0, SPAN * ROWS * LANES * 4);
+    Lanes dalpha[{alphas}] = {{}}, dbias[{biases}] = {{}};
     #pragma omp barrier"""
 _COLLECT = """\
     for (int k = 0; k < {alphas}; ++k) small[thread * SMALL + k] = total(dalpha[k]);
-    for (int r = 0; r < ROWS; ++r) small[thread * SMALL + {alphas} + r] = total(dbias[r]);
+    for (int r = 0; r < {biases}; ++r) small[thread * SMALL + {alphas} + r] = total(dbias[r]);
     #pragma omp barrier
     unpack(partial, d_phi, thread, omp_get_num_threads());"""
 _FINISH = """\
@@ -168,9 +168,9 @@ _FINISH = """\
   free(small);
 """
 _SHARED = """\
-  constexpr int SMALL = ROWS + {alphas};
-  float* packed = scratch((int64_t)N * V * ROWS * LANES);
-  float* partial = scratch((int64_t)threads * N * V * ROWS * LANES);
+  constexpr int SMALL = {biases} + {alphas};
+  float* packed = scratch(SPAN * ROWS * LANES);
+  float* partial = scratch(threads * SPAN * ROWS * LANES);
   float* small = scratch(threads * SMALL);
   memset(small, 0, threads * SMALL * 4);"""
 # The gradients of the norm's weight and bias, one row of sums a thread.
@@ -200,7 +200,6 @@ BACKWARD_ARGUMENTS = {
 
 def backward_source(chain: Chain, lanes: int) -> Source:
     """Return the whole C++ file of the chain's backward."""
-    alphas = 1 if chain.weights == "head" else 3
     parts = [header(chain, lanes)]
     parts.append(MIX.format(out_arg="", write="") if chain.mixes else TAKE.format())
     normed = chain.norm != "none"
@@ -214,7 +213,7 @@ def backward_source(chain: Chain, lanes: int) -> Source:
         parts.append(PROJECT_BACKWARD.format())
     names = (*chain.inputs("backward"), *chain.outputs("backward"))
     pieces = {
-        name: text.format(alphas=alphas) if chain.projects else ""
+        name: text.format(alphas=chain.scales, biases=chain.biases) if chain.projects else ""
         for name, text in (("shared", _SHARED), ("prepare", _PREPARE), ("collect", _COLLECT), ("finish", _FINISH))
     }
     if normed:
@@ -253,8 +252,8 @@ def _gather(chain: Chain) -> str:
         arguments += f"const {'streams_t' if chain.norm == 'none' else 'float'}* dh, const float* weights, "
         terms.append("weights[i] * d")
     if chain.projects:
-        arguments += "const float* x, float scale, "
-        terms.append("scale * load(x + (i * V + v) * LANES)")
+        arguments += "const float* x, const float* scale, "
+        terms.append("scale[i % GROUPS] * load(x + (i * V + v) * LANES)")
     dh = "\n    Lanes d = read(dh, v);" if chain.collapses else ""
     return GATHER.format(arguments=arguments, dh=dh, value=" + ".join(terms))
 
@@ -264,11 +263,48 @@ def _dh(chain: Chain) -> str:
     return "d_h + (first + t) * C" if chain.norm == "none" else "dh + t * V * LANES"
 
 
+def _site(chain: Chain) -> list[str]:
+    """The coefficients again, and from their gradients those of the projections (`du_of`) and norms (`scale_of`)."""
+    lines = []
+    lines.append("""\
+      Lanes u[Z], du[U] = {}, s[GROUPS], ds[GROUPS] = {}, scale[GROUPS];
+      tokens_to_lanes(z + first * Z, Z, m, u);
+      for (int g = 0; g < GROUPS; ++g) s[g] = inverse_rms(u[U + g]);
+      Site found, d;
+      site(u, s, alpha, bias, found);""")
+    if chain.collapses:
+        lines.append("""\
+      float weights[TOKENS * N], dweights[TOKENS * N];
+      lanes_to_tokens(found.pre, N, m, weights, N);""")
+        if chain.norm != "none":
+            bias = ", own_norm + V * LANES" if chain.norm == "layer" else ""
+            lines.append(f"""\
+      for (int t = 0; t < m; ++t) {{
+        float* row = dh + t * V * LANES;
+        collapse(x + t * STRIDE, weights + t * N, row);
+        normalise_backward(row, d_h + (first + t) * C, norm_weight, own_norm{bias});
+      }}""")
+        lines.append(f"""\
+      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, {_dh(chain)}, dweights + t * N);
+      tokens_to_lanes(dweights, N, m, d.pre);""")
+    else:
+        lines.append("      tokens_to_lanes(d_next_pre + first * N, N, m, d.pre);")
+    if chain.weights == "site":
+        lines.append("""\
+      tokens_to_lanes(d_next_post + first * N, N, m, d.post);
+      tokens_to_lanes(d_next_H + first * N * N, N * N, m, &d.H[0][0]);""")
+    lines.append("""\
+      site_backward(u, s, alpha, bias, d, du, ds, dalpha, dbias);
+      for (int g = 0; g < GROUPS; ++g) scale[g] = inverse_rms_backward(ds[g], s[g], u[U + g]);
+      float du_of[TOKENS * U] = {}, scale_of[TOKENS * GROUPS];
+      lanes_to_tokens(du, U, m, du_of, U);
+      lanes_to_tokens(scale, GROUPS, m, scale_of, GROUPS);""")
+    return lines
+
+
 def _body(chain: Chain) -> str:
     n = chain.stream.streams
-    lines = [load_tokens(chain, keeps=False)] if _reads_streams(chain) else []
-    if chain.projects:
-        lines[0] = lines[0].replace("      Lanes square[LANES] = {};\n", "").replace("square[t] = ", "")
+    lines = [load_tokens(chain, keeps=False, squares=False)] if _reads_streams(chain) else []
     weights = "weights + t * N"
     if chain.weights in ("mean", "sum"):
         value = f"{1 / n!r}f" if chain.weights == "mean" else "1.0f"
@@ -281,48 +317,19 @@ def _body(chain: Chain) -> str:
             "        weigh(x + t * STRIDE, d_h + (first + t) * C, d_pre + (first + t) * N);"
         )
     if chain.projects:
-        lines.append("""\
-      Lanes u[ROWS + 1], du[ROWS] = {};
-      tokens_to_lanes(z + first * (ROWS + 1), ROWS + 1, m, u);
-      Lanes s = inverse_rms(u[ROWS]);
-      Site found, d;
-      site(u, s, alpha, bias, found);""")
-        if chain.collapses:
-            lines.append("""\
-      float weights[TOKENS * N], dweights[TOKENS * N];
-      lanes_to_tokens(found.pre, N, m, weights, N);""")
-            if chain.norm != "none":
-                bias = ", own_norm + V * LANES" if chain.norm == "layer" else ""
-                lines.append(f"""\
-      for (int t = 0; t < m; ++t) {{
-        float* row = dh + t * V * LANES;
-        collapse(x + t * STRIDE, weights + t * N, row);
-        normalise_backward(row, d_h + (first + t) * C, norm_weight, own_norm{bias});
-      }}""")
-            lines.append(f"""\
-      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, {_dh(chain)}, dweights + t * N);
-      tokens_to_lanes(dweights, N, m, d.pre);""")
-        else:
-            lines.append("      tokens_to_lanes(d_next_pre + first * N, N, m, d.pre);")
-        if chain.weights == "site":
-            lines.append("""\
-      tokens_to_lanes(d_next_post + first * N, N, m, d.post);
-      tokens_to_lanes(d_next_H + first * N * N, N * N, m, &d.H[0][0]);""")
-        lines.append("""\
-      Lanes ds = site_backward(u, s, alpha, bias, d, du, dalpha, dbias);
-      Lanes scale = inverse_rms_backward(ds, s, u[ROWS]);
-      float du_of[TOKENS * ROWS] = {};
-      lanes_to_tokens(du, ROWS, m, du_of, ROWS);""")
+        lines += _site(chain)
     gather = []
     if chain.keeps_streams:
         gather.append("d_next_X + (first + t) * N * C")
     if chain.collapses:
         gather += [_dh(chain), weights]
     if chain.projects:
-        gather += ["x + t * STRIDE", "scale[t]"]
+        gather += ["x + t * STRIDE", "scale_of + t * GROUPS"]
     lines.append(f"      for (int t = 0; t < m; ++t) gather({', '.join(gather)}, g + t * STRIDE);")
     if chain.projects:
-        lines.append("      project_backward(x, packed, du_of, g, own);")
+        lines.append("""\
+      for (int i = 0; i < GROUPS; ++i)
+        project_backward(x + i * SPAN * LANES, packed, du_of + i * ROWS, g + i * SPAN * LANES, own);""")
     if chain.mixes:
         lines.append("""\
       for (int t = 0; t < m; ++t) {

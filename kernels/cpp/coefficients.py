@@ -12,7 +12,7 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.reference import LOGIT_FLOOR, sinkhorn_axes, vanishing
 from mhc_compile.kernels.spec import StreamSpec
 
-# s is the inverse of the root mean square, from the sum of squares of all n*C values.
+# s is the inverse of the root mean square, from the sum of squares of what a row of phi is multiplied with.
 RMS_INSIDE = """\
 static inline Lanes inverse_rms(Lanes squares) {{ return 1.0f / root(squares * {share!r}f + {eps!r}f); }}
 // d(loss)/d(value) = value * this, where ds is d(loss)/d(inverse_rms).
@@ -208,48 +208,77 @@ SITE = """\
 constexpr float PRE_EPS = {pre_eps!r}f, POST_SCALE = {post_scale!r}f, POST_EPS = {post_eps!r}f;
 struct Site {{ Lanes pre[N], post[N], H[N][N]; }};
 
-static void site(const Lanes* u, Lanes s, const float* alpha, const float* bias, Site& out) {{
-  gates(u, s, alpha[0], bias, 0, out.pre, N);
-  gates(u, s, alpha[1], bias, N, out.post, N);
+static void site(const Lanes* u, const Lanes* s, const float* alpha, const float* bias, Site& out) {{
+  gates(u, *s, alpha[0], bias, 0, out.pre, N);
+  gates(u, *s, alpha[1], bias, N, out.post, N);
   for (int j = 0; j < N; ++j) {{ out.pre[j] += PRE_EPS; out.post[j] = out.post[j] * POST_SCALE + POST_EPS; }}
-  mixing_matrix(u, s, alpha[2], bias, out.H);
+  mixing_matrix(u, *s, alpha[2], bias, out.H);
 }}
-// d: gradients of pre, post and H. Returns ds; adds to dalpha [3] and dbias [ROWS].
-static Lanes site_backward(
-    const Lanes* u, Lanes s, const float* alpha, const float* bias, const Site& d, Lanes* du, Lanes* dalpha,
-    Lanes* dbias) {{
-  Lanes ds = all(0.0f);
-  gates_backward(u, s, alpha[0], bias, 0, 1.0f, d.pre, du, ds, dalpha[0], dbias);
-  gates_backward(u, s, alpha[1], bias, N, POST_SCALE, d.post, du, ds, dalpha[1], dbias);
-  mixing_matrix_backward(u, s, alpha[2], bias, d.H, du, ds, dalpha[2], dbias);
-  return ds;
+// d: gradients of pre, post and H. Adds to ds, dalpha [3] and dbias [ROWS].
+static void site_backward(
+    const Lanes* u, const Lanes* s, const float* alpha, const float* bias, const Site& d, Lanes* du, Lanes* ds,
+    Lanes* dalpha, Lanes* dbias) {{
+  gates_backward(u, *s, alpha[0], bias, 0, 1.0f, d.pre, du, *ds, dalpha[0], dbias);
+  gates_backward(u, *s, alpha[1], bias, N, POST_SCALE, d.post, du, *ds, dalpha[1], dbias);
+  mixing_matrix_backward(u, *s, alpha[2], bias, d.H, du, *ds, dalpha[2], dbias);
 }}
 """
 HEAD = """\
 constexpr float PRE_EPS = {pre_eps!r}f;
 struct Site {{ Lanes pre[N]; }};
 
-static void site(const Lanes* u, Lanes s, const float* alpha, const float* bias, Site& out) {{
-  gates(u, s, alpha[0], bias, 0, out.pre, N);
+static void site(const Lanes* u, const Lanes* s, const float* alpha, const float* bias, Site& out) {{
+  gates(u, *s, alpha[0], bias, 0, out.pre, N);
   for (int j = 0; j < N; ++j) out.pre[j] += PRE_EPS;
 }}
-static Lanes site_backward(
-    const Lanes* u, Lanes s, const float* alpha, const float* bias, const Site& d, Lanes* du, Lanes* dalpha,
-    Lanes* dbias) {{
-  Lanes ds = all(0.0f);
-  gates_backward(u, s, alpha[0], bias, 0, 1.0f, d.pre, du, ds, dalpha[0], dbias);
-  return ds;
+static void site_backward(
+    const Lanes* u, const Lanes* s, const float* alpha, const float* bias, const Site& d, Lanes* du, Lanes* ds,
+    Lanes* dalpha, Lanes* dbias) {{
+  gates_backward(u, *s, alpha[0], bias, 0, 1.0f, d.pre, du, *ds, dalpha[0], dbias);
 }}
+"""
+# Hyper-Connections: row 0 of a stream gives its entry of pre, row 1 of post, row 2 + j of H[j].
+HYPER_CONNECTIONS = """\
+struct Site { Lanes pre[N], post[N], H[N][N]; };
+
+static inline Lanes& entry(Site& site, int i, int row) {
+  return row == 0 ? site.pre[i] : row == 1 ? site.post[i] : site.H[row - 2][i];
+}
+static inline int bias_of(int i, int row) { return row < 2 ? row * N + i : 2 * N + i * N + row - 2; }
+static inline Lanes hyperbolic_tangent(Lanes x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+
+static void site(const Lanes* u, const Lanes* s, const float* alpha, const float* bias, Site& out) {
+  for (int i = 0; i < N; ++i)
+    for (int row = 0; row < ROWS; ++row)
+      entry(out, i, row) =
+          alpha[row == 1] * hyperbolic_tangent(u[i * ROWS + row] * s[i]) + bias[bias_of(i, row)];
+}
+static void site_backward(
+    const Lanes* u, const Lanes* s, const float* alpha, const float*, Site& d, Lanes* du, Lanes* ds, Lanes* dalpha,
+    Lanes* dbias) {
+  for (int i = 0; i < N; ++i)
+    for (int row = 0; row < ROWS; ++row) {
+      const int at = i * ROWS + row;
+      Lanes value = hyperbolic_tangent(u[at] * s[i]), flow = entry(d, i, row);
+      Lanes dz = alpha[row == 1] * flow * (1.0f - value * value);
+      dalpha[row == 1] += flow * value;
+      dbias[bias_of(i, row)] += flow;
+      du[at] = dz * s[i];
+      ds[i] += dz * u[at];
+    }
+}
 """
 
 
 def coefficients_source(chain: Chain) -> str:
     """The functions `inverse_rms`, `site` and their backwards for the chain's convention and manifold."""
     fields = chain.stream.convention.fields
-    share = 1.0 / (chain.stream.streams * chain.width)
+    share = 1.0 / chain.span
     rms = (RMS_INSIDE if fields.rms_inside else RMS_OUTSIDE).format(share=share, eps=fields.rms_eps)
     if chain.weights == "head":
         return rms + GATES + HEAD.format(pre_eps=fields.pre_eps)
+    if chain.is_hyper_connection:
+        return rms + HYPER_CONNECTIONS
     i, j = ("j", "i") if fields.transposed else ("i", "j")
     mix = MIX[chain.stream.manifold].format(i=i, j=j)
     if chain.stream.manifold == "sinkhorn":

@@ -14,7 +14,7 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm, text
 from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
-from mhc_compile.kernels.triton.forward import logit
+from mhc_compile.kernels.triton.forward import logit, pre
 
 PARAMETERS = ("phi", "alpha", "bias", "norm_weight", "norm_bias")
 
@@ -77,55 +77,84 @@ def _weigh(chain: Chain) -> list[str]:
 
 
 def _inverse_rms(chain: Chain) -> list[str]:
-    at = f"token * {chain.rows + 1} + {chain.rows}"
-    return [f"squares = tl.load(z + {at}, live, other=0.0)", "s = inverse_rms(squares)"]
+    lines = []
+    for g in range(chain.groups):
+        lines.append(f"squares_{g} = tl.load({text.z_at(chain, chain.groups * chain.rows + g)}, live, other=0.0)")
+        lines.append(f"s_{g} = inverse_rms(squares_{g})")
+    return lines
 
 
 def _weights(chain: Chain) -> list[str]:
     """`w_i`, from z."""
-    n, eps = chain.stream.streams, chain.stream.convention.fields.pre_eps
-    weights = [f"w_{i} = tl.sigmoid({logit(chain, i)}){f' + {eps!r}' if eps else ''}" for i in range(n)]
-    return [*_inverse_rms(chain), *weights]
+    return [*_inverse_rms(chain), *(f"w_{i} = {pre(chain, i)}" for i in range(chain.n))]
 
 
 def _site_backward(chain: Chain) -> list[str]:
-    """From `dw_i` du [tokens, rows] and `scale`: X' times it is the gradient that comes through the norm."""
-    n, rows, fields = chain.stream.streams, chain.rows, chain.stream.convention.fields
+    """From `dw_i` du [tokens, groups * rows] and `scale`: X' times it is the gradient that comes through the norm."""
     lines = _inverse_rms(chain)
+    if not chain.collapses:
+        lines += [f"dw_{i} = tl.load(d_next_pre + token * {chain.n} + {i}, live, other=0.0)" for i in range(chain.n)]
+    lines += _flows_of_outputs(chain) if chain.is_hyper_connection else _flows_of_logits(chain)
+    # Threads read now what others of the program have written: all rows in one tile.
+    lines += ["tl.debug_barrier()", f"row = tl.arange(0, {text.padded_rows(chain)})"]
+    for g in range(chain.groups):
+        lines += _group_backward(chain, g)
+    return lines
+
+
+def _flows_of_outputs(chain: Chain) -> list[str]:
+    """Of Hyper-Connections the gradients of pre, post and H, as the rows of phi give them."""
+    n, lines = chain.n, []
+    for i in range(n):
+        lines.append(_keep(chain, i * chain.rows, f"dw_{i}"))
+        at = {1: f"d_next_post + token * {n} + {i}"}
+        at |= {2 + j: f"d_next_mix + token * {n * n} + {j * n + i}" for j in range(n)}
+        lines += [_keep(chain, i * chain.rows + r, f"tl.load({x}, live, other=0.0)") for r, x in at.items()]
+    return lines
+
+
+def _flows_of_logits(chain: Chain) -> list[str]:
+    n, fields, lines = chain.n, chain.stream.convention.fields, []
     for i in range(n):
         lines.append(f"gate = tl.sigmoid({logit(chain, i)})")
-        if not chain.collapses:
-            lines.append(f"dw_{i} = tl.load(d_next_pre + token * {n} + {i}, live, other=0.0)")
         lines.append(_keep(chain, i, f"dw_{i} * gate * (1.0 - gate)"))
     if chain.weights == "site":
         for i in range(n):
             lines.append(f"gate = tl.sigmoid({logit(chain, n + i)})")
-            given = f"tl.load(d_next_post + token * {n} + {i}, live, other=0.0)"
-            lines.append(_keep(chain, n + i, f"{fields.post_scale!r} * {given} * gate * (1.0 - gate)"))
+            flow = f"tl.load(d_next_post + token * {n} + {i}, live, other=0.0)"
+            lines.append(_keep(chain, n + i, f"{fields.post_scale!r} * {flow} * gate * (1.0 - gate)"))
         lines += _mix_backward(chain)
+    return lines
+
+
+def _group_backward(chain: Chain, g: int) -> list[str]:
+    """From the gradients in `dlogits` those of a group's projections, of its norm, of bias and alpha."""
+    n, rows, U = chain.n, chain.rows, chain.groups * chain.rows
     inside = f"live[:, None] & (row < {rows})[None, :]"
     which = "row * 0" if chain.weights == "head" else f"tl.where(row < {n}, 0, tl.where(row < {2 * n}, 1, 2))"
+    flow = f"dlogit * tl.load(alpha + {which})[None, :]"
+    value = f"u * s_{g}[:, None]"
+    if chain.is_hyper_connection:
+        flow = "dlogit * tl.load(alpha + tl.where(row == 1, 1, 0))[None, :] * (1.0 - value * value)"
+        value = f"tanh({value})"
     return [
-        *lines,
-        # Threads read now what others of the program have written: all rows in one tile.
-        "tl.debug_barrier()",
-        f"row = tl.arange(0, {text.padded_rows(chain)})",
-        f"dlogit = tl.load(dlogits + token[:, None] * {rows} + row[None, :], {inside}, other=0.0)",
-        f"u = tl.load(z + token[:, None] * {rows + 1} + row[None, :], {inside}, other=0.0)",
-        f"du_tile = dlogit * tl.load(alpha + {which})[None, :]",
-        "ds = tl.sum(du_tile * u, 1)",
-        "scale = inverse_rms_backward(ds, s, squares)",
-        "du_tile = du_tile * s[:, None]",
-        f"tl.store(du + token[:, None] * {rows} + row[None, :], du_tile, {inside})",
+        f"dlogit = tl.load(dlogits + token[:, None] * {U} + {g * rows} + row[None, :], {inside}, other=0.0)",
+        f"u = tl.load(z + token[:, None] * {U + chain.groups} + {g * rows} + row[None, :], {inside}, other=0.0)",
+        f"value = {value}",
+        f"du_{g} = {flow}",
+        f"ds = tl.sum(du_{g} * u, 1)",
+        f"scale_{g} = inverse_rms_backward(ds, s_{g}, squares_{g})",
+        f"du_{g} = du_{g} * s_{g}[:, None]",
+        f"tl.store(du + token[:, None] * {U} + {g * rows} + row[None, :], du_{g}, {inside})",
         # What this block of tokens adds to the gradients of bias and, row by row, of alpha.
-        f"block = tl.program_id(0).to(tl.int64) * {2 * rows} + row",
+        f"block = tl.program_id(0).to(tl.int64) * {2 * U} + {g * rows} + row",
         f"tl.store(sums + block, tl.sum(dlogit, 0), row < {rows})",
-        f"tl.store(sums + block + {rows}, tl.sum(dlogit * u * s[:, None], 0), row < {rows})",
+        f"tl.store(sums + block + {U}, tl.sum(dlogit * value, 0), row < {rows})",
     ]
 
 
 def _keep(chain: Chain, row: int, vector: str) -> str:
-    return f"tl.store(dlogits + token * {chain.rows} + {row}, {vector}, live)"
+    return f"tl.store(dlogits + token * {chain.groups * chain.rows} + {row}, {vector}, live)"
 
 
 def _mix_backward(chain: Chain) -> list[str]:
@@ -165,7 +194,7 @@ def _gradients(chain: Chain) -> list[str]:
         body.append(f"g = {_gradient_of_stream(chain, i)}")
         if chain.projects:
             body.append(f"p = {text.phi_tile(chain, i, rows_first=True)}")
-            body.append("g = tl.dot(du_tile, p, g, input_precision=PRECISION)")
+            body.append(f"g = tl.dot(du_{i % chain.groups}, p, g, input_precision=PRECISION)")
         if given:
             body.append(f"dw_{i} += tl.sum(dh * x_{i}, 1)")
         if not chain.mixes:
@@ -203,26 +232,29 @@ def _gradient_of_stream(chain: Chain, i: int) -> str:
         constant = {"mean": f"{1 / chain.stream.streams!r}", "sum": "1.0"}.get(chain.weights)
         terms.append(f"{constant or f'w_{i}[:, None]'} * dh")
     if chain.projects:
-        terms.append(f"scale[:, None] * x_{i}")
+        terms.append(f"scale_{i % chain.groups}[:, None] * x_{i}")
     return " + ".join(terms)
 
 
 def _phi_gradient(chain: Chain) -> list[str]:
-    """One program a block of columns and range of tokens: partial [splits, rows, n*C]."""
-    n, rows, width, pad = chain.stream.streams, chain.rows, chain.width, text.padded_rows(chain)
+    """One program a block of columns and range of tokens: partial [splits, rows, span]."""
+    n, rows, width, pad = chain.n, chain.rows, chain.width, text.padded_rows(chain)
+    groups, parts = chain.groups, n // chain.groups
     body = ["token = t0 + tl.arange(0, BT)", "live = token < tokens", *text.site_lines(chain)]
     body += [*text.column_lines(chain)[1:], *text.stream_lines(chain)]
     there = f"live[:, None] & (row < {rows})[None, :]"
-    body.append(f"d = tl.load(du + token[:, None] * {rows} + row[None, :], {there}, other=0.0)")
-    body += [text.add_dot(chain, f"tl.trans(x_{i})", "d", f"sum_{i}") for i in range(n)]
+    at = f"du + token[:, None] * {groups * rows} + row[None, :]"
+    body += [f"d_{g} = tl.load({at} + {g * rows}, {there}, other=0.0)" for g in range(groups)]
+    body += [text.add_dot(chain, f"tl.trans(x_{i})", f"d_{i % groups}", f"sum_{i // groups}") for i in range(n)]
     return [
         "c = tl.program_id(0) * BK + tl.arange(0, BK)",
         f"row = tl.arange(0, {pad})",
         "first = tl.program_id(1).to(tl.int64) * per_split",
-        *(f"sum_{i} = tl.zeros([BK, {pad}], tl.float32)" for i in range(n)),
+        *(f"sum_{i} = tl.zeros([BK, {pad}], tl.float32)" for i in range(parts)),
         "for t0 in range(first, first + per_split, BT):",
         *text.indent(body, 1),
-        f"out = partial + tl.program_id(1).to(tl.int64) * {rows * n * width} + row[None, :] * {n * width} + c[:, None]",
+        f"out = partial + tl.program_id(1).to(tl.int64) * {rows * chain.span}",
+        f"out = out + row[None, :] * {chain.span} + c[:, None]",
         f"there = (c < {width})[:, None] & (row < {rows})[None, :]",
-        *(f"tl.store(out + {i * width}, sum_{i}, there)" for i in range(n)),
+        *(f"tl.store(out + {i * width}, sum_{i}, there)" for i in range(parts)),
     ]

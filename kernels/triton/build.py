@@ -47,9 +47,9 @@ class Compiled:
             file.write(self.texts["cubin"])
             file.flush()
             printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        found = re.search(r"REG:(\d+) STACK:(\d+)", printed.stdout + printed.stderr)
-        assert found, printed
-        return int(found[1]), int(found[2])
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", printed.stdout + printed.stderr)
+        assert usage, printed
+        return int(usage[1]), int(usage[2])
 
 
 def compile_kernel(

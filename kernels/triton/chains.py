@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from mhc_compile.kernels.kernelspec import Direction, Values, laid_out
 from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm
 from mhc_compile.kernels.triton.backward import backward_pointers, backward_source
+from mhc_compile.kernels.triton.coefficients import bias_row
 from mhc_compile.kernels.triton.forward import forward_source
 from mhc_compile.kernels.triton.launch import Call, Launcher, arch_of
 from mhc_compile.kernels.triton.tiles import MAX_SPLITS, TileConfig, candidates
@@ -58,16 +60,18 @@ class ChainLauncher(Launcher):
         """Launch the kernels of one direction; return its outputs by name."""
         sizes, like = spec.sizes(values), values["X"]
         out = {n: like.new_empty(spec.shape(n, sizes), dtype=spec.dtype(n)) for n in spec.outputs(direction)}
-        given, stride = laid_out(spec, values)
+        arguments, stride = laid_out(spec, values)
         numbers = {**spec.numbers(sizes), "x_stride": stride}
         tokens, device = numbers["tokens"], like.device
-        every = {**given, **out}
+        every = {**arguments, **out}
         if direction == "backward" and spec.projects:
-            every["dlogits"], every["du"] = (given["z"].new_empty(tokens, spec.rows) for _ in range(2))
+            every["dlogits"], every["du"] = (
+                arguments["z"].new_empty(tokens, spec.groups * spec.rows) for _ in range(2)
+            )
 
         def call(tile: TileConfig) -> Call:
             programs = -(-tokens // tile.tokens)
-            scratch = _sums(spec, given["z"], programs) if direction == "backward" and spec.projects else {}
+            scratch = _sums(spec, arguments["z"], programs) if direction == "backward" and spec.projects else {}
             return Call({**every, **scratch}, numbers, (programs, 1))
 
         launched = self.launch(spec, direction, direction, device, call)
@@ -77,11 +81,12 @@ class ChainLauncher(Launcher):
 
     def _parameters(self, spec: Chain, launched: Call, out: dict[str, Tensor]) -> None:
         """Add up what each block of tokens adds to the parameters' gradients, in one order."""
-        n, values, numbers = spec.n, launched.values, launched.numbers
+        values, numbers = launched.values, launched.numbers
         biases, per_row = values["sums"].sum(0)
-        out["d_bias"].copy_(biases)
-        groups = (per_row,) if spec.weights == "head" else (per_row[:n], per_row[n : 2 * n], per_row[2 * n :])
-        out["d_alpha"].copy_(torch.stack([group.sum() for group in groups]))
+        # Each row's entry of the bias, in which mHC has rows in the order of the bias.
+        order = [bias_row(spec, at) for at in range(spec.biases)] if spec.is_hyper_connection else range(spec.biases)
+        out["d_bias"][torch.tensor(order, device=biases.device)] = biases
+        out["d_alpha"].copy_(torch.stack([per_row[rows].sum() for rows in _rows_of_alpha(spec)]))
         if spec.norm != "none":
             for name, gradient in zip(("d_norm_weight", "d_norm_bias"), values["norm_sums"].sum(0), strict=False):
                 out[name].copy_(gradient)
@@ -91,7 +96,7 @@ class ChainLauncher(Launcher):
         splits = min(MAX_SPLITS, -(-tokens // step))
         per_split = -(-tokens // (splits * step)) * step
         splits = -(-tokens // per_split)
-        partial = values["z"].new_empty(splits, spec.rows, n * spec.width)
+        partial = values["z"].new_empty(splits, spec.rows, spec.span)
 
         def call(tile: TileConfig) -> Call:
             grid = (-(-spec.width // tile.columns), splits)
@@ -101,9 +106,18 @@ class ChainLauncher(Launcher):
         torch.sum(partial, 0, out=out["d_phi"])
 
 
+def _rows_of_alpha(chain: Chain) -> list[list[int]]:
+    """Return for each value of alpha the projections that it scales."""
+    n, every = chain.n, range(chain.groups * chain.rows)
+    if chain.is_hyper_connection:
+        return [[at for at in every if (at % chain.rows == 1) == post] for post in (False, True)]
+    bounds = [0, chain.rows] if chain.weights == "head" else [0, n, 2 * n, chain.rows]
+    return [[*every[a:b]] for a, b in itertools.pairwise(bounds)]
+
+
 def _sums(chain: Chain, like: Tensor, programs: int) -> dict[str, Tensor]:
     """Return room for what each block of tokens adds to the gradients of the parameters but phi."""
-    sums = {"sums": like.new_empty(programs, 2, chain.rows)}
+    sums = {"sums": like.new_empty(programs, 2, chain.groups * chain.rows)}
     if chain.norm != "none":
         sums["norm_sums"] = like.new_empty(programs, norm.gradients(chain), chain.width)
     return sums

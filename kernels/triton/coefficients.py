@@ -27,8 +27,8 @@ def entries(n: int, name: str) -> list[str]:
 
 def matrix(n: int, *names: str) -> str:
     """The entries of matrices as arguments, results or targets of a function; a single one is a tuple too."""
-    found = [entry for name in names for entry in entries(n, name)]
-    return ", ".join(found) if len(found) > 1 else f"{found[0]},"
+    names_of_entries = [entry for name in names for entry in entries(n, name)]
+    return ", ".join(names_of_entries) if len(names_of_entries) > 1 else f"{names_of_entries[0]},"
 
 
 def line(n: int, name: str, axis: int, a: int) -> list[str]:
@@ -44,12 +44,12 @@ def function(name: str, arguments: str, body: list[str], results: str, says: str
 
 
 def inverse_rms(chain: Chain) -> str:
-    """s, the inverse of the root mean square, from the sum of squares of all n*C values, and its backward.
+    """s, the inverse of the root mean square, from the sum of squares of a group of values, and its backward.
 
     The gradient of a value is the value times `inverse_rms_backward`, where ds is the gradient of s.
     """
     fields = chain.stream.convention.fields
-    share, eps = 1.0 / (chain.stream.streams * chain.width), fields.rms_eps
+    share, eps = 1.0 / chain.span, fields.rms_eps
     if fields.rms_inside:
         forward = f"1.0 / tl.sqrt(squares * {share!r} + {eps!r})"
         return function("inverse_rms", "squares", [], forward) + "\n\n" + function(
@@ -209,9 +209,21 @@ def site_functions(chain: Chain, *, backward: bool) -> str:
     if not chain.projects:
         return ""
     parts = [inverse_rms(chain)]
-    if chain.weights == "site" and chain.stream.manifold == "sinkhorn":
+    if chain.is_hyper_connection:
+        return "\n\n".join([*parts, function("tanh", "x", [], "2.0 * tl.sigmoid(2.0 * x) - 1.0")])
+    if chain.uses_sinkhorn:
         parts.append(sinkhorn_source(chain.stream, backward=backward))
     return "\n\n".join(parts)
+
+
+def bias_row(chain: Chain, at: int) -> int:
+    """Of Hyper-Connections the entry of the bias that belongs to row `at % rows` of phi and stream `at // rows`.
+
+    Row 0 gives the stream's entry of pre, row 1 of post, row 2 + j of H[j].
+    """
+    n = chain.n
+    i, row = divmod(at, chain.rows)
+    return row * n + i if row < 2 else 2 * n + i * n + row - 2
 
 
 def mix_row(chain: Chain) -> Callable[[int, int], int]:

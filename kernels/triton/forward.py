@@ -12,7 +12,7 @@ import torch
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm, text
-from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
+from mhc_compile.kernels.triton.coefficients import bias_row, entries, matrix, mix_row, site_functions
 
 
 def forward_source(chain: Chain) -> Source:
@@ -65,21 +65,24 @@ def _in_one_pass(chain: Chain) -> list[str]:
 
 
 def _with_coefficients(chain: Chain) -> list[str]:
-    n, rows = chain.stream.streams, chain.rows
+    n, rows, groups = chain.n, chain.rows, chain.groups
     # What is read again goes last from the caches, what is read once first.
     again = not chain.keeps_streams and chain.collapses
     project = [*text.stream_lines(chain, "" if again else "evict_first"), *_write_streams(chain)]
     for i in range(n):
-        project.append(f"squares += tl.sum(x_{i} * x_{i}, 1)")
-        project.append(f"p = {text.phi_tile(chain, i, rows_first=False)}")
-        project.append(text.add_dot(chain, f"x_{i}", "p", "u"))
+        g = i % groups
+        project.append(f"squares_{g} += tl.sum(x_{i} * x_{i}, 1)")
+        if i % groups == 0 or groups == 1:
+            project.append(f"p = {text.phi_tile(chain, i, rows_first=False)}")
+        project.append(text.add_dot(chain, f"x_{i}", "p", f"u_{g}"))
+    inside, at = f"live[:, None] & (row < {rows})[None, :]", f"z + token[:, None] * {groups * (rows + 1)}"
     lines = [
         f"row = tl.arange(0, {text.padded_rows(chain)})",
-        f"u = tl.zeros([BT, {text.padded_rows(chain)}], tl.float32)",
-        "squares = tl.zeros([BT], tl.float32)",
+        *(f"u_{g} = tl.zeros([BT, {text.padded_rows(chain)}], tl.float32)" for g in range(groups)),
+        *(f"squares_{g} = tl.zeros([BT], tl.float32)" for g in range(groups)),
         *text.loop(chain, project),
-        f"tl.store(z + token[:, None] * {rows + 1} + row[None, :], u, live[:, None] & (row < {rows})[None, :])",
-        f"tl.store(z + token * {rows + 1} + {rows}, squares, live)",
+        *(f"tl.store({at} + {g * rows} + row[None, :], u_{g}, {inside})" for g in range(groups)),
+        *(f"tl.store({text.z_at(chain, groups * rows + g)}, squares_{g}, live)" for g in range(groups)),
         # Threads read now what others of the program have written: z with a token a lane, and the streams.
         "tl.debug_barrier()",
         *coefficient_lines(chain),
@@ -101,10 +104,10 @@ def _with_coefficients(chain: Chain) -> list[str]:
 
 def coefficient_lines(chain: Chain) -> list[str]:
     """`w_i`, and where Sinkhorn makes the mixing matrix, its entries `m_ij` in the published orientation."""
-    n, fields = chain.stream.streams, chain.stream.convention.fields
-    eps = f" + {fields.pre_eps!r}" if fields.pre_eps else ""
-    lines = ["s = inverse_rms(squares)", *(f"w_{i} = tl.sigmoid({logit(chain, i)}){eps}" for i in range(n))]
-    if chain.weights == "site" and chain.stream.manifold == "sinkhorn":
+    n = chain.n
+    lines = [f"s_{g} = inverse_rms(squares_{g})" for g in range(chain.groups)]
+    lines += [f"w_{i} = {pre(chain, i)}" for i in range(n)]
+    if chain.uses_sinkhorn:
         lines += [f"{name} = {logit(chain, 2 * n + k)}" for k, name in enumerate(entries(n, "m"))]
         lines.append(f"{matrix(n, 'm')} = sinkhorn({matrix(n, 'm')})")
     return lines
@@ -113,14 +116,36 @@ def coefficient_lines(chain: Chain) -> list[str]:
 def logit(chain: Chain, row: int) -> str:
     """One row's logit from z as it lies in memory, a vector of tokens."""
     which = 0 if chain.weights == "head" else min(row // chain.stream.streams, 2)
-    u = f"tl.load(z + token * {chain.rows + 1} + {row}, live, other=0.0)"
-    return f"{u} * s * tl.load(alpha + {which}) + tl.load(bias + {row})"
+    u = f"tl.load({text.z_at(chain, row)}, live, other=0.0)"
+    return f"{u} * s_0 * tl.load(alpha + {which}) + tl.load(bias + {row})"
+
+
+def hyper_connection(chain: Chain, i: int, row: int) -> str:
+    """What row `row` of phi gives for stream `i` in Hyper-Connections, a vector of tokens."""
+    at = i * chain.rows + row
+    u = f"tl.load({text.z_at(chain, at)}, live, other=0.0)"
+    return f"tl.load(alpha + {int(row == 1)}) * tanh({u} * s_{i}) + tl.load(bias + {bias_row(chain, at)})"
+
+
+def pre(chain: Chain, i: int) -> str:
+    """The weight of stream `i`, a vector of tokens."""
+    if chain.is_hyper_connection:
+        return hyper_connection(chain, i, 0)
+    eps = chain.stream.convention.fields.pre_eps
+    return f"tl.sigmoid({logit(chain, i)}){f' + {eps!r}' if eps else ''}"
 
 
 def _write_post_and_mix(chain: Chain) -> list[str]:
     n, fields = chain.stream.streams, chain.stream.convention.fields
     eps = f" + {fields.post_eps!r}" if fields.post_eps else ""
     lines = []
+    if chain.is_hyper_connection:
+        for i in range(n):
+            lines.append(f"tl.store(next_post + token * {n} + {i}, {hyper_connection(chain, i, 1)}, live)")
+            for j in range(n):
+                entry = hyper_connection(chain, i, 2 + j)
+                lines.append(f"tl.store(next_mix + token * {n * n} + {j * n + i}, {entry}, live)")
+        return lines
     for i in range(n):
         value = f"{fields.post_scale!r} * tl.sigmoid({logit(chain, n + i)}){eps}"
         lines.append(f"tl.store(next_post + token * {n} + {i}, {value}, live)")

@@ -77,9 +77,9 @@ class Launcher(ABC):
     ) -> Call:  # fmt: skip
         """Launch a kernel with its default tile, or the fastest where measuring is asked for."""
         tile = self._tile(spec, direction, kernel, device, call)
-        made = call(tile)
-        self._start(spec, direction, kernel, tile, made)
-        return made
+        launched = call(tile)
+        self._start(spec, direction, kernel, tile, launched)
+        return launched
 
     def _start(self, spec: KernelSpec, direction: Direction, kernel: str, tile: TileConfig, call: Call) -> None:
         fn, device = getattr(self.load(spec, direction), kernel), next(iter(call.values.values())).device
@@ -107,8 +107,8 @@ class Launcher(ABC):
             from triton.testing import do_bench
 
             def milliseconds(tile: TileConfig) -> float:
-                made = call(tile)
-                return float(do_bench(lambda: self._start(spec, direction, kernel, tile, made)))
+                launch = call(tile)
+                return float(do_bench(lambda: self._start(spec, direction, kernel, tile, launch)))
 
             digest = hashlib.sha256(f"{self.source(spec, direction).text}\n{gpu}".encode()).hexdigest()[:16]
             _MEASURED[key] = fastest(f"{spec.name}_{kernel}_{digest}", tiles, milliseconds)

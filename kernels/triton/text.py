@@ -156,11 +156,16 @@ def rounded(chain: Chain, value: str) -> str:
     return f"({value}).to({TYPES[chain.streams_dtype]}).to(tl.float32)"
 
 
+def z_at(chain: Chain, place: int) -> str:
+    """Where a value of z lies, for a vector of tokens."""
+    return f"z + token * {chain.groups * (chain.rows + 1)} + {place}"
+
+
 def phi_tile(chain: Chain, i: int, *, rows_first: bool) -> str:
     """phi of stream i and the columns of a tile, [BK, rows] or [rows, BK]; rows that are not there are zero."""
-    n, width = chain.stream.streams, chain.width
+    width = chain.width
     r, c = ("[:, None]", "[None, :]") if rows_first else ("[None, :]", "[:, None]")
-    where = f"row{r} * {n * width} + (c + {i * width}){c}"
+    where = f"row{r} * {chain.span} + (c + {i // chain.groups * width}){c}"
     mask = f"(row < {chain.rows}){r} & (c < {width}){c}"
     return f'tl.load(phi + {where}, {mask}, other=0.0, eviction_policy="evict_last")'
 

@@ -124,7 +124,7 @@ def places_of(gm: GraphModule, residual: Iterable[ResidualSite]) -> Places:
             _of_chain(places, node, chain)
         elif op_name(node) == "distribute":
             places.add(site_path(node), "stream", node.name)
-        elif op_name(node) in ("coefficients", "plain_coefficients"):
+        elif op_name(node) in ("coefficients", "reference_coefficients"):
             _of_coefficients(places, node)
     return places
 

@@ -34,7 +34,6 @@ from mhc_compile.bisect.values import Difference, Values, difference, run_as_it_
 from mhc_compile.capture import private_copy
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import Context, Pass, module_path, source_line, value
-from mhc_compile.passes.observer import text_of
 from mhc_compile.passes.verify import VerificationError, verify
 
 TOLERANCE = 1e-9
@@ -112,14 +111,14 @@ class Search:
 
     def _step(self, step: Pass) -> Wrong | None:
         before = private_copy(self.graph)
-        text, read = text_of(self.graph), parameters_read(self.graph, self.subject.marks)
+        text, read = str(self.graph.graph), parameters_read(self.graph, self.subject.marks)
         try:
             self.graph = step.apply(self.graph, self.context)
             self.graph.graph.lint()
             verify(self.graph, whole=True, after=step.name)
         except (VerificationError, RuntimeError, AssertionError) as error:  # as FX and verify report a broken graph
             return self._broken(step, before, error)
-        if text_of(self.graph) == text:
+        if str(self.graph.graph) == text:
             self.checked.append(Checked(step.name, changed=False))
             return None
         added = bool(parameters_read(self.graph, self.subject.marks) - read)

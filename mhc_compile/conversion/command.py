@@ -15,7 +15,7 @@ from mhc_compile.conversion.folder import Converted, Form, convert_folder
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import PRESETS, MemorySettings
-from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, FormName, Manifold
+from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, Manifold, form_names
 
 _OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form", "strict")
 _DESCRIPTION = """\
@@ -63,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
         ("--convention", [c.value for c in Convention], "whose equations (default: paper, arXiv 2512.24880)"),
         ("--manifold", get_args(Manifold), "of the matrices (default: the convention's)"),
         ("--exit", get_args(Exit), "how the streams are reduced to one (default: the convention's)"),
-        ("--form", get_args(FormName), "mHC (default), or unconstrained Hyper-Connections, dynamic or static"),
+        ("--form", form_names(), "mHC (default), or unconstrained Hyper-Connections, dynamic or static"),
         ("--engram", sorted(PRESETS), "add n-gram memories as this system has them"),
     ):
         parser.add_argument(option, choices=choices, help=meaning)

@@ -45,7 +45,7 @@ class Outline:
         for node in reversed(trial.graph.find_nodes(op="get_attr")):
             first.prepend(node)  # a parameter, read where the model does
             first = node
-        Fuse(plain=True).apply(trial, Context())
+        Fuse(without_kernels=True).apply(trial, Context())
         nodes = {n.name: n for n in gm.graph.nodes}
         calls = [n for n in trial.graph.nodes if "mhc_parts" in n.meta]
         for number, fused in enumerate(calls):

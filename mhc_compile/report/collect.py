@@ -159,7 +159,9 @@ class _Numbered:
         for node in last:
             for spec in kernels_of(node):
                 number = self.place(node)
-                before = [self.drawing.before.get(number, number)] if spec.kind in ("boundary", "leave") else []
+                before = (
+                    [self.drawing.before.get(number, number)] if spec.kind in ("boundary", "carry", "leave") else []
+                )
                 elements.setdefault(spec, {}).update(dict.fromkeys([*before, number]))
         calls = {} if self.watcher.gm is None else kernels_in(self.watcher.gm)
         for (spec, device), count in calls.items():

@@ -33,12 +33,18 @@ CHAINS = [
     Chain(kind="leave", stream=V4, width=15),
     Chain(kind="boundary", stream=V4, width=35, norm="layer", norm_eps=1e-5, **F16),
     Chain(kind="distribute", stream=StreamSpec(), width=37, **F16),
+    Chain(kind="boundary", stream=StreamSpec(form="hc"), width=36, norm="rms", norm_eps=1e-5),
+    Chain(kind="boundary", stream=StreamSpec(streams=3, form="hc"), width=17, **BF16),
+    Chain(kind="read", stream=StreamSpec(streams=2, form="hc"), width=32),
+    Chain(kind="coefficients", stream=StreamSpec(streams=1, form="hc"), width=9),
+    Chain(kind="carry", stream=StreamSpec(streams=3), width=19),
 ]
 
 
 def name_of(chain: Chain) -> str:
     """A test's name for the chain."""
-    return f"{chain.name}-{chain.stream.convention.value}-{chain.stream.manifold}-{chain.weights}"
+    weights = chain.stream.form if chain.is_hyper_connection else chain.weights
+    return f"{chain.name}-{chain.stream.convention.value}-{chain.stream.manifold}-{weights}"
 
 
 def random_inputs(chain: Chain, lead: tuple[int, ...], seed: int, scale: float = 1.0) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import hc, reference
-from mhc_compile.kernels.forms import COEFFICIENTS, FORMS, form_of, width_of
-from mhc_compile.kernels.spec import FormName, StreamSpec
+from mhc_compile.kernels.forms import COEFFICIENTS, FORMS, form_of, start_values, width_of
+from mhc_compile.kernels.spec import StreamSpec
 
 C, TOKENS = 12, 5
-HC: list[FormName] = ["hc", "hc_static"]
+HC: list[str] = ["hc", "hc_static"]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -22,8 +22,8 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def random_site(spec: StreamSpec, seed: int = 0) -> list[Tensor]:
-    shapes = form_of(spec).shapes(spec, C)
-    return [normal(*shape, seed=seed + i).requires_grad_() for i, shape in enumerate(shapes.values())]
+    parameters = form_of(spec).parameters(spec, 0, C).values()
+    return [normal(*p.shape, seed=seed + i).requires_grad_() for i, p in enumerate(parameters)]
 
 
 def by_loops(X: Tensor, site: list[Tensor], spec: StreamSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def by_loops(X: Tensor, site: list[Tensor], spec: StreamSpec) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("form", HC)
 @pytest.mark.parametrize("n", [1, 2, 4, 7])
-def test_the_papers_equations(form: FormName, n: int) -> None:
+def test_the_papers_equations(form: str, n: int) -> None:
     spec = StreamSpec(streams=n, form=form)
     X, y, site = normal(TOKENS, n, C, seed=9).requires_grad_(), normal(TOKENS, C, seed=8), random_site(spec)
     pre, post, H = form_of(spec).op(X, *site, str(spec))
@@ -73,7 +73,7 @@ def test_parity_with_another_implementation() -> None:
     theirs = pytest.importorskip("hyper_connections", reason="the package hyper-connections is not installed")
     n, spec = 4, StreamSpec(streams=4, form="hc")
     module = theirs.HyperConnections(n, dim=C, layer_index=2).double()
-    start = hc.start(spec, 2, C)
+    start = start_values(spec, 2, C)
     torch.testing.assert_close(module.static_alpha[:, 0].detach().float(), start["bias"][:n])
     phi, alpha, bias = random_site(spec)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_parity_with_another_implementation() -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 8), st.sampled_from(HC), st.randoms(use_true_random=False))
-def test_streams_can_be_renamed(n: int, form: FormName, random: object) -> None:
+def test_streams_can_be_renamed(n: int, form: str, random: object) -> None:
     """Permuting streams and parameters alike permutes the result."""
     order = list(range(n))
     random.shuffle(order)  # type: ignore[attr-defined]
@@ -113,12 +113,10 @@ def test_streams_can_be_renamed(n: int, form: FormName, random: object) -> None:
 
 @pytest.mark.parametrize("form", HC)
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
-def test_the_start_keeps_the_residual_function_and_separates_the_streams(form: FormName, n: int) -> None:
+def test_the_start_keeps_the_residual_function_and_separates_the_streams(form: str, n: int) -> None:
     spec = StreamSpec(streams=n, form=form)
     x, weights = normal(TOKENS, C, seed=0), [normal(C, C, seed=i) for i in range(6)]
-    sites = [
-        [p.double().requires_grad_() for p in form_of(spec).start(spec, i, C).values()] for i in range(len(weights))
-    ]
+    sites = [[p.double().requires_grad_() for p in start_values(spec, i, C).values()] for i in range(len(weights))]
     want, X = x, reference.expand(x, n)
     for w, site in zip(weights, sites, strict=True):
         want = want + torch.tanh(want @ w)
@@ -133,13 +131,16 @@ def test_the_start_keeps_the_residual_function_and_separates_the_streams(form: F
 
 
 def test_forms_have_what_widen_needs() -> None:
-    assert len(COEFFICIENTS) == len(FORMS)
-    for name, form in FORMS.items():
-        spec = StreamSpec(streams=3, form=name)
-        values, shapes = form.start(spec, 1, C), form.shapes(spec, C)
-        assert {k: tuple(v.shape) for k, v in values.items()} == shapes
-        assert [a.name for a in form.op._schema.arguments] == ["streams", *shapes, "spec"]
-        assert width_of(spec, shapes) == (1 if name == "hc_static" else C)
+    for name in ("mhc", *HC):
+        form, spec = FORMS[name], StreamSpec(streams=3, form=name)
+        assert form.op in COEFFICIENTS
+        parameters = form.parameters(spec, 1, C)
+        assert {k: tuple(v.shape) for k, v in start_values(spec, 1, C).items()} == {
+            k: p.shape for k, p in parameters.items()
+        }
+        assert [a.name for a in form.op._schema.arguments] == ["streams", *parameters, "spec"]
+        shapes = {f"a#0.{k}": p.shape for k, p in parameters.items()}
+        assert width_of(spec, 1, "a#0", shapes) == (1 if name == "hc_static" else C)
         assert StreamSpec.parse(str(spec)) == spec
 
 

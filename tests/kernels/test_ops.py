@@ -16,8 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import ops, reference, sinkhorn
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.spec import Convention, Manifold, StreamSpec
-from mhc_compile.kernels.start import start_head, start_site
+from mhc_compile.kernels.start import start_head
 
 C = 8
 CASES = [
@@ -41,14 +42,14 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def leaves(spec: StreamSpec, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    rng = torch.Generator().manual_seed(1)
-    return [t.to(dtype).requires_grad_() for t in start_site(spec, 1, C, scratch=True, generator=rng)]
+    torch.manual_seed(1)
+    return [t.to(dtype).requires_grad_() for t in start_values(spec, 1, C, scratch=True).values()]
 
 
 def site(spec: StreamSpec, opaque: bool = True) -> Callable[..., Tensor]:
     """A whole stream with one site, from entry to exit."""
     dialect, text = torch.ops.mhc, str(spec)
-    maps = torch.ops.mhc_kernels.plain_coefficients if opaque else dialect.coefficients
+    maps = torch.ops.mhc_kernels.reference_coefficients if opaque else dialect.coefficients
 
     def run(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
         X = dialect.expand(x, spec.streams)
@@ -197,7 +198,7 @@ def test_opcheck(spec: StreamSpec) -> None:
     X, y = normal(2, 3, n, C).requires_grad_(), normal(2, 3, C).requires_grad_()
     parameters = leaves(spec)
     post, H = normal(2, 3, n).requires_grad_(), normal(2, 3, n, n).requires_grad_()
-    calls: list[tuple[Any, tuple[Any, ...]]] = [(torch.ops.mhc_kernels.plain_coefficients, (X, *parameters, text))]
+    calls: list[tuple[Any, tuple[Any, ...]]] = [(torch.ops.mhc_kernels.reference_coefficients, (X, *parameters, text))]
     if spec.manifold == "sinkhorn":
         calls.append((torch.ops.mhc_kernels.sinkhorn, (H, text)))
         calls.append((torch.ops.mhc_kernels.sinkhorn_backward, (H.detach(), H.detach(), text)))
@@ -390,4 +391,4 @@ def test_importing_again_registers_nothing_new() -> None:
     assert sinkhorn.LIBRARY.ns == "mhc_kernels"
     names = {str(s.name) for s in torch._C._jit_get_all_schemas() if str(s.name).startswith("mhc")}
     assert {"mhc::expand", "mhc::coefficients", "mhc::aggregate", "mhc::distribute", "mhc::reduce"} <= names
-    assert {"mhc::mark", "mhc_kernels::plain_coefficients", "mhc_kernels::sinkhorn"} <= names
+    assert {"mhc::mark", "mhc_kernels::reference_coefficients", "mhc_kernels::sinkhorn"} <= names

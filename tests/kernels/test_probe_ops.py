@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import probe_ops, reference
+from mhc_compile.kernels import hc, probe_ops, reference
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.memory import fusion
 from mhc_compile.kernels.memory.spec import FusionSpec
 from mhc_compile.kernels.spec import Convention, StreamSpec
-from mhc_compile.kernels.start import start_site
 
 OPS = torch.ops.mhc_probes
 
@@ -60,12 +60,20 @@ def test_pieces_make_the_whole(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_pre_from_what_a_kernel_keeps(convention: Convention) -> None:
     spec = StreamSpec(streams=3, convention=convention, manifold=convention.fields.manifold)
     chain = Chain(kind="read", stream=spec, width=5)
-    phi, alpha, bias = start_site(spec, 0, 5)
+    phi, alpha, bias = start_values(spec, 0, 5).values()
     phi, alpha = torch.randn(phi.shape), torch.tensor([0.3, 0.2, 0.1])
     X = torch.randn(2, 7, 3, 5)
     kept = chain.reference({"X": X, "phi": phi, "alpha": alpha, "bias": bias})["z"]
     expected, _, _ = reference.coefficients(X, phi, alpha, bias, spec)
     torch.testing.assert_close(OPS.pre(kept, alpha, bias, 5, str(spec)), expected)
+
+
+def test_pre_of_hyper_connections_from_what_a_kernel_keeps() -> None:
+    spec = StreamSpec(streams=3, form="hc")
+    values = {"X": torch.randn(2, 7, 3, 5), "phi": torch.randn(5, 5), "alpha": torch.rand(2), "bias": torch.randn(15)}
+    kept = Chain(kind="read", stream=spec, width=5).reference(values)["z"]
+    expected, _, _ = hc.dynamic(**values)
+    torch.testing.assert_close(OPS.pre(kept, values["alpha"], values["bias"], 5, str(spec)), expected)
 
 
 def test_gates_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

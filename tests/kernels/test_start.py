@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mhc_compile.kernels import reference
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.spec import Convention, Manifold, StreamSpec
-from mhc_compile.kernels.start import SINGLE, start_bias, start_head, start_pre, start_site
+from mhc_compile.kernels.start import SINGLE, start_bias, start_head, start_pre
 
 SITES, C = 12, 16
 
@@ -47,7 +48,7 @@ def test_the_residual_function_is_kept(convention: Convention, manifold: Manifol
     want = residual(x, weights)
     for n in legal_streams(manifold):
         spec = StreamSpec(streams=n, convention=convention, manifold=manifold)
-        out = widened(x, weights, [start_site(spec, i, C) for i in range(SITES)], spec)
+        out = widened(x, weights, [[*start_values(spec, i, C).values()] for i in range(SITES)], spec)
         exact = convention.fields.sinkhorn_eps == 0 or convention is Convention.MEGATRON_MAIN or manifold != "sinkhorn"
         # An eps in the divisors loses about 1e-6 at every site; float32 biases lose 1e-7 in `pre`.
         bound = (2e-6 if exact else 3e-6 * SITES) * want.abs().max()
@@ -62,7 +63,9 @@ def test_a_single_stream_is_nearly_kept(convention: Convention, manifold: Manifo
     weights = branches(torch.float64)
     x = torch.randn(10, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     spec = StreamSpec(streams=1, convention=convention, manifold=manifold)
-    out = reference.reduce(widened(x, weights, [start_site(spec, i, C) for i in range(SITES)], spec), spec)
+    out = reference.reduce(
+        widened(x, weights, [[*start_values(spec, i, C).values()] for i in range(SITES)], spec), spec
+    )
     want = residual(x, weights)
     assert (out - want).abs().max() < 1e-3 * want.abs().max()
     assert start_bias(spec, 3)[0] == SINGLE
@@ -74,7 +77,7 @@ def test_the_maps_at_the_start(convention: Convention, n: int) -> None:
     spec = StreamSpec(streams=n, convention=convention)
     X = torch.randn(2, n, C, generator=torch.Generator().manual_seed(n))
     for index in range(n + 1):
-        pre, post, H = reference.coefficients(X, *start_site(spec, index, C), spec)
+        pre, post, H = reference.coefficients(X, *start_values(spec, index, C).values(), spec)
         torch.testing.assert_close(
             post, torch.ones_like(post), atol=1.2e-7 if convention.fields.post_eps else 0, rtol=0
         )
@@ -92,7 +95,7 @@ def test_four_streams_read_mostly_one() -> None:
 def test_mixing_starts_near_the_identity(manifold: Manifold) -> None:
     for n in legal_streams(manifold):
         spec = StreamSpec(streams=n, manifold=manifold)
-        _, _, H = reference.coefficients(torch.randn(1, n, C), *start_site(spec, 0, C), spec)
+        _, _, H = reference.coefficients(torch.randn(1, n, C), *start_values(spec, 0, C).values(), spec)
         # n! - 1 off entries of exp(-8) weigh 0.04 at five streams.
         assert (H - torch.eye(n)).abs().max() < (0 if manifold in ("identity", "unconstrained") else 0.05) + 1e-9
 
@@ -104,7 +107,7 @@ def test_streams_separate_because_pre_is_not_uniform() -> None:
     spec = StreamSpec(iterations=1)
     separation = {}
     for uniform in (False, True):
-        sites = [start_site(spec, i, C) for i in range(6)]
+        sites = [[*start_values(spec, i, C).values()] for i in range(6)]
         for _, _, bias in sites:
             if uniform:
                 bias[:4] = -math.log(3.0)
@@ -123,12 +126,14 @@ def test_streams_separate_because_pre_is_not_uniform() -> None:
 
 def test_from_scratch() -> None:
     spec = StreamSpec(streams=8)
-    phi, alpha, bias = start_site(spec, 0, 64, scratch=True, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    phi, alpha, bias = start_values(spec, 0, 64, scratch=True).values()
     assert (phi.shape, alpha.tolist(), bias.shape) == ((80, 512), [pytest.approx(0.01)] * 3, (80,))
     assert phi.std() == pytest.approx(0.02, rel=0.05)
-    again = start_site(spec, 0, 64, scratch=True, generator=torch.Generator().manual_seed(0))[0]
+    torch.manual_seed(0)
+    again = start_values(spec, 0, 64, scratch=True)["phi"]
     assert torch.equal(phi, again)
-    fn, base, scale = start_head(spec, 64, scratch=True, generator=torch.Generator().manual_seed(0))
+    fn, base, scale = start_head(spec, 64, scratch=True)
     assert fn.std() == pytest.approx(0.02, rel=0.1)
     assert (base.shape, scale.tolist()) == ((8,), [1.0])
     assert all(t.dtype == torch.float32 for t in (phi, alpha, bias, fn, base, scale))

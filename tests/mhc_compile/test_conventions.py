@@ -28,8 +28,9 @@ from mhc_compile.conventions import (
 )
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import reference
+from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.spec import Convention, Manifold, StreamSpec
-from mhc_compile.kernels.start import start_head, start_site
+from mhc_compile.kernels.start import start_head
 
 C = 12
 V4, PAPER = Convention.DEEPSEEK_V4, Convention.PAPER
@@ -339,7 +340,7 @@ def test_the_heads_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_site_goes_to_hugging_face_and_back() -> None:
     source, target = StreamSpec(), StreamSpec(convention=V4)
-    *new, _ = convert_site(*start_site(source, 0, C, scratch=True), source, target)
+    *new, _ = convert_site(*start_values(source, 0, C, scratch=True).values(), source, target)
     module = their_site("deepseek_v4")
     module.load_state_dict(site_to_transformers(*new, target))
     for got, want in zip(site_from_transformers(module)[:3], new, strict=True):

@@ -1,4 +1,4 @@
-"""The options `pipeline` and `disable`, `--passes`, and passes of installed packages, on real models."""
+"""The options `pipeline` and `disable`, `--passes`, and passes and forms of installed packages, on real models."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from mhc_compile import MHCError, Options, convert, inspect
 from mhc_compile.bisect import bisect
 from mhc_compile.cli import main
 from mhc_compile.config import compile_pipeline, native_pipeline, parse_options
+from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.observer import Observer
@@ -235,3 +237,30 @@ def test_an_entry_point_that_is_no_pass(
     importlib.invalidate_caches()
     with pytest.raises(MHCError, match=rf"MHC240 .*{told}"):
         Pipeline.parse("broken")
+
+
+def test_a_form_of_an_installed_package(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MHCError, match=r"MHC204 .*form='gated'; known: mhc, hc, hc_static"):
+        StreamSpec(form="gated")
+    monkeypatch.syspath_prepend(installed)
+    importlib.invalidate_caches()
+    model = llama()
+    expected = logits(model(ids()))
+    convert(model, form="gated", streams=2, inner="eager", debug="numeric")
+    assert close(logits(model(ids())), expected)
+    shapes = {n.rpartition(".")[2]: tuple(p.shape) for n, p in model.named_parameters() if ".mhc." in n}
+    assert shapes == {"pre": (2,), "post": (2,)}
+
+
+def test_an_entry_point_that_is_no_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, place in (("lost", "missing_module:Lost"), ("other", "json:dumps")):
+        folder = tmp_path / f"{name}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text(f"[mhc_compile.forms]\n{name} = {place}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    with pytest.raises(MHCError, match=r"MHC204 .*missing_module:Lost, which cannot be imported"):
+        form_of(StreamSpec(form="lost"))
+    with pytest.raises(MHCError, match=r"MHC204 .*json:dumps is no subclass"):
+        form_of(StreamSpec(form="other"))

@@ -151,6 +151,6 @@ def sites_in_order(out: Stepped) -> list[tuple[Tensor, ...]]:
     found = []
     for stream in out.streams:
         held = out.parameters[stream.owner]
-        names = form_of(held.spec).shapes(held.spec, stream.hidden)
+        names = form_of(held.spec).parameters(held.spec, 0, stream.hidden)
         found += [tuple(held.get_parameter(f"{site.name}.{p}").detach() for p in names) for site in stream.sites]
     return found

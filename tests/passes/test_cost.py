@@ -9,7 +9,7 @@ import pytest
 import sympy
 from hypothesis import given
 from hypothesis import strategies as st
-from sympy import ceiling, simplify, sqrt
+from sympy import Expr, ceiling, simplify, sqrt
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.chain import Chain
@@ -17,21 +17,52 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.cost import (
     Plan,
     SiteCost,
-    best_block,
     bytes_text,
-    extra,
-    kept,
     optimal_block,
-    paper,
     parse_blocks,
-    peak,
-    transient,
 )
 
 n, C, L, Lr = sympy.symbols("n C L L_r", positive=True, integer=True)
 sizes = st.integers(1, 50)
 costs = st.builds(SiteCost, sizes, sizes, sizes, st.integers(0, 5), st.booleans())
 runs = st.lists(st.lists(costs, min_size=1, max_size=5).map(tuple), min_size=1, max_size=2).map(tuple)
+
+# --- the formulas for equal sites -------------------------------------------------------------------------------------
+
+
+def paper(streams: Expr, width: Expr) -> SiteCost:
+    """Elements a token as arXiv 2512.24880 counts them (Eq. 20): X; h and the branch norm; F's output."""
+    return SiteCost(state=streams * width, made=2 * width, branch=width)
+
+
+def kept(site: SiteCost, sites: Expr, block: Expr) -> Expr:
+    """Bytes that `sites` equal sites keep for the backward pass in blocks of `block`."""
+    return sites * site.branch + sympy.ceiling(sites / block) * site.begin
+
+
+def transient(site: SiteCost, block: Expr) -> Expr:
+    """Bytes that a block makes again."""
+    return block * (site.state + site.made) - site.begin
+
+
+def peak(site: SiteCost, sites: Expr, block: Expr) -> Expr:
+    """Bytes at the beginning of the backward pass: all that is kept, and the last block."""
+    return kept(site, sites, block) + transient(site, block)
+
+
+def extra(site: SiteCost, sites: Expr, block: Expr) -> Expr:
+    """Bytes moved more than without recomputation, where `block` divides `sites`."""
+    blocks = sites / block
+    return blocks * site.first + (sites - blocks) * site.again
+
+
+def best_block(site: SiteCost, sites: Expr) -> Expr:
+    """The block size at which the peak is smallest, were it no whole number: `sqrt(n*L/(n+2))` in the paper's count."""
+    block = sympy.Symbol("L_r", positive=True)
+    smooth = peak(site, sites, block).replace(sympy.ceiling, lambda x: x)
+    slope = sympy.diff(smooth, block)
+    return sympy.solve(slope, block)[0]
+
 
 # --- arXiv 2512.24880, Eq. 20 -----------------------------------------------------------------------------------------
 

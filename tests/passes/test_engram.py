@@ -32,10 +32,10 @@ def settings(preset: str, *layers: int) -> MemorySettings:
     return MemorySettings.preset(preset, rows_per_head=31, row_width=2, heads=2, layers=layers)
 
 
-def inserted(model: nn.Module, ids: Tensor, chosen: MemorySettings, *, plain: bool = False) -> Inserted:
+def inserted(model: nn.Module, ids: Tensor, chosen: MemorySettings, *, portable: bool = False) -> Inserted:
     """The passes up to `engram`."""
     request = MemoryRequest(settings=chosen, fill=0, compression=None, start="zero")
-    return insert(Engram(plain=plain), request, model, ids)
+    return insert(Engram(portable=portable), request, model, ids)
 
 
 class Remembering(Sites):
@@ -109,12 +109,12 @@ def test_kernels_take_the_places_of_the_ops(preset: str) -> None:
         assert float((a - b).abs().max()) < 1e-12
 
 
-def test_plain_programs_read_the_table_as_an_embedding() -> None:
+def test_portable_programs_read_the_table_as_an_embedding() -> None:
     model, ids = toy(Recipe())
-    ours, plain = (inserted(model, ids, settings("paper", 1), plain=p) for p in (False, True))
-    for a, b in zip(run(ours.graph, ours.inputs), run(plain.graph, plain.inputs), strict=True):
+    ours, portable = (inserted(model, ids, settings("paper", 1), portable=p) for p in (False, True))
+    for a, b in zip(run(ours.graph, ours.inputs), run(portable.graph, portable.inputs), strict=True):
         assert torch.equal(a, b)
-    assert not [n for n in call_nodes(plain.graph) if "engram_kernels" in str(n.target)]
+    assert not [n for n in call_nodes(portable.graph) if "engram_kernels" in str(n.target)]
 
 
 def test_look_ups_come_before_the_first_layer() -> None:

@@ -83,6 +83,16 @@ def test_a_stream_becomes_read_boundaries_and_leave(golden: Golden) -> None:
     golden(f"{out.texts['widen']}\n\n{out.texts['fuse']}")
 
 
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [("hc", ["expand", "read", "boundary", "leave"]), ("hc_static", ["expand", "aggregate", "carry", "leave"])],
+)
+def test_hyper_connections_are_fused_too(form: str, expected: list[str]) -> None:
+    """Static coefficients are given to the kernel that mixes and weighs."""
+    model, ids = toy(Recipe(layers=1))
+    assert ops(fused(model, ids, spec=StreamSpec(streams=3, form=form))) == expected
+
+
 # The recipe with a cast computes in float64, for which there are no kernels.
 @pytest.mark.parametrize("recipe", [r for r in ONE_BY_ONE if r.extra != "cast"], ids=str)
 def test_every_topology_computes_the_same(recipe: Recipe) -> None:
@@ -90,7 +100,7 @@ def test_every_topology_computes_the_same(recipe: Recipe) -> None:
     out = fused(model, ids)
     found = ops(out)
     assert "coefficients" in found or "read" in found or "boundary" in found
-    assert "plain_coefficients" not in found
+    assert "reference_coefficients" not in found
 
 
 def test_a_norm_of_each_stream_separates_distribute_from_read() -> None:
@@ -128,7 +138,7 @@ def test_each_kind_can_be_switched_off(kind: str) -> None:
 def test_nothing_is_fused_without_kernels() -> None:
     model, ids = toy(Recipe(layers=1))
     found = ops(fused(model, ids, step=Fuse(())))
-    assert set(found) == {"expand", "plain_coefficients", "aggregate", "distribute", "reduce"}
+    assert set(found) == {"expand", "reference_coefficients", "aggregate", "distribute", "reduce"}
 
 
 def test_a_manifold_without_a_kernel_is_left_with_its_reason() -> None:
@@ -141,7 +151,7 @@ def test_a_manifold_without_a_kernel_is_left_with_its_reason() -> None:
 def test_float64_is_left_alone() -> None:
     model, ids = toy(Recipe(layers=1))
     out = stepped(model.double(), SPEC, ids, fuse=None)
-    assert "plain_coefficients" in ops(out)
+    assert "reference_coefficients" in ops(out)
 
 
 class Blocks(nn.Module):
@@ -193,7 +203,7 @@ def test_without_a_compiler_everything_stays_plain_with_one_warning(monkeypatch:
         for cached in (targets.choose, build.no_compiler):
             cached.cache_clear()
     assert len([w for w in caught if "MHC309" in str(w.message)]) == 1
-    assert "plain_coefficients" in ops(out)
+    assert "reference_coefficients" in ops(out)
 
 
 def test_the_search_for_compilers_is_no_part_of_the_pass_and_only_for_streams() -> None:

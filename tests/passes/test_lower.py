@@ -28,10 +28,10 @@ def test_only_coefficients_change() -> None:
     before, after = out.texts["widen"].splitlines(), out.texts["lower"].splitlines()
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
     assert len(changed) == 4
-    assert all(a.replace("mhc.coefficients", "mhc_kernels.plain_coefficients") == b for a, b in changed)
+    assert all(a.replace("mhc.coefficients", "mhc_kernels.reference_coefficients") == b for a, b in changed)
     assert "4 sites: coefficients with an opaque Sinkhorn, the rest in plain PyTorch" in out.notes
     targets = {n.target for n in call_nodes(out.graph)}
-    assert torch.ops.mhc_kernels.plain_coefficients.default in targets
+    assert torch.ops.mhc_kernels.reference_coefficients.default in targets
     assert torch.ops.mhc.coefficients.default not in targets
 
 

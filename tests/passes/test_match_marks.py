@@ -89,7 +89,7 @@ def test_the_learned_exit_is_no_site() -> None:
     gm, streams = analysed(*toy(Recipe(layers=1)))
     held = mark(gm, "", "layers.0#0", "layers.0#1", exit="head")
     assert "head.fn" in held.parameters
-    assert sites_of(held) == {"layers.0#0", "layers.0#1"}
+    assert sites_of(held) == ["layers.0#0", "layers.0#1"]
     assert pair_with_marks(streams, [held]) == [(streams[0], held)]
 
 

@@ -32,9 +32,9 @@ Golden = Callable[[str], None]
 REQUEST = OverEncodingRequest(settings=OverEncodingSettings(order=3, heads=1, rows=31))
 
 
-def inserted(model: nn.Module, ids: Tensor, *, plain: bool = False) -> Inserted:
+def inserted(model: nn.Module, ids: Tensor, *, portable: bool = False) -> Inserted:
     """The passes up to `overencoding`."""
-    return insert(OverEncode(plain=plain), REQUEST, model, ids)
+    return insert(OverEncode(portable=portable), REQUEST, model, ids)
 
 
 def by_hand(held: StreamParameters, embedding: Tensor, ids: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ def test_the_graph(golden: Golden) -> None:
     golden(re.sub(r"_\d+_float32_False, \d+,", "_HANDLE_float32_False, HANDLE,", text))
 
 
-def test_plain_programs_read_the_table_as_an_embedding() -> None:
+def test_portable_programs_read_the_table_as_an_embedding() -> None:
     model, ids = toy(Recipe())
-    ours, plain = (inserted(model, ids, plain=p) for p in (False, True))
-    for a, b in zip(run(ours.graph, ours.inputs), run(plain.graph, plain.inputs), strict=True):
+    ours, portable = (inserted(model, ids, portable=p) for p in (False, True))
+    for a, b in zip(run(ours.graph, ours.inputs), run(portable.graph, portable.inputs), strict=True):
         assert torch.equal(a, b)
-    assert not [n for n in call_nodes(plain.graph) if "engram_kernels" in str(n.target)]
+    assert not [n for n in call_nodes(portable.graph) if "engram_kernels" in str(n.target)]
 
 
 def test_the_kernel_takes_the_place_of_the_op() -> None:

@@ -58,8 +58,8 @@ def test_text() -> None:
     assert pipeline.names == ("normalize", "residual", "widen", "fuse", "lower")
     assert pipeline.passes[3] == Fuse(("boundary",))
     assert str(pipeline) == TEXT
-    assert str(Pipeline.parse(" normalize , fuse{ plain=true  kinds=read,boundary } ")) == (
-        "normalize,fuse{kinds=read,boundary plain=true}"
+    assert str(Pipeline.parse(" normalize , fuse{ without_kernels=true  kinds=read,boundary } ")) == (
+        "normalize,fuse{kinds=read,boundary without_kernels=true}"
     )
     assert Pipeline.parse("fuse{kinds=}").passes == (Fuse(()),)
     assert Pipeline.parse("recompute{blocks=4}").passes == (Recompute(4),)
@@ -91,7 +91,7 @@ def test_options_of_every_type_are_read_as_they_were(step: Odd, monkeypatch: pyt
         ("fuse{kind=read}", "fuse has no option 'kind'; known: kinds, plain"),
         ("lower{x=1}", "lower has no option 'x'; known: none"),
         ("fuse{kinds=reed}", "fuse: kinds=reed is none of .*'read'"),
-        ("fuse{plain=1}", "fuse: plain=1 is none of bool"),
+        ("fuse{without_kernels=1}", "fuse: without_kernels=1 is none of bool"),
         ("odd", "odd needs the option 'count'"),
         ("odd{count=1.5}", "count=1.5 is none of int"),
         ("odd{count}", "odd: 'count' is no OPTION=VALUE"),

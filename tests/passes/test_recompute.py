@@ -26,7 +26,7 @@ from mhc_compile.passes.base import Context, call_nodes, kernels_of, op_name, va
 from mhc_compile.passes.dialect_sites import stream_sites
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.pipeline import ANALYSIS, Pipeline
-from mhc_compile.passes.recompute import Recompute, block_boundaries, is_tagged, plan_of
+from mhc_compile.passes.recompute import Recompute, is_tagged, plan_of
 from mhc_compile.passes.stages import coefficient_nodes, split_graph
 from mhc_compile.passes.widen import Widen
 
@@ -201,14 +201,6 @@ def test_blocks_of_five_sites(blocks: str | int, sizes: tuple[int, ...]) -> None
     held = [n.meta.get("ac_graph_id") for n in coefficient_nodes(gm.graph)]
     assert held == ([None] * 5 if not sizes else [i + 1 for i, size in enumerate(sizes) for _ in range(size)])
     assert is_tagged(gm.graph) == bool(sizes)
-
-
-def test_boundaries_are_the_first_sites_of_the_blocks() -> None:
-    gm = chain(5)
-    names = [str(n.meta["mhc_site"]) for n in coefficient_nodes(gm.graph)]
-    assert block_boundaries(gm.graph) == names[:1]
-    tagged(gm, 2)
-    assert block_boundaries(gm.graph) == names[::2]
 
 
 def test_a_stage_begins_with_what_crosses_into_it() -> None:

@@ -1,0 +1,61 @@
+"""Read and extend a graph: the one spelling of what several passes do."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from mhc_compile.passes.base import copy_meta
+
+
+def reachable(roots: Iterable[Node], further: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """Return `roots` and all that `further`, called on each, leads to."""
+    reached: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack += further(node)
+    return reached
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """Return `nodes` and all that they are computed from."""
+    return reachable(nodes, lambda n: n.all_input_nodes)
+
+
+def after(*nodes: Node) -> Node:
+    """Return the first node after all `nodes` that is no input of the graph: what to insert in front of."""
+    place = max(nodes).next
+    while place.op == "placeholder":
+        place = place.next
+    return place
+
+
+class Writer:
+    """Inserts nodes where the graph inserts now, with the provenance of `like`: module path, source line, tags."""
+
+    def __init__(self, graph: Graph, like: Node | None = None) -> None:
+        self.graph = graph
+        self.like = like
+
+    def call(self, target: Callable[..., Any], *args: Any, like: Node | None = None) -> Node:
+        """Insert the call of a function."""
+        return self._with_meta(self.graph.call_function(target, args), like)
+
+    def method(self, name: str, *args: Any, like: Node | None = None) -> Node:
+        """Insert the call of a method."""
+        return self._with_meta(self.graph.call_method(name, args), like)
+
+    def item(self, node: Node, index: int) -> Node:
+        """Return an element of a tuple: the node that there is, or a new one."""
+        items = (u for u in node.users if u.target is operator.getitem and u.args[1] == index)
+        return next(items, None) or self.call(operator.getitem, node, index, like=node)
+
+    def _with_meta(self, new: Node, like: Node | None) -> Node:
+        source = like or self.like
+        return new if source is None else copy_meta(new, source)
