@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mhc_compile.conversion.residual import to_residual
 from tiny_models import chain, gpt2, ids, llama, logits, loss_of
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 import mhc_compile
 from mhc_compile import MHCError, convert
+from mhc_compile.conversion import to_residual
 from mhc_compile.kernels import forms
 from mhc_compile.kernels.forms import DepthForm, Parameter
 from mhc_compile.kernels.spec import FORM_NAMES, StreamSpec
