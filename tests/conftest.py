@@ -28,6 +28,15 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         record(path, config.getoption("-m"), counts)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests in slow.txt: what takes over five CPU seconds and of which a shorter relative runs in CI."""
+    slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(zlib.crc32(request.node.name.encode()))

@@ -121,6 +121,12 @@ def test_what_others_may_use_is_documented(path: Path) -> None:
     assert bare == []
 
 
+def test_slow_tests_exist() -> None:
+    for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines():
+        file, name = line.partition("[")[0].split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), line
+
+
 def test_no_relative_imports_anywhere() -> None:
     for folder in (*ROOMS, "tests", "examples"):
         for path in (ROOT / folder).rglob("*.py"):

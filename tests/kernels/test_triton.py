@@ -28,8 +28,8 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
+def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -37,7 +37,9 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
         "MHC_COMPILE_CACHE_DIR": str(tmp_path_factory.mktemp("generated")),
     }
     worker = Path(__file__).with_name("triton_worker.py")
-    found = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, str(worker), request.param], env=environment, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stderr[-4000:]
     return [json.loads(line) for line in found.stdout.splitlines()]
 
@@ -56,7 +58,7 @@ def test_values_and_gradients_are_those_of_the_reference(interpreted: list[dict[
 @needs_triton
 def test_outputs_are_written_whole_whatever_comes_in(interpreted: list[dict[str, Any]]) -> None:
     rows = [row for row in interpreted[1:] if row["seen"]]
-    assert len(rows) > 10
+    assert len(rows) > 5
     for row in rows:
         assert row["seen"] == dict.fromkeys(row["seen"], True), row["name"]
         assert len(row["seen"]) == 5
