@@ -88,7 +88,7 @@ def test_options_of_every_type_are_read_as_they_were(step: Odd, monkeypatch: pyt
     ("text", "told"),
     [
         ("normalize,fues", "no pass 'fues'; known: normalize, residual, .* fuse"),
-        ("fuse{kind=read}", "fuse has no option 'kind'; known: kinds, plain"),
+        ("fuse{kind=read}", "fuse has no option 'kind'; known: kinds, without_kernels"),
         ("lower{x=1}", "lower has no option 'x'; known: none"),
         ("fuse{kinds=reed}", "fuse: kinds=reed is none of .*'read'"),
         ("fuse{without_kernels=1}", "fuse: without_kernels=1 is none of bool"),
