@@ -120,8 +120,14 @@ def form_of(spec: StreamSpec) -> Form:
 
 
 def start_values(spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False) -> dict[str, Tensor]:
-    """Return the values with which the parameters of site `index` start."""
-    return {name: p.start() for name, p in form_of(spec).parameters(spec, index, hidden, scratch=scratch).items()}
+    """Return the values with which the parameters of site `index` start: float32, whatever the default dtype is."""
+    parameters = form_of(spec).parameters(spec, index, hidden, scratch=scratch)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return {name: parameter.start() for name, parameter in parameters.items()}
+    finally:
+        torch.set_default_dtype(default)
 
 
 def width_of(spec: StreamSpec, index: int, site: str, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -268,10 +268,11 @@ def test_casting_a_model_leaves_its_streams_in_float32_at_least(
     loss_of(model).backward()
 
 
-def test_streams_are_float32_whatever_the_default_dtype() -> None:
+@pytest.mark.parametrize("form", ["mhc", "hc"])
+def test_streams_are_float32_whatever_the_default_dtype(form: str) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = convert(chain(), ids(), inner="eager")
+        model = convert(chain(), ids(), inner="eager", form=form)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {p.dtype for p in stream_parameters(model).values()} == {torch.float32}
