@@ -40,12 +40,16 @@ EXPECTED = {
 }
 
 
-def test_two_processes(tmp_path: Path) -> None:
+SOME = ("ddp_aot", "ddp_trains", "fsdp2_layers", "ddp_unconverted", "fsdp2_layers_alone")
+
+
+@pytest.mark.parametrize("checks", [SOME, pytest.param(tuple(EXPECTED), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_two_processes(checks: tuple[str, ...], tmp_path: Path) -> None:
     worker = Path(__file__).with_name("distributed_worker.py")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(worker), ",".join(EXPECTED), str(rank), str(tmp_path / "store")],
+            [sys.executable, str(worker), ",".join(checks), str(rank), str(tmp_path / "store")],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for rank in range(2)
@@ -54,7 +58,7 @@ def test_two_processes(tmp_path: Path) -> None:
         for rank in ranks:
             out, errors = rank.communicate(timeout=400)
             answers = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
-            assert answers == EXPECTED, errors
+            assert answers == {check: EXPECTED[check] for check in checks}, errors
     finally:
         for rank in ranks:
             rank.kill()

@@ -44,11 +44,10 @@ def test_generation_at_the_start_is_that_of_the_residual_model() -> None:
     assert torch.equal(generated(convert(model, inner="eager")), expected)
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("cache", [DYNAMIC, STATIC])
 @pytest.mark.parametrize(
     "search",
-    [{}, {"do_sample": True}, {"num_beams": 2}, {"attention_mask": padded()}],
+    [pytest.param({}, marks=pytest.mark.compat), {"do_sample": True}, {"num_beams": 2}, {"attention_mask": padded()}],
     ids=["greedy", "sampling", "beams", "left-padded"],
 )
 def test_caches_change_nothing(trained: Any, cache: dict[str, Any], search: dict[str, Any]) -> None:
