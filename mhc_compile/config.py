@@ -140,7 +140,7 @@ class StreamOverrides(TypedDict, total=False):
     form: str
 
 
-class Overrides(StreamOverrides, total=False):
+class Overrides(StreamOverrides, TypedDict, total=False):
     """The fields of `StreamSpec` and of `Options` as keywords."""
 
     inner: Inner

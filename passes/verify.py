@@ -153,8 +153,9 @@ def _dialect_value(node: Node, after: str, new: bool) -> Any:
         spec = StreamSpec.parse(operands[-1])
         need(n == spec.streams, f"{n} streams, specification {spec}")
         parameters = form_of(spec).parameters(spec, 0, hidden)
-        for operand, (name, (size, _)) in zip(operands[1:-1], parameters.items(), strict=True):
-            need(tuple(operand.shape) == size, f"{name} is {tuple(operand.shape)}, not {size}")
+        for operand, (name, parameter) in zip(operands[1:-1], parameters.items(), strict=True):
+            size = tuple(operand.shape)
+            need(size == parameter.shape, f"{name} is {size}, not {parameter.shape}")
         return tuple(make((*tokens, *tail), dtype=wide) for tail in ((n,), (n,), (n, n)))
     if name == "aggregate":
         need(tuple(operands[1].shape) == (*tokens, n) and operands[1].dtype == wide, "`pre` does not fit the streams")

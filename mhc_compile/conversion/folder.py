@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 from mhc_compile.checkpoint.manifest import Manifest, Owner, is_converted
 from mhc_compile.checkpoint.saving import prefix
@@ -58,7 +58,7 @@ class Converted:
     """Files and folders of the input that were not copied: weights in other formats, folders with weights."""
 
 
-class FolderOverrides(StreamOverrides, total=False):
+class FolderOverrides(StreamOverrides, TypedDict, total=False):
     """The options of a folder as keywords: the fields of `StreamSpec`, and `strict`."""
 
     strict: bool
