@@ -1,23 +1,39 @@
 """What every test gets: a seed made from its own name and one thread. And the options that rewrite golden files and
 record the stack."""
 
-import sys
+import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from recorded import record
+from mhc_compile.versions import STACK, installed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="rewrite the golden files of the tests that run")
     parser.addoption("--record", type=Path, metavar="FILE", help="add the versions to FILE if every test passes")
+
+
+def record(path: Path, tests: str, counts: Mapping[str, int]) -> None:
+    """Add a row for this stack to `path`, in place of one of the same versions and tests."""
+    row = {**installed(), "tests": tests, **counts}
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    key = [row.get(name) for name in (*STACK, "tests")]
+    rows = [other for other in rows if [other.get(name) for name in (*STACK, "tests")] != key]
+    rows.append(row)
+    rows.sort(key=lambda r: ([Version(r[name]) for name in ("torch", "transformers", "python")], r["tests"]))
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def record_stack() -> Callable[[Path, str, Mapping[str, int]], None]:
+    """Return the function behind `--record`."""
+    return record
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from recorded import record
 
 from mhc_compile import versions
 
@@ -63,11 +63,13 @@ def test_the_page_is_what_the_command_writes() -> None:
     assert command.updated(page, versions.runs()) == page
 
 
-def test_a_row_replaces_that_of_the_same_stack(tmp_path: Path) -> None:
+def test_a_row_replaces_that_of_the_same_stack(
+    tmp_path: Path, record_stack: Callable[[Path, str, Mapping[str, int]], None]
+) -> None:
     file = tmp_path / "tested.json"
-    record(file, "compat", {"passed": 1, "skipped": 0})
-    record(file, "not slow", {"passed": 3, "skipped": 1})
-    record(file, "compat", {"passed": 2, "skipped": 0})
+    record_stack(file, "compat", {"passed": 1, "skipped": 0})
+    record_stack(file, "not slow", {"passed": 3, "skipped": 1})
+    record_stack(file, "compat", {"passed": 2, "skipped": 0})
     rows = json.loads(file.read_text())
     assert [(row["tests"], row["passed"], row["skipped"]) for row in rows] == [("compat", 2, 0), ("not slow", 3, 1)]
     assert all(row["torch"] == versions.installed()["torch"] for row in rows)
