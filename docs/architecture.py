@@ -57,7 +57,7 @@ def module_of(name: str) -> str:
 
 
 ARROWS = {module: {module_of(name) for name in imports(path)} - {module} for module, path in MODULES.items()}
-"""What each module imports."""
+"""Imports between our modules: for each module the modules that it imports."""
 
 
 def unit_of(module: str) -> str:

@@ -26,7 +26,7 @@ LIBRARY = torch.library.Library("mhc_forms", "DEF")
 """One op for each form but mHC's, under the form's name."""
 
 State = Node | tuple[Node, ...]
-"""What stands for the stream at one place of a rewritten graph: the n streams, or the earlier outputs."""
+"""The state at one place of a rewritten graph: the node of the n streams, or the nodes of the earlier outputs."""
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,20 @@ def graph_inputs(parameters: StreamParameters) -> dict[str | Described, Tensor]:
     return dict([*inputs, *carry.table_inputs(parameters).items()])
 
 
+def append_at_start(
+    gm: GraphModule, spec: StreamSpec, streams: Sequence[ResidualStream]
+) -> tuple[list[Mark], list[Tensor]]:
+    """Append parameters at their start for the owners of `streams`; return their marks and the new inputs' values."""
+    marks: list[Mark] = []
+    values: list[Tensor] = []
+    devices = {stream.owner: value(stream.exit).device for stream in streams}
+    for owner, sites in sites_of_owners(streams).items():
+        parameters = StreamParameters(spec, sites, device=devices[owner])
+        marks.append(append_parameters(gm, owner, parameters))
+        values += [t.detach() for t in graph_inputs(parameters).values()]
+    return marks, values
+
+
 def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters) -> Mark:
     """Append a placeholder for each of `graph_inputs` to the graph's inputs; returns the mark that names them."""
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]

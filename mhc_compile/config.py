@@ -37,8 +37,8 @@ class Options:
     debugging graphs), `all`, `none`, or kinds of chain and `engram` separated by commas (`boundary,read`); with a minus
     before each, all but those (`-leave`). Where no kernel exists, plain PyTorch is used."""
     recompute: str | int = "off"
-    """Which stream activations are recomputed in the backward pass instead of stored: `off`; `auto`, blocks of sites
-    with the smallest peak memory; `stage`, all sites as one block; a number of sites per block; or the bytes that the
+    """Recompute stream activations in the backward pass instead of storing them: `off`; `auto`, blocks of sites with
+    the smallest peak memory; `stage`, all sites as one block; a number of sites per block; or the bytes that the
     streams may occupy ("2GiB"). The inner compiler `eager` stores everything."""
     strict: bool = False
     """Raise MHC109 instead of warning where not every residual add is part of a stream."""

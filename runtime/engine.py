@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +95,20 @@ class Engine:
         with self.world.doing("gradients over ranks", step):
             self.optimizer.reduce()
             norm = self.optimizer.norm()
-            sums = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
-            dist.all_reduce(sums)
-            total, stops = sums.tolist()
-        return Step(total / self.world.parallel.replicas, norm, stops > 0)
+            total, norm, stops = over_ranks(loss, norm, stop)
+        return Step(total / self.world.parallel.replicas, norm, stops)
+
+
+def over_ranks(loss: Tensor, norm: float, stop: bool) -> tuple[float, float, bool]:
+    """Return the sum of all ranks' losses, the norm (NaN if any rank's is not finite), and whether any rank stops.
+
+    A collective. Afterwards all ranks judge the step alike: a rank that alone left a step out would diverge.
+    """
+    flags = torch.tensor([stop, not math.isfinite(norm)], dtype=loss.dtype, device=loss.device)
+    sums = torch.cat([loss.reshape(1), flags])
+    dist.all_reduce(sums)
+    total, stops, bad = sums.tolist()
+    return total, math.nan if bad else norm, stops > 0
 
 
 def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engine:

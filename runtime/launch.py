@@ -90,7 +90,7 @@ class World:
                 yield
             except MHCError:
                 raise
-            except Exception as error:
+            except Exception as error:  # whatever a collective raises; raised again if no peer is lost
                 if is_lost(error):
                     raise lost(self.rank, self.parallel.world, action, step, time.monotonic() - begin, error) from error
                 raise

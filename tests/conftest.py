@@ -46,7 +46,10 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in slow.txt: what takes over five CPU seconds and of which a shorter relative runs in CI."""
+    """Mark the tests in slow.txt: over five CPU seconds each, and variants of what CI runs or part of `compat`.
+
+    The studies of docs/claims.md and the longest runs of `runtime` are there as well, though CI has no shorter form.
+    """
     slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
     for item in items:
         if item.nodeid in slow:

@@ -103,7 +103,7 @@ def _site_backward(chain: Chain) -> list[str]:
 
 
 def _flows_of_outputs(chain: Chain) -> list[str]:
-    """Of Hyper-Connections the gradients of pre, post and H, as the rows of phi give them."""
+    """Load the gradients of pre, post and H of Hyper-Connections, in the order of the rows of phi."""
     n, lines = chain.n, []
     for i in range(n):
         lines.append(_keep(chain, i * chain.rows, f"dw_{i}"))

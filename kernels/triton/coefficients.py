@@ -217,9 +217,9 @@ def site_functions(chain: Chain, *, backward: bool) -> str:
 
 
 def bias_row(chain: Chain, at: int) -> int:
-    """Of Hyper-Connections the entry of the bias that belongs to row `at % rows` of phi and stream `at // rows`.
+    """Return the index into the bias of Hyper-Connections for stream `at // rows` and row `at % rows` of phi.
 
-    Row 0 gives the stream's entry of pre, row 1 of post, row 2 + j of H[j].
+    Row 0 of phi computes the stream's entry of pre, row 1 that of post, row 2 + j its entry of H[j].
     """
     n = chain.n
     i, row = divmod(at, chain.rows)

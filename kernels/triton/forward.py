@@ -121,7 +121,7 @@ def logit(chain: Chain, row: int) -> str:
 
 
 def hyper_connection(chain: Chain, i: int, row: int) -> str:
-    """What row `row` of phi gives for stream `i` in Hyper-Connections, a vector of tokens."""
+    """Compute the coefficient of Hyper-Connections for stream `i` and row `row` of phi, for a vector of tokens."""
     at = i * chain.rows + row
     u = f"tl.load({text.z_at(chain, at)}, live, other=0.0)"
     return f"tl.load(alpha + {int(row == 1)}) * tanh({u} * s_{i}) + tl.load(bias + {bias_row(chain, at)})"

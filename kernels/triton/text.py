@@ -157,7 +157,7 @@ def rounded(chain: Chain, value: str) -> str:
 
 
 def z_at(chain: Chain, place: int) -> str:
-    """Where a value of z lies, for a vector of tokens."""
+    """Return the pointers to value `place` of z for a vector of tokens."""
     return f"z + token * {chain.groups * (chain.rows + 1)} + {place}"
 
 

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from mhc_compile.attach import append_parameters, graph_inputs, sites_of_owners
+from mhc_compile.attach import append_at_start
 from mhc_compile.bisect import inner, kernels
 from mhc_compile.bisect.values import difference, run_as_it_is, run_in_float64
 from mhc_compile.capture import Captured, capture
 from mhc_compile.config import Options
 from mhc_compile.kernels.registration import registered
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Pass
 from mhc_compile.passes.pipeline import ANALYSIS
 from mhc_compile.passes.verify import verify
@@ -138,10 +137,8 @@ def _applied(step: Pass, captured: Captured, spec: str | None) -> Captured:
     context, inputs = Context(), captured.inputs
     if spec is not None:
         ANALYSIS.run(captured.graph, context)
-        for owner, sites in sites_of_owners(context.streams).items():
-            parameters = StreamParameters(StreamSpec.parse(spec), sites)
-            context.marks.append(append_parameters(captured.graph, owner, parameters))
-            inputs = [*inputs, *(t.detach() for t in graph_inputs(parameters).values())]
+        context.marks, values = append_at_start(captured.graph, StreamSpec.parse(spec), context.streams)
+        inputs = [*inputs, *values]
         context.streams = []
         ANALYSIS.run(captured.graph, context)
     graph = step.apply(captured.graph, context)

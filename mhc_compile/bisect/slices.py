@@ -12,6 +12,7 @@ from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
 from mhc_compile.bisect.places import Source
+from mhc_compile.passes.graphs import reachable
 
 _RELEASED = re.compile(r";  (?:\w+ = )+None[^\n]*")
 _COMMENT = re.compile(r"\n\s*#[^\n]*")
@@ -38,14 +39,7 @@ def slice_of(gm: GraphModule, target: Source | None, stops: Mapping[str, str]) -
     the graph's own, which code alone does not hold.
     """
     ends = gm.graph.output_node().all_input_nodes if target is None else nodes_of(gm, Source(target.node))
-    needed: set[Node] = set()
-    stack = list(ends)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node in ends or node.name not in stops:
-                stack += node.all_input_nodes
+    needed = reachable(ends, lambda n: n.all_input_nodes if n in ends or n.name not in stops else ())
     graph = Graph()
     copies: dict[Node, Node] = {}
     for node in sorted(needed):

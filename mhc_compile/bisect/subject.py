@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from mhc_compile.attach import append_parameters, graph_inputs, sites_of_owners
+from mhc_compile.attach import append_at_start
 from mhc_compile.backend import inputs_at_start
 from mhc_compile.bisect.places import ResidualSite, residual_sites
 from mhc_compile.capture import capture, find_marks, private_copy
 from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.parameters import StreamParameters, owners
+from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, Mark
 
 NOISE = 0.3
@@ -62,11 +62,8 @@ def subject_of(
     if owners(model):
         marks = find_marks(graph)
     else:
-        marks = []
-        for owner, sites in sites_of_owners(context.streams).items():
-            parameters = StreamParameters(spec, sites)
-            marks.append(append_parameters(graph, owner, parameters))
-            inputs = [*inputs, *(t.detach() for t in graph_inputs(parameters).values())]
+        marks, values = append_at_start(graph, spec, context.streams)
+        inputs = [*inputs, *values]
     start = inputs_at_start(graph, marks, inputs)
     own, moved = inputs, all(_equal(a, b) for a, b in zip(inputs, start, strict=True))
     if moved:

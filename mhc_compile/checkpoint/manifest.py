@@ -67,7 +67,7 @@ class Manifest:
     streams_file: str
     """The shard that holds the stream parameters and nothing else."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of weight files; older folders may have only that of the streams' file."""
+    """Digests of weight files by name. Folders of older versions list only the streams' file."""
 
     def write(self, folder: Path) -> None:
         """Write `mhc.json` in `folder`."""

@@ -23,7 +23,7 @@ class Form:
     """A compiled form of a model."""
 
     label: str
-    """Where it was read from, with its options."""
+    """Name for tables: the path of the folder or file, and the options."""
     report: Report
     missing: str = ""
     """Why the report has no outputs."""

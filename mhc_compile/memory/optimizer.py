@@ -162,7 +162,7 @@ def average_gradient(
     rows, values = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, width, device=device)
     if gradient is not None:
         rows, values = gradient.rows.to(device), gradient.values.to(device)
-    # Of a sharded table a process may have a gradient that touches none of its rows.
+    # -1 for no gradient: with a sharded table, a gradient may have no rows on this rank.
     count = torch.tensor([-1 if gradient is None else len(rows)], device=device)
     counts = [torch.empty_like(count) for _ in range(group.size())]
     dist.all_gather(counts, count, group=group)

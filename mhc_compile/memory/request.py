@@ -26,7 +26,7 @@ class OverEncodingRequest:
 
     settings: OverEncodingSettings
     tables_on: str | None = None
-    """As in `MemoryRequest`."""
+    """The device of the tables if not the model's: `meta` for tables that are only written to files."""
 
     def of(self, entry: Node, sites: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
         """Return the keyword arguments; raise MHC220 or 225 where the embedding is too narrow or missing."""
@@ -43,7 +43,7 @@ class MemoryRequest:
     fill: int
     """The raw id of the token that `settings.fill` names."""
     compression: Compression | None
-    """Of the tokenizer; None without one, or where the settings do not compress ids."""
+    """Maps ids of the tokenizer that stand for the same text to one id; None if ids are used as they are."""
     start: Start
     tables_on: str | None = None
     """The device of the tables if not the model's: `meta` for tables that are only written to files."""

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhc_compile.attach import append_parameters, report_coverage, sites_of_owners
+from mhc_compile.attach import append_at_start, report_coverage
 from mhc_compile.capture import Captured, capture, find_marks, private_copy
 from mhc_compile.config import Options, compile_pipeline, native_pipeline, split_options, stream_spec
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.parameters import StreamParameters, owners
-from mhc_compile.passes.base import Context, Mark, value
+from mhc_compile.parameters import owners
+from mhc_compile.passes.base import Context, Mark
 from mhc_compile.report.collect import collect
 from mhc_compile.report.report import Report
 from mhc_compile.report.watch import Watcher
@@ -97,8 +97,4 @@ def _append_marks(captured: Captured, spec: StreamSpec, options: Options, watche
     context = Context()
     analysis, _ = compile_pipeline(options).split("residual")
     analysis.run(private_copy(captured.graph), context, watcher, debug=options.debug)
-    devices = {stream.owner: value(stream.exit).device for stream in context.streams}
-    return [
-        append_parameters(captured.graph, owner, StreamParameters(spec, sites, device=devices[owner]))
-        for owner, sites in sites_of_owners(context.streams).items()
-    ]
+    return append_at_start(captured.graph, spec, context.streams)[0]

@@ -36,11 +36,11 @@ class Element:
     source: int | None = None
     """Number of the source line."""
     place: str = ""
-    """Of a stream and its exit: module and source line of the value that enters and leaves."""
+    """Module and source line of the value that enters (for a stream) or leaves (for its exit); else empty."""
     shape: str = ""
     dtype: str = ""
     topology: str | None = None
-    """Of a site: see `mhc_compile.report.topology`."""
+    """The topology of a site (`mhc_compile.report.topology`); None for other parts."""
     spec: str | None = None
     """The `StreamSpec` as text; None where the stream stays residual."""
     parameters: int = 0
@@ -62,7 +62,7 @@ class Element:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did."""
+    """One pass: its options, time, and the graph before and after it."""
 
     name: str
     text: str

@@ -46,7 +46,7 @@ def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @needs_triton
 def test_values_and_gradients_are_those_of_the_reference(interpreted: list[dict[str, Any]]) -> None:
-    assert len(interpreted) > 1 + len(CHAINS) / 2
+    assert len(interpreted) == 1 + len(CHAINS) + 8
     for row in interpreted[1:]:
         half = "float16" in row["name"]
         # The interpreter cuts bfloat16 off instead of rounding it: twice the error of a rounding.
@@ -56,9 +56,12 @@ def test_values_and_gradients_are_those_of_the_reference(interpreted: list[dict[
 
 
 @needs_triton
-def test_outputs_are_written_whole_whatever_comes_in(interpreted: list[dict[str, Any]]) -> None:
+def test_outputs_are_written_whole_whatever_comes_in(
+    interpreted: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
     rows = [row for row in interpreted[1:] if row["seen"]]
-    assert len(rows) > 5
+    some = request.node.callspec.params["interpreted"] == "some"
+    assert len(rows) == len({chain.kind for chain in CHAINS}) if some else len(rows) > 10
     for row in rows:
         assert row["seen"] == dict.fromkeys(row["seen"], True), row["name"]
         assert len(row["seen"]) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tiny_models import ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
@@ -34,6 +35,18 @@ def with_memory(model: Any, preset: str = "paper", *, inner: str = "eager", **fi
     model = convert(model, engram=small(preset, **fields), inner=inner)
     shake_memory(model)
     return model
+
+
+def losses_of(model: Any, optimizer: torch.optim.Optimizer, steps: int = 4) -> list[float]:
+    """The losses of training steps on one batch."""
+    losses = []
+    for _ in range(steps):
+        loss = model(ids(), labels=ids(), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 def shake_memory(model: nn.Module, seed: int = 1) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from memories import PRESETS, shake_memory, small, tokenizer, with_memory
+from memories import PRESETS, losses_of, shake_memory, small, tokenizer, with_memory
 from tiny_models import HIDDEN, VOCAB, close, gpt2, ids, llama, shake, t5, variants
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -69,13 +69,7 @@ def test_training_moves_rows_and_projections(preset: str) -> None:
     before = {name: p.detach().clone() for name, p in stream_parameters(model).items() if ".engram." in name}
     rows = [t.weight.detach().clone() for t in tables(model)]
     optimizer = TableAdamW(parameter_groups(model, lr=1e-2))
-    losses = []
-    for _ in range(4):
-        loss = model(ids(), labels=ids(), use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(model, optimizer)
     assert losses == sorted(losses, reverse=True)
     assert not [name for name, p in stream_parameters(model).items() if name in before and torch.equal(p, before[name])]
     for table, old in zip(tables(model), rows, strict=True):

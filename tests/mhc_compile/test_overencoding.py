@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from memories import shake_memory, small
+from memories import losses_of, shake_memory, small
 from test_generate import DYNAMIC, NO_CACHE, STATIC, generated, padded
 from tiny_models import cache_in, cached, chain, close, gpt2, ids, llama, shake, t5
 from torch import nn
@@ -90,13 +90,7 @@ def test_training_moves_rows_and_the_projection() -> None:
     groups = parameter_groups(model, lr=1e-2)
     assert any(p is W for p in groups[0]["params"])  # which is decayed
     optimizer = TableAdamW(groups)
-    losses = []
-    for _ in range(4):
-        loss = model(ids(), labels=ids(), use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(model, optimizer)
     assert losses == sorted(losses, reverse=True)
     assert bool(W.any())
     moved = (rows != before).any(1)

@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_a_coded_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
+        pytest.skip("this system has no /dev/full, a device that is always full")
     metrics = Metrics(tmp_path, total_steps=1, console=console())
     metrics._lines = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
     with pytest.raises(MHCError, match=r"MHC413.*No space"):

@@ -168,10 +168,11 @@ def test_every_schedule_is_planned(counted: Counted, recipe: Recipe) -> None:
     assert found.nearest is None
 
 
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason="the golden plan counts what torch 2.13's partitioner keeps"
+)
 def test_golden(counted: Counted, recipe: Recipe) -> None:
     """Delete the file and run again to write it anew."""
-    if not torch.__version__.startswith("2.13"):
-        pytest.skip("what the partitioner keeps differs between versions")
     console = Console(width=100, record=True, file=StringIO())
     show(compare(recipe, counted, hardware(None, **RATES)), console)
     text = "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
