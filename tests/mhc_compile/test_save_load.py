@@ -45,7 +45,7 @@ def llama_bf16() -> Any:
         pytest.param(
             llama_bf16, {"convention": "deepseek_v4"}, "50GB", id="llama-bf16-tied-head", marks=pytest.mark.compat
         ),
-        pytest.param(gpt2, {"streams": 2, "manifold": "kronecker"}, "50GB", id="gpt2-tied", marks=pytest.mark.compat),
+        pytest.param(gpt2, {"streams": 2, "manifold": "kronecker"}, "50GB", id="gpt2-tied"),
         # No part of compat: Dynamo of torch 2.11 does not trace T5 where it makes its own cache (docs/limits.md).
         pytest.param(t5, {"exit": "sum"}, "30KB", id="t5"),
     ],
