@@ -148,7 +148,7 @@ def run(corpus: Corpus, job: Job) -> Trained:
         memory = {"engram": settings.memory, "tokenizer": corpus.tokenizer} if job.form == MEMORY else {}
         counted = {"iterations": job.iterations} if job.form == MHC else {}
         options = {**FORMS[job.form], **counted, **memory, "inner": "eager", "kernels": job.kernels}
-        mhc_compile.convert(model, streams=settings.streams, scratch=job.scratch, **options)
+        mhc_compile.convert(model, streams=settings.streams, scratch=job.scratch, start="paper", **options)
     held = held_out_batches(corpus, settings)
     found: dict[int, CompositeGain] = {}
 

@@ -21,6 +21,7 @@ from torch.fx import Node
 from mhc_compile.kernels.autocast import without_autocast
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.start import DEFAULT, Start
 
 LIBRARY = torch.library.Library("mhc_forms", "DEF")
 """One op for each form but mHC's, under the form's name."""
@@ -74,11 +75,11 @@ class Form(ABC):
     """By which specifications know it: an identifier."""
 
     @abstractmethod
-    def parameters(self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False) -> dict[str, Parameter]:
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:
         """Return the parameters of site `index` (counted from 0) of a stream of size `hidden` by name.
 
         Names and their order are the same for all sites. They start so that the residual network's function is kept;
-        with `scratch` they may start otherwise.
+        with `start.scratch` they may start otherwise.
         """
 
     @abstractmethod
@@ -96,7 +97,7 @@ class Form(ABC):
     @cached_property
     def op(self) -> torch._ops.OpOverload:
         """The op that a site calls; it decomposes into the form's own PyTorch, with autocast off."""
-        names = tuple(self.parameters(StreamSpec(form=self.name), 0, 1))
+        names = tuple(self.parameters(StreamSpec(form=self.name), 0, 1, DEFAULT))
         LIBRARY.define(self._schema(names), tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._kernel(names), "CompositeImplicitAutograd")
         return getattr(torch.ops.mhc_forms, self.name).default

@@ -10,11 +10,12 @@ from torch import Tensor
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels import hc, reference, start
+from mhc_compile.kernels import hc, reference
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.form import DepthForm, Form, Parameter, StreamForm
 from mhc_compile.kernels.installed import load_installed
 from mhc_compile.kernels.spec import FORM_GROUP, FORM_NAMES, StreamSpec, form_names
+from mhc_compile.kernels.start import DEFAULT, Start, start_alpha, start_bias, start_phi
 
 
 class ManifoldConstrained(StreamForm):
@@ -23,13 +24,13 @@ class ManifoldConstrained(StreamForm):
     name = "mhc"
     op = torch.ops.mhc.coefficients.default
 
-    def parameters(self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False) -> dict[str, Parameter]:
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:
         """Return phi `[rows, n*C]`, alpha `[3]` and bias `[rows]`."""
         phi = (spec.rows, spec.streams * hidden)
         return {
-            "phi": Parameter(phi, lambda: start.start_phi(phi, scratch=scratch)),
-            "alpha": Parameter((3,), lambda: torch.full((3,), start.ALPHA)),
-            "bias": Parameter((spec.rows,), lambda: start.start_bias(spec, index)),
+            "phi": Parameter(phi, lambda: start_phi(phi, start)),
+            "alpha": Parameter((3,), lambda: start_alpha(spec, hidden, start)),
+            "bias": Parameter((spec.rows,), lambda: start_bias(spec, index)),
         }
 
     def coefficients(self, X: Tensor, spec: StreamSpec, **parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +48,7 @@ class StaticHyperConnections(StreamForm):
     name = "hc_static"
     reads_streams = False
 
-    def parameters(
-        self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False  # noqa: ARG002
-    ) -> dict[str, Parameter]:  # fmt: skip
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:  # noqa: ARG002
         """Return bias `[2n + n^2]`."""
         n = spec.streams
         return {"bias": Parameter((2 * n + n * n,), lambda: hc.start_bias(n, index))}
@@ -65,16 +64,14 @@ class HyperConnections(StaticHyperConnections):
     name = "hc"
     reads_streams = True
 
-    def parameters(
-        self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False
-    ) -> dict[str, Parameter]:  # fmt: skip
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:
         """Return phi `[n + 2, C]`, alpha `[2]` and bias `[2n + n^2]`."""
         phi = (spec.streams + 2, hidden)
         dynamic = {
             "phi": Parameter(phi, lambda: torch.zeros(phi)),
             "alpha": Parameter((2,), lambda: torch.full((2,), hc.SCALE)),
         }
-        return dynamic | super().parameters(spec, index, hidden, scratch=scratch)
+        return dynamic | super().parameters(spec, index, hidden, start)
 
     def coefficients(self, X: Tensor, spec: StreamSpec, **parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
         """Return the three maps of a site."""
@@ -119,9 +116,9 @@ def form_of(spec: StreamSpec) -> Form:
     return FORMS[spec.form]
 
 
-def start_values(spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False) -> dict[str, Tensor]:
+def start_values(spec: StreamSpec, index: int, hidden: int, start: Start = DEFAULT) -> dict[str, Tensor]:
     """Return the values with which the parameters of site `index` start: float32, whatever the default dtype is."""
-    parameters = form_of(spec).parameters(spec, index, hidden, scratch=scratch)
+    parameters = form_of(spec).parameters(spec, index, hidden, start)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -132,7 +129,7 @@ def start_values(spec: StreamSpec, index: int, hidden: int, *, scratch: bool = F
 
 def width_of(spec: StreamSpec, index: int, site: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return C of a site from the shapes of all sites' parameters (`site.phi`); 1 where none of them depends on it."""
-    of_one = form_of(spec).parameters(spec, index, 1)
+    of_one = form_of(spec).parameters(spec, index, 1, DEFAULT)
     return max(shapes[f"{site}.{name}"][-1] // p.shape[-1] for name, p in of_one.items())
 
 

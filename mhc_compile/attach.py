@@ -17,6 +17,7 @@ from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.guard import stream_readers
 from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.start import DEFAULT, Start
 from mhc_compile.memory.request import MemoryRequest, Request
 from mhc_compile.modes import joined_sites
 from mhc_compile.owner import refuse_unconvertible
@@ -38,7 +39,7 @@ def rewrite_with_parameters(
     options: Options,
     inputs: Sequence[Any],
     *,
-    scratch: bool = False,
+    start: Start = DEFAULT,
     requests: Sequence[Request] = (),
     others: Sequence[ResidualStream] = (),
 ) -> tuple[dict[str, StreamParameters], GraphModule]:
@@ -65,7 +66,7 @@ def rewrite_with_parameters(
                 lookups |= request.of(stream.entry, list(sites))
             readers = stream_readers(s for s in (*streams, *others) if s.owner == path)
             parameters[path] = StreamParameters(
-                spec, sites, options=options, scratch=scratch, device=device, partial=partial[path], readers=readers,
+                spec, sites, options=options, start=start, device=device, partial=partial[path], readers=readers,
                 **lookups,
             )  # fmt: skip
     present = sites_of_owners(streams)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.memory.memories import Memory
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.kernels.start import start_head
+from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_head, start_of
 from mhc_compile.memory.optimizer import table_groups
 from mhc_compile.memory.parameters import ROOT as MEMORIES
-from mhc_compile.memory.parameters import Start, layer_values, new_table
+from mhc_compile.memory.parameters import Start as MemoryStart
+from mhc_compile.memory.parameters import layer_values, new_table
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.marks import Signature
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
@@ -59,11 +60,11 @@ class StreamParameters(nn.Module):
         sites: Mapping[str, int],
         *,
         options: Options | None = None,
-        scratch: bool = False,
+        start: Start = DEFAULT,
         device: torch.device | str | None = None,
         memory: Memory | None = None,
         compression: Tensor | None = None,
-        memory_start: Start = "zero",
+        memory_start: MemoryStart = "zero",
         over: OverEncoding | None = None,
         tables_on: torch.device | str | None = None,
         readers: Iterable[str] = (),
@@ -82,12 +83,13 @@ class StreamParameters(nn.Module):
         self.sites = dict(sites)
         self.partial = tuple(frozenset(names) for names in partial)
         self.options = options or Options()
+        self.start = start
         for index, (name, hidden) in enumerate(self.sites.items()):
-            self._place(name, functools.partial(start_values, spec, index, hidden, scratch=scratch), device)
+            self._place(name, functools.partial(start_values, spec, index, hidden, start), device)
         if spec.exit == "head":
             self._place(
                 "head",
-                functools.partial(_start_of_head, spec, next(iter(self.sites.values())), scratch=scratch),
+                functools.partial(_start_of_head, spec, next(iter(self.sites.values())), start),
                 device,
             )
         if memory is not None:
@@ -118,7 +120,7 @@ class StreamParameters(nn.Module):
         self,
         memory: Memory,
         compression: Tensor | None,
-        start: Start,
+        start: MemoryStart,
         device: torch.device | str | None,
         tables_on: torch.device | str | None,
     ) -> None:
@@ -219,8 +221,8 @@ def _set(tensor: Tensor, values: Tensor) -> None:
         tensor.copy_(values)
 
 
-def _start_of_head(spec: StreamSpec, hidden: int, *, scratch: bool) -> Mapping[str, Tensor]:
-    return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, scratch=scratch), strict=True))
+def _start_of_head(spec: StreamSpec, hidden: int, start: Start) -> Mapping[str, Tensor]:
+    return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, start), strict=True))
 
 
 def _start_of_over_encoding(over: OverEncoding) -> Mapping[str, Tensor]:
@@ -250,30 +252,40 @@ def stream_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) in ours}
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float = 0.01, lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float = 0.01, lr: float | None = None, coefficient_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Return optimizer groups without weight decay on `alpha` and `bias`, on the head, and on the model's vectors.
 
     `weight_decay` applies to everything of two and more dimensions, `phi` and the projections of rows included. Without
-    `lr` the optimizer's own learning rate is used. Tables are a group of their own with 5 x `lr`, for
-    `mhc_compile.TableAdamW`. Raises MHC204 for a model with tables and no `lr`.
+    `lr` the optimizer's own learning rate is used. `coefficient_lr` is that of the streams' coefficients (`phi`,
+    `alpha`, `bias`, the head); without it they have the model's, which the default start suits: they learn in
+    proportion to `alpha`. Tables are a group of their own with 5 x `lr`, for `mhc_compile.TableAdamW`.
+
+    Raises MHC204 for a model with tables and no `lr`.
     """
     ours = stream_parameters(model)
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    coefficients = {
+        id(p)
+        for of_owner in owners(model).values()
+        for name, p in of_owner.in_graph().items()
+        if coefficient_lr is not None and name.split(".")[0] not in (MEMORIES, OVER_ENCODING)
+    }
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(c, d): [] for c in (False, True) for d in (True, False)}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        is_coefficient = name in ours and not name.endswith((".phi", ".key", ".value", ".projection"))
-        (free if is_coefficient or p.ndim < 2 else decayed).append(p)
+        if p.requires_grad:
+            free = name in ours and not name.endswith((".phi", ".key", ".value", ".projection"))
+            groups[id(p) in coefficients, not free and p.ndim >= 2].append(p)
     rows = table_groups(model, 1.0 if lr is None else lr)
     if rows and lr is None:
         raise MHCError("MHC204", "tables are trained with 5 x lr", way_out="parameter_groups(model, lr=...)")
-    extra = {} if lr is None else {"lr": lr}
+    rates = {False: lr, True: coefficient_lr}
     return [
-        {"params": decayed, "weight_decay": weight_decay, **extra},
-        {"params": free, "weight_decay": 0.0, **extra},
-        *rows,
-    ]
+        {"params": parameters, "weight_decay": weight_decay if decayed else 0.0}
+        | ({} if (rate := rates[separate]) is None else {"lr": rate})
+        for (separate, decayed), parameters in groups.items()
+        if parameters or not separate
+    ] + rows
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -299,11 +311,14 @@ def owners(model: nn.Module) -> dict[str, StreamParameters]:
 
 
 def at_start(parameters: StreamParameters) -> bool:
-    """Return whether every value is still at the function-preserving start, where look-ups add zero."""
-    fresh = StreamParameters(parameters.spec, parameters.sites)
+    """Return whether every value is still at a function-preserving start, where look-ups add zero."""
     current = parameters.in_graph()
-    return not any(current[name].any() for name in added_by_lookups(current)) and all(
-        torch.equal(current[name].detach().cpu().float(), q.detach()) for name, q in fresh.named_parameters()
+    if any(current[name].any() for name in added_by_lookups(current)):
+        return False
+    starts = (StreamParameters(parameters.spec, parameters.sites, start=start_of(n)) for n in get_args(StartName))
+    return any(
+        all(torch.equal(current[name].detach().cpu().float(), q.detach()) for name, q in start.named_parameters())
+        for start in starts
     )
 
 

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.start import DEFAULT
 from mhc_compile.passes.base import op_name, value
 
 _DIALECT = torch.ops.mhc
@@ -152,7 +153,7 @@ def _dialect_value(node: Node, after: str, new: bool) -> Any:
     if name == "coefficients":
         spec = StreamSpec.parse(operands[-1])
         need(n == spec.streams, f"{n} streams, specification {spec}")
-        parameters = form_of(spec).parameters(spec, 0, hidden)
+        parameters = form_of(spec).parameters(spec, 0, hidden, DEFAULT)
         for operand, (name, parameter) in zip(operands[1:-1], parameters.items(), strict=True):
             size = tuple(operand.shape)
             need(size == parameter.shape, f"{name} is {size}, not {parameter.shape}")

@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from mhc_compile.kernels.form import State
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.start import DEFAULT
 from mhc_compile.passes.base import (
     Context,
     Mark,
@@ -165,7 +166,7 @@ class _SiteWriter:
         self.stream = stream
         self.site = site
         self.text = stream.mark.spec
-        names = stream.form.parameters(stream.spec, 0, 1)
+        names = stream.form.parameters(stream.spec, 0, 1, DEFAULT)
         self.parameters = [stream.mark.parameters[f"{site.name}.{name}"] for name in names]
         self.values = [v for v in (site.previous, *site.chain) if v in site.reads]
         """The values of the stream that the branch reads."""

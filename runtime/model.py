@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mhc_compile.checkpoint.tables import check_tokenizer, read_tokenizer
 from mhc_compile.config import Options
 from mhc_compile.conversion.memory import convert_streams
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.start import start_of
 from mhc_compile.loading import open_converted, read_streams
 from mhc_compile.memory.request import requested
 from mhc_compile.memory.tables import MemoryTable
@@ -51,10 +53,12 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
             model = _build(checkpoint.config, folder, dtype)
             _read_buffers(model, checkpoint)
         _hollow(model, device)
-        spec = (recipe.mhc or StreamsTable()).spec
-        start: Any = "paper" if scratch else "zero"
-        requests = requested(model, recipe.memory, None, lambda: read_tokenizer(folder), start=start, tables_on="meta")
-        convert_streams(model, (), {}, spec, options, requests, scratch=scratch)
+        streams = recipe.mhc or StreamsTable()
+        start = start_of(streams.start, scratch=scratch)
+        of_memory: Any = "paper" if scratch else "zero"
+        read = functools.partial(read_tokenizer, folder)
+        requests = requested(model, recipe.memory, None, read, start=of_memory, tables_on="meta")
+        convert_streams(model, (), {}, streams.spec, options, requests, start=start)
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
         raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory]")

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from mhc_compile.config import Inner, Options, stream_spec
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import Exit, Manifold, StreamSpec
+from mhc_compile.kernels.start import StartName, start_of
 from mhc_compile.passes.cost import parse_blocks
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
@@ -52,14 +53,17 @@ class StreamsTable:
     """How the streams become one again; left out, the convention's."""
     form: str = "mhc"
     """`mhc`, or its ancestor Hyper-Connections: `hc` and `hc_static`, without a convention, manifold and iterations."""
+    start: StartName = "default"
+    """How the coefficients start, as in `convert`: `default`, or `paper` as published."""
 
     def __post_init__(self) -> None:
         _ = self.spec
+        start_of(self.start)
 
     @property
     def spec(self) -> StreamSpec:
         """As the compiler takes it."""
-        return stream_spec({name: value for name, value in asdict(self).items() if value is not None})
+        return stream_spec({k: value for k, value in asdict(self).items() if value is not None and k != "start"})
 
 
 @dataclass(frozen=True, kw_only=True)

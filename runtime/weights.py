@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.checkpoint.tables import hash_specs, table_name
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import start_values
-from mhc_compile.kernels.start import start_head
+from mhc_compile.kernels.start import Start, start_head
 from mhc_compile.loading import load_by_transformers, open_converted
 from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values
+from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import StreamParameters, names, owners
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
@@ -131,22 +133,23 @@ def _start_of_streams(program: Program, path: str, seed: int, *, scratch: bool) 
         if f"{path}.".startswith(root):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(seed, path))
-                return _stream_values(parameters, path.removeprefix(root), scratch=scratch)
+                return _stream_values(parameters, path.removeprefix(root), replace(parameters.start, scratch=scratch))
     return None
 
 
-def _stream_values(parameters: StreamParameters, place: str, *, scratch: bool) -> dict[str, Tensor]:
+def _stream_values(parameters: StreamParameters, place: str, start: Start) -> dict[str, Tensor]:
     spec, hidden = parameters.spec, parameters.hidden
     if place in parameters.sites:
         index = list(parameters.sites).index(place)
-        return start_values(spec, index, parameters.sites[place], scratch=scratch)
+        return start_values(spec, index, parameters.sites[place], start)
     if place == "head":
-        return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, scratch=scratch), strict=True))
+        return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, start), strict=True))
     if place == OVER_ENCODING:
         return {"projection": torch.zeros(parameters.get_submodule(OVER_ENCODING).get_parameter("projection").shape)}
     assert parameters.memory is not None
     assert place.startswith(f"{ROOT}.")
-    return layer_values(parameters.memory, spec.streams, hidden, start="paper" if scratch else "zero", device="cpu")
+    of_memory: MemoryStart = "paper" if start.scratch else "zero"
+    return layer_values(parameters.memory, spec.streams, hidden, start=of_memory, device="cpu")
 
 
 def _assign_checked(parameter: nn.Parameter, value: Tensor, name: str) -> None:

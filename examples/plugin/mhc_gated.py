@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mhc_compile.kernels.forms import Parameter, StreamForm
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.start import Start
 
 
 class Gated(StreamForm):
@@ -15,9 +16,7 @@ class Gated(StreamForm):
     name = "gated"
     reads_streams = False
 
-    def parameters(
-        self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False  # noqa: ARG002
-    ) -> dict[str, Parameter]:  # fmt: skip
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:  # noqa: ARG002
         """Return pre `[n]`, which starts by reading one stream, and post `[n]`, which starts at 1."""
         n = spec.streams
         return {"pre": Parameter((n,), lambda: torch.eye(n)[index % n]), "post": Parameter((n,), lambda: torch.ones(n))}

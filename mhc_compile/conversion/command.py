@@ -16,8 +16,9 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import PRESETS, MemorySettings
 from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, Manifold, form_names
+from mhc_compile.kernels.start import StartName
 
-_OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form", "strict")
+_OPTIONS = ("streams", "convention", "manifold", "iterations", "exit", "form", "start", "strict")
 _DESCRIPTION = """\
 Turn a residual Transformer, saved by transformers as safetensors, into its n-stream mHC form.
 
@@ -64,6 +65,7 @@ def add_parser(subparsers: Any) -> None:
         ("--manifold", get_args(Manifold), "of the matrices (default: the convention's)"),
         ("--exit", get_args(Exit), "how the streams are reduced to one (default: the convention's)"),
         ("--form", form_names(), "mHC (default), or unconstrained Hyper-Connections, dynamic or static"),
+        ("--start", get_args(StartName), "how fast the coefficients learn at first: paper as published, slowly"),
         ("--engram", sorted(PRESETS), "add n-gram memories as this system has them"),
     ):
         parser.add_argument(option, choices=choices, help=meaning)

@@ -33,6 +33,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.start import Start, StartName, start_of
 from mhc_compile.loading import open_converted, read_streams, streams_shard
 from mhc_compile.memory.parameters import tables as tables_of
 from mhc_compile.memory.request import requested
@@ -71,6 +72,7 @@ def convert_folder(
     to: Form = "mhc",
     progress: Progress | None = None,
     spec: StreamSpec | None = None,
+    start: StartName | None = None,
     engram: str | MemorySettings | None = None,
     over_encoding: str | OverEncodingSettings | None = None,
     **overrides: Unpack[FolderOverrides],
@@ -86,9 +88,9 @@ def convert_folder(
     where ids are to be compressed; `over_encoding` adds embeddings of n-grams as `convert` does. Their tables are files
     of their own, written a block at a time.
 
-    `spec` describes the streams, `overrides` are its fields by name, and `strict`. With `to="residual"` the folder of a
-    converted model becomes the residual checkpoint again, bit by bit, as long as its stream parameters are at their
-    start.
+    `spec` describes the streams, `overrides` are its fields by name, and `strict`; `start` is that of `convert`. With
+    `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
+    stream parameters are at their start.
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a
     folder that cannot be converted, MHC409 to 411 for one in the other form already or with trained streams, MHC412
@@ -106,8 +108,9 @@ def convert_folder(
     try:
         if to == "mhc":
             lookups = {"engram": engram, "over_encoding": over_encoding}
-            return _to_streams(Path(source), Path(target), stream, options, lookups, report)
-        arguments = {"spec": spec, "engram": engram, "over_encoding": over_encoding, **overrides}
+            begin = start_of(start or "default")
+            return _to_streams(Path(source), Path(target), stream, options, begin, lookups, report)
+        arguments = {"spec": spec, "start": start, "engram": engram, "over_encoding": over_encoding, **overrides}
         if meaningless := [name for name, value in arguments.items() if value is not None]:
             raise MHCError("MHC204", f"{meaningless[0]} has no meaning for to='residual'", way_out="leave it out")
         return _to_residual(Path(source), Path(target), report)
@@ -116,7 +119,13 @@ def convert_folder(
 
 
 def _to_streams(
-    source: Path, target: Path, spec: StreamSpec, options: Options, lookups: Mapping[str, Any], progress: Progress
+    source: Path,
+    target: Path,
+    spec: StreamSpec,
+    options: Options,
+    start: Start,
+    lookups: Mapping[str, Any],
+    progress: Progress,
 ) -> Converted:
     if is_converted(source):
         raise MHCError("MHC409", str(source))
@@ -126,7 +135,7 @@ def _to_streams(
     progress(0, checkpoint.size, "finding the streams")
     model = skeleton(checkpoint)
     requests = requested(model, **lookups, tokenizer=lambda: read_tokenizer(source), tables_on="meta")
-    coverage = convert_streams(model, (), {}, spec, options, requests)
+    coverage = convert_streams(model, (), {}, spec, options, requests, start=start)
     parameters = owners(model)
     tables = sum(t.weight.nbytes for of_owner in parameters.values() for _, t in tables_of(of_owner))
     check_target(target, source, size=checkpoint.size + tables)

@@ -17,7 +17,8 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.memory.parameters import Start
+from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_of
+from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.request import Request, requested
 from mhc_compile.modes import in_mode, reads_mode
 from mhc_compile.owner import convert_owners, restore_owners
@@ -35,17 +36,20 @@ def convert(
     spec: StreamSpec | None = None,
     options: Options | None = None,
     scratch: bool = False,
+    start: StartName = "default",
     engram: str | MemorySettings | None = None,
     tokenizer: Any = None,
-    engram_start: Start = "zero",
+    engram_start: MemoryStart = "zero",
     over_encoding: str | OverEncodingSettings | None = None,
     **overrides: Unpack[Overrides],
 ) -> Model:
     """Convert a residual model to its n-stream form in place, and return it.
 
     The model's function is unchanged (arXiv 2512.24880, function-preserving start); new float32 parameters appear
-    under `mhc` of each stream owner. Every call from then on runs through the backend. With `scratch`, `phi` starts
-    from N(0, 0.02), for a model that is to be trained from scratch.
+    under `mhc` of each stream owner. Every call from then on runs through the backend.
+
+    `scratch` is for a model that is to be trained from scratch, whose function need not be kept. With `start="paper"`
+    coefficients start as published, where they learn slowly: `alpha` at 0.01, and with `scratch` `phi` from N(0, 0.02).
 
     `example_args` and `example_kwargs` are the inputs of one call, used for their shapes; Hugging Face models need
     none. `spec` describes the streams, `options` how the model is compiled; `overrides` are fields of either by name
@@ -76,7 +80,8 @@ def convert(
     if tokenizer is not None and engram is None:
         raise MHCError("MHC220", "a tokenizer without engram=", way_out="name a preset: engram='v41'")
     requests = requested(model, engram, over_encoding, lambda: tokenizer, start=engram_start)
-    convert_streams(model, example_args, example_kwargs or {}, stream, compiling, requests, scratch=scratch)
+    begin = start_of(start, scratch=scratch)
+    convert_streams(model, example_args, example_kwargs or {}, stream, compiling, requests, start=begin)
     return model
 
 
@@ -88,7 +93,7 @@ def convert_streams(
     options: Options,
     requests: Sequence[Request] = (),
     *,
-    scratch: bool = False,
+    start: Start = DEFAULT,
 ) -> Coverage:
     """Convert `model` as `convert` does, and return how many of its residual adds are part of a stream."""
     refuse_wrapped(model)
@@ -101,7 +106,7 @@ def convert_streams(
     others = streams_of_other_mode(root, args, kwargs, options)
     parameters, _ = rewrite_with_parameters(
         root, analysed.graph, analysed.context, spec, options, analysed.inputs,
-        scratch=scratch, requests=requests, others=others,
+        start=start, requests=requests, others=others,
     )  # fmt: skip
     coverage = analysed.context.coverage
     report_coverage(coverage, spec, options, whole=True)

@@ -12,6 +12,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import hc, reference
 from mhc_compile.kernels.forms import COEFFICIENTS, FORMS, form_of, start_values, width_of
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.start import DEFAULT
 
 C, TOKENS = 12, 5
 HC: list[str] = ["hc", "hc_static"]
@@ -22,7 +23,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def random_site(spec: StreamSpec, seed: int = 0) -> list[Tensor]:
-    parameters = form_of(spec).parameters(spec, 0, C).values()
+    parameters = form_of(spec).parameters(spec, 0, C, DEFAULT).values()
     return [normal(*p.shape, seed=seed + i).requires_grad_() for i, p in enumerate(parameters)]
 
 
@@ -134,7 +135,7 @@ def test_forms_have_what_widen_needs() -> None:
     for name in ("mhc", *HC):
         form, spec = FORMS[name], StreamSpec(streams=3, form=name)
         assert form.op in COEFFICIENTS
-        parameters = form.parameters(spec, 1, C)
+        parameters = form.parameters(spec, 1, C, DEFAULT)
         assert {k: tuple(v.shape) for k, v in start_values(spec, 1, C).items()} == {
             k: p.shape for k, p in parameters.items()
         }

@@ -18,7 +18,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import ops, reference, sinkhorn
 from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.spec import Convention, Manifold, StreamSpec
-from mhc_compile.kernels.start import start_head
+from mhc_compile.kernels.start import Start, start_head
 
 C = 8
 CASES = [
@@ -43,7 +43,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def leaves(spec: StreamSpec, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     torch.manual_seed(1)
-    return [t.to(dtype).requires_grad_() for t in start_values(spec, 1, C, scratch=True).values()]
+    return [t.to(dtype).requires_grad_() for t in start_values(spec, 1, C, Start(scratch=True, paper=True)).values()]
 
 
 def site(spec: StreamSpec, opaque: bool = True) -> Callable[..., Tensor]:
@@ -90,7 +90,7 @@ def test_ops_are_the_reference(spec: StreamSpec, opaque: bool) -> None:
 
 def test_the_head_op() -> None:
     spec = StreamSpec(exit="head", convention=Convention.DEEPSEEK_V4)
-    X, head = normal(3, 4, C), start_head(spec, C, scratch=True)
+    X, head = normal(3, 4, C), start_head(spec, C, Start(scratch=True, paper=True))
     assert torch.equal(torch.ops.mhc.reduce(X, str(spec), *head), reference.reduce(X, spec, head))
 
 

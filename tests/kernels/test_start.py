@@ -12,9 +12,10 @@ from torch import Tensor
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.spec import Convention, Manifold, StreamSpec
-from mhc_compile.kernels.start import SINGLE, start_bias, start_head, start_pre
+from mhc_compile.kernels.start import SINGLE, WIDTH, Start, start_bias, start_head, start_pre
 
 SITES, C = 12, 16
+SCRATCH = Start(scratch=True, paper=True)
 
 
 def branches(dtype: torch.dtype) -> list[Tensor]:
@@ -124,16 +125,28 @@ def test_streams_separate_because_pre_is_not_uniform() -> None:
     assert separation[False] > 50 * separation[True]
 
 
-def test_from_scratch() -> None:
+@pytest.mark.parametrize("scratch", [False, True])
+def test_alpha(scratch: bool) -> None:
+    """Coefficients learn at once; above a width alpha falls, so that a step moves logits by no more."""
+    begin = Start(scratch=scratch)
+    for hidden in (8, WIDTH // 4, 2 * WIDTH):
+        phi, alpha, _ = start_values(StreamSpec(), 0, hidden, begin).values()
+        assert not phi.any()
+        assert alpha.tolist() == [*[min(1.0, WIDTH / (4 * hidden))] * 2, pytest.approx(0.01)]
+    published = start_values(StreamSpec(), 0, 8, Start(scratch=scratch, paper=True))["alpha"]
+    assert published.tolist() == [pytest.approx(0.01)] * 3
+
+
+def test_the_published_start_from_scratch() -> None:
     spec = StreamSpec(streams=8)
     torch.manual_seed(0)
-    phi, alpha, bias = start_values(spec, 0, 64, scratch=True).values()
+    phi, alpha, bias = start_values(spec, 0, 64, SCRATCH).values()
     assert (phi.shape, alpha.tolist(), bias.shape) == ((80, 512), [pytest.approx(0.01)] * 3, (80,))
     assert phi.std() == pytest.approx(0.02, rel=0.05)
     torch.manual_seed(0)
-    again = start_values(spec, 0, 64, scratch=True)["phi"]
+    again = start_values(spec, 0, 64, SCRATCH)["phi"]
     assert torch.equal(phi, again)
-    fn, base, scale = start_head(spec, 64, scratch=True)
+    fn, base, scale = start_head(spec, 64, SCRATCH)
     assert fn.std() == pytest.approx(0.02, rel=0.1)
     assert (base.shape, scale.tolist()) == ((8,), [1.0])
     assert all(t.dtype == torch.float32 for t in (phi, alpha, bias, fn, base, scale))

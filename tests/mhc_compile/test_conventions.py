@@ -30,7 +30,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.forms import start_values
 from mhc_compile.kernels.spec import Convention, Manifold, StreamSpec
-from mhc_compile.kernels.start import start_head
+from mhc_compile.kernels.start import Start, start_head
 
 C = 12
 V4, PAPER = Convention.DEEPSEEK_V4, Convention.PAPER
@@ -199,7 +199,7 @@ def test_heads() -> None:
     torch.testing.assert_close(reference.reduce(X, head, made), X.mean(-2), atol=1e-6, rtol=0)
     assert conversion.exact
     assert conversion.bound < 1e-6
-    given = start_head(head, C, scratch=True)
+    given = start_head(head, C, Start(scratch=True, paper=True))
     kept, conversion = convert_head(given, head, StreamSpec(exit="head"), hidden=C)
     assert kept is not None
     assert all(torch.equal(a, b) for a, b in zip(kept, given, strict=True))
@@ -340,7 +340,7 @@ def test_the_heads_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_site_goes_to_hugging_face_and_back() -> None:
     source, target = StreamSpec(), StreamSpec(convention=V4)
-    *new, _ = convert_site(*start_values(source, 0, C, scratch=True).values(), source, target)
+    *new, _ = convert_site(*start_values(source, 0, C, Start(scratch=True, paper=True)).values(), source, target)
     module = their_site("deepseek_v4")
     module.load_state_dict(site_to_transformers(*new, target))
     for got, want in zip(site_from_transformers(module)[:3], new, strict=True):

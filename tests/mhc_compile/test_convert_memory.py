@@ -306,7 +306,7 @@ def test_conversion_in_inference_mode_leaves_trainable_parameters() -> None:
 
 
 def test_conversion_from_scratch_draws_phi() -> None:
-    model = convert(chain(), ids(), inner="eager", scratch=True)
+    model = convert(chain(), ids(), inner="eager", scratch=True, start="paper")
     assert not any(at_start(p) for p in owners(model).values())
     phis = torch.cat([p.flatten() for name, p in stream_parameters(model).items() if name.endswith("phi")])
     assert 0.015 < phis.std() < 0.025

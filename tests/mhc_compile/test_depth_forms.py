@@ -17,6 +17,7 @@ from mhc_compile.conversion import to_residual
 from mhc_compile.kernels import forms
 from mhc_compile.kernels.forms import DepthForm, Parameter
 from mhc_compile.kernels.spec import FORM_NAMES, StreamSpec
+from mhc_compile.kernels.start import Start
 from mhc_compile.parameters import owners
 
 
@@ -25,7 +26,7 @@ class EachChannel(DepthForm):
 
     name = "each_channel"
 
-    def parameters(self, spec: StreamSpec, index: int, hidden: int, *, scratch: bool = False) -> dict[str, Parameter]:
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:
         return {
             "weights": Parameter((index + 1, hidden), lambda: torch.ones(index + 1, hidden)),
             "scale": Parameter((1,), lambda: torch.ones(1)),

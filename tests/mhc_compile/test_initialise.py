@@ -65,7 +65,7 @@ def by_transformers(model: Any) -> None:
 
 
 def started(held: StreamParameters, scratch: bool) -> None:
-    fresh = StreamParameters(held.spec, held.sites).state_dict()
+    fresh = StreamParameters(held.spec, held.sites, start=held.start).state_dict()
     state = held.state_dict()
     assert not any(t.isnan().any() for t in state.values())
     for name, values in fresh.items():
@@ -81,7 +81,7 @@ def started(held: StreamParameters, scratch: bool) -> None:
 @pytest.mark.parametrize("scratch", [False, True])
 @pytest.mark.parametrize("lookups", [{}, LOOKUPS], ids=["streams", "lookups"])
 def test_lost_values_get_their_start(start: Any, scratch: bool, lookups: dict[str, Any]) -> None:
-    model = hollow(scratch=scratch, exit="head", **lookups)
+    model = hollow(scratch=scratch, start="paper" if scratch else "default", exit="head", **lookups)
     start(model)
     started(streams_of(model), scratch)
 
@@ -98,7 +98,7 @@ def test_a_model_of_transformers_is_whole_after_init_weights() -> None:
 
 def test_every_module_resets_what_is_its_own() -> None:
     # FSDP1 makes one module at a time, without those below it.
-    model = hollow(scratch=True, **LOOKUPS)
+    model = hollow(scratch=True, start="paper", **LOOKUPS)
     for module in streams_of(model).modules():
         names = [n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
         if names:
@@ -108,13 +108,13 @@ def test_every_module_resets_what_is_its_own() -> None:
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_start_themselves(make: Any) -> None:
-    model = make(hollow(scratch=True))
+    model = make(hollow(scratch=True, start="paper"))
     model.init_weights()
     started(streams_of(model), True)
 
 
 def test_values_that_there_are_are_not_drawn_again(tmp_path: Path) -> None:
-    model = convert(llama(), inner="eager", scratch=True, **LOOKUPS)
+    model = convert(llama(), inner="eager", scratch=True, start="paper", **LOOKUPS)
     before = {n: t.clone() for n, t in streams_of(model).state_dict().items()}
     model.init_weights()
     model.save_pretrained(tmp_path / "saved")
@@ -125,7 +125,7 @@ def test_values_that_there_are_are_not_drawn_again(tmp_path: Path) -> None:
 
 
 def test_weights_loaded_into_an_empty_model() -> None:
-    trained = convert(llama(), inner="eager", streams=2, scratch=True)
+    trained = convert(llama(), inner="eager", streams=2, scratch=True, start="paper")
     model = hollow()
     model.load_state_dict(trained.state_dict())
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in trained.state_dict().items())
@@ -145,14 +145,14 @@ def test_sharded_parameters(tmp_path: Path) -> None:
     try:
         with torch.device("meta"):
             model = chain()
-        convert(model, ids().to("meta"), inner="eager", scratch=True)
+        convert(model, ids().to("meta"), inner="eager", scratch=True, start="paper")
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         model.to_empty(device="cpu")
         recipe(model)
         whole = {n: t.full_tensor() for n, t in streams_of(model).named_parameters()}
     finally:
         torch.distributed.destroy_process_group()
-    held = StreamParameters(streams_of(model).spec, streams_of(model).sites)
+    held = StreamParameters(streams_of(model).spec, streams_of(model).sites, start=streams_of(model).start)
     held.load_state_dict(whole)
     started(held, True)
 

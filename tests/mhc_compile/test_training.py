@@ -12,7 +12,7 @@ from tiny_models import chain, close, disagree, gpt2, gradients, ids, llama, los
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from mhc_compile import convert, parameter_groups, stream_parameters
+from mhc_compile import OverEncodingSettings, convert, parameter_groups, stream_parameters
 from mhc_compile.kernels.spec import StreamSpec
 
 
@@ -52,6 +52,19 @@ def test_three_steps_change_every_stream_parameter() -> None:
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert not [name for name, p in stream_parameters(model).items() if torch.equal(p, before[name])]
+
+
+def test_coefficients_may_have_a_rate_of_their_own() -> None:
+    model = convert(llama(), inner="eager", exit="head", over_encoding=OverEncodingSettings(order=2, heads=2, rows=64))
+    named = {id(p): name for name, p in model.named_parameters()}
+    coefficients = {name for name in stream_parameters(model) if "over_encoding" not in name}
+    groups = parameter_groups(model, weight_decay=0.1, lr=1e-3, coefficient_lr=1e-2)
+    assert sorted(named[id(p)] for g in groups for p in g["params"]) == sorted(named.values())
+    assert {named[id(p)] for g in groups if g["lr"] == 1e-2 for p in g["params"]} == coefficients
+    decay = {named[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
+    assert {name.split(".")[-1] for name in coefficients if decay[name]} == {"phi"}
+    together = parameter_groups(model, weight_decay=0.1, lr=1e-3)
+    assert {named[id(p)]: g["weight_decay"] for g in together for p in g["params"]} == decay
 
 
 def test_gradients_accumulate_over_batches() -> None:

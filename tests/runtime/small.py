@@ -35,7 +35,7 @@ def llama(
         settings = mhc_compile.MemorySettings.preset("v41", layers=(1,), rows_per_head=50, row_width=4, compress=False)
         extra = {"engram": settings, "engram_start": "paper"}
     model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
-    return mhc_compile.convert(model, streams=streams, scratch=True, inner=inner, form=form, **extra)
+    return mhc_compile.convert(model, streams=streams, scratch=True, start="paper", inner=inner, form=form, **extra)
 
 
 def stages_of(program: Program, starts: Sequence[int], options: Options | None = None, **how: Any) -> list[Stage]:

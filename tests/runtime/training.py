@@ -38,7 +38,7 @@ def model_folder(folder: Path, **config: Any) -> Path:
     extra = {name: config.pop(name) for name in ("engram", "streams") if name in config}
     start = {"engram_start": "paper"} if "engram" in extra else {}
     model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
-    mhc_compile.convert(model, scratch=True, inner="eager", **extra, **start).save_pretrained(folder)
+    mhc_compile.convert(model, scratch=True, start="paper", inner="eager", **extra, **start).save_pretrained(folder)
     return folder
 
 
