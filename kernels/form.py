@@ -8,6 +8,8 @@ A new form is a subclass of `StreamForm` or `DepthForm`, found by its name (`mhc
 
 from __future__ import annotations
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +52,10 @@ class SiteWriter(Protocol):
     """The state where the branch first reads it."""
     carried_state: State
     """The state to which the branch is added."""
+    index: int
+    """The number of the site in its model, counted from 0."""
+    count: int
+    """How many sites the model has."""
 
     def compute(self, op: Any, *arguments: Any, ranks: Sequence[int]) -> list[Node]:
         """Call an op in front of all readers; return its results, of `ranks` dimensions after those of the tokens."""
@@ -59,12 +65,20 @@ class SiteWriter(Protocol):
         """Make the branch read `op(state, *arguments)`; a list of outputs is followed by the places of each."""
         ...
 
+    def carried(self, op: Any, *arguments: Any) -> Node:
+        """Return `op(carried_state, *arguments)`: the node that the branch reads, where it is the same."""
+        ...
+
     def branch(self) -> Node:
         """Return the branch's output y."""
         ...
 
     def write(self, op: Any, *arguments: Any) -> Node:
         """Return `op(carried_state, y, *arguments)`."""
+        ...
+
+    def add(self, value: Node) -> Node:
+        """Return `value + y`."""
         ...
 
 
@@ -81,6 +95,10 @@ class Form(ABC):
         Names and their order are the same for all sites. They start so that the residual network's function is kept;
         with `start.scratch` they may start otherwise.
         """
+
+    def head(self, spec: StreamSpec, sites: int, hidden: int, start: Start) -> dict[str, Parameter]:  # noqa: ARG002
+        """Return the parameters with which the exit of a stream of `sites` sites reads the state; none by default."""
+        return {}
 
     @abstractmethod
     def enter(self, call: Callable[..., Node], entry: Node, spec: StreamSpec) -> State:
@@ -150,7 +168,8 @@ class DepthForm(Form):
     """A form whose state is the list of earlier outputs: a subclass says its parameters and what a site reads.
 
     An operation of the model between two sites (a norm of the stream) begins a new list with its result. What reads the
-    stream outside all branches reads the sum of the list. `StreamSpec.streams` has no meaning.
+    stream outside all branches reads `total` of the list; the exit, where the form has a `head`, is read as a site is,
+    with the head's parameters. `StreamSpec.streams` has no meaning.
     """
 
     @abstractmethod
@@ -160,6 +179,10 @@ class DepthForm(Form):
         `places` numbers the outputs: 0 is the stream's entry, k + 1 the output of site k. In a model whose stream
         begins anew, or that leaves layers out, they are not all there.
         """
+
+    def total(self, call: Callable[..., Node], outputs: tuple[Node, ...]) -> Node:
+        """Return the stream itself; `call(op, *arguments)` inserts a node."""
+        return functools.reduce(lambda total, output: call(operator.add, total, output), outputs)
 
     def enter(self, call: Callable[..., Node], entry: Node, spec: StreamSpec) -> State:  # noqa: ARG002
         """Return the entry alone."""

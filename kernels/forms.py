@@ -1,4 +1,4 @@
-"""The forms by name: `mhc`, `hc` and `hc_static`, those given to `register`, those of installed packages."""
+"""The forms by name: those of this package, those given to `register`, those of installed packages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import hc, reference
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.depth import AttentionResiduals, BlockAttentionResiduals, DenseFormer
 from mhc_compile.kernels.form import DepthForm, Form, Parameter, StreamForm
 from mhc_compile.kernels.installed import load_installed
 from mhc_compile.kernels.spec import FORM_GROUP, FORM_NAMES, StreamSpec, form_names
-from mhc_compile.kernels.start import DEFAULT, Start, start_alpha, start_bias, start_phi
+from mhc_compile.kernels.start import DEFAULT, Start, start_alpha, start_bias, start_head, start_phi
 
 
 class ManifoldConstrained(StreamForm):
@@ -31,6 +32,17 @@ class ManifoldConstrained(StreamForm):
             "phi": Parameter(phi, lambda: start_phi(phi, start)),
             "alpha": Parameter((3,), lambda: start_alpha(spec, hidden, start)),
             "bias": Parameter((spec.rows,), lambda: start_bias(spec, index)),
+        }
+
+    def head(self, spec: StreamSpec, sites: int, hidden: int, start: Start) -> dict[str, Parameter]:  # noqa: ARG002
+        """Return fn `[n, n*C]`, base `[n]` and scale `[1]` where the exit is learned."""
+        if spec.exit != "head":
+            return {}
+        n = spec.streams
+        return {
+            "fn": Parameter((n, n * hidden), lambda: start_head(spec, hidden, start)[0]),
+            "base": Parameter((n,), lambda: start_head(spec, hidden)[1]),
+            "scale": Parameter((1,), lambda: start_head(spec, hidden)[2]),
         }
 
     def coefficients(self, X: Tensor, spec: StreamSpec, **parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +112,14 @@ def register(form: Form) -> None:
         COEFFICIENTS.add(form.op)
 
 
-for _form in (ManifoldConstrained(), HyperConnections(), StaticHyperConnections()):
+for _form in (
+    ManifoldConstrained(),
+    HyperConnections(),
+    StaticHyperConnections(),
+    AttentionResiduals(),
+    BlockAttentionResiduals(),
+    DenseFormer(),
+):
     register(_form)
 
 
@@ -118,7 +137,15 @@ def form_of(spec: StreamSpec) -> Form:
 
 def start_values(spec: StreamSpec, index: int, hidden: int, start: Start = DEFAULT) -> dict[str, Tensor]:
     """Return the values with which the parameters of site `index` start: float32, whatever the default dtype is."""
-    parameters = form_of(spec).parameters(spec, index, hidden, start)
+    return _values(form_of(spec).parameters(spec, index, hidden, start))
+
+
+def head_values(spec: StreamSpec, sites: int, hidden: int, start: Start = DEFAULT) -> dict[str, Tensor]:
+    """Return the values with which the exit's parameters start; none where the form or the exit has none."""
+    return _values(form_of(spec).head(spec, sites, hidden, start))
+
+
+def _values(parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -134,6 +161,6 @@ def width_of(spec: StreamSpec, index: int, site: str, shapes: Mapping[str, tuple
 
 
 __all__ = [
-    "COEFFICIENTS", "FORMS", "DepthForm", "Form", "Parameter", "StreamForm", "form_of", "register", "start_values",
-    "width_of",
+    "COEFFICIENTS", "FORMS", "DepthForm", "Form", "Parameter", "StreamForm", "form_of", "head_values", "register",
+    "start_values", "width_of",
 ]  # fmt: skip

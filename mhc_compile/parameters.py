@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.forms import start_values
+from mhc_compile.kernels.forms import form_of, head_values, start_values
 from mhc_compile.kernels.memory.memories import Memory
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_head, start_of
+from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_of
 from mhc_compile.memory.optimizer import table_groups
 from mhc_compile.memory.parameters import ROOT as MEMORIES
 from mhc_compile.memory.parameters import Start as MemoryStart
@@ -86,12 +86,9 @@ class StreamParameters(nn.Module):
         self.start = start
         for index, (name, hidden) in enumerate(self.sites.items()):
             self._place(name, functools.partial(start_values, spec, index, hidden, start), device)
-        if spec.exit == "head":
-            self._place(
-                "head",
-                functools.partial(_start_of_head, spec, next(iter(self.sites.values())), start),
-                device,
-            )
+        self.hidden = next(iter(self.sites.values()), 0)
+        if form_of(spec).head(spec, len(self.sites), self.hidden, start):
+            self._place("head", functools.partial(head_values, spec, len(self.sites), self.hidden, start), device)
         if memory is not None:
             self._place_memory(memory, compression, memory_start, device, tables_on or device)
         if over is not None:
@@ -99,7 +96,6 @@ class StreamParameters(nn.Module):
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
         names = tuple(self.in_graph())
         self.signature = str(Signature(str(spec), names, tuple(self.sites), memory, over, self.partial))
-        self.hidden = next(iter(self.sites.values()), 0)
 
     def _place(
         self, path: str, start: Callable[[], Mapping[str, Tensor]], device: torch.device | str | None
@@ -219,10 +215,6 @@ def _set(tensor: Tensor, values: Tensor) -> None:
             assert isinstance(tensor, DTensor)
             values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
         tensor.copy_(values)
-
-
-def _start_of_head(spec: StreamSpec, hidden: int, start: Start) -> Mapping[str, Tensor]:
-    return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, start), strict=True))
 
 
 def _start_of_over_encoding(over: OverEncoding) -> Mapping[str, Tensor]:

@@ -13,7 +13,6 @@ Values outside the branches (hidden states that a caller asked for, the final no
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mhc_compile.kernels.form import State
+from mhc_compile.kernels.form import DepthForm, State
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT
@@ -84,13 +83,13 @@ class _Widening(Writer):
         """What the form makes of every stream value."""
         self.places: dict[Node, int] = {}
         """Of the output of a site the number of the site in the mark, counted from 1."""
+        self.numbers = {name: i + 1 for i, name in enumerate(sites_of(mark))}
         self.reads: dict[str, Node] = {}
 
     def run(self) -> None:
         stream = self.stream
         entry, *values = stream.values
         members = {entry, *values}
-        numbers = {name: i + 1 for i, name in enumerate(sites_of(self.mark))}
         with self.graph.inserting_before(self.place(entry, entry)):
             self.states[entry] = self.form.enter(self.call, entry, self.spec)
         for site in stream.sites:
@@ -98,7 +97,7 @@ class _Widening(Writer):
             state = self.form.rewrite(_SiteWriter(self, site))
             self.states[site.add] = state
             if isinstance(state, tuple):
-                self.places[state[-1]] = numbers[site.name]
+                self.places[state[-1]] = self.numbers[site.name]
         for v in values:
             # An inner add of a flattened tree has no state and no reader but its tree.
             if v in self.states and self.states[v] != (v,):
@@ -116,7 +115,7 @@ class _Widening(Writer):
             self.states |= wide
         elif site.chain:
             with self.graph.inserting_before(self.place(state, site.previous)):
-                total = self._sum(state, site.previous)
+                total = self._total(state, site.previous)
             for node in site.chain:
                 node.replace_input_with(site.previous, total)
                 self.states[node] = (node,)
@@ -128,7 +127,7 @@ class _Widening(Writer):
         state = self.states[v]
         inside = [u for u in readers if u.op != "output"] or [v]
         with self.graph.inserting_before(self.place(state, v, min(inside), max(inside))):
-            reduced = self._sum(state, v) if isinstance(state, tuple) else self._reduced(state, v)
+            reduced = self._total(state, v) if isinstance(state, tuple) else self._reduced(state, v)
         for u in readers:
             u.replace_input_with(v, reduced)
 
@@ -142,9 +141,17 @@ class _Widening(Writer):
         self.like = v
         return self.call(torch.ops.mhc.reduce.default, *arguments)
 
-    def _sum(self, outputs: tuple[Node, ...], v: Node) -> Node:
+    def _total(self, outputs: tuple[Node, ...], v: Node) -> Node:
         self.like = v
-        return functools.reduce(lambda a, b: self.call(operator.add, a, b), outputs)
+        assert isinstance(self.form, DepthForm)
+        head = [node for name, node in self.mark.parameters.items() if name.startswith("head.")]
+        if v is self.stream.exit and head:
+            return self.call(self.form.op, *self.operands(outputs), *head, self.mark.spec)
+        return self.form.total(self.call, outputs)
+
+    def operands(self, state: State) -> tuple[Any, ...]:
+        """Return the operands by which an op gets a state: the streams; or the outputs, then the places of each."""
+        return (state, [self.places.get(o, 0) for o in state]) if isinstance(state, tuple) else (state,)
 
     def place(self, state: State, v: Node, reader: Node | None = None, user: Node | None = None) -> Node:
         """Return what to insert in front of, right after `state`, which stands where `v` does.
@@ -173,6 +180,7 @@ class _SiteWriter:
         self.read_at = self.values[0] if self.values else site.carry
         self.read_state: State = stream.states[self.read_at]
         self.carried_state: State = stream.states[site.carry]
+        self.index, self.count = stream.numbers[site.name] - 1, len(stream.numbers)
         self.first = {v: min([*site.reads[v], site.add]) for v in self.values}
         self.reads: dict[Node, Node] = {}
         self.ranks: dict[Node, int] = {}
@@ -195,9 +203,8 @@ class _SiteWriter:
         stream = self.stream
         for v in self.values:
             state = stream.states[v]
-            outputs = state if isinstance(state, tuple) else (state,)
-            operands = (state,) if state is outputs[0] else (state, [stream.places.get(o, 0) for o in outputs])
-            last = max([*self.ranks, *outputs])
+            operands = stream.operands(state)
+            last = max([*self.ranks, *(state if isinstance(state, tuple) else (state,))])
             with stream.graph.inserting_before(stream.place(last, v, self.first[v], self.site.add)):
                 self.reads[v] = stream.call(op, *operands, *(self._laid_out(a, v) for a in arguments))
             stream.reads.setdefault(self.site.name, self.reads[v])
@@ -224,6 +231,22 @@ class _SiteWriter:
         with self.stream.graph.inserting_before(self.site.add):
             laid_out = [self._laid_out(a, self.site.carry) for a in arguments]
             node = self.stream.call(op, self.carried_state, branch, *laid_out)
+        node.meta["mhc_site"] = self.site.name
+        return node
+
+    def carried(self, op: Any, *arguments: Any) -> Node:
+        """Return `op(carried_state, *arguments)`: the node that the branch reads, where it is the same."""
+        stream, carry = self.stream, self.site.carry
+        if carry in self.reads:
+            return self.reads[carry]
+        with stream.graph.inserting_before(self.site.add):
+            return stream.call(op, *stream.operands(self.carried_state), *arguments)
+
+    def add(self, value: Node) -> Node:
+        """Return `value + y`."""
+        branch = self.branch()
+        with self.stream.graph.inserting_before(self.site.add):
+            node = self.stream.call(operator.add, value, branch)
         node.meta["mhc_site"] = self.site.name
         return node
 

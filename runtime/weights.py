@@ -20,8 +20,8 @@ from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.checkpoint.tables import hash_specs, table_name
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.forms import start_values
-from mhc_compile.kernels.start import Start, start_head
+from mhc_compile.kernels.forms import head_values, start_values
+from mhc_compile.kernels.start import Start
 from mhc_compile.loading import load_by_transformers, open_converted
 from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values
 from mhc_compile.memory.parameters import Start as MemoryStart
@@ -143,7 +143,7 @@ def _stream_values(parameters: StreamParameters, place: str, start: Start) -> di
         index = list(parameters.sites).index(place)
         return start_values(spec, index, parameters.sites[place], start)
     if place == "head":
-        return dict(zip(("fn", "base", "scale"), start_head(spec, hidden, start), strict=True))
+        return head_values(spec, len(parameters.sites), hidden, start)
     if place == OVER_ENCODING:
         return {"projection": torch.zeros(parameters.get_submodule(OVER_ENCODING).get_parameter("projection").shape)}
     assert parameters.memory is not None

@@ -1,48 +1,33 @@
-"""A form whose state is the list of earlier outputs, as every form is used: conversion, training, folders."""
+"""Attention Residuals and DenseFormer: the published equations by hand over a model's own modules, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import chain, gpt2, ids, llama, logits, loss_of
+from tiny_models import chain, gpt2, ids, llama, logits, loss_of, shake, t5
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
 
 import mhc_compile
 from mhc_compile import MHCError, convert
 from mhc_compile.conversion import to_residual
 from mhc_compile.kernels import forms
-from mhc_compile.kernels.forms import DepthForm, Parameter
-from mhc_compile.kernels.spec import FORM_NAMES, StreamSpec
-from mhc_compile.kernels.start import Start
+from mhc_compile.kernels.depth import DenseFormer
 from mhc_compile.parameters import owners
 
-
-class EachChannel(DepthForm):
-    """A weight for every channel of every earlier output, and one for all, as in a list of residual branches."""
-
-    name = "each_channel"
-
-    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:
-        return {
-            "weights": Parameter((index + 1, hidden), lambda: torch.ones(index + 1, hidden)),
-            "scale": Parameter((1,), lambda: torch.ones(1)),
-        }
-
-    def read(self, outputs: Sequence[Tensor], places: Sequence[int], spec: StreamSpec, **parameters: Tensor) -> Tensor:
-        weights = parameters["weights"] * parameters["scale"]
-        total = sum(weights[place] * output for place, output in zip(places, outputs, strict=True))
-        return total.to(outputs[0].dtype)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered() -> Iterator[None]:
-    forms.register(EachChannel())
-    yield
-    del forms.FORMS["each_channel"], FORM_NAMES["each_channel"]
+FORMS = ["attnres", "attnres_block", "denseformer"]
+DEPTH = 3
+SLOW = [
+    pytest.param(inner, form, marks=pytest.mark.slow)
+    for inner in ("aot_eager", "inductor")
+    for form in FORMS
+    if (inner, form) != ("aot_eager", "attnres_block")
+]
 
 
 def bert() -> nn.Module:
@@ -51,43 +36,82 @@ def bert() -> nn.Module:
     return BertForMaskedLM(BertConfig(vocab_size=100, attn_implementation="sdpa", **sizes)).eval()
 
 
-def converted(model: nn.Module, **options: object) -> nn.Module:
-    return convert(model, form="each_channel", inner="eager", **options)
+def by_hand(model: nn.Module, form: str, blocks: int, tokens: Tensor) -> Tensor:
+    """The n-source forms over the branches of a `Chain`, whose layers are x + F(x)."""
+    (parameters,) = owners(model).values()
+    numbers = [dict(parameters.get_submodule(name).named_parameters()) for name in (*parameters.sites, "head")]
+    branches: list[Callable[[Tensor], Tensor]] = [
+        lambda x, of=layer: of.down(F.gelu(of.up(of.norm(x)))) for layer in model.layers
+    ]
+    embedding = model.embed(tokens)
+    if form == "denseformer":
+        values, stream = [embedding], embedding
+        for k, own in enumerate(numbers):
+            stream = values[-1] + torch.einsum("j,j...->...", own["weights"].double(), torch.stack(values))
+            if k < len(branches):
+                values.append(stream + branches[k](stream))
+        return model.head(stream)
+    size = 1 if form == "attnres" else -(-len(branches) // blocks)
+    sums, partial = [embedding], None
+    for k, own in enumerate(numbers):
+        sources = torch.stack([*sums, *([] if partial is None else [partial])])
+        keys = F.rms_norm(sources, sources.shape[-1:], own["gain"].double(), eps=1e-6)
+        shares = torch.softmax(keys @ own["query"].double(), 0)
+        h = (shares[..., None] * sources).sum(0) * len(sources)
+        if k == len(branches):
+            return model.head(h)
+        y = branches[k](h)
+        partial = y if partial is None else partial + y
+        if (k + 1) % size == 0:
+            sums.append(partial)
+            partial = None
+    raise AssertionError
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, bert], ids=lambda f: f.__name__)
-def test_conversion_keeps_the_function_and_every_weight_learns(make: type[nn.Module]) -> None:
-    """The streams of BERT go through a norm after every site, where its lists begin again."""
+@pytest.mark.parametrize("form", FORMS)
+def test_the_published_equations(form: str) -> None:
+    model = chain(depth=2 * DEPTH + 1).double()
+    tokens = ids()
+    convert(model, tokens, form=form, streams=3, inner="eager")
+    shake(model)
+    expected = by_hand(model, form, 3, tokens)
+    wanted = torch.autograd.grad(expected.square().mean(), list(model.parameters()))
+    result = logits(model(tokens))
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    for a, b in zip(torch.autograd.grad(result.square().mean(), list(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def call(model: nn.Module) -> Tensor:
+    if "T5" in type(model).__name__:
+        return model(input_ids=ids(), decoder_input_ids=ids(seed=1)).logits
+    return logits(model(ids()))
+
+
+FIRST = [(llama, "attnres"), (gpt2, "denseformer"), (bert, "attnres_block")]
+MORE = [pair for pair in itertools.product((llama, gpt2, t5, bert), FORMS) if pair not in FIRST]
+
+
+@pytest.mark.parametrize(("make", "form"), [*FIRST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)])
+def test_conversion_keeps_the_function_and_every_parameter_learns(make: Callable[[], nn.Module], form: str) -> None:
     model = make()
     with torch.no_grad():
-        before = logits(model(ids()))
-        after = logits(converted(model, debug="numeric")(ids()))
+        before = call(model)
+        after = call(convert(model, form=form, inner="eager", debug="numeric"))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
-    logits(model(ids())).square().mean().backward()
-    (parameters,) = owners(model).values()
-    for site in parameters.sites:
-        gradient = parameters.get_parameter(f"{site}.weights").grad
-        assert gradient is not None
-        assert gradient.abs().max() > 0
-    if make is llama:
-        shapes = [tuple(parameters.get_parameter(f"{site}.weights").shape) for site in parameters.sites]
-        assert shapes == [(i + 1, parameters.hidden) for i in range(len(shapes))]
+    call(model).square().mean().backward()
+    for parameters in owners(model).values():
+        for name, p in parameters.named_parameters():
+            assert p.grad is not None, name
+            # With a query of zero the gain has no gradient; the first site of a list has one source alone, and BERT's
+            # lists begin anew at every site.
+            alone = make is bert or name.startswith(next(iter(parameters.sites)))
+            assert alone or name.endswith(".gain") or p.grad.any(), name
 
 
-def test_the_weights_weigh() -> None:
-    """Without earlier outputs every branch reads the embedding alone."""
-    model = convert(chain(depth=2), ids(), form="each_channel", inner="eager")
-    (parameters,) = owners(model).values()
-    before = logits(model(ids())).detach()
-    with torch.no_grad():
-        for site in parameters.sites:
-            parameters.get_parameter(f"{site}.weights")[1:] = 0
-    assert not torch.allclose(logits(model(ids())), before)
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_training_and_the_way_back(inner: str, tmp_path: Path) -> None:
-    model = convert(llama(), form="each_channel", inner=inner)
+@pytest.mark.parametrize(("inner", "form"), [("aot_eager", "attnres_block"), *SLOW])
+def test_training_generation_and_folders(form: str, inner: str, tmp_path: Path) -> None:
+    model = convert(llama(), form=form, inner=inner)
     optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model), lr=1e-2)
     losses = []
     for _ in range(4):
@@ -97,30 +121,48 @@ def test_training_and_the_way_back(inner: str, tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
+    generated = [
+        model.generate(ids()[:1, :4], max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (False, True)
+    ]
+    assert torch.equal(*generated)
     model.save_pretrained(tmp_path)
     again = mhc_compile.from_pretrained(tmp_path)
-    assert {str(p.spec) for p in owners(again).values()} == {"streams=4 exit=mean form=each_channel"}
     with torch.no_grad():
         torch.testing.assert_close(logits(again(ids())), logits(model(ids())), rtol=1e-4, atol=1e-5)
-    with pytest.raises(MHCError, match="MHC41"):
+    with pytest.raises(MHCError, match="MHC411"):
         to_residual(model)
 
 
-def test_to_residual() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_from_a_folder_and_back(form: str, tmp_path: Path) -> None:
     model = llama()
-    before = logits(model(ids())).detach()
-    assert torch.equal(logits(to_residual(converted(model))(ids())), before)
+    model.save_pretrained(tmp_path / "residual")
+    mhc_compile.convert_folder(tmp_path / "residual", tmp_path / "deep", form=form)
+    deep = mhc_compile.from_pretrained(tmp_path / "deep")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(deep(ids())), logits(model(ids())), rtol=1e-5, atol=1e-5)
+    mhc_compile.convert_folder(tmp_path / "deep", tmp_path / "again", to="residual")
+    weights = [next((tmp_path / folder).glob("*.safetensors")).read_bytes() for folder in ("residual", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_one_block_has_two_sources() -> None:
+    """The embedding, and the sum of everything else."""
+    model = convert(llama(), form="attnres_block", streams=1, inner="eager")
+    with pytest.raises(MHCError, match=r"MHC204 .*convention"):
+        convert(llama(), form="attnres", convention="liger")
+    assert call(model).isfinite().all()
 
 
 def test_a_memory_needs_streams() -> None:
     settings = mhc_compile.MemorySettings.preset("v41", layers=(1,), rows_per_head=50, row_width=4, compress=False)
-    with pytest.raises(MHCError, match=r"MHC204 .*each_channel"):
-        converted(llama(), engram=settings)
+    with pytest.raises(MHCError, match=r"MHC204 .*attnres"):
+        convert(llama(), form="attnres", engram=settings)
 
 
 def test_names_that_are_refused() -> None:
     with pytest.raises(MHCError, match=r"MHC204 .*already"):
-        forms.register(EachChannel())
-    other = type("Other", (EachChannel,), {"name": "not-a-name"})
+        forms.register(DenseFormer())
+    other = type("Other", (DenseFormer,), {"name": "not-a-name"})
     with pytest.raises(MHCError, match=r"MHC204 .*identifier"):
         forms.register(other())

@@ -1,0 +1,312 @@
+"""What a conversion pays: losses of a residual model that goes on, and of its n-stream forms from the same weights.
+
+Everything starts from one residual model of a seed, whose initialisation and learning rate are tuned, and sees the same
+batches. What starts from scratch starts from that model's own random weights.
+
+Run: python examples/payoff.py [--quick] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+import mhc_compile
+from mhc_compile.demo import trials
+from mhc_compile.demo.experiment import SECOND_PEAK, residual_model
+from mhc_compile.demo.settings import FULL, Settings
+from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
+from mhc_compile.demo.training import Contender, adamw, train
+from mhc_compile.demo.trials import Claim, markdown, plus_minus
+from mhc_compile.measure import CompositeGain, measuring
+
+BASE, RESIDUAL, LONGER, PAPER, MHC, FREE, SCRATCH = (
+    "residual, before", "residual", "residual, as long as mHC takes", "mHC, published start", "mHC",
+    "mHC, H free, alpha 1", "mHC from scratch",
+)  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    PAPER: {"start": "paper"}, MHC: {}, FREE: {"manifold": "unconstrained"}, SCRATCH: {"scratch": True}
+}  # fmt: skip
+CONTINUED = (RESIDUAL, LONGER, PAPER, MHC, FREE)
+SPIKE_WINDOW = 20
+"""A spike is a loss over the median of so many steps before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained."""
+
+    settings: Settings
+    """Of every training: the learning rate is the best of 2e-3, 4e-3 and 8e-3 for the residual model from scratch."""
+    seeds: int
+    kernels: str
+    processes: int
+
+
+RECIPE = Recipe(
+    settings=replace(
+        FULL, layers=8, hidden=96, heads=4, vocabulary=1024, length=96, batch=8, steps=250, text_bytes=3_000_000,
+        held_out_batches=16, learning_rate=4e-3,
+    ),
+    seeds=5, kernels="all", processes=2,
+)  # fmt: skip
+QUICK = Recipe(
+    settings=replace(
+        RECIPE.settings, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=24, text_bytes=400_000,
+        held_out_batches=4,
+    ),
+    seeds=1, kernels="none", processes=1,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training."""
+
+    arm: str
+    settings: Settings
+    """With the seed."""
+    weights: Path
+    """Where the trained residual model of the seed lies, or is put."""
+    kernels: str
+    more: float = 1.0
+    """The steps are so many times those of the settings."""
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.settings.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training showed."""
+
+    arm: str
+    seed: int
+    parameters: int
+    losses: list[float]
+    """Of every step."""
+    held_out: float
+    """At the end, in nats per token."""
+    step: float
+    """Processor seconds of a step, the median."""
+    gain: CompositeGain | None
+
+    def __str__(self) -> str:
+        return f"loss {self.held_out:.4f}, {1e3 * self.step:.0f} ms a step"
+
+    @property
+    def spike(self) -> float:
+        """The largest loss over the median of the `SPIKE_WINDOW` steps before it."""
+        window = min(SPIKE_WINDOW, len(self.losses) // 2)
+        return max(
+            loss / statistics.median(self.losses[i - window : i]) for i, loss in enumerate(self.losses) if i >= window
+        )
+
+
+def run(corpus: Corpus, job: Job) -> Trained:
+    """Train one arm."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    settings = job.settings
+    torch.manual_seed(settings.seed)
+    model = residual_model(settings, corpus)
+    first = job.arm in (BASE, SCRATCH)
+    if not first:
+        load_model(model, job.weights)
+    if job.arm in OPTIONS:
+        options = {**OPTIONS[job.arm], "inner": "eager", "kernels": job.kernels}
+        mhc_compile.convert(model, streams=settings.streams, **options)
+    if job.arm == FREE:
+        set_alpha(model, 1.0)
+    steps = round(settings.steps * job.more)
+    batches = training_batches(corpus, replace(settings, steps=steps), stream=0 if first else 1)
+    held_out = held_out_batches(corpus, settings)
+    contender = Contender(job.arm, model, model, adamw(model))
+    begins = [time.process_time()]
+    rate = settings.learning_rate * (1.0 if first else SECOND_PEAK)
+    train([contender], batches, rate, lambda: begins.append(time.process_time()))
+    if job.arm == BASE:
+        save_model(model, str(job.weights))
+    gains = measuring(model, {"input_ids": held_out[0], "use_cache": False})() if job.arm in OPTIONS else {}
+    return Trained(
+        arm=job.arm,
+        seed=settings.seed,
+        parameters=sum(p.numel() for p in model.parameters()),
+        losses=contender.losses,
+        held_out=statistics.fmean(contender.held_out(held_out)),
+        step=statistics.median(b - a for a, b in pairwise(begins)),
+        gain=next((measures.gain for measures in gains.values()), None),
+    )
+
+
+def set_alpha(model: nn.Module, value: float) -> None:
+    """Set alpha of all sites: while phi is zero, the function is unchanged."""
+    with torch.no_grad():
+        for name, parameter in mhc_compile.stream_parameters(model).items():
+            if name.endswith(".alpha"):
+                parameter.fill_(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    recipe: Recipe
+    trained: list[Trained]
+
+    def seeds(self, arm: str) -> list[Trained]:
+        """Return the trainings of an arm, by seed."""
+        return [t for t in self.trained if t.arm == arm]
+
+    def reference(self, arm: str) -> str:
+        """Return the arm with which `arm` is compared."""
+        return BASE if arm == SCRATCH else RESIDUAL
+
+    def differences(self, arm: str) -> list[float]:
+        """Return the held-out losses of `arm` minus those of its reference, seed by seed."""
+        others = self.seeds(self.reference(arm))
+        return [a.held_out - b.held_out for a, b in zip(self.seeds(arm), others, strict=True)]
+
+    def slower(self, arm: str) -> float:
+        """Return the median duration of a step over that of the residual model."""
+        return statistics.median(a.step / b.step for a, b in zip(self.seeds(arm), self.seeds(RESIDUAL), strict=True))
+
+
+def explore(recipe: Recipe) -> Outcome:
+    """Run everything: the residual models first, then what goes on from them."""
+    corpus = build_corpus(recipe.settings)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [
+            Job(
+                arm=BASE, settings=replace(recipe.settings, seed=seed), weights=Path(folder) / f"{seed}.safetensors",
+                kernels=recipe.kernels,
+            )
+            for seed in range(recipe.seeds)
+        ]  # fmt: skip
+        in_processes = partial(trials.in_processes, partial(run, corpus), processes=recipe.processes)
+        trained = in_processes(jobs)
+        arms = [arm for arm in (SCRATCH, *CONTINUED) if arm != LONGER]
+        trained += in_processes([replace(job, arm=arm) for arm in arms for job in jobs])
+        # A step takes longer with streams: the residual model gets that time, too.
+        more = Outcome(recipe=recipe, trained=trained).slower(MHC)
+        trained += in_processes([replace(job, arm=LONGER, more=max(1.0, more)) for job in jobs])
+    return Outcome(recipe=recipe, trained=trained)
+
+
+def claims(outcome: Outcome) -> list[Claim]:
+    """Compare what was expected of conversions with what they gave."""
+    mhc, paper, scratch, longer = (outcome.differences(arm) for arm in (MHC, PAPER, SCRATCH, LONGER))
+    first = {arm: [t.losses[0] for t in outcome.seeds(arm)] for arm in (RESIDUAL, PAPER, MHC, FREE)}
+    kept = max(abs(a / b - 1) for arm in (PAPER, MHC, FREE) for a, b in zip(first[arm], first[RESIDUAL], strict=True))
+    gains = {arm: [_backward(t) for t in outcome.seeds(arm)] for arm in (MHC, FREE)}
+    spikes = {arm: max(t.spike for t in outcome.seeds(arm)) for arm in (RESIDUAL, MHC)}
+    return [
+        Claim("the conversion keeps the function", "exactly", f"{kept:.0e}", "relative, below 1e-5", kept < 1e-5),
+        _lower("continued from a checkpoint, equal steps: mHC minus residual", mhc, 0.04),
+        _lower("from scratch, equal steps: mHC minus residual", scratch, 0.2),
+        Claim(
+            "the published start (alpha = 0.01) gains less", "not stated", plus_minus(paper, sign=True),
+            "at most half of what the default gains", statistics.fmean(paper) > statistics.fmean(mhc) / 2,
+        ),
+        Claim(
+            "at equal time: mHC minus the residual model trained longer", "not stated",
+            plus_minus([a - b for a, b in zip(mhc, longer, strict=True)], sign=True), "it is lower with every seed",
+            all(a < b for a, b in zip(mhc, longer, strict=True)),
+        ),
+        Claim(
+            "with alpha = 1 a free H explodes, and mHC does not", "3000, 1.6 (27B)",
+            f"{statistics.median(gains[FREE]):.2g}, {max(gains[MHC]):.3f}",
+            "the median backward gain is above 100, that of mHC at most 1.6 with every seed",
+            statistics.median(gains[FREE]) > 100 and max(gains[MHC]) <= 1.6,
+        ),
+        Claim(
+            "losses of mHC have no higher spikes", "not stated", f"{spikes[RESIDUAL]:.3f}, {spikes[MHC]:.3f}",
+            "the largest is at most 1.2 times the residual model's", spikes[MHC] <= 1.2 * spikes[RESIDUAL],
+        ),
+    ]  # fmt: skip
+
+
+def _lower(finding: str, differences: list[float], by: float) -> Claim:
+    holds = all(d < 0 for d in differences) and statistics.fmean(differences) <= -by
+    criterion = f"it is lower with every seed, by {by:g} on average"
+    return Claim(finding, "-0.021 (27B)", plus_minus(differences, sign=True), criterion, holds)
+
+
+def _backward(trained: Trained) -> float:
+    """Return the mean backward gain; infinite where it has overflowed."""
+    assert trained.gain is not None
+    gain = trained.gain.backward_mean
+    return gain if math.isfinite(gain) else math.inf
+
+
+def report(outcome: Outcome) -> str:
+    """Return all tables as markdown."""
+    s = outcome.recipe.settings
+    rows = []
+    for arm in (BASE, SCRATCH, *CONTINUED):
+        seeds = outcome.seeds(arm)
+        compared = outcome.differences(arm) if arm not in (BASE, RESIDUAL) else []
+        gain = statistics.median(map(_backward, seeds)) if seeds[0].gain else None
+        rows.append(
+            (
+                arm, f"{seeds[0].parameters:,}", plus_minus([t.held_out for t in seeds]),
+                plus_minus(compared, sign=True) if compared else "–",
+                f"{max(compared):+.4f}" if compared else "–", f"{outcome.slower(arm):.2f}",
+                "–" if gain is None else f"{gain:.3g}", f"{max(t.spike for t in seeds):.3f}",
+            )
+        )  # fmt: skip
+    heads = (
+        "arm", "parameters", "held-out loss", "minus residual", "worst seed", "step over residual's", "backward gain",
+        "largest spike",
+    )  # fmt: skip
+    return "\n\n".join(
+        (
+            markdown(trials.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
+            f"Losses in nats per token, mean ± standard deviation of {outcome.recipe.seeds} seeds (differences are "
+            f"paired), {s.layers} layers, C = {s.hidden}, n = {s.streams}: {s.steps} steps of {s.batch} x {s.length} "
+            f"tokens from scratch, then {s.steps} at {SECOND_PEAK:g} of the learning rate. Backward gain: mean over "
+            "tokens, median of the seeds.",
+            markdown(heads, rows),
+        )
+    )
+
+
+def draw(outcome: Outcome) -> Any:
+    """Draw losses after the conversion minus those of the residual model, and from scratch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    continued, scratch = figure.subplots(1, 2)
+    for axes, arms, base in (
+        (continued, ((PAPER, "C1"), (MHC, "C3"), (FREE, "C4")), RESIDUAL), (scratch, ((SCRATCH, "C3"),), BASE)
+    ):  # fmt: skip
+        for arm, color in arms:
+            pairs = zip(outcome.seeds(arm), outcome.seeds(base), strict=True)
+            apart = [[x - y for x, y in zip(a.losses, b.losses, strict=True)] for a, b in pairs]
+            axes.plot(trials.smooth(apart, 20), color=color, label=arm)
+        axes.axhline(0, color="0.4", linewidth=1)
+        axes.set(xlabel="step", ylabel="training loss minus residual, nats")
+        axes.legend(fontsize="small")
+    continued.set(title="Continued from a trained residual model", ylim=(-0.12, 0.12))
+    scratch.set(title="From scratch")
+    return figure
+
+
+def main() -> None:
+    arguments = trials.arguments(__doc__.splitlines()[0], "payoff")
+    outcome = explore(QUICK if arguments.quick else RECIPE)
+    print(text := report(outcome))
+    trials.write(arguments.out, "payoff", text, asdict(outcome), draw(outcome))
+
+
+if __name__ == "__main__":
+    main()
