@@ -51,7 +51,7 @@ class SiteWriter(Protocol):
     """The state to which the branch is added."""
 
     def compute(self, op: Any, *arguments: Any, ranks: Sequence[int]) -> list[Node]:
-        """Call an op in front of all readers; return its results, of `ranks` dimensions after those of the tokens."""
+        """Call an op before all readers; return its results, of `ranks` dimensions after those of the tokens."""
         ...
 
     def read(self, op: Any, *arguments: Any) -> None:
