@@ -28,7 +28,8 @@ def gains(H: Tensor) -> tuple[Tensor, Tensor]:
 def distance(H: Tensor) -> Tensor:
     """Compute the distance of H `[..., n, n]` from doubly stochastic.
 
-    It is the largest `|sum - 1|` of a row or column, or `-entry`."""
+    It is the largest `|sum - 1|` of a row or column, or `-entry`.
+    """
     off = torch.maximum((H.sum(-1) - 1).abs().amax(-1), (H.sum(-2) - 1).abs().amax(-1))
     return torch.maximum(off, -H.amin((-2, -1)))
 

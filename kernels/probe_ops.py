@@ -115,7 +115,8 @@ def _of_streams(X: Tensor, y: Tensor, post: Tensor, mix: Tensor, *, mixed: bool)
 def _pieces(width: int, *tensors: tuple[Tensor, int]) -> Iterator[Sequence[Tensor]]:
     """Split tensors, each given with the dimensions of one token, into pieces of at most `CHUNK` values.
 
-    A token has `width` values."""
+    A token has `width` values.
+    """
     flat = [t.reshape(-1, *t.shape[t.ndim - rank :]) for t, rank in tensors]
     return zip(*(t.split(max(1, CHUNK // width)) for t in flat), strict=True)
 

@@ -59,7 +59,8 @@ def coefficients(
 def branch_weights(z: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec) -> Tensor:
     """Compute `pre` `[..., n]` from the normalised projection z `[..., rows]`.
 
-    alpha `[3]`, bias `[rows]`, all of one dtype."""
+    alpha `[3]`, bias `[rows]`, all of one dtype.
+    """
     n, eps = spec.streams, spec.convention.fields.pre_eps
     pre = torch.sigmoid(z[..., :n] * alpha[0] + bias[:n])
     return pre + eps if eps else pre
@@ -129,7 +130,8 @@ def sinkhorn_start(logits: Tensor, spec: StreamSpec) -> Tensor:
 def vanishing(dtype: torch.dtype) -> float:
     """Return the size up to which entries get no gradient where divisors are clamped.
 
-    The gradient grows as the inverse of the entry, and overflows."""
+    The gradient grows as the inverse of the entry, and overflows.
+    """
     return 1e8 * torch.finfo(dtype).tiny
 
 

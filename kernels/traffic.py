@@ -18,7 +18,8 @@ from mhc_compile.kernels.spec import StreamSpec
 def table(width: int, streams: int = 4) -> str:
     """Return a table of what a boundary and its three parts move per token, forward and backward, in bfloat16.
 
-    The unit is the hidden size."""
+    The unit is the hidden size.
+    """
     spec = StreamSpec(streams=streams)
     lines = [f"{'chain':<14}{'forward':>9}{'backward':>10}   (times C = {width} values a token, n = {streams})"]
     for kind in ("boundary", "distribute", "coefficients", "aggregate"):

@@ -214,7 +214,8 @@ def switches_gradients(node: Node) -> bool:
 def gradient_modes(graph: Graph) -> dict[Node, object]:
     """Return whether gradients are on at each node.
 
-    `with` blocks restore the mode that they found, so the last switch tells the mode of the first nodes."""
+    `with` blocks restore the mode that they found, so the last switch tells the mode of the first nodes.
+    """
     on = next((n.args[0] for n in reversed(graph.nodes) if switches_gradients(n)), None)
     modes = {}
     for node in graph.nodes:

@@ -164,7 +164,8 @@ class StreamAnalysis:
     def _with_reads(self, streams: list[ResidualStream]) -> Iterator[ResidualStream]:
         """Yield the streams with their readers; one on the way into any branch reads at the site after the value.
 
-        Other readers (outputs) are not listed."""
+        Other readers (outputs) are not listed.
+        """
         flow = self.flow
         all_branches = 0
         for stream in streams:

@@ -231,7 +231,8 @@ def backward_source(chain: Chain, lanes: int) -> Source:
 def _passes(chain: Chain) -> dict[str, int]:
     """Count the passes over each wide value.
 
-    X and y are read for X' and again for the gradients of H and post; d_h for those of the weights and of X'."""
+    X and y are read for X' and again for the gradients of H and post; d_h for those of the weights and of X'.
+    """
     passes = dict.fromkeys(chain.wide("backward"), 1)
     if chain.mixes:
         passes |= {"X": 2, "y": 2}

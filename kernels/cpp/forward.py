@@ -239,7 +239,8 @@ _PREPARE = """\
 def load_tokens(chain: Chain, *, keeps: bool, squares: bool) -> str:
     """Emit the loop that fills `x` with the block's streams, mixed where the chain mixes.
 
-    With `squares`, the sums of squares go to `square`."""
+    With `squares`, the sums of squares go to `square`.
+    """
     if chain.mixes:
         call = (
             "mix(X + token * x_stride, y + token * C, post + token * N, H + token * N * N, x + t * STRIDE"

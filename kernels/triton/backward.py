@@ -52,7 +52,8 @@ def backward_source(chain: Chain) -> Source:
 def _passes(chain: Chain) -> dict[str, int]:
     """Count the passes over each wide value.
 
-    Streams, branch and d_h are read for the weights' gradients, for those of X, and for phi's."""
+    Streams, branch and d_h are read for the weights' gradients, for those of X, and for phi's.
+    """
     passes = dict.fromkeys(chain.wide("backward"), 1)
     weighs = (2 if chain.norm == "layer" else 1) if chain.projects and chain.collapses else 0
     reads = weighs + (chain.mixes or chain.projects or chain.weights == "given") + chain.projects
@@ -94,7 +95,8 @@ def _weights(chain: Chain) -> list[str]:
 def _site_backward(chain: Chain) -> list[str]:
     """Emit du [tokens, groups * rows] and `scale`, from `dw_i`.
 
-    `scale` times X' is the gradient through the norm."""
+    `scale` times X' is the gradient through the norm.
+    """
     lines = _inverse_rms(chain)
     if not chain.collapses:
         lines += [f"dw_{i} = tl.load(d_next_pre + token * {chain.n} + {i}, live, other=0.0)" for i in range(chain.n)]

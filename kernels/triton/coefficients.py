@@ -186,7 +186,8 @@ def _step(spec: StreamSpec, axis: int) -> Iterator[str]:
 def _step_backward(spec: StreamSpec, axis: int) -> Iterator[str]:
     """Emit the backward of a step.
 
-    q = m / d(sum m): dm = (dq - sum(dq * q)) / d, without the second term where the divisor is a constant."""
+    q = m / d(sum m): dm = (dq - sum(dq * q)) / d, without the second term where the divisor is a constant.
+    """
     n, fields = spec.streams, spec.convention.fields
     for a in range(n):
         along, flow = line(n, "m", axis, a), line(n, "f", axis, a)

@@ -76,7 +76,8 @@ def kernel(
 ) -> str:
     """Return the text of a kernel.
 
-    Only `x_stride` is specialised for alignment: another number of tokens compiles nothing new."""
+    Only `x_stride` is specialised for alignment: another number of tokens compiles nothing new.
+    """
     fixed = ", ".join(f'"{number}"' for number in numbers if number != "x_stride")
     arguments = ["    " + ", ".join(pointers) + ",", "    " + ", ".join(numbers) + ","]
     arguments.append("    " + " ".join(f"{each}: tl.constexpr," for each in constants))

@@ -26,7 +26,7 @@ Batch = list[Piece]
 def encode(
     pieces: Iterable[Piece], tokenizer: FolderTokenizer, workers: int = 0
 ) -> Generator[tuple[Piece, worker.Ids], None, None]:
-    """Yield every piece with its ids (uint32), in order. With `workers` > 0, that many single-threaded processes encode.
+    """Yield every piece with its ids (uint32), in order. With `workers` > 0, as many one-threaded processes encode.
 
     At most 2 batches per worker are in memory. Raises MHC614 where a text cannot be encoded or a worker ends early.
     """

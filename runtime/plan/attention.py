@@ -20,7 +20,8 @@ BACKWARD = 2.5
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     """Return uninitialised `[..., H, S, E]` and `[..., H, S]`.
 
-    q is `[..., H, S, D]`, k `[..., Hk, T, D]` and v `[..., Hk, T, E]`."""
+    q is `[..., H, S, D]`, k `[..., Hk, T, D]` and v `[..., Hk, T, E]`.
+    """
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 

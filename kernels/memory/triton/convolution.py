@@ -183,7 +183,8 @@ def _read_gates(step: MemoryStep, j: int) -> list[str]:
 def _columns_where(step: MemoryStep, condition: str) -> str:
     """Return the mask of all columns or none.
 
-    The interpreter makes integers of a condition that is broadcast."""
+    The interpreter makes integers of a condition that is broadcast.
+    """
     return f"c < tl.where({condition}, {step.width}, 0)"
 
 
