@@ -1,4 +1,4 @@
-"""Put what `examples/stability.py` and `examples/scaling.py` wrote into docs/claims.md, their plots into docs/images.
+"""Copy what `examples/stability.py` and `examples/scaling.py` wrote into docs/claims.md, their plots to docs/images.
 
 Run: python docs/claims.py FOLDER [FOLDER]   (what was given to their --out)
 """
@@ -15,11 +15,11 @@ EXAMPLES = ("stability", "scaling")
 
 
 def update(docs: Path, folders: list[Path]) -> list[str]:
-    """The names of the examples whose block of `docs`/claims.md was replaced by what lies in `folders`."""
+    """Write the results in `folders` into `docs`/claims.md; return the names of the examples found there."""
     page = docs / "claims.md"
     text = page.read_text(encoding="utf-8")
-    found = [(name, folder) for folder in folders for name in EXAMPLES if (folder / f"{name}.md").exists()]
-    for name, folder in found:
+    written = [(name, folder) for folder in folders for name in EXAMPLES if (folder / f"{name}.md").exists()]
+    for name, folder in written:
         block = (folder / f"{name}.md").read_text(encoding="utf-8")
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         assert text.count(begin) == text.count(end) == 1
@@ -29,7 +29,7 @@ def update(docs: Path, folders: list[Path]) -> list[str]:
     unfinished = page.with_suffix(".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(page)
-    return [name for name, _ in found]
+    return [name for name, _ in written]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def small_model() -> LlamaForCausalLM:
-    """A Llama of eight layers with four streams and a memory at its second layer."""
+    """Return a Llama of eight layers with four streams and a memory at its second layer."""
     config = LlamaConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=1000, pad_token_id=0,
@@ -33,7 +33,7 @@ def small_model() -> LlamaForCausalLM:
 
 
 def opened(browser: Browser, file: Path, scheme: str) -> Page:
-    """The report with a site behind the memory chosen."""
+    """Open the report with a site after the memory selected."""
     window = browser.new_context(viewport={"width": 1280, "height": 860}, color_scheme=scheme)
     page = window.new_page()
     page.goto(file.as_uri())
@@ -47,7 +47,7 @@ def opened(browser: Browser, file: Path, scheme: str) -> Page:
 
 
 def kept(page: Page, file: Path) -> None:
-    """Write what the window shows."""
+    """Save what the window shows."""
     page.screenshot(path=file)
     size = file.stat().st_size
     assert size < LARGEST, f"{file} has {size} bytes"
@@ -56,15 +56,15 @@ def kept(page: Page, file: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """All pictures."""
+    """Write all pictures."""
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         sys.exit("no browser: install the package chromium")
     folder.mkdir(parents=True, exist_ok=True)
-    found = mhc_compile.inspect(small_model(), recompute="auto", stages=2)
+    report = mhc_compile.inspect(small_model(), recompute="auto", stages=2)
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         file = Path(scratch) / "report.html"
-        file.write_text(found.html(), encoding="utf-8")
+        file.write_text(report.html(), encoding="utf-8")
         browser = playwright.chromium.launch(executable_path=path)
         for scheme in ("light", "dark"):
             kept(opened(browser, file, scheme), folder / f"report-{scheme}.png")

@@ -45,14 +45,14 @@ class TinyLM(nn.Module):
 
 
 def batch(generator: torch.Generator, size: int = 16, length: int = 32, vocabulary: int = 64) -> torch.Tensor:
-    """Sequences that count upwards by a step of 1 to 4 from a random start: easy to learn, easy to check."""
+    """Return sequences that count upwards by a step of 1 to 4 from a random start: easy to learn, easy to check."""
     start = torch.randint(0, vocabulary, (size, 1), generator=generator)
     step = torch.randint(1, 5, (size, 1), generator=generator)
     return (start + step * torch.arange(length + 1)) % vocabulary
 
 
 def train(model: nn.Module, steps: int, seed: int) -> list[float]:
-    """AdamW on next-token prediction; returns the losses."""
+    """Train with AdamW on next-token prediction; return the losses."""
     optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     losses = []

@@ -43,7 +43,7 @@ class Recipe:
     expert: int
     """Width of an expert's hidden layer."""
     spare: int
-    """Experts a layer that a token is not routed to, when all of the budget is theirs."""
+    """Experts per layer that a token is not routed to, when all of the budget is theirs."""
     spared: tuple[int, ...]
     """Of these, how many are left at each share: from `spare` - 1 to 1."""
     seeds: int
@@ -80,15 +80,15 @@ class Job:
 
     recipe: Recipe
     share: float
-    """Of the budget, what the memory gets."""
+    """The memory's share of the budget."""
     spare: int
-    """Experts a layer beside those a token is routed to."""
+    """Experts per layer besides those a token is routed to."""
     memory: bool
     seed: int
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """The name in the tables."""
         return f"{self.share:.0%}" if self.share else LEAST if self.memory else NO_MEMORY
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ class Trained:
     losses: list[float]
     """Of every step, with the auxiliary loss."""
     first: float
-    """Held-out loss at the start, in nats a token."""
+    """Held-out loss at the start, in nats per token."""
     held_out: float
     """At the end."""
 
@@ -123,7 +123,7 @@ class Trained:
 
 
 def mixture(settings: Settings, corpus: Corpus, experts: int, width: int) -> nn.Module:
-    """A small Mixtral at its random start."""
+    """Return a small Mixtral at its random start."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     tokenizer = corpus.tokenizer
@@ -139,7 +139,7 @@ def mixture(settings: Settings, corpus: Corpus, experts: int, width: int) -> nn.
 
 
 def run(corpus: Corpus, job: Job) -> Trained:
-    """Train a mixture with `job.spare` spare experts a layer, and tables for what the others had."""
+    """Train a mixture with `job.spare` spare experts per layer, and tables for what the others had."""
     torch.set_num_threads(1)
     torch._dynamo.reset()
     recipe, settings = job.recipe, replace(job.recipe.settings, seed=job.seed)
@@ -158,8 +158,8 @@ def run(corpus: Corpus, job: Job) -> Trained:
     mhc_compile.convert(model, streams=settings.streams, inner="eager", kernels=recipe.kernels, **memory)
 
     def held_out() -> float:
-        found = [model(input_ids=batch, labels=batch) for batch in held_out_batches(corpus, settings)]
-        return statistics.fmean((out.loss - BALANCE * out.aux_loss).item() for out in found)
+        outputs = [model(input_ids=batch, labels=batch) for batch in held_out_batches(corpus, settings)]
+        return statistics.fmean((out.loss - BALANCE * out.aux_loss).item() for out in outputs)
 
     contender = Contender(job.name, model, model, adamw(model))
     first = held_out()
@@ -184,7 +184,7 @@ def run(corpus: Corpus, job: Job) -> Trained:
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:
-    """Every share with every seed: no memory, the smallest, then fewer and fewer experts."""
+    """Return every share with every seed: no memory, the smallest, then fewer and fewer experts."""
     full = partial(Job, recipe=recipe, share=0.0, spare=recipe.spare)
     jobs = []
     for seed in range(recipe.seeds):
@@ -196,7 +196,7 @@ def jobs_of(recipe: Recipe) -> list[Job]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Everything that was found."""
+    """The results of all trainings."""
 
     recipe: Recipe
     trained: list[Trained]
@@ -204,19 +204,19 @@ class Outcome:
     @property
     def by_name(self) -> dict[str, list[Trained]]:
         """All seeds of every share, in the order of the shares."""
-        found: dict[str, list[Trained]] = {}
+        by_name: dict[str, list[Trained]] = {}
         for t in self.trained:
-            found.setdefault(t.name, []).append(t)
-        return found
+            by_name.setdefault(t.name, []).append(t)
+        return by_name
 
     def differences(self, name: str) -> list[float]:
-        """Of the held-out losses, seed by seed: those of `name` minus those without a memory."""
+        """Return the held-out losses of `name` minus those without a memory, seed by seed."""
         pairs = zip(self.by_name[name], self.by_name[NO_MEMORY], strict=True)
         return [a.held_out - b.held_out for a, b in pairs]
 
 
 def claims(outcome: Outcome) -> list[Claim]:
-    """The published findings against what was found."""
+    """Compare the published findings with the outcome."""
     paid = [name for name, seeds in outcome.by_name.items() if seeds[0].share]
     means = {name: statistics.fmean(outcome.differences(name)) for name in outcome.by_name}
     best, last = min(means, key=lambda name: means[name]), paid[-1]
@@ -265,7 +265,7 @@ def _beside(outcome: Outcome, name: str) -> str:
 
 
 def report(outcome: Outcome) -> str:
-    """All tables, as markdown."""
+    """Return all tables, as markdown."""
     s, recipe = outcome.recipe.settings, outcome.recipe
     rows = []
     for name, seeds in outcome.by_name.items():
@@ -290,7 +290,7 @@ def report(outcome: Outcome) -> str:
 
 
 def draw(outcome: Outcome) -> Any:
-    """Held-out loss against the share, and its paired difference."""
+    """Draw the held-out loss against the share, and its paired difference."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -320,14 +320,14 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    given = trials.arguments(__doc__.splitlines()[0], "scaling")
-    recipe = QUICK if given.quick else RECIPE
+    arguments = trials.arguments(__doc__.splitlines()[0], "scaling")
+    recipe = QUICK if arguments.quick else RECIPE
     corpus = build_corpus(recipe.settings)
     outcome = Outcome(
         recipe=recipe, trained=trials.in_processes(partial(run, corpus), jobs_of(recipe), recipe.processes)
     )
     print(text := report(outcome))
-    trials.write(given.out, "scaling", text, asdict(outcome), draw(outcome))
+    trials.write(arguments.out, "scaling", text, asdict(outcome), draw(outcome))
 
 
 if __name__ == "__main__":

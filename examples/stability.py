@@ -40,9 +40,9 @@ FORMS: dict[str, dict[str, Any]] = {
 LOGITS_STD = 1.0
 """Of the random logits that Sinkhorn is tried on."""
 NOISE = 1e-4
-"""Gains that are nearer to each other are the same: they are measured on float32 matrices."""
+"""Gains that are closer to each other are the same: they are measured on float32 matrices."""
 WARM_UP = 0.1
-"""The share of the steps in which the learning rate rises; gradient norms are judged behind it."""
+"""The share of the steps in which the learning rate rises; gradient norms are judged after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Recipe:
     iterations: tuple[int, ...]
     seeds: int
     measures: int
-    """How often gains are measured in a training, beside the start."""
+    """How often gains are measured in a training, besides the start."""
     kernels: str
     processes: int
 
@@ -113,7 +113,7 @@ class Trained:
     norms: list[float]
     """Of every step's gradient before clipping to 1, without the rows of tables."""
     held_out: float | None
-    """At the end, in nats a token; None without steps."""
+    """At the end, in nats per token; None without steps."""
     gains: dict[int, CompositeGain]
     """After so many steps."""
 
@@ -149,14 +149,14 @@ def run(corpus: Corpus, job: Job) -> Trained:
         counted = {"iterations": job.iterations} if job.form == MHC else {}
         options = {**FORMS[job.form], **counted, **memory, "inner": "eager", "kernels": job.kernels}
         mhc_compile.convert(model, streams=settings.streams, scratch=job.scratch, start="paper", **options)
-    held = held_out_batches(corpus, settings)
-    found: dict[int, CompositeGain] = {}
+    held_out = held_out_batches(corpus, settings)
+    measured: dict[int, CompositeGain] = {}
 
-    streams = measuring(model, {"input_ids": held[0], "use_cache": False}) if job.form != RESIDUAL else dict
+    streams = measuring(model, {"input_ids": held_out[0], "use_cache": False}) if job.form != RESIDUAL else dict
 
     def measure() -> None:
         for measures in streams().values():
-            found[len(contender.losses)] = measures.gain
+            measured[len(contender.losses)] = measures.gain
 
     def tick() -> None:
         done = len(contender.losses)
@@ -171,13 +171,13 @@ def run(corpus: Corpus, job: Job) -> Trained:
         parameters=sum(p.numel() for p in model.parameters()),
         losses=contender.losses,
         norms=contender.norms,
-        held_out=statistics.fmean(contender.held_out(held)) if settings.steps else None,
-        gains=found,
+        held_out=statistics.fmean(contender.held_out(held_out)) if settings.steps else None,
+        gains=measured,
     )
 
 
 def jobs_of(recipe: Recipe) -> tuple[list[Job], list[Job], list[Job], list[Job]]:
-    """The trainings by depth, by iterations, at a start from scratch, and by form and seed: the longest first."""
+    """Return the trainings by depth, by iterations, from scratch, and by form and seed: the longest first."""
     plain = partial(Job, measures=recipe.measures, kernels=recipe.kernels)
     ends = partial(plain, measures=1)
     by_depth = [
@@ -197,7 +197,7 @@ def jobs_of(recipe: Recipe) -> tuple[list[Job], list[Job], list[Job], list[Job]]
 
 
 def random_gain(iterations: int, sites: int, draws: int = 256) -> CompositeGain:
-    """Of a product of H with logits from N(0, LOGITS_STD), untrained, as many as a model has sites."""
+    """Return the gain of an untrained product of `sites` matrices H, with logits from N(0, LOGITS_STD)."""
     random = torch.Generator().manual_seed(0)
     logits = LOGITS_STD * torch.randn(sites, draws, 4, 4, dtype=torch.float64, generator=random)
     product = torch.eye(4, dtype=torch.float64)
@@ -216,21 +216,21 @@ class Outcome:
     by_form: list[Trained]
 
     def deep(self, form: str) -> dict[int, Trained]:
-        """By layers, fewest first."""
+        """Return the trainings by layers, fewest first."""
         return {t.job.settings.layers: t for t in reversed(self.by_depth) if t.job.form == form}
 
     def seeds(self, form: str) -> list[Trained]:
         return [t for t in self.by_form if t.job.form == form]
 
     def differences(self, form: str, other: str) -> list[float]:
-        """Of the held-out losses, seed by seed: `form` minus `other`."""
+        """Return the held-out losses of `form` minus those of `other`, seed by seed."""
         return [a.held_out - b.held_out for a, b in zip(self.seeds(form), self.seeds(other), strict=True)]
 
     @property
     def counted(self) -> dict[int, Trained]:
         """The trainings at the first depth, by iterations."""
-        found = {t.job.iterations: t for t in [*self.by_count, self.deep(MHC)[self.recipe.depths[0]]]}
-        return dict(sorted(found.items()))
+        by_iterations = {t.job.iterations: t for t in [*self.by_count, self.deep(MHC)[self.recipe.depths[0]]]}
+        return dict(sorted(by_iterations.items()))
 
 
 def explore(recipe: Recipe) -> Outcome:
@@ -243,7 +243,7 @@ def explore(recipe: Recipe) -> Outcome:
 
 
 def claims(outcome: Outcome) -> list[Claim]:
-    """The published findings against what was found."""
+    """Compare the published findings with the outcome."""
     hc, mhc = outcome.deep(HC), outcome.deep(MHC)
     deepest, layers = max(hc), outcome.recipe.losses.layers
     gain = _apart(f"composite gain, {deepest} layers: HC, mHC", [hc[deepest]], [mhc[deepest]])
@@ -289,23 +289,23 @@ def _apart(finding: str, hc: list[Trained], mhc: list[Trained]) -> Claim:
 
 
 def _lower(outcome: Outcome, form: str, other: str, published: str) -> Claim:
-    found = outcome.differences(form, other)
-    here, holds = plus_minus(found, sign=True), all(d < 0 for d in found)
+    differences = outcome.differences(form, other)
+    here, holds = plus_minus(differences, sign=True), all(d < 0 for d in differences)
     return Claim(f"loss of {form} minus {other}", published, here, "it is lower with every seed", holds)
 
 
 def _larger(gain: CompositeGain) -> float:
-    """Of forward and backward, the mean over tokens."""
+    """Return the larger gain of forward and backward, the mean over tokens."""
     return max(gain.forward_mean, gain.backward_mean)
 
 
 def _distance(gain: CompositeGain) -> float:
-    """From 1, of forward or backward, the mean over tokens."""
+    """Return the larger distance from 1 of forward and backward, the mean over tokens."""
     return max(abs(gain.forward_mean - 1), abs(gain.backward_mean - 1))
 
 
 def report(outcome: Outcome) -> str:
-    """All tables, as markdown."""
+    """Return all tables, as markdown."""
     recipe, losses, deep = outcome.recipe, outcome.recipe.losses, outcome.recipe.deep
     both = [
         (str(layers), str(2 * layers), *_gain_cells(a), *_gain_cells(b))
@@ -315,8 +315,8 @@ def report(outcome: Outcome) -> str:
     counts = []
     for (i, trained), start in zip(outcome.counted.items(), outcome.scratch, strict=True):
         at_random = random_gain(i, 2 * recipe.depths[0])
-        found = (at_random, start.last_gain, trained.last_gain)
-        counts.append((str(i), *(f"{g.forward_mean:.6g}, {g.backward_mean:.6g}" for g in found)))
+        composites = (at_random, start.last_gain, trained.last_gain)
+        counts.append((str(i), *(f"{g.forward_mean:.6g}, {g.backward_mean:.6g}" for g in composites)))
     forms = []
     for form in FORMS:
         seeds = outcome.seeds(form)
@@ -355,7 +355,7 @@ def _gain_cells(of: Trained) -> tuple[str, str]:
 
 
 def draw(outcome: Outcome) -> Any:
-    """Gain in training and by iterations, losses, gradient norms."""
+    """Draw the gain in training and by iterations, losses, gradient norms."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
@@ -390,10 +390,10 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    given = trials.arguments(__doc__.splitlines()[0], "stability")
-    outcome = explore(QUICK if given.quick else RECIPE)
+    arguments = trials.arguments(__doc__.splitlines()[0], "stability")
+    outcome = explore(QUICK if arguments.quick else RECIPE)
     print(text := report(outcome))
-    trials.write(given.out, "stability", text, asdict(outcome), draw(outcome))
+    trials.write(arguments.out, "stability", text, asdict(outcome), draw(outcome))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def without_autocast(x: Tensor) -> Iterator[None]:
-    """Autocast off for the device of `x`, where the device has one (`meta` has none)."""
+    """Turn autocast off for the device of `x`, where the device has one (`meta` has none)."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device):
         yield

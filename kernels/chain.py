@@ -276,7 +276,7 @@ class Chain(KernelSpec):
         return tokens * ((read + written) * self.width + (2 if backward else 1) * small) + phi
 
     def operations(self, tokens: int, *, backward: bool = False) -> int:
-        """Multiplications and additions over the width, those of the n x n arithmetic left out."""
+        """Return the multiplications and additions over the width; those of the n x n arithmetic are left out."""
         n = self.stream.streams
         mix = 2 * (n * n + n) * self.mixes
         project = 2 * n * self.rows

@@ -58,7 +58,7 @@ class SiteWriter(Protocol):
     """How many sites the model has."""
 
     def compute(self, op: Any, *arguments: Any, ranks: Sequence[int]) -> list[Node]:
-        """Call an op in front of all readers; return its results, of `ranks` dimensions after those of the tokens."""
+        """Call an op before all readers; return its results, of `ranks` dimensions after those of the tokens."""
         ...
 
     def read(self, op: Any, *arguments: Any) -> None:

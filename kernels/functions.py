@@ -7,7 +7,7 @@
 Shapes: X `[..., n, C]` streams, y and h `[..., C]`, pre and post `[..., n]`, mix (H) `[..., n, n]`, phi `[rows, n*C]`,
 alpha `[3]`, bias `[rows]` with `spec.rows` rows; `...` any leading dimensions, tokens. Streams, y and h are float32,
 bfloat16 or float16 (float64 by plain PyTorch), parameters and coefficients float32. All are differentiable once, and
-work eagerly, under `torch.compile`, autocast and fake tensors. Where no kernel exists plain PyTorch computes.
+work eagerly, under `torch.compile`, autocast and fake tensors. Where no kernel exists, plain PyTorch computes.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ _OPS = torch.ops.mhc_kernels
 
 
 def expand(x: Tensor, streams: int) -> Tensor:
-    """`streams` equal copies of x `[..., C]`: `[..., n, C]`, the entry."""
+    """Return `streams` equal copies of x `[..., C]`: `[..., n, C]`, the entry."""
     return reference.expand(x, streams)
 
 
 def coefficients(
     X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pre, post and H of one site (arXiv 2512.24880, Eq. 7-9)."""
+    """Compute pre, post and H of one site (arXiv 2512.24880, Eq. 7-9)."""
     pre, post, mix, _ = _OPS.coefficients(X, phi, alpha, bias, str(spec))
     return pre, post, mix
 
 
 def aggregate(X: Tensor, pre: Tensor) -> Tensor:
-    """The branch input `h = pre @ X` (Eq. 3)."""
+    """Compute the branch input `h = pre @ X` (Eq. 3)."""
     return _OPS.aggregate(X, pre, str(StreamSpec(streams=X.shape[-2])))
 
 
 def distribute(X: Tensor, y: Tensor, post: Tensor, mix: Tensor) -> Tensor:
-    """The next streams `H @ X + outer(post, y)` (Eq. 3), in the dtype to which X and y promote."""
+    """Compute the next streams `H @ X + outer(post, y)` (Eq. 3), in the dtype to which X and y promote."""
     if torch.promote_types(X.dtype, y.dtype) != X.dtype:
         X = X.to(y.dtype)
     return _OPS.distribute(X, y, post, mix, str(StreamSpec(streams=X.shape[-2])))
 
 
 def read(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """`coefficients` and `aggregate` in one kernel: h, post, H."""
+    """Compute `coefficients` and `aggregate` in one kernel: h, post, H."""
     h, post, mix, _ = _OPS.read(X, phi, alpha, bias, str(spec))
     return h, post, mix
 
@@ -57,16 +57,18 @@ def read(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec) 
 def boundary(
     X: Tensor, y: Tensor, post: Tensor, mix: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`distribute` of one site and `read` of the next in one kernel: the next X, h, post and H.
+    """Compute `distribute` of one site and `read` of the next in one kernel: the next X, h, post and H.
 
-    post and mix are those of the site whose branch gave y; phi, alpha and bias those of the next.
+    post and mix are those of the site whose branch computed y; phi, alpha and bias those of the next.
     """
     X, h, post, mix, _ = _OPS.boundary(X, y, post, mix, phi, alpha, bias, str(spec))
     return X, h, post, mix
 
 
 def reduce(X: Tensor, spec: StreamSpec, head: Head | None = None) -> Tensor:
-    """One stream from n, as `spec.exit` says: mean, sum, or a learned head (fn `[n, n*C]`, base `[n]`, scale `[1]`).
+    """Reduce n streams to one as `spec.exit` says.
+
+    The exit is a mean, a sum, or a learned head (fn `[n, n*C]`, base `[n]`, scale `[1]`).
 
     Raises ValueError where the exit is a head and `head` is missing.
     """
@@ -77,7 +79,7 @@ def reduce(X: Tensor, spec: StreamSpec, head: Head | None = None) -> Tensor:
 
 
 def leave(X: Tensor, y: Tensor, post: Tensor, mix: Tensor, spec: StreamSpec, head: Head | None = None) -> Tensor:
-    """`distribute` of the last site and `reduce` in one kernel; arguments and errors as theirs."""
+    """Compute `distribute` of the last site and `reduce` in one kernel, with the same arguments and errors."""
     if spec.exit != "head":
         return _OPS.leave(X, y, post, mix, str(spec))
     fn, base, scale = _needed(head)

@@ -1,13 +1,13 @@
 """The fused chains as ops `mhc_kernels::*`, opaque to every compiler, with fakes and gradients that are ops again.
 
-One op a kind of chain (`mhc_compile.kernels.chain`), its arguments and results in the order of
+One op per kind of chain (`mhc_compile.kernels.chain`), its arguments and results in the order of
 `Chain.inputs` and `Chain.outputs`, the text of the `StreamSpec` last:
 
     mhc_kernels::boundary(X, y, post, mix, phi, alpha, bias, spec) -> next_X, h, next_post, next_mix, z
     mhc_kernels::boundary_backward(X, y, post, mix, phi, alpha, bias, z, d_next_X, d_h, ..., spec) -> d_X, d_y, ...
 
 `reduce_head` and `leave_head` are `reduce` and `leave` with a learned head; `read_rms`, `boundary_layer`, ... end with
-the branch's norm, take its weight (and bias) behind the site's parameters, and its eps behind `spec`.
+the branch's norm, take its weight (and bias) after the site's parameters, and its eps after `spec`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mhc_compile.kernels.spec import StreamSpec
 
 
 def op_of(chain: Chain) -> str:
-    """The op's name in `mhc_kernels`: the kind, with `_head` where a learned head weighs the streams."""
+    """Return the op's name in `mhc_kernels`: the kind, with `_head` where a learned head weighs the streams."""
     if chain.norm != "none":
         return f"{chain.kind}_{chain.norm}"
     return f"{chain.kind}_head" if chain.weights == "head" else chain.kind
 
 
 def prototypes() -> dict[str, Chain]:
-    """One chain an op: names and number of its values are those of every chain of the op."""
+    """Return one chain per op: every chain of the op has as many values, of the same names."""
     chains = [Chain(kind=kind, stream=StreamSpec(), width=1) for kind in get_args(Kind)]
     head = StreamSpec(exit="head")
     chains += [Chain(kind="reduce", stream=head, width=1), Chain(kind="leave", stream=head, width=1)]

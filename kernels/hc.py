@@ -9,7 +9,7 @@ With the streams X `[n, C]` of a token and the branch F:
     dynamic:  Xb = norm(X) for each stream
               A_m = s_a tanh(Xb W_m) + A_m0,  A_r = s_a tanh(Xb W_r) + A_r0,  B = s_b tanh(Xb W_b) + B0
 
-The norm is the root mean square's without a gain: W takes a gain in. Everything is computed in max(float32, dtype of X)
+The norm is RMSNorm without a gain: W absorbs a gain. Everything is computed in max(float32, dtype of X)
 with autocast off. `bias` holds A_m0 `[n]`, B0 `[n]` and A_r0 `[n, n]` row-major, rows of A_r being the streams that are
 read; `phi` `[n + 2, C]` the rows W_m, W_b and the n columns of W_r; `alpha` s_a and s_b.
 """
@@ -41,7 +41,7 @@ def start_bias(n: int, index: int) -> Tensor:
 
 
 def dynamic(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Three:
-    """Pre `[..., n]`, post `[..., n]`, H `[..., n, n]` of the streams X `[..., n, C]`, in max(float32, X's dtype)."""
+    """Compute pre `[..., n]`, post `[..., n]`, H `[..., n, n]` of X `[..., n, C]`, in max(float32, X's dtype)."""
     dtype = compute_dtype(X.dtype)
     n, X = X.shape[-2], X.to(dtype)
     normed = X * torch.rsqrt(X.square().mean(-1, keepdim=True) + RMS_EPS)
@@ -62,7 +62,7 @@ def weights(z: Tensor, alpha: Tensor, bias: Tensor, width: int) -> Tensor:
 
 
 def static(X: Tensor, bias: Tensor) -> Three:
-    """The same three for every token, from the parameters alone."""
+    """Return pre, post and H, the same for every token, from the parameters alone."""
     n, lead = X.shape[-2], X.shape[:-2]
     bias = bias.to(compute_dtype(X.dtype))
     pre, post, mix = bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n).t()

@@ -129,7 +129,7 @@ def dtypes_against(spec: KernelSpec, known: Sequence[torch.dtype]) -> str:
 
 
 def token_stride(X: Tensor) -> int | None:
-    """Elements from one token's streams to the next, where X `[..., n, C]` has one such step; None where it has not."""
+    """Return the elements from one token's streams to the next in X `[..., n, C]`, or None where that step varies."""
     *lead, n, C = X.shape
     if (C > 1 and X.stride(-1) != 1) or (n > 1 and X.stride(-2) != C):
         return None

@@ -15,7 +15,7 @@ Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is alway
 
 `mark` shows the backend `mhc` a converted model and is removed by it. Running it raises MHCError MHC301: the model was
 compiled by something else, which would silently compute the residual network. `given` is what an owner with a memory
-brings of its call, which the JSON `names` describes: masks, positions, carried state, anchors of its tables. `inside`
+passes of its call, which the JSON `names` describes: masks, positions, carried state, anchors of its tables. `inside`
 stands at every module that reads a stream: it is removed where the graph holds its owner's mark; it raises MHC313.
 """
 
@@ -83,7 +83,7 @@ def _mark_save(ctx: Any, inputs: tuple[Tensor, list[Tensor], str, list[Tensor], 
 
 
 def _mark_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor], None, list[None], None]:
-    """For tracing alone: the forward raises before any gradient flows."""
+    """Return gradients for tracing alone: the forward raises before any gradient flows."""
     return grad, [torch.zeros_like(p) for p in ctx.saved_tensors], None, [None] * ctx.given, None
 
 

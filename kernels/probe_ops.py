@@ -6,8 +6,8 @@
     mhc_probes::gates(streams [..., n, C], keys [..., n, C], query_gain [n, C], key_gain [n, C], spec) -> [n, BINS]
     mhc_probes::norms(d_streams [..., n, C], d_branch [..., C]) -> squares [n + 1]
 
-`site` reads the streams behind the mix (`mixed`), or mixes those in front of it itself, where a fused exit writes none.
-`pre` is what a fused kernel keeps for its backward, made into the weights that it used. `watch` is the identity on what
+`site` reads the streams after the mix (`mixed`), or mixes those before it itself, where a fused exit writes none.
+`pre` computes the weights that a fused kernel used from what it keeps for its backward. `watch` is the identity on what
 a mix reads; the gradient of its third argument is `norms`.
 """
 
@@ -36,7 +36,7 @@ CHUNK = 1 << 24
 
 
 def layout(n: int) -> dict[str, tuple[int, ...]]:
-    """What `site` records of a call, in order, by name with its shape.
+    """Return what `site` records of a call, in order: shapes by name.
 
     `tokens`; of each of `MEANS` `_mean` and `_max`; means over tokens of the entropies (in nats), the separation, pre,
     post and H; mean squares of the streams and of the branch's output.
@@ -47,14 +47,14 @@ def layout(n: int) -> dict[str, tuple[int, ...]]:
 
 
 def size(n: int) -> int:
-    """Values of a site."""
+    """Return the number of values of a site."""
     return sum(torch.Size(shape).numel() for shape in layout(n).values())
 
 
 def watch(streams: Tensor, branch: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """`streams` and `branch` as they are; `slot` `[n + 1]` gets their gradients' squared norms as its gradient.
+    """Return `streams` and `branch` unchanged; the gradient of `slot` `[n + 1]` is their gradients' squared norms.
 
-    Where neither has a gradient nothing is watched: `slot` must not make one.
+    Where neither requires a gradient, nothing is watched: `slot` must not add one.
     """
     if not (torch.is_grad_enabled() and (streams.requires_grad or branch.requires_grad)):
         return streams, branch
@@ -94,12 +94,12 @@ def _site(
 
 
 def _mean(values: Tensor, rank: int) -> Tensor:
-    """Over tokens, of values that have `own` dimensions each."""
+    """Average over tokens values of `rank` dimensions each."""
     return values.reshape(-1, *values.shape[values.ndim - rank :]).mean(0)
 
 
 def _of_streams(X: Tensor, y: Tensor, post: Tensor, mix: Tensor, *, mixed: bool) -> dict[str, Tensor]:
-    """Separation and mean squares, piece by piece."""
+    """Compute separation and mean squares, piece by piece."""
     dtype = reference.compute_dtype(X.dtype, y.dtype)
     n, C = X.shape[-2:]
     tokens = X.shape[:-2].numel()
@@ -113,7 +113,10 @@ def _of_streams(X: Tensor, y: Tensor, post: Tensor, mix: Tensor, *, mixed: bool)
 
 
 def _pieces(width: int, *tensors: tuple[Tensor, int]) -> Iterator[Sequence[Tensor]]:
-    """Tensors with the number of dimensions of one token, by so many tokens of `width` values as make a piece."""
+    """Split tensors, each given with the dimensions of one token, into pieces of at most `CHUNK` values.
+
+    A token has `width` values.
+    """
     flat = [t.reshape(-1, *t.shape[t.ndim - rank :]) for t, rank in tensors]
     return zip(*(t.split(max(1, CHUNK // width)) for t in flat), strict=True)
 
@@ -167,7 +170,7 @@ def _norms_fake(d_streams: Tensor, d_branch: Tensor) -> Tensor:  # noqa: ARG001
 
 
 def _below_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """The op as one that autograd does not see: what is recorded has no gradient."""
+    """Return the op as one that autograd does not see: what is recorded has no gradient."""
 
     def call(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

@@ -1,4 +1,4 @@
-"""The mathematics of every stream operation in plain PyTorch: what the ops decompose to and kernels are judged by.
+"""Every stream operation in plain PyTorch, which the ops decompose to and kernels are tested against.
 
 Shapes: `n` streams, `C` hidden size, `...` any leading dimensions (tokens), `X` the streams `[..., n, C]`. Sources: mHC
 (arXiv 2512.24880, Eq. 3 and 7-9), DeepSeek-V4's released module, mHC-lite (arXiv 2601.05732), KromHC (arXiv
@@ -23,7 +23,7 @@ LOGIT_FLOOR = -60.0
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtypes` are combined: float32, or float64 where one of them is."""
+    """Return the dtype in which values of `dtypes` are combined: float32, or float64 where one of them is."""
     widest = torch.float32
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
@@ -31,14 +31,14 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def expand(x: Tensor, n: int) -> Tensor:
-    """`n` equal streams of `x`: `[..., C]` -> `[..., n, C]`, same dtype, contiguous and never a view of `x`."""
+    """Return `n` equal streams of `x`: `[..., C]` -> `[..., n, C]`, same dtype, contiguous and never a view of `x`."""
     return x.unsqueeze(-2).expand(*x.shape[:-1], n, x.shape[-1]).clone(memory_format=torch.contiguous_format)
 
 
 def coefficients(
     X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec, *, sinkhorn: Sinkhorn | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three maps of one site (arXiv 2512.24880, Eq. 7-8), in max(float32, dtype of X).
+    """Compute the three maps of one site (arXiv 2512.24880, Eq. 7-8), in max(float32, dtype of X).
 
     X `[..., n, C]`, phi `[rows, n*C]` (rows ordered pre | post | mix), alpha `[3]`, bias `[rows]` -> pre `[..., n]`,
     post `[..., n]`, H `[..., n, n]`, where `X' = H @ X + outer(post, y)` in every convention. `sinkhorn` replaces the
@@ -57,14 +57,17 @@ def coefficients(
 
 
 def branch_weights(z: Tensor, alpha: Tensor, bias: Tensor, spec: StreamSpec) -> Tensor:
-    """`pre` `[..., n]` from the normalised projection z `[..., rows]`; alpha `[3]`, bias `[rows]`, all of one dtype."""
+    """Compute `pre` `[..., n]` from the normalised projection z `[..., rows]`.
+
+    alpha `[3]`, bias `[rows]`, all of one dtype.
+    """
     n, eps = spec.streams, spec.convention.fields.pre_eps
     pre = torch.sigmoid(z[..., :n] * alpha[0] + bias[:n])
     return pre + eps if eps else pre
 
 
 def mixing_matrix(logits: Tensor, spec: StreamSpec, *, sinkhorn: Sinkhorn | None = None) -> Tensor:
-    """H `[..., n, n]` from the logits `[..., mix_rows]` of the specification's manifold; the dtype of `logits`.
+    """Compute H `[..., n, n]` from the logits `[..., mix_rows]` of the manifold, in their dtype.
 
     `sinkhorn` and `unconstrained` read the logits as a row-major matrix, transposed where the convention is;
     `permutations` orders them as `itertools.permutations` does; `kronecker` takes (keep, swap) pairs, leftmost factor
@@ -87,7 +90,9 @@ def mixing_matrix(logits: Tensor, spec: StreamSpec, *, sinkhorn: Sinkhorn | None
 
 
 def sinkhorn(logits: Tensor, spec: StreamSpec) -> Tensor:
-    """Doubly stochastic H by Sinkhorn-Knopp (arXiv 2512.24880, Eq. 9), as the convention starts, orders and divides.
+    """Compute a doubly stochastic H by Sinkhorn-Knopp (arXiv 2512.24880, Eq. 9).
+
+    The convention says how it starts, orders and divides.
 
     logits `[..., n, n]`, the published matrix row-major -> H of the same shape and dtype. `iterations=0` is the start
     alone.
@@ -110,7 +115,7 @@ _SINKHORN = sinkhorn
 
 
 def sinkhorn_start(logits: Tensor, spec: StreamSpec) -> Tensor:
-    """The positive matrix `[..., n, n]` that the iterations begin with, in the published orientation."""
+    """Return the positive matrix `[..., n, n]` that the iterations begin with, in the published orientation."""
     fields = spec.convention.fields
     if fields.start == "softmax_eps":
         return torch.softmax(logits, dim=-1) + fields.sinkhorn_eps
@@ -123,12 +128,15 @@ def sinkhorn_start(logits: Tensor, spec: StreamSpec) -> Tensor:
 
 
 def vanishing(dtype: torch.dtype) -> float:
-    """Entries up to this size get no gradient where divisors are clamped: it grows as their inverse, and overflows."""
+    """Return the size up to which entries get no gradient where divisors are clamped.
+
+    The gradient grows as the inverse of the entry, and overflows.
+    """
     return 1e8 * torch.finfo(dtype).tiny
 
 
 def sinkhorn_axes(spec: StreamSpec) -> list[int]:
-    """The axes summed one after the other (-2: columns sum to 1 afterwards, -1: rows), in the published orientation."""
+    """Return the axes summed in turn (-2: columns sum to 1 afterwards, -1: rows), in the published orientation."""
     pairs = {"columns_rows": [-2, -1], "rows_columns": [-1, -2], "columns_then_rows_columns": [-1, -2]}
     order = spec.convention.fields.order
     if order != "columns_then_rows_columns" or not spec.iterations:
@@ -137,7 +145,7 @@ def sinkhorn_axes(spec: StreamSpec) -> list[int]:
 
 
 def aggregate(X: Tensor, pre: Tensor) -> Tensor:
-    """The branch input `h = pre @ X` (arXiv 2512.24880, Eq. 3).
+    """Compute the branch input `h = pre @ X` (arXiv 2512.24880, Eq. 3).
 
     X `[..., n, C]`, pre `[..., n]` -> `[..., C]` in X's dtype, accumulated in float32 (float64 where it occurs).
     """
@@ -146,7 +154,7 @@ def aggregate(X: Tensor, pre: Tensor) -> Tensor:
 
 
 def distribute(X: Tensor, y: Tensor, post: Tensor, H: Tensor) -> Tensor:
-    """The next streams `X' = H @ X + outer(post, y)` (arXiv 2512.24880, Eq. 3), accumulated as `aggregate` does.
+    """Compute the next streams `X' = H @ X + outer(post, y)` (arXiv 2512.24880, Eq. 3), accumulated as in `aggregate`.
 
     X `[..., n, C]`, y `[..., C]` (the branch output), post `[..., n]`, H `[..., n, n]` -> `[..., n, C]` in the dtype to
     which X and y promote.
@@ -154,7 +162,7 @@ def distribute(X: Tensor, y: Tensor, post: Tensor, H: Tensor) -> Tensor:
     result = torch.promote_types(X.dtype, y.dtype)
     dtype = compute_dtype(result, post.dtype, H.dtype)
     X, H = X.to(dtype), H.to(dtype)
-    # One broadcast product a stream: Inductor fuses them into a single kernel, which a batched 4x4 product is not.
+    # One broadcast product per stream: Inductor fuses them into a single kernel, which a batched 4x4 product is not.
     out = post.to(dtype).unsqueeze(-1) * y.to(dtype).unsqueeze(-2)
     for j in range(X.shape[-2]):
         out = torch.addcmul(out, H[..., :, j, None], X[..., j, None, :])
@@ -162,7 +170,7 @@ def distribute(X: Tensor, y: Tensor, post: Tensor, H: Tensor) -> Tensor:
 
 
 def reduce(X: Tensor, spec: StreamSpec, head: Head | None = None) -> Tensor:
-    """One stream from n at the exit: X `[..., n, C]` -> `[..., C]`, X's dtype, accumulated as `aggregate` does.
+    """Reduce n streams to one at the exit: X `[..., n, C]` -> `[..., C]`, X's dtype, accumulated as in `aggregate`.
 
     `spec.exit` chooses the mean, the sum, or DeepSeek-V4's learned head, whose weights are `sigmoid(scale * z + base) +
     pre_eps` with fn `[n, n*C]`, base `[n]` and scale `[1]` in `head`. Raises ValueError where the exit is a head and
@@ -180,7 +188,7 @@ def reduce(X: Tensor, spec: StreamSpec, head: Head | None = None) -> Tensor:
 
 
 def _normalised_projection(X: Tensor, phi: Tensor, fields: ConventionFields) -> Tensor:
-    """`(v @ phi.T) / r` with `v` the flattened streams and `r` their root mean square: `[..., rows]`."""
+    """Compute `(v @ phi.T) / r` with `v` the flattened streams and `r` their root mean square: `[..., rows]`."""
     v = X.flatten(-2).to(compute_dtype(X.dtype))
     if fields.rms_inside:
         scale = torch.rsqrt(v.square().mean(-1, keepdim=True) + fields.rms_eps)
@@ -205,7 +213,7 @@ def _kronecker(logits: Tensor, n: int) -> Tensor:
 
 
 def _permutation_table(n: int, like: Tensor) -> Tensor:
-    """The n! permutation matrices `[n!, n*n]` in lexicographic order; computed, as export carries no constant."""
+    """Compute the n! permutation matrices `[n!, n*n]` in lexicographic order; export carries no constant."""
     count = torch.arange(math.factorial(n), device=like.device)
     index = torch.arange(n, device=like.device)
     order: list[Tensor] = []

@@ -32,7 +32,7 @@ class KernelOp:
     prototypes: Specs
     """Specifications with the names of values that those of every call have."""
     specs_of: Callable[[Values, Sequence[Any]], Specs]
-    """From a call's tensors by name, fake ones too and those of either direction, and what stands behind them."""
+    """From a call's tensors by name, fake ones too and those of either direction, and the arguments after them."""
     inputs: tuple[str, ...] = ()
     """In order; by default those of the one prototype."""
     outputs: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class KernelOp:
 
 
 def registered(target: object) -> KernelOp | None:
-    """Return the op behind the target of a graph's node; None for any other."""
+    """Return the op that a graph node's target stands for; None for any other."""
     return _OPS.get(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
 
 

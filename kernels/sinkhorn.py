@@ -3,7 +3,7 @@
 `mhc_kernels::sinkhorn(Tensor logits, str spec) -> Tensor`: logits `[..., n, n]` -> H `[..., n, n]`, contiguous, in
 max(float32, dtype of logits); the equations are those of `reference.sinkhorn` (arXiv 2512.24880, Eq. 9).
 `mhc_kernels::sinkhorn_backward(Tensor grad, Tensor logits, str spec) -> Tensor`: the gradient of the logits, in their
-dtype. Only the logits are saved: the backward runs the iterations again. Gradients of the gradient raise
+dtype. Only the logits are saved: the backward repeats the iterations. Gradients of the gradient raise
 NotImplementedError.
 """
 
@@ -28,7 +28,7 @@ parse_spec = lru_cache(maxsize=256)(StreamSpec.parse)
 
 
 def forward(logits: Tensor, spec: StreamSpec) -> Tensor:
-    """H `[..., n, n]`, contiguous, of `logits` in max(float32, their dtype)."""
+    """Compute H `[..., n, n]`, contiguous, of `logits` in max(float32, their dtype)."""
     work = _tokens_last(logits)
     out = torch.empty_like(work)
     for source, target in zip(_chunks(work), _chunks(out), strict=True):
@@ -40,7 +40,7 @@ def forward(logits: Tensor, spec: StreamSpec) -> Tensor:
 
 
 def backward(grad: Tensor, logits: Tensor, spec: StreamSpec) -> Tensor:
-    """The gradient of `logits` for the gradient `grad` of H; shape and dtype of `logits`, contiguous."""
+    """Compute the gradient of `logits` for the gradient `grad` of H; shape and dtype of `logits`, contiguous."""
     work, flow = _tokens_last(logits), _tokens_last(grad)
     if spec.convention.fields.transposed:
         flow = flow.transpose(0, 1)
@@ -51,7 +51,7 @@ def backward(grad: Tensor, logits: Tensor, spec: StreamSpec) -> Tensor:
 
 
 def _backward_chunk(logits: Tensor, grad: Tensor, spec: StreamSpec) -> Tensor:
-    """All `[n, n, tokens]`, in the published orientation."""
+    """Compute the gradient of `logits`; all are `[n, n, tokens]`, in the published orientation."""
     fields = spec.convention.fields
     axes = reference.sinkhorn_axes(spec)
     start = _start(logits, spec)
@@ -73,7 +73,7 @@ def _backward_chunk(logits: Tensor, grad: Tensor, spec: StreamSpec) -> Tensor:
 
 
 def _start(logits: Tensor, spec: StreamSpec) -> Tensor:
-    """`reference.sinkhorn_start` on `[n, n, tokens]`; never an alias of `logits`."""
+    """Compute `reference.sinkhorn_start` on `[n, n, tokens]`; never an alias of `logits`."""
     fields = spec.convention.fields
     if fields.start == "softmax_eps":
         return torch.softmax(logits, dim=1).add_(fields.sinkhorn_eps)
@@ -113,14 +113,14 @@ def _divisor(matrix: Tensor, axis: int, spec: StreamSpec) -> Tensor:
 
 
 def _tokens_last(x: Tensor) -> Tensor:
-    """`[..., n, n]` -> `[n, n, tokens]` contiguous, so that every step is a loop over adjacent tokens."""
+    """Permute `[..., n, n]` to a contiguous `[n, n, tokens]`, so that every step is a loop over adjacent tokens."""
     n = x.shape[-1]
     flat = x.reshape(math.prod(x.shape[:-2]), n, n).to(reference.compute_dtype(x.dtype))
     return flat.permute(1, 2, 0).contiguous()
 
 
 def _tokens_first(x: Tensor, like: Tensor, spec: StreamSpec | None) -> Tensor:
-    """`[n, n, tokens]` -> the shape of `like`, contiguous; transposed where `spec` says that the published one is."""
+    """Permute `[n, n, tokens]` to the shape of `like`, contiguous; transposed where the convention of `spec` is."""
     turn = spec is not None and spec.convention.fields.transposed
     order = (2, 1, 0) if turn else (2, 0, 1)
     return x.permute(order).contiguous().view(like.shape)
@@ -162,7 +162,7 @@ def _save_backward(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor)
 
 
 def _differentiate_backward(ctx: Any, flow: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the backward, which PyTorch's own of the reference give; of any order."""
+    """Return the gradients of the backward, of any order, as PyTorch computes them for the reference."""
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         grad, logits = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors)

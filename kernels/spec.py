@@ -158,7 +158,7 @@ class StreamSpec:
             if chosen:
                 raise MHCError("MHC204", f"{chosen[0]} is one of mHC's choices, form={self.form!r} does not have it")
         text = " ".join(f"{name}={v.value if isinstance(v, Enum) else v}" for name, v in values.items())
-        object.__setattr__(self, "_text", text)  # made once: Dynamo reads it where it could not trace the making
+        object.__setattr__(self, "_text", text)  # built once: Dynamo reads it where it could not trace its construction
 
     @property
     def mix_rows(self) -> int:
@@ -182,7 +182,7 @@ class StreamSpec:
 
     @classmethod
     def parse(cls, text: str) -> StreamSpec:
-        """The inverse of `str`. Raises `MHCError` MHC204 for text that is not `field=value ...` of known fields."""
+        """Parse the text of `str`. Raises `MHCError` MHC204 for text that is not `field=value ...` of known fields."""
         parts = [part.partition("=") for part in text.split()]
         if broken := [name for name, equals, value in parts if not (equals and value)]:
             raise MHCError("MHC204", f"{broken[0]!r} in {text!r} is not field=value")

@@ -61,7 +61,7 @@ def start_alpha(spec: StreamSpec, hidden: int, start: Start) -> Tensor:
 
 
 def start_pre(spec: StreamSpec, site_index: int) -> Tensor:
-    """`pre` at the start, `[n]` float64: sums to 1, its largest entry on stream `site_index mod n`."""
+    """Return `pre` at the start, `[n]` float64: sums to 1, its largest entry on stream `site_index mod n`."""
     n = spec.streams
     if n == 1:
         return torch.sigmoid(torch.tensor([SINGLE], dtype=torch.float64)) + spec.convention.fields.pre_eps
@@ -71,7 +71,7 @@ def start_pre(spec: StreamSpec, site_index: int) -> Tensor:
 
 
 def start_bias(spec: StreamSpec, site_index: int) -> Tensor:
-    """The bias of site `site_index` (counted from 0) at the start: `[rows]` float32, ordered pre | post | mix.
+    """Return the bias of site `site_index` (counted from 0) at the start: `[rows]` float32, ordered pre | post | mix.
 
     With `phi = 0` it gives `post = 1`, `start_pre`, and an H near the identity (the identity itself when
     unconstrained).
@@ -88,7 +88,7 @@ def start_phi(shape: tuple[int, ...], start: Start) -> Tensor:
 
 
 def start_head(spec: StreamSpec, hidden: int, start: Start = DEFAULT) -> tuple[Tensor, Tensor, Tensor]:
-    """fn `[n, n*hidden]`, base `[n]` and scale `[1]` of the learned exit at the start, float32.
+    """Return fn `[n, n*hidden]`, base `[n]` and scale `[1]` of the learned exit at the start, float32.
 
     With equal streams the head gives their mean. fn starts as phi does.
     """
@@ -100,7 +100,7 @@ def start_head(spec: StreamSpec, hidden: int, start: Start = DEFAULT) -> tuple[T
 
 
 def _start_mix(spec: StreamSpec) -> Tensor:
-    """The mix block of the bias: `[mix_rows]` float64."""
+    """Return the mix block of the bias: `[mix_rows]` float64."""
     near = torch.full((spec.mix_rows,), OFF, dtype=torch.float64)
     eye = torch.eye(spec.streams, dtype=torch.float64)
     match spec.manifold:

@@ -1,7 +1,7 @@
 """Memory traffic of the fused boundary on paper: `python -m mhc_compile.kernels.traffic [width] [streams]`.
 
 The model is `Chain.bytes_token` (arXiv 2512.24880, Table 2); a kernel that finds the streams in a cache when it
-weighs them moves this much, one that does not reads `n * C` values a token once more.
+weighs them moves this much; one that does not reads `n * C` values per token once more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from mhc_compile.kernels.spec import StreamSpec
 
 
 def table(width: int, streams: int = 4) -> str:
-    """Values of the hidden size that a boundary and its three parts move a token, forward and backward, in bfloat16."""
+    """Return a table of what a boundary and its three parts move per token, forward and backward, in bfloat16.
+
+    The unit is the hidden size.
+    """
     spec = StreamSpec(streams=streams)
     lines = [f"{'chain':<14}{'forward':>9}{'backward':>10}   (times C = {width} values a token, n = {streams})"]
     for kind in ("boundary", "distribute", "coefficients", "aggregate"):

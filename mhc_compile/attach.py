@@ -137,7 +137,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def graph_inputs(parameters: StreamParameters) -> dict[str | Described, Tensor]:
-    """Return the inputs of an owner's graphs beside the model's own: parameters by name, then tables."""
+    """Return the inputs of an owner's graphs besides the model's own: parameters by name, then tables."""
     inputs: list[tuple[str | Described, Tensor]] = [*parameters.in_graph().items()]
     return dict([*inputs, *carry.table_inputs(parameters).items()])
 

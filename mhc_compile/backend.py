@@ -45,7 +45,7 @@ def mhc(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Compiled:
-    """`torch.compile(model, backend="mhc", options={...})`.
+    """Rewrite and compile one graph, as `torch.compile(model, backend="mhc", options={...})` asks.
 
     Options: the fields of `StreamSpec` (`streams`, `convention`, `manifold`, `iterations`, `exit`, `form`) for an
     unconverted model, and those of `Options` (`inner`, `mode`, `kernels`, `pipeline`, ...). Raises `MHCError`,
@@ -78,7 +78,7 @@ class Backend:
         if marks:
             return self._compile_converted(copy, marks, example_inputs)
         if any(owners(module) for module in frame.modules()):
-            # A part of a converted model beside its owners: the head, the loss.
+            # A part of a converted model outside its owners: the head, the loss.
             return compile_inner(copy, example_inputs, self.options)
         return self._compile_unconverted(copy, example_inputs, names)
 

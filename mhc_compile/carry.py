@@ -56,7 +56,7 @@ def call_inputs(roles: Roles, arguments: Mapping[str, Any], state: State) -> dic
 
 
 def table_inputs(parameters: Any) -> dict[Described, Tensor]:
-    """Return the inputs of `mhc::mark` that belong to the owner, beside its parameters."""
+    """Return the inputs of `mhc::mark` that belong to the owner, besides its parameters."""
     inputs: dict[Described, Tensor] = {}
     if parameters.memory is not None and parameters.memory.compressed:
         inputs["Compression",] = parameters.get_submodule(ROOT).compression

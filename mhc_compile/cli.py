@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's parser, every command registered."""
+    """Return the command line's parser, every command registered."""
     top = _Parser(
         prog="mhc-compile",
         description="Rewrite residual Transformers into manifold-constrained hyper-connections (mHC).",
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; return the exit code."""
     args = parser().parse_args(argv)
     try:
         code: int = COMMANDS[args.command].run(args)

@@ -81,21 +81,21 @@ def from_pretrained(
         base = [shard for shard in checkpoint.shards if shard.path.name != manifest.streams_file]
         with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
             list(pool.map(refuse_changed, base, repeat(manifest)))
-    made = read_streams(checkpoint, manifest, options)
-    for owner, parameters in made.items():
+    streams = read_streams(checkpoint, manifest, options)
+    for owner, parameters in streams.items():
         check_tokenizer(path, parameters)
         read_tables(path, owner, parameters, storage=tables, hot_rows=hot_rows)
     if by_transformers:
         loaded = _load_base(checkpoint, model or model_class(checkpoint.config), kwargs)
     else:
         loaded = _filled(model, checkpoint, kwargs)
-    for owner, parameters in made.items():
+    for owner, parameters in streams.items():
         try:
             first = next(loaded.get_submodule(owner).parameters())
         except (AttributeError, StopIteration) as error:
             raise MHCError("MHC414", f"{checkpoint.folder}: {type(loaded).__name__} has no module {owner!r}") from error
         parameters.to(first.device)
-    convert_owners(loaded, made)
+    convert_owners(loaded, streams)
     return loaded
 
 
@@ -126,7 +126,7 @@ def refuse_changed(shard: Shard, manifest: Manifest) -> None:
 
 
 def streams_shard(checkpoint: Checkpoint, manifest: Manifest) -> Shard:
-    """The shard that holds the stream parameters. Raises MHC402 where it is missing."""
+    """Return the shard that holds the stream parameters. Raises MHC402 where it is missing."""
     for shard in checkpoint.shards:
         if shard.path.name == manifest.streams_file:
             return shard
@@ -134,16 +134,16 @@ def streams_shard(checkpoint: Checkpoint, manifest: Manifest) -> Shard:
 
 
 def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -> dict[str, StreamParameters]:
-    """The stream parameters by owner, tables of memories without rows.
+    """Return the stream parameters by owner, tables of memories without rows.
 
     Raises MHC414 where the shard is not the one that `mhc.json` describes.
     """
     shard = streams_shard(checkpoint, manifest)
-    made: dict[str, StreamParameters] = {}
-    # Only shapes: what mhc.json says is compared with the file before anything of that size is made.
+    streams: dict[str, StreamParameters] = {}
+    # Only shapes: what mhc.json says is compared with the file before anything of that size is allocated.
     with torch.device("meta"):
         for path, owner in manifest.owners.items():
-            made[path] = StreamParameters(
+            streams[path] = StreamParameters(
                 owner.spec,
                 owner.sites,
                 options=options,
@@ -152,18 +152,18 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
                 readers=owner.readers,
                 partial=owner.partial,
             )
-    wanted = {f"{prefix(path)}{name}": p.shape for path, held in made.items() for name, p in held.kept().items()}
+    wanted = {f"{prefix(path)}{name}": p.shape for path, owned in streams.items() for name, p in owned.kept().items()}
     stored = {name: torch.Size(tensor.shape) for name, tensor in shard.tensors.items()}
     if wrong := sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)):
         raise MHCError("MHC414", f"{shard.path} and mhc.json differ in {names(wrong)}")
     refuse_changed(shard, manifest)
     with safe_open(shard.path, framework="pt") as file:
-        for path, parameters in made.items():
+        for path, parameters in streams.items():
             values: dict[str, Tensor] = {
                 name: file.get_tensor(f"{prefix(path)}{name}").clone() for name in parameters.kept()
             }
             parameters.load_state_dict(values, assign=True, strict=False)
-    return made
+    return streams
 
 
 def _options(kwargs: Mapping[str, Any]) -> Options:

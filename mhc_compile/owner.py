@@ -1,8 +1,8 @@
 """Convert stream owners and restore them: a converted owner runs through the backend however it is called.
 
 A converted owner is an instance of a same-named subclass of its class. Called eagerly, it runs its forward through a
-`torch.compile(backend="mhc")` of its own. Traced by Dynamo (an outer `torch.compile`), it puts `mhc::mark` in front of
-its first tensor; our backend takes the mark out, and under any other backend the mark raises MHC301, so the residual
+`torch.compile(backend="mhc")` of its own. Traced by Dynamo (an outer `torch.compile`), it inserts `mhc::mark` before
+its first tensor; our backend removes the mark, and under any other backend the mark raises MHC301, so the residual
 form never runs by accident. The mark also makes the stream parameters ordinary inputs of the graph.
 """
 

@@ -140,7 +140,7 @@ class StreamParameters(nn.Module):
     def _place_over_encoding(
         self, over: OverEncoding, device: torch.device | str | None, tables_on: torch.device | str | None
     ) -> None:
-        """W = 0: the function is unchanged, and W gets a gradient because the rows are random."""
+        """Place W = 0, which keeps the function; W gets a gradient because the rows are random."""
         place = self._place(OVER_ENCODING, functools.partial(_start_of_over_encoding, over), device)
         place.add_module("table", new_table(over.hash.rows, over.width, tables_on))
         self.table_places[OVER_TABLE] = OVER_ENCODING
@@ -200,7 +200,7 @@ class StreamParameters(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """The specification, the number of sites, the layers with a memory, and the over-encoding."""
+        """Return the specification, the number of sites, the layers with a memory, and the over-encoding."""
         layers = "" if self.memory is None else f", memory at {', '.join(m.layer for m in self.memory.layers)}"
         over = "" if self.over is None else f", over-encoding of n-grams up to {self.over.hash.order}"
         return f"{self.spec}, {len(self.sites)} sites{layers}{over}"
@@ -294,7 +294,7 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def owners(model: nn.Module) -> dict[str, StreamParameters]:
-    """The stream parameters of every converted owner in `model`, by the owner's module path."""
+    """Return the stream parameters of every converted owner in `model`, by the owner's module path."""
     return {
         name: active_parameters(module.get_submodule("mhc"))
         for name, module in model.named_modules(remove_duplicate=False)

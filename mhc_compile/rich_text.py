@@ -12,7 +12,7 @@ class Printed:
     """A base for what has a `__rich_console__`: `text()` and `str()` are the same without colours."""
 
     def text(self, width: int = 150) -> str:
-        """Plain text, its tables `width` characters wide."""
+        """Return plain text, its tables `width` characters wide."""
         stream = io.StringIO()
         Console(file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(
             self, crop=False

@@ -28,7 +28,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def tracing_config() -> dict[str, Any]:
-    """Settings of Dynamo under which an owner is captured as one graph."""
+    """Return the settings of Dynamo under which an owner is captured as one graph."""
     return {
         # DDP's optimizer would split the owner's graph; its buckets are still reduced as gradients arrive.
         "optimize_ddp": False,

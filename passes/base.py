@@ -1,4 +1,4 @@
-"""What a pass is, what passes share, and how to say where a node came from."""
+"""The interface of a pass, what passes share, and where a node came from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Mark:
     parameters: dict[str, Node]
     """Placeholder (or attribute) node of every stream parameter by name relative to the owner's `mhc` module."""
     inputs: dict[Input, Node] = field(default_factory=dict)
-    """What an owner that looks ids up brings of its call beside parameters."""
+    """What an owner that looks ids up passes of its call, besides parameters."""
     memory: Memory | None = None
     """The owner's memories."""
     over: OverEncoding | None = None
@@ -37,7 +37,7 @@ class Mark:
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
     probe: Node | None = None
-    """The slot that a sampled step brings for gradients (`mhc_compile.passes.probe`); None in every other step."""
+    """The slot that a sampled step passes for gradients (`mhc_compile.passes.probe`); None in every other step."""
     sites: tuple[str, ...] = ()
     """The owner's sites in the order of the stream, where `parameters` has another."""
     node: Node | None = None
@@ -46,7 +46,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Widened:
-    """What passes behind `widen` may know of a stream that it rewrote."""
+    """What passes after `widen` may know of a stream that it rewrote."""
 
     mark: Mark
     stream: ResidualStream
@@ -57,7 +57,7 @@ class Widened:
 
 @dataclass
 class Context:
-    """What passes hand on beside the graph. `streams` is the result of `residual`, read by all later passes."""
+    """What passes hand on besides the graph. `streams` is the result of `residual`, read by all later passes."""
 
     marks: list[Mark] = field(default_factory=list)
     streams: list[ResidualStream] = field(default_factory=list)
@@ -97,33 +97,33 @@ def module_stack(node: Node) -> list[str]:
 
 
 def module_calls(node: Node) -> list[tuple[str, str]]:
-    """As `module_stack`, each path behind a key that tells the calls of one module apart."""
+    """Return what `module_stack` returns, each path after a key that tells the calls of one module apart."""
     stack = node.meta.get("nn_module_stack") or {}
     return [("", ""), *((key, path) for key, (path, _) in stack.items() if path)]
 
 
 def module_path(node: Node) -> str:
-    """The innermost module path of `node`, `""` for the root."""
+    """Return the innermost module path of `node`, `""` for the root."""
     return module_stack(node)[-1]
 
 
 def site_path(node: Node) -> str:
-    """The full name of the site of a dialect node: `model.layers.3#0`, its module's path and the ordinal there."""
+    """Return the full name of a dialect node's site: `model.layers.3#0`, its module's path and the ordinal there."""
     return f"{module_path(node)}#{str(node.meta.get('mhc_site', '')).rpartition('#')[2]}"
 
 
 def source_line(node: Node) -> str | None:
-    """`file:line, in function: text` of the user's line that made `node`, if Dynamo recorded one."""
+    """Return `file:line, in function: text` of the user's line that created `node`, if Dynamo recorded one."""
     lines = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines() if ln.strip()]
     for i in reversed(range(len(lines))):
         if where := re.match(r'File "(.*)", line (\d+), in (.*)', lines[i]):
-            # Behind the line itself, newer Pythons mark with carets which part of it is meant.
+            # After the line itself, newer Pythons mark with carets which part of it is meant.
             return ": ".join([f"{where[1]}:{where[2]}, in {where[3]}", *lines[i + 1 : i + 2]])
     return lines[-1] if lines else None
 
 
 def refuse(code: str, detail: str, node: Node | None = None) -> MHCError:
-    """The coded error for `node`, with its module path and source line filled in."""
+    """Return the coded error for `node`, with its module path and source line filled in."""
     if node is None:
         return MHCError(code, detail)
     return MHCError(
@@ -136,17 +136,17 @@ def refuse(code: str, detail: str, node: Node | None = None) -> MHCError:
 
 
 def value(node: Node) -> Any:
-    """The fake value Dynamo (`example_value`) or export (`val`) recorded for `node`, or None."""
+    """Return the fake value that Dynamo (`example_value`) or export (`val`) recorded for `node`, or None."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
 def is_tensor(node: object) -> bool:
-    """Whether `node` is a graph node whose value is one tensor."""
+    """Return whether `node` is a graph node whose value is one tensor."""
     return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
 
 
 def shape(node: Node) -> tuple[Any, ...]:
-    """The shape of a tensor node: integers, and symbolic expressions for dynamic sizes.
+    """Return the shape of a tensor node: integers, and symbolic expressions for dynamic sizes.
 
     Expressions, because comparing two `SymInt`s would add a guard to the graph being compiled.
     """
@@ -172,7 +172,7 @@ def _same_hint(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
 
 
 def op_name(node: Node) -> str:
-    """The operation's plain name, whichever way it was spelt: `add` for `x + y`, `torch.add(x, y)` and `x.add(y)`."""
+    """Return the operation's plain name, however it is spelt: `add` for `x + y`, `torch.add(x, y)` and `x.add(y)`."""
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
@@ -182,7 +182,7 @@ def op_name(node: Node) -> str:
 
 
 def call_nodes(gm: GraphModule) -> Iterator[Node]:
-    """The nodes that compute something, in order."""
+    """Yield the nodes that compute something, in order."""
     return (n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module"))
 
 
@@ -207,12 +207,15 @@ def copy_meta(new: Node, old: Node) -> Node:
 
 
 def switches_gradients(node: Node) -> bool:
-    """Whether `node` turns gradients on or off for what follows it."""
+    """Return whether `node` turns gradients on or off for what follows it."""
     return node.op == "call_function" and op_name(node) == "_set_grad_enabled"
 
 
 def gradient_modes(graph: Graph) -> dict[Node, object]:
-    """Whether gradients are on at each node. `with` blocks leave them as they were: the last switch tells the first."""
+    """Return whether gradients are on at each node.
+
+    `with` blocks restore the mode that they found, so the last switch tells the mode of the first nodes.
+    """
     on = next((n.args[0] for n in reversed(graph.nodes) if switches_gradients(n)), None)
     modes = {}
     for node in graph.nodes:

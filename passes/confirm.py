@@ -1,4 +1,4 @@
-"""Judge proposals by arithmetic: run the nodes found on small random values in float64, and compare with the reference.
+"""Check proposals numerically: run their nodes on small random values in float64, and compare with the reference.
 
 Values and all gradients must agree, on tokens of several magnitudes, so that every eps shows, and on logits at which
 the Sinkhorn iterations are far from converged, so that their number does.
@@ -46,7 +46,7 @@ class Trial:
         self.inputs: list[Node] = []
 
     def draw(self, node: Node, tail: tuple[int, ...], *, scale: float = 1.0, magnitudes: bool = False) -> None:
-        """Give `node` a random value of its own tail (a parameter's shape, or behind the tokens)."""
+        """Give `node` a random value of its own tail (a parameter's shape, or the dimensions after the tokens)."""
         lead = () if node in self.flow.parametric else self.small
         drawn = scale * torch.randn((*lead, *tail), generator=self.rng, dtype=torch.float64, device="cpu")
         if magnitudes:
@@ -84,7 +84,7 @@ class Trial:
         return widen(node.target(*args, **kwargs))
 
     def _resized(self, sizes: tuple[Any, ...]) -> tuple[int, ...]:
-        """The size that a value of the graph has here."""
+        """Return the size that a value of the graph has in this trial."""
         k = len(self.tokens)
         if sizes[:k] == self.tokens:
             return (*self.small, *sizes[k:])
@@ -93,7 +93,7 @@ class Trial:
         raise ValueError(f"a size of {list(sizes)} does not begin with the tokens")
 
     def gradients(self, out: Tensor) -> list[Tensor]:
-        """Of a random projection of `out`, by every input."""
+        """Return the gradients of a random projection of `out` by every input."""
         rng = torch.Generator().manual_seed(1)
         weights = torch.randn(out.shape, generator=rng, dtype=torch.float64, device="cpu")
         inputs = [self.values[n] for n in self.inputs]
@@ -101,7 +101,7 @@ class Trial:
         return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
 
     def error(self, node: Node, want: Tensor) -> float:
-        """The largest difference of `node` or of its gradients from `want`, as a share of the largest element."""
+        """Return the largest difference of `node` or its gradients from `want`, as a share of the largest element."""
         got = self.values[node]
         if got.shape != want.shape:
             return math.inf
@@ -112,7 +112,7 @@ class Trial:
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """The largest difference, as a share of the largest element wanted; infinite where something is not finite."""
+    """Return the largest difference, as a share of the largest element of `want`; infinite where one is not finite."""
     error = (got - want).detach().abs().max().item()
     scale = want.detach().abs().max().item()
     return math.inf if math.isnan(error) else error / max(scale, 1e-30)
@@ -146,7 +146,9 @@ class Verdict:
 
 
 def confirm_site(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec], memory: dict[Any, Verdict]) -> Confirmed:
-    """The site as a convention computes it; `hints` are tried first. Raises `NotApart` with the reason if none does.
+    """Return the site as a convention computes it. Raises `NotApart` with the reason if none does.
+
+    `hints` are tried first.
 
     `memory` holds the verdicts on regions of this graph: layers are alike, and one trial serves them all.
     """
@@ -196,7 +198,7 @@ def _judge(
 
 
 def _signature(p: Proposal, both: Region, parameters: tuple[Node, Node, Node], following: Node) -> Any:
-    """Equal for two regions that compute the same from their leaves, operation by operation."""
+    """Return a key that is equal for regions that compute the same from their leaves, operation by operation."""
     leaves = (p.streams, p.branch, *parameters)
     names: dict[Node, str] = {n: f"leaf{i}" for i, n in enumerate(leaves) if n is not None}
     names |= {n: repr(value(n).node.hint) for n in both.numbers}
@@ -214,7 +216,7 @@ def _signature(p: Proposal, both: Region, parameters: tuple[Node, Node, Node], f
 
 
 def confirm_exit(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec]) -> Confirmed:
-    """The learned exit as a convention computes it. Raises `NotApart` with the reason if none does."""
+    """Return the learned exit as a convention computes it. Raises `NotApart` with the reason if none does."""
     apart = region(flow, [p.read], [p.streams])
     fn, scale, base = _roles(p, apart, (1,))
     trial = _site_trial(flow, p, apart, (fn, scale, base))
@@ -235,7 +237,7 @@ def confirm_exit(flow: Dataflow, p: Proposal, hints: Sequence[StreamSpec]) -> Co
 def is_function(
     flow: Dataflow, out: Node, source: Node, function: Callable[[Tensor], Tensor], tail: tuple[int, ...]
 ) -> Region | None:
-    """What computes `out` from `source` `[..., *tail]` if it is what `wanted` computes, parameters unread."""
+    """Return what computes `out` from `source` `[..., *tail]` as `function` does, without parameters, or None."""
     tokens = shape(source)[: len(shape(source)) - len(tail)]
     try:
         apart = region(flow, [out], [source])
@@ -250,7 +252,7 @@ def is_function(
 
 
 def _roles(p: Proposal, apart: Region, sizes: tuple[int, ...]) -> tuple[Node, Node, Node]:
-    """phi, alpha (or scale) and bias (or base), told apart by their shapes."""
+    """Return phi, alpha (or scale) and bias (or base), told apart by their shapes."""
     others = [n for n in apart.parameters if n is not p.phi]
     bias = [n for n in others if shape(n) == (p.rows,)]
     alpha = [n for n in others if n not in bias and len(shape(n)) < 2 and math.prod(shape(n)) in sizes]
@@ -289,7 +291,7 @@ def _matrix(trial: Trial, phi: Node, p: Proposal) -> Tensor:
 
 
 def _rounded(flow: Dataflow, p: Proposal, mix: Region, trial: Trial) -> dict[str, torch.dtype]:
-    """The dtype in which coefficients meet values of C channels, where it is a narrow one."""
+    """Return the dtype in which coefficients meet values of C channels, where it is narrower than float32."""
     sizes = {p.n: "post", p.n * p.n: "mix"}
     dtypes = {}
     for node in filter(is_tensor, mix.nodes):
@@ -304,7 +306,7 @@ def _rounded(flow: Dataflow, p: Proposal, mix: Region, trial: Trial) -> dict[str
 
 
 def specifications(n: int, rows: int, apart: Region, hints: Sequence[StreamSpec]) -> Iterator[StreamSpec]:
-    """What a site of `n` streams and `rows` rows may be: `hints` first, then a system's own manifold."""
+    """Yield what a site of `n` streams and `rows` rows may be: `hints` first, then a system's own manifold."""
     yield from (s for s in hints if s.streams == n and s.rows == rows)
     count = sum(op_name(m) in _DIVIDES and shape(m)[-2:] == (n, n) for m in apart.nodes if is_tensor(m))
     possible = []

@@ -1,19 +1,19 @@
-"""What the streams cost between the forward and the backward pass, and which blocks of sites to compute again.
+"""What the streams cost between the forward and the backward pass, and which blocks of sites to recompute.
 
 For `L` sites in blocks of `Lr`, with the bytes of one site (`SiteCost`), all of them sympy expressions:
 
     whole     = L * (state + made + branch)                   kept without recomputation
     kept      = L * branch + ceiling(L / Lr) * begin          kept with it: F's outputs, and what begins a block
-    transient = Lr * (state + made) - begin                   what a block makes again just before its backward pass
+    transient = Lr * (state + made) - begin                   what a block recomputes just before its backward pass
     peak      = kept + transient
 
 Where a block begins with the streams alone (`begin = state`) and counted as the paper does (`paper`: streams n*C; h and
 its norm 2C; F's output C), the peak is Eq. 20 of arXiv 2512.24880, `n*C*ceil(L/Lr) + (n+2)*C*Lr`, and a constant: its
 optimum is at `Lr = sqrt(n*L/(n+2))`. Our kernels keep less: the norm of h lies inside them. Where the boundary into a
-block is one kernel all that it gives is kept (`begin = state + made`), so that nothing of it is computed otherwise than
+block is one kernel, all its results are kept (`begin = state + made`), so that nothing of it is computed otherwise than
 without recomputation and gradients are equal bit by bit; the optimum is then at `sqrt(L)`.
 
-Time is traffic: the stream part is bound by memory, so what is computed again takes the time of moving its bytes.
+Time is traffic: the stream part is bound by memory, so recomputation takes the time of moving its bytes.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class SiteCost:
     """Bytes of one site, for all tokens of the graph: integers, or expressions in its sizes."""
 
     state: Expr
-    """The streams behind the site before (the streams' start for the first): kept at the beginning of a block."""
+    """The streams after the previous site (the streams' start for the first): kept at the beginning of a block."""
     made: Expr
-    """What else the site keeps of the stream part, all of which can be made again: h or its norm, coefficients, and
+    """What else the site keeps of the stream part, all of which can be recomputed: h or its norm, coefficients, and
     streams that are changed between two sites (a norm of each stream, a memory)."""
     branch: Expr
-    """F's output, which is never made again."""
+    """F's output, which is never recomputed."""
     parameters: Expr = sympy.S.Zero
     """Read once by a kernel, whatever the number of tokens: phi."""
     joined: bool = False
-    """Whether one kernel computes the streams and the site: at the beginning of a block all that it gives is kept."""
+    """Whether one kernel computes the streams and the site: at the beginning of a block all its results are kept."""
 
     @property
     def begin(self) -> Expr:
-        """Kept where the site begins a block, beside F's output."""
+        """Kept where the site begins a block, besides F's output."""
         return self.state + self.made if self.joined else self.state
 
     @property
@@ -63,12 +63,12 @@ class SiteCost:
 
     @property
     def first(self) -> Expr:
-        """Moved to make a block's first site again: the streams read, the rest written; nothing where it is kept."""
+        """Moved to recompute a block's first site: the streams read, the rest written; nothing where it is kept."""
         return sympy.S.Zero if self.joined else self.state + self.made + self.parameters
 
     @property
     def again(self) -> Expr:
-        """Moved to make any other site again: the streams and the branch before read, streams and the rest written."""
+        """Moved to recompute any other site: the streams and the previous branch read, streams and the rest written."""
         return 2 * self.state + self.branch + self.made + self.parameters
 
 
@@ -82,9 +82,9 @@ class Plan:
     runs: tuple[tuple[SiteCost, ...], ...]
     """Sites in order, one run for every piece of a stream whose sites may share blocks."""
     block: int
-    """Sites a block; the last of a run may have fewer."""
+    """Sites per block; the last of a run may have fewer."""
     rest: int = 0
-    """So many sites at the end of the graph keep everything: they are the first that the backward pass is done with."""
+    """The number of sites at the end of the graph that keep everything: the backward pass finishes them first."""
 
     @property
     def count(self) -> int:
@@ -121,18 +121,18 @@ class Plan:
 
     @cached_property
     def transient(self) -> int:
-        """The most that one block makes again."""
+        """The most that one block recomputes."""
         recomputed = (sum(s.made + s.state for s in block) - block[0].begin for block in self.blocks)
         return int(max(recomputed, default=0))
 
     @property
     def peak(self) -> int:
-        """The most that the stream part holds at a time; the sites at the end are done with before a block is made."""
+        """The most that the stream part holds at a time; the last sites are finished before a block is recomputed."""
         return max(self.kept, self.held_by_blocks)
 
     @property
     def held_by_blocks(self) -> int:
-        """What the sites in blocks hold while the largest of them is made again."""
+        """What the sites in blocks hold while the largest of them is recomputed."""
         return self._kept_by_blocks + self.transient
 
     @cached_property
@@ -150,7 +150,7 @@ class Plan:
 
 
 def optimal_block(runs: Sequence[Sequence[SiteCost]], budget: int | None = None) -> Plan:
-    """The blocks with the smallest peak; under a `budget` in bytes those that take the least time and fit.
+    """Return the blocks with the smallest peak; under a `budget` in bytes those that fit and take the least time.
 
     The costs must be whole numbers. Raises MHC626, with the smallest possible peak, where nothing fits.
     """
@@ -162,7 +162,7 @@ def optimal_block(runs: Sequence[Sequence[SiteCost]], budget: int | None = None)
         return smallest
     if smallest.whole <= budget:
         return Plan(costs, 1, rest=smallest.count)
-    # The more sites keep everything, the less is computed again.
+    # The more sites keep everything, the less is recomputed.
     tried = [Plan(costs, plan.block, _last(plan, lambda p: p.kept <= budget)) for plan in plans]
     if fitting := [plan for plan in tried if plan.peak <= budget]:
         return min(fitting, key=lambda p: (p.extra, p.peak))
@@ -171,7 +171,7 @@ def optimal_block(runs: Sequence[Sequence[SiteCost]], budget: int | None = None)
 
 
 def choose_blocks(runs: tuple[tuple[SiteCost, ...], ...], blocks: str | int) -> Plan:
-    """The blocks that the option `recompute` asks for. Raises MHC204, and MHC626 for bytes that nothing fits."""
+    """Return the blocks that the option `recompute` asks for. Raises MHC204, and MHC626 for bytes that nothing fits."""
     mode, number = parse_blocks(blocks)
     if mode == "off":
         return Plan(runs, 1, rest=sum(map(len, runs)))
@@ -184,14 +184,14 @@ def choose_blocks(runs: tuple[tuple[SiteCost, ...], ...], blocks: str | int) -> 
 
 
 def _least(plan: Plan) -> int:
-    """The smallest peak with this block size and any number of sites that keep everything."""
-    # What is kept grows with that number, and what is held while a block is made shrinks.
+    """Return the smallest peak with this block size and any number of sites that keep everything."""
+    # What is kept grows with that number, and what is held while a block is recomputed shrinks.
     rest = _last(plan, lambda p: p.kept <= p.held_by_blocks)
     return min(Plan(plan.runs, plan.block, r).peak for r in (rest, min(rest + 1, plan.count)))
 
 
 def _last(plan: Plan, holds: Callable[[Plan], bool]) -> int:
-    """The largest number of sites that keep everything up to which `holds`."""
+    """Return the largest number of sites that keep everything up to which `holds`."""
     low, high = 0, plan.count
     while low < high:
         middle = (low + high + 1) // 2
@@ -203,7 +203,7 @@ def _last(plan: Plan, holds: Callable[[Plan], bool]) -> int:
 
 
 def parse_blocks(blocks: str | int) -> tuple[Mode, int | None] | tuple[Literal["sites", "bytes"], int]:
-    """What the option `recompute` asks for: ("off" | "auto" | "stage", None), ("sites", n) or ("bytes", n).
+    """Parse the option `recompute`: ("off" | "auto" | "stage", None), ("sites", n) or ("bytes", n).
 
     Raises MHC204 for anything else.
     """
@@ -218,6 +218,6 @@ def parse_blocks(blocks: str | int) -> tuple[Mode, int | None] | tuple[Literal["
 
 
 def bytes_text(size: int) -> str:
-    """Bytes for a reader."""
+    """Return bytes as text for a reader."""
     unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if size >= _UNITS[u]), "B")
     return f"{size / _UNITS[unit]:.4g} {unit}"

@@ -1,7 +1,7 @@
 """Count the residual adds that joined a stream, and find those that did not: what makes a conversion degenerate.
 
 At the first site of a stream all streams are copies of one value, which no doubly stochastic H changes; what the last H
-does is lost in the mean behind it. H can learn at the sites in between. A stream that ends and begins again at every
+does is lost in the mean after it. H can learn at the sites in between. A stream that ends and begins again at every
 layer has none: it costs parameters and time, and stays a residual model.
 """
 

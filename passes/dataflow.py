@@ -42,7 +42,7 @@ EMBEDDINGS = {"embedding", "embedding_bag", "index_select"}
 
 
 def writes_first_operand(node: Node) -> bool:
-    """Whether `node` mutates its first operand (`x += y`, `x.add_(y)`, `x[i] = y`, `relu(x, inplace=True)`)."""
+    """Return whether `node` mutates its first operand (`x += y`, `x.add_(y)`, `x[i] = y`, `relu(x, inplace=True)`)."""
     if node.op not in ("call_method", "call_function") or not node.args or not is_tensor(node.args[0]):
         return False
     name = op_name(node)
@@ -52,7 +52,7 @@ def writes_first_operand(node: Node) -> bool:
 
 
 def in_place_option(node: Node) -> int | str | None:
-    """Where a function is told to work in place: the index or the name of its argument; None if it is not told."""
+    """Return the index or name of the argument that tells a function to work in place, or None."""
     if node.op != "call_function":
         return None
     if node.kwargs.get("inplace") is True:
@@ -72,13 +72,13 @@ def _place_of_option(function: Callable[..., Any]) -> int | None:
 
 
 def carries_data(node: Node) -> bool:
-    """Whether the node's value is a tensor, or a tuple or list that holds one."""
+    """Return whether the node's value is a tensor, or a tuple or list that holds one."""
     v = value(node)
     return isinstance(v, torch.Tensor) or (isinstance(v, (tuple, list)) and any(isinstance(x, torch.Tensor) for x in v))
 
 
 def storage_root(node: Node) -> Node:
-    """The node whose storage `node` may be a view of, following views and in-place results to their base."""
+    """Return the node whose storage `node` may be a view of, through views and in-place results."""
     while _may_view(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -119,7 +119,7 @@ class Dataflow:
         self.content = set(
             passed_in if not any(self._embeds(n) for n in passed_in) else filter(self._is_projected, passed_in)
         )
-        """Inputs that hold content where they are floating point; beside token ids, caches and masks do not."""
+        """Inputs that hold content where they are floating point; next to token ids, caches and masks do not."""
         for i, node in enumerate(self.nodes):
             inputs = self._data_inputs(node)
             inputs += [w for n in inputs if (w := last_write.get(storage_root(n))) is not None and w not in inputs]
@@ -148,13 +148,13 @@ class Dataflow:
 
     @staticmethod
     def _embeds(placeholder: Node) -> bool:
-        """Whether an embedding looks up this input: token ids."""
+        """Return whether an embedding looks up this input: token ids."""
         users = [u for n in (placeholder, *placeholder.users) for u in (n, *n.users)]
         return any(op_name(u) in EMBEDDINGS and u.op == "call_function" for u in users)
 
     @staticmethod
     def _is_projected(placeholder: Node) -> bool:
-        """Whether this input goes into a layer within a few steps: features, pixels, embeddings; no cache, no mask."""
+        """Return whether a layer reads this input in a few steps: features, pixels, embeddings; no cache, no mask."""
         front = [placeholder]
         for _ in range(4):
             if any(op_name(u) in MATMULS for n in front for u in n.users):
@@ -182,7 +182,7 @@ class Dataflow:
             self.matmuls |= 1 << self.index[node]
 
     def _looks_up(self, node: Node) -> bool:
-        """`weight[ids]`: an embedding spelt as indexing."""
+        """Return whether `node` is `weight[ids]`, an embedding spelt as indexing."""
         if op_name(node) != "getitem" or len(node.args) != 2:
             return False
         table, ids = node.args
@@ -209,11 +209,11 @@ class Dataflow:
         return target._qualified_op_name.split("::")[0] not in ("aten", "prims", "mhc")
 
     def bit(self, node: Node) -> int:
-        """The node's own bit."""
+        """Return the node's own bit."""
         return 1 << self.index[node]
 
     def depends(self, node: Node, on: Node) -> bool:
-        """Whether the value of `node` depends on `on` (or is it)."""
+        """Return whether the value of `node` depends on `on` (or is it)."""
         return bool(self.ancestors[node] >> self.index[on] & 1)
 
     @cached_property
@@ -227,11 +227,11 @@ class Dataflow:
         return out
 
     def between(self, source: Node, sink: Node) -> int:
-        """Bit mask of the nodes on paths from `source` to `sink`, both included."""
+        """Return the bit mask of the nodes on paths from `source` to `sink`, both included."""
         return self.descendants[source] & self.ancestors[sink]
 
     def members(self, mask: int) -> list[Node]:
-        """The nodes of a bit mask, in graph order."""
+        """Return the nodes of a bit mask, in graph order."""
         out = []
         while mask:
             low = mask & -mask

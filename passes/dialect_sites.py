@@ -1,9 +1,9 @@
 """Which nodes of a dialect graph belong to the streams at each site, and which to its branch.
 
 A site begins with its *state*: the `distribute` of the site before, `expand`, or an input of the graph. To the streams
-belongs everything behind it up to what the branch reads: norms of each stream, a memory's gate and what it lets in,
+belongs everything after it up to what the branch reads: norms of each stream, a memory's gate and what it admits,
 coefficients, casts, `aggregate`, the branch's entry norm. To the branch belongs F's output, which `distribute` reads;
-what lies between is nobody's.
+what lies between belongs to neither.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class StreamSite:
     """One site of a dialect graph."""
 
     name: str
-    """As in `meta["mhc_site"]`; empty where the graph's maker gave none."""
+    """As in `meta["mhc_site"]`; empty where none was recorded."""
     coefficients: Node
     state: Node
     """Where the streams come from: the `distribute` of the site before, or what its stream starts with."""
     distribute: Node | None
-    """Which ends the site; None where the graph ends inside it."""
+    """The `distribute` that ends the site; None where the graph ends inside it."""
     stream: list[Node] = field(default_factory=list)
-    """What can be computed again from `state`, in order."""
+    """What can be recomputed from `state`, in order."""
     branch: list[Node] = field(default_factory=list)
     """F's output, with the views through which `distribute` reads it."""
 
     @property
     def nodes(self) -> Iterator[Node]:
-        """All nodes that tags of a block stand on."""
+        """All nodes that carry the tags of a block."""
         yield from self.stream
         yield from self.branch
         if self.distribute is not None:
@@ -61,12 +61,12 @@ class StreamSite:
 
     @property
     def is_boundary(self) -> bool:
-        """Whether `fuse` makes one kernel of the `distribute` in front of the site and the site."""
+        """Whether `fuse` merges the site and the `distribute` before it into one kernel."""
         reads = [self.coefficients.args[0], *(h.args[0] for h in self.weighs)]
         return self.state.target is DIALECT.distribute.default and reads == [self.state, self.state]
 
     def cost(self, *, joined: bool = False) -> SiteCost:
-        """Bytes that the site's kernels keep for the backward pass, in the sizes of the graph."""
+        """Return the bytes that the site's kernels keep for the backward pass, in the sizes of the graph."""
         spread = {n for n in self.stream if is_tensor(n)}
         read = {x for n in (*self.stream, self.distribute) if n is not None for x in _streams_read(n)}
         parameters = [p for p in self.coefficients.args[1:] if isinstance(p, Node)]
@@ -89,7 +89,7 @@ class StreamSite:
 
 
 def stream_sites(graph: Graph) -> list[StreamSite]:
-    """The sites of a dialect graph in the order of their streams."""
+    """Return the sites of a dialect graph in the order of their streams."""
     outside = _depending(graph) - _inside_branches(graph)
     sites = []
     taken: set[Node] = set()
@@ -113,7 +113,7 @@ def stream_sites(graph: Graph) -> list[StreamSite]:
 
 
 def by_stream(sites: Iterable[StreamSite]) -> list[list[StreamSite]]:
-    """The sites of every stream, in order."""
+    """Return the sites of every stream, in order."""
     every: list[list[StreamSite]] = []
     ending: dict[Node, list[StreamSite]] = {}
     for site in sites:
@@ -128,12 +128,12 @@ def by_stream(sites: Iterable[StreamSite]) -> list[list[StreamSite]]:
 
 
 def size_of(node: Node) -> Expr:
-    """Bytes of a tensor, in the sizes of the graph."""
+    """Return the bytes of a tensor, in the sizes of the graph."""
     return sympy.prod(shape(node)) * value(node).dtype.itemsize
 
 
 def size_hints(graph: Graph) -> dict[Any, int]:
-    """The sizes at hand for every dynamic size of the graph, without a guard on it."""
+    """Return the current value of every dynamic size of the graph, without adding a guard."""
     hints: dict[Any, int] = {}
     for node in filter(is_tensor, graph.nodes):
         for d in value(node).shape:
@@ -143,7 +143,7 @@ def size_hints(graph: Graph) -> dict[Any, int]:
 
 
 def _ends(coefficients: Node) -> list[Node]:
-    """The `aggregate`s and the `distribute` that read the coefficients, through casts."""
+    """Return the `aggregate`s and the `distribute` that read the coefficients, through casts."""
     ends = (DIALECT.aggregate.default, DIALECT.distribute.default)
 
     def readers(node: Node) -> list[Node]:
@@ -154,13 +154,13 @@ def _ends(coefficients: Node) -> list[Node]:
 
 
 def _carried(graph: Graph) -> set[Node]:
-    """The inputs of the graph that are streams: what crosses into a pipeline stage."""
+    """Return the inputs of the graph that are streams: what crosses into a pipeline stage."""
     shapes = {shape(coefficients.args[0]) for coefficients in coefficient_nodes(graph)}  # type: ignore[arg-type]
     return {n for n in graph.nodes if n.op == "placeholder" and is_tensor(n) and shape(n) in shapes}
 
 
 def _depending(graph: Graph) -> set[Node]:
-    """What needs the streams, what they start with among it."""
+    """Return what depends on the streams, including what they start with."""
     depending = _carried(graph)
     for node in graph.nodes:
         if node.target is DIALECT.expand.default or any(n in depending for n in node.all_input_nodes):
@@ -169,14 +169,14 @@ def _depending(graph: Graph) -> set[Node]:
 
 
 def _state(coefficients: Node, outside: set[Node]) -> Node:
-    """Where the streams that the site reads come from, past what is done to each stream."""
+    """Return where the streams that the site reads come from, above the operations on each stream."""
     node = coefficients.args[0]
     assert isinstance(node, Node)
     while not _is_state(node):
         above = [n for n in node.all_input_nodes if n in outside]
         if not above:
             break
-        node = max(above)  # the youngest: an older state may be added to it
+        node = max(above)  # the latest: an earlier state may be added to it
     return node
 
 
@@ -185,7 +185,7 @@ def _is_state(node: Node) -> bool:
 
 
 def _inside_branches(graph: Graph) -> set[Node]:
-    """What reads the streams through `aggregate` or `reduce`, up to `distribute`."""
+    """Return what reads the streams through `aggregate` or `reduce`, up to `distribute`."""
     inside: set[Node] = set()
     opens = (DIALECT.aggregate.default, DIALECT.reduce.default)
     for node in graph.nodes:
@@ -197,7 +197,7 @@ def _inside_branches(graph: Graph) -> set[Node]:
 
 
 def _between(roots: Iterable[Node], allowed: set[Node]) -> set[Node]:
-    """What lies between the states and `roots`, the states and roots that end other sites not counted."""
+    """Return what lies between the states and `roots`, without the states and the roots that end other sites."""
 
     def above(node: Node) -> list[Node]:
         return [n for n in node.all_input_nodes if n in allowed and not _is_state(n)]
@@ -206,13 +206,13 @@ def _between(roots: Iterable[Node], allowed: set[Node]) -> set[Node]:
 
 
 def _streams_read(node: Node) -> list[Node]:
-    """The n-stream values that an op of the dialect or of a memory reads."""
+    """Return the n-stream values that an op of the dialect or of a memory reads."""
     in_dialect = getattr(node.target, "namespace", "") in ("mhc", "engram")
     return [node.args[0]] if in_dialect and isinstance(node.args[0], Node) and len(node.all_input_nodes) > 1 else []
 
 
 def _unwrapped(branch: object) -> list[Node]:
-    """`branch` and, where it is a view, what it views."""
+    """Return `branch` and, where it is a view, what it views."""
     values = []
     while isinstance(branch, Node):
         values.append(branch)

@@ -1,9 +1,9 @@
 """Insert memories: rows looked up by hashes of the token ids, added to the streams at the entry of chosen layers.
 
-    reach  = engram.reach(ids, mask, positions, ...)      where documents begin; once a graph
+    reach  = engram.reach(ids, mask, positions, ...)      where documents begin; once per graph
     rows   = engram.rows(ids', reach, before, hash)       as soon as the ids are there, for every layer
     e      = the rows of the table                        also early, so that it overlaps with the layers before
-    a      = engram.gate(X, W_K e, gains)                 at the entry of the layer, in front of its first site
+    a      = engram.gate(X, W_K e, gains)                 at the entry of the layer, before its first site
     X'     = engram.inject(X, a, W_V e, reach, conv)      what all of the layer's sites read and carry on
 
 A cached call carries state: the last ids, how far the document reaches, and what the convolution saw. The state's
@@ -47,7 +47,7 @@ class Engram:
         for widened in context.widened:
             if widened.mark.memory is not None:
                 of_mark = [w for w in context.widened if w.mark is widened.mark]
-                # Of this graph: the first site of a layer may be one that its mode leaves out.
+                # The entries of this graph: its mode may leave out the first site of a layer.
                 entries = layers_of([site for w in of_mark for site in w.reads])
                 _Inserting(gm.graph, widened, widened.mark.memory, entries, portable=self.portable).run()
                 layers = ", ".join(m.layer for m in widened.mark.memory.layers)
@@ -65,7 +65,7 @@ class _Inserting(Lookups):
         super().__init__(graph, widened, ids, portable=portable)
         self.memory = memory
         self.entries = {layer: site for layer, site in entries.items() if site in widened.reads}
-        """The site in front of which each layer of the stream gets its memory."""
+        """The site before which each layer of the stream gets its memory."""
         self.modes = gradient_modes(graph)
 
     def run(self) -> None:
@@ -92,7 +92,7 @@ class _Inserting(Lookups):
     # --- early in the graph: ids, rows ---------------------------------------------------------------------------
 
     def _tokens(self) -> tuple[Node, Node, Node | None]:
-        """Compressed ids [B, S], reach [B, S], and the carried compressed ids [B, N-1]."""
+        """Return the compressed ids [B, S], reach [B, S], and the carried compressed ids [B, N-1]."""
         ids = self.ids
         if self.memory.compressed:
             inside = self._early(torch.clamp, ids, 0)
@@ -118,7 +118,7 @@ class _Inserting(Lookups):
             u.replace_input_with(X, new)
 
     def _memory(self, m: LayerMemory, X: Node, rows: Node, reach: Node) -> Node:
-        """The streams with the memory added, inserted where the graph inserts now."""
+        """Return the streams with the memory added, inserted at the graph's insertion point."""
         streams, dtype = value(X).shape[-2], value(X).dtype
         p = {name: self._parameter(m, name) for name in ("key", "value", "query_gain", "key_gain")}
         rows = self.method("to", rows, dtype)

@@ -16,14 +16,14 @@ from mhc_compile.passes.stages import coefficient_nodes, places
 
 
 def node_flops(gm: GraphModule) -> dict[Node, float]:
-    """Floating-point operations of every node in one forward; nothing is computed."""
+    """Return the floating-point operations of every node in one forward; nothing is computed."""
     return _Counting(gm).costs()
 
 
 def by_site(graph: Graph, costs: Mapping[Node, float]) -> list[float]:
-    """What every site costs, given what nodes cost.
+    """Return what every site costs, given the costs of nodes.
 
-    A node is counted with the site whose piece computes it; what every piece that reads it may compute again (the
+    A node is counted with the site whose piece computes it; what every piece that reads it may recompute (the
     embedding, masks, a memory's projections), with the first of these.
     """
     count = len(coefficient_nodes(graph))
@@ -35,7 +35,7 @@ def by_site(graph: Graph, costs: Mapping[Node, float]) -> list[float]:
 
 
 def first_places(graph: Graph, starts: Sequence[int]) -> dict[Node, int]:
-    """The piece of every node; of what several pieces compute, the first of them."""
+    """Return the piece of every node; for what several pieces compute, the first of them."""
     place = places(graph, starts)
     for node in reversed(graph.nodes):
         if node not in place:
@@ -44,7 +44,7 @@ def first_places(graph: Graph, starts: Sequence[int]) -> dict[Node, int]:
 
 
 def grouped_flops(a: Sequence[int], b: Sequence[int]) -> int:
-    """Operations of a grouped matrix product of shapes `a` and `b`: every row meets the matrix of its group alone.
+    """Return the operations of a grouped matrix product of shapes `a` and `b`: a row meets its group's matrix alone.
 
     PyTorch's own counter has no formula for it.
     """

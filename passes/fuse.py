@@ -1,7 +1,7 @@
 """Merge dialect ops into the largest chains that a kernel exists for.
 
     distribute, coefficients, aggregate  ->  mhc_kernels.boundary   from one site to the next
-    coefficients, aggregate              ->  mhc_kernels.read       the first site, and behind a norm of each stream
+    coefficients, aggregate              ->  mhc_kernels.read       the first site, and after a norm of each stream
     distribute, aggregate                ->  mhc_kernels.carry      where coefficients do not depend on the streams
     distribute, reduce                   ->  mhc_kernels.leave      the exit
     ... aggregate, norm of the branch    ->  mhc_kernels.boundary_rms, read_layer, ...
@@ -64,7 +64,7 @@ class Fuse:
     provides: ClassVar[tuple[str, ...]] = ("fused",)
 
     def prepare(self, gm: GraphModule) -> None:
-        """Find out what this machine compiles, which takes seconds once a process and is no time of this pass."""
+        """Look for compilers, which takes seconds once per process and does not count as time of this pass."""
         dialect = [n for n in gm.graph.nodes if is_tensor(n) and getattr(n.target, "namespace", "") == "mhc"]
         if dialect and self.kinds:
             targets.look_for_compilers(value(dialect[0]).device.type)
@@ -105,7 +105,7 @@ class _Fusing(Writer):
     def run(self) -> None:
         for node in [n for n in self.graph.nodes if n.target in COEFFICIENTS]:
             self._hoist(node)
-        # Larger chains first: what they take is gone when the smaller ones look.
+        # Larger chains first: the smaller ones get what is left.
         for node in list(self.graph.nodes):
             if node.target is DIALECT.distribute.default:
                 self._mix(node)
@@ -123,7 +123,7 @@ class _Fusing(Writer):
                 self._replace("reduce", _Parts(weigh=node), _spec(node))
 
     def _hoist(self, site: Node) -> None:
-        """Take coefficients that do not read the streams' values in front of the `distribute` that they are given."""
+        """Move coefficients that do not read the streams' values before the `distribute` that they are given."""
         form, mix = form_of(_spec(site)), site.all_input_nodes[0]
         free = isinstance(form, StreamForm) and not form.reads_streams and mix.target is DIALECT.distribute.default
         same = _block(mix) == _block(site) and self.modes[mix] == self.modes[site]
@@ -153,7 +153,7 @@ class _Fusing(Writer):
         self._replace(kind, parts, _spec(parts.site))
 
     def _only_aggregate(self, site: Node) -> Node | None:
-        """The one reader of the site's `pre`."""
+        """Return the one reader of the site's `pre`."""
         readers = [u for item in _items(site, 0) for u in item.users]
         only = len(readers) == 1 and readers[0].target is DIALECT.aggregate.default
         return readers[0] if only else None
@@ -199,7 +199,7 @@ class _Fusing(Writer):
         return True
 
     def _values(self, parts: _Parts) -> tuple[Node, dict[str, Any]]:
-        """Where the new op goes, and its arguments by name."""
+        """Return the node before which the new op goes, and its arguments by name."""
         values: dict[str, Any] = {}
         if parts.weigh is not None:
             values["X"] = parts.weigh.args[0]
@@ -217,7 +217,7 @@ class _Fusing(Writer):
         return parts.nodes[0], values
 
     def _against(self, chain: Chain, parts: _Parts, first: Node, values: dict[str, Any]) -> str:
-        """Why the chain is not fused, nothing where it is."""
+        """Return why the chain is not fused, or '' where it is."""
         if chain.kind not in self.kernels:
             return "switched off"
         if len({self.modes[n] for n in parts.nodes}) > 1:
@@ -232,7 +232,7 @@ class _Fusing(Writer):
         return reason if target == "reference" else ""
 
     def _redirect(self, parts: _Parts, items: dict[str, Node]) -> None:
-        """Give the readers of the old nodes the new ones and erase the old."""
+        """Replace the old nodes by the new ones for all readers, and erase the old."""
         if parts.site is not None:
             for i, name in enumerate(("next_pre", "next_post", "next_mix")):
                 for old in _items(parts.site, i):
@@ -254,12 +254,12 @@ class _Fusing(Writer):
 
 
 def _block(node: Node) -> tuple[object, object]:
-    """The recompute block of a node."""
+    """Return the recompute block of a node."""
     return node.meta.get("ac_graph_id"), node.meta.get("recompute")
 
 
 def device_of(X: Node) -> str:
-    """The type of device whose kernels compute on X; for a model without memory the one that this machine has."""
+    """Return the type of device whose kernels compute on X; for a `meta` model, that of this machine."""
     device = str(value(X).device.type)
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "meta" else device
 
@@ -286,5 +286,5 @@ def _streams(node: Node) -> int:
 
 
 def _spec(node: Node) -> StreamSpec:
-    """The specification that a site or an exit carries."""
+    """Return the specification that a site or an exit carries."""
     return StreamSpec.parse(str(node.args[-1 if node.target in COEFFICIENTS else 1]))

@@ -86,6 +86,6 @@ def _merge(graph: Graph, inject: Node) -> None:
 
 
 def _reads_its_own_gate(inject: Node) -> bool:
-    """Whether nothing else reads the gate, and no history stands in front of it."""
+    """Return whether nothing else reads the gate, and no history precedes it."""
     X, gate = inject.args[:2]
     return isinstance(gate, Node) and gate.target is ENGRAM.gate.default and gate.args[0] is X and len(gate.users) == 1

@@ -29,7 +29,7 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
 
 
 def after(*nodes: Node) -> Node:
-    """Return the first node after all `nodes` that is no input of the graph: what to insert in front of."""
+    """Return the first node after all `nodes` that is no input of the graph: the node to insert before."""
     place = max(nodes).next
     while place.op == "placeholder":
         place = place.next
@@ -37,7 +37,7 @@ def after(*nodes: Node) -> Node:
 
 
 class Writer:
-    """Inserts nodes where the graph inserts now, with the provenance of `like`: module path, source line, tags."""
+    """Inserts nodes at the graph's insertion point, with the provenance of `like`: module path, source line, tags."""
 
     def __init__(self, graph: Graph, like: Node | None = None) -> None:
         self.graph = graph

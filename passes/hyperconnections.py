@@ -1,9 +1,9 @@
-"""Where hand-written hyper-connections may stand in a graph: proposals by structure, for `confirm` to judge.
+"""Where hand-written hyper-connections may lie in a graph: proposals by structure, for `confirm` to check.
 
 A site reads its n streams X `[..., n, C]` through one projection with a parameter of n*C columns. All that follows from
 X and parameters alone is local to the site: the coefficients, the branch input h. What combines local values with one
-more value y `[..., C]` that depends on h is the mix, and one of its values is the next X. No name, no order of
-operations and no way of spelling a product is looked at.
+more value y `[..., C]` that depends on h is the mix, and one of its values is the next X. Names, the order
+of operations and the spelling of products do not matter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mhc_compile.passes.base import is_tensor, op_name, shape, value
 from mhc_compile.passes.dataflow import CASTS, VIEW_OPS, Dataflow, carries_data, storage_root, writes_first_operand
 
 MAX_CANDIDATES = 8
-"""Values tried as the next X: partial sums come first, and what is computed from the next X behind it."""
+"""Values tried as the next X: partial sums come before it, and what is computed from it after it."""
 SIZED = {"view", "reshape", "expand", "broadcast_to"}
 """Operations whose arguments are sizes, tokens included."""
 _RESHAPES = (VIEW_OPS | {"repeat_interleave"}) - {"dropout", "getitem", "mark"}
@@ -31,7 +31,7 @@ _RANDOM = ("dropout", "rand", "bernoulli", "normal_", "multinomial", "poisson")
 
 @dataclass
 class Proposal:
-    """A projection of n streams and what is made of it: a site, or (`branch is None`) a learned exit."""
+    """A projection of n streams and what is computed from it: a site, or (`branch is None`) a learned exit."""
 
     streams: Node
     """X `[..., n, C]`."""
@@ -68,7 +68,7 @@ class Region:
     nodes: list[Node]
     parameters: list[Node]
     numbers: list[Node] = field(default_factory=list)
-    """Attributes of the model that Dynamo takes for variables: an eps under `dynamic=True`."""
+    """Attributes of the model that Dynamo treats as variables: an eps under `dynamic=True`."""
 
 
 class NotApart(Exception):
@@ -76,7 +76,7 @@ class NotApart(Exception):
 
 
 def proposals(flow: Dataflow) -> Iterator[Proposal]:
-    """Every projection of n streams whose result is used to read them, in graph order."""
+    """Yield every projection of n streams whose result is used to read them, in graph order."""
     for node in flow.members(flow.matmuls):
         phi = _phi(flow, node)
         if phi is None:
@@ -102,7 +102,7 @@ def _proposal(flow: Dataflow, p: Proposal) -> Iterator[Proposal]:
 
 
 def _phi(flow: Dataflow, node: Node) -> Node | None:
-    """The one parameter matrix that `node` contracts with."""
+    """Return the one parameter matrix that `node` contracts with."""
     parametric = [n for n in flow.inputs[node] if n in flow.parametric]
     if len(parametric) != 1:
         return None
@@ -117,7 +117,7 @@ def _phi(flow: Dataflow, node: Node) -> Node | None:
 
 
 def _streams(flow: Dataflow, node: Node, size: int) -> Node | None:
-    """The nearest value `[..., n, C]` with n*C = `size` that all of what `node` projects goes through."""
+    """Return the nearest `[..., n, C]` with n*C = `size` through which passes all that `node` projects."""
     at = flow.dominators.get(node)
     while at is not None and not flow.bit(at) & flow.matmuls:
         if is_tensor(at) and len(shape(at)) >= 3:
@@ -129,7 +129,7 @@ def _streams(flow: Dataflow, node: Node, size: int) -> Node | None:
 
 
 def without_widening(node: Node) -> Node:
-    """What `node` is before casts that lose nothing."""
+    """Return `node` before casts that lose nothing."""
     while op_name(node) in CASTS and isinstance(node.args[0], Node) and is_tensor(node.args[0]):
         source = node.args[0]
         if torch.promote_types(value(source).dtype, value(node).dtype) != value(node).dtype:
@@ -139,14 +139,14 @@ def without_widening(node: Node) -> Node:
 
 
 def cast_behind(node: Node, dtype: torch.dtype) -> Node:
-    """The cast of `node` to `dtype`, where that is all that reads it."""
+    """Return the cast of `node` to `dtype`, where that is all that reads it."""
     users = list(node.users)
     narrows = value(node).dtype != dtype and len(users) == 1 and op_name(users[0]) in CASTS
     return users[0] if narrows and is_tensor(users[0]) and value(users[0]).dtype == dtype else node
 
 
 def local(flow: Dataflow, streams: Node, projection: Node | None = None) -> list[Node]:
-    """All values that follow from `streams` and parameters alone, through no layer other than `projection`."""
+    """Return all values that follow from `streams` and parameters alone, through no layer other than `projection`."""
     values: dict[Node, None] = {streams: None}
     queue = _Ahead(flow, [streams])
     for node in queue:
@@ -159,7 +159,7 @@ def local(flow: Dataflow, streams: Node, projection: Node | None = None) -> list
 
 
 def _mix(flow: Dataflow, p: Proposal, near: set[Node], before: set[Node]) -> tuple[Node | None, list[Node]]:
-    """y, and in graph order what may be the next streams."""
+    """Return y, and in graph order what may be the next streams."""
     tokens, branch = shape(p.streams)[:-2], None
     mixed: set[Node] = set()
     candidates: list[Node] = []
@@ -187,7 +187,7 @@ def _mix(flow: Dataflow, p: Proposal, near: set[Node], before: set[Node]) -> tup
 
 
 def _branch(node: Node, form: tuple[Any, ...]) -> Node | None:
-    """The value `[..., C]` that `node` is a view or a cast of."""
+    """Return the value `[..., C]` that `node` is a view or a cast of."""
     while is_tensor(node) and shape(node) != form:
         if op_name(node) not in _RESHAPES or not node.args or not isinstance(node.args[0], Node):
             return None
@@ -217,7 +217,7 @@ class _Ahead:
 
 
 def _is_pure(node: Node) -> bool:
-    """Whether the node computes the same from the same, and nothing else."""
+    """Return whether the node's result depends on its operands alone, and it changes nothing."""
     if node.op not in ("call_function", "call_method") or not carries_data(node) or writes_first_operand(node):
         return False
     name = op_name(node)
@@ -225,14 +225,14 @@ def _is_pure(node: Node) -> bool:
 
 
 def region(flow: Dataflow, outputs: list[Node], leaves: list[Node]) -> Region:
-    """What computes `outputs` from `leaves`, parameters and constants. Raises `NotApart`."""
-    found: set[Node] = set()
+    """Return what computes `outputs` from `leaves`, parameters and constants. Raises `NotApart`."""
+    computed: set[Node] = set()
     parameters: set[Node] = set()
     numbers: set[Node] = set()
     stack = [n for n in outputs if n not in leaves]
     while stack:
         node = stack.pop()
-        if node in found or node in parameters:
+        if node in computed or node in parameters:
             continue
         if isinstance(value(node), torch.SymFloat) and value(node).node.hint is not None:
             numbers.add(node)
@@ -244,11 +244,11 @@ def region(flow: Dataflow, outputs: list[Node], leaves: list[Node]) -> Region:
             raise NotApart(f"it reads {node.name}")
         if storage_root(node) in flow.writes:
             raise NotApart(f"{node.name} is written in place")
-        found.add(node)
+        computed.add(node)
         sizes = node.all_input_nodes if op_name(node) in SIZED else []
         stack += [n for n in node.all_input_nodes if n not in leaves and (carries_data(n) or n not in sizes)]
     for node in leaves:
         if storage_root(node) in flow.writes:
             raise NotApart(f"{node.name} is written in place")
     order = flow.index.__getitem__
-    return Region(*(sorted(nodes, key=order) for nodes in (found, parameters, numbers)))
+    return Region(*(sorted(nodes, key=order) for nodes in (computed, parameters, numbers)))

@@ -36,7 +36,7 @@ class Lookups(Writer):
         self.widened, self.ids, self.portable = widened, ids, portable
         self.inputs, self.parameters = widened.mark.inputs, widened.mark.parameters
         self.last = max(ids, *self.inputs.values(), *self.parameters.values())
-        """Everything that look-ups read is there behind it; the next look-up goes behind the one before."""
+        """The last node that look-ups read; the next look-up goes after the previous one."""
         self.part = ("", "")
         """The layer and first site of the memory whose nodes are inserted now."""
         self.kept: dict[State, Node] = {}
@@ -46,7 +46,7 @@ class Lookups(Writer):
     def _refuse_unknown(self) -> None:
         """Raise MHC236 for an argument that reaches the streams and may be a mask or positions.
 
-        Whatever the ids are made from is the ids themselves, and targets are read behind the streams alone.
+        Whatever the ids are computed from is the ids themselves, and targets are read after the streams alone.
         """
         unknown = {x.argument: node for x, node in self.inputs.items() if isinstance(x, Unknown)}
         sources = [node for node in unknown.values() if value(node).dtype != torch.bool and reaches(node, self.ids)]
@@ -59,7 +59,7 @@ class Lookups(Writer):
     # --- early in the graph: ids, rows ---------------------------------------------------------------------------
 
     def _documents(self, ids: Node, eos: int, of: str) -> tuple[Node, Node | None]:
-        """Reach [B, S] of `ids`, and the ids in front of them that the state `of` carries, with the last ones kept."""
+        """Return reach [B, S] of `ids`, and the ids before them that the state `of` carries; keep the last ones."""
         mask, positions = (self.inputs.get(Argument(role)) for role in ("mask", "positions"))
         optional = (mask, positions, self.inputs.get(State("reach", of)))
         reach = self._early(ENGRAM.reach.default, ids, *optional, eos)
@@ -67,7 +67,7 @@ class Lookups(Writer):
         if before is not None:
             self._keep_end(State("ids", of), self._early(torch.cat, (before, ids), 1))
             following = self._early(operator.add, self._early(operator.getitem, reach, (_ALL, -1)), 1)
-            # A document ends with its end-of-text token, and in front of padding.
+            # A document ends with its end-of-text token, and before padding.
             for tensor, end in ((ids, eos), (mask, 0)):
                 if tensor is not None and end >= 0:
                     last = self._early(operator.getitem, tensor, (_ALL, -1))
@@ -76,7 +76,7 @@ class Lookups(Writer):
         return reach, before
 
     def _look_up(self, table: str, rows: Node, width: int) -> Callable[[], Node]:
-        """Begin to fetch the rows; returns what gives the node of their values, inserted where it is called."""
+        """Begin to fetch the rows; return a function that inserts the node of their values where it is called."""
         if self.portable:
             if Weight(table) not in self.inputs:
                 detail = f"the rows of {table} are no float32 or bfloat16 tensor in memory"

@@ -18,7 +18,7 @@ EARLY, LATE = 0.3, 0.7
 
 
 def multistream(flow: Dataflow) -> MHCError | None:
-    """MHC107 if all that an embedding gives to an output goes through values with one more small dimension.
+    """Return MHC107 if all that flows from an embedding to an output passes values with one more small dimension.
 
     Streams lie before the channels ([B, S, n, C]: DeepSeek-V4, Hy, Qwen) or first of all ([n, B, S, C]: AltUp), and
     from the first layers to the last: a head that predicts several tokens has such values at the end only.
@@ -47,7 +47,7 @@ def multistream(flow: Dataflow) -> MHCError | None:
 
 
 def side_by_side(flow: Dataflow, sites: list[Site]) -> MHCError | None:
-    """MHC107 if what a site adds is one vector of C channels times n weights: n streams in n*C channels of one value.
+    """Return MHC107 if a site adds one vector of C channels times n weights: n streams in n*C channels.
 
     `x + flatten(y[..., None, :] * w[..., :, None])` is how the low-rank gated residual of Qwen4 writes to its streams.
     """

@@ -214,7 +214,7 @@ class _Lifting(Writer):
         self._reduce(p.streams, p.read, str(c.spec), fn, base, scale)
 
     def _early(self, target: Callable[..., Any], parameter: Node, like: Node, *arguments: Any) -> Node:
-        """A form of `parameter`, in front of all else where possible: `fuse` wants it outside the chain."""
+        """Insert a form of `parameter`, before all else where possible: `fuse` wants it outside the chain."""
         early = parameter.op == "placeholder" and self.gradients[self.first] == self.gradients[like]
         with self.graph.inserting_before(self.first if early else like):
             return self.call(target, parameter, *arguments, like=like)
@@ -226,7 +226,7 @@ class _Lifting(Writer):
             self._replace(out, self._cast(new, wide_dtype, value(out).dtype))
 
     def _widened(self, X: Node, dtype: torch.dtype, like: Node) -> tuple[Node, torch.dtype]:
-        """X in the dtype of `like` where that is the wider one, and its dtype then."""
+        """Return X in the dtype of `like` where that is the wider one, and its dtype then."""
         target_dtype = value(like).dtype
         if target_dtype == dtype or torch.promote_types(target_dtype, dtype) != target_dtype:
             return X, dtype

@@ -1,4 +1,4 @@
-"""One spelling for each idiom, so that the passes behind this one have one case where the models have many."""
+"""Reduce each idiom to one spelling, so that later passes handle one case where the models have many."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def drop_requires_grad(gm: GraphModule) -> None:
 
 
 def functionalise(gm: GraphModule, context: Context) -> None:
-    """`x += y` becomes `x2 = x + y`, later uses of x read x2; left alone where another view of x is read afterwards."""
+    """Rewrite `x += y` to `x2 = x + y`, read by later uses of x, unless another view of x is read afterwards."""
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     group: dict[Node, list[Node]] = {}
     for node in gm.graph.nodes:
@@ -161,7 +161,7 @@ def _has_functional_form(node: Node) -> bool:
 
 
 def _functional(gm: GraphModule, node: Node) -> list[Node]:
-    """Nodes that compute out of place what `node` computes in place; the last holds the result, in its dtype."""
+    """Insert nodes that compute out of place what `node` computes in place; the last holds the result, in its dtype."""
     spellings = FUNCTIONAL | FUNCTIONAL_ACCUMULATION | FUNCTIONAL_CONTRACTIONS
     function, option = spellings.get(op_name(node)), in_place_option(node)
     if function is None:
@@ -197,7 +197,7 @@ def _promotes(node: Node) -> bool:
 
 
 def unify_add(gm: GraphModule, node: Node) -> None:
-    """`torch.add(x, y)` and `x.add(y)` become `x + y`; with `alpha=a`, `x + y * a`."""
+    """Rewrite `torch.add(x, y)` and `x.add(y)` to `x + y`; with `alpha=a`, to `x + y * a`."""
     if op_name(node) != "add" or node.target is operator.add or node.op not in ("call_function", "call_method"):
         return
     arguments = dict(zip(("input", "other"), node.args, strict=False)) | node.kwargs

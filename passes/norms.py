@@ -36,7 +36,7 @@ class BranchNorm:
 
 
 def match_norm(h: Node) -> BranchNorm | None:
-    """The norm of `h` `[..., C]`, if one is its only reader and gives its dtype; None otherwise."""
+    """Return the norm of `h` `[..., C]`, if one is its only reader and keeps its dtype; None otherwise."""
     readers = list(h.users)
     norm = None
     if len(readers) == 1 and op_name(readers[0]) in _ARGUMENTS:
@@ -69,7 +69,7 @@ def _called(h: Node, call: Node) -> BranchNorm | None:
 
 
 def _written_out(h: Node) -> BranchNorm | None:
-    """`weight * (h * rsqrt(mean(h^2) + eps))`, with casts to float32 and back where they do not matter."""
+    """Match `weight * (h * rsqrt(mean(h^2) + eps))`, with casts to float32 and back where they do not matter."""
     nodes: list[Node] = []
     wide = h
     if (cast := _only(h)) is not None and op_name(cast) in _CASTS:
@@ -108,7 +108,7 @@ def _written_out(h: Node) -> BranchNorm | None:
 
 
 def _only(node: Node | None, name: str | None = None) -> Node | None:
-    """The one reader of `node`, if it has one and that is a `name`."""
+    """Return the one reader of `node`, if it has one and that is a `name`."""
     if node is None or len(node.users) != 1:
         return None
     (reader,) = node.users

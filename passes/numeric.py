@@ -13,7 +13,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import op_name
 
 TOLERANCE = 1e-5
-"""Of the largest output: the start of eps conventions drifts by 1e-6 a site."""
+"""Of the largest output: the start of eps conventions drifts by 1e-6 per site."""
 KEEPS = "mhc_keeps_state"
 """Node metadata of what a pass writes into the state of cached calls, which is no result to be compared."""
 RECORDED = "mhc_recorded"
@@ -25,7 +25,7 @@ class Float64Interpreter(Interpreter):
     """Runs a graph with every floating-point value in float64, casts included, and dropout off."""
 
     def run_node(self, n: Node) -> Any:
-        """One node; dropout, marks and writes of state pass their operand on, attention drops nothing."""
+        """Run one node; dropout, marks and writes of state pass their operand on, attention drops nothing."""
         if n.meta.get(KEEPS) or (op_name(n) in ("dropout", "mark") and n.op == "call_function"):
             return self.fetch_args_kwargs_from_env(n)[0][0]
         if op_name(n) in ("_enter_autocast", "_exit_autocast"):
@@ -33,31 +33,31 @@ class Float64Interpreter(Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A function, its dtype arguments widened."""
+        """Call a function, its dtype arguments widened."""
         args, kwargs = tree_map(widen_dtype, (args, kwargs))
         if "dropout_p" in kwargs:
             kwargs = {**kwargs, "dropout_p": 0.0}
         return widen(super().call_function(target, args, kwargs))
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A method; `.float()` and its like become `.double()`."""
+        """Call a method; `.float()` and its like become `.double()`."""
         if target in ("float", "half", "bfloat16"):
             target = "double"
         return widen(super().call_method(target, *tree_map(widen_dtype, (args, kwargs))))
 
 
 def widen_dtype(x: Any) -> Any:
-    """float64 for a narrower floating-point dtype; anything else as it is."""
+    """Return float64 for a narrower floating-point dtype; anything else as it is."""
     return torch.float64 if x in _NARROW and isinstance(x, torch.dtype) else x
 
 
 def widen(x: Any) -> Any:
-    """The tensors of narrower floating-point dtypes in `x` as float64."""
+    """Return `x` with its tensors of narrower floating-point dtypes as float64."""
     return tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) and t.dtype in _NARROW else t, x)
 
 
 def run_float64(gm: GraphModule, inputs: Sequence[Any]) -> list[torch.Tensor]:
-    """The floating-point outputs of `gm` on copies of `inputs`, computed in float64 without gradients."""
+    """Return the floating-point outputs of `gm` on copies of `inputs`, computed in float64 without gradients."""
     copies = [widen(x.detach().clone()) if isinstance(x, torch.Tensor) else x for x in inputs]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)

@@ -91,7 +91,7 @@ def _tracing() -> bool:
 
 
 def diff_of(record: Record) -> str:
-    """What the pass changed, as a unified diff of graph text."""
+    """Return what the pass changed, as a unified diff of graph text."""
     return "\n".join(
         difflib.unified_diff(
             record.before.splitlines(), record.after.splitlines(), f"before {record.name}", f"after {record.name}",

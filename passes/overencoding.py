@@ -26,7 +26,7 @@ from mhc_compile.passes.tokens import token_embedding
 ROOT = "over_encoding"
 """The module among the owner's parameters that holds `projection` [C, H * D], all W_ij side by side, and the table."""
 TABLE = "over-encoding"
-"""What names the table among what the owner gives. No layer of a model, whose memory might be meant, has a hyphen."""
+"""The table's name among the owner's tensors. No layer of a model, whose memory might be meant, has a hyphen."""
 _NO_EOS = -1
 
 
@@ -51,7 +51,7 @@ class OverEncode:
             if over is None:
                 continue
             embedding = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.inputs.get(Argument("ids")))
-            # Where it lies outside, calls of the owner alone would not find it.
+            # Where it lies outside, calls of the owner alone would miss it.
             if widened.mark.owner not in module_stack(embedding.node):
                 detail = f"{widened.mark.owner}, which holds the stream, is given embeddings"
                 raise refuse("MHC225", detail, embedding.node)
@@ -75,9 +75,9 @@ class _Encoding(Lookups):
         look_up = self._look_up(TABLE, rows, over.width)
         with self.graph.inserting_before(after(max(embedding, self.last))):
             dtype = value(embedding).dtype
-            found = self.method("to", look_up(), dtype)
+            vectors = self.method("to", look_up(), dtype)
             weight = self.method("to", self.parameters[f"{ROOT}.projection"], dtype)
-            added = self.call(torch.nn.functional.linear, found, weight)
+            added = self.call(torch.nn.functional.linear, vectors, weight)
             total = self.call(torch.add, embedding, added)
         for reader in readers:
             reader.replace_input_with(embedding, total)

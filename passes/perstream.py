@@ -79,7 +79,7 @@ def _once_per_stream(graph: Graph, source: Node, chain: Sequence[Node], wide: di
         each = [copy_meta(graph.call_function(operator.getitem, (parts, i)), chain[0]) for i in range(n)]
     per_stream: list[dict[Node, Node]] = [{source: part} for part in each]
     for node in chain:
-        # Behind this node, not behind the chain: what reads it may come before the chain's end.
+        # After this node, not after the chain: what reads it may come before the chain's end.
         with graph.inserting_before(following[node]):
             for env in per_stream:
                 env[node] = copy_meta(graph.node_copy(node, lambda a, env=env: env.get(a, a)), node)  # type: ignore[misc]

@@ -1,11 +1,11 @@
-"""Record what the streams do, in the steps that `mhc_compile.probes` samples: the results stay as they are.
+"""Record what the streams do, in the steps that `mhc_compile.probes` samples, without changing the results.
 
-    streams', branch' = watch(streams, branch, slot)      in front of every mix; their gradients go to the slot
-    figures, composite = mhc_probes.site(...)             behind it
+    streams', branch' = watch(streams, branch, slot)      before every mix; their gradients go to the slot
+    figures, composite = mhc_probes.site(...)             after it
     counts = mhc_probes.gates(...)                        of every memory
 
-It runs behind `lower` and reads what the kernels give anyhow, so that a sampled graph has the kernels of a plain one;
-what they do not give is computed beside them. The figures become further results of the graph.
+It runs after `lower` and reads what the kernels return anyway, so that a sampled graph has the kernels of a plain one;
+what they do not return is computed besides. The figures become further results of the graph.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _GATES = {
 """The ops that compute a gate, with the places of streams, keys, query gain and key gain among their operands."""
 
 _MOVES = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "roll", "flip", "index_select"}
-"""Operations behind which another token may stand in a token's place."""
+"""Operations after which another token may be in a token's place."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Adds the recording ops for every owner that brought a slot, and their results to the graph's output.
+    """Adds the recording ops for every owner that passed a slot, and their results to the graph's output.
 
     `context.probed` gets a `Probed` for each owner; the output ends with its figures, then its counts where it has
     memories, owner by owner.
@@ -71,7 +71,7 @@ class _Probing(Writer):
         self.watched: dict[Node, list[Node]] = {}
         """The rows of every slot as nodes."""
         self.composites: dict[Node, Node] = {}
-        """By the mix, what it and all in front of it in its stream make together."""
+        """By the mix, the product of it and all before it in its stream."""
         for mark in marks:
             assert mark.probe is not None
             self.slots |= {p: (mark.probe, name) for name, p in mark.parameters.items()}
@@ -134,19 +134,19 @@ class _Probing(Writer):
             mix.args = (self.item(both, 0), self.item(both, 1), *mix.args[2:])
 
     def _pre(self, coefficients: Node) -> Node:
-        """The weights with which the site's branch reads the streams; made from `z` where a kernel kept that alone."""
+        """Return the weights with which the branch reads the streams, from `z` where a kernel kept that alone."""
         chain = _chain(coefficients)
         if chain is None or chain.kind == "coefficients":
             return self.item(coefficients, 0)
-        given = dict(zip(chain.inputs(), coefficients.args, strict=False))
+        inputs = dict(zip(chain.inputs(), coefficients.args, strict=False))
         z = self.item(coefficients, chain.outputs().index("z"))
-        operands = (z, given["alpha"], given["bias"], chain.width, str(chain.stream))
+        operands = (z, inputs["alpha"], inputs["bias"], chain.width, str(chain.stream))
         return self._record(PROBES.pre.default, operands, coefficients)
 
     def _earlier(self, X: Node) -> Node | None:
-        """The composite of the sites in front of `X` in its stream; None at the first, and where tokens change places.
+        """Return the composite of the sites before `X` in its stream; None at the first and where tokens move.
 
-        Behind such a place composites begin anew: what a token's streams went through is no product of one token's H.
+        After such a place composites begin anew: what a token's streams went through is no product of one token's H.
         """
         queue, seen = [(X, False)], {X}
         while queue:
@@ -177,7 +177,7 @@ class _Probing(Writer):
         owner.layers.append(slot_and_name[1].removeprefix("engram.").rpartition(".")[0])
 
     def _record(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
-        """As `call`, without tags: the backward pass has no use for what is recorded."""
+        """Call `target` without tags: the backward pass has no use for what is recorded."""
         new = self.call(target, *arguments, like=like)
         for tag in ("recompute", "ac_graph_id"):
             new.meta.pop(tag, None)
@@ -185,7 +185,7 @@ class _Probing(Writer):
 
 
 def _mixes(node: Node) -> bool:
-    """Whether `node` reads streams, a branch, post and H, and mixes them."""
+    """Return whether `node` reads streams, a branch, post and H, and mixes them."""
     chain = _chain(node)
     return node.target is torch.ops.mhc.distribute.default or (chain is not None and chain.mixes)
 
@@ -196,7 +196,7 @@ def _chain(node: Node) -> Chain | None:
 
 
 def _maker(node: Node) -> Node:
-    """What gave `node` as one of its results, through casts."""
+    """Return the node of which `node` is a result, through casts."""
     while node.target is operator.getitem or op_name(node) == "to":
         node = node.args[0]  # type: ignore[assignment]
     return node

@@ -1,9 +1,9 @@
-"""Choose blocks of sites whose streams are computed again in the backward pass, and tag them for the partitioner.
+"""Choose blocks of sites whose streams are recomputed in the backward pass, and tag them for the partitioner.
 
     kept for the backward pass     every branch's output F, and what begins a block: the streams, and where one kernel
-                                   makes them together with the first site's coefficients and h, these
-    computed again, by kernels     other streams, coefficients, h and entry norms, block by block, just before use
-    never computed again           what lies inside a branch
+                                   computes them with the first site's coefficients and h, these
+    recomputed, by kernels         other streams, coefficients, h and entry norms, block by block, just before use
+    never recomputed               what lies inside a branch
 
 The tags are those of PyTorch's activation checkpointing (`meta["recompute"]`, `meta["ac_graph_id"]`): AOTAutograd's
 partitioner cuts the joint graph by them, and `fuse` merges nothing across blocks. Sites that a user checkpoints with
@@ -37,7 +37,7 @@ class Recompute:
 
     `blocks`: `off`; `auto`, the blocks with the smallest peak (arXiv 2512.24880, Eq. 20, with the bytes of this graph);
     `stage`, all sites of the graph as one block; a number of sites; or a budget for the stream part ("2GiB"), for which
-    the blocks are chosen that take the least time and fit. `kinds`: the kinds of chain that `fuse` will make.
+    the blocks are chosen that take the least time and fit. `kinds`: the kinds of chain that `fuse` will use.
     """
 
     blocks: str | int = "auto"
@@ -67,7 +67,7 @@ class Recompute:
 
 
 def plan_of(graph: Graph, blocks: str | int, kernels: tuple[str, ...] = KERNELS) -> Plan:
-    """The blocks and what they cost for a dialect graph, which is not changed. Raises as the pass does."""
+    """Return the blocks and what they cost for a dialect graph, which is not changed. Raises as the pass does."""
     return _plan(graph, runs_of(graph, stream_sites(graph)), blocks, kernels)
 
 
@@ -86,7 +86,7 @@ def _plan(graph: Graph, runs: list[list[StreamSite]], blocks: str | int, kernels
 
 
 def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]:
-    """The sites `among` those of the graph that may be computed again, in runs through which one stream goes.
+    """Return the sites `among` those of the graph that may be recomputed, in runs through which one stream goes.
 
     Left out are sites that carry a user's tags, and those that compute without gradients.
     """
@@ -99,7 +99,7 @@ def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]
 
 
 def is_tagged(graph: Graph) -> bool:
-    """Whether anything of the graph is to be computed again."""
+    """Return whether anything of the graph is to be recomputed."""
     return any(_TAG in n.meta for n in graph.nodes)
 
 
@@ -124,7 +124,7 @@ def _tag(graph: Graph, runs: list[list[StreamSite]], plan: Plan, states: set[Nod
             again += _tag_block(run[begin : begin + size], block, joined=costs[begin].joined)
         done = sum(sizes)
         end = run[done - 1].distribute if done else None
-        # Sites without tags that one kernel joins to the last block keep all that it gives, as they would anyway.
+        # Sites without tags that one kernel joins to the last block keep all its results, as they would anyway.
         if end is not None and end in states and not (done < len(run) and costs[done].joined):
             end.meta |= {_TAG: CheckpointPolicy.MUST_SAVE, _BLOCK: block}
     recomputed = set(again)
@@ -135,7 +135,7 @@ def _tag(graph: Graph, runs: list[list[StreamSite]], plan: Plan, states: set[Nod
 
 
 def _tag_block(inside: list[StreamSite], block: int, *, joined: bool) -> list[Node]:
-    """Tag the sites of one block; returns what is to be computed again."""
+    """Tag the sites of one block; return what is to be recomputed."""
     first, *others = inside
     kept = [first.state, *first.stream] if joined else []
     again = [] if joined else list(first.stream)
@@ -152,7 +152,7 @@ def _tag_block(inside: list[StreamSite], block: int, *, joined: bool) -> list[No
 
 
 def _in_numbers(cost: SiteCost, hints: dict[sympy.Symbol, int], *, exact: bool) -> SiteCost:
-    """The costs at the sizes at hand; blocks depend on their ratios, for which a size that is not known may be 1.
+    """Return the costs at the current sizes; an unknown size may be 1, as blocks depend on the ratios of costs.
 
     Raises MHC627 for one, where they must be `exact`.
     """
@@ -160,8 +160,8 @@ def _in_numbers(cost: SiteCost, hints: dict[sympy.Symbol, int], *, exact: bool) 
     unknown = {symbol for e in costs for symbol in e.free_symbols}
     if unknown and exact:
         raise MHCError("MHC627", f"{', '.join(sorted(map(str, unknown)))} depend on data")
-    state, made, branch, parameters = (int(e.subs(dict.fromkeys(unknown, 1))) for e in costs)
-    return SiteCost(state, made, branch, parameters, cost.joined)
+    state, recomputable, branch, parameters = (int(e.subs(dict.fromkeys(unknown, 1))) for e in costs)
+    return SiteCost(state, recomputable, branch, parameters, cost.joined)
 
 
 def _notes(plan: Plan) -> Iterable[str]:

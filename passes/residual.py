@@ -47,7 +47,7 @@ class StreamAnalysis:
         self.search = SiteSearch(flow, context.notes)
 
     def streams(self) -> list[ResidualStream]:
-        """All streams of the graph, in graph order."""
+        """Return all streams of the graph, in graph order."""
         sites = self.search.find()
         if (already := multistream(self.flow) or side_by_side(self.flow, sites)) is not None:
             raise already
@@ -82,7 +82,7 @@ class StreamAnalysis:
         return [ResidualStream(stream[0].previous, tuple(stream)) for stream in streams]
 
     def _refuse_kept_adds(self, sites: list[Site]) -> None:
-        """Refuse `x += branch(x)` that normalising had to leave: what else sees `x` change would not."""
+        """Refuse `x += branch(x)` that `normalize` had to leave: other readers of `x` would not see it change."""
         flow = self.flow
         inside = branches_mask(flow, sites)
         for root, writes in flow.writes.items():
@@ -104,7 +104,7 @@ class StreamAnalysis:
             for site in stream.sites:
                 covered |= branch_mask(flow, site) & below
         outside = flow.members(flow.matmuls & ~covered)
-        # A stem of convolutions in front of the first stream (audio, images) is no missed layer.
+        # A stem of convolutions before the first stream (audio, images) is no missed layer.
         before = 0
         for stream in streams:
             before |= flow.ancestors[stream.entry]
@@ -162,7 +162,10 @@ class StreamAnalysis:
     # --- reads -------------------------------------------------------------------------------------------------
 
     def _with_reads(self, streams: list[ResidualStream]) -> Iterator[ResidualStream]:
-        """A reader on the way into any branch reads at the site behind the value; others (outputs) are not listed."""
+        """Yield the streams with their readers; one on the way into any branch reads at the site after the value.
+
+        Other readers (outputs) are not listed.
+        """
         flow = self.flow
         all_branches = 0
         for stream in streams:
@@ -206,7 +209,7 @@ class StreamAnalysis:
 
 
 def _common(nodes: list[Node]) -> tuple[str, str]:
-    """The innermost module call around all `nodes`: its key and its path."""
+    """Return the innermost module call around all `nodes`: its key and its path."""
     stacks = [module_calls(n) for n in nodes]
     depth = 1
     while all(len(s) > depth for s in stacks) and len({s[depth] for s in stacks}) == 1:
@@ -215,7 +218,7 @@ def _common(nodes: list[Node]) -> tuple[str, str]:
 
 
 def _check_names(streams: list[ResidualStream]) -> None:
-    """Two calls of the module that holds the sites either share all names or none."""
+    """Raise MHC102 unless two calls of the module that holds the sites share all names or none."""
     calls: dict[str, dict[str, set[str]]] = {}
     for stream in streams:
         calls.setdefault(stream.owner, {}).setdefault(stream.call, set()).update(s.name for s in stream.sites)

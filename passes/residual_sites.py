@@ -29,7 +29,7 @@ MAX_NORM_NODES = 64
 
 
 def branch_mask(flow: Dataflow, site: Site) -> int:
-    """Bit mask of everything the site's branches depend on."""
+    """Return the bit mask of everything the site's branches depend on."""
     mask = 0
     for branch in site.branches:
         mask |= flow.ancestors[branch]
@@ -51,14 +51,14 @@ class SiteSearch:
         self._up: dict[Node, Node | None] = {}
 
     def find(self) -> list[Site]:
-        """The sites of the graph in order, without those inside branches of others."""
+        """Return the sites of the graph in order, without those inside branches of others."""
         for node in self.flow.nodes:
             if op_name(node) == "add" and node in self.flow.hot and is_tensor(node):
                 self.consider(node)
         return self._outermost()
 
     def up(self, node: Node) -> Node | None:
-        """The value `node` carries on, one step back along the stream; None where it starts or a layer made it."""
+        """Return the value `node` carries on, one step back along the stream; None at its start or after a layer."""
         if node not in self._up:
             self._up[node] = self._find_up(node)
         return self._up[node]
@@ -85,7 +85,7 @@ class SiteSearch:
         return above
 
     def trace(self, node: Node) -> list[Node]:
-        """`node` and the values it carries on, back to a site (included) or to where the stream starts."""
+        """Return `node` and the values it carries on, back to a site (included) or to where the stream starts."""
         out = [node]
         while node not in self.sites and (above := self.up(node)) is not None:
             out.append(above)
@@ -93,7 +93,7 @@ class SiteSearch:
         return out
 
     def line(self, node: Node) -> int:
-        """Bit mask of all stream values from `node` back to its entry, through sites."""
+        """Return the bit mask of all stream values from `node` back to its entry, through sites."""
         mask = 0
         while True:
             for n in self.trace(node):
@@ -105,11 +105,11 @@ class SiteSearch:
             node = site.carry
 
     def adds(self, carry: Node, branch: Node) -> bool:
-        """Whether `carry + branch` would be a site."""
+        """Return whether `carry + branch` would be a site."""
         return carry in self.flow.hot and branch in self.flow.hot and self._root_for(carry, branch) is not None
 
     def joins(self, carry: Node, sources: Sequence[Node], *, contracts: bool = False) -> Node | None:
-        """The stream value from which `carry + branch` would start; None where that would be no site.
+        """Return the stream value from which `carry + branch` would start; None where that would be no site.
 
         The branch is computed from `sources`, with a parameter of its own if it `contracts`.
         """
@@ -121,14 +121,14 @@ class SiteSearch:
         return last if any(self._older(carry, branch, contracts=contracts) for branch in sources) else None
 
     def _root_for(self, carry: Node, branch: Node, *, contracts: bool = False) -> Node | None:
-        """The stream value from which `carry` is carried and on which `branch` depends through parameters."""
+        """Return the stream value from which `carry` is carried and on which `branch` depends through parameters."""
         for root in self.trace(carry):
             if self.flow.depends(branch, root) and (contracts or self._holds_parameters(root, branch)):
                 return root
         return None
 
     def _older(self, carry: Node, branch: Node, *, contracts: bool = False) -> Node | None:
-        """The stream value from before the site that made `carry` on which `branch` depends through parameters."""
+        """Return the stream value before the site of `carry` on which `branch` depends through parameters."""
         last = self.trace(carry)[-1]
         if last not in self.sites:
             return None
@@ -173,7 +173,7 @@ class SiteSearch:
                 return
 
     def _reinjects(self, root: Node, other: Node) -> bool:
-        """Whether `other` is itself the stream, further on: then this add mixes an earlier stream value back in."""
+        """Return whether `other` is the stream itself, further on: the add mixes an earlier stream value back in."""
         last = self.trace(other)[-1]
         if last not in self.sites:
             return False
@@ -237,7 +237,7 @@ class SiteSearch:
         self.sites[add] = Site(add, carry, tuple(branches), previous, tuple(chain), tuple(inner), tuple(older))
 
     def _nested(self, inner: Site, outer: Site) -> bool:
-        """Whether `inner`, made inside the branch of `outer`, depends on what the outer carry starts from."""
+        """Return whether `inner`, inside the branch of `outer`, depends on what the outer carry starts from."""
         return any(self.flow.depends(inner.add, root) for root in (*self.trace(outer.carry), *outer.older))
 
     def _outermost(self) -> list[Site]:
@@ -251,7 +251,7 @@ class SiteSearch:
             down[site.add] = max(down.get(site.add, 0), 1)
             if site.previous in self.sites:
                 down[site.previous] = max(down.get(site.previous, 0), down[site.add] + 1)
-        # What each site's branch adds to what its carry holds already; masks, so that no pair is looked at in vain.
+        # What each site's branch adds to what its carry holds already; masks, so that no pair is checked in vain.
         inside = {s.add: branch_mask(self.flow, s) & ~self.flow.ancestors[s.carry] for s in sites}
         kept: list[Site] = []
         adds = covered = 0

@@ -52,14 +52,14 @@ class Reading:
     sources: Sequence[Node]
     """What the branch is computed from."""
     write: Callable[[_Writer], tuple[Node, Node]]
-    """Make the nodes of the carry and of the branch."""
+    """Insert the nodes of the carry and of the branch."""
     contracts: bool = False
     """Whether the operation itself contracts a source with a parameter."""
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """What is read: an operation, its arguments by name, and the sites in front of it."""
+    """What is read: an operation, its arguments by name, and the sites before it."""
 
     node: Node
     arguments: dict[str, Any]
@@ -68,7 +68,7 @@ class _Operation:
 
 @dataclass
 class _Writer:
-    """Insert nodes in front of the operation that is rewritten."""
+    """Insert nodes before the operation that is rewritten."""
 
     gm: GraphModule
     node: Node

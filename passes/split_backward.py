@@ -83,7 +83,7 @@ def split_backward(gm: GraphModule, weights: Collection[int]) -> SplitBackward:
 
 
 def _parts(gm: GraphModule, sets: Sequence[set[Node]], results: set[Node]) -> list[Part | None]:
-    """A part for each of the sets of nodes."""
+    """Return a part for each of the sets of nodes."""
     reads = [_reads(s) for s in sets]
     parts: list[Part | None] = []
     for i, nodes in enumerate(sets):
@@ -94,7 +94,7 @@ def _parts(gm: GraphModule, sets: Sequence[set[Node]], results: set[Node]) -> li
 
 
 def _reads(nodes: set[Node]) -> set[Node]:
-    """What a part with the nodes `own` is given: inputs of the graph and values that parts before it compute."""
+    """Return the inputs of a part with these `nodes`: inputs of the graph and values that parts before it compute."""
     inputs = (p for n in nodes for p in n.all_input_nodes)
     seen = reachable(inputs, lambda n: n.all_input_nodes if n not in nodes and _is_repeated(n) else ())
     return {n for n in seen - nodes if not _is_repeated(n)}
@@ -119,7 +119,7 @@ def _part(gm: GraphModule, nodes: set[Node], reads: set[Node], gives: Sequence[N
 
 
 def _last_block(graph: Graph) -> set[Node]:
-    """What repeats the last recompute block and, of what it reads, whatever waits for no gradient either."""
+    """Return what repeats the last recompute block, with all that it reads and that waits for no gradient either."""
     free: set[Node] = set()
     for node in graph.nodes:
         waits = "tangents" in node.name or any(n not in free for n in node.all_input_nodes)
@@ -131,12 +131,12 @@ def _last_block(graph: Graph) -> set[Node]:
 
 
 def _block(node: Node) -> int | None:
-    """The recompute block of a node that is computed again, None for any other."""
+    """Return the recompute block of a node that is recomputed, None for any other."""
     return node.meta.get("ac_graph_id") if node.meta.get("recompute") in _RECOMPUTED else None
 
 
 def _whole(nodes: set[Node]) -> set[Node]:
-    """With every element of the tuples among `nodes`: tuples are not handed over."""
+    """Add every element of the tuples among `nodes`: tuples are not handed over."""
     return nodes | {u for n in nodes for u in n.users if u.target is operator.getitem}
 
 
@@ -145,7 +145,7 @@ def _computing(nodes: set[Node]) -> set[Node]:
 
 
 def _is_repeated(node: Node) -> bool:
-    """Whether a part computes `node` again rather than being given it."""
+    """Return whether a part recomputes `node` rather than reading it."""
     if node.op == "get_attr":
         return True
     if node.op != "call_function" or node.target is operator.getitem:

@@ -3,9 +3,9 @@
     piece k = the slice of the graph between what crosses cut k and what crosses cut k + 1
 
 A value that does not depend on the streams (rotary tables, masks, positions, hashes of token ids, a memory's rows) is
-computed again in every piece that reads it, and a parameter that several pieces read (a tied embedding) is an input of
+recomputed in every piece that reads it, and a parameter that several pieces read (a tied embedding) is an input of
 each of them: their gradients must be summed. What depends on the streams is computed in one piece: a site's own nodes
-in the piece of the site, everything else as late as its readers allow. Beside the streams, cuts are crossed by what
+in the piece of the site, everything else as late as its readers allow. Besides the streams, cuts are crossed by what
 later branches read of earlier ones (the values of the first layer, the output of an encoder).
 """
 
@@ -40,16 +40,16 @@ class Piece:
     crosses_in: tuple[str, ...]
     """Names, in the whole graph, of the values that it is given; the names of its first placeholders."""
     crosses_out: tuple[str, ...]
-    """Names of the values that it gives; empty for the last piece, whose outputs are those of the graph."""
+    """Names of the values that it returns; empty for the last piece, whose outputs are those of the graph."""
 
 
 def coefficient_nodes(graph: Graph) -> list[Node]:
-    """The coefficients of every site, in the order of the stream."""
+    """Return the coefficients of every site, in the order of the stream."""
     return [n for n in graph.nodes if n.target in COEFFICIENTS]
 
 
 def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = ()) -> list[Piece]:
-    """Cut the dialect graph `gm` in front of the sites numbered `starts` (ascending, from 1 up); `gm` is not changed.
+    """Cut the dialect graph `gm` before the sites numbered `starts` (ascending, from 1 up); `gm` is not changed.
 
     `given` names the placeholders that hold streams, where the graph is a piece itself.
 
@@ -79,7 +79,7 @@ def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = (
 
 
 def balanced(costs: Sequence[float], count: int) -> list[int]:
-    """Where to cut `costs` (one a site) into `count` runs so that the dearest run is as cheap as can be.
+    """Cut `costs` (one per site) into `count` runs so that the most expensive run is as cheap as possible.
 
     Returns the first site of every run but the first. Raises MHC620 for more runs than sites.
     """
@@ -103,7 +103,7 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
 
 
 def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> dict[Node, int]:
-    """The piece of every node that depends on the streams. Other nodes belong to whichever piece reads them."""
+    """Return the piece of every node that depends on the streams. Others belong to whichever piece reads them."""
     at = {coefficients: sum(i >= s for s in starts) for i, coefficients in enumerate(coefficient_nodes(graph))}
     anchored = dict(at)
     for node in graph.nodes:
@@ -119,7 +119,7 @@ def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> di
         if node.op == "output":
             place[node] = len(starts)
         elif node in depends:
-            # What writes into a value belongs to those who read that value afterwards; what nobody reads, to none.
+            # A write into a value belongs to the pieces that read it afterwards; a write that nothing reads, to none.
             readers = [*node.users, *(_readers(node) if _writes(node) else ())]
             later = [place[u] for u in readers if u in place]
             if node in anchored or later:
@@ -128,7 +128,7 @@ def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> di
 
 
 def _depending(graph: Graph, given: Sequence[str]) -> set[Node]:
-    """The nodes that need the streams, or draw at random, which no two pieces would do alike."""
+    """Return the nodes that depend on the streams, or on random draws, which no two pieces would repeat alike."""
     depending: set[Node] = set()
     for node in graph.nodes:
         begins = node.target is DIALECT.expand.default or node.name in given or is_random(node)
@@ -138,7 +138,7 @@ def _depending(graph: Graph, given: Sequence[str]) -> set[Node]:
 
 
 def is_random(node: Node) -> bool:
-    """Whether `node` draws random numbers: an active dropout, a generator."""
+    """Return whether `node` draws random numbers: an active dropout, a generator."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = op_name(node)
@@ -148,20 +148,20 @@ def is_random(node: Node) -> bool:
 
 
 def dropout_of(node: Node) -> float:
-    """The probability with which an operation named like a dropout drops; 0 where it is not training."""
+    """Return the probability with which an operation named like a dropout drops; 0 where it is not training."""
     p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
     return float(p) if training else 0.0  # type: ignore[arg-type]
 
 
 def _crossing(place: dict[Node, int], k: int) -> list[Node]:
-    """What is computed in front of cut k and read behind it, in the order of the graph."""
+    """Return what is computed before cut k and read after it, in the order of the graph."""
     inner = (n for n in place if n.op not in ("placeholder", "output"))
     return sorted(n for n in inner if place[n] < k and any(place.get(u, 0) >= k for u in n.users))
 
 
 def _slice(gm: GraphModule, inside: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
-    """The part of the graph that computes `outputs` from `inside` and the placeholders."""
+    """Return the part of the graph that computes `outputs` from `inside` and the placeholders."""
     needed = _needed(gm.graph, inside, outputs)
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -199,7 +199,7 @@ def _writes(node: Node) -> bool:
 
 
 def _readers(writer: Node) -> list[Node]:
-    """Who reads, directly or through views, the value that `writer` changes."""
+    """Return the nodes that read, directly or through views, the value that `writer` changes."""
     base = _base(writer.args[0])
     readers = [] if base is None else list(base.users)
     for node in readers:  # grows
@@ -214,7 +214,7 @@ def _in_place(node: Node) -> bool:
 
 
 def _base(node: object) -> Node | None:
-    """The tensor of which `node` is a view."""
+    """Return the tensor of which `node` is a view."""
     while isinstance(node, Node) and op_name(node) in _VIEWS and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node if isinstance(node, Node) else None
@@ -225,7 +225,7 @@ def _is_region(node: Node) -> bool:
 
 
 def _drop_empty_regions(graph: Graph) -> None:
-    """Erase what switches gradients or autocast for no node."""
+    """Erase switches of gradients or autocast that affect no node."""
     changed = True
     while changed:
         changed = False

@@ -28,14 +28,14 @@ class Embedding:
 
 
 def token_ids(entry: Node, vocab: int, told: Node | None = None) -> Node:
-    """The ids [B, S] of `token_embedding`."""
+    """Return the ids [B, S] of `token_embedding`."""
     return token_embedding(entry, vocab, told).ids
 
 
 def token_embedding(entry: Node, vocab: int | None = None, told: Node | None = None) -> Embedding:
-    """The embedding that becomes the stream at `entry`: of several, the one whose table fits `vocab` best.
+    """Return the embedding that becomes the stream at `entry`: of several, the one whose table fits `vocab` best.
 
-    Without `vocab` it is the largest. Those of what the caller says are the ids, `told`, go before others. Raises
+    Without `vocab` it is the largest. Embeddings of `told`, which the caller says are the ids, go before others. Raises
     MHC225 where there are none.
     """
     embeddings = _embeddings(entry)
@@ -45,12 +45,12 @@ def token_embedding(entry: Node, vocab: int | None = None, told: Node | None = N
 
 
 def reaches(node: Node, goal: Node | Callable[..., Any]) -> bool:
-    """Return whether `goal`, or a call of it, is made from `node`."""
+    """Return whether `goal`, or a call of it, is computed from `node`."""
     return any(n is goal or n.target is goal for n in reachable([node], lambda n: n.users))
 
 
 def embedded(entry: Node) -> dict[Node, int]:
-    """The ids [B, S] of every embedding of what a caller passes in, on the way to `entry`, with the table's rows.
+    """Return the ids [B, S] of every embedding of a caller's tensor on the way to `entry`, with the table's rows.
 
     Raises MHC225 where there are none.
     """
@@ -71,7 +71,7 @@ def _embeddings(entry: Node) -> list[Embedding]:
 
 
 def _ids(node: Node) -> tuple[Node, int] | None:
-    """The indices and the number of rows, where `node` embeds what a caller passes in."""
+    """Return the indices and the number of rows, where `node` embeds what a caller passes in."""
     if op_name(node) not in EMBEDDINGS:
         return None
     tensors = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Node) and is_tensor(a)]
@@ -83,5 +83,5 @@ def _ids(node: Node) -> tuple[Node, int] | None:
 
 
 def _passed_in(ids: Node) -> bool:
-    """Whether a caller's tensor reaches `ids`."""
+    """Return whether a caller's tensor reaches `ids`."""
     return any(n.op == "placeholder" and not is_owned(n) and is_tensor(n) for n in ancestors([ids]))

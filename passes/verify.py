@@ -1,6 +1,6 @@
 """Check a graph after a pass: recompute metadata instead of trusting it, and hold the dialect to its rules.
 
-A failure here is a mistake of ours, not of the user: `VerificationError` names the pass and the node.
+A failure here is a bug of this package, not of the user: `VerificationError` names the pass and the node.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class VerificationError(AssertionError):
 def verify(gm: GraphModule, *, whole: bool, after: str) -> None:
     """Propagate fake tensors over nodes without a value, or the `whole` graph; check the dialect's rules.
 
-    Values are recorded in `meta["example_value"]`, where the passes behind read them.
+    Values are recorded in `meta["example_value"]`, where later passes read them.
     """
     mode = _fake_mode(gm)
     if mode is None:
@@ -72,7 +72,7 @@ class _Autocast:
         return self
 
     def switched_by(self, node: Node) -> bool:
-        """Whether `node` is such a switch; it is thrown."""
+        """Switch autocast if `node` is such a switch; return whether it is."""
         name = op_name(node)
         if name == "_enter_autocast":
             self.entered[node] = _enter_autocast(*node.args)
@@ -95,7 +95,7 @@ def _fake_mode(gm: GraphModule) -> FakeTensorMode | None:
 
 
 def _replayable(node: Node) -> bool:
-    """Whether running the node again changes nothing else: no mutation, no state, no subgraph."""
+    """Return whether running the node again changes nothing else: no mutation, no state, no subgraph."""
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if name.endswith("_") or name in _CONTEXT_OPS or isinstance(target, torch._ops.HigherOrderOperator):
@@ -123,7 +123,7 @@ def _run(gm: GraphModule, node: Node) -> Any:
 
 @dataclass(frozen=True)
 class _Like:
-    """The form of a value, to compare a value with that is there already: fake tensors take a millisecond each."""
+    """The form of a value, to compare with a recorded value: fake tensors take a millisecond each."""
 
     shape: tuple[Any, ...]
     dtype: torch.dtype

@@ -43,7 +43,7 @@ from mhc_compile.passes.perstream import apply_per_stream
 from mhc_compile.passes.results import ResidualStream, Site
 
 REORDERS = {"transpose", "permute", "t", "movedim", "swapaxes", "swapdims"}
-"""Operations behind which tokens come in another order."""
+"""Operations after which tokens come in another order."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Widen:
             if mark.node is not None:
                 mark.node.replace_all_uses_with(mark.node.args[0])  # type: ignore[arg-type]
                 gm.graph.erase_node(mark.node)
-        if not any(mark.inputs for mark in context.marks):  # else the passes behind this one have use for them
+        if not any(mark.inputs for mark in context.marks):  # else later passes need them
             erase_unused(gm)
         return gm
 
@@ -154,9 +154,9 @@ class _Widening(Writer):
         return (state, [self.places.get(o, 0) for o in state]) if isinstance(state, tuple) else (state,)
 
     def place(self, state: State, v: Node, reader: Node | None = None, user: Node | None = None) -> Node:
-        """Return what to insert in front of, right after `state`, which stands where `v` does.
+        """Return the node to insert before, right after `state`, which stands where `v` does.
 
-        Where gradients are switched on or off at `user` other than at `v`: after that switch, in front of `reader`.
+        Where gradients are switched on or off at `user` other than at `v`: after that switch, before `reader`.
         """
         place = after(*(state if isinstance(state, tuple) else (state,)))
         if user is not None and self.gradients[v] != self.gradients.get(user, self.gradients[v]):
@@ -187,7 +187,7 @@ class _SiteWriter:
         stream.like = site.add
 
     def compute(self, op: Any, *arguments: Any, ranks: Sequence[int]) -> list[Node]:
-        """Call an op in front of all readers; return its results, of `ranks` dimensions after those of the tokens."""
+        """Call an op before all readers; return its results, of `ranks` dimensions after those of the tokens."""
         stream, site = self.stream, self.site
         reader = min([*self.first.values(), site.add])
         with stream.graph.inserting_before(stream.place(self.read_state, self.read_at, reader, site.add)):
@@ -251,7 +251,7 @@ class _SiteWriter:
         return node
 
     def _laid_out(self, coefficients: Any, v: Node) -> Any:
-        """The coefficients computed at `read_at` for the tokens as they lie in `v`; any other argument as it is.
+        """Return coefficients computed at `read_at` for the tokens as they lie in `v`; any other argument as it is.
 
         Raises MHC108 where more than a view is between the two.
         """

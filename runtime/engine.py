@@ -73,7 +73,7 @@ class Engine:
         # torch would leave the backward to its first call.
         at_once = functorch_config.patch(force_non_lazy_backward_lowering=True)
         with self.world.patience("compiling"), at_once:
-            # All messages before the first compilation: ranks take their time over it.
+            # All messages before the first compilation, which takes a different time on each rank.
             for module in self.sharded:
                 module.unshard()
             for training in (False, True) if self.recipe.train.evaluate_every else (True,):
@@ -84,7 +84,7 @@ class Engine:
             self.world.meet()
 
     def gradients(self, batch: Mapping[str, Tensor], step: int, *, stop: bool = False) -> Step:
-        """Forward and backward passes of this replica's share of a step, `input_ids` and `labels` `[b, S]`.
+        """Run the passes of this replica's share of a step, forward and backward; `input_ids` and `labels` `[b, S]`.
 
         Gradients are left for `optimizer.update` or `skip`. `stop`: whether this rank wants to stop afterwards.
         Random numbers (dropout) depend on the recipe's seed, the step and the rank alone. Raises MHC605.
@@ -102,7 +102,7 @@ class Engine:
 def over_ranks(loss: Tensor, norm: float, stop: bool) -> tuple[float, float, bool]:
     """Return the sum of all ranks' losses, the norm (NaN if any rank's is not finite), and whether any rank stops.
 
-    A collective. Afterwards all ranks judge the step alike: a rank that alone left a step out would diverge.
+    A collective. Afterwards all ranks treat the step alike: a rank that alone skipped a step would diverge.
     """
     flags = torch.tensor([stop, not math.isfinite(norm)], dtype=loss.dtype, device=loss.device)
     sums = torch.cat([loss.reshape(1), flags])
@@ -114,7 +114,7 @@ def over_ranks(loss: Tensor, norm: float, stop: bool) -> tuple[float, float, boo
 def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engine:
     """Return this rank's stages of the recipe's model, with their weights read or drawn. A collective.
 
-    Without `weights` no value is set: a checkpoint will give them all.
+    Without `weights` no value is set: a checkpoint will set them all.
 
     Raises what `hollow_model`, `capture_program`, `build_stages`, `initialise` and `load_folder` raise.
     """

@@ -78,7 +78,7 @@ class World:
         dist.barrier(group=self.patient)
 
     def patience(self, action: str) -> AbstractContextManager[None]:
-        """As `doing`, for what may take as long as `PATIENCE`: to compile, to read weights."""
+        """Do as `doing`, for actions that may take as long as `PATIENCE`: to compile, to read weights."""
         return self.doing(action, timeout=max(PATIENCE, self.parallel.timeout))
 
     @contextmanager

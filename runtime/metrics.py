@@ -89,7 +89,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._seconds = 0.0
 
     def progress(self, step: int, loss: float, tokens: int) -> None:
-        """After every step: its number (the first is 1), its loss, and the tokens that all ranks took in it."""
+        """Record a step: its number (the first is 1), its loss, and the tokens of all ranks in it."""
         if not self.shows:
             return
         now = self._clock()
@@ -186,7 +186,7 @@ def _is_up_to(line: str, step: int) -> bool:
 
 
 def summary_writer() -> type[SummaryWriter]:
-    """TensorBoard's writer. Raises MHC606 where tensorboard is not installed."""
+    """Return TensorBoard's writer. Raises MHC606 where tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

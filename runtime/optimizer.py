@@ -172,7 +172,7 @@ class RunAdamW(TableAdamW):
 def _groups(
     by_name: Mapping[str, Sequence[nn.Parameter]], tables: Mapping[str, MemoryTable], train: TrainTable
 ) -> list[dict[str, Any]]:
-    """As `mhc_compile.parameter_groups`, from names."""
+    """Return what `mhc_compile.parameter_groups` returns, from names."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameters in by_name.items():

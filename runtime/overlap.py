@@ -185,7 +185,7 @@ class Actions:
         self.stages[index].backward_weight_one_chunk(microbatch, last_backward=last)
 
     def overlap(self, action: _Action, ctx: _PipelineContext) -> None:
-        """Run the forwards of an overlapped action beside the rest of it. The halves are different stages' work."""
+        """Run the forwards of an overlapped action alongside the rest of it. The halves are different stages' work."""
         assert action.sub_actions is not None
         forwards = [a for a in action.sub_actions if a.computation_type == FORWARD]
         rest = [a for a in action.sub_actions if a.computation_type != FORWARD]

@@ -1,4 +1,4 @@
-"""torch's pipeline stage, with buffers for the microbatches in flight alone, and heartbeats; forward passes alone."""
+"""torch's pipeline stage, with buffers only for the microbatches in flight, and heartbeats; forward passes alone."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ class RunStage(PipelineStage):
         self._nothing = torch.empty(0, device=world.device)
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's."""
+        """Run torch's forward pass, and tell the watch."""
         output = super().forward_one_chunk(*args, **kwargs)
         self._watch.beat()
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """As torch's."""
+        """Run torch's backward pass, free its buffers, and tell the watch."""
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._clear([self.args_recv_info[bwd_chunk_id], self.grad_recv_info.get(bwd_chunk_id, ())])
         self._watch.beat()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """As torch's."""
+        """Return torch's receive operations, with buffers allocated for them."""
         self._make_room(self.args_recv_info[fwd_chunk_id], self.submod.example_inputs, learns=self.has_backward)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """As torch's."""
+        """Return torch's receive operations, with buffers allocated for them."""
         self._make_room(self.grad_recv_info.get(bwd_chunk_id, ()), self.submod.example_outputs)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
-        """As torch's, which puts zeros where there is no gradient."""
+        """Set the gradients as torch does, which puts zeros where there is none."""
         if any(t is None for t in next_stage_bwd_outputs):
             self._make_room(self.grad_recv_info[mb_index], self.submod.example_outputs)
         super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)

@@ -99,6 +99,6 @@ def _run(
 
 
 def _gather(module: torch.nn.Module, whole: bool) -> None:
-    """Under FSDP: gather the module's own parameters, or free the other ranks' shards."""
+    """Gather the module's own parameters, or free the other ranks' shards, under FSDP."""
     if isinstance(module, FSDPModule):
         module.unshard() if whole else module.reshard()

@@ -42,7 +42,7 @@ class Program:
 
 
 def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
-    """The training forward of `model`, converted but without weights, on a microbatch like `batch`.
+    """Capture the training forward of `model`, converted but without weights, on a microbatch like `batch`.
 
     `batch` holds the forward's keyword arguments, `input_ids` `[b, S]` among them; only shapes and dtypes matter.
     Raises what `convert` raises for a forward that is not one graph, and MHC501 for a model that is not converted.

@@ -244,7 +244,7 @@ def _at_least(section: str, table: object, **least: int) -> None:
 
 
 def require(fits: bool, name: str, value: Any, wanted: str) -> None:
-    """Raises MHC602 unless it `fits`."""
+    """Raise MHC602 unless it `fits`."""
     if isinstance(value, float) and not math.isfinite(value):
         fits = False
     if not fits:

@@ -74,7 +74,7 @@ class SplitFunction:
             self._pending.append(weakref.ref(node))
 
     def _recomputed(self) -> Values | None:
-        """Return what was recomputed already for the present backward."""
+        """Return what was recomputed already for the current backward."""
         node = torch._C._current_autograd_node()
         self._pending = deque(r for r in self._pending if r() not in (None, node))
         values: Values | None = getattr(node, RECOMPUTED, None)
@@ -83,7 +83,7 @@ class SplitFunction:
         return values
 
     def run_backward(self, args: list[Any]) -> list[Any]:
-        """The gradient of each input, from the values saved for the backward and the gradients of the outputs."""
+        """Return the gradient of each input, from the values saved for the backward and the outputs' gradients."""
         assert self.parts is not None
         split = self.parts.split
         values: Values = dict(zip(split.placeholders, args, strict=True))

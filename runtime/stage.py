@@ -122,13 +122,13 @@ class Stage(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module, under the names of the unsplit model."""
+        """Yield parameters as any module does, under the names of the unsplit model."""
         for name, p in super().named_parameters("", recurse, remove_duplicate):
             plain = name.split(".", 2)[2] if self._blocked and name.startswith("units.") else name
             yield f"{prefix}.{plain}" if prefix else plain, p
 
     def train(self, mode: bool = True) -> Stage:
-        """As of any module, units that are no submodules included."""
+        """Set the mode as any module does, also for units that are no submodules."""
         for unit in self.units:
             unit.train(mode)
         return super().train(mode)

@@ -33,7 +33,7 @@ class Part(Protocol):
     tables: dict[str, MemoryTable]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module; the weights of tables may be among them."""
+        """Yield parameters as any module does; the weights of tables may be among them."""
 
 
 def training_state(stages: Sequence[Part], optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> State:

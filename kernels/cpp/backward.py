@@ -1,8 +1,9 @@
 """C++ for the backward of a chain.
 
-Per block of TOKENS tokens: the streams X' again from X and y, the weights' gradients, the n x n arithmetic backwards,
-then the gradient G of X' (from X' itself, from h, from the projection and its norm), and from G those of X, y, post, H.
-phi's gradient is summed in float32, a sum for each thread, added in the threads' order: two runs are bit-equal.
+Per block of TOKENS tokens: recompute the streams X' from X and y, then the weights' gradients, the n x n arithmetic
+backwards, the gradient G of X' (from X' itself, from h, from the projection and its norm), and from G those of X, y,
+post and H. phi's gradient is summed in float32, one sum per thread, added in the order of the threads: two runs are
+bit-equal.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ _SHARED = """\
   float* partial = scratch(threads * SPAN * ROWS * LANES);
   float* small = scratch(threads * SMALL);
   memset(small, 0, threads * SMALL * 4);"""
-# The gradients of the norm's weight and bias, one row of sums a thread.
+# The gradients of the norm's weight and bias, one row of sums per thread.
 _NORM_SHARED = """
   constexpr int64_t NORM = {count} * V * LANES;
   float* sums = scratch(threads * NORM);
@@ -228,7 +229,10 @@ def backward_source(chain: Chain, lanes: int) -> Source:
 
 
 def _passes(chain: Chain) -> dict[str, int]:
-    """X and y make X' again and then the gradients of H and post; d_h those of the weights and of X'."""
+    """Count the passes over each wide value.
+
+    X and y are read for X' and again for the gradients of H and post; d_h for those of the weights and of X'.
+    """
     passes = dict.fromkeys(chain.wide("backward"), 1)
     if chain.mixes:
         passes |= {"X": 2, "y": 2}
@@ -259,12 +263,12 @@ def _gather(chain: Chain) -> str:
 
 
 def _dh(chain: Chain) -> str:
-    """One token's gradient of h: as it was given, or what the norm's backward made of it."""
+    """Return the text of one token's gradient of h: `d_h` itself, or the result of the norm's backward."""
     return "d_h + (first + t) * C" if chain.norm == "none" else "dh + t * V * LANES"
 
 
 def _site(chain: Chain) -> list[str]:
-    """The coefficients again, and from their gradients those of the projections (`du_of`) and norms (`scale_of`)."""
+    """Emit the recomputed coefficients and the gradients of the projections (`du_of`) and of the norms (`scale_of`)."""
     lines = []
     lines.append("""\
       Lanes u[Z], du[U] = {}, s[GROUPS], ds[GROUPS] = {}, scale[GROUPS];

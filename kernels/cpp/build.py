@@ -24,7 +24,7 @@ _COMPILERS = BoundedSemaphore(os.cpu_count() or 1)
 
 @lru_cache(maxsize=1)
 def lanes() -> int:
-    """Floats in a vector register of this machine, as `torch.compile` finds it; 4 where it finds none."""
+    """Return the floats in a vector register of this machine, as `torch.compile` detects it, or 4."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     isa = pick_vec_isa()
@@ -33,7 +33,7 @@ def lanes() -> int:
 
 @cache
 def compiler_problem() -> str:
-    """What keeps C++ from being compiled on this machine; nothing where a small file compiles and loads."""
+    """Return why C++ cannot be compiled on this machine, or '' where a small file compiles and loads."""
     try:
         probe = 'extern "C" int probe() { return omp_get_max_threads(); }'
         ctypes.CDLL(str(compiled("probe", prelude(lanes()) + probe)))
@@ -45,7 +45,7 @@ def compiler_problem() -> str:
 
 @cache
 def no_compiler() -> bool:
-    """Return whether this machine compiles no C++, and warn once a process where it does not."""
+    """Return whether this machine compiles no C++, and warn once per process where it does not."""
     problem = compiler_problem()
     if problem:
         warn("MHC309", problem)
@@ -53,7 +53,7 @@ def no_compiler() -> bool:
 
 
 def begin(name: str, code: Callable[[], str]) -> Future[ctypes.CDLL]:
-    """Begin to make and compile `code`, as many at a time as there are cores. The future raises what goes wrong."""
+    """Begin to generate and compile `code`, one job per core at a time. The future raises what goes wrong."""
     future: Future[ctypes.CDLL] = Future()
 
     def work() -> None:
@@ -61,7 +61,7 @@ def begin(name: str, code: Callable[[], str]) -> Future[ctypes.CDLL]:
             with _COMPILERS:
                 path = compiled(name, code())
             future.set_result(ctypes.CDLL(str(path)))
-        except BaseException as error:  # whatever it is, who waits for the kernel gets it, and does not wait for ever
+        except BaseException as error:  # any error reaches the caller that waits for the kernel
             future.set_exception(error)
 
     Thread(target=work, daemon=True).start()
@@ -69,7 +69,7 @@ def begin(name: str, code: Callable[[], str]) -> Future[ctypes.CDLL]:
 
 
 def compiled(name: str, code: str) -> Path:
-    """The library of `code`, from the cache or compiled. Raises what the machinery of `torch.compile` raises."""
+    """Return the library of `code`, from the cache or compiled. Raises what the machinery of `torch.compile` raises."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 

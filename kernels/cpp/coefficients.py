@@ -1,4 +1,4 @@
-"""C++ for the n x n arithmetic of a site, one token a lane: projections -> pre, post, H, and its backward.
+"""C++ for the n x n arithmetic of a site, one token per lane: projections -> pre, post, H, and its backward.
 
 The equations are those of `mhc_compile.kernels.reference` (arXiv 2512.24880, Eq. 7-9), for the manifolds `sinkhorn`,
 `identity` and `unconstrained`. The backward runs Sinkhorn's iterations again and keeps them on the stack.
@@ -271,7 +271,7 @@ static void site_backward(
 
 
 def coefficients_source(chain: Chain) -> str:
-    """The functions `inverse_rms`, `site` and their backwards for the chain's convention and manifold."""
+    """Return the text of `inverse_rms`, `site` and their backwards for the chain's convention and manifold."""
     fields = chain.stream.convention.fields
     share = 1.0 / chain.span
     rms = (RMS_INSIDE if fields.rms_inside else RMS_OUTSIDE).format(share=share, eps=fields.rms_eps)

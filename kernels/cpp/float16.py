@@ -47,5 +47,5 @@ _NARROW = {
 
 
 def halves(lanes: int) -> str:
-    """The text for vectors of `lanes` floats; it follows the types `Lanes`, `Ints` and `Halves`."""
+    """Return the text for vectors of `lanes` floats; it follows the types `Lanes`, `Ints` and `Halves`."""
     return HALVES.substitute(widen=_WIDEN.get(lanes, ""), narrow=_NARROW.get(lanes, ""))

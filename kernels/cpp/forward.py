@@ -1,7 +1,7 @@
 """C++ for the forward of a chain.
 
 A thread takes a block of TOKENS tokens through all steps while their streams lie in its cache: mix the streams token by
-token, project them on phi in tiles that stay in registers, do the n x n arithmetic with one token a lane, weigh.
+token, project them on phi in tiles that stay in registers, do the n x n arithmetic with one token per lane, weigh.
 """
 
 from __future__ import annotations
@@ -149,12 +149,12 @@ extern "C" void forward(void** p, const int64_t* size, int threads) {{
 
 
 def block_tokens(lanes: int) -> int:
-    """Tokens a block: their streams fit the cache beside phi, and their sums with `tile_rows` the registers."""
+    """Return the tokens per block: their streams fit the cache beside phi, and a tile's sums the registers."""
     return 8 if lanes >= 16 else 4
 
 
 def tile_rows(rows: int) -> int:
-    """The largest divisor of `rows` whose tile with a block's tokens fits the registers."""
+    """Return the largest divisor of `rows` whose tile with a block's tokens fits the registers."""
     return next(d for d in (3, 2, 1) if rows % d == 0)
 
 
@@ -162,7 +162,7 @@ C_TYPES = {"torch.float32": "float", "torch.bfloat16": "bfloat16", "torch.float1
 
 
 def header(chain: Chain, lanes: int) -> str:
-    """What forward and backward share."""
+    """Return the text that forward and backward share."""
     text = HEADER.format(
         name=chain.name, spec=chain.stream, prelude=prelude(lanes), access=ROWS,
         n=chain.stream.streams, width=chain.width, rows=chain.rows, groups=chain.groups, tokens=block_tokens(lanes),
@@ -183,7 +183,7 @@ FORWARD_ARGUMENTS = {
 
 
 def unpack(names: tuple[str, ...], types: dict[str, str]) -> str:
-    """The pointers in `p` by name, in order."""
+    """Emit the pointers in `p` by name, in order."""
     lines = []
     for i, name in enumerate(names):
         declared = types[name]
@@ -237,7 +237,10 @@ _PREPARE = """\
 
 
 def load_tokens(chain: Chain, *, keeps: bool, squares: bool) -> str:
-    """Fill `x` with the block's streams, mixed where the chain mixes; sums of squares in `square` where asked for."""
+    """Emit the loop that fills `x` with the block's streams, mixed where the chain mixes.
+
+    With `squares`, the sums of squares go to `square`.
+    """
     if chain.mixes:
         call = (
             "mix(X + token * x_stride, y + token * C, post + token * N, H + token * N * N, x + t * STRIDE"
@@ -257,7 +260,7 @@ def load_tokens(chain: Chain, *, keeps: bool, squares: bool) -> str:
 
 
 def collapse_source(chain: Chain) -> str:
-    """The function `collapse`: into h itself, or into a row of floats that is still to be normalised."""
+    """Return the text of `collapse`, which writes h itself, or a row of floats that is still to be normalised."""
     if chain.norm == "none":
         return COLLAPSE.format(h_type="streams_t", write="write(h, v, sum);")
     return COLLAPSE.format(h_type="float", write="store(h + v * LANES, sum);")

@@ -28,11 +28,11 @@ class Pool:
         self._lock = Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous CPU tensor."""
+        """Return an uninitialised contiguous CPU tensor."""
         size = math.prod(shape) * dtype.itemsize
         if size < SMALLEST:
             return torch.empty(shape, dtype=dtype)
-        with self._lock:  # until a tensor holds the block: before that, another thread would find it free
+        with self._lock:  # until a tensor holds the block: before that, another thread would take it for free
             return torch.empty(0, dtype=dtype).set_(self._take(size)).view(shape)
 
     def _take(self, size: int) -> UntypedStorage:

@@ -61,7 +61,7 @@ static inline void normalise_backward(
 
 
 def norm_source(chain: Chain, *, backward: bool) -> str:
-    """The functions `statistics` and `normalise` or `normalise_backward` of the chain's norm."""
+    """Return the text of `statistics` and of `normalise` or `normalise_backward` for the chain's norm."""
     layer = chain.norm == "layer"
     text = STATISTICS.format(eps=chain.norm_eps, mean=MEAN if layer else "")
     if not backward:

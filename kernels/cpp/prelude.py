@@ -123,7 +123,7 @@ static float* scratch(int64_t floats) { return (float*)aligned_alloc(64, (floats
 
 
 def prelude(lanes: int) -> str:
-    """The common source for vectors of `lanes` floats."""
+    """Return the common source for vectors of `lanes` floats."""
     even = ", ".join(str(2 * i) for i in range(lanes))
     odd = ", ".join(str(2 * i + 1) for i in range(lanes))
     return PRELUDE.substitute(lanes=lanes, even=even, odd=odd, halves=halves(lanes))

@@ -49,5 +49,5 @@ def primes_from(base: int, count: int) -> tuple[int, ...]:
 
 
 def _half(vocab: int) -> int:
-    """Below twice this plus one, a multiplier's product with an id of the vocabulary stays under 2^63."""
+    """Return the exclusive bound of m: `2 * m + 1` times an id of the vocabulary stays under 2^63."""
     return max(1, _LARGEST // vocab // 2)

@@ -65,7 +65,7 @@ def window(ids: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
 def rows(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
     """Return the rows of the layer's table that each token reads: [B, S, H] int64, order-major, then head.
 
-    `ids` [B, S] compressed, `reach` [B, S] as `reach` gives it, `before` [B, N - 1] the compressed ids in front of the
+    `ids` [B, S] compressed, `reach` [B, S] as `reach` gives it, `before` [B, N - 1] the compressed ids before the
     call (None: nothing is). Where `reach` ends the n-gram, `spec.fill` stands for its earlier tokens.
     """
     S, N, ids = ids.shape[1], spec.order, ids.long()

@@ -20,7 +20,7 @@ class LayerMemory:
     layer: str
     """The layer's module path, relative to the owner."""
     site: str
-    """Its first site: in front of it the memory is added to the streams."""
+    """Its first site, before which the memory is added to the streams."""
     hash: HashSpec
     rows: int
     """Of the table, padding included."""
@@ -80,7 +80,7 @@ def memory_of(
 ) -> Memory:
     """Return the memories at the layers in `settings` of an owner with these `sites`, in the order of the stream.
 
-    `compression` is that of the tokenizer where ids are compressed, `fill` the (compressed) id in front of a document.
+    `compression` is that of the tokenizer where ids are compressed, `fill` the (compressed) id before a document.
     Raises MHC226 for a layer that the owner does not have.
     """
     known = layers_of(sites)

@@ -162,5 +162,5 @@ def _constants(spec: HashSpec, width: int) -> tuple[Tensor, bool]:
 
 
 def _signed(x: int) -> int:
-    """Modulo 2^64, as an int64."""
+    """Return `x` modulo 2^64, as an int64."""
     return (x + (1 << 63)) % (1 << 64) - (1 << 63)

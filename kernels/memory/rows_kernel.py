@@ -22,7 +22,7 @@ def rows(
     BT: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Rows [tokens, HASHES] of `tokens` ids, a batch of sequences of `length`, BT tokens a program.
+    """Write the rows [tokens, HASHES] of `tokens` ids, a batch of sequences of `length`, BT tokens per program.
 
     `constants`, in turn: N multipliers, the fill, and for all hashes p, the offset and floor((2^64 - 1) / p).
     """

@@ -1,13 +1,13 @@
-"""The fused steps by which a memory enters the streams: what each takes and gives, whatever target it is generated for.
+"""The fused steps by which a memory enters the streams: what each reads and writes, for any target.
 
     gate       a = gate(X, keys)                                        (arXiv 2601.07372, section 3)
     add        X' = X + a v
     inject     X' = X + a v + silu(conv(rmsnorm(a v)))
     remember   X' = X + gate(X, keys) v
 
-u_m = a_m v is of rank one in the streams: its norm needs mean(v^2) and a_m alone, `rms(u_m)^2 = a_m^2 mean(v^2)`, so
-that nothing of n*C values a token is read but X (and the keys), or written but X'. The gradient of X through `add` and
-`inject` is the one of X', which nobody copies; their backward does not look at X.
+u_m = a_m v is of rank one in the streams: its norm needs mean(v^2) and a_m alone, `rms(u_m)^2 = a_m^2 mean(v^2)`. Of
+n*C values per token, only X (and the keys) are read and only X' is written. The gradient of X through `add` and
+`inject` is that of X', without a copy; their backward does not read X.
 
 Shapes: `B` batch, `S` tokens of this call, `n` streams, `C` hidden size, `L = P' + S` rows, P' of them history.
 
@@ -188,8 +188,8 @@ class MemoryStep(KernelSpec):
     def bytes_moved(self, tokens: int, *, backward: bool = False) -> int:
         """Return what must travel between memory and processor: every value once, without parameters and gates.
 
-        With n = 4 and equal dtypes, in units of C values a token: `inject` 9 forward and 6 backward, `remember` 13 and
-        22.
+        With n = 4 and equal dtypes, in units of C values per token: `inject` 9 forward and 6 backward, `remember` 13
+        and 22.
         """
         X, keys = self.streams * self.streams_dtype.itemsize, self.streams * self.keys_dtype.itemsize
         value, gated = self.adds * self.value_dtype.itemsize, self.gates * (X + keys)

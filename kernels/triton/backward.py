@@ -2,7 +2,7 @@
 
 `backward`: the weights' gradients <dh, X'> in a first loop over the columns (of LayerNorm in a second, after its mean);
 the n x n arithmetic backwards; then G, the gradient of X' (from X' itself, from h, from the projection and its norm),
-and from G those of X, y, post and H. X' is computed again from X and y. `phi_gradient` forms du.T @ X' over fixed
+and from G those of X, y, post and H. X' is recomputed from X and y. `phi_gradient` forms du.T @ X' over fixed
 ranges of tokens, whose partial sums are added in their order: two runs are bit-equal.
 """
 
@@ -18,7 +18,7 @@ from mhc_compile.kernels.triton.forward import logit, pre
 
 PARAMETERS = ("phi", "alpha", "bias", "norm_weight", "norm_bias")
 
-# A matrix instruction leaves two neighbours of a row to a thread: their sum is half the registers, and no exchange.
+# A matrix instruction leaves two neighbours of a row to a thread: their sum halves the registers without an exchange.
 PAIRS = """\
 @triton.jit
 def pairs(x):
@@ -40,7 +40,7 @@ def backward_source(chain: Chain) -> Source:
         if chain.collapses:
             body += _weigh(chain) if chain.norm == "none" else [*_weights(chain), *norm.weigh(chain)]
         body += _site_backward(chain)
-        # Again: kept, they would fill the registers that Sinkhorn needs.
+        # Emitted again: kept, they would fill the registers that Sinkhorn needs.
         body += [*text.site_lines(chain), *(_weights(chain) if chain.collapses else [])]
     parts.append(text.kernel("backward", backward_pointers(chain), ("tokens", "x_stride"), body + _gradients(chain)))
     if chain.projects:
@@ -50,7 +50,10 @@ def backward_source(chain: Chain) -> Source:
 
 
 def _passes(chain: Chain) -> dict[str, int]:
-    """Streams, branch and d_h are read for the weights' gradients, for those of X, and for phi's."""
+    """Count the passes over each wide value.
+
+    Streams, branch and d_h are read for the weights' gradients, for those of X, and for phi's.
+    """
     passes = dict.fromkeys(chain.wide("backward"), 1)
     weighs = (2 if chain.norm == "layer" else 1) if chain.projects and chain.collapses else 0
     reads = weighs + (chain.mixes or chain.projects or chain.weights == "given") + chain.projects
@@ -61,14 +64,14 @@ def _passes(chain: Chain) -> dict[str, int]:
 
 
 def backward_pointers(chain: Chain) -> tuple[str, ...]:
-    """The kernel's tensors: the signature's, and in place of the parameters' gradients what these are summed from."""
+    """Return the kernel's tensors: the signature's, and what the gradients of parameters are summed from."""
     taken = tuple(name for name in chain.outputs("backward") if name.removeprefix("d_") not in PARAMETERS)
     extra = (*(("dlogits", "du", "sums") if chain.projects else ()), *(("norm_sums",) if chain.norm != "none" else ()))
     return (*chain.inputs("backward"), *taken, *extra)
 
 
 def _weigh(chain: Chain) -> list[str]:
-    """The gradients `dw_i` of the weights."""
+    """Emit the gradients `dw_i` of the weights."""
     n = chain.stream.streams
     lines = [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
     body = [*text.stream_lines(chain), f"dh = {text.load('d_h + at_y')}"]
@@ -85,12 +88,15 @@ def _inverse_rms(chain: Chain) -> list[str]:
 
 
 def _weights(chain: Chain) -> list[str]:
-    """`w_i`, from z."""
+    """Emit `w_i`, from z."""
     return [*_inverse_rms(chain), *(f"w_{i} = {pre(chain, i)}" for i in range(chain.n))]
 
 
 def _site_backward(chain: Chain) -> list[str]:
-    """From `dw_i` du [tokens, groups * rows] and `scale`: X' times it is the gradient that comes through the norm."""
+    """Emit du [tokens, groups * rows] and `scale`, from `dw_i`.
+
+    `scale` times X' is the gradient through the norm.
+    """
     lines = _inverse_rms(chain)
     if not chain.collapses:
         lines += [f"dw_{i} = tl.load(d_next_pre + token * {chain.n} + {i}, live, other=0.0)" for i in range(chain.n)]
@@ -103,7 +109,7 @@ def _site_backward(chain: Chain) -> list[str]:
 
 
 def _flows_of_outputs(chain: Chain) -> list[str]:
-    """Load the gradients of pre, post and H of Hyper-Connections, in the order of the rows of phi."""
+    """Emit the loads of the gradients of pre, post and H of Hyper-Connections, in the order of the rows of phi."""
     n, lines = chain.n, []
     for i in range(n):
         lines.append(_keep(chain, i * chain.rows, f"dw_{i}"))
@@ -128,7 +134,7 @@ def _flows_of_logits(chain: Chain) -> list[str]:
 
 
 def _group_backward(chain: Chain, g: int) -> list[str]:
-    """From the gradients in `dlogits` those of a group's projections, of its norm, of bias and alpha."""
+    """Emit the gradients of a group's projections, of its norm, of bias and alpha, from those in `dlogits`."""
     n, rows, U = chain.n, chain.rows, chain.groups * chain.rows
     inside = f"live[:, None] & (row < {rows})[None, :]"
     which = "row * 0" if chain.weights == "head" else f"tl.where(row < {n}, 0, tl.where(row < {2 * n}, 1, 2))"
@@ -175,17 +181,17 @@ def _mix_backward(chain: Chain) -> list[str]:
 
 
 def _gradients(chain: Chain) -> list[str]:
-    """G, and from it the gradients of the inputs."""
-    n, given = chain.stream.streams, chain.weights == "given"
+    """Emit G, and from it the gradients of the inputs."""
+    n, weights_given = chain.stream.streams, chain.weights == "given"
     lines: list[str] = []
-    if given:
+    if weights_given:
         lines += [f"w_{i} = tl.load(pre + token * {n} + {i}, live, other=0.0)" for i in range(n)]
         lines += [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
     sums, add = ("BK // 2", "pairs({})") if _adds_pairs(chain) else ("BK", "{}")
     if chain.mixes:
         lines += [f"dpost_{i} = tl.zeros([BT, {sums}], tl.float32)" for i in range(n)]
         lines += [f"{name} = tl.zeros([BT, {sums}], tl.float32)" for name in entries(n, "dH")]
-    body = text.stream_lines(chain) if chain.mixes or chain.projects or given else []
+    body = text.stream_lines(chain) if chain.mixes or chain.projects or weights_given else []
     if chain.norm != "none":
         body += norm.gradient(chain)
     elif chain.collapses:
@@ -195,7 +201,7 @@ def _gradients(chain: Chain) -> list[str]:
         if chain.projects:
             body.append(f"p = {text.phi_tile(chain, i, rows_first=True)}")
             body.append(f"g = tl.dot(du_{i % chain.groups}, p, g, input_precision=PRECISION)")
-        if given:
+        if weights_given:
             body.append(f"dw_{i} += tl.sum(dh * x_{i}, 1)")
         if not chain.mixes:
             body.append(f"tl.store(d_X + at + {i * chain.width}, g, inside)")
@@ -209,7 +215,7 @@ def _gradients(chain: Chain) -> list[str]:
         body.append("tl.store(d_y + at_y, dy, inside)")
         body += [f"tl.store(d_X + at + {j * chain.width}, dx_{j}, inside)" for j in range(n)]
     lines += text.loop(chain, body, backwards=chain.projects)
-    if given:
+    if weights_given:
         lines += [f"tl.store(d_pre + token * {n} + {i}, dw_{i}, live)" for i in range(n)]
     if chain.mixes:
         lines += [f"tl.store(d_post + token * {n} + {i}, tl.sum(dpost_{i}, 1), live)" for i in range(n)]
@@ -219,12 +225,12 @@ def _gradients(chain: Chain) -> list[str]:
 
 
 def _adds_pairs(chain: Chain) -> bool:
-    """Whether the gradients of post and H are summed in the layout of a matrix instruction, to which they are many."""
+    """Return whether the gradients of post and H are summed by `pairs`, as a matrix instruction's layout is large."""
     return chain.mixes and chain.projects and chain.streams_dtype != torch.float32
 
 
 def _gradient_of_stream(chain: Chain, i: int) -> str:
-    """G of stream i but for the projection's part."""
+    """Return the text of G of stream i without the projection's part."""
     terms = []
     if chain.keeps_streams:
         terms.append(text.load(f"d_next_X + at + {i * chain.width}"))
@@ -237,7 +243,7 @@ def _gradient_of_stream(chain: Chain, i: int) -> str:
 
 
 def _phi_gradient(chain: Chain) -> list[str]:
-    """One program a block of columns and range of tokens: partial [splits, rows, span]."""
+    """Emit `phi_gradient`: one program per block of columns and range of tokens, partial [splits, rows, span]."""
     n, rows, width, pad = chain.n, chain.rows, chain.width, text.padded_rows(chain)
     groups, parts = chain.groups, n // chain.groups
     body = ["token = t0 + tl.arange(0, BT)", "live = token < tokens", *text.site_lines(chain)]

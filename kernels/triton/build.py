@@ -1,4 +1,4 @@
-"""Write generated Triton to the cache directory, import it, and compile it for GPUs that need not be here."""
+"""Write generated Triton to the cache directory, import it, and compile it, also for GPUs that this machine lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mhc_compile.kernels.triton.tiles import TileConfig
 
 
 def module_of(name: str, code: str) -> ModuleType:
-    """The module of any generated file, from the cache directory. Raises ImportError where there is no Triton."""
+    """Return the module of a generated file, from the cache directory. Raises ImportError where there is no Triton."""
     name = f"{name}_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
     path = cache_dir() / f"{name}.py"
     write_once(path, code)
@@ -36,10 +36,10 @@ class Compiled:
     texts: dict[str, Any]
     """By file type: `ttir`, `ttgir`, `ptx` and `cubin`, or `amdgcn` and `hsaco`."""
     shared: int
-    """Bytes of shared memory a program."""
+    """Bytes of shared memory per program."""
 
     def registers(self) -> tuple[int, int]:
-        """Registers a thread and bytes of its stack (spilled registers), of a kernel for NVIDIA's GPUs."""
+        """Return the registers per thread and bytes of its stack (spilled registers) of a kernel for NVIDIA GPUs."""
         import triton
 
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

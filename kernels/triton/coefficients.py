@@ -1,7 +1,7 @@
-"""Triton for the n x n arithmetic of a site, one vector of tokens an entry: logits -> H and the gradient of it.
+"""Triton for the n x n arithmetic of a site, one vector of tokens per entry: logits -> H and its gradient.
 
 The equations are those of `mhc_compile.kernels.reference` (arXiv 2512.24880, Eq. 7-9), for the manifolds `sinkhorn`,
-`identity` and `unconstrained`. The backward computes Sinkhorn's iterates again: some are kept in registers, and each of
+`identity` and `unconstrained`. The backward recomputes Sinkhorn's iterates: some are kept in registers, and each of
 the others is reached from the kept one before it, so that no memory is needed.
 """
 
@@ -15,36 +15,36 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.reference import LOGIT_FLOOR, sinkhorn_axes, vanishing
 from mhc_compile.kernels.spec import StreamSpec
 
-# Values a token that the backward of Sinkhorn keeps in registers, besides the matrix and the gradient it works on.
+# Values per token that the backward of Sinkhorn keeps in registers, besides the matrix and the gradient it works on.
 KEPT_VALUES = 32
 SUMS = {-2: "Columns sum to 1 afterwards.", -1: "Rows sum to 1 afterwards."}
 
 
 def entries(n: int, name: str) -> list[str]:
-    """The names of a matrix's entries, row-major: `m_00`, `m_01`, ..."""
+    """Return the names of a matrix's entries, row-major: `m_00`, `m_01`, ..."""
     return [f"{name}_{i}{j}" for i in range(n) for j in range(n)]
 
 
 def matrix(n: int, *names: str) -> str:
-    """The entries of matrices as arguments, results or targets of a function; a single one is a tuple too."""
+    """Return the entries of matrices as arguments, results or targets of a function; a single one is a tuple too."""
     names_of_entries = [entry for name in names for entry in entries(n, name)]
     return ", ".join(names_of_entries) if len(names_of_entries) > 1 else f"{names_of_entries[0]},"
 
 
 def line(n: int, name: str, axis: int, a: int) -> list[str]:
-    """The entries whose sum is divided by: of row `a` (axis -1) or of column `a` (axis -2)."""
+    """Return the entries whose sum divides: those of row `a` (axis -1) or of column `a` (axis -2)."""
     return [f"{name}_{a}{b}" if axis == -1 else f"{name}_{b}{a}" for b in range(n)]
 
 
 def function(name: str, arguments: str, body: list[str], results: str, says: str = "") -> str:
-    """A Triton function."""
+    """Return the text of a Triton function."""
     doc = [f"    # {says}"] if says else []
     lines = ["@triton.jit", f"def {name}({arguments}):", *doc, *(f"    {b}" for b in body)]
     return "\n".join([*lines, f"    return {results}\n"])
 
 
 def inverse_rms(chain: Chain) -> str:
-    """s, the inverse of the root mean square, from the sum of squares of a group of values, and its backward.
+    """Return the text of `inverse_rms`, from a group's sum of squares to s, and of its backward.
 
     The gradient of a value is the value times `inverse_rms_backward`, where ds is the gradient of s.
     """
@@ -65,7 +65,7 @@ def inverse_rms(chain: Chain) -> str:
 
 
 def sinkhorn_source(spec: StreamSpec, *, backward: bool) -> str:
-    """The functions `sinkhorn(m)` or `sinkhorn_backward(logits, flow)`, both in the published orientation."""
+    """Return the text of `sinkhorn(m)` or `sinkhorn_backward(logits, flow)`, in the published orientation."""
     n, axes = spec.streams, sinkhorn_axes(spec)
     m = matrix(n, "m")
     first, second = axes[0], -3 - axes[0]
@@ -92,7 +92,7 @@ def sinkhorn_source(spec: StreamSpec, *, backward: bool) -> str:
 
 
 def _walk_back(spec: StreamSpec, pairs: int, odd: int) -> Iterator[str]:
-    """From the last iterate to the logits, `m` being the logits and `f` the gradient of H, later of the logits."""
+    """Emit the steps from the last iterate to the logits `m`; `f` is the gradient of H, in the end of the logits."""
     n = spec.streams
     m, f, both, logits = matrix(n, "m"), matrix(n, "f"), matrix(n, "m", "f"), matrix(n, "logit")
     segments = min(pairs, max(1, KEPT_VALUES // (n * n)))
@@ -184,7 +184,10 @@ def _step(spec: StreamSpec, axis: int) -> Iterator[str]:
 
 
 def _step_backward(spec: StreamSpec, axis: int) -> Iterator[str]:
-    """q = m / d(sum m): dm = (dq - sum(dq * q)) / d, without the second term where the divisor is a constant."""
+    """Emit the backward of a step.
+
+    q = m / d(sum m): dm = (dq - sum(dq * q)) / d, without the second term where the divisor is a constant.
+    """
     n, fields = spec.streams, spec.convention.fields
     for a in range(n):
         along, flow = line(n, "m", axis, a), line(n, "f", axis, a)
@@ -205,7 +208,7 @@ def _products(left: list[str], right: list[str]) -> str:
 
 
 def site_functions(chain: Chain, *, backward: bool) -> str:
-    """The functions that a kernel of the chain calls for its coefficients; nothing where it projects nothing."""
+    """Return the text of the functions that compute a kernel's coefficients, or '' where the chain projects nothing."""
     if not chain.projects:
         return ""
     parts = [inverse_rms(chain)]
@@ -227,6 +230,6 @@ def bias_row(chain: Chain, at: int) -> int:
 
 
 def mix_row(chain: Chain) -> Callable[[int, int], int]:
-    """The row of phi that produces H[i][j] of `sinkhorn` and `unconstrained`."""
+    """Return the map from (i, j) to the row of phi that produces H[i][j] of `sinkhorn` and `unconstrained`."""
     n, transposed = chain.stream.streams, chain.stream.convention.fields.transposed
     return lambda i, j: 2 * n + (j * n + i if transposed else i * n + j)

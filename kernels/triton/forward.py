@@ -1,4 +1,4 @@
-"""Triton for the forward of a chain: one kernel, one block of tokens a program.
+"""Triton for the forward of a chain: one kernel, one block of tokens per program.
 
 The first loop over the columns mixes the streams, writes them and projects them on phi; the coefficients are computed
 with a vector of tokens for every entry; the second loop weighs the streams, which the first has left in the caches.
@@ -39,7 +39,7 @@ def _passes(chain: Chain) -> dict[str, int]:
 
 
 def _weights_known_before(chain: Chain) -> list[str]:
-    """`w_i` of chains that need not look at the streams for them."""
+    """Emit `w_i` for chains whose weights do not depend on the streams."""
     n = chain.stream.streams
     if chain.weights == "given":
         return [f"w_{i} = tl.load(pre + token * {n} + {i}, live, other=0.0)[:, None]" for i in range(n)]
@@ -103,7 +103,7 @@ def _with_coefficients(chain: Chain) -> list[str]:
 
 
 def coefficient_lines(chain: Chain) -> list[str]:
-    """`w_i`, and where Sinkhorn makes the mixing matrix, its entries `m_ij` in the published orientation."""
+    """Emit `w_i`, and where Sinkhorn computes the mixing matrix, its entries `m_ij` in the published orientation."""
     n = chain.n
     lines = [f"s_{g} = inverse_rms(squares_{g})" for g in range(chain.groups)]
     lines += [f"w_{i} = {pre(chain, i)}" for i in range(n)]
@@ -114,21 +114,21 @@ def coefficient_lines(chain: Chain) -> list[str]:
 
 
 def logit(chain: Chain, row: int) -> str:
-    """One row's logit from z as it lies in memory, a vector of tokens."""
+    """Return the text of one row's logit from z in memory, for a vector of tokens."""
     which = 0 if chain.weights == "head" else min(row // chain.stream.streams, 2)
     u = f"tl.load({text.z_at(chain, row)}, live, other=0.0)"
     return f"{u} * s_0 * tl.load(alpha + {which}) + tl.load(bias + {row})"
 
 
 def hyper_connection(chain: Chain, i: int, row: int) -> str:
-    """Compute the coefficient of Hyper-Connections for stream `i` and row `row` of phi, for a vector of tokens."""
+    """Return the text of a Hyper-Connections coefficient: stream `i`, row `row` of phi, for a vector of tokens."""
     at = i * chain.rows + row
     u = f"tl.load({text.z_at(chain, at)}, live, other=0.0)"
     return f"tl.load(alpha + {int(row == 1)}) * tanh({u} * s_{i}) + tl.load(bias + {bias_row(chain, at)})"
 
 
 def pre(chain: Chain, i: int) -> str:
-    """The weight of stream `i`, a vector of tokens."""
+    """Return the text of the weight of stream `i`, for a vector of tokens."""
     if chain.is_hyper_connection:
         return hyper_connection(chain, i, 0)
     eps = chain.stream.convention.fields.pre_eps

@@ -1,13 +1,13 @@
-"""Triton for the branch's own norm of h, forward and backward: RMSNorm, or LayerNorm, which takes the mean off first.
+"""Triton for the branch's own norm of h, forward and backward: RMSNorm, or LayerNorm, which subtracts the mean first.
 
-Both norm h as it is stored. The forward collects the statistics from what it has written, the backward from h computed
-again. With `hidden` = h (less its mean), `inverse` = 1 / rms(hidden), d the result's gradient and g = d * norm_weight:
+Both norm h as stored. The forward takes the statistics from what it has written, the backward from a recomputed h.
+With `hidden` = h (less its mean), `inverse` = 1 / rms(hidden), d the result's gradient and g = d * norm_weight:
 
     dh   = inverse * (g - share * hidden - plain)      share = inverse^2 * mean(g * hidden), plain = mean(g) or 0
     dw_i = <dh, x_i> = inverse * (<g, x_i> - share * <hidden, x_i> - plain * <1, x_i>)
 
-The second form needs no statistics before its sums: one loop over the streams finds both. Each program writes what its
-tokens add to the gradients of weight and bias, and the programs' rows are added in one order.
+The second form needs no statistics before its sums: one loop over the streams computes both. Each program writes what
+its tokens add to the gradients of weight and bias, and the programs' rows are added in one order.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ START = "norm_sum = tl.zeros([BT], tl.float32)"  # before the forward's loop tha
 
 
 def weighed(chain: Chain, weight: str) -> str:
-    """h of a tile as it is stored, `weight` being how a stream's weight is written: `w_{}[:, None]`."""
+    """Return the text of h of a tile as it is stored; `weight` formats a stream's weight: `w_{}[:, None]`."""
     terms = (f"{weight.format(i)} * x_{i}" for i in range(chain.stream.streams))
     return text.rounded(chain, " + ".join(terms))
 
 
 def add_up(chain: Chain) -> list[str]:
-    """In that loop: `hidden`, a tile of h, adds to the squares of RMSNorm, to the sum of LayerNorm."""
+    """Emit, in that loop, the addition of `hidden`, a tile of h, to the squares of RMSNorm or the sum of LayerNorm."""
     return ["norm_sum += tl.sum(hidden, 1)"] if chain.norm == "layer" else _squares("norm_sum")
 
 
 def normalise(chain: Chain) -> list[str]:
-    """After it: h is read again, normalised, and written to its place."""
+    """Emit what follows that loop: h is read again, normalised, and written in place."""
     layer = chain.norm == "layer"
     lines = ["tl.debug_barrier()"]  # threads read now what others of the program have written
     hidden = text.load("h + at_y")
@@ -46,11 +46,11 @@ def normalise(chain: Chain) -> list[str]:
 
 
 def weigh(chain: Chain) -> list[str]:
-    """The backward's first loops, from the weights `w_i` to their gradients `dw_i` and what `gradient` needs."""
+    """Emit the backward's first loops, from the weights `w_i` to their gradients `dw_i` and what `gradient` needs."""
     n, layer = chain.stream.streams, chain.norm == "layer"
     lines = []
     if layer:
-        # Before all else: taken off a sum of squares, a large mean would leave nothing but rounding.
+        # Before all else: subtracted from a sum of squares, a large mean would leave nothing but rounding.
         lines.append("mean = tl.zeros([BT], tl.float32)")
         lines += text.loop(chain, [*text.stream_lines(chain), f"mean += tl.sum({weighed(chain, 'w_{}[:, None]')}, 1)"])
         lines.append(f"mean = mean * {1 / chain.width!r}")
@@ -77,7 +77,7 @@ def weigh(chain: Chain) -> list[str]:
 
 
 def gradient(chain: Chain) -> list[str]:
-    """In the backward's last loop: `dh`, and what this block of tokens adds to the gradients of weight and bias."""
+    """Emit, in the backward's last loop, `dh` and what a block of tokens adds to the gradients of weight and bias."""
     layer, width = chain.norm == "layer", chain.width
     lines = [_hidden(chain), f"d = {text.load('d_h + at_y')}"]
     plain = " - plain[:, None]" if layer else ""
@@ -91,7 +91,7 @@ def gradient(chain: Chain) -> list[str]:
 
 
 def gradients(chain: Chain) -> int:
-    """How many vectors of C values a block of tokens writes: of the weight, and of LayerNorm's bias."""
+    """Return the number of vectors of C values per block of tokens: of the weight, and of LayerNorm's bias."""
     return {"none": 0, "rms": 1, "layer": 2}[chain.norm]
 
 

@@ -50,7 +50,7 @@ def dot_streams(x, other, into, PRECISION: tl.constexpr):
 
 
 def header(chain: Chain, direction: str) -> str:
-    """The file's docstring and imports."""
+    """Return the file's docstring and imports."""
     return HEADER.format(
         name=chain.name, direction=direction, spec=chain.stream, n=chain.stream.streams, width=chain.width,
         rows=chain.rows,
@@ -58,12 +58,12 @@ def header(chain: Chain, direction: str) -> str:
 
 
 def padded_rows(chain: Chain) -> int:
-    """Rows of phi in a tile: a power of two, and what a matrix instruction takes at least."""
+    """Return the rows of phi in a tile: a power of two, at least what a matrix instruction takes."""
     return max(16, 1 << (chain.rows - 1).bit_length())
 
 
 def indent(lines: list[str], by: int) -> list[str]:
-    """Lines `by` steps further in."""
+    """Indent lines by `by` more steps."""
     return ["    " * by + text if text else text for text in lines]
 
 
@@ -74,7 +74,10 @@ def kernel(
     body: list[str],
     constants: tuple[str, ...] = ("BT", "BK", "PRECISION"),
 ) -> str:
-    """A kernel's text. `x_stride` alone is looked at for alignment: another number of tokens compiles nothing new."""
+    """Return the text of a kernel.
+
+    Only `x_stride` is specialised for alignment: another number of tokens compiles nothing new.
+    """
     fixed = ", ".join(f'"{number}"' for number in numbers if number != "x_stride")
     arguments = ["    " + ", ".join(pointers) + ",", "    " + ", ".join(numbers) + ","]
     arguments.append("    " + " ".join(f"{each}: tl.constexpr," for each in constants))
@@ -84,12 +87,12 @@ def kernel(
 
 
 def token_lines() -> list[str]:
-    """One block of tokens a program."""
+    """Emit one block of tokens per program."""
     return ["token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)", "live = token < tokens"]
 
 
 def site_lines(chain: Chain) -> list[str]:
-    """post and H of the tokens, where the chain mixes.
+    """Emit post and H of the tokens, where the chain mixes.
 
     They are reduced from a tile on purpose: Triton would compute a mix of plain loads twice, in the layout of the loads
     and in that of a matrix instruction, instead of moving its result from the one to the other.
@@ -111,7 +114,7 @@ def site_lines(chain: Chain) -> list[str]:
 
 
 def column_lines(chain: Chain) -> list[str]:
-    """The columns of a tile from `c0` on and where they lie: in X, in a contiguous [tokens, n, C], in a [tokens, C]."""
+    """Emit a tile's columns from `c0` on and their offsets: in X, in a contiguous [tokens, n, C], in a [tokens, C]."""
     n, width = chain.stream.streams, chain.width
     return [
         "c = c0 + tl.arange(0, BK)",
@@ -123,7 +126,7 @@ def column_lines(chain: Chain) -> list[str]:
 
 
 def loop(chain: Chain, body: list[str], *, backwards: bool = False) -> list[str]:
-    """Over the columns; a second loop backwards, so that it begins with what the caches have seen last."""
+    """Emit a loop over the columns; a second loop runs backwards, so that it begins with what the caches hold."""
     if not backwards:
         return [f"for c0 in range(0, {chain.width}, BK):", *indent([*column_lines(chain), *body], 1)]
     last = f"c0 = {chain.width - 1} // BK * BK - back"
@@ -131,13 +134,13 @@ def loop(chain: Chain, body: list[str], *, backwards: bool = False) -> list[str]
 
 
 def load(pointer: str, policy: str = "") -> str:
-    """A tile in float32, zero where nothing is."""
+    """Return the text that loads a tile in float32, zero outside."""
     hint = f', eviction_policy="{policy}"' if policy else ""
     return f"tl.load({pointer}, inside, other=0.0{hint}).to(tl.float32)"
 
 
 def stream_lines(chain: Chain, policy: str = "") -> list[str]:
-    """`x_i`, mixed from `in_j` and `branch` where the chain mixes, in float32 with the values that are stored."""
+    """Emit `x_i`, mixed from `in_j` and `branch` where the chain mixes, in float32 with the values that are stored."""
     n, width = chain.stream.streams, chain.width
     name = "in" if chain.mixes else "x"
     lines = [f"{name}_{j} = {load(f'X + at_X + {j * width}', policy)}" for j in range(n)]
@@ -150,19 +153,19 @@ def stream_lines(chain: Chain, policy: str = "") -> list[str]:
 
 
 def rounded(chain: Chain, value: str) -> str:
-    """`value` as the streams' dtype holds it, in float32."""
+    """Return the text of `value` rounded to the streams' dtype, in float32."""
     if chain.streams_dtype == torch.float32:
         return value
     return f"({value}).to({TYPES[chain.streams_dtype]}).to(tl.float32)"
 
 
 def z_at(chain: Chain, place: int) -> str:
-    """Return the pointers to value `place` of z for a vector of tokens."""
+    """Return the text of the pointers to value `place` of z for a vector of tokens."""
     return f"z + token * {chain.groups * (chain.rows + 1)} + {place}"
 
 
 def phi_tile(chain: Chain, i: int, *, rows_first: bool) -> str:
-    """phi of stream i and the columns of a tile, [BK, rows] or [rows, BK]; rows that are not there are zero."""
+    """Return the text that loads phi of stream i for a tile, [BK, rows] or [rows, BK]; absent rows are zero."""
     width = chain.width
     r, c = ("[:, None]", "[None, :]") if rows_first else ("[None, :]", "[:, None]")
     where = f"row{r} * {chain.span} + (c + {i // chain.groups * width}){c}"
@@ -171,7 +174,7 @@ def phi_tile(chain: Chain, i: int, *, rows_first: bool) -> str:
 
 
 def add_dot(chain: Chain, streams: str, other: str, into: str) -> str:
-    """`into += streams @ other`, to float32's precision; `streams` are values of the streams' dtype."""
+    """Return the text of `into += streams @ other`, to float32's precision; `streams` are of the streams' dtype."""
     if chain.streams_dtype == torch.bfloat16:
         return f"{into} = dot_streams({streams}, {other}, {into}, PRECISION)"
     return f"{into} = tl.dot({streams}, {other}, {into}, input_precision=PRECISION)"

@@ -1,6 +1,6 @@
-"""How a kernel's work is cut into tiles: tokens, columns, warps, stages. Fixed by default, measured where asked.
+"""How a kernel's work is cut into tiles: tokens, columns, warps, stages. Fixed by default, measured on request.
 
-More tokens a block read phi less often, fewer leave the streams in the level-2 cache until they are weighed. Every
+More tokens per block read phi less often, fewer leave the streams in the level-2 cache until they are weighed. Every
 choice gives a fixed order of additions, but two choices give two orders: results are bit-equal for one choice alone.
 """
 
@@ -50,7 +50,7 @@ _CUTS = {
 
 
 def default(chain: Chain, kernel: str, arch: int | str) -> TileConfig:
-    """The choice without measuring, for an architecture (80, 90, ... of NVIDIA's, "gfx942", ... of AMD's)."""
+    """Return the choice without measuring, for an architecture (80, 90, ... for NVIDIA, "gfx942", ... for AMD)."""
     if kernel == "phi_gradient":
         return _cut(16, 64, 4)
     if not chain.projects:  # tokens alone are shared out: small blocks fill the GPU
@@ -67,7 +67,7 @@ def _family(arch: int | str) -> str:
 
 
 def candidates(chain: Chain, kernel: str, arch: int | str) -> list[TileConfig]:
-    """What measuring tries, the default first."""
+    """Return the choices to measure, the default first."""
     tokens = (16, 32, 64) if chain.projects or kernel == "phi_gradient" else (2, 4, 8)
     columns = (32, 64, 128) if chain.projects or kernel == "phi_gradient" else (128, 256, 512)
     return tried_with(default(chain, kernel, arch), tokens, columns, warps=(4, 8))
@@ -76,7 +76,7 @@ def candidates(chain: Chain, kernel: str, arch: int | str) -> list[TileConfig]:
 def tried_with(
     first: TileConfig, tokens: Sequence[int], columns: Sequence[int], *, warps: Sequence[int], largest: int = 4096
 ) -> list[TileConfig]:
-    """Return the tiles of these sizes with 512 to `largest` values, behind the `first`."""
+    """Return the tiles of these sizes with 512 to `largest` values, after the `first`."""
     tried = [
         TileConfig(tokens=t, columns=c, warps=w, stages=s)
         for t in tokens
@@ -89,12 +89,12 @@ def tried_with(
 
 
 def autotunes() -> bool:
-    """Whether `MHC_COMPILE_AUTOTUNE=1` asks for measuring."""
+    """Return whether `MHC_COMPILE_AUTOTUNE=1` asks for measuring."""
     return os.environ.get("MHC_COMPILE_AUTOTUNE", "0") == "1"
 
 
 def fastest(key: str, choices: list[TileConfig], seconds: Callable[[TileConfig], float]) -> TileConfig:
-    """The choice with the least `seconds`, found once for `key` and kept in the cache directory.
+    """Return the choice with the least `seconds`, measured once for `key` and kept in the cache directory.
 
     A choice for which `seconds` raises RuntimeError (too much shared memory, say) is left out; the first one is taken
     where all do.

@@ -90,10 +90,10 @@ def contenders(folder: Path, batches: Sequence[Tensor], inner: str) -> dict[str,
                 parameters.table(layer).trainable = trained
         return model
 
-    given = loaded()
+    without_look_up = loaded()
     return {
         MAPPED: Steps(loaded(tables="mapped"), batches, inner),
-        GIVEN: Steps(given, batches, inner, given=looked_up(given, batches[0])),
+        GIVEN: Steps(without_look_up, batches, inner, given=looked_up(without_look_up, batches[0])),
         FIXED: Steps(loaded(), batches, inner),
         TRAINED: Steps(loaded(trained=True), batches, inner),
     }
@@ -114,7 +114,7 @@ class Steps:
         self.seconds: list[float] = []
 
     def __call__(self) -> Tensor:
-        """Forward, backward, AdamW; the loss."""
+        """Run forward, backward and AdamW; return the loss."""
         batch = next(self._batches)
         begin = time.perf_counter()
         loss: Tensor = self._program(input_ids=batch, labels=batch, use_cache=False).loss

@@ -71,7 +71,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
 
 
 def gradients(model: nn.Module, x: Tensor, weights: Tensor) -> Callable[[], Sequence[Tensor]]:
-    """Forward and backward; returns the output and the gradients of all parameters."""
+    """Return a function that runs forward and backward, and returns the output and the gradients of all parameters."""
     parameters = list(model.parameters())
 
     def work() -> Sequence[Tensor]:

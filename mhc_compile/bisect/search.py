@@ -197,10 +197,10 @@ class Search:
             site, what = site_of(pair, self.graph, self.subject.residual)
             node = nodes_of(self.graph, Source(pair.after.node))[0]
         finding = self.finding(step.name, site, what, node, d, allowed, dtype, added)
-        source, found = (None, None) if pair is None else (pair.before, pair.after)
+        source, new_source = (None, None) if pair is None else (pair.before, pair.after)
         spec = next((mark.spec for mark in self.subject.marks), None) if added else None
         after = private_copy(self.graph)
-        return Wrong(finding, step, before, after, source, found, inputs=self._inputs(added), spec=spec)
+        return Wrong(finding, step, before, after, source, new_source, inputs=self._inputs(added), spec=spec)
 
     def finding(
         self, step: str, site: str | None, what: str, node: Node, d: Difference, allowed: float, dtype: str, added: bool

@@ -72,7 +72,7 @@ class MemoryOutcome:
     """Of the last seed."""
     memory: Contender
     dense: int
-    """Parameters that the memory adds beside its rows."""
+    """Parameters that the memory adds besides its rows."""
     rows: int
     """Parameters in its tables."""
     gates: dict[str, list[Opened]]

@@ -13,13 +13,13 @@ _OLD, _ORIGINAL = "_old_forward", "_original_forward"
 
 
 def refuse_unconvertible(owner: nn.Module, path: str) -> None:
-    """Raise MHC207 where `Accelerator.unwrap_model` would put the residual forward back in front of ours."""
+    """Raise MHC207 where `Accelerator.unwrap_model` would restore the residual forward over ours."""
     if _ORIGINAL in vars(owner):
         raise MHCError("MHC207", f"accelerate has replaced {type(owner).__name__}.forward", module=path)
 
 
 def wraps_forward(owner: nn.Module) -> bool:
-    """Return whether accelerate's hooks stand in front of the forward of `owner`."""
+    """Return whether accelerate's hooks wrap the forward of `owner`."""
     old = vars(owner).get(_OLD)
     return isinstance(old, types.MethodType) and old.__self__ is owner
 

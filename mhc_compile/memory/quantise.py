@@ -1,6 +1,6 @@
 """Rows in float8_e4m3fn with a float32 scale for every 32 channels.
 
-A value x of a block with scale s is off by at most `max(|x| / 16, s / 1024)`: e4m3 keeps three bits behind the
+A value x of a block with scale s is off by at most `max(|x| / 16, s / 1024)`: e4m3 keeps three bits after the
 leading one down to 2**-6, and steps of 2**-9 below. The scale maps the block's largest value to 448, the format's
 largest.
 """

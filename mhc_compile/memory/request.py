@@ -101,7 +101,7 @@ def requested(
 
 
 def _fill(settings: MemorySettings, model: nn.Module) -> int:
-    """Return the id in front of a document: the configuration's pad or end-of-text token, or 0."""
+    """Return the id before a document: the configuration's pad or end-of-text token, or 0."""
     config: Any = getattr(model, "config", None)
     names = ("pad_token_id", "eos_token_id") if settings.fill == "pad" else ("eos_token_id", "pad_token_id")
     for name in names:

@@ -117,7 +117,7 @@ def prefixes(path: str) -> Iterable[str]:
 
 
 def in_order(drawing: Drawing, captured: Sequence[Node], place: Placement) -> list[int]:
-    """Return the roots in the order of the captured graph, exits and over-encodings beside their streams.
+    """Return the roots in the order of the captured graph, exits and over-encodings next to their streams.
 
     A stream is where its first site is.
     """

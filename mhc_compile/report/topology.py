@@ -23,7 +23,7 @@ def topology(flow: Dataflow, stream: ResidualStream, site: Site) -> tuple[str, l
 
     * pre-norm: the branch begins with a norm; output-norm: it ends with one; sandwich: both.
     * post-norm: the norm stands on the stream after the add; no norm: none of these.
-    * parallel: the branch is a sum of branches, attention beside MLP.
+    * parallel: the branch is a sum of branches, attention next to the MLP.
     * scaled branch, scaled carry: multiplied by a constant or a parameter.
     * early read: the branch reads a value of the stream older than its own add.
     """
@@ -64,7 +64,7 @@ class _Branch:
     def is_sum(self) -> bool:
         """Return whether the branch ends in an add of two, of which one mixes tokens and the other does not.
 
-        Experts beside a shared expert are a sum too, and neither mixes tokens.
+        Experts next to a shared expert are a sum too, and neither mixes tokens.
         """
         end = self.site.branches[0]
         while op_name(end) in CARRIES and isinstance(end.args[0], Node):

@@ -26,9 +26,9 @@ Batch = list[Piece]
 def encode(
     pieces: Iterable[Piece], tokenizer: FolderTokenizer, workers: int = 0
 ) -> Generator[tuple[Piece, worker.Ids], None, None]:
-    """Every piece with its ids (uint32), in order. With `workers` > 0, so many processes encode, each on one thread.
+    """Yield every piece with its ids (uint32), in order. With `workers` > 0, as many one-threaded processes encode.
 
-    At most 2 batches a worker are in memory. Raises MHC614 where a text cannot be encoded or a worker ends early.
+    At most 2 batches per worker are in memory. Raises MHC614 where a text cannot be encoded or a worker ends early.
     """
     if workers:
         yield from _elsewhere(_batches(pieces), tokenizer, workers)

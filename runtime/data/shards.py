@@ -25,12 +25,12 @@ Index = NDArray[np.int64]
 
 
 def tokens_name(shard: int) -> str:
-    """The file of a shard's tokens, little endian, without a header."""
+    """Return the name of a shard's file of tokens, little endian, without a header."""
     return f"tokens-{shard:05}.bin"
 
 
 def starts_name(shard: int) -> str:
-    """The file of the places in a shard where documents begin, uint64, little endian, without a header."""
+    """Return the name of a shard's file of document starts, uint64, little endian, without a header."""
     return f"documents-{shard:05}.bin"
 
 

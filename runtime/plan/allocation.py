@@ -24,7 +24,7 @@ class Allocation:
     settings: MemorySettings
     """With the rows per head that the memory's part pays for."""
     rows: tuple[int, ...]
-    """Of the tables, one a layer."""
+    """Rows of the tables, one per layer."""
     fusion: int
     """Dense parameters of the memories' projections, gains and convolutions, which every token uses."""
 

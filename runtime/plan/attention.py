@@ -14,11 +14,14 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("mhc_plan", "DEF")
 BACKWARD = 2.5
-"""Products of the backward pass over those of the forward: the scores again, and four more."""
+"""Products of the backward pass over those of the forward: the recomputed scores, and four more."""
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    """`q` `[..., H, S, D]`, `k` and `v` `[..., Hk, T, D]` and `[..., Hk, T, E]` -> `[..., H, S, E]`, `[..., H, S]`."""
+    """Return uninitialised `[..., H, S, E]` and `[..., H, S]`.
+
+    q is `[..., H, S, D]`, k `[..., Hk, T, D]` and v `[..., Hk, T, E]`.
+    """
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""A recipe as it is, every other schedule beside it, and the nearest recipe that fits where it does not."""
+"""Compare a recipe with every other schedule, and find the nearest recipe that fits where it does not."""
 
 from __future__ import annotations
 

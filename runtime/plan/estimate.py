@@ -93,7 +93,7 @@ class Estimate:
     stream_bytes: int
     """The most that one rank sends to others of its pipeline in a step."""
     residual_bytes: int
-    """The same for a residual model: C values a token instead of n*C."""
+    """The same for a residual model: C values per token instead of n*C."""
     table_bytes: int
     """The most that one rank exchanges of rows in a step."""
 

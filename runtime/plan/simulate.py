@@ -102,7 +102,7 @@ class _Transfers:
     free: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def post(self, transfer: Transfer, rank: int, now: float) -> None:
-        """`rank`, one of its two sides, is ready for it. What one rank sends another arrives in order."""
+        """Post that `rank`, one of its two sides, is ready. Transfers from one rank to another arrive in order."""
         self.posted[transfer, rank] = now
         ends = self.owner[transfer.stage], self.owner[transfer.target]
         if rank == ends[0]:
@@ -115,7 +115,7 @@ class _Transfers:
             self.free[ends] = self.arrived[first]
 
     def size(self, transfer: Transfer) -> int:
-        """Bytes: gradients are as large as what they are of."""
+        """Return the bytes: gradients are as large as the values that they belong to."""
         return self.costs[transfer.target if transfer.backward else transfer.stage].sent
 
 

@@ -56,7 +56,7 @@ class SiteWork:
     joined: SiteCost
     """The same after another site, with which it shares a kernel."""
     forward: Operation
-    """Of the stream part: the boundary in front of the branch."""
+    """Of the stream part: the boundary before the branch."""
     backward: Operation
 
 

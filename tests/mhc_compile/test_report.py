@@ -187,7 +187,7 @@ def test_passes_have_times_and_notes(converted: Data) -> None:
     assert [p["name"] for p in converted["passes"]] == names
     recompute = converted["passes"][5]
     assert recompute["text"].startswith("recompute{blocks=2")
-    assert recompute["purpose"].startswith("Choose blocks of sites whose streams are computed again")
+    assert recompute["purpose"].startswith("Choose blocks of sites whose streams are recomputed")
     assert all(p["purpose"] for p in converted["passes"])
     assert all(p["ms"] >= 0 and p["verify_ms"] >= 0 for p in converted["passes"])
     assert converted["options"]["recompute"] == "2"

@@ -1,6 +1,6 @@
 """Triton for `inject`; the equations are those of `mhc_compile.kernels.memory.cpp.convolution`.
 
-`statistics` finds r of every row; `forward` then has all it needs for any tile of tokens and columns. A program of
+`statistics` computes r of every row; `forward` then has all it needs for any tile of tokens and columns. A program of
 `walk`, which is the backward, goes through every `dilation`-th row of a sequence from one end of its chunk to the
 other: what a tap reads now is what the next tap reads a step later, so that each value is read, and each dy computed,
 once, but for taps - 1 steps at the chunk's end. It leaves dw, dv without its last term, and the sums over its columns,
@@ -125,7 +125,7 @@ def _finish(step: MemoryStep) -> str:
 
 
 def _walk(step: MemoryStep) -> str:
-    """STEPS steps a program and the taps - 1 that its last rows are read by; `_j` is what was seen j steps ago."""
+    """Emit `walk`: STEPS steps per program, and taps - 1 that read its last rows; `_j` is a value of j steps ago."""
     n, C, taps, d = step.streams, step.width, step.spec.taps, step.spec.dilation
     lags, streams = range(1, taps), range(n)
     lines = [
@@ -154,7 +154,7 @@ def _walk(step: MemoryStep) -> str:
 
 
 def _ahead(step: MemoryStep) -> list[str]:
-    """The loads of `row` that travel far, asked for a step before they are used."""
+    """Emit the loads of `row` from device memory, a step before they are used."""
     n, C = step.streams, step.width
     lines = ["here = row < rows", f"next_v = {_value(step)}"]
     lines += ["is_token = here & (row >= before)", "token = sequence * length + row - before"]
@@ -170,7 +170,7 @@ def _value(step: MemoryStep) -> str:
 
 
 def _read_gates(step: MemoryStep, j: int) -> list[str]:
-    """Every stream's q of the row, where it is `here`."""
+    """Emit every stream's q of the row, where it is `here`."""
     n = step.streams
     at = "(sequence * rows + row)"
     lines = []
@@ -181,7 +181,10 @@ def _read_gates(step: MemoryStep, j: int) -> list[str]:
 
 
 def _columns_where(step: MemoryStep, condition: str) -> str:
-    """All columns or none. The interpreter makes integers of a condition that is broadcast."""
+    """Return the mask of all columns or none.
+
+    The interpreter makes integers of a condition that is broadcast.
+    """
     return f"c < tl.where({condition}, {step.width}, 0)"
 
 
