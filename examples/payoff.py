@@ -23,13 +23,13 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import mhc_compile
-from mhc_compile.demo import trials
 from mhc_compile.demo.experiment import SECOND_PEAK, residual_model
 from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
-from mhc_compile.demo.training import Contender, adamw, train
-from mhc_compile.demo.trials import Claim, markdown, plus_minus
 from mhc_compile.measure import CompositeGain, measuring
+from mhc_compile.trial import studies
+from mhc_compile.trial.studies import Claim, markdown, plus_minus
+from mhc_compile.trial.training import Contender, adamw, train
 
 BASE, RESIDUAL, LONGER, PAPER, MHC, FREE, SCRATCH = (
     "residual, before", "residual", "residual, as long as mHC takes", "mHC, published start", "mHC",
@@ -192,7 +192,7 @@ def explore(recipe: Recipe) -> Outcome:
             )
             for seed in range(recipe.seeds)
         ]  # fmt: skip
-        in_processes = partial(trials.in_processes, partial(run, corpus), processes=recipe.processes)
+        in_processes = partial(studies.in_processes, partial(run, corpus), processes=recipe.processes)
         trained = in_processes(jobs)
         arms = [arm for arm in (SCRATCH, *CONTINUED) if arm != LONGER]
         trained += in_processes([replace(job, arm=arm) for arm in arms for job in jobs])
@@ -270,7 +270,7 @@ def report(outcome: Outcome) -> str:
     )  # fmt: skip
     return "\n\n".join(
         (
-            markdown(trials.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
+            markdown(studies.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
             f"Losses in nats per token, mean ± standard deviation of {outcome.recipe.seeds} seeds (differences are "
             f"paired), {s.layers} layers, C = {s.hidden}, n = {s.streams}: {s.steps} steps of {s.batch} x {s.length} "
             f"tokens from scratch, then {s.steps} at {SECOND_PEAK:g} of the learning rate. Backward gain: mean over "
@@ -292,7 +292,7 @@ def draw(outcome: Outcome) -> Any:
         for arm, color in arms:
             pairs = zip(outcome.seeds(arm), outcome.seeds(base), strict=True)
             apart = [[x - y for x, y in zip(a.losses, b.losses, strict=True)] for a, b in pairs]
-            axes.plot(trials.smooth(apart, 20), color=color, label=arm)
+            axes.plot(studies.smooth(apart, 20), color=color, label=arm)
         axes.axhline(0, color="0.4", linewidth=1)
         axes.set(xlabel="step", ylabel="training loss minus residual, nats")
         axes.legend(fontsize="small")
@@ -302,10 +302,10 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    arguments = trials.arguments(__doc__.splitlines()[0], "payoff")
+    arguments = studies.arguments(__doc__.splitlines()[0], "payoff")
     outcome = explore(QUICK if arguments.quick else RECIPE)
     print(text := report(outcome))
-    trials.write(arguments.out, "payoff", text, asdict(outcome), draw(outcome))
+    studies.write(arguments.out, "payoff", text, asdict(outcome), draw(outcome))
 
 
 if __name__ == "__main__":

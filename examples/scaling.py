@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 import mhc_compile
-from mhc_compile.demo import trials
 from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
-from mhc_compile.demo.training import Contender, adamw, train
-from mhc_compile.demo.trials import Claim, markdown, plus_minus
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.runtime.plan.allocation import BEST_SHARES, allocate
+from mhc_compile.trial import studies
+from mhc_compile.trial.studies import Claim, markdown, plus_minus
+from mhc_compile.trial.training import Contender, adamw, train
 
 ROUTED = 2
 """Experts a token is routed to."""
@@ -278,7 +278,7 @@ def report(outcome: Outcome) -> str:
     head = ("memory's share", "experts a layer", *sizes_head, "held-out loss", "minus none")
     return "\n\n".join(
         (
-            markdown(trials.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
+            markdown(studies.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
             f"A budget of {recipe.budget:,} parameters, {s.layers} layers, C = {s.hidden}, {s.streams} streams, "
             f"experts of {recipe.expert}, {ROUTED} a token, {s.steps} steps of {s.batch} x {s.length} tokens; losses "
             f"in nats a token, mean ± standard deviation of {recipe.seeds} seeds (differences are paired). {LEAST}: "
@@ -320,14 +320,14 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    arguments = trials.arguments(__doc__.splitlines()[0], "scaling")
+    arguments = studies.arguments(__doc__.splitlines()[0], "scaling")
     recipe = QUICK if arguments.quick else RECIPE
     corpus = build_corpus(recipe.settings)
     outcome = Outcome(
-        recipe=recipe, trained=trials.in_processes(partial(run, corpus), jobs_of(recipe), recipe.processes)
+        recipe=recipe, trained=studies.in_processes(partial(run, corpus), jobs_of(recipe), recipe.processes)
     )
     print(text := report(outcome))
-    trials.write(arguments.out, "scaling", text, asdict(outcome), draw(outcome))
+    studies.write(arguments.out, "scaling", text, asdict(outcome), draw(outcome))
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 import mhc_compile
-from mhc_compile.demo import trials
 from mhc_compile.demo.experiment import residual_model
 from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
-from mhc_compile.demo.training import Contender, adamw, train
-from mhc_compile.demo.trials import Claim, markdown, plus_minus
 from mhc_compile.kernels.measures import gains
 from mhc_compile.kernels.reference import sinkhorn
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.measure import CompositeGain, measuring
+from mhc_compile.trial import studies
+from mhc_compile.trial.studies import Claim, markdown, plus_minus
+from mhc_compile.trial.training import Contender, adamw, train
 
 RESIDUAL, HC, FREE, MHC, MEMORY = "residual", "HC", "mHC, H free", "mHC", "mHC + Engram"
 FORMS: dict[str, dict[str, Any]] = {
@@ -237,7 +237,7 @@ def explore(recipe: Recipe) -> Outcome:
     """Run everything."""
     corpus = build_corpus(recipe.losses)
     parts = jobs_of(recipe)
-    taken = iter(trials.in_processes(partial(run, corpus), [job for part in parts for job in part], recipe.processes))
+    taken = iter(studies.in_processes(partial(run, corpus), [job for part in parts for job in part], recipe.processes))
     by_depth, by_count, scratch, by_form = ([next(taken) for _ in part] for part in parts)
     return Outcome(recipe=recipe, by_depth=by_depth, by_count=by_count, scratch=scratch, by_form=by_form)
 
@@ -332,7 +332,7 @@ def report(outcome: Outcome) -> str:
     heads = ("form", "parameters", "first loss", "held-out loss", "minus residual", "gradient norm", "largest", "gain")
     return "\n\n".join(
         (
-            markdown(trials.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
+            markdown(studies.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
             f"Composite gain of all sites after {deep.steps} steps of {deep.batch} x {deep.length} tokens, mean over "
             f"tokens (largest token), n = {deep.streams}, C = {deep.hidden}, seed {deep.seed}:",
             markdown(("layers", "sites", *sides), both),
@@ -379,8 +379,8 @@ def draw(outcome: Outcome) -> Any:
         seeds = outcome.seeds(form)
         if form != RESIDUAL:
             apart = [[a - b for a, b in zip(t.losses, r.losses, strict=True)] for t, r in zip(seeds, base, strict=True)]
-            loss.plot(trials.smooth(apart), color=color, label=form)
-        norm.plot(trials.smooth([t.norms for t in seeds]), color=color, label=form)
+            loss.plot(studies.smooth(apart), color=color, label=form)
+        norm.plot(studies.smooth([t.norms for t in seeds]), color=color, label=form)
     loss.axhline(0, color="0.4", linewidth=1)
     loss.set(title="Training loss minus that of the residual model, mean of seeds", xlabel="step")
     norm.set(title="Gradient norm, mean of seeds", xlabel="step", yscale="log")
@@ -390,10 +390,10 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    arguments = trials.arguments(__doc__.splitlines()[0], "stability")
+    arguments = studies.arguments(__doc__.splitlines()[0], "stability")
     outcome = explore(QUICK if arguments.quick else RECIPE)
     print(text := report(outcome))
-    trials.write(arguments.out, "stability", text, asdict(outcome), draw(outcome))
+    studies.write(arguments.out, "stability", text, asdict(outcome), draw(outcome))
 
 
 if __name__ == "__main__":

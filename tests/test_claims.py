@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from mhc_compile.demo.trials import in_processes, markdown, plus_minus, smooth
+from mhc_compile.trial.studies import in_processes, markdown, plus_minus, smooth
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DOCS = Path(__file__).parent.parent / "docs"

@@ -62,7 +62,8 @@ LAYERS = """
     bisect
     exporting
     report
-    diff demo
+    diff trial
+    demo
     bench
     (package) runtime
     doctor

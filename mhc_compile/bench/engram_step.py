@@ -21,12 +21,12 @@ from mhc_compile.conversion import convert
 from mhc_compile.demo.experiment import residual_model
 from mhc_compile.demo.settings import FULL, QUICK
 from mhc_compile.demo.text import build_corpus, training_batches
-from mhc_compile.demo.training import Spread, spread, threads
 from mhc_compile.loading import from_pretrained
 from mhc_compile.memory.optimizer import TableAdamW
 from mhc_compile.parameters import owners, parameter_groups
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.pipeline import Pipeline
+from mhc_compile.trial.training import Spread, spread, threads
 
 KERNELS = torch.ops.engram_kernels
 MAPPED = "mapped from disk"

@@ -18,7 +18,7 @@ from mhc_compile.demo.memory import run_memory
 from mhc_compile.demo.output import ENTRIES, OutputFolder
 from mhc_compile.demo.report import draw, numbers, reading, samples, table
 from mhc_compile.demo.settings import FULL, QUICK, DemoError, settings_for
-from mhc_compile.demo.training import LEAST_STEPS, threads
+from mhc_compile.trial.training import LEAST_STEPS, threads
 
 _NEEDED = ("transformers", "tokenizers", "matplotlib")
 

@@ -19,10 +19,10 @@ from mhc_compile.conversion import convert_folder
 from mhc_compile.demo.output import OutputFolder
 from mhc_compile.demo.settings import Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
-from mhc_compile.demo.training import Contender, contender, renewed, train
 from mhc_compile.loading import from_pretrained
 from mhc_compile.measure import StreamMeasures, measure_streams
 from mhc_compile.report import inspect
+from mhc_compile.trial.training import Contender, contender, renewed, train
 
 PROMPT = "def read("
 SECOND_PEAK = 0.5

@@ -17,11 +17,11 @@ from mhc_compile.demo.experiment import Outcome, stage, train_shown
 from mhc_compile.demo.output import OutputFolder
 from mhc_compile.demo.settings import Settings
 from mhc_compile.demo.text import Corpus, held_out_batches
-from mhc_compile.demo.training import Contender, contender, renewed
 from mhc_compile.gates import gate_values
 from mhc_compile.loading import from_pretrained
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import owners
+from mhc_compile.trial.training import Contender, contender, renewed
 
 LEAST_SEEN = 4
 """N-grams that the held-out text has more rarely are not listed."""

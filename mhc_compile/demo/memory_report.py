@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mhc_compile.demo.memory import MemoryOutcome, Opened
-from mhc_compile.demo.training import paired, spread
 from mhc_compile.parameters import owners
+from mhc_compile.trial.training import paired, spread
 
 LISTED = 12
 """N-grams a layer that are printed, of those whose gates open most."""

@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from mhc_compile.demo.experiment import Outcome
-from mhc_compile.demo.training import Contender, difference, paired, spread
-from mhc_compile.demo.trials import smooth
 from mhc_compile.measure import CompositeGain, StreamMeasures
+from mhc_compile.trial.studies import smooth
+from mhc_compile.trial.training import Contender, difference, paired, spread
 
 _SMOOTHED_OVER = 15
 

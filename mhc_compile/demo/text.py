@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.demo.settings import DemoError, Settings
+from mhc_compile.trial.training import even_windows, random_windows
 
 HELD_OUT_EVERY = 10
 """Every tenth file is held out of the tokenizer and of the training."""
@@ -100,15 +101,9 @@ def _encode(bpe: Any, texts: list[str]) -> Tensor:
 
 def training_batches(corpus: Corpus, settings: Settings, *, stream: int) -> list[Tensor]:
     """Return a batch `[batch, length]` of random windows for every step; `stream` tells the two phases apart."""
-    generator = torch.Generator().manual_seed(settings.seed * 2 + stream)
-    last = len(corpus.train) - settings.length
-    starts = torch.randint(0, last, (settings.steps, settings.batch, 1), generator=generator)
-    return list(corpus.train[starts + torch.arange(settings.length)])
+    return random_windows(corpus.train, settings.steps, settings.batch, settings.length, settings.seed * 2 + stream)
 
 
 def held_out_batches(corpus: Corpus, settings: Settings) -> list[Tensor]:
     """Return windows spread evenly over the held-out text, the same for every seed."""
-    count = settings.held_out_batches * settings.batch
-    starts = torch.linspace(0, len(corpus.held_out) - settings.length, count).long()
-    windows = corpus.held_out[starts[:, None] + torch.arange(settings.length)]
-    return list(windows.view(settings.held_out_batches, settings.batch, settings.length))
+    return even_windows(corpus.held_out, settings.held_out_batches, settings.batch, settings.length)

@@ -17,9 +17,9 @@ from mhc_compile.demo.memory import LEAST_SEEN
 from mhc_compile.demo.output import ENTRIES, RESULTS, OutputFolder
 from mhc_compile.demo.settings import QUICK, settings_for
 from mhc_compile.demo.text import build_corpus, held_out_batches, training_batches
-from mhc_compile.demo.training import difference, learning_rate, spread
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import at_start, owners
+from mhc_compile.trial.training import difference, learning_rate, spread
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -13,8 +13,8 @@ from tiny_models import llama
 
 from mhc_compile.demo import memory_report
 from mhc_compile.demo.memory import LEAST_SEEN, CacheUse, MemoryOutcome, Opened, Repetition, opened
-from mhc_compile.demo.training import Contender
 from mhc_compile.gates import gate_values
+from mhc_compile.trial.training import Contender
 
 
 class Words:

@@ -1,4 +1,4 @@
-"""The two contenders: one program each, the same batches, steps taken in turn so that their times compare."""
+"""Contenders: one program each, the same batches, steps taken in turn so that their times compare."""
 
 from __future__ import annotations
 
@@ -100,6 +100,19 @@ def train(contenders: Sequence[Contender], batches: Sequence[Tensor], peak: floa
         for one in contenders if i % 2 == 0 else reversed(contenders):
             one.step(batch, rate)
         tick()
+
+
+def random_windows(tokens: Tensor, count: int, batch: int, length: int, seed: int) -> list[Tensor]:
+    """Return `count` batches `[batch, length]` of windows at random places of `tokens` `[N]`."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(tokens) - length, (count, batch, 1), generator=generator)
+    return list(tokens[starts + torch.arange(length)])
+
+
+def even_windows(tokens: Tensor, count: int, batch: int, length: int) -> list[Tensor]:
+    """Return `count` batches `[batch, length]` of windows spread evenly over `tokens` `[N]`."""
+    starts = torch.linspace(0, len(tokens) - length, count * batch).long()
+    return list(tokens[starts[:, None] + torch.arange(length)].view(count, batch, length))
 
 
 @contextmanager
