@@ -1,4 +1,4 @@
-"""Copy what `examples/stability.py` and `examples/scaling.py` wrote into docs/claims.md, their plots to docs/images.
+"""Copy what the examples that try claims wrote into docs/claims.md, their plots to docs/images.
 
 Run: python docs/claims.py FOLDER [FOLDER]   (what was given to their --out)
 """
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-EXAMPLES = ("stability", "scaling")
+EXAMPLES = ("payoff", "stability", "scaling")
 
 
 def update(docs: Path, folders: list[Path]) -> list[str]:
@@ -34,4 +34,4 @@ def update(docs: Path, folders: list[Path]) -> list[str]:
 
 if __name__ == "__main__":
     done = update(DOCS, [Path(folder) for folder in sys.argv[1:]])
-    sys.exit(None if done else "no folder with stability.md or scaling.md was named")
+    sys.exit(None if done else f"no folder with a table of {', '.join(EXAMPLES)} was named")

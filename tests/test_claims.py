@@ -1,4 +1,4 @@
-"""`examples/stability.py` and `examples/scaling.py`, `--quick`: what they write, and what must hold at any size."""
+"""`examples/payoff.py`, `examples/stability.py` and `examples/scaling.py`, `--quick`: what they write, and what must hold at any size."""
 
 from __future__ import annotations
 
@@ -60,6 +60,25 @@ def stability(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def scaling(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finished("scaling", tmp_path_factory.mktemp("claims") / "scaling")
+
+
+@pytest.fixture(scope="module")
+def payoff(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished("payoff", tmp_path_factory.mktemp("claims") / "payoff")
+
+
+def test_conversions_start_from_the_trained_model(payoff: Run) -> None:
+    by_arm = {t["arm"]: t for t in payoff.numbers["trained"]}
+    first = by_arm["residual"]["losses"][0]
+    for arm in ("mHC", "mHC, published start", "mHC, H free, alpha 1"):
+        assert by_arm[arm]["losses"][0] == pytest.approx(first, rel=1e-5)
+    assert by_arm["residual, before"]["losses"][0] == pytest.approx(by_arm["mHC from scratch"]["losses"][0], rel=1e-5)
+    assert first < by_arm["residual, before"]["losses"][0] - 0.2
+    assert len(by_arm["residual, as long as mHC takes"]["losses"]) >= len(by_arm["residual"]["losses"])
+    claims, arms = payoff.tables
+    assert claims[0][-1] == "yes"
+    assert all(row[-1] in HELD for row in claims)
+    assert len(arms) == len(by_arm)
 
 
 def test_all_forms_start_from_the_same_function(stability: Run) -> None:

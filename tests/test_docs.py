@@ -42,6 +42,7 @@ ELSEWHERE = {
     "pytest": ".ci/run",
     "pdoc ": "tests/test_api_reference.py",
     "mhc-compile demo": "tests/mhc_compile/test_demo.py",
+    "mhc-compile trial": "tests/mhc_compile/test_trial.py",
     "mhc-compile bench": "tests/mhc_compile/test_bench.py",
     "mhc-compile doctor": "tests/mhc_compile/test_doctor.py",
     "mhc-compile train": "tests/runtime/test_command.py",
@@ -49,6 +50,7 @@ ELSEWHERE = {
     "torchrun ": "tests/runtime/test_launch.py",
     "python examples/train/": "tests/runtime/test_train_examples.py",
     "python examples/s": "tests/test_claims.py",
+    "python examples/payoff": "tests/test_claims.py",
     "python examples/": "tests/test_examples.py",
     "python tests/zoo/": "tests/zoo/test_zoo.py",
 }
