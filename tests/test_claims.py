@@ -1,4 +1,4 @@
-"""`examples/payoff.py`, `examples/stability.py` and `examples/scaling.py`, `--quick`: what they write, and what must hold at any size."""
+"""The examples that try claims, with `--quick`: what they write, and what must hold at any size."""
 
 from __future__ import annotations
 
