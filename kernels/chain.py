@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from mhc_compile.kernels import hc, reference
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Sizes, Values, dtype_names
+from mhc_compile.kernels.mixtures import MIXTURES
 from mhc_compile.kernels.spec import StreamSpec
 
 Weights = Literal["none", "given", "site", "head", "mean", "sum"]
@@ -105,6 +106,11 @@ class Chain(KernelSpec):
     def is_hyper_connection(self) -> bool:
         """Whether its site is one of Hyper-Connections (`mhc_compile.kernels.hc`), not of mHC."""
         return self.weights == "site" and self.stream.form == "hc"
+
+    @property
+    def mixture(self) -> bool:
+        """Whether H is a mixture of permutations."""
+        return self.weights == "site" and self.stream.form == "mhc" and self.stream.manifold in MIXTURES
 
     @property
     def uses_sinkhorn(self) -> bool:

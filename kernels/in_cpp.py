@@ -17,6 +17,7 @@ from mhc_compile.kernels.cpp.memory import POOL
 from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec, Values, dtypes_against, laid_out
 from mhc_compile.kernels.memory.cpp import convolution, tokens
 from mhc_compile.kernels.memory.step import MemoryStep
+from mhc_compile.kernels.mixtures import MAX_ROWS, MIXTURES
 from mhc_compile.kernels.target import Source, Target
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,8 +36,8 @@ class Cpp(Target):
             return f"C++: {reason}"
         if isinstance(spec, Chain) and spec.weights == "site":
             stream = spec.stream
-            if stream.manifold not in ("sinkhorn", "identity", "unconstrained"):
-                return f"no C++ kernel for the manifold {stream.manifold}"
+            if stream.manifold in MIXTURES and not 0 < stream.mix_rows <= MAX_ROWS:
+                return f"no C++ kernel for {stream.manifold} with {stream.mix_rows} logits"
             if spec.uses_sinkhorn and not 1 <= stream.iterations <= MAX_STEPS_BYTES // (128 * spec.n**2):
                 return f"no C++ kernel for {stream.iterations} Sinkhorn iterations"
         return "no C++ compiler" if build.no_compiler() else ""

@@ -11,6 +11,7 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values, dtypes_against
 from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.memory.triton.steps import StepLauncher
+from mhc_compile.kernels.mixtures import MAX_ROWS, MIXTURES
 from mhc_compile.kernels.target import Source, Target
 from mhc_compile.kernels.triton.chains import ChainLauncher
 from mhc_compile.kernels.triton.launch import Launcher
@@ -36,8 +37,8 @@ class Triton(Target):
         if reason := dtypes_against(spec, FLOATS):
             return f"Triton: {reason}"
         if isinstance(spec, Chain):
-            if spec.weights == "site" and spec.stream.manifold not in ("sinkhorn", "identity", "unconstrained"):
-                return f"no Triton kernel for the manifold {spec.stream.manifold}"
+            if spec.weights == "site" and spec.stream.manifold in MIXTURES and not 0 < spec.stream.mix_rows <= MAX_ROWS:
+                return f"no Triton kernel for {spec.stream.manifold} with {spec.stream.mix_rows} logits"
             if spec.uses_sinkhorn and spec.stream.iterations < 1:
                 return "no Triton kernel without a Sinkhorn iteration"
             if spec.norm != "none" and spec.kind not in ("read", "boundary"):

@@ -70,8 +70,8 @@ def mixing_matrix(logits: Tensor, spec: StreamSpec, *, sinkhorn: Sinkhorn | None
     """Compute H `[..., n, n]` from the logits `[..., mix_rows]` of the manifold, in their dtype.
 
     `sinkhorn` and `unconstrained` read the logits as a row-major matrix, transposed where the convention is;
-    `permutations` orders them as `itertools.permutations` does; `kronecker` takes (keep, swap) pairs, leftmost factor
-    first.
+    `circulant` takes the weights of the shifts by 0, 1, ...; `permutations` orders them as `itertools.permutations`
+    does; `kronecker` takes (keep, swap) pairs, leftmost factor first.
     """
     n, lead = spec.streams, logits.shape[:-1]
     match spec.manifold:
@@ -83,6 +83,8 @@ def mixing_matrix(logits: Tensor, spec: StreamSpec, *, sinkhorn: Sinkhorn | None
         case "identity":
             eye = torch.eye(n, dtype=logits.dtype, device=logits.device)
             return eye.expand(*lead, n, n).clone(memory_format=torch.contiguous_format)
+        case "circulant":
+            return (torch.softmax(logits, dim=-1) @ _shift_table(n, logits)).reshape(*lead, n, n)
         case "permutations":
             return (torch.softmax(logits, dim=-1) @ _permutation_table(n, logits)).reshape(*lead, n, n)
         case "kronecker":
@@ -210,6 +212,13 @@ def _kronecker(logits: Tensor, n: int) -> Tensor:
         swapped = (differing >> (powers - 1 - k)) & 1
         H = H * torch.sigmoid(difference[..., k, None, None] * (1 - 2 * swapped))
     return H
+
+
+def _shift_table(n: int, like: Tensor) -> Tensor:
+    """Compute the n cyclic shifts `[n, n*n]`, the identity first; export carries no constant."""
+    index = torch.arange(n, device=like.device)
+    target = (index[:, None] + index) % n
+    return (target[..., None] == index).flatten(-2).to(like.dtype)
 
 
 def _permutation_table(n: int, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.installed import installed_names
 
-Manifold = Literal["sinkhorn", "identity", "permutations", "kronecker", "unconstrained"]
+Manifold = Literal["sinkhorn", "identity", "circulant", "permutations", "kronecker", "unconstrained"]
 Exit = Literal["mean", "sum", "head"]
 FORM_GROUP = "mhc_compile.forms"
 """The group of entry points in which installed packages name their forms."""
@@ -167,6 +167,7 @@ class StreamSpec:
         return {
             "sinkhorn": n * n,
             "identity": 0,
+            "circulant": n,
             "permutations": math.factorial(n),
             "kronecker": 2 * (n.bit_length() - 1),
             "unconstrained": n * n,

@@ -108,7 +108,7 @@ def _start_mix(spec: StreamSpec) -> Tensor:
             return (OFF * (1 - eye)).reshape(-1)
         case "unconstrained":
             return eye.reshape(-1)
-        case "permutations":
+        case "circulant" | "permutations":
             near[0] = 0.0  # the identity comes first
         case "kronecker":
             near[::2] = 0.0

@@ -8,6 +8,7 @@ the most common mistake in this field is a DeepSeek-V4 matrix loaded untranspose
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -190,8 +191,8 @@ def _mix_map(source: StreamSpec, target: StreamSpec) -> _MixMap:
         return _constant(source, target)
     if n == 2 and "unconstrained" not in pair and "identity" not in pair:
         # Two streams mix by one number: the weight of keeping (identity) against swapping.
-        pair = ("kronecker", pair[1]) if pair[0] == "permutations" else pair
-        pair = (pair[0], "kronecker") if pair[1] == "permutations" else pair
+        pair = ("kronecker", pair[1]) if pair[0] in ("permutations", "circulant") else pair
+        pair = (pair[0], "kronecker") if pair[1] in ("permutations", "circulant") else pair
     zeros = torch.zeros(target.mix_rows, dtype=torch.float64)
     match pair:
         case ("kronecker", "kronecker"):
@@ -205,12 +206,16 @@ def _mix_map(source: StreamSpec, target: StreamSpec) -> _MixMap:
             differs = differs if target.iterations else ("the target does not normalise",)
             return _MixMap(_bits(n), zeros, differs)
         case ("kronecker", "permutations"):
-            return _kronecker_as_permutations(n)
+            flips = [tuple(i ^ m for i in range(n)) for m in range(n)]  # row (0, m) of the product
+            return _as_permutations(_bits(n), flips)
         case (_, "identity"):
             reason = "the identity has no parameters, and the mixing would be lost"
         case (_, "unconstrained") | ("unconstrained", _):
             reason = "one matrix is linear in the streams' projection and the other is not"
-        case ("permutations", _):
+        case ("circulant", "permutations"):
+            shifts = [tuple((i + k) % n for i in range(n)) for k in range(n)]
+            return _as_permutations(torch.eye(n, dtype=torch.float64), shifts)
+        case ("permutations" | "circulant", _):
             reason = "a sum over permutations is not of the target's form"
         case _:
             reason = f"a {target.manifold} matrix has {target.mix_rows} parameters, which do not span the source's"
@@ -227,7 +232,7 @@ def _constant(source: StreamSpec, target: StreamSpec) -> _MixMap:
             offset = FAR * (1 - eye)
         case "unconstrained":
             offset = eye
-        case "permutations":
+        case "permutations" | "circulant":
             offset[0] = 0.0
         case "kronecker":
             offset[::2] = 0.0
@@ -263,14 +268,14 @@ def _bits(n: int) -> Tensor:
     return rows
 
 
-def _kronecker_as_permutations(n: int) -> _MixMap:
-    """Return the map to permutations: a softmax over the n of the form `i -> i ^ m`; the others get no weight."""
-    sums, orders = _bits(n), {order: k for k, order in enumerate(permutations(range(n)))}
+def _as_permutations(sums: Tensor, chosen: Sequence[tuple[int, ...]]) -> _MixMap:
+    """Return the map to permutations whose row `m` of `sums` is the logit of `chosen[m]`; the others get no weight."""
+    n = len(chosen)
+    orders = {order: k for k, order in enumerate(permutations(range(n)))}
     weight = torch.zeros(math.factorial(n), sums.shape[1], dtype=torch.float64)
     offset = torch.full((math.factorial(n),), FAR, dtype=torch.float64)
-    for m in range(n):
-        row = orders[tuple(i ^ m for i in range(n))]
-        weight[row], offset[row] = sums[m], 0.0  # row (0, m) of the product
+    for m, order in enumerate(chosen):
+        weight[orders[order]], offset[orders[order]] = sums[m], 0.0
     return _MixMap(weight, offset, (f"other permutations keep weights of exp({FAR:.0f})",))
 
 

@@ -1,7 +1,7 @@
 """C++ for the n x n arithmetic of a site, one token per lane: projections -> pre, post, H, and its backward.
 
-The equations are those of `mhc_compile.kernels.reference` (arXiv 2512.24880, Eq. 7-9), for the manifolds `sinkhorn`,
-`identity` and `unconstrained`. The backward runs Sinkhorn's iterations again and keeps them on the stack.
+The equations are those of `mhc_compile.kernels.reference` (arXiv 2512.24880, Eq. 7-9). The backward runs
+Sinkhorn's iterations again and keeps them on the stack.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.mixtures import entries_of, entry_text, gradient_text, group_size
 from mhc_compile.kernels.reference import LOGIT_FLOOR, sinkhorn_axes, vanishing
 from mhc_compile.kernels.spec import StreamSpec
 
@@ -204,6 +205,38 @@ static inline void mixing_matrix_backward(
 """,
 }
 
+# u, s, alpha, bias -> the weights of a mixture of permutations, and H from them
+MIXTURE = """\
+constexpr int LOGITS = {logits}, GROUP = {group};
+static inline void weights(const Lanes* u, Lanes s, float alpha, const float* bias, Lanes* w) {{
+  for (int first = 0; first < LOGITS; first += GROUP) {{
+    Lanes peak, total = all(0.0f);
+    for (int k = first; k < first + GROUP; ++k) {{
+      w[k] = u[2 * N + k] * s * alpha + bias[2 * N + k];
+      peak = k == first ? w[k] : choose(w[k] > peak, w[k], peak);
+    }}
+    for (int k = first; k < first + GROUP; ++k) {{ w[k] = exp(w[k] - peak); total += w[k]; }}
+    for (int k = first; k < first + GROUP; ++k) w[k] /= total;
+  }}
+}}
+static inline void mixing_matrix(const Lanes* u, Lanes s, float alpha, const float* bias, Lanes H[N][N]) {{
+  Lanes w[LOGITS];
+  weights(u, s, alpha, bias, w);
+{entries}}}
+static inline void mixing_matrix_backward(
+    const Lanes* u, Lanes s, float alpha, const float* bias, const Lanes dH[N][N], Lanes* du, Lanes& ds, Lanes& dalpha,
+    Lanes* dbias) {{
+  Lanes w[LOGITS], dw[LOGITS];
+  weights(u, s, alpha, bias, w);
+{gradients}  for (int first = 0; first < LOGITS; first += GROUP) {{
+    Lanes common = all(0.0f);
+    for (int k = first; k < first + GROUP; ++k) common += w[k] * dw[k];
+    for (int k = first; k < first + GROUP; ++k)
+      row_backward(2 * N + k, w[k] * (dw[k] - common), u, s, alpha, du, ds, dalpha, dbias);
+  }}
+}}
+"""
+
 SITE = """\
 constexpr float PRE_EPS = {pre_eps!r}f, POST_SCALE = {post_scale!r}f, POST_EPS = {post_eps!r}f;
 struct Site {{ Lanes pre[N], post[N], H[N][N]; }};
@@ -280,12 +313,24 @@ def coefficients_source(chain: Chain) -> str:
     if chain.is_hyper_connection:
         return rms + HYPER_CONNECTIONS
     i, j = ("j", "i") if fields.transposed else ("i", "j")
-    mix = MIX[chain.stream.manifold].format(i=i, j=j)
+    mix = _mixture(chain.stream) if chain.mixture else MIX[chain.stream.manifold].format(i=i, j=j)
     if chain.stream.manifold == "sinkhorn":
         mix = _sinkhorn(chain.stream) + mix
     return (
         rms + GATES + mix + SITE.format(pre_eps=fields.pre_eps, post_scale=fields.post_scale, post_eps=fields.post_eps)
     )
+
+
+def _mixture(spec: StreamSpec) -> str:
+    entries = "".join(
+        f"  H[{i}][{j}] = {entry_text(entry, 'w[{}]')};\n"
+        for i, line in enumerate(entries_of(spec))
+        for j, entry in enumerate(line)
+    )
+    gradients = "".join(
+        f"  dw[{row}] = {gradient_text(spec, row, 'w[{}]', 'dH[{}][{}]')};\n" for row in range(spec.mix_rows)
+    )
+    return MIXTURE.format(logits=spec.mix_rows, group=group_size(spec), entries=entries, gradients=gradients)
 
 
 def _sinkhorn(spec: StreamSpec) -> str:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.mixtures import gradient_text, group_size
 from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm, text
-from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, site_functions
+from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, mixture_weights, site_functions
 from mhc_compile.kernels.triton.forward import logit, pre
 
 PARAMETERS = ("phi", "alpha", "bias", "norm_weight", "norm_bias")
@@ -167,6 +168,8 @@ def _mix_backward(chain: Chain) -> list[str]:
     if chain.stream.manifold == "identity":
         return []
     n = chain.stream.streams
+    if chain.mixture:
+        return _mixture_backward(chain)
     row_of = mix_row(chain)
     at = {row_of(i, j): i * n + j for i in range(n) for j in range(n)}
     # f: the gradient of H in the published orientation, which is the one of phi's rows.
@@ -178,6 +181,21 @@ def _mix_backward(chain: Chain) -> list[str]:
         lines += [f"{name} = {logit(chain, 2 * n + k)}" for k, name in enumerate(entries(n, "m"))]
         lines.append(f"{matrix(n, 'f')} = sinkhorn_backward({matrix(n, 'm', 'f')})")
     return lines + [_keep(chain, 2 * n + k, name) for k, name in enumerate(entries(n, "f"))]
+
+
+def _mixture_backward(chain: Chain) -> list[str]:
+    n, spec, size = chain.stream.streams, chain.stream, group_size(chain.stream)
+    lines = [
+        f"{name} = tl.load(d_next_mix + token * {n * n} + {k}, live, other=0.0)"
+        for k, name in enumerate(entries(n, "f"))
+    ]
+    lines += mixture_weights(spec, lambda k: logit(chain, 2 * n + k))
+    lines += [f"flow_{row} = {gradient_text(spec, row, 'mix_{}', 'f_{}{}')}" for row in range(spec.mix_rows)]
+    for first in range(0, spec.mix_rows, size):
+        group = range(first, first + size)
+        lines.append("common = " + " + ".join(f"mix_{k} * flow_{k}" for k in group))
+        lines += [_keep(chain, 2 * n + k, f"mix_{k} * (flow_{k} - common)") for k in group]
+    return lines
 
 
 def _gradients(chain: Chain) -> list[str]:

@@ -1,8 +1,8 @@
 """Triton for the n x n arithmetic of a site, one vector of tokens per entry: logits -> H and its gradient.
 
-The equations are those of `mhc_compile.kernels.reference` (arXiv 2512.24880, Eq. 7-9), for the manifolds `sinkhorn`,
-`identity` and `unconstrained`. The backward recomputes Sinkhorn's iterates: some are kept in registers, and each of
-the others is reached from the kept one before it, so that no memory is needed.
+The equations are those of `mhc_compile.kernels.reference` (arXiv 2512.24880, Eq. 7-9). The backward recomputes
+Sinkhorn's iterates: some are kept in registers, and each of the others is reached from the kept one before it, so that
+no memory is needed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.mixtures import group_size
 from mhc_compile.kernels.reference import LOGIT_FLOOR, sinkhorn_axes, vanishing
 from mhc_compile.kernels.spec import StreamSpec
 
@@ -205,6 +206,19 @@ def _step_backward(spec: StreamSpec, axis: int) -> Iterator[str]:
 
 def _products(left: list[str], right: list[str]) -> str:
     return " + ".join(f"{a} * {b}" for a, b in zip(left, right, strict=True))
+
+
+def mixture_weights(spec: StreamSpec, logit: Callable[[int], str]) -> list[str]:
+    """Emit `mix_k`, the weights of a mixture of permutations, from the text of each logit."""
+    lines, size = [], group_size(spec)
+    for first in range(0, spec.mix_rows, size):
+        names = [f"mix_{k}" for k in range(first, first + size)]
+        lines += [f"{name} = {logit(first + k)}" for k, name in enumerate(names)]
+        lines.append(f"peak = {_nested('tl.maximum', names)}")
+        lines += [f"{name} = tl.exp({name} - peak)" for name in names]
+        lines.append(f"inverse = 1.0 / ({' + '.join(names)})")
+        lines += [f"{name} = {name} * inverse" for name in names]
+    return lines
 
 
 def site_functions(chain: Chain, *, backward: bool) -> str:

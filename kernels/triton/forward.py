@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.mixtures import entries_of, entry_text
 from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm, text
-from mhc_compile.kernels.triton.coefficients import bias_row, entries, matrix, mix_row, site_functions
+from mhc_compile.kernels.triton.coefficients import bias_row, entries, matrix, mix_row, mixture_weights, site_functions
 
 
 def forward_source(chain: Chain) -> Source:
@@ -110,6 +111,8 @@ def coefficient_lines(chain: Chain) -> list[str]:
     if chain.uses_sinkhorn:
         lines += [f"{name} = {logit(chain, 2 * n + k)}" for k, name in enumerate(entries(n, "m"))]
         lines.append(f"{matrix(n, 'm')} = sinkhorn({matrix(n, 'm')})")
+    if chain.mixture:
+        lines += mixture_weights(chain.stream, lambda k: logit(chain, 2 * n + k))
     return lines
 
 
@@ -149,13 +152,15 @@ def _write_post_and_mix(chain: Chain) -> list[str]:
     for i in range(n):
         value = f"{fields.post_scale!r} * tl.sigmoid({logit(chain, n + i)}){eps}"
         lines.append(f"tl.store(next_post + token * {n} + {i}, {value}, live)")
-    source = mix_row(chain)
+    source, mixture = mix_row(chain), entries_of(chain.stream)
     for i in range(n):
         for j in range(n):
             if chain.stream.manifold == "sinkhorn":
                 entry = f"m_{j}{i}" if fields.transposed else f"m_{i}{j}"
             elif chain.stream.manifold == "unconstrained":
                 entry = logit(chain, source(i, j))
+            elif chain.mixture:
+                entry = entry_text(mixture[i][j], "mix_{}")
             else:
                 entry = f"tl.full([BT], {float(i == j)!r}, tl.float32)"
             lines.append(f"tl.store(next_mix + token * {n * n} + {i * n + j}, {entry}, live)")

@@ -38,6 +38,9 @@ CHAINS = [
     Chain(kind="read", stream=StreamSpec(streams=2, form="hc"), width=32),
     Chain(kind="coefficients", stream=StreamSpec(streams=1, form="hc"), width=9),
     Chain(kind="carry", stream=StreamSpec(streams=3), width=19),
+    Chain(kind="boundary", stream=StreamSpec(manifold="circulant"), width=24, norm="rms", norm_eps=1e-5),
+    Chain(kind="read", stream=StreamSpec(streams=3, manifold="permutations", convention=Convention.LIGER), width=17),
+    Chain(kind="coefficients", stream=StreamSpec(manifold="kronecker"), width=12),
 ]
 
 

@@ -242,7 +242,7 @@ def test_the_number_of_threads_changes_sums_by_rounding_alone() -> None:
     [
         (Chain(kind="read", stream=StreamSpec(), width=8, streams_dtype=torch.float64), "float64"),
         (Chain(kind="distribute", stream=StreamSpec(), width=8, streams_dtype=torch.bfloat16), "a branch in"),
-        (Chain(kind="read", stream=StreamSpec(manifold="kronecker"), width=8), "manifold kronecker"),
+        (Chain(kind="read", stream=StreamSpec(streams=5, manifold="permutations"), width=8), "120 logits"),
         (Chain(kind="read", stream=StreamSpec(iterations=0), width=8), "0 Sinkhorn iterations"),
         (Chain(kind="read", stream=StreamSpec(iterations=1000), width=8), "1000 Sinkhorn iterations"),
     ],

@@ -87,6 +87,10 @@ def token_mix(mix: list[float], spec: StreamSpec) -> Tensor:
     H = torch.zeros(n, n, dtype=torch.float64)
     if spec.manifold == "identity":
         return torch.eye(n, dtype=torch.float64)
+    if spec.manifold == "circulant":
+        for k, w in enumerate(softmax(mix)):
+            H += w * torch.eye(n, dtype=torch.float64).roll(k, 1)
+        return H
     if spec.manifold == "permutations":
         for w, order in zip(softmax(mix), itertools.permutations(range(n)), strict=True):
             for i, j in enumerate(order):

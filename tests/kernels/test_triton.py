@@ -111,7 +111,7 @@ def test_gpus_get_triton_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("chain", "reason"),
     [
-        (Chain(kind="read", stream=StreamSpec(manifold="kronecker"), width=8), "manifold"),
+        (Chain(kind="read", stream=StreamSpec(streams=5, manifold="permutations"), width=8), "120 logits"),
         (Chain(kind="read", stream=StreamSpec(iterations=0), width=8), "iteration"),
         (Chain(kind="read", stream=StreamSpec(), width=8, streams_dtype=torch.float64), "float64"),
         (Chain(kind="boundary", stream=StreamSpec(), width=8, streams_dtype=torch.bfloat16), "change"),

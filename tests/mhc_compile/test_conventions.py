@@ -119,15 +119,16 @@ def test_kronecker_is_a_case_of_sinkhorn(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_kronecker_is_a_case_of_permutations(n: int) -> None:
-    source, target = (StreamSpec(streams=n, manifold=m) for m in ("kronecker", "permutations"))
+@pytest.mark.parametrize("manifold", ["kronecker", "circulant"])
+def test_some_mixtures_are_a_case_of_permutations(n: int, manifold: Manifold) -> None:
+    source, target = (StreamSpec(streams=n, manifold=m) for m in (manifold, "permutations"))
     _, conversion = convert(source, target, std=1.0)
     assert conversion.bound < 1e-10
     assert conversion.exact == (n == 2)
 
 
 def test_two_streams_mix_by_one_number() -> None:
-    names: tuple[Manifold, ...] = ("sinkhorn", "kronecker", "permutations")
+    names: tuple[Manifold, ...] = ("sinkhorn", "kronecker", "permutations", "circulant")
     for a, b in product(names, names):
         there, conversion = convert(StreamSpec(streams=2, manifold=a), StreamSpec(streams=2, manifold=b))
         assert conversion.bound < 1e-6
