@@ -57,14 +57,14 @@ class Recipe:
 RECIPE = Recipe(
     settings=replace(
         FULL, layers=8, hidden=96, heads=4, vocabulary=1024, length=96, batch=8, steps=250, text_bytes=3_000_000,
-        held_out_batches=16, learning_rate=8e-3,
+        held_out_batches=16, learning_rate=8e-3, initializer_range=96**-0.5,
     ),
     seeds=5, kernels="all", processes=2,
 )  # fmt: skip
 QUICK = Recipe(
     settings=replace(
         RECIPE.settings, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=24, text_bytes=400_000,
-        held_out_batches=4,
+        held_out_batches=4, initializer_range=32**-0.5,
     ),
     seeds=1, kernels="none", processes=1,
 )  # fmt: skip

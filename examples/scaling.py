@@ -61,7 +61,7 @@ _MEMORY = mhc_compile.MemorySettings.preset("paper", heads=4, rows_per_head=2, r
 RECIPE = Recipe(
     settings=replace(
         FULL, layers=4, hidden=64, heads=4, vocabulary=2048, length=96, batch=8, steps=350, text_bytes=6_000_000,
-        held_out_batches=24, learning_rate=4e-3, memory=_MEMORY,
+        held_out_batches=24, learning_rate=4e-3, initializer_range=0.02, memory=_MEMORY,
     ),
     expert=96, spare=20, spared=(18, 16, 15, 12, 8, 2), seeds=3, kernels="all", processes=2,
 )  # fmt: skip
@@ -155,7 +155,8 @@ def run(corpus: Corpus, job: Job) -> Trained:
         sizes = {"hidden": settings.hidden, "streams": settings.streams, "vocab": settings.vocabulary}
         engram = allocate(recipe.budget, engram, share=job.share, **sizes).settings
     memory = {"engram": engram, "tokenizer": corpus.tokenizer} if job.memory else {}
-    mhc_compile.convert(model, streams=settings.streams, inner="eager", kernels=recipe.kernels, **memory)
+    options = {"start": "paper", "inner": "eager", "kernels": recipe.kernels}
+    mhc_compile.convert(model, streams=settings.streams, **options, **memory)
 
     def held_out() -> float:
         outputs = [model(input_ids=batch, labels=batch) for batch in held_out_batches(corpus, settings)]

@@ -70,7 +70,7 @@ def _memory(*layers: int) -> mhc_compile.MemorySettings:
 
 _LOSSES = replace(
     FULL, layers=8, hidden=96, heads=4, vocabulary=1024, length=96, batch=8, steps=250, text_bytes=3_000_000,
-    held_out_batches=16, learning_rate=4e-3, memory=_memory(1, 4),
+    held_out_batches=16, learning_rate=4e-3, initializer_range=0.02, memory=_memory(1, 4),
 )  # fmt: skip
 _SMALL = replace(
     _LOSSES, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=12, text_bytes=400_000,

@@ -193,8 +193,8 @@ def _mixture_backward(chain: Chain) -> list[str]:
     lines += [f"flow_{row} = {gradient_text(spec, row, 'mix_{}', 'f_{}{}')}" for row in range(spec.mix_rows)]
     for first in range(0, spec.mix_rows, size):
         group = range(first, first + size)
-        lines.append("common = " + " + ".join(f"mix_{k} * flow_{k}" for k in group))
-        lines += [_keep(chain, 2 * n + k, f"mix_{k} * (flow_{k} - common)") for k in group]
+        lines.append("mix_common = " + " + ".join(f"mix_{k} * flow_{k}" for k in group))
+        lines += [_keep(chain, 2 * n + k, f"mix_{k} * (flow_{k} - mix_common)") for k in group]
     return lines
 
 

@@ -214,10 +214,10 @@ def mixture_weights(spec: StreamSpec, logit: Callable[[int], str]) -> list[str]:
     for first in range(0, spec.mix_rows, size):
         names = [f"mix_{k}" for k in range(first, first + size)]
         lines += [f"{name} = {logit(first + k)}" for k, name in enumerate(names)]
-        lines.append(f"peak = {_nested('tl.maximum', names)}")
-        lines += [f"{name} = tl.exp({name} - peak)" for name in names]
-        lines.append(f"inverse = 1.0 / ({' + '.join(names)})")
-        lines += [f"{name} = {name} * inverse" for name in names]
+        lines.append(f"mix_peak = {_nested('tl.maximum', names)}")
+        lines += [f"{name} = tl.exp({name} - mix_peak)" for name in names]
+        lines.append(f"mix_scale = 1.0 / ({' + '.join(names)})")
+        lines += [f"{name} = {name} * mix_scale" for name in names]
     return lines
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from mhc_compile.conversion import convert_folder
+from mhc_compile.conversion import convert, convert_folder
 from mhc_compile.demo.output import OutputFolder
 from mhc_compile.demo.settings import Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
 from mhc_compile.loading import from_pretrained
-from mhc_compile.measure import StreamMeasures, measure_streams
+from mhc_compile.measure import StreamMeasures, measure_streams, measuring
+from mhc_compile.parameters import stream_parameters
 from mhc_compile.report import inspect
 from mhc_compile.trial.training import Contender, contender, renewed, train
 
 PROMPT = "def read("
+FREE_STEPS = 100
+"""Steps of the streams whose H is free: their gain shows in so few."""
+MEASURES = 10
+"""How often the gain is measured in them."""
 SECOND_PEAK = 0.5
 """The second phase starts from a trained model: half the learning rate."""
 
@@ -42,6 +47,8 @@ class Outcome:
     before: tuple[list[float], list[float]]
     """Held-out losses at the conversion, residual and converted, batch by batch."""
     after: tuple[list[float], list[float]]
+    gains: dict[str, dict[int, float]]
+    """The mean backward gain of all sites by the steps after the conversion: `mhc`, and `free` without the manifold."""
     measures_before: StreamMeasures
     measures_after: StreamMeasures
     samples: tuple[str, str]
@@ -82,8 +89,14 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
     example = {"input_ids": held_out[0], "use_cache": False}
     (measures_before,) = measure_streams(converted, example).values()
 
-    train_shown(console, "Training both on the same batches", [residual, streams], corpus, settings, phase=1)
+    gains: dict[str, dict[int, float]] = {"mhc": {}, "free": {}}
+    watch = watched(converted, example, gains["mhc"], settings.steps)
+    train_shown(console, "Training both on the same batches", [residual, streams], corpus, settings, watch, phase=1)
     streams_compile += streams.seconds[0]
+    free = contender("H free", free_streams(out / "residual", settings), backend="mhc", inner="eager")
+    few = replace(settings, steps=min(settings.steps, FREE_STEPS))
+    watch = watched(free.model, example, gains["free"], few.steps)
+    train_shown(console, "Training streams whose H is free", [free], corpus, few, watch, phase=1)
     _save(converted, corpus, out / "mhc-trained")
     with stage(console, "Held-out loss of both, the state of the streams, samples"):
         after = residual.held_out(held_out), streams.held_out(held_out)
@@ -91,7 +104,8 @@ def run_experiment(settings: Settings, out: OutputFolder, console: Console) -> O
         samples = _sample(model, corpus, settings), _sample(converted, corpus, settings)
         inspection = inspect(converted).text()
     return Outcome(
-        settings, corpus, first, residual, streams, before, after, measures_before, measures_after, samples, inspection,
+        settings, corpus, first, residual, streams, before, after, gains, measures_before, measures_after, samples,
+        inspection,
         (residual_compile, streams_compile),
     )  # fmt: skip
 
@@ -105,10 +119,7 @@ def residual_model(settings: Settings, corpus: Corpus) -> nn.Module:
 
 
 def model_config(settings: Settings, tokenizer: Any) -> Any:
-    """Return the `LlamaConfig` of that model, whose weights start at a deviation of 1/sqrt(C).
-
-    At models of this size that is much better than transformers' 0.02.
-    """
+    """Return the `LlamaConfig` of that model."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -120,7 +131,7 @@ def model_config(settings: Settings, tokenizer: Any) -> Any:
         num_key_value_heads=settings.heads,
         max_position_embeddings=settings.length,
         tie_word_embeddings=True,
-        initializer_range=settings.hidden**-0.5,
+        initializer_range=settings.initializer_range,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -139,8 +150,41 @@ def _converted(source: Path, target: Path, settings: Settings) -> nn.Module:
     return from_pretrained(target, inner="eager", local_files_only=True).train()
 
 
+def free_streams(folder: Path, settings: Settings) -> nn.Module:
+    """Return the folder's model with n streams and any H, whose alpha is 1: the function is the residual model's."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    convert(model, streams=settings.streams, manifold="unconstrained", inner="eager")
+    with torch.no_grad():
+        for name, parameter in stream_parameters(model).items():
+            if name.endswith(".alpha"):
+                parameter.fill_(1.0)
+    return model.train()
+
+
+def watched(model: nn.Module, example: dict[str, Any], gains: dict[int, float], steps: int) -> Callable[[int], None]:
+    """Return a function of the step that now and then notes the mean backward gain of all sites of `model`."""
+    measure = measuring(model, example)
+
+    def note(step: int) -> None:
+        if step % max(1, steps // MEASURES) == 0:
+            (measures,) = measure().values()
+            gains[step] = measures.gain.backward_mean
+
+    note(0)
+    return note
+
+
 def train_shown(
-    console: Console, text: str, contenders: list[Contender], corpus: Corpus, settings: Settings, *, phase: int
+    console: Console,
+    text: str,
+    contenders: list[Contender],
+    corpus: Corpus,
+    settings: Settings,
+    watch: Callable[[int], None] | None = None,
+    *,
+    phase: int,
 ) -> None:
     """Train on the batches of a phase with a progress bar; after the conversion at half the learning rate."""
     batches = training_batches(corpus, settings, stream=phase)
@@ -150,6 +194,8 @@ def train_shown(
         task = progress.add_task(text, total=len(batches), loss="compiling")
 
         def tick() -> None:
+            if watch is not None:
+                watch(len(contenders[-1].losses))
             progress.update(task, advance=1, loss="loss " + " | ".join(f"{c.losses[-1]:.3f}" for c in contenders))
 
         train(contenders, batches, peak, tick)

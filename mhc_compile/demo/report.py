@@ -36,6 +36,7 @@ def numbers(outcome: Outcome) -> dict[str, Any]:
         "seconds_ratio": asdict(paired(residual, streams)),
         "seconds_to_compile": dict(zip(pair, outcome.compile_seconds, strict=True)),
         "parameters": {name: _size(c) for name, c in pair.items()},
+        "gains": {name: {str(step): gain for step, gain in by_step.items()} for name, by_step in outcome.gains.items()},
         "at_conversion": _measured(outcome.measures_before),
         "at_end": _measured(outcome.measures_after),
         "training_loss": {"before": outcome.first, **{name: c.losses for name, c in pair.items()}},
@@ -82,6 +83,8 @@ def table(outcome: Outcome) -> Table:
     out.add_row("stream separation at the exit", "", f"{before.separation[-1]:.1e} -> {after.separation[-1]:.1e}")
     out.add_row("forward gain (mean, max)", "", _gain(after.gain, "forward"))
     out.add_row("backward gain (mean, max)", "", _gain(after.gain, "backward"))
+    step, free = list(outcome.gains["free"].items())[-1]
+    out.add_row(f"  with a free H, alpha = 1, {step} steps", "", f"{free:.4g}")
     return out
 
 
@@ -96,14 +99,14 @@ def _gain(gain: CompositeGain, direction: str) -> str:
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """Draw the losses, their paired difference, and the separation of the streams along the depth."""
+    """Draw the losses, their paired difference, and the composite gain with and without a manifold."""
     from matplotlib.figure import Figure
 
     steps = outcome.settings.steps
     residual, streams = outcome.residual, outcome.streams
     later = range(steps, 2 * steps)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, deltas_axis, depth = figure.subplots(1, 3)
+    loss, deltas_axis, gain = figure.subplots(1, 3)
 
     def smoothed(losses: list[float]) -> list[float]:
         return smooth([losses], _SMOOTHED_OVER)
@@ -122,9 +125,11 @@ def draw(outcome: Outcome, path: Path) -> None:
     deltas_axis.plot(later, smoothed(deltas), color="C3")
     deltas_axis.axhline(0, color="0.5", linewidth=1)
     deltas_axis.set(title="Loss of mHC minus residual, same batch", xlabel="step")
-    measures = outcome.measures_after
-    depth.plot(range(1, len(measures.sites) + 1), measures.separation, color="C3", marker="o")
-    depth.set(title="Separation of the streams after each site", xlabel="site", ylim=(0, None))
+    for name, color, label in (("mhc", "C3", streams.name), ("free", "C4", "H free, alpha = 1")):
+        by_step = outcome.gains[name]
+        gain.plot([steps + step for step in by_step], list(by_step.values()), color=color, marker="o", label=label)
+    gain.set(title="Composite gain of all sites, backward", xlabel="step", yscale="log")
+    gain.legend()
     figure.savefig(path, dpi=120)
 
 
