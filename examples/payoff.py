@@ -3,7 +3,7 @@
 Everything starts from one residual model of a seed, whose initialisation and learning rate are tuned, and sees the same
 batches. What starts from scratch starts from that model's own random weights.
 
-Run: python examples/payoff.py [--quick] [--out FOLDER]
+Run: python examples/payoff.py [--quick] [--starts] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -38,6 +38,26 @@ BASE, RESIDUAL, LONGER, PAPER, MHC, FREE, SCRATCH = (
 OPTIONS: dict[str, dict[str, Any]] = {
     PAPER: {"start": "paper"}, MHC: {}, FREE: {"manifold": "unconstrained"}, SCRATCH: {"scratch": True}
 }  # fmt: skip
+ALPHA = {FREE: (1.0, 1.0)}
+"""Of pre and post, and of H, where it is neither the default nor the published one."""
+STARTS: dict[str, tuple[dict[str, Any], tuple[float, float] | None]] = {
+    "alpha 0.01, of H 0.01 (published)": ({}, (0.01, 0.01)),
+    "0.3, 0.01": ({}, (0.3, 0.01)),
+    "1, 0.01 (default)": ({}, (1.0, 0.01)),
+    "1, 1": ({}, (1.0, 1.0)),
+    "1, H = identity": ({"manifold": "identity"}, (1.0, 1.0)),
+    "3, 0.01": ({}, (3.0, 0.01)),
+    "10, 0.01": ({}, (10.0, 0.01)),
+    "1, 0.01, two streams": ({"streams": 2}, (1.0, 0.01)),
+    "1, 0.01, eight streams": ({"streams": 8}, (1.0, 0.01)),
+    "1, 0.01, H free": ({"manifold": "unconstrained"}, (1.0, 0.01)),
+    "Hyper-Connections, 0.01 (published)": ({"form": "hc"}, None),
+    "Hyper-Connections, 0.1": ({"form": "hc"}, (0.1, 0.1)),
+    "Attention Residuals": ({"form": "attnres"}, None),
+    "Attention Residuals, four blocks": ({"form": "attnres_block"}, None),
+    "DenseFormer": ({"form": "denseformer"}, None),
+}
+"""What `--starts` tries: options of the conversion, and alpha of pre and post, and of H."""
 CONTINUED = (RESIDUAL, LONGER, PAPER, MHC, FREE)
 SPIKE_WINDOW = 20
 """A spike is a loss over the median of so many steps before it."""
@@ -124,11 +144,13 @@ def run(corpus: Corpus, job: Job) -> Trained:
     first = job.arm in (BASE, SCRATCH)
     if not first:
         load_model(model, job.weights)
-    if job.arm in OPTIONS:
-        options = {**OPTIONS[job.arm], "inner": "eager", "kernels": job.kernels}
-        mhc_compile.convert(model, streams=settings.streams, **options)
-    if job.arm == FREE:
-        set_alpha(model, 1.0)
+    converted = job.arm in OPTIONS or job.arm in STARTS
+    if converted:
+        options, alpha = STARTS.get(job.arm) or (OPTIONS[job.arm], ALPHA.get(job.arm))
+        settled = {"streams": settings.streams, **options, "inner": "eager", "kernels": job.kernels}
+        mhc_compile.convert(model, **settled)
+        if alpha is not None:
+            set_alpha(model, *alpha)
     steps = round(settings.steps * job.more)
     batches = training_batches(corpus, replace(settings, steps=steps), stream=0 if first else 1)
     held_out = held_out_batches(corpus, settings)
@@ -138,7 +160,7 @@ def run(corpus: Corpus, job: Job) -> Trained:
     train([contender], batches, rate, lambda: begins.append(time.process_time()))
     if job.arm == BASE:
         save_model(model, str(job.weights))
-    gains = measuring(model, {"input_ids": held_out[0], "use_cache": False})() if job.arm in OPTIONS else {}
+    gains = measuring(model, {"input_ids": held_out[0], "use_cache": False})() if converted else {}
     return Trained(
         arm=job.arm,
         seed=settings.seed,
@@ -150,12 +172,13 @@ def run(corpus: Corpus, job: Job) -> Trained:
     )
 
 
-def set_alpha(model: nn.Module, value: float) -> None:
-    """Set alpha of all sites: while phi is zero, the function is unchanged."""
+def set_alpha(model: nn.Module, value: float, of_mixing: float) -> None:
+    """Set alpha of all sites, `[3]` with that of H last: while phi is zero, the function is unchanged."""
     with torch.no_grad():
         for name, parameter in mhc_compile.stream_parameters(model).items():
             if name.endswith(".alpha"):
                 parameter.fill_(value)
+                parameter[2:] = of_mixing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,14 +215,34 @@ def explore(recipe: Recipe) -> Outcome:
             )
             for seed in range(recipe.seeds)
         ]  # fmt: skip
-        in_processes = partial(studies.in_processes, partial(run, corpus), processes=recipe.processes)
-        trained = in_processes(jobs)
+        trained = trials_of(corpus, jobs, recipe.processes)
         arms = [arm for arm in (SCRATCH, *CONTINUED) if arm != LONGER]
-        trained += in_processes([replace(job, arm=arm) for arm in arms for job in jobs])
+        trained += trials_of(corpus, [replace(job, arm=arm) for arm in arms for job in jobs], recipe.processes)
         # A step takes longer with streams: the residual model gets that time, too.
         more = Outcome(recipe=recipe, trained=trained).slower(MHC)
-        trained += in_processes([replace(job, arm=LONGER, more=max(1.0, more)) for job in jobs])
+        longer = [replace(job, arm=LONGER, more=max(1.0, more)) for job in jobs]
+        trained += trials_of(corpus, longer, recipe.processes)
     return Outcome(recipe=recipe, trained=trained)
+
+
+def explore_starts(recipe: Recipe) -> str:
+    """Return a table of the held-out losses of `STARTS` minus that of the residual model, with seed 0 alone."""
+    corpus = build_corpus(recipe.settings)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(arm=BASE, settings=recipe.settings, weights=Path(folder) / "base.safetensors", kernels=recipe.kernels)
+        run(corpus, job)
+        arms = [RESIDUAL, *STARTS]
+        jobs = [replace(job, arm=arm) for arm in arms]
+        residual, *trained = trials_of(corpus, jobs, recipe.processes)
+    rows = [
+        (t.arm, f"{t.held_out - residual.held_out:+.4f}", f"{_backward(t):.3g}" if t.gain else "–") for t in trained
+    ]
+    return markdown(("start", "minus residual", "backward gain"), rows)
+
+
+def trials_of(corpus: Corpus, jobs: list[Job], processes: int) -> list[Trained]:
+    """Run the jobs, several at a time."""
+    return studies.in_processes(partial(run, corpus), jobs, processes)
 
 
 def claims(outcome: Outcome) -> list[Claim]:
@@ -302,8 +345,14 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    arguments = studies.arguments(__doc__.splitlines()[0], "payoff")
-    outcome = explore(QUICK if arguments.quick else RECIPE)
+    parser = studies.parser(__doc__.splitlines()[0], "payoff")
+    parser.add_argument("--starts", action="store_true", help="try other starts and forms instead, and print a table")
+    arguments = parser.parse_args()
+    recipe = QUICK if arguments.quick else RECIPE
+    if arguments.starts:
+        print(explore_starts(recipe))
+        return
+    outcome = explore(recipe)
     print(text := report(outcome))
     studies.write(arguments.out, "payoff", text, asdict(outcome), draw(outcome))
 

@@ -321,7 +321,7 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    arguments = studies.arguments(__doc__.splitlines()[0], "scaling")
+    arguments = studies.parser(__doc__.splitlines()[0], "scaling").parse_args()
     recipe = QUICK if arguments.quick else RECIPE
     corpus = build_corpus(recipe.settings)
     outcome = Outcome(

@@ -390,7 +390,7 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    arguments = studies.arguments(__doc__.splitlines()[0], "stability")
+    arguments = studies.parser(__doc__.splitlines()[0], "stability").parse_args()
     outcome = explore(QUICK if arguments.quick else RECIPE)
     print(text := report(outcome))
     studies.write(arguments.out, "stability", text, asdict(outcome), draw(outcome))

@@ -37,12 +37,12 @@ class Claim:
 CLAIMS_HEAD = ("finding", "published", "here", "counts as reproduced if", "reproduces")
 
 
-def arguments(description: str, folder: str) -> argparse.Namespace:
-    """Parse `quick` and `out` from the command line of an example."""
+def parser(description: str, folder: str) -> argparse.ArgumentParser:
+    """Return a parser of `quick` and `out`, the options of every example."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a size that shows that it runs")
     parser.add_argument("--out", type=Path, default=Path(folder), help="folder of the results (%(default)s)")
-    return parser.parse_args()
+    return parser
 
 
 def in_processes(run: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> list[Result]:
