@@ -55,7 +55,10 @@ ELSEWHERE = {
     "python tests/zoo/": "tests/zoo/test_zoo.py",
 }
 """What other tests run, by how the command begins, and which."""
-SLOW = {"mlir.md": "a whole model is lowered three times; mhc_compile/test_mlir.py lowers models"}
+SLOW = {
+    "mlir.md": "a whole model is lowered three times; mhc_compile/test_mlir.py lowers models",
+    "diff.md": "models are compiled a dozen times; mhc_compile/test_diff.py runs the command",
+}
 """Pages that take longer than CI has time for, with the reason."""
 # Settings are as large as they should be, the model here has two layers.
 SMALLER = {

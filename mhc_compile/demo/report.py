@@ -112,8 +112,9 @@ def draw(outcome: Outcome, path: Path) -> None:
         return smooth([losses], _SMOOTHED_OVER)
 
     loss.plot(range(steps), smoothed(outcome.first), color="0.45", label="residual, before the conversion")
-    loss.plot(later, smoothed(residual.losses), color="C0", label=residual.name)
-    loss.plot(later, smoothed(streams.losses), color="C3", linestyle="--", label=streams.name)
+    loss.plot(later, smoothed(outcome.first + residual.losses)[steps:], color="C0", label=residual.name)
+    together = smoothed(outcome.first + streams.losses)[steps:]
+    loss.plot(later, together, color="C3", linestyle="--", label=streams.name)
     for x, pair in ((steps, outcome.before), (2 * steps, outcome.after)):
         for losses, color, marker in zip(pair, ("C0", "C3"), ("o", "x"), strict=True):
             loss.plot(x, statistics.fmean(losses), color=color, marker=marker, linestyle="none")
