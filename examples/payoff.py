@@ -235,9 +235,13 @@ def explore_starts(recipe: Recipe) -> str:
         jobs = [replace(job, arm=arm) for arm in arms]
         residual, *trained = trials_of(corpus, jobs, recipe.processes)
     rows = [
-        (t.arm, f"{t.held_out - residual.held_out:+.4f}", f"{_backward(t):.3g}" if t.gain else "–") for t in trained
-    ]
-    return markdown(("start", "minus residual", "backward gain"), rows)
+        (
+            t.arm, f"{t.held_out - residual.held_out:+.4f}", f"{t.step / residual.step:.2f}",
+            f"{_backward(t):.3g}" if t.gain else "–",
+        )
+        for t in trained
+    ]  # fmt: skip
+    return markdown(("start", "minus residual", "step over residual's", "backward gain"), rows)
 
 
 def trials_of(corpus: Corpus, jobs: list[Job], processes: int) -> list[Trained]:
