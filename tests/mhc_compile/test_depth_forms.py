@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import chain, gpt2, ids, llama, logits, loss_of, shake, t5
+from tiny_models import chain, gpt2, ids, llama, logits, shake, t5, used
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
@@ -112,23 +112,7 @@ def test_conversion_keeps_the_function_and_every_parameter_learns(make: Callable
 @pytest.mark.parametrize(("inner", "form"), [("aot_eager", "attnres_block"), *SLOW])
 def test_training_generation_and_folders(form: str, inner: str, tmp_path: Path) -> None:
     model = convert(llama(), form=form, inner=inner)
-    optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model), lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = loss_of(model)
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    generated = [
-        model.generate(ids()[:1, :4], max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (False, True)
-    ]
-    assert torch.equal(*generated)
-    model.save_pretrained(tmp_path)
-    again = mhc_compile.from_pretrained(tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(logits(again(ids())), logits(model(ids())), rtol=1e-4, atol=1e-5)
+    used(model, tmp_path)
     with pytest.raises(MHCError, match="MHC411"):
         to_residual(model)
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mhc_compile import MHCError, MHCWarning, stream_parameters
+from mhc_compile import MHCError, MHCWarning, from_pretrained, parameter_groups, stream_parameters
 
 HIDDEN, VOCAB = 32, 64
 
@@ -214,3 +215,24 @@ def variants(first: Any, *others: Any) -> list[Any]:
     """Return parameters for `parametrize`, a tuple for several arguments; all but the first are `slow`."""
     rows = [other if isinstance(other, tuple) else (other,) for other in others]
     return [first, *(pytest.param(*row, marks=pytest.mark.slow) for row in rows)]
+
+
+def used(model: Any, folder: Path) -> None:
+    """Train a converted language model, generate with and without a cache, save it and load it again."""
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = loss_of(model)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    generated = [
+        model.generate(ids()[:1, :4], max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (False, True)
+    ]
+    assert torch.equal(*generated)
+    model.save_pretrained(folder)
+    again = from_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(again(ids())), logits(model(ids())), rtol=1e-4, atol=1e-5)
