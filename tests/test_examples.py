@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # `test_claims.py` runs those that take minutes, at their quick size.
-LONG = ("stability", "scaling")
+LONG = ("payoff", "stability", "scaling")
 EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if p.stem not in LONG)
 
 
