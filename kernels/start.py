@@ -51,8 +51,8 @@ def start_alpha(spec: StreamSpec, hidden: int, start: Start) -> Tensor:
     """Return alpha `[3]` of pre, post and H at the start, float32: 0.01 as published, but 1 for pre and post.
 
     phi is zero, so that any alpha keeps the function; coefficients learn in proportion to it (docs/claims.md). A step
-    of Adam at the rate lr moves logits by about alpha * lr * n*C, so that alpha falls with n*C above `WIDTH`. H keeps
-    0.01: mixing that learns faster has lowered no loss, and without a manifold its composite gain explodes.
+    of Adam at the rate lr moves logits by about `alpha * lr * n*C`, so that alpha falls with `n*C` above `WIDTH`. H
+    keeps 0.01: mixing that learns faster has lowered no loss, and without a manifold its composite gain explodes.
     """
     alpha = torch.full((3,), PAPER_ALPHA)
     if not start.paper:

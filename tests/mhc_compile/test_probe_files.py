@@ -129,7 +129,8 @@ def test_the_command(probes: Probes, tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "model, step 2, 16 tokens" in out
     assert "layers.2#0" in out
-    assert f"{float(probes.samples[-1].values['separation'][2]):.1e}" in out
+    separation = float(probes.samples[-1].values["separation"][2])
+    assert (f"{separation:.4g}" if separation >= 0.1 else f"{separation:.1e}") in out
     assert (tmp_path / "plots" / "model-gates.png").exists()
     path.write_text("nothing")
     assert main(["probe", str(path)]) == 1

@@ -14,6 +14,7 @@ from mhc_compile.capture import Captured, capture
 from mhc_compile.config import Options
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.start import DEFAULT
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, Pass, value
 from mhc_compile.passes.fuse import Fuse
@@ -151,6 +152,6 @@ def sites_in_order(out: Stepped) -> list[tuple[Tensor, ...]]:
     found = []
     for stream in out.streams:
         held = out.parameters[stream.owner]
-        names = form_of(held.spec).parameters(held.spec, 0, stream.hidden)
+        names = form_of(held.spec).parameters(held.spec, 0, stream.hidden, DEFAULT)
         found += [tuple(held.get_parameter(f"{site.name}.{p}").detach() for p in names) for site in stream.sites]
     return found
