@@ -57,9 +57,6 @@ class ConventionFields:
     """Added to the scaled sigmoid in `post`."""
     manifold: Manifold = "sinkhorn"
     """What the published mixing matrix is."""
-    deferred: bool = False
-    """A site's `pre` weighs the streams for the next site, and that of the last one for the exit. The first reads
-    stream 0."""
 
 
 class Convention(Enum):
@@ -71,7 +68,6 @@ class Convention(Enum):
     MEGATRON_MAIN = "megatron_main"
     LIGER = "liger"
     HY_V4 = "hy_v4"
-    DEEPSEEK_V41 = "deepseek_v41"
 
     @property
     def fields(self) -> ConventionFields:
@@ -101,8 +97,6 @@ _FIELDS: dict[Convention, ConventionFields] = {
 _FIELDS[Convention.GLM5_NEXT] = replace(_FIELDS[Convention.DEEPSEEK_V4], rms_eps=1e-5, exit="mean")
 # Hy-V4 follows DeepSeek-V4 without a mixing matrix (H = I); a matrix that it is given is computed as DeepSeek-V4's.
 _FIELDS[Convention.HY_V4] = replace(_FIELDS[Convention.DEEPSEEK_V4], rms_eps=1e-5, post_eps=1e-6, manifold="identity")
-# DeepSeek-V4's equations one site ahead: what a branch reads is known before the streams that it reads.
-_FIELDS[Convention.DEEPSEEK_V41] = replace(_FIELDS[Convention.DEEPSEEK_V4], exit="mean", deferred=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +146,6 @@ class StreamSpec:
             raise MHCError("MHC204", f"iterations={self.iterations!r}; 0 to {MAX_ITERATIONS}")
         if self.exit not in get_args(Exit):
             raise MHCError("MHC204", f"exit={self.exit!r}; known: {', '.join(get_args(Exit))}")
-        if self.form == "mhc" and self.convention.fields.deferred and self.exit != "mean":
-            raise MHCError("MHC204", f"exit={self.exit!r}: the exit of {self.convention.value} has the last site's pre")
         if self.form not in FORM_NAMES and self.form not in form_names():
             raise MHCError("MHC204", f"form={self.form!r}; known: {', '.join(form_names())}")
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -2,7 +2,7 @@
 
     distribute, coefficients, aggregate  ->  mhc_kernels.boundary   from one site to the next
     coefficients, aggregate              ->  mhc_kernels.read       the first site, and after a norm of each stream
-    distribute, aggregate                ->  mhc_kernels.carry      where pre does not depend on the streams it weighs
+    distribute, aggregate                ->  mhc_kernels.carry      where coefficients do not depend on the streams
     distribute, reduce                   ->  mhc_kernels.leave      the exit
     ... aggregate, norm of the branch    ->  mhc_kernels.boundary_rms, read_layer, ...
     whatever is left alone               ->  its own kernel
@@ -138,7 +138,7 @@ class _Fusing(Writer):
             weigh = self._only_aggregate(site)
             if weigh is not None and weigh.args[0] is mix:
                 self._replace("boundary", _Parts(mix, site, weigh), _spec(site))
-                return
+            return
         reads = [u for u in mix.users if u.target is DIALECT.aggregate.default]
         if len(reads) == 1 and all(node < mix for node in reads[0].all_input_nodes[1:]):
             self._replace("carry", _Parts(mix=mix, weigh=reads[0]), StreamSpec(streams=_streams(mix)))
