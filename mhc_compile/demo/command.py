@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
         "losses, times and streams. Then it adds a memory of n-grams, trains with and without it on equal batches, and "
         "shows what the memory took in. Nothing is downloaded.",
     )
-    parser.add_argument("--quick", action="store_true", help="a smaller model without Inductor: under a minute")
+    parser.add_argument("--quick", action="store_true", help="a smaller model without Inductor: a minute and a half")
     parser.add_argument(
         "--steps", type=_at_least(LEAST_STEPS), metavar="N",
         help=f"optimizer steps before the conversion, and again after it (default {FULL.steps}, quick {QUICK.steps})",
