@@ -1,4 +1,4 @@
-"""What a conversion pays: losses of a residual model that goes on, and of its n-stream forms from the same weights.
+"""Compare a residual model that trains on with its n-stream forms from the same weights: what does a conversion pay?
 
 Everything starts from one residual model of a seed, whose initialisation and learning rate are tuned, and sees the same
 batches. What starts from scratch starts from that model's own random weights.
@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     PAPER: {"start": "paper"}, MHC: {}, FREE: {"manifold": "unconstrained"}, SCRATCH: {"scratch": True}
 }  # fmt: skip
 ALPHA = {FREE: (1.0, 1.0)}
-"""Of pre and post, and of H, where it is neither the default nor the published one."""
+"""Values of alpha for pre and post, and for H, where they are neither the default nor the published ones."""
 STARTS: dict[str, tuple[dict[str, Any], tuple[float, float] | None]] = {
     "alpha 0.01, of H 0.01 (published)": ({}, (0.01, 0.01)),
     "0.3, 0.01": ({}, (0.3, 0.01)),
@@ -57,7 +57,7 @@ STARTS: dict[str, tuple[dict[str, Any], tuple[float, float] | None]] = {
     "Attention Residuals, four blocks": ({"form": "attnres_block"}, None),
     "DenseFormer": ({"form": "denseformer"}, None),
 }
-"""What `--starts` tries: options of the conversion, and alpha of pre and post, and of H."""
+"""Starts that `--starts` compares: options of `convert`, then alpha for pre and post, and for H."""
 CONTINUED = (RESIDUAL, LONGER, PAPER, MHC, FREE)
 SPIKE_WINDOW = 20
 """A spike is a loss over the median of so many steps before it."""
@@ -65,10 +65,10 @@ SPIKE_WINDOW = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained."""
+    """Sizes and repetitions of the trainings."""
 
     settings: Settings
-    """Of every training: the learning rate is the best of 4e-3, 8e-3 and 16e-3 for the residual model from scratch."""
+    """Settings of every training: of 4e-3, 8e-3 and 16e-3 the best learning rate of the residual model from scratch."""
     seeds: int
     kernels: str
     processes: int
@@ -98,7 +98,7 @@ class Job:
     settings: Settings
     """With the seed."""
     weights: Path
-    """Where the trained residual model of the seed lies, or is put."""
+    """File with the weights of the seed's trained residual model; that model's own job writes it."""
     kernels: str
     more: float = 1.0
     """The steps are so many times those of the settings."""
@@ -109,13 +109,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training showed."""
+    """Measurements of one training."""
 
     arm: str
     seed: int
     parameters: int
     losses: list[float]
-    """Of every step."""
+    """Training losses of every step."""
     held_out: float
     """At the end, in nats per token."""
     step: float

@@ -29,7 +29,7 @@ class Mark:
     parameters: dict[str, Node]
     """Placeholder (or attribute) node of every stream parameter by name relative to the owner's `mhc` module."""
     inputs: dict[Input, Node] = field(default_factory=dict)
-    """What an owner that looks ids up passes of its call, besides parameters."""
+    """Name the inputs of an owner's call, besides parameters, that its look-ups of ids read."""
     memory: Memory | None = None
     """The owner's memories."""
     over: OverEncoding | None = None
@@ -46,7 +46,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Widened:
-    """What passes after `widen` may know of a stream that it rewrote."""
+    """Describe a stream that `widen` rewrote, for the passes after it."""
 
     mark: Mark
     stream: ResidualStream
@@ -57,7 +57,7 @@ class Widened:
 
 @dataclass
 class Context:
-    """What passes hand on besides the graph. `streams` is the result of `residual`, read by all later passes."""
+    """Hold what passes hand on besides the graph. `streams` is the result of `residual`, read by all later passes."""
 
     marks: list[Mark] = field(default_factory=list)
     streams: list[ResidualStream] = field(default_factory=list)

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mhc_compile.demo.memory import run_memory
 from mhc_compile.demo.output import ENTRIES, OutputFolder
 from mhc_compile.demo.report import draw, numbers, reading, samples, table
 from mhc_compile.demo.settings import FULL, QUICK, DemoError, settings_for
+from mhc_compile.trial.studies import at_least
 from mhc_compile.trial.training import LEAST_STEPS, threads
 
 _NEEDED = ("transformers", "tokenizers", "matplotlib")
@@ -35,25 +35,16 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a smaller model without Inductor: a minute and a half")
     parser.add_argument(
-        "--steps", type=_at_least(LEAST_STEPS), metavar="N",
+        "--steps", type=at_least(LEAST_STEPS), metavar="N",
         help=f"optimizer steps before the conversion, and again after it (default {FULL.steps}, quick {QUICK.steps})",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("mhc-demo"), metavar="DIR", help="default: ./mhc-demo")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the batches and the samples")
     parser.add_argument(
-        "--seeds", type=_at_least(1), metavar="N",
+        "--seeds", type=at_least(1), metavar="N",
         help=f"repetitions of the training with and without a memory (default {FULL.seeds}, quick {QUICK.seeds})",
     )  # fmt: skip
     parser.set_defaults(run=run)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is too few: at least {least}")
-        return int(text)
-
-    return number
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,9 +12,11 @@ from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from mhc_compile.config import Inner
 from mhc_compile.configured import configured
+from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import form_names
 from mhc_compile.trial import studies
 from mhc_compile.trial.run import RESIDUAL, Arm, Result, Settings
@@ -48,14 +51,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
     parser.add_argument("--data", metavar="FILE", type=Path, required=True, help="a text file, UTF-8")
     parser.add_argument("--forms", default="residual,hc,mhc,attnres", help="separated by commas (default: %(default)s)")
-    for name, default, meaning in (
-        ("steps", 200, "optimizer steps of every form"),
-        ("seeds", 1, "repetitions with other batches, and other weights where the model has none"),
-        ("batch", 8, "sequences in a batch"),
-        ("length", 128, "tokens in a sequence"),
-        ("threads", 1, "of torch"),
+    for name, least, default, meaning in (
+        ("steps", LEAST_STEPS, 200, "optimizer steps of every form"),
+        ("seeds", 1, 1, "repetitions with other batches, and other weights where the model has none"),
+        ("batch", 1, 8, "sequences in a batch"),
+        ("length", 2, 128, "tokens in a sequence"),
+        ("threads", 1, 1, "of torch"),
     ):
-        parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{meaning} (default {default})")
+        number = studies.at_least(least)
+        parser.add_argument(
+            f"--{name}", metavar="N", type=number, default=default, help=f"{meaning} (default {default})"
+        )
     parser.add_argument("--lr", type=float, default=1e-3, help="the highest learning rate, of all forms (default 1e-3)")
     parser.add_argument("--inner", choices=get_args(Inner), default="inductor", help="what compiles every form")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("trial"), help="default: ./trial")
@@ -66,16 +72,21 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         model=args.model,
         arms=[Arm.parse(text) for text in args.forms.split(",")],
-        steps=max(LEAST_STEPS, args.steps),
+        steps=args.steps,
         seeds=args.seeds,
         batch=args.batch,
         length=args.length,
         lr=args.lr,
         inner=args.inner,
     )
+    if importlib.util.find_spec("matplotlib") is None:  # said before anything is trained
+        raise MHCError("MHC233", "trial draws its losses")
     model: Any = configured(args.model)[0]
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, nn.Embedding):
+        raise MHCError("MHC528", f"{type(model).__name__} reads no tokens", way_out="name a causal language model")
     folder = args.model if args.model.is_dir() else args.model.parent
-    tokens = read_tokens(args.data, folder, model.get_input_embeddings().num_embeddings)
+    tokens = read_tokens(args.data, folder, embeddings.num_embeddings)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     with threads(args.threads), Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:

@@ -45,6 +45,17 @@ def parser(description: str, folder: str) -> argparse.ArgumentParser:
     return parser
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type of command line arguments: a whole number, not below `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is too few: at least {least}")
+        return int(text)
+
+    return number
+
+
 def in_processes(run: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> list[Result]:
     """Run `run(job)` for every job; return results in the order of `jobs`, printed as they become known.
 

@@ -130,6 +130,13 @@ def test_from_a_folder_and_back(form: str, tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_to_residual(form: str) -> None:
+    model = llama()
+    before = logits(model(ids())).detach()
+    assert torch.equal(logits(to_residual(convert(model, form=form, inner="eager"))(ids())), before)
+
+
 def test_one_block_has_two_sources() -> None:
     """The embedding, and the sum of everything else."""
     model = convert(llama(), form="attnres_block", streams=1, inner="eager")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import llama
-from transformers import LlamaConfig
+from transformers import LlamaConfig, ViTConfig, ViTForImageClassification
 
 from mhc_compile import MHCError
 from mhc_compile.cli import main
@@ -87,6 +87,20 @@ def test_tokens_that_the_model_does_not_have(model: Path, capsys: pytest.Capture
     llama().save_pretrained(model.parent / "small")
     assert trial(model.parent / "small") == 1
     assert "MHC528" in capsys.readouterr().err
+
+
+def test_a_model_that_reads_no_tokens(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(model.parent / "vit")
+    assert trial(model.parent / "vit") == 1
+    assert "reads no tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--steps", "--seeds", "--batch", "--length"])
+def test_numbers_that_are_too_small_are_wrong_arguments(model: Path, option: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        trial(model, option, "0")
+    assert caught.value.code == 2
 
 
 def test_an_arm_without_options_is_the_residual_model() -> None:
