@@ -8,7 +8,8 @@ A chain reads the streams of a block of tokens once and does up to three things 
     norm      the branch's own RMSNorm or LayerNorm of h, where it begins with one
 
 `boundary`, all three in one, is the step from one site to the next: `(3n+1)C` of traffic in one pass instead of three
-(arXiv 2512.24880, Table 2 and section 4.3).
+(arXiv 2512.24880, Table 2 and section 4.3). `deferred` is the same step where `pre` was computed a site ahead
+(DeepSeek-V4.1): the streams are weighed as they are mixed, and the coefficients of the site leave with its own `pre`.
 
 Values: `T` tokens (all leading dimensions flattened), `n` streams, `C` hidden size, `R` rows of phi. Streams, h and y
 are in the chain's dtypes, all else is float32 (float64 where one of them is).
@@ -39,7 +40,10 @@ from mhc_compile.kernels.spec import StreamSpec
 
 Weights = Literal["none", "given", "site", "head", "mean", "sum"]
 Norm = Literal["none", "rms", "layer"]
-Kind = Literal["distribute", "aggregate", "coefficients", "read", "boundary", "carry", "reduce", "leave"]
+Kind = Literal["distribute", "aggregate", "coefficients", "read", "boundary", "deferred", "carry", "reduce", "leave"]
+
+NORMED: tuple[Kind, ...] = ("read", "boundary", "deferred")
+"""The kinds that may end with the branch's norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +73,35 @@ class Chain(KernelSpec):
     @property
     def mixes(self) -> bool:
         """Whether it begins with `X' = H @ X + outer(post, y)`."""
-        return self.kind in ("distribute", "boundary", "carry", "leave")
+        return self.kind in ("distribute", "boundary", "deferred", "carry", "leave")
 
     @property
     def keeps_streams(self) -> bool:
         """Whether X' is written: not where the exit is all that reads it."""
-        return self.kind in ("distribute", "boundary", "carry")
+        return self.kind in ("distribute", "boundary", "deferred", "carry")
 
     @property
     def weights(self) -> Weights:
-        """What weighs the streams: a tensor given, the coefficients of a site, the exit of the specification."""
+        """What computes weights of the streams: the coefficients of a site, the exit, or none where they are given."""
         if self.kind in ("reduce", "leave"):
+            assert self.stream.exit != "pre"  # which is an aggregate
             return self.stream.exit
         by_kind: dict[str, Weights] = {
             "distribute": "none", "aggregate": "given", "carry": "given",
             "coefficients": "site", "read": "site", "boundary": "site",
+            "deferred": "site",
         }  # fmt: skip
         return by_kind[self.kind]
+
+    @property
+    def given(self) -> bool:
+        """Whether the weights of h are an input: `pre`."""
+        return self.kind in ("aggregate", "carry", "deferred")
+
+    @property
+    def weighs_itself(self) -> bool:
+        """Whether the weights of h are computed from the streams that they weigh."""
+        return self.projects and self.collapses and not self.given
 
     @property
     def collapses(self) -> bool:
@@ -158,7 +174,7 @@ class Chain(KernelSpec):
         names = ["X"]
         if self.mixes:
             names += ["y", "post", "mix"]
-        if self.weights == "given":
+        if self.given:
             names.append("pre")
         if self.projects:
             names += ["phi", "alpha", "bias"]
@@ -180,7 +196,7 @@ class Chain(KernelSpec):
             names.append("next_X")
         if self.collapses:
             names.append("h")
-        if self.kind == "coefficients":
+        if self.weights == "site" and not self.weighs_itself:
             names.append("next_pre")
         if self.weights == "site":
             names += ["next_post", "next_mix"]
@@ -235,18 +251,18 @@ class Chain(KernelSpec):
         if self.mixes:
             X = reference.distribute(X, values["y"], values["post"], values["mix"])
             out["next_X"] = X
-        if self.weights == "given":
-            out["h"] = reference.aggregate(X, values["pre"])
-        elif self.weights == "site":
+        if self.weights == "site":
             parameters = values["phi"], values["alpha"], values["bias"]
             if self.is_hyper_connection:
                 pre, post, mix = hc.dynamic(X, *parameters)
             else:
                 pre, post, mix = reference.coefficients(X, *parameters, self.stream)
             out |= {"next_pre": pre, "next_post": post, "next_mix": mix, "h": reference.aggregate(X, pre)}
-        elif self.weights != "none":
+        elif self.weights not in ("none", "given"):
             head = (values["phi"], values["bias"], values["alpha"]) if self.weights == "head" else None
             out["h"] = reference.reduce(X, self.stream, head)
+        if self.given:
+            out["h"] = reference.aggregate(X, values["pre"])
         if self.norm != "none":
             out["h"] = self._normed(out["h"], values)
         if self.projects:

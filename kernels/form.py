@@ -32,6 +32,10 @@ State = Node | tuple[Node, ...]
 """The state at one place of a rewritten graph: the node of the n streams, or the nodes of the earlier outputs."""
 
 
+NEXT_PRE = "mhc_next_pre"
+"""Key in the `meta` of streams of the weights by which the next reader weighs them, where a convention defers them."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a site."""

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 import mhc_compile.kernels.ops  # noqa: F401  (registers the dialect)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import hc, reference
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.depth import AttentionResiduals, BlockAttentionResiduals, DenseFormer
-from mhc_compile.kernels.form import DepthForm, Form, Parameter, StreamForm
+from mhc_compile.kernels.form import NEXT_PRE, DepthForm, Form, Parameter, SiteWriter, State, StreamForm
 from mhc_compile.kernels.installed import load_installed
 from mhc_compile.kernels.spec import FORM_GROUP, FORM_NAMES, StreamSpec, form_names
 from mhc_compile.kernels.start import DEFAULT, Start, start_alpha, start_bias, start_head, start_phi
@@ -48,6 +49,21 @@ class ManifoldConstrained(StreamForm):
     def coefficients(self, X: Tensor, spec: StreamSpec, **parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three maps of a site."""
         return reference.coefficients(X, parameters["phi"], parameters["alpha"], parameters["bias"], spec)
+
+    def rewrite(self, site: SiteWriter) -> State:
+        """Write aggregate, branch, distribute; where the convention defers `pre`, with that of the site before."""
+        if not StreamSpec.parse(site.text).convention.fields.deferred:
+            return super().rewrite(site)
+        assert isinstance(site.read_state, Node)
+        arguments = (site.read_state, *site.parameters, site.text)
+        later, post, mixing = site.compute(self.op, *arguments, ranks=(1, 1, 2))
+        if (pre := site.read_state.meta.get(NEXT_PRE)) is not None:
+            site.read(torch.ops.mhc.aggregate.default, pre)
+        else:
+            site.read(torch.select, -2, 0)
+        streams = site.write(torch.ops.mhc.distribute.default, post, mixing)
+        streams.meta[NEXT_PRE] = later
+        return streams
 
     def kernel(self, spec: StreamSpec, **fields: Any) -> Chain | None:
         """Return the fused chain."""

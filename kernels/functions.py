@@ -65,6 +65,25 @@ def boundary(
     return X, h, post, mix
 
 
+def deferred(
+    X: Tensor,
+    y: Tensor,
+    post: Tensor,
+    mix: Tensor,
+    pre: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    spec: StreamSpec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute `boundary` where `pre` was computed one site ahead (DeepSeek-V4.1): the next X, h, pre, post and H.
+
+    h is weighed with the `pre` given; the one returned, of the next site, weighs what the site after it reads.
+    """
+    X, h, pre, post, mix, _ = _OPS.deferred(X, y, post, mix, pre, phi, alpha, bias, str(spec))
+    return X, h, pre, post, mix
+
+
 def reduce(X: Tensor, spec: StreamSpec, head: Head | None = None) -> Tensor:
     """Reduce n streams to one as `spec.exit` says.
 

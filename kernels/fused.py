@@ -6,7 +6,7 @@ One op per kind of chain (`mhc_compile.kernels.chain`), its arguments and result
     mhc_kernels::boundary(X, y, post, mix, phi, alpha, bias, spec) -> next_X, h, next_post, next_mix, z
     mhc_kernels::boundary_backward(X, y, post, mix, phi, alpha, bias, z, d_next_X, d_h, ..., spec) -> d_X, d_y, ...
 
-`reduce_head` and `leave_head` are `reduce` and `leave` with a learned head; `read_rms`, `boundary_layer`, ... end with
+`reduce_head` and `leave_head` are `reduce` and `leave` with a learned head; `read_rms`, `deferred_layer`, ... end with
 the branch's norm, take its weight (and bias) after the site's parameters, and its eps after `spec`.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import torch
 
-from mhc_compile.kernels.chain import Chain, Kind, Norm
+from mhc_compile.kernels.chain import NORMED, Chain, Kind, Norm
 from mhc_compile.kernels.kernelspec import Values
 from mhc_compile.kernels.registration import KernelOp, register
 from mhc_compile.kernels.sinkhorn import LIBRARY, parse_spec
@@ -39,7 +39,7 @@ def prototypes() -> dict[str, Chain]:
     chains = [Chain(kind=kind, stream=StreamSpec(), width=1) for kind in get_args(Kind)]
     head = StreamSpec(exit="head")
     chains += [Chain(kind="reduce", stream=head, width=1), Chain(kind="leave", stream=head, width=1)]
-    normed: tuple[tuple[Kind, Norm], ...] = tuple(itertools.product(("read", "boundary"), ("rms", "layer")))
+    normed: tuple[tuple[Kind, Norm], ...] = tuple(itertools.product(NORMED, ("rms", "layer")))
     chains += [Chain(kind=kind, stream=StreamSpec(), width=1, norm=norm) for kind, norm in normed]
     return {op_of(chain): chain for chain in chains}
 

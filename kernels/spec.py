@@ -11,7 +11,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.installed import installed_names
 
 Manifold = Literal["sinkhorn", "identity", "circulant", "permutations", "kronecker", "unconstrained"]
-Exit = Literal["mean", "sum", "head"]
+Exit = Literal["mean", "sum", "head", "pre"]
 FORM_GROUP = "mhc_compile.forms"
 """The group of entry points in which installed packages name their forms."""
 FORM_NAMES = dict.fromkeys(("mhc", "hc", "hc_static"))
@@ -57,6 +57,9 @@ class ConventionFields:
     """Added to the scaled sigmoid in `post`."""
     manifold: Manifold = "sinkhorn"
     """What the published mixing matrix is."""
+    deferred: bool = False
+    """A site's `pre` weighs the streams for the next site, and that of the last one may for the exit. The first site
+    reads stream 0."""
 
 
 class Convention(Enum):
@@ -68,6 +71,7 @@ class Convention(Enum):
     MEGATRON_MAIN = "megatron_main"
     LIGER = "liger"
     HY_V4 = "hy_v4"
+    DEEPSEEK_V41 = "deepseek_v41"
 
     @property
     def fields(self) -> ConventionFields:
@@ -97,6 +101,8 @@ _FIELDS: dict[Convention, ConventionFields] = {
 _FIELDS[Convention.GLM5_NEXT] = replace(_FIELDS[Convention.DEEPSEEK_V4], rms_eps=1e-5, exit="mean")
 # Hy-V4 follows DeepSeek-V4 without a mixing matrix (H = I); a matrix that it is given is computed as DeepSeek-V4's.
 _FIELDS[Convention.HY_V4] = replace(_FIELDS[Convention.DEEPSEEK_V4], rms_eps=1e-5, post_eps=1e-6, manifold="identity")
+# DeepSeek-V4's equations one site ahead: what a branch reads is known before the streams that it reads.
+_FIELDS[Convention.DEEPSEEK_V41] = replace(_FIELDS[Convention.DEEPSEEK_V4], exit="pre", deferred=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +120,8 @@ class StreamSpec:
     iterations: int = 20
     """Sinkhorn iterations, 0 to 1000."""
     exit: Exit = "mean"
-    """`mean`, `sum`, or `head`: a learned sigmoid head (DeepSeek-V4)."""
+    """`mean`, `sum`, `head`: a learned sigmoid head (DeepSeek-V4), or `pre`: that of the last site, where the
+    convention computes it one site ahead (DeepSeek-V4.1)."""
     form: str = "mhc"
     """`mhc`; or their ancestor, unconstrained Hyper-Connections (arXiv 2409.19606): `hc`, whose coefficients depend on
     the streams, and `hc_static`, whose coefficients are parameters; or one of yours (docs/write_a_form.md).
@@ -146,6 +153,9 @@ class StreamSpec:
             raise MHCError("MHC204", f"iterations={self.iterations!r}; 0 to {MAX_ITERATIONS}")
         if self.exit not in get_args(Exit):
             raise MHCError("MHC204", f"exit={self.exit!r}; known: {', '.join(get_args(Exit))}")
+        if self.exit == "pre" and not (self.form == "mhc" and self.convention.fields.deferred):
+            which = self.convention.value if self.form == "mhc" else self.form
+            raise MHCError("MHC204", f"exit='pre': {which} does not compute pre one site ahead")
         if self.form not in FORM_NAMES and self.form not in form_names():
             raise MHCError("MHC204", f"form={self.form!r}; known: {', '.join(form_names())}")
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -68,6 +68,8 @@ def convert_site(
     """
     if source.streams != target.streams:
         raise _impossible(source, target, "the numbers of streams differ")
+    if source.convention.fields.deferred != target.convention.fields.deferred:
+        raise _impossible(source, target, "only one of them reads with the pre of the site before")
     _check_rows(phi, alpha, bias, source)
     mix, n2 = _mix_map(source, target), 2 * source.streams
     with torch.no_grad():

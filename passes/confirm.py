@@ -311,7 +311,7 @@ def specifications(n: int, rows: int, apart: Region, hints: Sequence[StreamSpec]
     count = sum(op_name(m) in _DIVIDES and shape(m)[-2:] == (n, n) for m in apart.nodes if is_tensor(m))
     possible = []
     for manifold in get_args(Manifold):
-        for convention in Convention:
+        for convention in (c for c in Convention if not c.fields.deferred):
             for iterations in dict.fromkeys(((count + 1) // 2, count // 2)) if manifold == "sinkhorn" else (0,):
                 try:
                     spec = StreamSpec(

@@ -1,8 +1,9 @@
 """Merge dialect ops into the largest chains that a kernel exists for.
 
     distribute, coefficients, aggregate  ->  mhc_kernels.boundary   from one site to the next
+    distribute, aggregate, coefficients  ->  mhc_kernels.deferred   the same where pre was computed one site ahead
     coefficients, aggregate              ->  mhc_kernels.read       the first site, and after a norm of each stream
-    distribute, aggregate                ->  mhc_kernels.carry      where coefficients do not depend on the streams
+    distribute, aggregate                ->  mhc_kernels.carry      where pre does not depend on the streams it weighs
     distribute, reduce                   ->  mhc_kernels.leave      the exit
     ... aggregate, norm of the branch    ->  mhc_kernels.boundary_rms, read_layer, ...
     whatever is left alone               ->  its own kernel
@@ -23,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.fused  # noqa: F401  (registers the ops)
 from mhc_compile.kernels import targets
-from mhc_compile.kernels.chain import Chain, Kind
+from mhc_compile.kernels.chain import NORMED, Chain, Kind
 from mhc_compile.kernels.forms import COEFFICIENTS, StreamForm, form_of
 from mhc_compile.kernels.fused import op_of
 from mhc_compile.kernels.kernelspec import KernelSpec
@@ -138,9 +139,11 @@ class _Fusing(Writer):
             weigh = self._only_aggregate(site)
             if weigh is not None and weigh.args[0] is mix:
                 self._replace("boundary", _Parts(mix, site, weigh), _spec(site))
-            return
+                return
         reads = [u for u in mix.users if u.target is DIALECT.aggregate.default]
         if len(reads) == 1 and all(node < mix for node in reads[0].all_input_nodes[1:]):
+            if site is not None and self._replace("deferred", _Parts(mix, site, reads[0]), _spec(site)):
+                return
             self._replace("carry", _Parts(mix=mix, weigh=reads[0]), StreamSpec(streams=_streams(mix)))
         elif len(mix.users) == 1 and next(iter(mix.users)).target is DIALECT.reduce.default:
             exit_ = next(iter(mix.users))
@@ -158,12 +161,12 @@ class _Fusing(Writer):
         only = len(readers) == 1 and readers[0].target is DIALECT.aggregate.default
         return readers[0] if only else None
 
-    def _replace(self, kind: Kind, parts: _Parts, spec: StreamSpec) -> None:
+    def _replace(self, kind: Kind, parts: _Parts, spec: StreamSpec) -> bool:
         """Replace `parts` by one op, where a kernel may and can compute them; with the branch's norm if possible."""
-        norm = match_norm(parts.weigh) if kind in ("read", "boundary") and parts.weigh is not None else None
+        norm = match_norm(parts.weigh) if kind in NORMED and parts.weigh is not None else None
         if norm is not None and self._replaced(kind, replace(parts, norm=norm), spec, "its norm not fused into it"):
-            return
-        self._replaced(kind, parts, spec, "not fused")
+            return True
+        return self._replaced(kind, parts, spec, "not fused")
 
     def _replaced(self, kind: Kind, parts: _Parts, spec: StreamSpec, otherwise: str) -> bool:
         first, values = self._values(parts)

@@ -136,8 +136,8 @@ class _Probing(Writer):
     def _pre(self, coefficients: Node) -> Node:
         """Return the weights with which the branch reads the streams, from `z` where a kernel kept that alone."""
         chain = _chain(coefficients)
-        if chain is None or chain.kind == "coefficients":
-            return self.item(coefficients, 0)
+        if chain is None or "next_pre" in chain.outputs():
+            return self.item(coefficients, chain.outputs().index("next_pre") if chain else 0)
         inputs = dict(zip(chain.inputs(), coefficients.args, strict=False))
         z = self.item(coefficients, chain.outputs().index("z"))
         operands = (z, inputs["alpha"], inputs["bias"], chain.width, str(chain.stream))

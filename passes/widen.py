@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mhc_compile.kernels.form import DepthForm, State
+from mhc_compile.kernels.form import NEXT_PRE, DepthForm, State
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT
@@ -112,6 +112,10 @@ class _Widening(Writer):
         if isinstance(state, Node):
             wide = {site.previous: state}
             apply_per_stream(self.graph, site.previous, site.chain, wide, self.spec.streams)
+            for node in site.chain if NEXT_PRE in state.meta else ():
+                if shape(node)[:-1] != shape(site.previous)[:-1] or op_name(node) in REORDERS:
+                    raise refuse("MHC108", "the stream is laid out anew, its weights were computed before", node)
+                wide[node].meta[NEXT_PRE] = state.meta[NEXT_PRE]
             self.states |= wide
         elif site.chain:
             with self.graph.inserting_before(self.place(state, site.previous)):
@@ -132,6 +136,8 @@ class _Widening(Writer):
             u.replace_input_with(v, reduced)
 
     def _reduced(self, X: Node, v: Node) -> Node:
+        if v is self.stream.exit and self.spec.exit == "pre":
+            return self.call(torch.ops.mhc.aggregate.default, X, X.meta[NEXT_PRE])
         arguments: tuple[Any, ...] = (X, self.mark.spec)
         if self.spec.exit == "head" and v is self.stream.exit:
             p = self.mark.parameters

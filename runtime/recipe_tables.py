@@ -14,7 +14,7 @@ from mhc_compile.passes.cost import parse_blocks
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
-ConventionName = Literal["paper", "deepseek_v4", "glm5_next", "megatron_main", "liger", "hy_v4"]
+ConventionName = Literal["paper", "deepseek_v4", "glm5_next", "megatron_main", "liger", "hy_v4", "deepseek_v41"]
 
 
 @dataclass(frozen=True, kw_only=True)

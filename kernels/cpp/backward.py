@@ -238,13 +238,13 @@ def _passes(chain: Chain) -> dict[str, int]:
         passes |= {"X": 2, "y": 2}
     elif not _reads_streams(chain):
         del passes["X"]
-    if chain.collapses and chain.norm == "none" and (chain.projects or chain.weights == "given"):
+    if chain.collapses and chain.norm == "none" and (chain.projects or chain.given):
         passes["d_h"] = 2
     return passes
 
 
 def _reads_streams(chain: Chain) -> bool:
-    return chain.mixes or chain.projects or chain.weights == "given"
+    return chain.mixes or chain.projects or chain.given
 
 
 def _gather(chain: Chain) -> str:
@@ -267,6 +267,20 @@ def _dh(chain: Chain) -> str:
     return "d_h + (first + t) * C" if chain.norm == "none" else "dh + t * V * LANES"
 
 
+def _weigh(chain: Chain, weights: str, dweights: str) -> list[str]:
+    """Emit the gradients of the weights of the block's tokens, where there is a norm after its own backward."""
+    lines = []
+    if chain.norm != "none":
+        bias = ", own_norm + V * LANES" if chain.norm == "layer" else ""
+        lines.append(f"""\
+      for (int t = 0; t < m; ++t) {{
+        float* row = dh + t * V * LANES;
+        collapse(x + t * STRIDE, {weights}, row);
+        normalise_backward(row, d_h + (first + t) * C, norm_weight, own_norm{bias});
+      }}""")
+    return [*lines, f"      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, {_dh(chain)}, {dweights});"]
+
+
 def _site(chain: Chain) -> list[str]:
     """Emit the recomputed coefficients and the gradients of the projections (`du_of`) and of the norms (`scale_of`)."""
     lines = []
@@ -276,21 +290,12 @@ def _site(chain: Chain) -> list[str]:
       for (int g = 0; g < GROUPS; ++g) s[g] = inverse_rms(u[U + g]);
       Site found, d;
       site(u, s, alpha, bias, found);""")
-    if chain.collapses:
+    if chain.weighs_itself:
         lines.append("""\
       float weights[TOKENS * N], dweights[TOKENS * N];
       lanes_to_tokens(found.pre, N, m, weights, N);""")
-        if chain.norm != "none":
-            bias = ", own_norm + V * LANES" if chain.norm == "layer" else ""
-            lines.append(f"""\
-      for (int t = 0; t < m; ++t) {{
-        float* row = dh + t * V * LANES;
-        collapse(x + t * STRIDE, weights + t * N, row);
-        normalise_backward(row, d_h + (first + t) * C, norm_weight, own_norm{bias});
-      }}""")
-        lines.append(f"""\
-      for (int t = 0; t < m; ++t) weigh(x + t * STRIDE, {_dh(chain)}, dweights + t * N);
-      tokens_to_lanes(dweights, N, m, d.pre);""")
+        lines += _weigh(chain, "weights + t * N", "dweights + t * N")
+        lines.append("      tokens_to_lanes(dweights, N, m, d.pre);")
     else:
         lines.append("      tokens_to_lanes(d_next_pre + first * N, N, m, d.pre);")
     if chain.weights == "site":
@@ -314,12 +319,9 @@ def _body(chain: Chain) -> str:
         value = f"{1 / n!r}f" if chain.weights == "mean" else "1.0f"
         lines.append(f"      const float weights[N] = {{{', '.join([value] * n)}}};")
         weights = "weights"
-    if chain.weights == "given":
+    if chain.given:
         weights = "pre + (first + t) * N"
-        lines.append(
-            "      for (int t = 0; t < m; ++t)\n"
-            "        weigh(x + t * STRIDE, d_h + (first + t) * C, d_pre + (first + t) * N);"
-        )
+        lines += _weigh(chain, weights, "d_pre + (first + t) * N")
     if chain.projects:
         lines += _site(chain)
     gather = []

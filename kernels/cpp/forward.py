@@ -284,20 +284,18 @@ def _body(chain: Chain) -> str:
         lines.append("""\
       lanes_to_tokens(found.post, N, m, next_post + first * N, N);
       lanes_to_tokens(&found.H[0][0], N * N, m, next_H + first * N * N, N * N);""")
-    if chain.kind == "coefficients":
+    if "next_pre" in chain.outputs():
         lines.append("      lanes_to_tokens(found.pre, N, m, next_pre + first * N, N);")
     if chain.collapses:
         weight = {
             "mean": f"      const float weights[N] = {{{', '.join([f'{1 / n!r}f'] * n)}}};",
             "sum": f"      const float weights[N] = {{{', '.join(['1.0f'] * n)}}};",
         }.get(chain.weights)
-        if chain.projects:
+        if chain.weighs_itself:
             lines.append("      float weights[TOKENS * N];\n      lanes_to_tokens(found.pre, N, m, weights, N);")
         elif weight:
             lines.append(weight)
-        which = {"given": "pre + (first + t) * N", "mean": "weights", "sum": "weights"}.get(
-            chain.weights, "weights + t * N"
-        )
+        which = "pre + (first + t) * N" if chain.given else "weights" if weight else "weights + t * N"
         if chain.norm == "none":
             lines.append(f"      for (int t = 0; t < m; ++t) collapse(x + t * STRIDE, {which}, h + (first + t) * C);")
         else:

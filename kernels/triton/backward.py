@@ -38,11 +38,16 @@ def backward_source(chain: Chain) -> Source:
         parts.append(functions)
     body = [*text.token_lines(), *text.site_lines(chain)]
     if chain.projects:
-        if chain.collapses:
-            body += _weigh(chain) if chain.norm == "none" else [*_weights(chain), *norm.weigh(chain)]
+        if chain.norm != "none":
+            body += [*_weights(chain), *norm.weigh(chain)]
+            body += _store_given(chain) if chain.given else []
+        elif chain.weighs_itself:
+            body += _weigh(chain)
         body += _site_backward(chain)
         # Emitted again: kept, they would fill the registers that Sinkhorn needs.
-        body += [*text.site_lines(chain), *(_weights(chain) if chain.collapses else [])]
+        body += text.site_lines(chain)
+    if chain.given or chain.weighs_itself:
+        body += _weights(chain)
     parts.append(text.kernel("backward", backward_pointers(chain), ("tokens", "x_stride"), body + _gradients(chain)))
     if chain.projects:
         pointers = ("X", *(("y", "post", "mix") if chain.mixes else ()), "du", "partial")
@@ -56,8 +61,8 @@ def _passes(chain: Chain) -> dict[str, int]:
     Streams, branch and d_h are read for the weights' gradients, for those of X, and for phi's.
     """
     passes = dict.fromkeys(chain.wide("backward"), 1)
-    weighs = (2 if chain.norm == "layer" else 1) if chain.projects and chain.collapses else 0
-    reads = weighs + (chain.mixes or chain.projects or chain.weights == "given") + chain.projects
+    weighs = {"none": int(chain.weighs_itself), "rms": 1, "layer": 2}[chain.norm]
+    reads = weighs + (chain.mixes or chain.projects or chain.given) + chain.projects
     passes |= {name: reads for name in ("X", "y") if name in passes}
     if chain.collapses:
         passes["d_h"] = 1 + (weighs > 0)
@@ -89,8 +94,14 @@ def _inverse_rms(chain: Chain) -> list[str]:
 
 
 def _weights(chain: Chain) -> list[str]:
-    """Emit `w_i`, from z."""
+    """Emit `w_i`: given, or from z."""
+    if chain.given:
+        return [f"w_{i} = tl.load(pre + token * {chain.n} + {i}, live, other=0.0)" for i in range(chain.n)]
     return [*_inverse_rms(chain), *(f"w_{i} = {pre(chain, i)}" for i in range(chain.n))]
+
+
+def _store_given(chain: Chain) -> list[str]:
+    return [f"tl.store(d_pre + token * {chain.n} + {i}, dw_{i}, live)" for i in range(chain.n)]
 
 
 def _site_backward(chain: Chain) -> list[str]:
@@ -99,7 +110,7 @@ def _site_backward(chain: Chain) -> list[str]:
     `scale` times X' is the gradient through the norm.
     """
     lines = _inverse_rms(chain)
-    if not chain.collapses:
+    if not chain.weighs_itself and chain.weights == "site":
         lines += [f"dw_{i} = tl.load(d_next_pre + token * {chain.n} + {i}, live, other=0.0)" for i in range(chain.n)]
     lines += _flows_of_outputs(chain) if chain.is_hyper_connection else _flows_of_logits(chain)
     # Threads read now what others of the program have written: all rows in one tile.
@@ -200,16 +211,15 @@ def _mixture_backward(chain: Chain) -> list[str]:
 
 def _gradients(chain: Chain) -> list[str]:
     """Emit G, and from it the gradients of the inputs."""
-    n, weights_given = chain.stream.streams, chain.weights == "given"
+    n, weighs = chain.n, chain.given and chain.norm == "none"
     lines: list[str] = []
-    if weights_given:
-        lines += [f"w_{i} = tl.load(pre + token * {n} + {i}, live, other=0.0)" for i in range(n)]
+    if weighs:
         lines += [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
     sums, add = ("BK // 2", "pairs({})") if _adds_pairs(chain) else ("BK", "{}")
     if chain.mixes:
         lines += [f"dpost_{i} = tl.zeros([BT, {sums}], tl.float32)" for i in range(n)]
         lines += [f"{name} = tl.zeros([BT, {sums}], tl.float32)" for name in entries(n, "dH")]
-    body = text.stream_lines(chain) if chain.mixes or chain.projects or weights_given else []
+    body = text.stream_lines(chain) if chain.mixes or chain.projects or chain.given else []
     if chain.norm != "none":
         body += norm.gradient(chain)
     elif chain.collapses:
@@ -219,7 +229,7 @@ def _gradients(chain: Chain) -> list[str]:
         if chain.projects:
             body.append(f"p = {text.phi_tile(chain, i, rows_first=True)}")
             body.append(f"g = tl.dot(du_{i % chain.groups}, p, g, input_precision=PRECISION)")
-        if weights_given:
+        if weighs:
             body.append(f"dw_{i} += tl.sum(dh * x_{i}, 1)")
         if not chain.mixes:
             body.append(f"tl.store(d_X + at + {i * chain.width}, g, inside)")
@@ -233,8 +243,8 @@ def _gradients(chain: Chain) -> list[str]:
         body.append("tl.store(d_y + at_y, dy, inside)")
         body += [f"tl.store(d_X + at + {j * chain.width}, dx_{j}, inside)" for j in range(n)]
     lines += text.loop(chain, body, backwards=chain.projects)
-    if weights_given:
-        lines += [f"tl.store(d_pre + token * {n} + {i}, dw_{i}, live)" for i in range(n)]
+    if weighs:
+        lines += _store_given(chain)
     if chain.mixes:
         lines += [f"tl.store(d_post + token * {n} + {i}, tl.sum(dpost_{i}, 1), live)" for i in range(n)]
         for k, name in enumerate(entries(n, "dH")):

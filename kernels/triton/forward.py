@@ -32,9 +32,10 @@ def forward_source(chain: Chain) -> Source:
 def _passes(chain: Chain) -> dict[str, int]:
     """Count the passes over each wide value: aggregating rereads the streams after projecting, a norm rereads h."""
     passes = dict.fromkeys(chain.wide("forward"), 1)
-    if chain.projects and chain.collapses:
+    if chain.weighs_itself:
         again = ("next_X",) if chain.keeps_streams else ("X", "y")
         passes |= {name: 2 for name in again if name in passes}
+    if chain.projects and chain.collapses:
         passes["h"] += {"none": 0, "rms": 2, "layer": 3}[chain.norm]
     return passes
 
@@ -42,7 +43,7 @@ def _passes(chain: Chain) -> dict[str, int]:
 def _weights_known_before(chain: Chain) -> list[str]:
     """Emit `w_i` for chains whose weights do not depend on the streams."""
     n = chain.stream.streams
-    if chain.weights == "given":
+    if chain.given:
         return [f"w_{i} = tl.load(pre + token * {n} + {i}, live, other=0.0)[:, None]" for i in range(n)]
     if chain.weights in ("mean", "sum"):
         return [f"w_{i} = {1 / n if chain.weights == 'mean' else 1.0!r}" for i in range(n)]
@@ -68,7 +69,7 @@ def _in_one_pass(chain: Chain) -> list[str]:
 def _with_coefficients(chain: Chain) -> list[str]:
     n, rows, groups = chain.n, chain.rows, chain.groups
     # What is read again goes last from the caches, what is read once first.
-    again = not chain.keeps_streams and chain.collapses
+    again = not chain.keeps_streams and chain.weighs_itself
     project = [*text.stream_lines(chain, "" if again else "evict_first"), *_write_streams(chain)]
     for i in range(n):
         g = i % groups
@@ -76,11 +77,14 @@ def _with_coefficients(chain: Chain) -> list[str]:
         if i % groups == 0 or groups == 1:
             project.append(f"p = {text.phi_tile(chain, i, rows_first=False)}")
         project.append(text.add_dot(chain, f"x_{i}", "p", f"u_{g}"))
+    if chain.given:
+        project += _collapse(chain)
     inside, at = f"live[:, None] & (row < {rows})[None, :]", f"z + token[:, None] * {groups * (rows + 1)}"
     lines = [
         f"row = tl.arange(0, {text.padded_rows(chain)})",
         *(f"u_{g} = tl.zeros([BT, {text.padded_rows(chain)}], tl.float32)" for g in range(groups)),
         *(f"squares_{g} = tl.zeros([BT], tl.float32)" for g in range(groups)),
+        *([norm.START] if chain.given and chain.norm != "none" else []),
         *text.loop(chain, project),
         *(f"tl.store({at} + {g * rows} + row[None, :], u_{g}, {inside})" for g in range(groups)),
         *(f"tl.store({text.z_at(chain, groups * rows + g)}, squares_{g}, live)" for g in range(groups)),
@@ -88,12 +92,12 @@ def _with_coefficients(chain: Chain) -> list[str]:
         "tl.debug_barrier()",
         *coefficient_lines(chain),
     ]
-    if chain.kind == "coefficients":
+    if "next_pre" in chain.outputs():
         lines += [f"tl.store(next_pre + token * {n} + {i}, w_{i}, live)" for i in range(n)]
     if chain.weights == "site":
         lines += _write_post_and_mix(chain)
-    if not chain.collapses:
-        return lines
+    if not chain.weighs_itself:
+        return lines if chain.norm == "none" else [*lines, *norm.normalise(chain)]
     lines += [f"w_{i} = w_{i}[:, None]" for i in range(n)]
     if chain.keeps_streams:
         streams = [f"x_{i} = {text.load(f'next_X + at + {i * chain.width}', 'evict_first')}" for i in range(n)]

@@ -16,6 +16,7 @@ from torch.fx import Node
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import TABLE, MHCError, MHCWarning
 from mhc_compile.kernels import targets
+from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.target import Source
@@ -159,9 +160,8 @@ class _Numbered:
         for node in last:
             for spec in kernels_of(node):
                 number = self.place(node)
-                before = (
-                    [self.drawing.before.get(number, number)] if spec.kind in ("boundary", "carry", "leave") else []
-                )
+                both = isinstance(spec, Chain) and spec.mixes and spec.collapses  # a part of two sites
+                before = [self.drawing.before.get(number, number)] if both else []
                 elements.setdefault(spec, {}).update(dict.fromkeys([*before, number]))
         calls = {} if self.watcher.gm is None else kernels_in(self.watcher.gm)
         for (spec, device), count in calls.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from mhc_compile.kernels.spec import Convention, StreamSpec
 BF16 = {"streams_dtype": torch.bfloat16, "branch_dtype": torch.bfloat16}
 F16 = {"streams_dtype": torch.float16, "branch_dtype": torch.float16}
 V4 = StreamSpec(convention=Convention.DEEPSEEK_V4, exit="head")
+V41 = StreamSpec(convention=Convention.DEEPSEEK_V41, exit="pre")
 # Each is compiled once: C below, at and behind a vector's width, every n, every convention, manifold and dtype.
 CHAINS = [
     Chain(kind="boundary", stream=StreamSpec(), width=48),
@@ -38,6 +41,9 @@ CHAINS = [
     Chain(kind="read", stream=StreamSpec(streams=2, form="hc"), width=32),
     Chain(kind="coefficients", stream=StreamSpec(streams=1, form="hc"), width=9),
     Chain(kind="carry", stream=StreamSpec(streams=3), width=19),
+    Chain(kind="deferred", stream=V41, width=35),
+    Chain(kind="deferred", stream=V41, width=24, norm="rms", norm_eps=1e-5, **BF16),
+    Chain(kind="deferred", stream=replace(V41, streams=3, manifold="identity"), width=17, norm="layer", norm_eps=1e-6),
     Chain(kind="boundary", stream=StreamSpec(manifold="circulant"), width=24, norm="rms", norm_eps=1e-5),
     Chain(kind="read", stream=StreamSpec(streams=3, manifold="permutations", convention=Convention.LIGER), width=17),
     Chain(kind="coefficients", stream=StreamSpec(manifold="kronecker"), width=12),

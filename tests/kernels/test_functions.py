@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.kernels import functions, reference
-from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.spec import Convention, StreamSpec
 
 N, C = 4, 12
 
@@ -49,6 +49,33 @@ def test_a_model_of_two_sites(exit_: str) -> None:
         Y = reference.distribute(Y, torch.tanh(reference.aggregate(Y, pre)), post, mix)
     expected = reference.reduce(Y, spec, own)
     want = torch.autograd.grad(expected.square().sum(), [*first, *second])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_whose_pre_is_computed_one_site_ahead() -> None:
+    spec = StreamSpec(streams=N, convention=Convention.DEEPSEEK_V41, exit="pre")
+    sites = parameters(spec, 3)
+    flat = [t for site in sites for t in site]
+    x = torch.randn(2, 5, C, generator=torch.Generator().manual_seed(2))
+
+    X = functions.expand(x, N)
+    pre, post, mix = functions.coefficients(X, *sites[0], spec)
+    y = torch.tanh(X[..., 0, :])
+    for site in sites[1:]:
+        X, h, pre, post, mix = functions.deferred(X, y, post, mix, pre, *site, spec)
+        y = torch.tanh(h)
+    found = functions.aggregate(functions.distribute(X, y, post, mix), pre)
+    got = torch.autograd.grad(found.square().sum(), flat)
+
+    Y, weights = reference.expand(x, N), torch.eye(N)[0].expand(2, 5, N)
+    for site in sites:
+        ahead, post, mix = reference.coefficients(Y, *site, spec)
+        Y = reference.distribute(Y, torch.tanh(reference.aggregate(Y, weights)), post, mix)
+        weights = ahead
+    expected = reference.aggregate(Y, weights)
+    want = torch.autograd.grad(expected.square().sum(), flat)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -53,7 +53,7 @@ def site(
     )
 
 
-TRANSPOSED = ("deepseek_v4", "glm5_next", "hy_v4")
+TRANSPOSED = ("deepseek_v4", "glm5_next", "hy_v4", "deepseek_v41")
 
 
 def sigmoid(x: float) -> float:

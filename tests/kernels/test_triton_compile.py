@@ -90,6 +90,18 @@ def test_every_target_compiles_and_keeps_its_values_in_registers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}{t[1]}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_a_deferred_boundary_keeps_its_values_in_registers(norm: Norm, dtype: torch.dtype, target: Target) -> None:
+    chain, (backend, arch) = replace(boundary(4096, dtype, norm), kind="deferred"), target
+    for kernel in KERNELS[:2]:  # phi's gradient is a boundary's
+        compiled = compiled_for(chain, kernel, backend, arch)
+        assert spilled(compiled, backend) == 0, kernel
+        assert compiled.shared <= SHARED[arch]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["coefficients", "aggregate", "distribute", "read", "reduce", "leave"])
 def test_every_kind_compiles(kind: Literal["read"]) -> None:
     chains = [Chain(kind=kind, stream=StreamSpec(exit=how), width=1280) for how in ("mean", "head")]

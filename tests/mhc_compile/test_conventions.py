@@ -64,6 +64,10 @@ def convert(source: StreamSpec, target: StreamSpec, **options: Any) -> tuple[flo
 @pytest.mark.parametrize(("a", "b"), product(Convention, Convention))
 def test_every_pair_of_conventions(a: Convention, b: Convention, manifold: Manifold) -> None:
     source, target = (StreamSpec(convention=c, manifold=manifold) for c in (a, b))
+    if a.fields.deferred != b.fields.deferred:  # the maps are alike, but weigh the streams of different sites
+        with pytest.raises(MHCError, match=r"MHC205 .*of the site before"):
+            convert(source, target)
+        return
     there, conversion = convert(source, target)
     assert there <= 3 * conversion.bound + 1e-14
     assert conversion.bound < 1e-4
@@ -107,7 +111,7 @@ def test_iterations_are_compared() -> None:
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_kronecker_is_a_case_of_sinkhorn(n: int) -> None:
     source = StreamSpec(streams=n, manifold="kronecker")
-    for convention in Convention:
+    for convention in (c for c in Convention if not c.fields.deferred):
         there, conversion = convert(source, StreamSpec(streams=n, convention=convention), std=1.0)
         assert conversion.bound < 1e-4
         assert there <= 3 * conversion.bound + 1e-14

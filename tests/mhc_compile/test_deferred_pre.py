@@ -1,0 +1,110 @@
+"""The convention deepseek_v41: a site's `pre` weighs the streams for the site after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import chain, gpt2, ids, llama, logits, loss_of, shake, t5
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mhc_compile
+from mhc_compile import MHCError, convert
+from mhc_compile.kernels import reference
+from mhc_compile.parameters import owners
+
+V41 = {"convention": "deepseek_v41"}
+
+
+def by_hand(model: Any, tokens: Tensor) -> Tensor:
+    """The equations over the branches of a `Chain`, whose layers are x + F(x)."""
+    (parameters,) = owners(model).values()
+    X = reference.expand(model.embed(tokens), parameters.spec.streams)
+    pre = F.one_hot(torch.tensor(0), parameters.spec.streams).to(X.dtype)
+    for name, layer in zip(parameters.sites, model.layers, strict=True):
+        own = dict(parameters.get_submodule(name).named_parameters())
+        values = (own[key].double() for key in ("phi", "alpha", "bias"))
+        later, post, H = reference.coefficients(X, *values, parameters.spec)
+        h = torch.einsum("...n,...nc->...c", pre, X)
+        y = layer.down(F.gelu(layer.up(layer.norm(h))))
+        X = H @ X + post[..., None] * y[..., None, :]
+        pre = later
+    return model.head(torch.einsum("...n,...nc->...c", pre, X))
+
+
+@pytest.mark.parametrize("manifold", ["sinkhorn", "identity"])
+def test_the_equations(manifold: str) -> None:
+    model, tokens = chain(depth=4).double(), ids()
+    convert(model, tokens, **V41, manifold=manifold, inner="eager")
+    shake(model)
+    expected = by_hand(model, tokens)
+    wanted = torch.autograd.grad(expected.square().mean(), list(model.parameters()), allow_unused=True)
+    result = logits(model(tokens))
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    gradients = torch.autograd.grad(result.square().mean(), list(model.parameters()), allow_unused=True)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def call(model: nn.Module) -> Tensor:
+    if "T5" in type(model).__name__:
+        return model(input_ids=ids(), decoder_input_ids=ids(seed=1)).logits
+    return logits(model(ids()))
+
+
+@pytest.mark.parametrize(
+    "make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), pytest.param(t5, marks=pytest.mark.slow)]
+)
+def test_conversion_keeps_the_function(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    with torch.no_grad():
+        before = call(model)
+        after = call(convert(model, **V41, inner="eager", debug="numeric"))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_compute_the_same_and_its_gradients() -> None:
+    """What the branch reads is fused into the mixing before it: its weights are known by then."""
+    results = []
+    for kernels in ("none", "all"):
+        model = convert(llama(), **V41, inner="eager", kernels=kernels)
+        shake(model)
+        loss = loss_of(model)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    kinds = {kernel.kind for kernel in mhc_compile.inspect(model).kernels}
+    assert kinds == {"coefficients", "deferred", "carry"}  # the first site, those between, the exit
+
+
+def test_training_generation_and_folders(tmp_path: Path) -> None:
+    model = convert(llama(), **V41, inner="eager")
+    optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = loss_of(model)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    generated = [
+        model.generate(ids()[:1, :4], max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (False, True)
+    ]
+    assert torch.equal(*generated)
+    model.save_pretrained(tmp_path)
+    again = mhc_compile.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(again(ids())), logits(model(ids())), rtol=1e-4, atol=1e-5)
+
+
+def test_its_exit_is_the_last_sites() -> None:
+    with pytest.raises(MHCError, match=r"MHC204 .*one site ahead"):
+        convert(llama(), exit="pre")
