@@ -129,6 +129,11 @@ class Chain(KernelSpec):
         return self.weights == "site" and self.stream.form == "mhc" and self.stream.manifold in MIXTURES
 
     @property
+    def fills(self) -> bool:
+        """Whether H is filled entry by entry."""
+        return self.weights == "site" and self.stream.form == "mhc" and self.stream.manifold == "transportation"
+
+    @property
     def uses_sinkhorn(self) -> bool:
         """Whether Sinkhorn's iterations make its mixing matrix."""
         return self.weights == "site" and self.stream.form == "mhc" and self.stream.manifold == "sinkhorn"

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.chain import NORMED, Chain
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values, dtypes_against
 from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.memory.triton.steps import StepLauncher
@@ -39,9 +39,11 @@ class Triton(Target):
         if isinstance(spec, Chain):
             if spec.weights == "site" and spec.stream.manifold in MIXTURES and not 0 < spec.stream.mix_rows <= MAX_ROWS:
                 return f"no Triton kernel for {spec.stream.manifold} with {spec.stream.mix_rows} logits"
+            if spec.fills and spec.stream.mix_rows > MAX_ROWS:
+                return f"no Triton kernel for transportation with {spec.stream.mix_rows} logits"
             if spec.uses_sinkhorn and spec.stream.iterations < 1:
                 return "no Triton kernel without a Sinkhorn iteration"
-            if spec.norm != "none" and spec.kind not in ("read", "boundary"):
+            if spec.norm != "none" and spec.kind not in NORMED:
                 return f"no Triton kernel for {spec.kind} with a norm"
         if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
             return "Triton kernels are for GPUs of compute capability 8.0 and later"

@@ -71,7 +71,8 @@ def mixing_matrix(logits: Tensor, spec: StreamSpec, *, sinkhorn: Sinkhorn | None
 
     `sinkhorn` and `unconstrained` read the logits as a row-major matrix, transposed where the convention is;
     `circulant` takes the weights of the shifts by 0, 1, ...; `permutations` orders them as `itertools.permutations`
-    does; `kronecker` takes (keep, swap) pairs, leftmost factor first.
+    does; `kronecker` takes (keep, swap) pairs, leftmost factor first; `transportation` the entries but those of
+    the last row and column, row by row.
     """
     n, lead = spec.streams, logits.shape[:-1]
     match spec.manifold:
@@ -89,6 +90,33 @@ def mixing_matrix(logits: Tensor, spec: StreamSpec, *, sinkhorn: Sinkhorn | None
             return (torch.softmax(logits, dim=-1) @ _permutation_table(n, logits)).reshape(*lead, n, n)
         case "kronecker":
             return _kronecker(logits, n)
+        case "transportation":
+            return fill(torch.sigmoid(logits), n)
+
+
+def fill(gates: Tensor, n: int) -> Tensor:
+    """Compute a doubly stochastic H `[..., n, n]` from gates in (0, 1) `[..., (n-1)^2]` (arXiv 2605.21724).
+
+    Row by row, each entry lies where its gate says between the least and the most that the rest of its row and of its
+    column allow; what is left of a row and of a column fills the last ones. Every doubly stochastic matrix is reached.
+    The rows still open can take whatever a column has left, so that they give no lower bound.
+    """
+    one = torch.ones_like(gates[..., 0] if n > 1 else gates.sum(-1))
+    columns, rows = [one] * n, []
+    for i in range(n - 1):
+        left, entries = one, []
+        for j in range(n - 1):
+            low = _positive(left - torch.stack(columns[j + 1 :]).sum(0))
+            high = torch.where(left < columns[j], left, columns[j])
+            entries.append(low + (high - low) * gates[..., i * (n - 1) + j])
+            left, columns[j] = left - entries[j], columns[j] - entries[j]
+        columns[-1] = columns[-1] - left
+        rows.append(torch.stack([*entries, _positive(left)], -1))
+    return torch.stack([*rows, torch.stack([_positive(c) for c in columns], -1)], -2)
+
+
+def _positive(value: Tensor) -> Tensor:
+    return torch.where(value > 0, value, 0.0)
 
 
 def sinkhorn(logits: Tensor, spec: StreamSpec) -> Tensor:

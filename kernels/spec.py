@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.installed import installed_names
 
-Manifold = Literal["sinkhorn", "identity", "circulant", "permutations", "kronecker", "unconstrained"]
+Manifold = Literal["sinkhorn", "identity", "circulant", "permutations", "kronecker", "transportation", "unconstrained"]
 Exit = Literal["mean", "sum", "head", "pre"]
 FORM_GROUP = "mhc_compile.forms"
 """The group of entry points in which installed packages name their forms."""
@@ -180,6 +180,7 @@ class StreamSpec:
             "circulant": n,
             "permutations": math.factorial(n),
             "kronecker": 2 * (n.bit_length() - 1),
+            "transportation": (n - 1) ** 2,
             "unconstrained": n * n,
         }[self.manifold]
 

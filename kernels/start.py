@@ -112,6 +112,8 @@ def _start_mix(spec: StreamSpec) -> Tensor:
             near[0] = 0.0  # the identity comes first
         case "kronecker":
             near[::2] = 0.0
+        case "transportation":
+            near[:: spec.streams] = -OFF  # the diagonal
         case "identity":
             pass
     return near

@@ -217,6 +217,8 @@ def _mix_map(source: StreamSpec, target: StreamSpec) -> _MixMap:
         case ("circulant", "permutations"):
             shifts = [tuple((i + k) % n for i in range(n)) for k in range(n)]
             return _as_permutations(torch.eye(n, dtype=torch.float64), shifts)
+        case ("transportation", _) | (_, "transportation"):
+            reason = "only one of them is filled entry by entry, between bounds that depend on the entries before"
         case ("permutations" | "circulant", _):
             reason = "a sum over permutations is not of the target's form"
         case _:
@@ -238,6 +240,8 @@ def _constant(source: StreamSpec, target: StreamSpec) -> _MixMap:
             offset[0] = 0.0
         case "kronecker":
             offset[::2] = 0.0
+        case "transportation":
+            offset[::n] = -FAR
         case "identity":
             pass
     differs: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.cpp.transportation import TRANSPORTATION
 from mhc_compile.kernels.mixtures import entries_of, entry_text, gradient_text, group_size
 from mhc_compile.kernels.reference import LOGIT_FLOOR, sinkhorn_axes, vanishing
 from mhc_compile.kernels.spec import StreamSpec
@@ -203,6 +204,7 @@ static inline void mixing_matrix(const Lanes*, Lanes, float, const float*, Lanes
 static inline void mixing_matrix_backward(
     const Lanes*, Lanes, float, const float*, const Lanes (*)[N], Lanes*, Lanes&, Lanes&, Lanes*) {{}}
 """,
+    "transportation": TRANSPORTATION,
 }
 
 # u, s, alpha, bias -> the weights of a mixture of permutations, and H from them

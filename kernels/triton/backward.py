@@ -16,6 +16,7 @@ from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm, text
 from mhc_compile.kernels.triton.coefficients import entries, matrix, mix_row, mixture_weights, site_functions
 from mhc_compile.kernels.triton.forward import logit, pre
+from mhc_compile.kernels.triton.transportation import fill, fill_backward
 
 PARAMETERS = ("phi", "alpha", "bias", "norm_weight", "norm_bias")
 
@@ -181,6 +182,8 @@ def _mix_backward(chain: Chain) -> list[str]:
     n = chain.stream.streams
     if chain.mixture:
         return _mixture_backward(chain)
+    if chain.fills:
+        return _fill_backward(chain)
     row_of = mix_row(chain)
     at = {row_of(i, j): i * n + j for i in range(n) for j in range(n)}
     # f: the gradient of H in the published orientation, which is the one of phi's rows.
@@ -194,12 +197,21 @@ def _mix_backward(chain: Chain) -> list[str]:
     return lines + [_keep(chain, 2 * n + k, name) for k, name in enumerate(entries(n, "f"))]
 
 
+def _flows_of_mix(chain: Chain) -> list[str]:
+    """Emit the loads of `f_ij`, the gradients of H."""
+    at = f"d_next_mix + token * {chain.n**2}"
+    return [f"{name} = tl.load({at} + {k}, live, other=0.0)" for k, name in enumerate(entries(chain.n, "f"))]
+
+
+def _fill_backward(chain: Chain) -> list[str]:
+    first, spec = 2 * chain.n, chain.stream
+    lines = [*_flows_of_mix(chain), *fill(spec, lambda k: logit(chain, first + k)), *fill_backward(spec)]
+    return [*lines, *(_keep(chain, first + k, f"flow_{k}") for k in range(spec.mix_rows))]
+
+
 def _mixture_backward(chain: Chain) -> list[str]:
     n, spec, size = chain.stream.streams, chain.stream, group_size(chain.stream)
-    lines = [
-        f"{name} = tl.load(d_next_mix + token * {n * n} + {k}, live, other=0.0)"
-        for k, name in enumerate(entries(n, "f"))
-    ]
+    lines = _flows_of_mix(chain)
     lines += mixture_weights(spec, lambda k: logit(chain, 2 * n + k))
     lines += [f"flow_{row} = {gradient_text(spec, row, 'mix_{}', 'f_{}{}')}" for row in range(spec.mix_rows)]
     for first in range(0, spec.mix_rows, size):

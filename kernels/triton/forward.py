@@ -14,6 +14,7 @@ from mhc_compile.kernels.mixtures import entries_of, entry_text
 from mhc_compile.kernels.target import Source
 from mhc_compile.kernels.triton import norm, text
 from mhc_compile.kernels.triton.coefficients import bias_row, entries, matrix, mix_row, mixture_weights, site_functions
+from mhc_compile.kernels.triton.transportation import fill
 
 
 def forward_source(chain: Chain) -> Source:
@@ -115,6 +116,8 @@ def coefficient_lines(chain: Chain) -> list[str]:
     if chain.uses_sinkhorn:
         lines += [f"{name} = {logit(chain, 2 * n + k)}" for k, name in enumerate(entries(n, "m"))]
         lines.append(f"{matrix(n, 'm')} = sinkhorn({matrix(n, 'm')})")
+    if chain.fills:
+        lines += fill(chain.stream, lambda k: logit(chain, 2 * n + k))
     if chain.mixture:
         lines += mixture_weights(chain.stream, lambda k: logit(chain, 2 * n + k))
     return lines
@@ -159,7 +162,9 @@ def _write_post_and_mix(chain: Chain) -> list[str]:
     source, mixture = mix_row(chain), entries_of(chain.stream)
     for i in range(n):
         for j in range(n):
-            if chain.stream.manifold == "sinkhorn":
+            if chain.fills:
+                entry = f"m_{i}{j}"
+            elif chain.stream.manifold == "sinkhorn":
                 entry = f"m_{j}{i}" if fields.transposed else f"m_{i}{j}"
             elif chain.stream.manifold == "unconstrained":
                 entry = logit(chain, source(i, j))

@@ -47,6 +47,10 @@ CHAINS = [
     Chain(kind="boundary", stream=StreamSpec(manifold="circulant"), width=24, norm="rms", norm_eps=1e-5),
     Chain(kind="read", stream=StreamSpec(streams=3, manifold="permutations", convention=Convention.LIGER), width=17),
     Chain(kind="coefficients", stream=StreamSpec(manifold="kronecker"), width=12),
+    Chain(kind="boundary", stream=StreamSpec(manifold="transportation"), width=24, norm="rms", norm_eps=1e-5),
+    Chain(kind="read", stream=StreamSpec(streams=2, manifold="transportation", convention=Convention.LIGER), width=17),
+    Chain(kind="coefficients", stream=StreamSpec(streams=1, manifold="transportation"), width=12),
+    Chain(kind="coefficients", stream=replace(V4, streams=5, manifold="transportation"), width=9),
 ]
 
 

@@ -102,6 +102,18 @@ def token_mix(mix: list[float], spec: StreamSpec) -> Tensor:
             keep, swap = softmax(list(pair))
             H = torch.kron(H, torch.tensor([[keep, swap], [swap, keep]], dtype=torch.float64))
         return H
+    if spec.manifold == "transportation":
+        for i, j in itertools.product(range(n), repeat=2):
+            row, column = 1 - float(H[i].sum()), 1 - float(H[:, j].sum())
+            if j == n - 1:
+                H[i, j] = row
+            elif i == n - 1:
+                H[i, j] = column
+            else:
+                others = sum(1 - float(H[:, k].sum()) for k in range(j + 1, n))
+                low, high = max(0.0, row - others, column - (n - 1 - i)), min(row, column)
+                H[i, j] = low + (high - low) * sigmoid(mix[i * (n - 1) + j])
+        return H
     M = [[mix[i * n + j] for j in range(n)] for i in range(n)]
     published = torch.tensor(M, dtype=torch.float64)
     if spec.manifold == "sinkhorn":
@@ -196,6 +208,23 @@ def test_mixing_keeps_the_manifold(spec: StreamSpec, seed: int) -> None:
         )
         assert last < 1e-4  # eps over a small sum
         assert first < (0.05 if spec.iterations == 20 else spec.streams)
+
+
+@FEW
+@given(st.integers(2, 6), st.integers(0, 10**6))
+def test_transportation_reaches_every_doubly_stochastic_matrix(n: int, seed: int) -> None:
+    """The gates of a random matrix, read off its entries, fill it again."""
+    rng = torch.Generator().manual_seed(seed)
+    eye = torch.eye(n, dtype=torch.float64)
+    weights = torch.rand(3, generator=rng, dtype=torch.float64)
+    H = sum(w * eye[torch.randperm(n, generator=rng)] for w in weights / weights.sum())
+    gates = torch.zeros(n - 1, n - 1, dtype=torch.float64)
+    for i, j in itertools.product(range(n - 1), repeat=2):
+        row, column = 1 - H[i, :j].sum(), 1 - H[:i, j].sum()
+        low = (row - (1 - H[:i, j + 1 :].sum(0)).sum()).clamp(min=0)
+        high = torch.minimum(row, column)
+        gates[i, j] = (H[i, j] - low) / (high - low) if high - low > 1e-12 else 0.5
+    torch.testing.assert_close(reference.fill(gates.flatten(), n), H, atol=1e-12, rtol=0)
 
 
 @FEW
