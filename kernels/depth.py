@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mhc_compile.kernels.attend import Attend, attend
 from mhc_compile.kernels.form import DepthForm, Parameter, SiteWriter, State
+from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.kernels.reference import compute_dtype
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import Start
-
-RMS_EPS = 1e-6
 
 
 class AttentionResiduals(DepthForm):
@@ -40,15 +41,11 @@ class AttentionResiduals(DepthForm):
 
     def read(self, outputs: Sequence[Tensor], places: Sequence[int], spec: StreamSpec, **parameters: Tensor) -> Tensor:  # noqa: ARG002
         """Return h, computed in max(float32, the outputs' dtype)."""
-        dtype = compute_dtype(outputs[0].dtype)
-        weight = parameters["query"].to(dtype) * parameters["gain"].to(dtype)
-        sources = [output.to(dtype) for output in outputs]
-        scales = [torch.rsqrt(s.square().mean(-1) + RMS_EPS) for s in sources]
-        logits = torch.stack([(s @ weight) * scale for s, scale in zip(sources, scales, strict=True)], -1)
-        shares = torch.softmax(logits, -1) * len(sources)
-        total = sum(shares[..., i, None] * s for i, s in enumerate(sources))
-        assert isinstance(total, Tensor)
-        return total.to(outputs[0].dtype)
+        return attend(outputs, parameters["query"], parameters["gain"])[0]
+
+    def kernel(self, **fields: Any) -> KernelSpec | None:
+        """Return the fused read."""
+        return Attend(**fields)
 
 
 class BlockAttentionResiduals(AttentionResiduals):

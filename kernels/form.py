@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from mhc_compile.kernels.autocast import without_autocast
 from mhc_compile.kernels.chain import Chain
+from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT, Start
 
@@ -112,10 +113,6 @@ class Form(ABC):
     def rewrite(self, site: SiteWriter) -> State:
         """Write a site; return the state after it."""
 
-    def kernel(self, spec: StreamSpec, **fields: Any) -> Chain | None:  # noqa: ARG002
-        """Return the fused chain for a site, whose other `fields` are given; None where no target generates any."""
-        return None
-
     @cached_property
     def op(self) -> torch._ops.OpOverload:
         """The op that a site calls; it decomposes into the form's own PyTorch, with autocast off."""
@@ -143,6 +140,10 @@ class StreamForm(Form):
 
         The branch reads `pre @ X`; the next streams are `H @ X + outer(post, y)`.
         """
+
+    def kernel(self, spec: StreamSpec, **fields: Any) -> Chain | None:  # noqa: ARG002
+        """Return the fused chain for a site, whose other `fields` are given; None where no target generates any."""
+        return None
 
     def enter(self, call: Callable[..., Node], entry: Node, spec: StreamSpec) -> State:
         """Return n equal streams."""
@@ -183,6 +184,13 @@ class DepthForm(Form):
         `places` numbers the outputs: 0 is the stream's entry, k + 1 the output of site k. In a model whose stream
         begins anew, or that leaves layers out, they are not all there.
         """
+
+    def kernel(self, **fields: Any) -> KernelSpec | None:  # noqa: ARG002
+        """Return the fused `read`, whose `fields` are given; None where no target generates any.
+
+        Its inputs are the outputs, then the parameters in their order; its first output is what the branch reads.
+        """
+        return None
 
     def total(self, call: Callable[..., Node], outputs: tuple[Node, ...]) -> Node:
         """Return the stream itself; `call(op, *arguments)` inserts a node."""

@@ -114,6 +114,8 @@ FORMS: dict[str, Form] = {}
 """Those that have been used or registered."""
 COEFFICIENTS: set[object] = set()
 """The ops with which the sites of stream forms begin."""
+READS: dict[object, DepthForm] = {}
+"""The ops by which depth forms read earlier outputs."""
 
 
 def register(form: Form) -> None:
@@ -126,6 +128,8 @@ def register(form: Form) -> None:
     FORMS[form.name] = form
     if isinstance(form, StreamForm):
         COEFFICIENTS.add(form.op)
+    elif isinstance(form, DepthForm):
+        READS[form.op] = form
 
 
 for _form in (

@@ -15,11 +15,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, get_args
 
 import torch
 
+from mhc_compile.kernels.attend import Attend
 from mhc_compile.kernels.chain import NORMED, Chain, Kind, Norm
 from mhc_compile.kernels.kernelspec import Values
 from mhc_compile.kernels.registration import KernelOp, register
@@ -58,6 +59,18 @@ def _specs_of(prototype: Chain, values: Values, static: Sequence[Any]) -> tuple[
     branch = values["y"].dtype if "y" in values else X.dtype
     norm_eps = static[1] if len(static) > 1 else 0.0
     return (_chain(prototype, static[0], int(X.shape[-1]), X.dtype, branch, norm_eps),)
+
+
+@cache
+def attend_op(sources: int) -> torch._ops.OpOverload:
+    """Return the op `attend_N(s0, s1, ..., query, gain) -> h, z` for N sources, registered at its first use."""
+    prototype = Attend(sources=sources, width=1)
+
+    def specs_of(values: Values, static: Sequence[Any]) -> tuple[Attend]:  # noqa: ARG001
+        return (replace(prototype.of_dtypes(values), width=int(values["s0"].shape[-1])),)
+
+    register(KernelOp(library=LIBRARY, name=f"attend_{sources}", prototypes=(prototype,), specs_of=specs_of, static=()))
+    return getattr(torch.ops.mhc_kernels, f"attend_{sources}").default
 
 
 def _register() -> None:

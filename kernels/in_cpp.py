@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_compile.kernels.attend import Attend
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.cpp import backward, build, forward
+from mhc_compile.kernels.cpp import attend, backward, build, forward
 from mhc_compile.kernels.cpp.memory import POOL
 from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec, Values, dtypes_against, laid_out
 from mhc_compile.kernels.memory.cpp import convolution, tokens
@@ -72,6 +73,8 @@ class Cpp(Target):
 def _emitter(spec: KernelSpec, direction: Direction) -> Callable[[Any, int], Source]:
     if isinstance(spec, Chain):
         return forward.forward_source if direction == "forward" else backward.backward_source
+    if isinstance(spec, Attend):
+        return attend.forward_source if direction == "forward" else attend.backward_source
     assert isinstance(spec, MemoryStep)
     emits = convolution if spec.convolves else tokens
     return emits.forward_source if direction == "forward" else emits.backward_source

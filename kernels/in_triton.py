@@ -7,17 +7,23 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from mhc_compile.kernels.attend import Attend
 from mhc_compile.kernels.chain import NORMED, Chain
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values, dtypes_against
 from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.memory.triton.steps import StepLauncher
 from mhc_compile.kernels.mixtures import MAX_ROWS, MIXTURES
 from mhc_compile.kernels.target import Source, Target
+from mhc_compile.kernels.triton.attend import AttendLauncher, too_large
 from mhc_compile.kernels.triton.chains import ChainLauncher
 from mhc_compile.kernels.triton.launch import Launcher
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LAUNCHERS: dict[type[KernelSpec], Launcher] = {Chain: ChainLauncher(), MemoryStep: StepLauncher()}
+_LAUNCHERS: dict[type[KernelSpec], Launcher] = {
+    Chain: ChainLauncher(),
+    MemoryStep: StepLauncher(),
+    Attend: AttendLauncher(),
+}
 
 
 def launcher_of(spec: KernelSpec) -> Launcher:
@@ -45,6 +51,8 @@ class Triton(Target):
                 return "no Triton kernel without a Sinkhorn iteration"
             if spec.norm != "none" and spec.kind not in NORMED:
                 return f"no Triton kernel for {spec.kind} with a norm"
+        if isinstance(spec, Attend) and (reason := too_large(spec)):
+            return reason
         if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
             return "Triton kernels are for GPUs of compute capability 8.0 and later"
         return ""

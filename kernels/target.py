@@ -62,7 +62,8 @@ class Reference(Target):
         if direction == "forward":
             out = spec.reference(values)
             # An output that is its input (a copy of n = 1 streams) would be an alias, which an op must not return.
-            fresh = {name: out[name].clone() if out[name] is values["X"] else out[name] for name in spec.outputs()}
+            taken = {id(t) for t in values.values()}
+            fresh = {name: out[name].clone() if id(out[name]) in taken else out[name] for name in spec.outputs()}
             return {name: t.to(spec.dtype(name)).contiguous() for name, t in fresh.items()}
         names = [name.removeprefix("d_") for name in spec.outputs("backward")]
         flows = {name.removeprefix("d_"): t for name, t in values.items() if name.startswith("d_")}

@@ -232,3 +232,9 @@ def kernels_of(node: Node) -> tuple[KernelSpec, ...]:
     """Return the specifications of the kernels that a node calls, in order; none where it calls no fused kernel."""
     specs: tuple[KernelSpec, ...] = node.meta.get(KERNELS_OF, ())
     return specs
+
+
+def device_of(X: Node) -> str:
+    """Return the type of device whose kernels compute on X; for a `meta` model, that of this machine."""
+    device = str(value(X).device.type)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "meta" else device

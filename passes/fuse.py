@@ -7,6 +7,7 @@
     distribute, reduce                   ->  mhc_kernels.leave      the exit
     ... aggregate, norm of the branch    ->  mhc_kernels.boundary_rms, read_layer, ...
     whatever is left alone               ->  its own kernel
+    a read of earlier outputs            ->  mhc_kernels.attend_N   N outputs (`mhc_compile.passes.fuse_depth`)
 
 A chain is left to `lower` where no kernel exists for its device, dtype or manifold, where its parts are in different
 recompute blocks or gradient modes, or where it is switched off; the pass notes which and why.
@@ -33,20 +34,22 @@ from mhc_compile.passes.base import (
     KERNELS_OF,
     Context,
     copy_meta,
+    device_of,
     gradient_modes,
     is_tensor,
     kernels_of,
     site_path,
     value,
 )
+from mhc_compile.passes.fuse_depth import fuse_reads
 from mhc_compile.passes.fuse_memory import MEMORIES, fuse_memories
 from mhc_compile.passes.graphs import Writer
 from mhc_compile.passes.norms import BranchNorm, match_norm
 
 DIALECT = torch.ops.mhc
-Fused = Literal[Kind, "engram"]
+Fused = Literal[Kind, "attend", "engram"]
 KERNELS: tuple[Fused, ...] = get_args(Fused)
-"""What may be switched off: the kinds of chain, and the kernels of memories."""
+"""What may be switched off: the kinds of chain, the reads of Attention Residuals, and the kernels of memories."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Fuse:
         work = _Fusing(gm.graph, self.kinds, without_kernels=self.without_kernels)
         work.run()
         context.notes += [f"{count} x {text}" for text, count in work.notes.items()]
+        if "attend" in self.kinds:
+            context.notes += fuse_reads(gm.graph)
         if MEMORIES in self.kinds:
             context.notes += fuse_memories(gm.graph)
         return gm
@@ -176,7 +181,11 @@ class _Fusing(Writer):
             "branch_dtype": X.dtype if y is None else y.dtype,
             "norm": parts.norm.kind if parts.norm else "none", "norm_eps": parts.norm.eps if parts.norm else 0.0,
         }  # fmt: skip
-        chain = form_of(spec).kernel(spec, **fields) if parts.site is not None else Chain(stream=spec, **fields)
+        form = form_of(spec)
+        if parts.site is not None and isinstance(form, StreamForm):
+            chain = form.kernel(spec, **fields)
+        else:
+            chain = Chain(stream=spec, **fields)
         if chain is None:
             self.notes[f"{kind} {otherwise}: the form {spec.form} has no kernel"] += 1
             return False
@@ -259,12 +268,6 @@ class _Fusing(Writer):
 def _block(node: Node) -> tuple[object, object]:
     """Return the recompute block of a node."""
     return node.meta.get("ac_graph_id"), node.meta.get("recompute")
-
-
-def device_of(X: Node) -> str:
-    """Return the type of device whose kernels compute on X; for a `meta` model, that of this machine."""
-    device = str(value(X).device.type)
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "meta" else device
 
 
 def kernels_in(gm: GraphModule) -> dict[tuple[KernelSpec, str], int]:
