@@ -70,6 +70,14 @@ class SiteWriter(Protocol):
         """Make the branch read `op(state, *arguments)`; a list of outputs is followed by the places of each."""
         ...
 
+    def read_apart(self, op: Any, *arguments: Any) -> Node:
+        """Make the branch read the first three rows of `op(state, *arguments)` `[4, ..., C]`; return the fourth.
+
+        The query of the branch's attention is computed from the first row, its key from the second, all else from the
+        third.
+        """
+        ...
+
     def carried(self, op: Any, *arguments: Any) -> Node:
         """Return `op(carried_state, *arguments)`: the node that the branch reads, where it is the same."""
         ...
@@ -97,7 +105,8 @@ class Form(ABC):
     def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:
         """Return the parameters of site `index` (counted from 0) of a stream of size `hidden` by name.
 
-        Names and their order are the same for all sites. They start so that the residual network's function is kept;
+        Names and their order are the same for all sites; where the shape depends on `hidden`, the last dimension does.
+        They start so that the residual network's function is kept;
         with `start.scratch` they may start otherwise.
         """
 

@@ -105,7 +105,7 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
 def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> dict[Node, int]:
     """Return the piece of every node that depends on the streams. Others belong to whichever piece reads them."""
     at = {coefficients: sum(i >= s for s in starts) for i, coefficients in enumerate(coefficient_nodes(graph))}
-    anchored = dict(at)
+    anchored = at | {item: piece for coefficients, piece in at.items() for item in coefficients.users}
     for node in graph.nodes:
         if node.target is DIALECT.distribute.default:
             post = node.args[2]

@@ -25,6 +25,7 @@ from mhc_compile.kernels.form import NEXT_PRE, DepthForm, State
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT
+from mhc_compile.passes.attention import attentions, read_apart
 from mhc_compile.passes.base import (
     Context,
     Mark,
@@ -60,6 +61,11 @@ class Widen:
             work = _Widening(gm.graph, stream, mark)
             work.run()
             context.widened.append(Widened(mark, stream, work.reads))
+            if work.attentions:
+                found = sum(work.attentions)
+                context.notes.append(
+                    f"{found} attentions read streams of their own, in {len(work.attentions)} branches"
+                )
         for mark in context.marks:
             if mark.node is not None:
                 mark.node.replace_all_uses_with(mark.node.args[0])  # type: ignore[arg-type]
@@ -85,6 +91,8 @@ class _Widening(Writer):
         """Of the output of a site the number of the site in the mark, counted from 1."""
         self.numbers = {name: i + 1 for i, name in enumerate(sites_of(mark))}
         self.reads: dict[str, Node] = {}
+        self.attentions: list[int] = []
+        """Of every branch that was read apart the number of its attentions."""
 
     def run(self) -> None:
         stream = self.stream
@@ -216,6 +224,31 @@ class _SiteWriter:
             stream.reads.setdefault(self.site.name, self.reads[v])
             for reader in self.site.reads[v]:
                 reader.replace_input_with(v, self.reads[v])
+
+    def read_apart(self, op: Any, *arguments: Any) -> Node:
+        """Make the branch read rows of `op(state, *arguments)`, its attention's query and key their own; return R."""
+        graph, site = self.stream.graph, self.site
+        self.read(op, *arguments)
+        shared, count = dict(self.reads), 0
+        for v, rows in shared.items():
+            with graph.inserting_after(rows):
+                query, key, value = (self.stream.call(torch.select, rows, 0, i) for i in range(3))
+            for reader in site.reads[v]:
+                reader.replace_input_with(rows, value)
+            inside = attentions(graph, value, site.branches)
+            count += len(inside)
+            for attention in inside:
+                for operand, own in ((attention.query, query), (attention.key, key)):
+                    read_apart(graph, operand, value, own)
+            self.reads[v] = value
+        self.stream.attentions.append(count)
+        if site.carry in self.reads:
+            rows = shared[site.carry]
+        else:
+            with graph.inserting_before(site.add):
+                rows = self.stream.call(op, *self.stream.operands(self.carried_state), *arguments)
+        with graph.inserting_before(site.add):
+            return self.stream.call(torch.select, rows, 0, 3)
 
     def branch(self) -> Node:
         """Return the branch's output, of the size of the stream."""

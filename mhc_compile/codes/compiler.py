@@ -201,6 +201,6 @@ MHC526 the reproducer cannot be written
     name a file in a folder that exists
 MHC527 no report to compare
     write one: mhc-compile inspect MODEL --json FILE, with a version of this format
-MHC528 no text to train on
+MHC528 nothing to train on
     name a UTF-8 text file of a few thousand tokens, and a model whose vocabulary is that of the tokenizer in its folder
 """)

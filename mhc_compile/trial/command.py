@@ -50,7 +50,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
     parser.add_argument("--data", metavar="FILE", type=Path, required=True, help="a text file, UTF-8")
-    parser.add_argument("--forms", default="residual,hc,mhc,attnres", help="separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--forms", default="residual,hc,mhc,attnres,mudd", help="separated by commas (default: %(default)s)"
+    )
     for name, least, default, meaning in (
         ("steps", LEAST_STEPS, 200, "optimizer steps of every form"),
         ("seeds", 1, 1, "repetitions with other batches, and other weights where the model has none"),

@@ -110,8 +110,9 @@ def run(settings: Settings, tokens: Tensor, tick: Callable[[str], None]) -> list
         start, converted, _ = weighted(settings.model, seed=seed)
         if converted:
             raise MHCError("MHC208", f"{settings.model} is converted", way_out="give the residual folder")
-        contenders = [_contender(copy.deepcopy(start), arm, settings) for arm in settings.arms]
         batches = random_windows(training, settings.steps, settings.batch, settings.length, seed)
+        _check_loss(start, batches[0])
+        contenders = [_contender(copy.deepcopy(start), arm, settings) for arm in settings.arms]
 
         def told(contenders: Sequence[Contender] = contenders) -> None:
             tick("loss " + " | ".join(f"{c.losses[-1]:.3f}" for c in contenders))
@@ -121,6 +122,20 @@ def run(settings: Settings, tokens: Tensor, tick: Callable[[str], None]) -> list
         for result, arm, one, kept in zip(results, settings.arms, contenders, saved, strict=True):
             _note(result, arm, one, tests, kept)
     return results
+
+
+def _check_loss(model: nn.Module, batch: Tensor) -> None:
+    """Raise MHC528 where the model itself, before anything is compiled, gives no loss for a batch."""
+    with torch.no_grad():
+        try:
+            loss = model(input_ids=batch, labels=batch).loss
+        except Exception as error:  # of the model's own code: another signature, more positions than it has
+            reason = next(iter(str(error).splitlines()), "")
+            shape, kind = tuple(batch.shape), type(error).__name__
+            text = f"{type(model).__name__} gives no loss for {shape} tokens: {kind}: {reason}"
+            raise MHCError("MHC528", text, way_out="name a causal language model, or a shorter --length") from error
+    if not isinstance(loss, Tensor) or not loss.isfinite():
+        raise MHCError("MHC528", f"{type(model).__name__} gives the loss {loss}")
 
 
 def _contender(model: nn.Module, arm: Arm, settings: Settings) -> Contender:

@@ -84,6 +84,19 @@ def test_kernels_compute_the_same_and_its_gradients() -> None:
     assert kinds == {"coefficients", "deferred", "carry"}  # the first site, those between, the exit
 
 
+@pytest.mark.parametrize("blocks", ["stage", pytest.param(2, marks=pytest.mark.slow)])
+def test_recomputed_streams_are_the_same(blocks: str | int) -> None:
+    results = []
+    for recompute in ("off", blocks):
+        model = convert(llama(), **V41, inner="aot_eager", recompute=recompute)
+        shake(model)
+        loss = loss_of(model)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_training_generation_and_folders(tmp_path: Path) -> None:
     model = convert(llama(), **V41, inner="eager")
     optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model), lr=1e-2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import llama
-from transformers import LlamaConfig, ViTConfig, ViTForImageClassification
+from transformers import GPT2Config, LlamaConfig, ViTConfig, ViTForImageClassification
 
 from mhc_compile import MHCError
 from mhc_compile.cli import main
@@ -94,6 +94,25 @@ def test_a_model_that_reads_no_tokens(model: Path, capsys: pytest.CaptureFixture
     ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(model.parent / "vit")
     assert trial(model.parent / "vit") == 1
     assert "reads no tokens" in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_model_has_positions(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = GPT2Config(vocab_size=256, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(model.parent / "short")
+    assert trial(model.parent / "short") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("MHC528")
+    assert "(2, 16) tokens: IndexError" in message
+    assert not (model.parent / "out").exists()
+
+
+def test_a_model_without_a_loss_of_its_own(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LlamaConfig.from_pretrained(model)
+    config.architectures = ["LlamaModel"]
+    config.save_pretrained(model.parent / "bare")
+    assert trial(model.parent / "bare") == 1
+    assert capsys.readouterr().err.startswith("MHC528")
 
 
 @pytest.mark.parametrize("option", ["--steps", "--seeds", "--batch", "--length"])

@@ -28,9 +28,9 @@ from mhc_compile.passes.stages import Piece, balanced, coefficient_nodes, dropou
 Golden = Callable[[str], None]
 
 
-def dialect(model: nn.Module, *args: Any) -> tuple[GraphModule, list[Any]]:
+def dialect(model: nn.Module, *args: Any, convention: str = "paper") -> tuple[GraphModule, list[Any]]:
     """The model's training graph with random streams in the dialect, and its inputs; all in float64."""
-    model = mhc_compile.convert(model.double(), *args, streams=2, inner="eager")
+    model = mhc_compile.convert(model.double(), *args, streams=2, convention=convention, inner="eager")
     for i, held in enumerate(owners(model).values()):
         randomise(held, i)
     found = capture(model, args, {})
@@ -57,8 +57,8 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor |
     return list(torch.autograd.grad(total, wanted, allow_unused=True))  # type: ignore[arg-type]
 
 
-def check(model: nn.Module, *args: Any, starts: Sequence[int] | None = None) -> list[Piece]:
-    gm, inputs = dialect(model, *args)
+def check(model: nn.Module, *args: Any, starts: Sequence[int] | None = None, convention: str = "paper") -> list[Piece]:
+    gm, inputs = dialect(model, *args, convention=convention)
     count = len(coefficient_nodes(gm.graph))
     pieces = split_graph(gm, range(1, count) if starts is None else starts)
     with torch.random.fork_rng():
@@ -80,6 +80,12 @@ def test_every_topology_cut_at_every_site(recipe: Recipe) -> None:
     model, ids = toy(recipe)
     pieces = check(model.train(), ids)
     assert [s for p in pieces for s in p.sites] == list(range(len(pieces)))
+
+
+def test_pre_that_is_computed_one_site_ahead_crosses_with_the_streams() -> None:
+    model, ids = toy(Recipe(layers=2, style="single"))
+    pieces = check(model.train(), ids, convention="deepseek_v41")
+    assert [len(p.crosses_in) for p in pieces] == [0, *[2] * (len(pieces) - 1)]
 
 
 def test_hidden_states_may_leave_where_the_streams_cross() -> None:

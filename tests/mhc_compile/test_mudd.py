@@ -1,0 +1,170 @@
+"""MUDDFormer: the published equations by hand over a model's own modules, in float64; generation, folders, training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import gpt2, ids, llama, logits, loss_of, shake, t5
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mhc_compile
+from mhc_compile import convert, stream_parameters
+from mhc_compile.conversion import to_residual
+from mhc_compile.parameters import owners
+
+C, HEADS = 16, 2
+
+
+class Attending(nn.Module):
+    """Causal attention and an MLP in turn, each behind a norm; the attention fused, or written out."""
+
+    def __init__(self, *, spelling: str, joined: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.spelling, self.joined = spelling, joined
+        self.embed = nn.Embedding(100, C)
+        self.norms = nn.ModuleList(nn.RMSNorm(C) for _ in range(4))
+        self.projections = nn.ModuleList(nn.Linear(C, 3 * C) for _ in range(2))
+        self.outs = nn.ModuleList(nn.Linear(C, C) for _ in range(2))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(C, 32), nn.GELU(), nn.Linear(32, C)) for _ in range(2))
+        self.head = nn.Linear(C, 100)
+
+    def attend(self, k: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = []
+        if self.joined and query is key is value:
+            parts = [*self.projections[k](query).split(C, -1)]
+        else:
+            for i, x in enumerate((query, key, value)):
+                weight, bias = (t[i * C : (i + 1) * C] for t in (self.projections[k].weight, self.projections[k].bias))
+                parts.append(F.linear(x, weight, bias))
+        q, k_, v = (x.unflatten(-1, (HEADS, C // HEADS)).transpose(1, 2) for x in parts)
+        if self.spelling == "fused":
+            mixed = F.scaled_dot_product_attention(q, k_, v, is_causal=True)
+        elif self.spelling == "named":
+            mixed = F.scaled_dot_product_attention(query=q, key=k_, value=v, is_causal=True)
+        else:
+            scale, size = (C // HEADS) ** -0.5, q.shape[-2]
+            mask = torch.full((size, size), -torch.inf, dtype=q.dtype).triu(1)
+            if self.spelling == "einsum":
+                shares = torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k_) * scale + mask, -1)
+                mixed = torch.einsum("bhqk,bhkd->bhqd", shares, v)
+            elif self.spelling == "baddbmm":
+                rows, keys, values = (x.flatten(0, 1) for x in (q, k_, v))
+                scores = torch.baddbmm(mask.expand(len(rows), size, size), rows, keys.mT, alpha=scale)
+                mixed = torch.bmm(scores.softmax(-1), values).unflatten(0, q.shape[:2])
+            else:
+                mixed = F.dropout(torch.softmax(q @ k_.mT * scale + mask, -1), 0.0) @ v
+        return self.outs[k](mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for k in range(2):
+            h = self.norms[2 * k](x)
+            x = x + self.attend(k, h, h, h)
+            x = x + self.mlps[k](self.norms[2 * k + 1](x))
+        return self.head(x)
+
+    def dense(self, converted: nn.Module, input_ids: Tensor) -> Tensor:
+        """The same with the MUDD connections of a converted model."""
+        (parameters,) = owners(converted).values()
+        numbers = [dict(parameters.get_submodule(name).named_parameters()) for name in (*parameters.sites, "head")]
+        streams = [self.embed(input_ids)]
+        for k, own in enumerate(numbers):
+            down, up, weights = (own[name].double() for name in ("down", "up", "weights"))
+            newest = streams[-1]
+            normed = newest / torch.sqrt(newest.square().mean(-1, keepdim=True) + 1e-6)
+            rows = (F.gelu(normed @ down.T) @ up).unflatten(-1, weights.shape) + weights
+            reads = torch.einsum("bscj,jbsd->cbsd", rows, torch.stack(streams))
+            if k == len(numbers) - 1:
+                return self.head(reads[0])
+            query, key, value, rest = reads
+            if k % 2 == 0:
+                streams.append(rest + self.attend(k // 2, *(self.norms[k](x) for x in (query, key, value))))
+            else:
+                streams.append(rest + self.mlps[k // 2](self.norms[k](value)))
+        raise AssertionError
+
+
+@pytest.mark.parametrize("spelling", ["fused", "named", "matmul", "einsum", "baddbmm"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_equations(spelling: str, joined: bool) -> None:
+    model, tokens = Attending(spelling=spelling, joined=joined).double().eval(), ids()
+    with torch.no_grad():
+        before = model(tokens)
+    plain = copy.deepcopy(model)
+    convert(model, tokens, form="mudd", inner="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-12)
+    shake(model)
+    expected, result = plain.dense(model, tokens), model(tokens)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    assert (result - before).abs().max() > 1e-3
+    own = list(stream_parameters(model).values())
+    by_name = dict(model.named_parameters())
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theirs = torch.autograd.grad((expected * weight).sum(), [*plain.parameters(), *own])
+    ours = torch.autograd.grad((result * weight).sum(), [*(by_name[n] for n, _ in plain.named_parameters()), *own])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def call(model: Any) -> Tensor:
+    if "T5" in type(model).__name__:
+        return model(input_ids=ids(), decoder_input_ids=ids(seed=1)).logits
+    return logits(model(ids()))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, pytest.param(t5, marks=pytest.mark.slow)])
+def test_conversion_keeps_the_function_and_goes_back(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    with torch.no_grad():
+        before = call(model)
+        after = call(convert(model, form="mudd", inner="eager", debug="numeric"))
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(call(to_residual(model)), before, rtol=0, atol=0)
+
+
+def test_query_key_and_value_read_streams_of_their_own() -> None:
+    """With weights that differ in the row of the key alone, keys change: attention moves, the stream does not."""
+    model = convert(llama(), form="mudd", inner="eager")
+    with torch.no_grad():
+        before = logits(model(ids()))
+        (parameters,) = owners(model).values()
+        site = parameters.get_submodule(list(parameters.sites)[2])
+        changes = []
+        for row in range(4):
+            site.weights[row, 0] += 0.5
+            changes.append(float((logits(model(ids())) - before).abs().max()))
+            site.weights[row, 0] -= 0.5
+    notes = [note for record in mhc_compile.inspect(model).passes for note in record.notes]
+    assert "2 attentions read streams of their own, in 4 branches" in notes
+    assert min(changes) > 1e-6
+    assert len({f"{change:.6g}" for change in changes}) == 4
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_training_generation_and_folders(inner: str, tmp_path: Path) -> None:
+    model = convert(llama(), form="mudd", inner=inner)
+    optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = loss_of(model)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    generated = [
+        model.generate(ids()[:1, :4], max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (False, True)
+    ]
+    assert torch.equal(*generated)
+    model.save_pretrained(tmp_path)
+    again = mhc_compile.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(again(ids())), logits(model(ids())), rtol=1e-4, atol=1e-5)
