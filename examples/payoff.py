@@ -3,7 +3,7 @@
 Everything starts from one residual model of a seed, whose initialisation and learning rate are tuned, and sees the same
 batches. What starts from scratch starts from that model's own random weights.
 
-Run: python examples/payoff.py [--quick] [--starts] [--out FOLDER]
+Run: python examples/payoff.py [--quick] [--starts | --deep] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -81,6 +81,14 @@ RECIPE = Recipe(
     ),
     seeds=5, kernels="all", processes=2,
 )  # fmt: skip
+DEEP = Recipe(
+    settings=replace(
+        RECIPE.settings, layers=48, hidden=64, length=64, batch=4, steps=1000, learning_rate=4e-3,
+        initializer_range=64**-0.5,
+    ),
+    seeds=5, kernels="all", processes=2,
+)  # fmt: skip
+"""Models of 96 sites, for `--deep`."""
 QUICK = Recipe(
     settings=replace(
         RECIPE.settings, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=24, text_bytes=400_000,
@@ -244,6 +252,27 @@ def explore_starts(recipe: Recipe) -> str:
     return markdown(("start", "minus residual", "step over residual's", "backward gain"), rows)
 
 
+def explore_deep(recipe: Recipe) -> str:
+    """Return a table of deep models from scratch, seed by seed: loss, largest spike and backward gain at the end."""
+    corpus = build_corpus(recipe.settings)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [
+            Job(arm=arm, settings=replace(recipe.settings, seed=seed), weights=Path(folder) / str(seed), kernels="all")
+            for seed in range(recipe.seeds)
+            for arm in (SCRATCH, BASE)
+        ]
+        outcome = Outcome(recipe=recipe, trained=trials_of(corpus, jobs, recipe.processes))
+    pairs = zip(outcome.seeds(SCRATCH), outcome.seeds(BASE), strict=True)
+    rows = [
+        (
+            str(mhc.seed), f"{residual.held_out:.4f}", f"{mhc.held_out - residual.held_out:+.4f}",
+            f"{mhc.spike / residual.spike:.2f}", f"{_backward(mhc):.3f}",
+        )
+        for mhc, residual in pairs
+    ]  # fmt: skip
+    return markdown(("seed", "residual", "mHC minus residual", "largest spike over residual's", "backward gain"), rows)
+
+
 def trials_of(corpus: Corpus, jobs: list[Job], processes: int) -> list[Trained]:
     """Run the jobs, several at a time."""
     return studies.in_processes(partial(run, corpus), jobs, processes)
@@ -351,7 +380,11 @@ def draw(outcome: Outcome) -> Any:
 def main() -> None:
     parser = studies.parser(__doc__.splitlines()[0], "payoff")
     parser.add_argument("--starts", action="store_true", help="try other starts and forms instead, and print a table")
+    parser.add_argument("--deep", action="store_true", help="train 48 layers from scratch instead, and print a table")
     arguments = parser.parse_args()
+    if arguments.deep:
+        print(explore_deep(replace(QUICK, processes=1) if arguments.quick else DEEP))
+        return
     recipe = QUICK if arguments.quick else RECIPE
     if arguments.starts:
         print(explore_starts(recipe))

@@ -78,6 +78,14 @@ class SiteWriter(Protocol):
         """
         ...
 
+    def mix_values(self, op: Any, *arguments: Any) -> None:
+        """Make the branch's attention read `op([first values, own values], [0, 1], *arguments)` as its values."""
+        ...
+
+    def sum(self) -> Node:
+        """Return the model's own sum."""
+        ...
+
     def carried(self, op: Any, *arguments: Any) -> Node:
         """Return `op(carried_state, *arguments)`: the node that the branch reads, where it is the same."""
         ...
@@ -100,6 +108,8 @@ class Form(ABC):
 
     name: ClassVar[str]
     """By which specifications know it: an identifier."""
+    later_attentions: ClassVar[bool] = False
+    """Whether its sites are the attentions of a stream after the first one; all other adds stay as they are."""
 
     @abstractmethod
     def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:

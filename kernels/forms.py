@@ -19,6 +19,7 @@ from mhc_compile.kernels.installed import load_installed
 from mhc_compile.kernels.mudd import MUDDFormer
 from mhc_compile.kernels.spec import FORM_GROUP, FORM_NAMES, StreamSpec, form_names
 from mhc_compile.kernels.start import DEFAULT, Start, start_alpha, start_bias, start_head, start_phi
+from mhc_compile.kernels.value_residual import ValueResidual
 
 
 class ManifoldConstrained(StreamForm):
@@ -141,6 +142,7 @@ for _form in (
     BlockAttentionResiduals(),
     DenseFormer(),
     MUDDFormer(),
+    ValueResidual(),
 ):
     register(_form)
 

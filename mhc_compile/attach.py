@@ -22,6 +22,7 @@ from mhc_compile.memory.request import MemoryRequest, Request
 from mhc_compile.modes import joined_sites
 from mhc_compile.owner import refuse_unconvertible
 from mhc_compile.parameters import StreamParameters
+from mhc_compile.passes.attention import written
 from mhc_compile.passes.base import Context, Mark, value
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.marks import Described, inputs_of
@@ -54,7 +55,9 @@ def rewrite_with_parameters(
     if any(isinstance(request, MemoryRequest) for request in requests) and not isinstance(form_of(spec), StreamForm):
         raise MHCError("MHC204", f"a memory is added to streams, which form={spec.form!r} does not have")
     parameters: dict[str, StreamParameters] = {}
-    joined, partial = joined_sites(sites_of_owners(streams), sites_of_owners(others))
+    joined, partial = joined_sites(sites_of_owners(streams, spec), sites_of_owners(others, spec))
+    if not joined:
+        raise MHCError("MHC204", f"form={spec.form!r} is written where there is a second attention, and none was found")
     # An inference tensor could never be trained.
     with torch.inference_mode(False):
         for path, sites in joined.items():
@@ -69,7 +72,7 @@ def rewrite_with_parameters(
                 spec, sites, options=options, start=start, device=device, partial=partial[path], readers=readers,
                 **lookups,
             )  # fmt: skip
-    present = sites_of_owners(streams)
+    present = sites_of_owners(streams, spec)
     context.marks = [append_parameters(gm, path, p) for path, p in parameters.items() if path in present]
     if options.debug == "numeric":
         context.inputs = [*inputs, *(t for p in parameters.values() for t in graph_inputs(p).values())]
@@ -105,13 +108,14 @@ def report_coverage(coverage: Coverage, spec: StreamSpec, options: Options, *, w
         warn("MHC109", problem)
 
 
-def sites_of_owners(streams: Sequence[ResidualStream]) -> dict[str, dict[str, int]]:
-    """Return the sites of every owner path: their names, in the order of the stream, with C."""
+def sites_of_owners(streams: Sequence[ResidualStream], spec: StreamSpec) -> dict[str, dict[str, int]]:
+    """Return the sites that are written of every owner path: their names, in the order of the stream, with C."""
     # An owner that is called several times repeats its names.
-    return {
-        owner: {site.name: s.hidden for s in streams if s.owner == owner for site in s.sites}
+    every = {
+        owner: {site.name: s.hidden for s in streams if s.owner == owner for site in written(s, spec)}
         for owner in dict.fromkeys(s.owner for s in streams)
     }
+    return {owner: sites for owner, sites in every.items() if sites}
 
 
 def _owner(root: nn.Module, path: str) -> nn.Module:
@@ -149,7 +153,7 @@ def append_at_start(
     marks: list[Mark] = []
     values: list[Tensor] = []
     devices = {stream.owner: value(stream.exit).device for stream in streams}
-    for owner, sites in sites_of_owners(streams).items():
+    for owner, sites in sites_of_owners(streams, spec).items():
         parameters = StreamParameters(spec, sites, device=devices[owner])
         marks.append(append_parameters(gm, owner, parameters))
         values += [t.detach() for t in graph_inputs(parameters).values()]

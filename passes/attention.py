@@ -1,4 +1,4 @@
-"""Find attention in a graph, fused or written out, and give its query and key inputs of their own.
+"""Find attention in a graph, fused or written out, and change what its operands are computed from.
 
     scaled_dot_product_attention(query, key, value)
     matmul(softmax(... matmul(query, key) ...), value)        batched products of any spelling
@@ -14,10 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.base import is_tensor, op_name
-from mhc_compile.passes.graphs import ancestors, reachable
+from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.passes.base import is_tensor, op_name, refuse
+from mhc_compile.passes.graphs import ancestors, base_of, reachable, writes
+from mhc_compile.passes.results import ResidualStream, Site
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+_LAYOUT = (
+    "view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "repeat",
+    "repeat_interleave", "contiguous", "clone", "to", "float", "type", "mT", "cat", "index_copy",
+)  # fmt: skip
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -35,6 +42,7 @@ class Attention:
 
     query: Operand
     key: Operand
+    value: Operand
 
 
 def attentions(graph: Graph, source: Node, ends: Sequence[Node]) -> list[Attention]:
@@ -45,12 +53,17 @@ def attentions(graph: Graph, source: Node, ends: Sequence[Node]) -> list[Attenti
         if node not in behind:
             continue
         if node.target is _SDPA:
-            query, key = (node.args[i] if len(node.args) > i else node.kwargs[x] for i, x in ((0, "query"), (1, "key")))
-            found.append(Attention(Operand(node, query), Operand(node, key)))
-        elif op_name(node) == "softmax" and (scores := _scores(node, behind)) and _weighs(node):
-            query, key = [a for a in scores.args if isinstance(a, Node)][-2:]
-            found.append(Attention(Operand(scores, query), Operand(scores, key)))
+            names = enumerate(("query", "key", "value"))
+            operands = (node.args[i] if len(node.args) > i else node.kwargs[name] for i, name in names)
+            found.append(Attention(*(Operand(node, operand) for operand in operands)))
+        elif op_name(node) == "softmax" and (scores := _scores(node, behind)) and (mixed := _mixed(node)):
+            query, key = _factors(scores)[-2:]
+            found.append(Attention(Operand(scores, query), Operand(scores, key), Operand(mixed, _factors(mixed)[-1])))
     return found
+
+
+def _factors(product: Node) -> list[Node]:
+    return [a for a in product.args if isinstance(a, Node)]
 
 
 def _scores(softmax: Node, behind: set[Node]) -> Node | None:
@@ -63,17 +76,54 @@ def _scores(softmax: Node, behind: set[Node]) -> Node | None:
     return None
 
 
-def _weighs(softmax: Node) -> bool:
-    """Return whether a softmax's result is the left operand of a product."""
+def _mixed(softmax: Node) -> Node | None:
+    """Return the product whose left operand is a softmax's result: the nearest one."""
     queue = [softmax]
     for node in queue:  # grows
         for user in node.users:
             if op_name(user) in _PRODUCTS:
-                operands = [a for a in user.args if isinstance(a, Node)]
-                return bool(operands) and operands[0] is node
+                return user if _factors(user)[:1] == [node] else None
             if is_tensor(user) and user not in queue:
                 queue.append(user)
-    return False
+    return None
+
+
+def own_values(site: Site) -> list[Node]:
+    """Return what computes the values of the site's attentions from the tokens at hand: the projections' results.
+
+    Views, casts and the cache that joins them to earlier values come after. An attention over another sequence has
+    values that do not depend on the stream, and is left out. Raises MHC108 where keys are computed from the same.
+    """
+    graph = site.add.graph
+    found: dict[Node, None] = {}
+    for source in site.reads:
+        behind = reachable([source], lambda n: n.users)
+        for attention in attentions(graph, source, site.branches):
+            node = _computed(attention.value.value, behind)
+            if node is not None:
+                if node in ancestors([attention.key.value]):
+                    raise refuse("MHC108", "the attention's keys and values come from one projection", node)
+                found[node] = None
+    return list(found)
+
+
+def _computed(value: Node, behind: set[Node]) -> Node | None:
+    """Return what computes `value` from nodes in `behind`, before its layout and the cache that it is written into."""
+    while value in behind and (op_name(value) in _LAYOUT or writes(value)):
+        value = next(n for n in value.all_input_nodes if n in behind)
+    if value in behind:
+        return value
+    base = base_of(value)
+    writers = [n for n in value.graph.nodes if n in behind and writes(n) and base_of(n.args[0]) is base and n < value]
+    return _computed(writers[-1], behind) if writers else None
+
+
+def written(stream: ResidualStream, spec: str | StreamSpec) -> tuple[Site, ...]:
+    """Return the sites of a stream that its form writes; the others stay residual adds."""
+    form = form_of(spec if isinstance(spec, StreamSpec) else StreamSpec.parse(spec))
+    if not form.later_attentions:
+        return stream.sites
+    return tuple(site for site in stream.sites if own_values(site))[1:]
 
 
 def read_apart(graph: Graph, operand: Operand, source: Node, other: Node) -> None:

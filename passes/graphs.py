@@ -8,7 +8,9 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.base import copy_meta
+from mhc_compile.passes.base import copy_meta, op_name
+
+VIEWS = ("getitem", "view", "reshape", "transpose", "select", "narrow", "unsqueeze", "squeeze", "permute", "expand")
 
 
 def reachable(roots: Iterable[Node], further: Callable[[Node], Iterable[Node]]) -> set[Node]:
@@ -34,6 +36,26 @@ def after(*nodes: Node) -> Node:
     while place.op == "placeholder":
         place = place.next
     return place
+
+
+def writes(node: Node) -> bool:
+    """Return whether `node` changes its first operand in place."""
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    name = op_name(node)
+    in_place = name.endswith("_") and not name.endswith("__") and not name.startswith("_")
+    return (
+        in_place
+        if node.op == "call_method"
+        else node.op == "call_function" and (node.target is operator.setitem or in_place)
+    )
+
+
+def base_of(node: object) -> Node | None:
+    """Return the tensor of which `node` is a view."""
+    while isinstance(node, Node) and op_name(node) in VIEWS and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node if isinstance(node, Node) else None
 
 
 class Writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mhc_compile.passes.attention import written
 from mhc_compile.passes.base import Mark, refuse
 from mhc_compile.passes.results import ResidualStream
 
@@ -18,7 +19,7 @@ def pair_with_marks(streams: list[ResidualStream], marks: list[Mark]) -> list[tu
     for mark in marks:
         expected = set(sites_of(mark))
         calls = [s for s, m in pairs if m is mark]
-        present = {site.name for stream in calls for site in stream.sites}
+        present = {site.name for stream in calls for site in written(stream, mark.spec)}
         if present != expected and present not in mark.partial:
             raise refuse(
                 "MHC206",

@@ -11,7 +11,6 @@ later branches read of earlier ones (the values of the first layer, the output o
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -22,10 +21,9 @@ from torch.fx import Graph, GraphModule, Node
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.passes.base import is_tensor, op_name, refuse, switches_gradients, value
-from mhc_compile.passes.graphs import reachable
+from mhc_compile.passes.graphs import VIEWS, base_of, reachable, writes
 
 DIALECT = torch.ops.mhc
-_VIEWS = ("getitem", "view", "reshape", "transpose", "select", "narrow", "unsqueeze", "squeeze", "permute", "expand")
 _RANDOM = ("rand", "randn", "rand_like", "randn_like", "bernoulli", "multinomial", "normal_", "uniform_", "bernoulli_")
 
 
@@ -120,7 +118,7 @@ def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> di
             place[node] = len(starts)
         elif node in depends:
             # A write into a value belongs to the pieces that read it afterwards; a write that nothing reads, to none.
-            readers = [*node.users, *(_readers(node) if _writes(node) else ())]
+            readers = [*node.users, *(_readers(node) if writes(node) else ())]
             later = [place[u] for u in readers if u in place]
             if node in anchored or later:
                 place[node] = anchored.get(node, min(later, default=0))
@@ -183,41 +181,21 @@ def _needed(graph: Graph, inside: Sequence[Node], outputs: Sequence[Node]) -> se
         needed.update(reachable(nodes, lambda n: [m for m in n.all_input_nodes if m not in inside]))
 
     need(n for n in outputs if n not in inside)
-    writers = [n for n in graph.nodes if _writes(n)]
+    writers = [n for n in graph.nodes if writes(n)]
     # What is written into a needed value is needed, and what that reads.
-    while new := [w for w in writers if w not in needed and _base(w.args[0]) in needed]:
+    while new := [w for w in writers if w not in needed and base_of(w.args[0]) in needed]:
         need(new)
     return needed
 
 
-def _writes(node: Node) -> bool:
-    if not node.args or not isinstance(node.args[0], Node):
-        return False
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.op == "call_function" and (node.target is operator.setitem or _in_place(node))
-
-
 def _readers(writer: Node) -> list[Node]:
     """Return the nodes that read, directly or through views, the value that `writer` changes."""
-    base = _base(writer.args[0])
+    base = base_of(writer.args[0])
     readers = [] if base is None else list(base.users)
     for node in readers:  # grows
-        if op_name(node) in _VIEWS:
+        if op_name(node) in VIEWS:
             readers += node.users
     return readers
-
-
-def _in_place(node: Node) -> bool:
-    name = op_name(node)
-    return name.endswith("_") and not name.endswith("__") and not name.startswith("_")
-
-
-def _base(node: object) -> Node | None:
-    """Return the tensor of which `node` is a view."""
-    while isinstance(node, Node) and op_name(node) in _VIEWS and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node if isinstance(node, Node) else None
 
 
 def _is_region(node: Node) -> bool:

@@ -25,7 +25,7 @@ from mhc_compile.kernels.form import NEXT_PRE, DepthForm, State
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT
-from mhc_compile.passes.attention import attentions, read_apart
+from mhc_compile.passes.attention import attentions, own_values, read_apart
 from mhc_compile.passes.base import (
     Context,
     Mark,
@@ -102,6 +102,9 @@ class _Widening(Writer):
             self.states[entry] = self.form.enter(self.call, entry, self.spec)
         for site in stream.sites:
             self._between(site)
+            if site.name not in self.numbers:
+                self.states[site.add] = (site.add,)
+                continue
             state = self.form.rewrite(_SiteWriter(self, site))
             self.states[site.add] = state
             if isinstance(state, tuple):
@@ -249,6 +252,25 @@ class _SiteWriter:
                 rows = self.stream.call(op, *self.stream.operands(self.carried_state), *arguments)
         with graph.inserting_before(site.add):
             return self.stream.call(torch.select, rows, 0, 3)
+
+    def mix_values(self, op: Any, *arguments: Any) -> None:
+        """Make the branch's attention read `op([first values, own values], [0, 1], *arguments)` as its values."""
+        graph, stream = self.stream.graph, self.stream.stream
+        first = next(values[0] for site in stream.sites if (values := own_values(site)))
+        for own in own_values(self.site):
+            if not same_shape(first, own):
+                raise refuse("MHC108", f"the first attention's values are {shape(first)}, these {shape(own)}", own)
+            readers = list(own.users)
+            with graph.inserting_after(own):
+                mixed = self.stream.call(op, (first, own), [0, 1], *arguments)
+            for reader in readers:
+                reader.replace_input_with(own, mixed)
+            mixed.meta["mhc_site"] = self.site.name
+            self.stream.reads.setdefault(self.site.name, mixed)
+
+    def sum(self) -> Node:
+        """Return the model's own sum."""
+        return self.site.add
 
     def branch(self) -> Node:
         """Return the branch's output, of the size of the stream."""

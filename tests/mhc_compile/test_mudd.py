@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from attending import SPELLINGS, Attending
 from tiny_models import gpt2, ids, llama, logits, loss_of, shake, t5
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,80 +19,29 @@ from mhc_compile import convert, stream_parameters
 from mhc_compile.conversion import to_residual
 from mhc_compile.parameters import owners
 
-C, HEADS = 16, 2
 
-
-class Attending(nn.Module):
-    """Causal attention and an MLP in turn, each behind a norm; the attention fused, or written out."""
-
-    def __init__(self, *, spelling: str, joined: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.spelling, self.joined = spelling, joined
-        self.embed = nn.Embedding(100, C)
-        self.norms = nn.ModuleList(nn.RMSNorm(C) for _ in range(4))
-        self.projections = nn.ModuleList(nn.Linear(C, 3 * C) for _ in range(2))
-        self.outs = nn.ModuleList(nn.Linear(C, C) for _ in range(2))
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(C, 32), nn.GELU(), nn.Linear(32, C)) for _ in range(2))
-        self.head = nn.Linear(C, 100)
-
-    def attend(self, k: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        parts = []
-        if self.joined and query is key is value:
-            parts = [*self.projections[k](query).split(C, -1)]
+def dense(plain: Attending, converted: nn.Module, input_ids: Tensor) -> Tensor:
+    """What `plain` computes with the MUDD connections of a converted model."""
+    (parameters,) = owners(converted).values()
+    numbers = [dict(parameters.get_submodule(name).named_parameters()) for name in (*parameters.sites, "head")]
+    streams = [plain.embed(input_ids)]
+    for k, own in enumerate(numbers):
+        down, up, weights = (own[name].double() for name in ("down", "up", "weights"))
+        newest = streams[-1]
+        normed = newest / torch.sqrt(newest.square().mean(-1, keepdim=True) + 1e-6)
+        rows = (F.gelu(normed @ down.T) @ up).unflatten(-1, weights.shape) + weights
+        reads = torch.einsum("bscj,jbsd->cbsd", rows, torch.stack(streams))
+        if k == len(numbers) - 1:
+            return plain.head(reads[0])
+        query, key, value, rest = reads
+        if k % 2 == 0:
+            streams.append(rest + plain.attend(k // 2, *(plain.norms[k](x) for x in (query, key, value))))
         else:
-            for i, x in enumerate((query, key, value)):
-                weight, bias = (t[i * C : (i + 1) * C] for t in (self.projections[k].weight, self.projections[k].bias))
-                parts.append(F.linear(x, weight, bias))
-        q, k_, v = (x.unflatten(-1, (HEADS, C // HEADS)).transpose(1, 2) for x in parts)
-        if self.spelling == "fused":
-            mixed = F.scaled_dot_product_attention(q, k_, v, is_causal=True)
-        elif self.spelling == "named":
-            mixed = F.scaled_dot_product_attention(query=q, key=k_, value=v, is_causal=True)
-        else:
-            scale, size = (C // HEADS) ** -0.5, q.shape[-2]
-            mask = torch.full((size, size), -torch.inf, dtype=q.dtype).triu(1)
-            if self.spelling == "einsum":
-                shares = torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k_) * scale + mask, -1)
-                mixed = torch.einsum("bhqk,bhkd->bhqd", shares, v)
-            elif self.spelling == "baddbmm":
-                rows, keys, values = (x.flatten(0, 1) for x in (q, k_, v))
-                scores = torch.baddbmm(mask.expand(len(rows), size, size), rows, keys.mT, alpha=scale)
-                mixed = torch.bmm(scores.softmax(-1), values).unflatten(0, q.shape[:2])
-            else:
-                mixed = F.dropout(torch.softmax(q @ k_.mT * scale + mask, -1), 0.0) @ v
-        return self.outs[k](mixed.transpose(1, 2).flatten(2))
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.embed(input_ids)
-        for k in range(2):
-            h = self.norms[2 * k](x)
-            x = x + self.attend(k, h, h, h)
-            x = x + self.mlps[k](self.norms[2 * k + 1](x))
-        return self.head(x)
-
-    def dense(self, converted: nn.Module, input_ids: Tensor) -> Tensor:
-        """The same with the MUDD connections of a converted model."""
-        (parameters,) = owners(converted).values()
-        numbers = [dict(parameters.get_submodule(name).named_parameters()) for name in (*parameters.sites, "head")]
-        streams = [self.embed(input_ids)]
-        for k, own in enumerate(numbers):
-            down, up, weights = (own[name].double() for name in ("down", "up", "weights"))
-            newest = streams[-1]
-            normed = newest / torch.sqrt(newest.square().mean(-1, keepdim=True) + 1e-6)
-            rows = (F.gelu(normed @ down.T) @ up).unflatten(-1, weights.shape) + weights
-            reads = torch.einsum("bscj,jbsd->cbsd", rows, torch.stack(streams))
-            if k == len(numbers) - 1:
-                return self.head(reads[0])
-            query, key, value, rest = reads
-            if k % 2 == 0:
-                streams.append(rest + self.attend(k // 2, *(self.norms[k](x) for x in (query, key, value))))
-            else:
-                streams.append(rest + self.mlps[k // 2](self.norms[k](value)))
-        raise AssertionError
+            streams.append(rest + plain.mlps[k // 2](plain.norms[k](value)))
+    raise AssertionError
 
 
-@pytest.mark.parametrize("spelling", ["fused", "named", "matmul", "einsum", "baddbmm"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("joined", [True, False])
 def test_the_equations(spelling: str, joined: bool) -> None:
     model, tokens = Attending(spelling=spelling, joined=joined).double().eval(), ids()
@@ -102,7 +52,7 @@ def test_the_equations(spelling: str, joined: bool) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-12)
     shake(model)
-    expected, result = plain.dense(model, tokens), model(tokens)
+    expected, result = dense(plain, model, tokens), model(tokens)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     assert (result - before).abs().max() > 1e-3
     own = list(stream_parameters(model).values())
