@@ -56,6 +56,10 @@ STARTS: dict[str, tuple[dict[str, Any], tuple[float, float] | None]] = {
     "Attention Residuals": ({"form": "attnres"}, None),
     "Attention Residuals, four blocks": ({"form": "attnres_block"}, None),
     "DenseFormer": ({"form": "denseformer"}, None),
+    "MUDDFormer": ({"form": "mudd"}, None),
+    "value residual": ({"form": "value_residual"}, None),
+    "1, 0.01, pre one site ahead": ({"convention": "deepseek_v41"}, (1.0, 0.01)),
+    "1, 0.01, transportation": ({"manifold": "transportation"}, (1.0, 0.01)),
 }
 """Starts that `--starts` compares: options of `convert`, then alpha for pre and post, and for H."""
 CONTINUED = (RESIDUAL, LONGER, PAPER, MHC, FREE)
@@ -81,14 +85,12 @@ RECIPE = Recipe(
     ),
     seeds=5, kernels="all", processes=2,
 )  # fmt: skip
-DEEP = Recipe(
-    settings=replace(
-        RECIPE.settings, layers=48, hidden=64, length=64, batch=4, steps=1000, learning_rate=4e-3,
-        initializer_range=64**-0.5,
-    ),
-    seeds=5, kernels="all", processes=2,
+_DEEP = replace(
+    RECIPE.settings, layers=48, hidden=64, length=64, batch=4, steps=1000, learning_rate=4e-3,
+    initializer_range=64**-0.5,
 )  # fmt: skip
-"""Models of 96 sites, for `--deep`."""
+DEEP = replace(RECIPE, settings=_DEEP)
+"""Of 96 sites, for `--deep`."""
 QUICK = Recipe(
     settings=replace(
         RECIPE.settings, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=24, text_bytes=400_000,
