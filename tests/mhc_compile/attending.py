@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 C, HEADS = 16, 2
-SPELLINGS = ["fused", "named", "matmul", "einsum", "baddbmm"]
+SPELLINGS = [("fused", True), ("named", False), ("matmul", False), ("einsum", True), ("baddbmm", True)]
+"""Each with whether one projection computes queries, keys and values."""
 
 
 class Attending(nn.Module):

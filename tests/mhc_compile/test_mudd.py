@@ -41,8 +41,7 @@ def dense(plain: Attending, converted: nn.Module, input_ids: Tensor) -> Tensor:
     raise AssertionError
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize(("spelling", "joined"), SPELLINGS)
 def test_the_equations(spelling: str, joined: bool) -> None:
     model, tokens = Attending(spelling=spelling, joined=joined).double().eval(), ids()
     with torch.no_grad():
@@ -70,7 +69,9 @@ def call(model: Any) -> Tensor:
     return logits(model(ids()))
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, pytest.param(t5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), pytest.param(t5, marks=pytest.mark.slow)]
+)
 def test_conversion_keeps_the_function_and_goes_back(make: Callable[[], nn.Module]) -> None:
     model = make()
     with torch.no_grad():

@@ -39,8 +39,7 @@ def by_hand(plain: Attending, converted: nn.Module, input_ids: Tensor) -> Tensor
     return plain.head(x)
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize(("spelling", "joined"), SPELLINGS)
 def test_the_equation(spelling: str, joined: bool) -> None:
     model, tokens = Attending(spelling=spelling, joined=joined).double().eval(), ids()
     with torch.no_grad():
@@ -65,7 +64,9 @@ def call(model: Any) -> Tensor:
     return logits(model(ids()))
 
 
-@pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), t5])
+@pytest.mark.parametrize(
+    "make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), pytest.param(t5, marks=pytest.mark.slow)]
+)
 def test_conversion_keeps_the_function_and_goes_back(make: Callable[[], nn.Module]) -> None:
     model = make()
     with torch.no_grad():
