@@ -46,20 +46,39 @@ class Attention:
 
 
 def attentions(graph: Graph, source: Node, ends: Sequence[Node]) -> list[Attention]:
-    """Return the attentions between `source` and `ends`, in graph order."""
-    behind = reachable([source], lambda n: n.users) & ancestors(ends)
+    """Return the attentions between `source` and `ends`, in graph order.
+
+    An operand that a cache was written into stands for what was written.
+    """
+    downstream = reachable([source], lambda n: n.users)
+    behind = downstream & ancestors(ends)
     found = []
     for node in graph.nodes:
         if node not in behind:
             continue
         if node.target is _SDPA:
             names = enumerate(("query", "key", "value"))
-            operands = (node.args[i] if len(node.args) > i else node.kwargs[name] for i, name in names)
-            found.append(Attention(*(Operand(node, operand) for operand in operands)))
+            values = (node.args[i] if len(node.args) > i else node.kwargs[name] for i, name in names)
+            operands = [(node, value) for value in values]
         elif op_name(node) == "softmax" and (scores := _scores(node, behind)) and (mixed := _mixed(node)):
             query, key = _factors(scores)[-2:]
-            found.append(Attention(Operand(scores, query), Operand(scores, key), Operand(mixed, _factors(mixed)[-1])))
+            operands = [(scores, query), (scores, key), (mixed, _factors(mixed)[-1])]
+        else:
+            continue
+        found.append(Attention(*(_before_cache(Operand(*operand), downstream) for operand in operands)))
     return found
+
+
+def _before_cache(operand: Operand, downstream: set[Node]) -> Operand:
+    """Return the operand, or where it does not depend on the stream what of it was last written into its storage."""
+    reader, value = operand.reader, operand.value
+    if value in downstream:
+        return operand
+    base = base_of(value)
+    nodes = (n for n in value.graph.nodes if n in downstream and writes(n) and n < reader)
+    writers = [n for n in nodes if base_of(n.args[0]) is base]
+    written = [n for n in writers[-1].all_input_nodes if n in downstream] if writers else []
+    return Operand(writers[-1], written[0]) if written else operand
 
 
 def _factors(product: Node) -> list[Node]:
@@ -99,23 +118,14 @@ def own_values(site: Site) -> list[Node]:
     for source in site.reads:
         behind = reachable([source], lambda n: n.users)
         for attention in attentions(graph, source, site.branches):
-            node = _computed(attention.value.value, behind)
-            if node is not None:
+            node = attention.value.value
+            while node in behind and op_name(node) in _LAYOUT:
+                node = next(n for n in node.all_input_nodes if n in behind)
+            if node in behind:
                 if node in ancestors([attention.key.value]):
                     raise refuse("MHC108", "the attention's keys and values come from one projection", node)
                 found[node] = None
     return list(found)
-
-
-def _computed(value: Node, behind: set[Node]) -> Node | None:
-    """Return what computes `value` from nodes in `behind`, before its layout and the cache that it is written into."""
-    while value in behind and (op_name(value) in _LAYOUT or writes(value)):
-        value = next(n for n in value.all_input_nodes if n in behind)
-    if value in behind:
-        return value
-    base = base_of(value)
-    writers = [n for n in value.graph.nodes if n in behind and writes(n) and base_of(n.args[0]) is base and n < value]
-    return _computed(writers[-1], behind) if writers else None
 
 
 def written(stream: ResidualStream, spec: str | StreamSpec) -> tuple[Site, ...]:
@@ -129,9 +139,12 @@ def written(stream: ResidualStream, spec: str | StreamSpec) -> tuple[Site, ...]:
 def read_apart(graph: Graph, operand: Operand, source: Node, other: Node) -> None:
     """Compute `operand` from `other` where it is computed from `source`, by copies of the nodes between.
 
-    `other` stands before all of them. Nothing happens where the operand does not depend on `source`.
+    `other` stands before all of them. Nothing happens where the operand does not depend on `source`. Raises MHC108
+    where something between is written in place, which a copy would repeat.
     """
     between = reachable([source], lambda n: n.users) & ancestors([operand.value])
+    if (write := next(filter(writes, between), None)) is not None:
+        raise refuse("MHC108", "an operand of an attention is computed by a write in place", write)
     copies = {source: other}
     for node in [n for n in graph.nodes if n in between and n is not source]:
         with graph.inserting_after(node):

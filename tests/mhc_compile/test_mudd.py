@@ -99,6 +99,15 @@ def test_query_key_and_value_read_streams_of_their_own() -> None:
     assert len({f"{change:.6g}" for change in changes}) == 4
 
 
+def test_a_static_cache() -> None:
+    """Keys and values are written into buffers, of which attention reads a part."""
+    model = convert(llama(), form="mudd", inner="eager")
+    shake(model, 0.5)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(ids()[:1, :4], use_cache=False, **settings)
+    assert torch.equal(plain, model.generate(ids()[:1, :4], cache_implementation="static", **settings))
+
+
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_training_generation_and_folders(inner: str, tmp_path: Path) -> None:
     model = convert(llama(), form="mudd", inner=inner)
