@@ -79,7 +79,7 @@ class Fuse:
         work.run()
         context.notes += [f"{count} x {text}" for text, count in work.notes.items()]
         if "attend" in self.kinds:
-            context.notes += fuse_reads(gm.graph)
+            context.notes += fuse_reads(gm.graph, without_kernels=self.without_kernels)
         if MEMORIES in self.kinds:
             context.notes += fuse_memories(gm.graph)
         return gm

@@ -14,16 +14,16 @@ from mhc_compile.passes.base import KERNELS_OF, device_of, value
 from mhc_compile.passes.graphs import Writer
 
 
-def fuse_reads(graph: Graph) -> list[str]:
+def fuse_reads(graph: Graph, *, without_kernels: bool = False) -> list[str]:
     """Replace reads of earlier outputs by `mhc_kernels` ops where a kernel can compute them; returns notes."""
     notes: Counter[str] = Counter()
     for node in list(graph.nodes):
         if node.target in READS:
-            notes[_fuse(graph, node)] += 1
+            notes[_fuse(graph, node, without_kernels=without_kernels)] += 1
     return [f"{count} x {text}" for text, count in notes.items()]
 
 
-def _fuse(graph: Graph, node: Node) -> str:
+def _fuse(graph: Graph, node: Node, *, without_kernels: bool) -> str:
     """Replace a read; return what was done."""
     form = READS[node.target]
     arguments: tuple[Any, ...] = node.args
@@ -35,7 +35,7 @@ def _fuse(graph: Graph, node: Node) -> str:
     if any(other.dtype != first.dtype or other.shape != first.shape for other in others):
         return "read not fused: its sources differ in shape or dtype"
     target, reason = targets.choose(spec, device_of(sources[0]))
-    if target == "reference":
+    if target == "reference" and not without_kernels:
         return f"read not fused: {reason}"
     write = Writer(graph, node)
     with graph.inserting_before(node):
