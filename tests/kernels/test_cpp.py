@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import CHAINS, backward_values, error, exactly, name_of, random_gradients, random_inputs
+from chains import CHAINS, LATER, backward_values, error, exactly, name_of, random_gradients, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -64,7 +64,7 @@ def check(chain: Chain, lead: tuple[int, ...], seed: int, scale: float = 1.0) ->
             assert error(found[name], want) <= allowed[name], name
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=name_of)
+@pytest.mark.parametrize("chain", CHAINS + LATER, ids=name_of)
 def test_every_specification_equals_the_reference(chain: Chain) -> None:
     assert targets.choose(chain, "cpu") == ("cpp", "")
     check(chain, (37,), seed=0)
@@ -73,6 +73,12 @@ def test_every_specification_equals_the_reference(chain: Chain) -> None:
 @SOME
 @given(st.sampled_from(CHAINS), st.sampled_from([(1,), (7,), (8,), (2, 9), (3, 1, 5)]), st.integers(0, 99))
 def test_any_number_of_tokens(chain: Chain, lead: tuple[int, ...], seed: int) -> None:
+    check(chain, lead, seed)
+
+
+@SOME
+@given(st.sampled_from(LATER), st.sampled_from([(1,), (7,), (2, 9)]), st.integers(0, 99))
+def test_any_number_of_tokens_of_later_chains(chain: Chain, lead: tuple[int, ...], seed: int) -> None:
     check(chain, lead, seed)
 
 
@@ -93,7 +99,7 @@ def test_extreme_logits_stay_finite_and_the_last_axis_sums_to_one(chain: Chain, 
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=name_of)
+@pytest.mark.parametrize("chain", CHAINS + LATER, ids=name_of)
 def test_every_output_is_written_and_two_runs_are_bit_equal(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = memory.Pool.empty
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chains import CHAINS, error, exactly, name_of, random_gradients, random_inputs
+from chains import CHAINS, LATER, error, exactly, name_of, random_gradients, random_inputs
 
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
@@ -25,14 +25,14 @@ def call(chain: Chain, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
 
-@pytest.mark.parametrize("chain", CHAINS[:1] + CHAINS[8:], ids=name_of)
+@pytest.mark.parametrize("chain", CHAINS[:1] + CHAINS[8:] + LATER, ids=name_of)
 def test_opcheck(chain: Chain) -> None:
     inputs = {k: v.requires_grad_() for k, v in random_inputs(chain, LEAD, 0).items()}
     op = getattr(torch.ops.mhc_kernels, op_of(chain)).default
     torch.library.opcheck(op, (*inputs.values(), *static(chain)))
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=name_of)
+@pytest.mark.parametrize("chain", CHAINS + LATER, ids=name_of)
 def test_gradients_through_the_op(chain: Chain) -> None:
     inputs, gradients = random_inputs(chain, LEAD, 0), random_gradients(chain, LEAD, 1)
     _, exact = exactly(chain, inputs, gradients)

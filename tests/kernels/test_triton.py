@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from chains import CHAINS, name_of
+from chains import CHAINS, LATER, name_of
 
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
@@ -46,7 +46,7 @@ def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @needs_triton
 def test_values_and_gradients_are_those_of_the_reference(interpreted: list[dict[str, Any]]) -> None:
-    assert len(interpreted) == 1 + len(CHAINS) + 8
+    assert len(interpreted) == 1 + len(CHAINS + LATER) + 8
     for row in interpreted[1:]:
         half = "float16" in row["name"]
         # The interpreter cuts bfloat16 off instead of rounding it: twice the error of a rounding.
@@ -61,7 +61,7 @@ def test_outputs_are_written_whole_whatever_comes_in(
 ) -> None:
     rows = [row for row in interpreted[1:] if row["seen"]]
     some = request.node.callspec.params["interpreted"] == "some"
-    assert len(rows) == len({chain.kind for chain in CHAINS}) if some else len(rows) > 10
+    assert len(rows) == len({chain.kind for chain in CHAINS + LATER}) if some else len(rows) > 10
     for row in rows:
         assert row["seen"] == dict.fromkeys(row["seen"], True), row["name"]
         assert len(row["seen"]) == 5
@@ -81,7 +81,7 @@ def test_a_large_mean_leaves_the_variance_its_bits(interpreted: list[dict[str, A
         assert ours <= 4 * plain + 1e-6, f"{name} {ours} against {plain}"
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=name_of)
+@pytest.mark.parametrize("chain", CHAINS + LATER, ids=name_of)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_text_is_python_with_a_real_loop(chain: Chain, direction: Direction) -> None:
     text = Triton().source(chain, direction).text

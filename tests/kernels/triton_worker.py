@@ -16,7 +16,7 @@ import triton as tt
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parent))
-from chains import BF16, CHAINS, V4, backward_values, error, exactly, name_of, random_gradients, random_inputs
+from chains import BF16, CHAINS, LATER, V4, backward_values, error, exactly, name_of, random_gradients, random_inputs
 from torch import Tensor
 
 from mhc_compile.kernels import fused, targets
@@ -38,7 +38,7 @@ MORE = [
     Chain(kind="read", stream=StreamSpec(streams=5, manifold="identity"), width=70, norm="rms"),
 ]
 triton = Triton()
-TRIED = [chain for chain in CHAINS if not triton.unsupported(chain)] + MORE
+TRIED = [chain for chain in CHAINS + LATER if not triton.unsupported(chain)] + MORE
 LEAD = (3, 7)  # 21 tokens: more than one block of the backward, and a ragged one
 Values = dict[str, Tensor]
 

@@ -35,7 +35,7 @@ def insert(work: Pass, request: Any, model: nn.Module, ids: Tensor) -> Inserted:
     """The passes up to `work`, for what `request` asks; every parameter random and in float64."""
     found, context = captured(model, ids), Context()
     gm = ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
-    ((owner, sites),) = sites_of_owners(context.streams).items()
+    ((owner, sites),) = sites_of_owners(context.streams, SPEC).items()
     held = randomise(StreamParameters(SPEC, sites, **request.of(context.streams[0].entry, list(sites))), 1)
     for name in held.table_places:
         held.table(name).start(5, 1.0)

@@ -126,7 +126,7 @@ def stepped(model: nn.Module, spec: StreamSpec, *args: Any, fuse: Fuse | None = 
     gm = apply(Residual(), gm, context)
     record("residual")
     out.streams = context.streams
-    for owner, sites in sites_of_owners(context.streams).items():
+    for owner, sites in sites_of_owners(context.streams, spec).items():
         out.parameters[owner] = StreamParameters(spec, sites)
         context.marks.append(add_parameters(gm, owner, out.parameters[owner]))
     start = [*inputs, *(p.detach().clone() for held in out.parameters.values() for p in held.parameters())]

@@ -209,7 +209,7 @@ def test_without_a_compiler_everything_stays_plain_with_one_warning(monkeypatch:
 def test_the_search_for_compilers_is_no_part_of_the_pass_and_only_for_streams() -> None:
     model, ids = toy(Recipe(layers=2))
     gm, streams = analysed(model.float(), ids)
-    held = {owner: StreamParameters(SPEC, sites) for owner, sites in sites_of_owners(streams).items()}
+    held = {owner: StreamParameters(SPEC, sites) for owner, sites in sites_of_owners(streams, SPEC).items()}
     context = Context(marks=[append_parameters(gm, owner, parameters) for owner, parameters in held.items()])
     build.no_compiler.cache_clear()
     Fuse().prepare(torch.fx.symbolic_trace(nn.Linear(4, 4)))

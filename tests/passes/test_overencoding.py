@@ -136,7 +136,7 @@ def test_graphs_without_n_grams_stay_as_they_are() -> None:
     model, ids = toy(Recipe())
     found, context = captured(model, ids), Context()
     gm = ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
-    ((owner, sites),) = sites_of_owners(context.streams).items()
+    ((owner, sites),) = sites_of_owners(context.streams, SPEC).items()
     context.marks = [append_parameters(gm, owner, StreamParameters(SPEC, sites))]
     gm = step(Widen(), gm, context)
     before = graph_text(gm)
@@ -147,7 +147,7 @@ def test_the_memory_of_a_model_with_both_reads_the_same_ids() -> None:
     model, ids = toy(Recipe())
     found, context = captured(model, ids), Context()
     ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
-    ((owner, sites),) = sites_of_owners(context.streams).items()
+    ((owner, sites),) = sites_of_owners(context.streams, SPEC).items()
     chosen = MemorySettings.preset("v41", rows_per_head=31, row_width=2, heads=2, layers=(0,))
     memory = MemoryRequest(settings=chosen, fill=0, compression=None, start="zero")
     entry = context.streams[0].entry

@@ -53,7 +53,7 @@ def recorded(model: nn.Module, *args: Any, spec: StreamSpec = SPEC, kernels: tup
     found, context = captured(model, *args), Context()
     gm = ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
     inputs: list[Any] = list(found.inputs)
-    for owner, sites in sites_of_owners(context.streams).items():
+    for owner, sites in sites_of_owners(context.streams, spec).items():
         held = randomise(StreamParameters(spec, sites), 0)
         if kernels:
             held.float()

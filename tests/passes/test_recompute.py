@@ -41,7 +41,7 @@ def dialect(model: nn.Module, *args: Any, spec: StreamSpec = SPEC) -> GraphModul
     gm = captured(model.float(), *args).graph
     context = Context()
     gm = ANALYSIS.run(gm, context, debug=CHECKED.debug)
-    for owner, found in sites_of_owners(context.streams).items():
+    for owner, found in sites_of_owners(context.streams, spec).items():
         context.marks.append(add_parameters(gm, owner, StreamParameters(spec, found)))
     return Pipeline((Widen(),)).run(gm, context, debug=CHECKED.debug, provided=("streams",))
 

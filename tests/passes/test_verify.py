@@ -140,7 +140,7 @@ def test_a_graph_without_recorded_values_is_left_alone() -> None:
 def wide_graph() -> GraphModule:
     model, ids = toy(Recipe(layers=1, style="single"))
     gm, streams = analysed(model, ids)
-    parameters = StreamParameters(StreamSpec(streams=3), sites_of_owners(streams)[""])
+    parameters = StreamParameters(StreamSpec(streams=3), sites_of_owners(streams, StreamSpec())[""])
     context = Context(marks=[add_parameters(gm, "", parameters)], streams=streams)
     return Widen().apply(gm, context)
 

@@ -165,7 +165,7 @@ def frozen(model: nn.Module, exit: str = "mean") -> tuple[list[str], Tensor]:
     ids = torch.randint(0, 11, (2, 3))
     gm, streams = analysed(model, ids)
     inputs = captured(model, ids).inputs
-    parameters = StreamParameters(StreamSpec(streams=2, exit=exit), sites_of_owners(streams)[""])
+    parameters = StreamParameters(StreamSpec(streams=2, exit=exit), sites_of_owners(streams, StreamSpec())[""])
     context = Context(marks=[add_parameters(gm, "", parameters)], streams=streams)
     gm = Widen().apply(gm, context)
     gm.recompile()
