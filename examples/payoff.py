@@ -90,7 +90,7 @@ _DEEP = replace(
     initializer_range=64**-0.5,
 )  # fmt: skip
 DEEP = replace(RECIPE, settings=_DEEP)
-"""Of 96 sites, for `--deep`."""
+"""Trainings of models with 96 sites, which `--deep` runs."""
 QUICK = Recipe(
     settings=replace(
         RECIPE.settings, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=24, text_bytes=400_000,
@@ -256,10 +256,10 @@ def explore_starts(recipe: Recipe) -> str:
 
 def explore_deep(recipe: Recipe) -> str:
     """Return a table of deep models from scratch, seed by seed: loss, largest spike and backward gain at the end."""
-    corpus = build_corpus(recipe.settings)
+    corpus, kernels = build_corpus(recipe.settings), recipe.kernels
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
-            Job(arm=arm, settings=replace(recipe.settings, seed=seed), weights=Path(folder) / str(seed), kernels="all")
+            Job(arm=arm, settings=replace(recipe.settings, seed=seed), weights=Path(folder, str(seed)), kernels=kernels)
             for seed in range(recipe.seeds)
             for arm in (SCRATCH, BASE)
         ]
@@ -385,7 +385,7 @@ def main() -> None:
     parser.add_argument("--deep", action="store_true", help="train 48 layers from scratch instead, and print a table")
     arguments = parser.parse_args()
     if arguments.deep:
-        print(explore_deep(replace(QUICK, processes=1) if arguments.quick else DEEP))
+        print(explore_deep(QUICK if arguments.quick else DEEP))
         return
     recipe = QUICK if arguments.quick else RECIPE
     if arguments.starts:

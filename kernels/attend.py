@@ -41,7 +41,7 @@ class Attend(KernelSpec):
     width: int
     """C, the hidden size."""
     sources_dtype: torch.dtype = torch.float32
-    """Of the sources and h."""
+    """The dtype of the sources and of h."""
 
     @property
     def n(self) -> int:

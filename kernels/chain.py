@@ -38,7 +38,7 @@ from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Sizes, Values,
 from mhc_compile.kernels.mixtures import MIXTURES
 from mhc_compile.kernels.spec import StreamSpec
 
-Weights = Literal["none", "given", "site", "head", "mean", "sum"]
+Weights = Literal["none", "site", "head", "mean", "sum"]
 Norm = Literal["none", "rms", "layer"]
 Kind = Literal["distribute", "aggregate", "coefficients", "read", "boundary", "deferred", "carry", "reduce", "leave"]
 
@@ -82,12 +82,12 @@ class Chain(KernelSpec):
 
     @property
     def weights(self) -> Weights:
-        """What computes weights of the streams: the coefficients of a site, the exit, or none where they are given."""
+        """Return what computes weights of the streams: a site, a learned head, a mean, a sum, or nothing."""
         if self.kind in ("reduce", "leave"):
             assert self.stream.exit != "pre"  # which is an aggregate
             return self.stream.exit
         by_kind: dict[str, Weights] = {
-            "distribute": "none", "aggregate": "given", "carry": "given",
+            "distribute": "none", "aggregate": "none", "carry": "none",
             "coefficients": "site", "read": "site", "boundary": "site",
             "deferred": "site",
         }  # fmt: skip
@@ -263,7 +263,7 @@ class Chain(KernelSpec):
             else:
                 pre, post, mix = reference.coefficients(X, *parameters, self.stream)
             out |= {"next_pre": pre, "next_post": post, "next_mix": mix, "h": reference.aggregate(X, pre)}
-        elif self.weights not in ("none", "given"):
+        elif self.weights != "none":
             head = (values["phi"], values["bias"], values["alpha"]) if self.weights == "head" else None
             out["h"] = reference.reduce(X, self.stream, head)
         if self.given:

@@ -16,7 +16,7 @@ from mhc_compile.kernels.start import Start
 
 RMS_EPS = 1e-6
 WAYS = 4
-"""What a site reads: the query's, the key's and the value's input, and the stream that the branch is added to."""
+"""How many sums a site reads: inputs of query, key and value, and the stream that the branch is added to."""
 
 
 class MUDDFormer(DepthForm):

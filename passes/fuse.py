@@ -49,7 +49,7 @@ from mhc_compile.passes.norms import BranchNorm, match_norm
 DIALECT = torch.ops.mhc
 Fused = Literal[Kind, "attend", "engram"]
 KERNELS: tuple[Fused, ...] = get_args(Fused)
-"""What may be switched off: the kinds of chain, the reads of Attention Residuals, and the kernels of memories."""
+"""Names that switch kernels off: kinds of chain, `attend` (Attention Residuals), and `engram` (memories)."""
 
 
 @dataclass(frozen=True)

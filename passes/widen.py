@@ -92,7 +92,7 @@ class _Widening(Writer):
         self.numbers = {name: i + 1 for i, name in enumerate(sites_of(mark))}
         self.reads: dict[str, Node] = {}
         self.attentions: list[int] = []
-        """Of every branch that was read apart the number of its attentions."""
+        """The number of attentions of each branch whose query and key read streams of their own."""
 
     def run(self) -> None:
         stream = self.stream

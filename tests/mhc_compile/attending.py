@@ -1,10 +1,15 @@
-"""A model of attention and MLPs, whose attention is spelled in several ways."""
+"""A model of attention and MLPs, whose attention is spelled in several ways, and its conversion."""
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from tiny_models import ids, shake
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mhc_compile import convert
 
 C, HEADS = 16, 2
 SPELLINGS = [("fused", True), ("named", False), ("matmul", False), ("einsum", True), ("baddbmm", True)]
@@ -59,3 +64,15 @@ class Attending(nn.Module):
             x = x + self.attend(k, h, h, h)
             x = x + self.mlps[k](self.norms[2 * k + 1](x))
         return self.head(x)
+
+
+def converted(spelling: str, joined: bool, form: str, shaken: float) -> tuple[Attending, nn.Module]:
+    """The float64 model, and a copy converted to `form`: equal at the start, then with its parameters moved."""
+    plain = Attending(spelling=spelling, joined=joined).double().eval()
+    model = convert(copy.deepcopy(plain), ids(), form=form, inner="eager")
+    with torch.no_grad():
+        before = plain(ids())
+        torch.testing.assert_close(model(ids()), before, rtol=0, atol=1e-12)
+        shake(model, shaken)
+        assert (model(ids()) - before).abs().max() > 1e-3
+    return plain, model

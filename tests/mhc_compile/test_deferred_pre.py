@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import chain, gpt2, ids, llama, logits, loss_of, shake, t5
+from tiny_models import chain, gpt2, ids, learned, llama, logits, predicted, shake, t5, used
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,20 +52,14 @@ def test_the_equations(manifold: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def call(model: nn.Module) -> Tensor:
-    if "T5" in type(model).__name__:
-        return model(input_ids=ids(), decoder_input_ids=ids(seed=1)).logits
-    return logits(model(ids()))
-
-
 @pytest.mark.parametrize(
     "make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), pytest.param(t5, marks=pytest.mark.slow)]
 )
 def test_conversion_keeps_the_function(make: Callable[[], nn.Module]) -> None:
     model = make()
     with torch.no_grad():
-        before = call(model)
-        after = call(convert(model, **V41, inner="eager", debug="numeric"))
+        before = predicted(model)
+        after = predicted(convert(model, **V41, inner="eager", debug="numeric"))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
@@ -74,10 +68,7 @@ def test_kernels_compute_the_same_and_its_gradients() -> None:
     results = []
     for kernels in ("none", "all"):
         model = convert(llama(), **V41, inner="eager", kernels=kernels)
-        shake(model)
-        loss = loss_of(model)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        results.append(learned(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     kinds = {kernel.kind for kernel in mhc_compile.inspect(model).kernels}
@@ -89,33 +80,13 @@ def test_recomputed_streams_are_the_same(blocks: str | int) -> None:
     results = []
     for recompute in ("off", blocks):
         model = convert(llama(), **V41, inner="aot_eager", recompute=recompute)
-        shake(model)
-        loss = loss_of(model)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        results.append(learned(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_training_generation_and_folders(tmp_path: Path) -> None:
-    model = convert(llama(), **V41, inner="eager")
-    optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model), lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = loss_of(model)
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    generated = [
-        model.generate(ids()[:1, :4], max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (False, True)
-    ]
-    assert torch.equal(*generated)
-    model.save_pretrained(tmp_path)
-    again = mhc_compile.from_pretrained(tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(logits(again(ids())), logits(model(ids())), rtol=1e-4, atol=1e-5)
+    used(convert(llama(), **V41, inner="eager"), tmp_path)
 
 
 def test_its_exit_is_the_last_sites() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import chain, gpt2, ids, llama, logits, loss_of, shake, t5, used
+from tiny_models import chain, gpt2, ids, learned, llama, logits, shake, t5, used
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
@@ -164,10 +164,7 @@ def test_kernels_compute_the_same_and_its_gradients(form: str) -> None:
     results = []
     for kernels in ("none", "all"):
         model = convert(llama(), form=form, inner="eager", kernels=kernels)
-        shake(model)
-        loss = loss_of(model)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        results.append(learned(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     fused = mhc_compile.inspect(model).kernels

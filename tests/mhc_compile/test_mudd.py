@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from attending import SPELLINGS, Attending
-from tiny_models import gpt2, ids, llama, logits, loss_of, shake, t5
+from attending import SPELLINGS, Attending, converted
+from tiny_models import gpt2, ids, llama, logits, predicted, shake, static_cache_agrees, t5, used
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +19,7 @@ from mhc_compile.parameters import owners
 
 
 def dense(plain: Attending, converted: nn.Module, input_ids: Tensor) -> Tensor:
-    """What `plain` computes with the MUDD connections of a converted model."""
+    """Compute `plain` with the MUDD connections of a converted model."""
     (parameters,) = owners(converted).values()
     numbers = [dict(parameters.get_submodule(name).named_parameters()) for name in (*parameters.sites, "head")]
     streams = [plain.embed(input_ids)]
@@ -43,17 +41,9 @@ def dense(plain: Attending, converted: nn.Module, input_ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("spelling", "joined"), SPELLINGS)
 def test_the_equations(spelling: str, joined: bool) -> None:
-    model, tokens = Attending(spelling=spelling, joined=joined).double().eval(), ids()
-    with torch.no_grad():
-        before = model(tokens)
-    plain = copy.deepcopy(model)
-    convert(model, tokens, form="mudd", inner="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-12)
-    shake(model)
-    expected, result = dense(plain, model, tokens), model(tokens)
+    plain, model = converted(spelling, joined, "mudd", 0.1)
+    expected, result = dense(plain, model, ids()), model(ids())
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
-    assert (result - before).abs().max() > 1e-3
     own = list(stream_parameters(model).values())
     by_name = dict(model.named_parameters())
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -63,22 +53,16 @@ def test_the_equations(spelling: str, joined: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def call(model: Any) -> Tensor:
-    if "T5" in type(model).__name__:
-        return model(input_ids=ids(), decoder_input_ids=ids(seed=1)).logits
-    return logits(model(ids()))
-
-
 @pytest.mark.parametrize(
     "make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), pytest.param(t5, marks=pytest.mark.slow)]
 )
 def test_conversion_keeps_the_function_and_goes_back(make: Callable[[], nn.Module]) -> None:
     model = make()
     with torch.no_grad():
-        before = call(model)
-        after = call(convert(model, form="mudd", inner="eager", debug="numeric"))
+        before = predicted(model)
+        after = predicted(convert(model, form="mudd", inner="eager", debug="numeric"))
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(call(to_residual(model)), before, rtol=0, atol=0)
+        torch.testing.assert_close(predicted(to_residual(model)), before, rtol=0, atol=0)
 
 
 def test_query_key_and_value_read_streams_of_their_own() -> None:
@@ -103,28 +87,9 @@ def test_a_static_cache() -> None:
     """Keys and values are written into buffers, of which attention reads a part."""
     model = convert(llama(), form="mudd", inner="eager")
     shake(model, 0.5)
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    plain = model.generate(ids()[:1, :4], use_cache=False, **settings)
-    assert torch.equal(plain, model.generate(ids()[:1, :4], cache_implementation="static", **settings))
+    assert static_cache_agrees(model)
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_training_generation_and_folders(inner: str, tmp_path: Path) -> None:
-    model = convert(llama(), form="mudd", inner=inner)
-    optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model), lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = loss_of(model)
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    generated = [
-        model.generate(ids()[:1, :4], max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (False, True)
-    ]
-    assert torch.equal(*generated)
-    model.save_pretrained(tmp_path)
-    again = mhc_compile.from_pretrained(tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(logits(again(ids())), logits(model(ids())), rtol=1e-4, atol=1e-5)
+    used(convert(llama(), form="mudd", inner=inner), tmp_path)

@@ -173,6 +173,20 @@ def gradients(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def learned(model: nn.Module) -> list[Tensor]:
+    """The loss of one batch, then its gradients of all parameters, after a shake."""
+    shake(model)
+    loss = loss_of(model)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def predicted(model: nn.Module) -> Tensor:
+    """The logits of one batch, of an encoder and a decoder those of another."""
+    both = "T5" in type(model).__name__
+    return logits(model(input_ids=ids(), decoder_input_ids=ids(seed=1)) if both else model(ids()))
+
+
 def disagree(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> list[str]:
     """Names in `theirs` of tensors that differ by more than `tolerance` of their largest entry."""
     return [name for name, g in theirs.items() if not close(ours[name], g, tolerance)]
@@ -215,6 +229,13 @@ def variants(first: Any, *others: Any) -> list[Any]:
     """Return parameters for `parametrize`, a tuple for several arguments; all but the first are `slow`."""
     rows = [other if isinstance(other, tuple) else (other,) for other in others]
     return [first, *(pytest.param(*row, marks=pytest.mark.slow) for row in rows)]
+
+
+def static_cache_agrees(model: Any) -> bool:
+    """Whether a converted language model generates the same with buffers, of which attention reads a part."""
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(ids()[:1, :4], use_cache=False, **settings)
+    return torch.equal(plain, model.generate(ids()[:1, :4], cache_implementation="static", **settings))
 
 
 def used(model: Any, folder: Path) -> None:
