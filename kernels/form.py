@@ -35,6 +35,8 @@ State = Node | tuple[Node, ...]
 
 NEXT_PRE = "mhc_next_pre"
 """Key in the `meta` of streams of the weights by which the next reader weighs them, where a convention defers them."""
+ENTRY = "mhc_entry"
+"""Key in the `meta` of the value with which the stream of a depth form begins."""
 
 
 @dataclass(frozen=True)

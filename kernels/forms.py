@@ -16,7 +16,7 @@ from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.depth import AttentionResiduals, BlockAttentionResiduals, DenseFormer
 from mhc_compile.kernels.form import NEXT_PRE, DepthForm, Form, Parameter, SiteWriter, State, StreamForm
 from mhc_compile.kernels.installed import load_installed
-from mhc_compile.kernels.mudd import MUDDFormer
+from mhc_compile.kernels.mudd import MUDDFormer, NormedMUDDFormer
 from mhc_compile.kernels.spec import FORM_GROUP, FORM_NAMES, StreamSpec, form_names
 from mhc_compile.kernels.start import DEFAULT, Start, start_alpha, start_bias, start_head, start_phi
 from mhc_compile.kernels.value_residual import ValueResidual
@@ -142,6 +142,7 @@ for _form in (
     BlockAttentionResiduals(),
     DenseFormer(),
     MUDDFormer(),
+    NormedMUDDFormer(),
     ValueResidual(),
 ):
     register(_form)

@@ -1,8 +1,9 @@
-"""MUDDFormer, a depth form: reads that depend on the token, one each for an attention's query, key and value."""
+"""MUDDFormer, two depth forms: reads that depend on the token, one each for an attention's query, key and value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import Start
 
 RMS_EPS = 1e-6
+POST_SCALE = 1e-3
 WAYS = 4
 """How many sums a site reads: inputs of query, key and value, and the stream that the branch is added to."""
 
@@ -44,16 +46,15 @@ class MUDDFormer(DepthForm):
         """Return Q, K, V and R `[4, ..., C]`, of an exit `[..., C]`, computed in max(float32, the streams' dtype)."""
         dtype = compute_dtype(outputs[0].dtype)
         down, up, weights = (parameters[name].to(dtype) for name in ("down", "up", "weights"))
-        newest = outputs[-1].to(dtype)
-        rows = F.gelu(F.linear(F.rms_norm(newest, newest.shape[-1:], eps=RMS_EPS), down)) @ up
+        rows = F.gelu(F.linear(_normed(outputs[-1].to(dtype)), down)) @ up
         rows = rows.unflatten(-1, weights.shape) + weights
-        total: Tensor | None = None
-        for place, output in zip(places, outputs, strict=True):
-            term = rows[..., place, None] * output.to(dtype)[..., None, :]
-            total = term if total is None else total + term
-        assert total is not None
+        total = self.mix([(rows[..., k, None], x.to(dtype)) for k, x in zip(places, outputs, strict=True)], parameters)
         ways = total.movedim(-2, 0).to(outputs[0].dtype)
         return ways if len(weights) > 1 else ways[0]
+
+    def mix(self, terms: Sequence[tuple[Tensor, Tensor]], parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """Return the sums `[..., 4, C]` of the streams `[..., C]`, each with weights `[..., 4, 1]`, oldest first."""
+        return functools.reduce(torch.add, (weights * stream[..., None, :] for weights, stream in terms))
 
     def total(self, call: Callable[..., Node], outputs: tuple[Node, ...]) -> Node:  # noqa: ARG002
         """Return the newest value of the stream."""
@@ -64,6 +65,43 @@ class MUDDFormer(DepthForm):
         stream = site.read_apart(self.op, *site.parameters, site.text)
         assert isinstance(site.carried_state, tuple)
         return (*site.carried_state, site.add(stream))
+
+
+class NormedMUDDFormer(MUDDFormer):
+    """MUDDFormer with PrePostDANorm: the streams are normalised before they are summed, and so are the sums.
+
+        scale * RMSNorm(sum of A_j RMSNorm(X_j)) + X_k        in place of each sum of A_j X_j
+
+    At the start `weights` are zero and `scale` is 1e-3. The norm of the streams has no gain: A scales them.
+    """
+
+    name = "mudd_norm"
+
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:
+        """Return those of `mudd` and scale `[4, C]`."""
+        return _scaled(super().parameters(spec, index, hidden, start), WAYS, hidden)
+
+    def head(self, spec: StreamSpec, sites: int, hidden: int, start: Start) -> dict[str, Parameter]:
+        """Return those of the exit, with scale `[1, C]`."""
+        return _scaled(super().head(spec, sites, hidden, start), 1, hidden)
+
+    def mix(self, terms: Sequence[tuple[Tensor, Tensor]], parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the sums `[..., 4, C]` of the streams, normalised before and after, added to the newest stream."""
+        total = super().mix([(weights, _normed(stream)) for weights, stream in terms], parameters)
+        newest = terms[-1][1]
+        return parameters["scale"].to(total.dtype) * _normed(total) + newest[..., None, :]
+
+
+def _scaled(parameters: dict[str, Parameter], ways: int, hidden: int) -> dict[str, Parameter]:
+    shape = parameters["weights"].shape
+    return parameters | {
+        "weights": Parameter(shape, lambda: torch.zeros(shape)),
+        "scale": Parameter((ways, hidden), lambda: torch.full((ways, hidden), POST_SCALE)),
+    }
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
 
 
 def _parameters(ways: int, streams: int, hidden: int) -> dict[str, Parameter]:

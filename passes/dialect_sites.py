@@ -19,11 +19,12 @@ import torch
 from sympy import Expr
 from torch.fx import Graph, Node
 
+from mhc_compile.kernels.forms import COEFFICIENTS
 from mhc_compile.passes.base import is_tensor, op_name, shape, value
 from mhc_compile.passes.cost import SiteCost
 from mhc_compile.passes.graphs import reachable
 from mhc_compile.passes.norms import match_norm
-from mhc_compile.passes.stages import coefficient_nodes, is_random
+from mhc_compile.passes.stages import is_random
 
 DIALECT = torch.ops.mhc
 ENGRAM = torch.ops.engram
@@ -86,6 +87,11 @@ class StreamSite:
         # A branch that several sites read is kept once, here.
         branch = size_of(self.branch[0]) if self.branch else sympy.S.Zero
         return SiteCost(size_of(self.state), kept, branch, size_of(parameters[0]), joined)
+
+
+def coefficient_nodes(graph: Graph) -> list[Node]:
+    """Return the coefficients of every site of n streams, in the order of the stream."""
+    return [n for n in graph.nodes if n.target in COEFFICIENTS]
 
 
 def stream_sites(graph: Graph) -> list[StreamSite]:

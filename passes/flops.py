@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhc_compile.passes.base import op_name, value
-from mhc_compile.passes.stages import coefficient_nodes, places
+from mhc_compile.passes.stages import places, site_nodes
 
 
 def node_flops(gm: GraphModule) -> dict[Node, float]:
@@ -26,7 +26,7 @@ def by_site(graph: Graph, costs: Mapping[Node, float]) -> list[float]:
     A node is counted with the site whose piece computes it; what every piece that reads it may recompute (the
     embedding, masks, a memory's projections), with the first of these.
     """
-    count = len(coefficient_nodes(graph))
+    count = len(site_nodes(graph))
     place = first_places(graph, range(1, count))
     costs_by_site = [0.0] * count
     for node, cost in costs.items():

@@ -1,11 +1,11 @@
-"""Split a rewritten graph into pipeline stages at sites; what crosses is the n-stream state.
+"""Split a rewritten graph into pipeline stages at sites; what crosses is the state: n streams, or earlier outputs.
 
     piece k = the slice of the graph between what crosses cut k and what crosses cut k + 1
 
 A value that does not depend on the streams (rotary tables, masks, positions, hashes of token ids, a memory's rows) is
 recomputed in every piece that reads it, and a parameter that several pieces read (a tied embedding) is an input of
 each of them: their gradients must be summed. What depends on the streams is computed in one piece: a site's own nodes
-in the piece of the site, everything else as late as its readers allow. Besides the streams, cuts are crossed by what
+in the piece of the site, everything else as late as its readers allow. Besides the state, cuts are crossed by what
 later branches read of earlier ones (the values of the first layer, the output of an encoder).
 """
 
@@ -19,11 +19,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.forms import COEFFICIENTS
+from mhc_compile.kernels.form import ENTRY
+from mhc_compile.kernels.forms import COEFFICIENTS, READS
 from mhc_compile.passes.base import is_tensor, op_name, refuse, switches_gradients, value
 from mhc_compile.passes.graphs import VIEWS, base_of, reachable, writes
 
 DIALECT = torch.ops.mhc
+SITE = "mhc_site"
+"""Key in the `meta` of the name of the site that begins with a node, or of the one after which a node is the state."""
 _RANDOM = ("rand", "randn", "rand_like", "randn_like", "bernoulli", "multinomial", "normal_", "uniform_", "bernoulli_")
 
 
@@ -41,9 +44,9 @@ class Piece:
     """Names of the values that it returns; empty for the last piece, whose outputs are those of the graph."""
 
 
-def coefficient_nodes(graph: Graph) -> list[Node]:
-    """Return the coefficients of every site, in the order of the stream."""
-    return [n for n in graph.nodes if n.target in COEFFICIENTS]
+def site_nodes(graph: Graph) -> list[Node]:
+    """Return the node with which each site begins, in the order of the stream: its coefficients, or its read."""
+    return [n for n in graph.nodes if n.target in COEFFICIENTS or (n.target in READS and SITE in n.meta)]
 
 
 def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = ()) -> list[Piece]:
@@ -53,7 +56,7 @@ def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = (
 
     Raises MHC620 for cuts that are none, and MHC621 where a value would cross that cannot be sent with a gradient.
     """
-    count = len(coefficient_nodes(gm.graph))
+    count = len(site_nodes(gm.graph))
     bounds = [0, *starts, count]
     if any(a >= b for a, b in pairwise(bounds)):
         raise MHCError("MHC620", f"{len(starts) + 1} parts of {count} sites, beginning at {bounds[:-1]}")
@@ -102,15 +105,17 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
 
 def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> dict[Node, int]:
     """Return the piece of every node that depends on the streams. Others belong to whichever piece reads them."""
-    at = {coefficients: sum(i >= s for s in starts) for i, coefficients in enumerate(coefficient_nodes(graph))}
-    anchored = at | {item: piece for coefficients, piece in at.items() for item in coefficients.users}
+    first = {node: sum(i >= s for s in starts) for i, node in enumerate(site_nodes(graph))}
+    anchored: dict[Node, int] = {}
+    piece_of: dict[str, int] = {}
     for node in graph.nodes:
-        if node.target is DIALECT.distribute.default:
-            post = node.args[2]
-            assert isinstance(post, Node)
-            coefficients = post.args[0]
-            assert isinstance(coefficients, Node)
-            anchored[node] = at[coefficients]
+        name = node.meta.get(SITE, "")
+        if node in first:
+            piece_of[name] = first[node]
+            if node.target in COEFFICIENTS:
+                anchored |= dict.fromkeys(node.users, first[node])
+        if name in piece_of:  # where the site begins, and the state after it
+            anchored[node] = piece_of[name]
     place: dict[Node, int] = {}
     depends = _depending(graph, given)
     for node in reversed(graph.nodes):
@@ -129,7 +134,7 @@ def _depending(graph: Graph, given: Sequence[str]) -> set[Node]:
     """Return the nodes that depend on the streams, or on random draws, which no two pieces would repeat alike."""
     depending: set[Node] = set()
     for node in graph.nodes:
-        begins = node.target is DIALECT.expand.default or node.name in given or is_random(node)
+        begins = node.target is DIALECT.expand.default or ENTRY in node.meta or node.name in given or is_random(node)
         if begins or any(n in depending for n in node.all_input_nodes):
             depending.add(node)
     return depending

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mhc_compile.kernels.form import NEXT_PRE, DepthForm, State
+from mhc_compile.kernels.form import ENTRY, NEXT_PRE, DepthForm, State
 from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT
@@ -100,6 +100,8 @@ class _Widening(Writer):
         members = {entry, *values}
         with self.graph.inserting_before(self.place(entry, entry)):
             self.states[entry] = self.form.enter(self.call, entry, self.spec)
+        if isinstance(self.states[entry], tuple):
+            entry.meta[ENTRY] = True
         for site in stream.sites:
             self._between(site)
             if site.name not in self.numbers:
@@ -109,6 +111,7 @@ class _Widening(Writer):
             self.states[site.add] = state
             if isinstance(state, tuple):
                 self.places[state[-1]] = self.numbers[site.name]
+                state[-1].meta["mhc_site"] = site.name
         for v in values:
             # An inner add of a flattened tree has no state and no reader but its tree.
             if v in self.states and self.states[v] != (v,):
@@ -211,9 +214,14 @@ class _SiteWriter:
             node = stream.call(op, *arguments)
             results = [stream.call(operator.getitem, node, i) for i in range(len(ranks))]
         self.ranks = dict(zip(results, ranks, strict=True))
-        node.meta["mhc_site"] = site.name
-        stream.reads[site.name] = node
+        self._begin(node)
         return results
+
+    def _begin(self, node: Node) -> None:
+        """Note the node with which the site begins: the first of those that call its form's op."""
+        if self.site.name not in self.stream.reads:
+            node.meta["mhc_site"] = self.site.name
+            self.stream.reads[self.site.name] = node
 
     def read(self, op: Any, *arguments: Any) -> None:
         """Make the branch read `op(state, *arguments)`; a list of outputs is followed by the places of each."""
@@ -224,7 +232,7 @@ class _SiteWriter:
             last = max([*self.ranks, *(state if isinstance(state, tuple) else (state,))])
             with stream.graph.inserting_before(stream.place(last, v, self.first[v], self.site.add)):
                 self.reads[v] = stream.call(op, *operands, *(self._laid_out(a, v) for a in arguments))
-            stream.reads.setdefault(self.site.name, self.reads[v])
+            self._begin(self.reads[v])
             for reader in self.site.reads[v]:
                 reader.replace_input_with(v, self.reads[v])
 
@@ -265,8 +273,7 @@ class _SiteWriter:
                 mixed = self.stream.call(op, (first, own), [0, 1], *arguments)
             for reader in readers:
                 reader.replace_input_with(own, mixed)
-            mixed.meta["mhc_site"] = self.site.name
-            self.stream.reads.setdefault(self.site.name, mixed)
+            self._begin(mixed)
 
     def sum(self) -> Node:
         """Return the model's own sum."""
@@ -307,9 +314,7 @@ class _SiteWriter:
         """Return `value + y`."""
         branch = self.branch()
         with self.stream.graph.inserting_before(self.site.add):
-            node = self.stream.call(operator.add, value, branch)
-        node.meta["mhc_site"] = self.site.name
-        return node
+            return self.stream.call(operator.add, value, branch)
 
     def _laid_out(self, coefficients: Any, v: Node) -> Any:
         """Return coefficients computed at `read_at` for the tokens as they lie in `v`; any other argument as it is.

@@ -19,13 +19,11 @@ from mhc_compile.checkpoint.tables import check_tokenizer, read_tokenizer
 from mhc_compile.config import Options
 from mhc_compile.conversion.memory import convert_streams
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.kernels.start import start_of
 from mhc_compile.loading import open_converted, read_streams
 from mhc_compile.memory.request import requested
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.owner import convert_owners
-from mhc_compile.parameters import owners
 from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.recipe_tables import StreamsTable
 
@@ -61,10 +59,6 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
         read = functools.partial(read_tokenizer, folder)
         requests = requested(model, recipe.memory, None, read, start=of_memory, tables_on="meta")
         convert_streams(model, (), {}, streams.spec, options, requests, start=start)
-    for parameters in owners(model).values():
-        if not isinstance(form_of(parameters.spec), StreamForm):
-            detail = f"stages are cut between streams, which form={parameters.spec.form!r} does not have"
-            raise MHCError("MHC602", detail, way_out="train it in a loop of your own or with transformers' Trainer")
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
         raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory]")

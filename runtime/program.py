@@ -14,7 +14,7 @@ from mhc_compile.integrations.transformers import without_cache
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.base import Context, is_tensor, value
 from mhc_compile.passes.pipeline import WIDENING
-from mhc_compile.passes.stages import coefficient_nodes
+from mhc_compile.passes.stages import site_nodes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Program:
     @property
     def sites(self) -> int:
         """L, the residual sites."""
-        return len(coefficient_nodes(self.graph.graph))
+        return len(site_nodes(self.graph.graph))
 
 
 def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:

@@ -18,7 +18,7 @@ from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.base import Context, value
 from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.recompute import Recompute
-from mhc_compile.passes.stages import Piece, coefficient_nodes, split_graph
+from mhc_compile.passes.stages import Piece, site_nodes, split_graph
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit, copy_graph
 
@@ -291,7 +291,7 @@ def _tagged(graph: GraphModule, options: Options) -> GraphModule:
 
 def _unit_starts(graph: GraphModule) -> list[int]:
     """Return the sites, counted in the stage, at which units after the first begin: those of blocks, or of layers."""
-    coefficient_calls = coefficient_nodes(graph.graph)
+    coefficient_calls = site_nodes(graph.graph)
     blocks = [n.meta.get("ac_graph_id") for n in coefficient_calls]
     if any(blocks):
         return [i for i in range(1, len(blocks)) if blocks[i] != blocks[i - 1]]

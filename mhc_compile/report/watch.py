@@ -14,7 +14,7 @@ from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.observer import Debug, Observer
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.recompute import Recompute
-from mhc_compile.passes.stages import balanced, coefficient_nodes, split_graph
+from mhc_compile.passes.stages import balanced, site_nodes, split_graph
 from mhc_compile.report.draw import StreamView
 from mhc_compile.report.elements import Drawing
 from mhc_compile.report.lines import Line, Snapshots, is_buffer
@@ -108,7 +108,7 @@ def _stages(gm: GraphModule, count: int) -> list[Stage]:
 
     Raises MHC620 for more stages than sites, MHC621 where the graph cannot be cut between them.
     """
-    coefficient_calls = coefficient_nodes(gm.graph)
+    coefficient_calls = site_nodes(gm.graph)
     starts = balanced(by_site(gm.graph, node_flops(gm)), count)
     places = first_places(gm.graph, starts)
     stages = []

@@ -13,11 +13,13 @@ import torch
 
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.tables import TOKENIZER
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
 from mhc_compile.passes.cost import Plan, choose_blocks
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
-from mhc_compile.passes.stages import balanced, coefficient_nodes
+from mhc_compile.passes.stages import balanced, site_nodes
 from mhc_compile.runtime.balance import site_costs
 from mhc_compile.runtime.engine import capture
 from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, parameters_of_sites, site_works
@@ -113,12 +115,16 @@ def count(recipe: Recipe) -> Counted:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Dynamo says of transformers' own caches
         program = capture(recipe, torch.device("cpu"))
-        works = site_works(program)
+    for parameters in owners(program.model).values():
+        if not isinstance(form_of(parameters.spec), StreamForm):
+            detail = f"a plan counts n streams, which form={parameters.spec.form!r} does not have"
+            raise MHCError("MHC602", detail, way_out="measure it: mhc-compile plan --measure, or train a few steps")
+    works = site_works(program)
     rows = {f"{path}.{name}" for path, t in tables_of(program.model).items() for name, _ in t.named_parameters()}
     sizes = {name: p.numel() for name, p in program.parameters.items() if name not in rows}
     names = [names & sizes.keys() for names in parameters_of_sites(program)]
     cast = {name for name, p in program.parameters.items() if p.is_floating_point() and p.dtype != torch.float32}
-    streams = value(coefficient_nodes(program.graph.graph)[0].args[0])  # type: ignore[arg-type]
+    streams = value(site_nodes(program.graph.graph)[0].args[0])  # type: ignore[arg-type]
     *batch, length, n, hidden = streams.shape
     return Counted(
         program, works, names, sizes, frozenset(cast), _tables(program, works),

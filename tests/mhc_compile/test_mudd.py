@@ -18,6 +18,10 @@ from mhc_compile.conversion import to_residual
 from mhc_compile.parameters import owners
 
 
+def normed(x: Tensor) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
 def dense(plain: Attending, converted: nn.Module, input_ids: Tensor) -> Tensor:
     """Compute `plain` with the MUDD connections of a converted model."""
     (parameters,) = owners(converted).values()
@@ -25,10 +29,12 @@ def dense(plain: Attending, converted: nn.Module, input_ids: Tensor) -> Tensor:
     streams = [plain.embed(input_ids)]
     for k, own in enumerate(numbers):
         down, up, weights = (own[name].double() for name in ("down", "up", "weights"))
-        newest = streams[-1]
-        normed = newest / torch.sqrt(newest.square().mean(-1, keepdim=True) + 1e-6)
-        rows = (F.gelu(normed @ down.T) @ up).unflatten(-1, weights.shape) + weights
-        reads = torch.einsum("bscj,jbsd->cbsd", rows, torch.stack(streams))
+        rows = (F.gelu(normed(streams[-1]) @ down.T) @ up).unflatten(-1, weights.shape) + weights
+        if (scale := own.get("scale")) is None:
+            reads = torch.einsum("bscj,jbsd->cbsd", rows, torch.stack(streams))
+        else:
+            sums = torch.einsum("bscj,jbsd->cbsd", rows, normed(torch.stack(streams)))
+            reads = normed(sums) * scale.double()[:, None, None] + streams[-1]
         if k == len(numbers) - 1:
             return plain.head(reads[0])
         query, key, value, rest = reads
@@ -39,9 +45,11 @@ def dense(plain: Attending, converted: nn.Module, input_ids: Tensor) -> Tensor:
     raise AssertionError
 
 
-@pytest.mark.parametrize(("spelling", "joined"), SPELLINGS)
-def test_the_equations(spelling: str, joined: bool) -> None:
-    plain, model = converted(spelling, joined, "mudd", 0.1)
+@pytest.mark.parametrize(
+    ("form", "spelling", "joined"), [*(("mudd", *way) for way in SPELLINGS), ("mudd_norm", "fused", True)]
+)
+def test_the_equations(form: str, spelling: str, joined: bool) -> None:
+    plain, model = converted(spelling, joined, form, 0.1)
     expected, result = dense(plain, model, ids()), model(ids())
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     own = list(stream_parameters(model).values())
@@ -54,13 +62,19 @@ def test_the_equations(spelling: str, joined: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), pytest.param(t5, marks=pytest.mark.slow)]
+    ("make", "form"),
+    [
+        (llama, "mudd"),
+        (llama, "mudd_norm"),
+        pytest.param(gpt2, "mudd", marks=pytest.mark.slow),
+        pytest.param(t5, "mudd", marks=pytest.mark.slow),
+    ],
 )
-def test_conversion_keeps_the_function_and_goes_back(make: Callable[[], nn.Module]) -> None:
+def test_conversion_keeps_the_function_and_goes_back(make: Callable[[], nn.Module], form: str) -> None:
     model = make()
     with torch.no_grad():
         before = predicted(model)
-        after = predicted(convert(model, form="mudd", inner="eager", debug="numeric"))
+        after = predicted(convert(model, form=form, inner="eager", debug="numeric"))
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(predicted(to_residual(model)), before, rtol=0, atol=0)
 
@@ -90,6 +104,13 @@ def test_a_static_cache() -> None:
     assert static_cache_agrees(model)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_training_generation_and_folders(inner: str, tmp_path: Path) -> None:
-    used(convert(llama(), form="mudd", inner=inner), tmp_path)
+@pytest.mark.parametrize(
+    ("inner", "form"),
+    [
+        ("aot_eager", "mudd"),
+        pytest.param("inductor", "mudd", marks=pytest.mark.slow),
+        pytest.param("inductor", "mudd_norm", marks=pytest.mark.slow),
+    ],
+)
+def test_training_generation_and_folders(inner: str, form: str, tmp_path: Path) -> None:
+    used(convert(llama(), form=form, inner=inner), tmp_path)

@@ -27,7 +27,7 @@ from mhc_compile.passes.dialect_sites import stream_sites
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.pipeline import ANALYSIS, Pipeline
 from mhc_compile.passes.recompute import Recompute, is_tagged, plan_of
-from mhc_compile.passes.stages import coefficient_nodes, split_graph
+from mhc_compile.passes.stages import site_nodes, split_graph
 from mhc_compile.passes.widen import Widen
 
 Golden = Callable[[str], None]
@@ -149,7 +149,7 @@ def test_sites_without_gradients_are_left_out() -> None:
             return self.head(x + self.layers[2](x))
 
     gm, _ = tagged(dialect(Frozen(), IDS), "stage")
-    first, second, third = coefficient_nodes(gm.graph)
+    first, second, third = site_nodes(gm.graph)
     assert first not in tags(gm)
     assert tags(gm)[second] == tags(gm)[third] == (AGAIN, 1)
 
@@ -163,7 +163,7 @@ def test_layers_that_a_user_checkpoints_keep_their_own_tags() -> None:
             return self.head(x + self.layers[2](x))
 
     gm, _ = tagged(dialect(Checkpointed(), IDS), "stage")
-    first, second, third = coefficient_nodes(gm.graph)
+    first, second, third = site_nodes(gm.graph)
     theirs = CheckpointPolicy.PREFER_RECOMPUTE
     assert tags(gm)[second] == (theirs, 1)
     assert tags(gm)[first] == (AGAIN, 2)
@@ -186,7 +186,7 @@ def test_two_streams_have_blocks_of_their_own() -> None:
             return self.head(x), self.head(y)
 
     gm, _ = tagged(dialect(Two(), IDS), "stage")
-    assert [n.meta["ac_graph_id"] for n in coefficient_nodes(gm.graph)] == [1, 1, 1, 2, 2, 2]
+    assert [n.meta["ac_graph_id"] for n in site_nodes(gm.graph)] == [1, 1, 1, 2, 2, 2]
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_two_streams_have_blocks_of_their_own() -> None:
 )
 def test_blocks_of_five_sites(blocks: str | int, sizes: tuple[int, ...]) -> None:
     gm, _ = tagged(chain(5), blocks)
-    held = [n.meta.get("ac_graph_id") for n in coefficient_nodes(gm.graph)]
+    held = [n.meta.get("ac_graph_id") for n in site_nodes(gm.graph)]
     assert held == ([None] * 5 if not sizes else [i + 1 for i, size in enumerate(sizes) for _ in range(size)])
     assert is_tagged(gm.graph) == bool(sizes)
 
@@ -207,7 +207,7 @@ def test_a_stage_begins_with_what_crosses_into_it() -> None:
     pieces = split_graph(chain(5), [2])
     for piece, sizes in zip(pieces, ((2,), (2, 1)), strict=True):
         tagged(piece.graph, 2)
-        held = [n.meta.get("ac_graph_id") for n in coefficient_nodes(piece.graph.graph)]
+        held = [n.meta.get("ac_graph_id") for n in site_nodes(piece.graph.graph)]
         assert held == [i + 1 for i, size in enumerate(sizes) for _ in range(size)]
         first, *_ = stream_sites(piece.graph.graph)
         assert (first.state.op == "placeholder") == bool(piece.crosses_in)
@@ -229,7 +229,7 @@ def test_a_budget_leaves_the_last_sites_as_they_are() -> None:
     assert least.peak <= plan.peak <= budget
     assert 0 < plan.rest < 5
     gm, notes = tagged(chain(5), f"{budget}B")
-    held = [n.meta.get("ac_graph_id") for n in coefficient_nodes(gm.graph)]
+    held = [n.meta.get("ac_graph_id") for n in site_nodes(gm.graph)]
     assert held.count(None) == plan.rest
     assert held[-1] is None
     assert f"{plan.rest} sites keep all" in notes[0]

@@ -23,14 +23,14 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.pipeline import WIDENING
-from mhc_compile.passes.stages import Piece, balanced, coefficient_nodes, dropout_of, is_random, split_graph
+from mhc_compile.passes.stages import Piece, balanced, dropout_of, is_random, site_nodes, split_graph
 
 Golden = Callable[[str], None]
 
 
-def dialect(model: nn.Module, *args: Any, convention: str = "paper") -> tuple[GraphModule, list[Any]]:
+def dialect(model: nn.Module, *args: Any, **form: str) -> tuple[GraphModule, list[Any]]:
     """The model's training graph with random streams in the dialect, and its inputs; all in float64."""
-    model = mhc_compile.convert(model.double(), *args, streams=2, convention=convention, inner="eager")
+    model = mhc_compile.convert(model.double(), *args, streams=2, inner="eager", **form)
     for i, held in enumerate(owners(model).values()):
         randomise(held, i)
     found = capture(model, args, {})
@@ -57,9 +57,9 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor |
     return list(torch.autograd.grad(total, wanted, allow_unused=True))  # type: ignore[arg-type]
 
 
-def check(model: nn.Module, *args: Any, starts: Sequence[int] | None = None, convention: str = "paper") -> list[Piece]:
-    gm, inputs = dialect(model, *args, convention=convention)
-    count = len(coefficient_nodes(gm.graph))
+def check(model: nn.Module, *args: Any, starts: Sequence[int] | None = None, **form: str) -> list[Piece]:
+    gm, inputs = dialect(model, *args, **form)
+    count = len(site_nodes(gm.graph))
     pieces = split_graph(gm, range(1, count) if starts is None else starts)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -86,6 +86,38 @@ def test_pre_that_is_computed_one_site_ahead_crosses_with_the_streams() -> None:
     model, ids = toy(Recipe(layers=2, style="single"))
     pieces = check(model.train(), ids, convention="deepseek_v41")
     assert [len(p.crosses_in) for p in pieces] == [0, *[2] * (len(pieces) - 1)]
+
+
+class Attending(nn.Module):
+    """Attention and a projection in turn, each behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 24 if k % 2 == 0 else 8) for k in range(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for k, layer in enumerate(self.layers):
+            y = layer(F.rms_norm(x, (8,)))
+            x = x + (F.scaled_dot_product_attention(*y.split(8, -1), is_causal=True) if k % 2 == 0 else y.tanh())
+        return F.rms_norm(x, (8,))
+
+
+@pytest.mark.parametrize(
+    ("form", "crossing"),
+    [
+        ("attnres", [0, 2, 3, 4, 5, 6]),  # the entry and the outputs before, of which none is read twice
+        ("attnres_block", [0, 2, 2, 2, 3, 3]),
+        ("denseformer", [0, 2, 3, 4, 5, 6]),
+        ("mudd", [0, 2, 3, 4, 5, 6]),
+        ("value_residual", [0, 2]),  # the stream and the first values
+    ],
+)
+def test_earlier_outputs_cross(form: str, crossing: list[int]) -> None:
+    torch.manual_seed(0)
+    pieces = check(Attending().train(), torch.randint(11, (2, 4)), form=form)
+    assert [len(p.crosses_in) for p in pieces] == crossing
 
 
 def test_hidden_states_may_leave_where_the_streams_cross() -> None:

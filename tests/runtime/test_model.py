@@ -159,11 +159,6 @@ def test_damaged_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -
         hollow_model(recipe(copied))
 
 
-def test_forms_without_streams_are_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(MHCError, match=r"MHC602.*attnres"):
-        hollow_model(recipe(folders["llama"], mhc={"form": "attnres"}))
-
-
 def test_the_published_start_is_the_recipes(folders: dict[str, Path]) -> None:
     for start in ("default", "paper"):
         (parameters,) = owners(hollow_model(recipe(folders["llama"], mhc={"start": start}))).values()

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 import mhc_compile
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.passes.stages import coefficient_nodes
+from mhc_compile.parameters import owners
+from mhc_compile.passes.stages import site_nodes
 from mhc_compile.runtime.balance import cuts, site_costs
 from mhc_compile.runtime.program import capture_program
 from mhc_compile.runtime.stage import build_stages, tied
@@ -38,10 +39,24 @@ def summed(stages: list[Any]) -> dict[str, Tensor]:
     return {name: sum(p.grad for p in held) for name, held in found.items()}
 
 
-@pytest.mark.parametrize("form", ["hc_static", pytest.param("hc", marks=pytest.mark.slow)])
-def test_stages_of_hyper_connections(form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "starts", "units"),
+    [
+        ("hc_static", [2, 4], "stage"),
+        pytest.param("hc", [2, 4], "stage", marks=pytest.mark.slow),
+        ("attnres", [3], "blocks"),
+        pytest.param("attnres_block", [2, 4], "stage", marks=pytest.mark.slow),
+        pytest.param("denseformer", [2, 4], "stage", marks=pytest.mark.slow),
+        ("mudd", [2, 4], "stage"),
+        pytest.param("value_residual", [1], "blocks", marks=pytest.mark.slow),
+    ],
+)
+def test_stages_of_other_forms(form: str, starts: list[int], units: str) -> None:
     model, tokens = llama(form=form), ids()
-    stages = stages_of(program_of(model, tokens), [2, 4])
+    with torch.no_grad():
+        for p in owners(model)["model"].parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    stages = stages_of(program_of(model, tokens), starts, units=units)
     torch.testing.assert_close(through(stages, tokens), model(input_ids=tokens).logits, rtol=1e-5, atol=1e-5)
     loss_of(through(stages, tokens), tokens).backward()
     wanted, found = gradients(model, model(input_ids=tokens).logits, tokens), summed(stages)
@@ -93,7 +108,7 @@ def test_what_crosses_and_what_is_tied() -> None:
     # The ids are read where the memory is; they do not travel.
     assert [tuple(t.shape) for s in stages for t in s.example_inputs] == [(2, 8), (2, 8, 4, 32), (2, 8, 4, 32)]
     assert [tuple(t.shape) for s in stages for t in s.example_outputs] == [(2, 8, 4, 32), (2, 8, 4, 32), (2, 8, 64)]
-    coefficients = coefficient_nodes(stages[1].piece.graph.graph)
+    coefficients = site_nodes(stages[1].piece.graph.graph)
     assert [n.meta["mhc_site"] for n in coefficients] == ["layers.1#0", "layers.1#1"]
     assert list(stages[1].tables) == ["model.mhc.engram.layers.1.table"]
     assert tied(program, [s.piece for s in stages]) == {"model.embed_tokens.weight": (0, 2)}
