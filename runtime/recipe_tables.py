@@ -52,7 +52,7 @@ class StreamsTable:
     exit: Exit | None = None
     """How the streams become one again; left out, the convention's."""
     form: str = "mhc"
-    """`mhc`, or its ancestor Hyper-Connections: `hc` and `hc_static`, without a convention, manifold and iterations."""
+    """`mhc` or another form, which have no convention, manifold and iterations."""
     start: StartName = "default"
     """How the coefficients start, as in `convert`: `default`, or `paper` as published."""
 

@@ -1,6 +1,7 @@
-"""What every test gets: a seed made from its own name and one thread. And the options that rewrite golden files and
-record the stack."""
+"""What every test gets: a seed made from its own name, one thread and little garbage collection. And the options that
+rewrite golden files and record the stack."""
 
+import gc
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage more rarely, and never search what is imported: an eighth of the tests' time otherwise."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

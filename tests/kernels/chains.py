@@ -45,6 +45,8 @@ CHAINS = [
     Chain(kind="read", stream=StreamSpec(streams=3, manifold="permutations", convention=Convention.LIGER), width=17),
     Chain(kind="coefficients", stream=StreamSpec(manifold="kronecker"), width=12),
 ]
+FEW = 4
+"""The most streams for which Triton's interpreter is quick."""
 # In a list of their own: hypothesis draws other examples from a longer one.
 LATER = [
     Chain(kind="deferred", stream=V41, width=35),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from chains import CHAINS, LATER, name_of
+from chains import CHAINS, FEW, LATER, name_of
 
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
@@ -45,8 +45,12 @@ def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 @needs_triton
-def test_values_and_gradients_are_those_of_the_reference(interpreted: list[dict[str, Any]]) -> None:
-    assert len(interpreted) == 1 + len(CHAINS + LATER) + 8
+def test_values_and_gradients_are_those_of_the_reference(
+    interpreted: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    some = request.node.callspec.params["interpreted"] == "some"
+    few = [chain for chain in CHAINS + LATER if chain.stream.streams <= FEW]
+    assert len(interpreted) == 1 + (len(few) if some else len(CHAINS + LATER) + 8)
     for row in interpreted[1:]:
         half = "float16" in row["name"]
         # The interpreter cuts bfloat16 off instead of rounding it: twice the error of a rounding.

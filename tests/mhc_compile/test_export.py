@@ -60,10 +60,10 @@ print("equal", [m for m in sys.modules if m.split(".")[0] == "mhc_compile" and s
 """
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize(
     "makes",
-    [{"chain": (chain, "Tensor"), "llama": (lambda: llama(num_hidden_layers=1), "CausalLMOutputWithPast")},
+    [pytest.param({"chain": (chain, "Tensor"), "llama": (lambda: llama(num_hidden_layers=1),
+                   "CausalLMOutputWithPast")}, marks=pytest.mark.compat),
      pytest.param({"gpt2": (lambda: gpt2(n_layer=1), "CausalLMOutputWithCrossAttentions"),
                    "t5": (lambda: t5(num_layers=1), "Seq2SeqLMOutput")}, marks=pytest.mark.slow)],
     ids=["plain and llama", "gpt2 and t5"],

@@ -107,7 +107,7 @@ def test_a_static_cache() -> None:
 @pytest.mark.parametrize(
     ("inner", "form"),
     [
-        ("aot_eager", "mudd"),
+        ("eager", "mudd"),
         pytest.param("inductor", "mudd", marks=pytest.mark.slow),
         pytest.param("inductor", "mudd_norm", marks=pytest.mark.slow),
     ],

@@ -41,7 +41,7 @@ def llama_bf16() -> Any:
 @pytest.mark.parametrize(
     ("make", "options", "shard"),
     [
-        pytest.param(llama, {}, "30KB", id="llama", marks=pytest.mark.compat),
+        pytest.param(llama, {}, "30KB", id="llama"),
         pytest.param(
             llama_bf16, {"convention": "deepseek_v4"}, "50GB", id="llama-bf16-tied-head", marks=pytest.mark.compat
         ),

@@ -108,6 +108,19 @@ def test_every_way_for_twenty_steps(llama: Path, tmp_path: Path, inner: str, mod
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["attnres", "attnres_block", "denseformer", "mudd", "mudd_norm", "value_residual"])
+def test_depth_forms(form: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", form=form)
+    recipes = {"one": recipe(folder, model={"inner": "eager"})}
+    if form != "value_residual":  # whose two sites, the later attentions, are two stages at most
+        parallel = {"stages": 2, "data": 2, "mode": "fsdp", **WAYS["interleaved1f1b"]}
+        recipes["interleaved-fsdp"] = recipe(folder, parallel=parallel, model={"inner": "eager"})
+        recipes["dualpipev"] = recipe(folder, parallel={"stages": 2, **WAYS["dualpipev"]})
+    recipes["1f1b"] = recipe(folder, parallel={"stages": 2})
+    check(recipes, tmp_path)
+
+
+@pytest.mark.slow
 def test_recomputed_blocks(llama: Path, tmp_path: Path) -> None:
     recipes = {}
     for blocks in ("auto", "stage", 2):

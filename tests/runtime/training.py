@@ -35,7 +35,7 @@ def model_folder(folder: Path, **config: Any) -> Path:
         "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0,
         "initializer_range": 0.1, "tie_word_embeddings": True,
     }  # fmt: skip
-    extra = {name: config.pop(name) for name in ("engram", "streams") if name in config}
+    extra = {name: config.pop(name) for name in ("engram", "streams", "form") if name in config}
     start = {"engram_start": "paper"} if "engram" in extra else {}
     model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
     mhc_compile.convert(model, scratch=True, start="paper", inner="eager", **extra, **start).save_pretrained(folder)
