@@ -36,7 +36,7 @@ def engram(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("parity") / "engram", engram=settings)
 
 
-def check(recipes: dict[str, Recipe], answers: Path, wanted: Result | None = None) -> None:
+def check(recipes: dict[str, Recipe], answers: Path, wanted: Result | None = None, still: str = "nothing") -> None:
     first = next(iter(recipes.values()))
     losses, norms, weights = wanted or plain(first)
     start = dict(mhc_compile.from_pretrained(first.model.folder, inner="eager").named_parameters())
@@ -50,8 +50,8 @@ def check(recipes: dict[str, Recipe], answers: Path, wanted: Result | None = Non
             rows = slice(rows.start, rows.start + len(p)) if full.endswith("table.weight") else slice(None)
             # AdamW divides by the gradient's own size: a sum that all but cancels is rounding alone.
             moved = (weights[full][rows] - start[full][rows]).norm()
-            assert moved > 0, full
-            assert (p - weights[full][rows]).norm() < 1e-2 * moved, f"{name}, {full}"
+            assert (moved == 0) == full.startswith(still), full
+            assert (p - weights[full][rows]).norm() <= 1e-2 * moved, f"{name}, {full}"
 
 
 def test_a_few_ways(llama: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_every_way_for_twenty_steps(llama: Path, tmp_path: Path, inner: str, mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["attnres", "attnres_block", "denseformer", "mudd", "mudd_norm", "value_residual"])
+@pytest.mark.parametrize("form", ["attnres", "attnres_block", "denseformer", "mudd", "value_residual"])
 def test_depth_forms(form: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", form=form)
     recipes = {"one": recipe(folder, model={"inner": "eager"})}
@@ -117,7 +117,8 @@ def test_depth_forms(form: str, tmp_path: Path) -> None:
         recipes["interleaved-fsdp"] = recipe(folder, parallel=parallel, model={"inner": "eager"})
         recipes["dualpipev"] = recipe(folder, parallel={"stages": 2, **WAYS["dualpipev"]})
     recipes["1f1b"] = recipe(folder, parallel={"stages": 2})
-    check(recipes, tmp_path)
+    # Attention over one source has no gradient.
+    check(recipes, tmp_path, still="model.mhc.layers.0#0." if form.startswith("attnres") else "nothing")
 
 
 @pytest.mark.slow

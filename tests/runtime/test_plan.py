@@ -23,7 +23,7 @@ from mhc_compile.runtime.plan.hardware import hardware
 from mhc_compile.runtime.plan.model import Counted, count
 from mhc_compile.runtime.plan.report import show
 from mhc_compile.runtime.recipe import Recipe, read_recipe
-from mhc_compile.runtime.recipe_tables import RecomputeTable
+from mhc_compile.runtime.recipe_tables import RecomputeTable, StreamsTable
 
 GOLDEN = Path(__file__).parent / "golden" / "plan.txt"
 RATES = {"flops": 1e12, "bandwidth": 1e11, "link": 1e9, "memory": 1e9}
@@ -264,6 +264,13 @@ def test_a_recipe_or_a_budget(path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 # --- measured --------------------------------------------------------------------------------------------------------
+
+
+def test_forms_without_streams_are_not_counted(recipe: Recipe) -> None:
+    with pytest.raises(MHCError, match=r"(?s)MHC602.*attnres.*--measure"):
+        count(
+            replace(recipe, mhc=StreamsTable(form="attnres"), memory=None, parallel=replace(recipe.parallel, engram=1))
+        )
 
 
 def test_what_is_not_measured(recipe: Recipe) -> None:
