@@ -53,11 +53,10 @@ class DepthSite:
         """
         wide = (*self.reads, *(norm.out for norm in self.norms))
         kept = sum(map(size_of, wide), sympy.S.Zero)
-        for read in self.reads:
-            spec = kernel_of(read) if fused else None
-            tokens = shape(self.sources[0])[:-1]
-            for name in () if spec is None else spec.outputs()[1:]:
-                kept += sympy.prod(spec.shape(name, tokens)) * spec.dtype(name).itemsize
+        tokens = shape(self.sources[0])[:-1]
+        for spec in map(kernel_of, self.reads if fused else ()):
+            if spec is not None:
+                kept += sum(sympy.prod(spec.shape(x, tokens)) * spec.dtype(x).itemsize for x in spec.outputs()[1:])
         state = size_of(self.sources[0]) if self.begins else sympy.S.Zero
         parameters = sum((size_of(p) for p in parameters_of(self.reads[0])), sympy.S.Zero)
         read = sum(map(size_of, self.sources), sympy.S.Zero) - state + parameters

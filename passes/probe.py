@@ -192,12 +192,12 @@ class _Probing(Writer):
 
     def _read(self, node: Node) -> None:
         """Watch what a site of a depth form reads first; the exit is no site."""
-        fused = READ_OF in node.meta
-        if fused:
+        arguments: Any = node.args
+        if READ_OF in node.meta:
             (places, spec), hidden = node.meta[READ_OF], self.item(node, 0)
-            outputs, parameters = node.args[: len(places)], node.args[len(places) :]
+            outputs, parameters = arguments[: len(places)], arguments[len(places) :]
         else:
-            (outputs, places, *parameters, spec), hidden = node.args, node
+            (outputs, places, *parameters, spec), hidden = arguments, node
         slot_and_name = next((self.slots[p] for p in parameters if p in self.slots), None)
         site = node.meta.get("mhc_site")
         if slot_and_name is None or site is None or site in self.reads:

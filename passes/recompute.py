@@ -61,7 +61,7 @@ class Recompute:
         if parse_blocks(self.blocks)[0] == "off":
             return gm
         sites = stream_sites(gm.graph)
-        runs = [*runs_of(gm.graph, sites), *_depth_runs(gm.graph)]
+        runs: list[Run] = [*runs_of(gm.graph, sites), *_depth_runs(gm.graph)]
         if not runs:
             context.notes.append("no site is there to be computed again")
             return gm
@@ -74,7 +74,8 @@ class Recompute:
 
 def plan_of(graph: Graph, blocks: str | int, kernels: tuple[str, ...] = KERNELS) -> Plan:
     """Return the blocks and what they cost for a dialect graph, which is not changed. Raises as the pass does."""
-    return _plan(graph, [*runs_of(graph, stream_sites(graph)), *_depth_runs(graph)], blocks, kernels)
+    runs: list[Run] = [*runs_of(graph, stream_sites(graph)), *_depth_runs(graph)]
+    return _plan(graph, runs, blocks, kernels)
 
 
 def _plan(graph: Graph, runs: Sequence[Run], blocks: str | int, kernels: tuple[str, ...]) -> Plan:
@@ -86,8 +87,11 @@ def _plan(graph: Graph, runs: Sequence[Run], blocks: str | int, kernels: tuple[s
             return site.cost(fused="attend" in kernels)
         return site.cost(joined="boundary" in kernels and i > 0 and site.is_boundary)
 
-    costs = (tuple(_in_numbers(cost(site, i), hints, exact=exact) for i, site in enumerate(run)) for run in runs)
-    return choose_blocks(tuple(costs), blocks)
+    def costs(run: Run) -> tuple[SiteCost, ...]:
+        sites: Sequence[StreamSite | DepthSite] = run
+        return tuple(_in_numbers(cost(site, i), hints, exact=exact) for i, site in enumerate(sites))
+
+    return choose_blocks(tuple(map(costs, runs)), blocks)
 
 
 def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]:

@@ -250,15 +250,16 @@ def test_a_form_of_a_user_is_recorded_too(weighted: None) -> None:
     assert list(sample.values) == ["read", "newest", "output", "read_gradient", "output_gradient"]
     assert all(values.min() > 0 for values in sample.values.values())
     # At the start it is the residual network: the gradient of the last output is that of the stream.
-    x = model.embed(ids())
-    for layer in model.layers:
+    plain = chain(depth=3)
+    x = plain.embed(ids())
+    for layer in plain.layers:
         x = layer(x)
     x.retain_grad()
-    F.cross_entropy(model.head(x).flatten(0, 1), ids(seed=1).flatten()).backward()
+    F.cross_entropy(plain.head(x).flatten(0, 1), ids(seed=1).flatten()).backward()
     assert close(sample.values["output_gradient"][-1], x.grad.norm(), 1e-5)
 
 
-@pytest.mark.parametrize("form", ["mudd", "value_residual"])
+@pytest.mark.parametrize("form", [pytest.param("mudd", marks=pytest.mark.slow), "value_residual"])
 def test_forms_of_attentions(form: str) -> None:
     torch._dynamo.reset()
     _, model = attending.converted("fused", False, form, 0.1)

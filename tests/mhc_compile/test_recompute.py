@@ -166,7 +166,9 @@ def test_depth_forms_keep_the_outputs_alone() -> None:
 DEPTH = ["denseformer", "mudd", "value_residual"]
 
 
-@pytest.mark.parametrize("form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "mudd")) for form in DEPTH])
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "value_residual")) for form in DEPTH]
+)
 def test_reads_of_depth_forms_in_plain_pytorch(form: str) -> None:
     def plain() -> nn.Module:
         return Attending(spelling="fused", joined=False)
