@@ -20,6 +20,7 @@ from mhc_compile.passes.cost import SiteCost
 from mhc_compile.passes.dialect_sites import size_of
 from mhc_compile.passes.graphs import VIEWS, reachable
 from mhc_compile.passes.norms import BranchNorm, match_norm
+from mhc_compile.passes.stages import SITE
 
 
 @dataclass
@@ -89,7 +90,7 @@ def depth_sites(graph: Graph) -> list[list[DepthSite]]:
     """
     runs: list[list[DepthSite]] = []
     run_of: dict[Node, list[DepthSite]] = {}
-    last: Node | None = None
+    last: DepthSite | None = None
     for read in (n for n in graph.nodes if n.target in READS):
         sources = sources_of(read)
         run = next((run_of[source] for source in sources if source in run_of), None)
@@ -100,15 +101,14 @@ def depth_sites(graph: Graph) -> list[list[DepthSite]]:
         run_of |= dict.fromkeys(sources, run)
         if run and unseen:
             run[-1].output = unseen[-1]
-        if "mhc_site" not in read.meta:
-            last = None
-            continue
-        if last is not None and _same_site(last, read):
-            run[-1].reads.append(read)
-            run[-1].sources += [source for source in sources if source not in run[-1].sources]
+        if SITE in read.meta:
+            last = DepthSite([read], sources, begins=sources[0] in unseen)
+            run.append(last)
+        elif last is not None and parameters_of(read) == parameters_of(last.reads[0]):  # the site reads several values
+            last.reads.append(read)
+            last.sources += [source for source in sources if source not in last.sources]
         else:
-            run.append(DepthSite([read], sources, begins=sources[0] in unseen))
-        last = read
+            last = None
     for site in (site for run in runs for site in run):
         parts = _views(site.reads)
         site.norms = [norm for part in sorted(parts) if (norm := _entry_norm(part)) is not None]
@@ -116,13 +116,9 @@ def depth_sites(graph: Graph) -> list[list[DepthSite]]:
     return [run for run in runs if run]
 
 
-def _same_site(one: Node, other: Node) -> bool:
-    return one.meta["mhc_site"] == other.meta["mhc_site"] and parameters_of(one) == parameters_of(other)
-
-
 def _entry_norm(read: Node) -> BranchNorm | None:
-    """Return the norm of what is read; the site's output may be added to it, too."""
-    return match_norm(read, [user for user in read.users if "mhc_output" in user.meta])
+    """Return the norm of what is read, to which the branch may be added, too."""
+    return match_norm(read, [user for user in read.users if SITE in user.meta])
 
 
 def _views(reads: Iterable[Node]) -> set[Node]:

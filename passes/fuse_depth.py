@@ -13,6 +13,7 @@ from mhc_compile.kernels.fused import attend_op
 from mhc_compile.passes.base import KERNELS_OF, device_of, value
 from mhc_compile.passes.depth_sites import kernel_of
 from mhc_compile.passes.graphs import Writer
+from mhc_compile.passes.stages import SITE
 
 READ_OF = "mhc_read"
 """Key of a kernel's metadata: the places of the outputs that it reads, and the text of the specification."""
@@ -45,8 +46,8 @@ def _fuse(graph: Graph, node: Node, *, without_kernels: bool) -> str:
     with graph.inserting_before(node):
         fused = write.call(attend_op(len(sources)), *sources, *parameters)
         fused.meta |= {KERNELS_OF: (spec,), "mhc_parts": (node.name,), READ_OF: (places, text)}
-        if site := node.meta.get("mhc_site"):
-            fused.meta["mhc_site"] = site
+        if SITE in node.meta:
+            fused.meta[SITE] = node.meta[SITE]
         hidden = write.item(fused, 0)
     hidden.meta["example_value"] = first
     node.replace_all_uses_with(hidden)

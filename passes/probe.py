@@ -31,6 +31,7 @@ from mhc_compile.passes.fuse_depth import READ_OF
 from mhc_compile.passes.graphs import Writer, after
 from mhc_compile.passes.numeric import RECORDED
 from mhc_compile.passes.results import Probed
+from mhc_compile.passes.stages import SITE
 
 PROBES = torch.ops.mhc_probes
 _ENGRAM, _KERNELS = torch.ops.engram, torch.ops.engram_kernels
@@ -105,7 +106,7 @@ class _Probing(Writer):
                 self._gates(node, _GATES[node.target])
             elif node.target in READS or READ_OF in node.meta:
                 self._read(node)
-            if "mhc_output" in node.meta:
+            elif node.meta.get(SITE) in self.reads:
                 self._output(node)
         owners = list(self.owners.values())
         output: Any = self.graph.output_node()
@@ -199,7 +200,7 @@ class _Probing(Writer):
         else:
             (outputs, places, *parameters, spec), hidden = arguments, node
         slot_and_name = next((self.slots[p] for p in parameters if p in self.slots), None)
-        site = node.meta.get("mhc_site")
+        site = node.meta.get(SITE)
         if slot_and_name is None or site is None or site in self.reads:
             return
         owner, name = self._owner(slot_and_name[0]), slot_and_name[1].rpartition(".")[0]
@@ -208,9 +209,7 @@ class _Probing(Writer):
 
     def _output(self, output: Node) -> None:
         """Record a site of a depth form, and watch its output."""
-        read = self.reads.pop(output.meta["mhc_output"], None)
-        if read is None:
-            return
+        read = self.reads.pop(output.meta[SITE])
         self._watch_one(read.owner, read.name, output, 1)
         columns = len(self.watched[read.owner.slot]) + 1
         operands = (
