@@ -183,7 +183,9 @@ def test_an_owner_called_twice() -> None:
 # --- depth forms ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernels", ["none", pytest.param("all", marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "kernels", [pytest.param("none", marks=pytest.mark.slow), pytest.param("all", marks=needs_compiler)]
+)
 def test_figures_of_attention_residuals(kernels: str) -> None:
     model = converted(form="attnres", kernels=kernels)
     (sample,) = sampled(model)
@@ -273,12 +275,3 @@ def test_forms_of_attentions(form: str) -> None:
         (weights,) = (p.detach().float() for p in own.parameters())
         torch.testing.assert_close(sample.values["weights"][0], weights)
     assert ("weights" in sample.values) == (form == "value_residual")
-
-
-def test_a_depth_form_with_recomputation() -> None:
-    model = converted(chain(depth=3), form="denseformer", inner="aot_eager", recompute="stage")
-    plain = gradients(model)
-    found: list[dict[str, Tensor]] = []
-    (sample,) = sampled(model, lambda: found.append(gradients(model)))
-    assert same(plain, found[0])
-    assert sample.values["weights"].shape == (3, 4)

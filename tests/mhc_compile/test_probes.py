@@ -101,7 +101,9 @@ def test_the_model_keeps_nothing_of_a_sampled_step() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("form", "recompute"), [("mhc", "off"), ("mhc", "auto"), ("attnres", "auto")])
+@pytest.mark.parametrize(
+    ("form", "recompute"), [("mhc", "off"), ("mhc", "auto"), pytest.param("attnres", "auto", marks=pytest.mark.slow)]
+)
 def test_no_more_is_kept_for_the_backward_pass(form: str, recompute: str) -> None:
     depth = 6 if form == "mhc" else 3
     model = converted(chain(depth=depth), inner="aot_eager", kernels="all", form=form, recompute=recompute)
