@@ -43,6 +43,13 @@ class AttentionResiduals(DepthForm):
         """Return h, computed in max(float32, the outputs' dtype)."""
         return attend(outputs, parameters["query"], parameters["gain"])[0]
 
+    def weights(
+        self, outputs: Sequence[Tensor], places: Sequence[int], spec: StreamSpec, **parameters: Tensor  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
+        """Return p."""
+        _, z = attend(outputs, parameters["query"], parameters["gain"])
+        return torch.softmax(z[..., : len(outputs)], -1)
+
     def kernel(self, **fields: Any) -> KernelSpec | None:
         """Return the fused read."""
         return Attend(**fields)
@@ -91,6 +98,15 @@ class DenseFormer(DepthForm):
         for place, output in zip(places, outputs, strict=True):
             total = total + weights[place] * output.to(dtype)
         return total.to(outputs[0].dtype)
+
+    def weights(
+        self, outputs: Sequence[Tensor], places: Sequence[int], spec: StreamSpec, **parameters: Tensor  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
+        """Return the weights of the outputs at hand, that of X_k with its 1."""
+        weights = parameters["weights"][list(places)]
+        newest = torch.zeros_like(weights)
+        newest[-1] = 1.0
+        return weights + newest
 
     def total(self, call: Callable[..., Node], outputs: tuple[Node, ...]) -> Node:  # noqa: ARG002
         """Return the newest value of the stream."""

@@ -206,6 +206,20 @@ class DepthForm(Form):
         begins anew, or that leaves layers out, they are not all there.
         """
 
+    def weights(
+        self, outputs: Sequence[Tensor], places: Sequence[int], spec: StreamSpec, **parameters: Tensor  # noqa: ARG002
+    ) -> Tensor | None:  # fmt: skip
+        """Return by how much each of the N outputs counts in what is read, which probes record.
+
+        `[..., N]`, or `[N]` where it is the same for all tokens; None in a form that does not tell.
+        """
+        return None
+
+    @property
+    def tells_weights(self) -> bool:
+        """Whether the form overrides `weights`."""
+        return type(self).weights is not DepthForm.weights
+
     def kernel(self, **fields: Any) -> KernelSpec | None:  # noqa: ARG002
         """Return the fused `read`, whose `fields` are given; None where no target generates any.
 

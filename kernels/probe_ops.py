@@ -5,15 +5,18 @@
     mhc_probes::pre(z, alpha, bias, width, spec) -> pre [..., n]
     mhc_probes::gates(streams [..., n, C], keys [..., n, C], query_gain [n, C], key_gain [n, C], spec) -> [n, BINS]
     mhc_probes::norms(d_streams [..., n, C], d_branch [..., C]) -> squares [n + 1]
+    mhc_probes::depth(outputs [..., C][], places, parameters, read, output, columns, spec) -> figures of one site
+    mhc_probes::square(gradient) -> square []
 
 `site` reads the streams after the mix (`mixed`), or mixes those before it itself, where a fused exit writes none.
 `pre` computes the weights that a fused kernel used from what it keeps for its backward. `watch` is the identity on what
-a mix reads; the gradient of its third argument is `norms`.
+a mix reads; the gradient of its third argument is `norms`. `depth` and `watch_one` are the same for what a site of a
+depth form reads and for its output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +24,12 @@ from torch import Tensor
 
 from mhc_compile.kernels import hc, measures, reference
 from mhc_compile.kernels.autocast import without_autocast
+from mhc_compile.kernels.form import DepthForm
+from mhc_compile.kernels.forms import form_of
 from mhc_compile.kernels.memory import fusion
 from mhc_compile.kernels.memory.spec import FusionSpec
 from mhc_compile.kernels.sinkhorn import parse_spec
+from mhc_compile.kernels.start import DEFAULT
 
 LIBRARY = torch.library.Library("mhc_probes", "DEF")
 BINS = 20
@@ -46,9 +52,28 @@ def layout(n: int) -> dict[str, tuple[int, ...]]:
     return {**scalars, "streams": (n,), "pre": (n,), "post": (n,), "mix": (n, n)}
 
 
-def size(n: int) -> int:
-    """Return the number of values of a site."""
-    return sum(torch.Size(shape).numel() for shape in layout(n).values())
+def gradient_layout(n: int) -> dict[str, tuple[int, ...]]:
+    """Return in order what `norms` gives."""
+    return {"streams_gradient": (n,), "branch_gradient": ()}
+
+
+def depth_layout(columns: int, *, weights: bool) -> dict[str, tuple[int, ...]]:
+    """Return what `depth` records of a call, in order: shapes by name.
+
+    `tokens`; mean squares of what the site reads, of the newest output before it, and of its own. Where the form tells
+    `weights`, the mean over tokens of the entropy (in nats) of their shares, and their means by place.
+    """
+    of_weights: dict[str, tuple[int, ...]] = {"weights_entropy": (), "weights": (columns,)} if weights else {}
+    return {**dict.fromkeys(("tokens", "read", "newest", "output"), ()), **of_weights}
+
+
+DEPTH_GRADIENTS: dict[str, tuple[int, ...]] = {"read_gradient": (), "output_gradient": ()}
+"""What `watch_one` gives of a site."""
+
+
+def size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the number of values of a layout."""
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
 def watch(streams: Tensor, branch: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +85,24 @@ def watch(streams: Tensor, branch: Tensor, slot: Tensor) -> tuple[Tensor, Tensor
         return streams, branch
     watched: tuple[Tensor, Tensor] = _Watch.apply(streams, branch, slot)
     return watched
+
+
+def watch_one(value: Tensor, slot: Tensor) -> Tensor:
+    """Return `value` unchanged; the gradient of `slot` `[]` is its gradient's squared norm, as `watch` gives it."""
+    if not (torch.is_grad_enabled() and value.requires_grad):
+        return value
+    watched: Tensor = _WatchOne.apply(value, slot)
+    return watched
+
+
+class _WatchOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slot: Tensor) -> Tensor:  # noqa: ARG004
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        return gradient, torch.ops.mhc_probes.square(gradient)
 
 
 class _Watch(torch.autograd.Function):
@@ -144,6 +187,39 @@ def _gates(streams: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor, 
     return counts
 
 
+def _depth(
+    outputs: Sequence[Tensor], places: Sequence[int], parameters: Sequence[Tensor], read: Tensor, output: Tensor,
+    columns: int, spec: str,
+) -> Tensor:  # fmt: skip
+    form, parsed = form_of(parse_spec(spec)), parse_spec(spec)
+    assert isinstance(form, DepthForm)
+    tokens = outputs[-1].shape[:-1].numel()
+    values = {"read": read, "newest": outputs[-1], "output": output}
+    figures = {name: _square(t) / t.numel() for name, t in values.items()}
+    figures["tokens"] = figures["read"].new_tensor(float(tokens))
+    if form.tells_weights:
+        names = form.parameters(parsed, 0, 1, DEFAULT)
+        named = dict(zip(names, parameters, strict=True))
+        mean, entropy = figures["read"].new_zeros(len(outputs)), figures["read"].new_zeros(())
+        with without_autocast(read):
+            for piece in _pieces(len(outputs) * outputs[-1].shape[-1], *((output, 1) for output in outputs)):
+                weights = form.weights(piece, places, parsed, **named)
+                assert weights is not None
+                of_tokens = weights.to(mean.dtype).expand(len(piece[0]), len(outputs))
+                mean += of_tokens.sum(0) / tokens
+                entropy += measures.entropy(of_tokens).sum() / tokens
+        at = torch.tensor(places, device=mean.device)
+        figures |= {"weights": mean.new_zeros(columns).index_copy(0, at, mean), "weights_entropy": entropy}
+    shapes = depth_layout(columns, weights=form.tells_weights)
+    return torch.cat([figures[name].flatten().float() for name in shapes])
+
+
+def _square(values: Tensor) -> Tensor:
+    """Compute the sum of squares in float64."""
+    norm = torch.linalg.vector_norm(values, dtype=reference.compute_dtype(values.dtype))
+    return norm.double().square()
+
+
 def _norms(d_streams: Tensor, d_branch: Tensor) -> Tensor:
     dims = tuple(d for d in range(d_streams.ndim) if d != d_streams.ndim - 2)
     each = torch.linalg.vector_norm(d_streams, dim=dims, dtype=reference.compute_dtype(d_streams.dtype))
@@ -154,7 +230,7 @@ def _norms(d_streams: Tensor, d_branch: Tensor) -> Tensor:
 def _site_fake(
     streams: Tensor, branch: Tensor, pre: Tensor, post: Tensor, mix: Tensor, earlier: Tensor | None, mixed: bool  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return mix.new_empty(size(mix.shape[-1]), dtype=torch.float32), torch.empty_like(mix)
+    return mix.new_empty(size(layout(mix.shape[-1])), dtype=torch.float32), torch.empty_like(mix)
 
 
 def _pre_fake(z: Tensor, alpha: Tensor, bias: Tensor, width: int, spec: str) -> Tensor:  # noqa: ARG001
@@ -167,6 +243,19 @@ def _gates_fake(streams: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Ten
 
 def _norms_fake(d_streams: Tensor, d_branch: Tensor) -> Tensor:  # noqa: ARG001
     return d_streams.new_empty(d_streams.shape[-2] + 1, dtype=torch.float64)
+
+
+def _depth_fake(
+    outputs: Sequence[Tensor], places: Sequence[int], parameters: Sequence[Tensor], read: Tensor, output: Tensor,  # noqa: ARG001
+    columns: int, spec: str,
+) -> Tensor:  # fmt: skip
+    form = form_of(parse_spec(spec))
+    assert isinstance(form, DepthForm)
+    return read.new_empty(size(depth_layout(columns, weights=form.tells_weights)), dtype=torch.float32)
+
+
+def _square_fake(values: Tensor) -> Tensor:
+    return values.new_empty((), dtype=torch.float64)
 
 
 def _below_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -182,11 +271,14 @@ def _below_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
 def _register() -> None:
     gate = "Tensor streams, Tensor keys, Tensor query_gain, Tensor key_gain, str spec"
     site = "Tensor streams, Tensor branch, Tensor pre, Tensor post, Tensor mix, Tensor? earlier, bool mixed"
+    depth = "Tensor[] outputs, int[] places, Tensor[] parameters, Tensor read, Tensor output, int columns, str spec"
     for schema, kernel, fake in (
         (f"site({site}) -> (Tensor, Tensor)", _site, _site_fake),
         ("pre(Tensor z, Tensor alpha, Tensor bias, int width, str spec) -> Tensor", _pre, _pre_fake),
         (f"gates({gate}) -> Tensor", _gates, _gates_fake),
         ("norms(Tensor d_streams, Tensor d_branch) -> Tensor", _norms, _norms_fake),
+        (f"depth({depth}) -> Tensor", _depth, _depth_fake),
+        ("square(Tensor values) -> Tensor", _square, _square_fake),
     ):
         name = schema.split("(", 1)[0]
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

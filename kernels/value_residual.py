@@ -34,6 +34,12 @@ class ValueResidual(DepthForm):
         first, own = parameters["weights"].to(dtype)
         return (first * outputs[0].to(dtype) + own * outputs[1].to(dtype)).to(outputs[1].dtype)
 
+    def weights(
+        self, outputs: Sequence[Tensor], places: Sequence[int], spec: StreamSpec, **parameters: Tensor  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
+        """Return first and own."""
+        return parameters["weights"]
+
     def rewrite(self, site: SiteWriter) -> State:
         """Mix the values of the site's attention; leave the stream as it is."""
         site.mix_values(self.op, *site.parameters, site.text)

@@ -47,9 +47,13 @@ class SiteCost:
     branch: Expr
     """F's output, which is never recomputed."""
     parameters: Expr = sympy.S.Zero
-    """Read once by a kernel, whatever the number of tokens: phi."""
+    """What else is read to recompute the site: phi, once whatever the number of tokens; in a depth form the earlier
+    outputs."""
     joined: bool = False
     """Whether one kernel computes the streams and the site: at the beginning of a block all its results are kept."""
+    alone: bool = False
+    """Whether the site is recomputed from what is kept anyway, so that no other is recomputed for it: of a depth form,
+    the earlier outputs."""
 
     @property
     def begin(self) -> Expr:
@@ -69,7 +73,7 @@ class SiteCost:
     @property
     def again(self) -> Expr:
         """Moved to recompute any other site: the streams and the previous branch read, streams and the rest written."""
-        return 2 * self.state + self.branch + self.made + self.parameters
+        return self.first if self.alone else 2 * self.state + self.branch + self.made + self.parameters
 
 
 # --- the sites of a graph: whole numbers ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +36,17 @@ class BranchNorm:
         return self.nodes[-1]
 
 
-def match_norm(h: Node) -> BranchNorm | None:
-    """Return the norm of `h` `[..., C]`, if one is its only reader and keeps its dtype; None otherwise."""
-    readers = list(h.users)
+def match_norm(h: Node, besides: Collection[Node] = ()) -> BranchNorm | None:
+    """Return the norm of `h` `[..., C]`, if one is its only reader and keeps its dtype; None otherwise.
+
+    Readers `besides` do not count.
+    """
+    readers = [reader for reader in h.users if reader not in besides]
     norm = None
     if len(readers) == 1 and op_name(readers[0]) in _ARGUMENTS:
         norm = _called(h, readers[0])
     elif readers:
-        norm = _written_out(h)
+        norm = _written_out(h, readers)
     if norm is None or value(norm.out).dtype != value(h).dtype or shape(norm.out) != shape(h):
         return None
     parameters = [p for p in (norm.weight, norm.bias) if p is not None]
@@ -68,14 +72,14 @@ def _called(h: Node, call: Node) -> BranchNorm | None:
     return BranchNorm("rms", eps, weight, None, (call,))
 
 
-def _written_out(h: Node) -> BranchNorm | None:
+def _written_out(h: Node, readers: list[Node]) -> BranchNorm | None:
     """Match `weight * (h * rsqrt(mean(h^2) + eps))`, with casts to float32 and back where they do not matter."""
     nodes: list[Node] = []
     wide = h
-    if (cast := _only(h)) is not None and op_name(cast) in _CASTS:
-        nodes.append(cast)
-        wide = cast
-    square = next((u for u in wide.users if _squares(u, wide)), None)
+    if len(readers) == 1 and op_name(readers[0]) in _CASTS:
+        (wide,) = nodes = [readers[0]]
+        readers = list(wide.users)
+    square = next((u for u in readers if _squares(u, wide)), None)
     mean = _only(square, "mean")
     add = _only(mean, "add")
     root = _only(add, "rsqrt")
@@ -83,12 +87,7 @@ def _written_out(h: Node) -> BranchNorm | None:
     if square is None or mean is None or add is None or root is None or scaled is None:
         return None
     eps = next((a for a in add.args if isinstance(a, float)), None)
-    if (
-        eps is None
-        or not _over_the_last(mean)
-        or set(scaled.args) != {wide, root}
-        or set(wide.users) != {square, scaled}
-    ):
+    if eps is None or not _over_the_last(mean) or set(scaled.args) != {wide, root} or set(readers) != {square, scaled}:
         return None
     nodes += [square, mean, add, root, scaled]
     last = scaled

@@ -4,6 +4,10 @@
     figures, composite = mhc_probes.site(...)             after it
     counts = mhc_probes.gates(...)                        of every memory
 
+In a depth form, what a site reads is watched where it is read, and the site's output where it is computed, with
+
+    figures = mhc_probes.depth(...)                       after it
+
 It runs after `lower` and reads what the kernels return anyway, so that a sampled graph has the kernels of a plain one;
 what they do not return is computed besides. The figures become further results of the graph.
 """
@@ -20,11 +24,14 @@ from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.probe_ops import watch
+from mhc_compile.kernels.forms import READS
+from mhc_compile.kernels.probe_ops import watch, watch_one
 from mhc_compile.passes.base import Context, Mark, kernels_of, op_name, value
+from mhc_compile.passes.fuse_depth import READ_OF
 from mhc_compile.passes.graphs import Writer, after
 from mhc_compile.passes.numeric import RECORDED
 from mhc_compile.passes.results import Probed
+from mhc_compile.passes.stages import SITE
 
 PROBES = torch.ops.mhc_probes
 _ENGRAM, _KERNELS = torch.ops.engram, torch.ops.engram_kernels
@@ -61,6 +68,19 @@ class Probe:
         return gm
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A read of a site of a depth form whose output is still to come."""
+
+    owner: Probed
+    name: str
+    outputs: tuple[Node, ...]
+    places: tuple[int, ...]
+    parameters: tuple[Node, ...]
+    hidden: Node
+    spec: str
+
+
 class _Probing(Writer):
     def __init__(self, graph: Graph, marks: Sequence[Mark]) -> None:
         super().__init__(graph)
@@ -72,6 +92,8 @@ class _Probing(Writer):
         """The rows of every slot as nodes."""
         self.composites: dict[Node, Node] = {}
         """By the mix, the product of it and all before it in its stream."""
+        self.reads: dict[str, _Read] = {}
+        """By site."""
         for mark in marks:
             assert mark.probe is not None
             self.slots |= {p: (mark.probe, name) for name, p in mark.parameters.items()}
@@ -82,6 +104,10 @@ class _Probing(Writer):
                 self._site(node)
             elif node.target in _GATES:
                 self._gates(node, _GATES[node.target])
+            elif node.target in READS or READ_OF in node.meta:
+                self._read(node)
+            elif node.meta.get(SITE) in self.reads:
+                self._output(node)
         owners = list(self.owners.values())
         output: Any = self.graph.output_node()
         added = []
@@ -101,7 +127,7 @@ class _Probing(Writer):
         slot_and_name = next((self.slots[p] for p in coefficients.all_input_nodes if p in self.slots), None)
         if slot_and_name is None:
             return
-        owner = self._owner(slot_and_name[0], X)
+        owner = self._owner(slot_and_name[0])
         name = slot_and_name[1].rpartition(".")[0]
         earlier = self._earlier(X)
         self._watch(owner, name, mix)
@@ -115,22 +141,25 @@ class _Probing(Writer):
             self.composites[mix] = self.item(both, 1)
         owner.sites.append(name)
 
-    def _owner(self, slot: Node, X: Node) -> Probed:
+    def _owner(self, slot: Node) -> Probed:
         if slot not in self.owners:
-            self.owners[slot] = Probed(slot, int(value(X).shape[-2]))
+            self.owners[slot] = Probed(slot)
             with self.graph.inserting_before(after(slot)):
                 rows = self.call(torch.unbind, slot, like=slot)
                 self.watched[slot] = [self.item(rows, i) for i in range(int(value(slot).shape[0]))]
         return self.owners[slot]
 
-    def _watch(self, owner: Probed, name: str, mix: Node) -> None:
+    def _row(self, owner: Probed, name: str) -> Node:
+        """Return the site's row of the slot."""
         if name not in owner.rows:
             owner.rows.append(name)
+        return self.watched[owner.slot][owner.rows.index(name)]
+
+    def _watch(self, owner: Probed, name: str, mix: Node) -> None:
         X, y = mix.args[:2]
         assert isinstance(X, Node)
         with self.graph.inserting_before(mix):
-            row = self.watched[owner.slot][owner.rows.index(name)]
-            both = self.call(watch, X, y, row, like=X)
+            both = self.call(watch, X, y, self._row(owner, name), like=X)
             mix.args = (self.item(both, 0), self.item(both, 1), *mix.args[2:])
 
     def _pre(self, coefficients: Node) -> Node:
@@ -162,6 +191,48 @@ class _Probing(Writer):
                     queue.append((operand, moved))
         return None
 
+    def _read(self, node: Node) -> None:
+        """Watch what a site of a depth form reads first; the exit is no site."""
+        arguments: Any = node.args
+        if READ_OF in node.meta:
+            (places, spec), hidden = node.meta[READ_OF], self.item(node, 0)
+            outputs, parameters = arguments[: len(places)], arguments[len(places) :]
+        else:
+            (outputs, places, *parameters, spec), hidden = arguments, node
+        slot_and_name = next((self.slots[p] for p in parameters if p in self.slots), None)
+        site = node.meta.get(SITE)
+        if slot_and_name is None or site is None or site in self.reads:
+            return
+        owner, name = self._owner(slot_and_name[0]), slot_and_name[1].rpartition(".")[0]
+        self._watch_one(owner, name, hidden, 0)
+        self.reads[site] = _Read(owner, name, tuple(outputs), tuple(places), tuple(parameters), hidden, spec)
+
+    def _output(self, output: Node) -> None:
+        """Record a site of a depth form, and watch its output."""
+        read = self.reads.pop(output.meta[SITE])
+        self._watch_one(read.owner, read.name, output, 1)
+        columns = len(self.watched[read.owner.slot]) + 1
+        operands = (
+            list(read.outputs),
+            list(read.places),
+            list(read.parameters),
+            read.hidden,
+            output,
+            columns,
+            read.spec,
+        )
+        with self.graph.inserting_before(after(output)):
+            read.owner.figures.append(self._record(PROBES.depth.default, operands, output))
+        read.owner.sites.append(read.name)
+
+    def _watch_one(self, owner: Probed, name: str, node: Node, column: int) -> None:
+        """Give the readers of `node` its watched value."""
+        row = self._row(owner, name)
+        with self.graph.inserting_before(after(node)):
+            slot = self.call(operator.getitem, row, column, like=row)
+            watched = self.call(watch_one, node, slot, like=node)
+        node.replace_all_uses_with(watched, delete_user_cb=lambda user: user is not watched)
+
     def _gates(self, gate: Node, places: tuple[int, ...]) -> None:
         X, keys, query_gain, key_gain = (gate.args[i] for i in places)
         assert isinstance(X, Node)
@@ -170,7 +241,7 @@ class _Probing(Writer):
         slot_and_name = next((self.slots[p] for p in (key_gain, *key_gain.all_input_nodes) if p in self.slots), None)
         if slot_and_name is None:
             return
-        owner = self._owner(slot_and_name[0], X)
+        owner = self._owner(slot_and_name[0])
         with self.graph.inserting_before(after(gate)):
             operands = (X, keys, query_gain, key_gain, gate.args[-1])
             owner.counts.append(self._record(PROBES.gates.default, operands, gate))

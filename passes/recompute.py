@@ -5,6 +5,9 @@
     recomputed, by kernels         other streams, coefficients, h and entry norms, block by block, just before use
     never recomputed               what lies inside a branch
 
+In a depth form every site can be recomputed from the earlier outputs, which are its state and kept as they are: its
+reads and entry norms are recomputed, and a block saves nothing but the recomputation of several sites at a time.
+
 The tags are those of PyTorch's activation checkpointing (`meta["recompute"]`, `meta["ac_graph_id"]`): AOTAutograd's
 partitioner cuts the joint graph by them, and `fuse` merges nothing across blocks. Sites that a user checkpoints with
 `torch.utils.checkpoint` keep their own tags. Blocks never leave the graph: a pipeline stage is a graph of its own.
@@ -12,7 +15,7 @@ partitioner cuts the joint graph by them, and `fuse` merges nothing across block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import ClassVar
@@ -24,11 +27,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Context, gradient_modes
 from mhc_compile.passes.cost import Plan, SiteCost, bytes_text, choose_blocks, parse_blocks
+from mhc_compile.passes.depth_sites import DepthSite, depth_sites
 from mhc_compile.passes.dialect_sites import StreamSite, by_stream, size_hints, stream_sites
 from mhc_compile.passes.fuse import KERNELS, Fused
 from mhc_compile.passes.results import Block
 
 _TAG, _BLOCK = "recompute", "ac_graph_id"
+Run = list[StreamSite] | list[DepthSite]
+"""Sites that may share blocks: of one stream, or of one list of outputs."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Recompute:
         if parse_blocks(self.blocks)[0] == "off":
             return gm
         sites = stream_sites(gm.graph)
-        runs = runs_of(gm.graph, sites)
+        runs: list[Run] = [*runs_of(gm.graph, sites), *_depth_runs(gm.graph)]
         if not runs:
             context.notes.append("no site is there to be computed again")
             return gm
@@ -68,21 +74,24 @@ class Recompute:
 
 def plan_of(graph: Graph, blocks: str | int, kernels: tuple[str, ...] = KERNELS) -> Plan:
     """Return the blocks and what they cost for a dialect graph, which is not changed. Raises as the pass does."""
-    return _plan(graph, runs_of(graph, stream_sites(graph)), blocks, kernels)
+    runs: list[Run] = [*runs_of(graph, stream_sites(graph)), *_depth_runs(graph)]
+    return _plan(graph, runs, blocks, kernels)
 
 
-def _plan(graph: Graph, runs: list[list[StreamSite]], blocks: str | int, kernels: tuple[str, ...]) -> Plan:
+def _plan(graph: Graph, runs: Sequence[Run], blocks: str | int, kernels: tuple[str, ...]) -> Plan:
     exact = parse_blocks(blocks)[0] == "bytes"
     hints = size_hints(graph)
-    one = "boundary" in kernels
-    costs = tuple(
-        tuple(
-            _in_numbers(site.cost(joined=one and i > 0 and site.is_boundary), hints, exact=exact)
-            for i, site in enumerate(run)
-        )
-        for run in runs
-    )
-    return choose_blocks(costs, blocks)
+
+    def cost(site: StreamSite | DepthSite, i: int) -> SiteCost:
+        if isinstance(site, DepthSite):
+            return site.cost(fused="attend" in kernels)
+        return site.cost(joined="boundary" in kernels and i > 0 and site.is_boundary)
+
+    def costs(run: Run) -> tuple[SiteCost, ...]:
+        sites: Sequence[StreamSite | DepthSite] = run
+        return tuple(_in_numbers(cost(site, i), hints, exact=exact) for i, site in enumerate(sites))
+
+    return choose_blocks(tuple(map(costs, runs)), blocks)
 
 
 def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]:
@@ -98,32 +107,48 @@ def runs_of(graph: Graph, among: Iterable[StreamSite]) -> list[list[StreamSite]]
     return by_stream([site for site in among if may(site)])
 
 
+def _depth_runs(graph: Graph) -> list[list[DepthSite]]:
+    """Return the sites of depth forms that may be recomputed, as `runs_of` does."""
+    modes = gradient_modes(graph)
+
+    def may(site: DepthSite) -> bool:
+        return not any(_TAG in n.meta for n in site.stream) and modes[site.reads[0]] is not False
+
+    runs = ([site for site in run if may(site)] for run in depth_sites(graph))
+    return [run for run in runs if run]
+
+
 def is_tagged(graph: Graph) -> bool:
     """Return whether anything of the graph is to be recomputed."""
     return any(_TAG in n.meta for n in graph.nodes)
 
 
-def _blocks(runs: list[list[StreamSite]], plan: Plan) -> Iterator[Block]:
+def _blocks(runs: Sequence[Run], plan: Plan) -> Iterator[Block]:
     for run, costs, sizes in zip(runs, plan.runs, plan.sizes, strict=True):
         for begin, end in pairwise(accumulate(sizes, initial=0)):
             block = costs[begin:end]
             yield Block(
-                sites=tuple(site.coefficients for site in run[begin:end]),
+                sites=tuple(s.reads[0] if isinstance(s, DepthSite) else s.coefficients for s in run[begin:end]),
                 kept=int(sum(s.branch for s in block) + block[0].begin),
                 recomputed=int(sum(s.made + s.state for s in block) - block[0].begin),
             )
 
 
-def _tag(graph: Graph, runs: list[list[StreamSite]], plan: Plan, states: set[Node]) -> None:
+def _tag(graph: Graph, runs: Sequence[Run], plan: Plan, states: set[Node]) -> None:
     """Tag the blocks of the plan; `states` are the streams with which any site of the graph begins."""
     block = max((int(n.meta[_BLOCK]) for n in graph.nodes if _BLOCK in n.meta), default=0)
     again: list[Node] = []
     for run, costs, sizes in zip(runs, plan.runs, plan.sizes, strict=True):
         for begin, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
             block += 1
-            again += _tag_block(run[begin : begin + size], block, joined=costs[begin].joined)
+            inside = run[begin : begin + size]
+            if isinstance(inside[0], DepthSite):
+                _tag_reads(inside, block)
+            else:
+                again += _tag_block(inside, block, joined=costs[begin].joined)
         done = sum(sizes)
-        end = run[done - 1].distribute if done else None
+        last = run[done - 1] if done else None
+        end = last.distribute if isinstance(last, StreamSite) else None
         # Sites without tags that one kernel joins to the last block keep all its results, as they would anyway.
         if end is not None and end in states and not (done < len(run) and costs[done].joined):
             end.meta |= {_TAG: CheckpointPolicy.MUST_SAVE, _BLOCK: block}
@@ -151,6 +176,16 @@ def _tag_block(inside: list[StreamSite], block: int, *, joined: bool) -> list[No
     return again
 
 
+def _tag_reads(inside: Iterable[DepthSite], block: int) -> None:
+    """Tag the sites of one block of a depth form."""
+    for site in inside:
+        for node in site.stream:
+            node.meta |= {_TAG: CheckpointPolicy.MUST_RECOMPUTE, _BLOCK: block}
+        for node in site.sources:
+            if node.op != "placeholder" and _TAG not in node.meta:
+                node.meta[_TAG] = CheckpointPolicy.MUST_SAVE
+
+
 def _in_numbers(cost: SiteCost, hints: dict[sympy.Symbol, int], *, exact: bool) -> SiteCost:
     """Return the costs at the current sizes; an unknown size may be 1, as blocks depend on the ratios of costs.
 
@@ -161,7 +196,7 @@ def _in_numbers(cost: SiteCost, hints: dict[sympy.Symbol, int], *, exact: bool) 
     if unknown and exact:
         raise MHCError("MHC627", f"{', '.join(sorted(map(str, unknown)))} depend on data")
     state, recomputable, branch, parameters = (int(e.subs(dict.fromkeys(unknown, 1))) for e in costs)
-    return SiteCost(state, recomputable, branch, parameters, cost.joined)
+    return SiteCost(state, recomputable, branch, parameters, cost.joined, cost.alone)
 
 
 def _notes(plan: Plan) -> Iterable[str]:

@@ -122,8 +122,7 @@ class Probed:
     """What is recorded of one owner in a graph."""
 
     slot: Node
-    """`[sites, n + 1]`: its gradient is that of `watch` for every name of `rows`."""
-    streams: int
+    """`[sites, values]`: its gradient is what `watch` or `watch_one` gives for every name of `rows`."""
     rows: list[str] = field(default_factory=list)
     sites: list[str] = field(default_factory=list)
     """The names of the calls of sites in the order of the graph, of which `figures` `[calls, values]` has a row."""

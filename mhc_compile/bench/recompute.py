@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -94,12 +94,11 @@ class StreamBytes:
         return self.kept + self.transient
 
 
-def stream_bytes(model: nn.Module, run: Callable[[], Tensor], *, streams: int, width: int, rows: int) -> StreamBytes:
+def stream_bytes(model: nn.Module, run: Callable[[], Tensor], sizes: Collection[int]) -> StreamBytes:
     """Measure what is kept for the backward pass of `run`, which returns the output [B, S, C] of a compiled `model`.
 
-    A storage is the streams' by the last dimensions of what is kept in it: (n, C), C, (n, n), n or R + 1. What autograd
-    packs is counted, by storage, parameters left out; what kernels of streams give during the backward pass, while it
-    is alive.
+    A storage is the streams' by the last dimension of what is kept in it, one of `sizes`. What autograd packs is
+    counted, by storage, parameters left out; what kernels of streams give during the backward pass, while it is alive.
     """
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     of_streams: dict[int, int] = {}
@@ -107,7 +106,7 @@ def stream_bytes(model: nn.Module, run: Callable[[], Tensor], *, streams: int, w
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        ours = t.shape[-1:] in ((width,), (streams,), (rows + 1,)) and t.ndim > 1
+        ours = t.ndim > 1 and t.shape[-1] in sizes
         if storage.data_ptr() not in parameters:
             (of_streams if ours else of_branches)[storage.data_ptr()] = t.nbytes
         return t
@@ -167,7 +166,7 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
         step = gradients(model, x, weights)
         expected = expected or [value.double() for value in step()]
         by_name[name] = (
-            stream_bytes(model, lambda m=model: m(x), streams=spec.streams, width=width, rows=spec.rows),  # type: ignore[misc]
+            stream_bytes(model, lambda m=model: m(x), {width, spec.streams, spec.rows + 1}),  # type: ignore[misc]
             plan_for(model, x, blocks),
         )
         contenders.append(Contender(name, step, check=partial(distance, exact=expected), tolerance=0.0))

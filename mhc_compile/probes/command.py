@@ -23,7 +23,8 @@ def add_parser(subparsers: Any) -> None:
         description="Prints the last sample of every stream owner in a file that `Probes.write` made, a line a site: "
         "the largest gain over tokens, forward or backward, of the site's H and of all sites up to it (composite), how "
         "far off doubly stochastic H is, how far the streams are apart, the entropies of pre and post in nats, and the "
-        "gradient of the branch's output.",
+        "gradient of the branch's output. Of a depth form: root mean squares of what the site reads, of the newest "
+        "output before it and of its own, the entropy of the weights, and the gradient of the output.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="one line of JSON a sample")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw all samples into PNG files in DIR")
@@ -49,7 +50,11 @@ _COLUMNS = {
     "apart": ("separation",),
     "pre": ("pre_entropy",),
     "post": ("post_entropy",),
-    "gradient": ("branch_gradient",),
+    "read": ("read",),
+    "newest": ("newest",),
+    "output": ("output",),
+    "entropy": ("weights_entropy",),
+    "gradient": ("branch_gradient", "output_gradient"),
 }
 
 

@@ -23,17 +23,22 @@ def draw(samples: Sequence[Sample], folder: Path) -> list[Path]:
     `OWNER-mix.png`: the mean H of every site; `-gain.png`: gains and distances along the depth; `-streams.png`: norms,
     gradients, separation and entropies by site; `-gates.png`: histograms of memories' gates; all of the last sample.
     `-history.png`: separation and composite gain of all samples.
+
+    In a depth form: `-weights.png`, the mean weights of every site's sources, and `-depth.png`, root mean squares and
+    gradients along the depth and entropies, of the last sample; `-history.png`: outputs and gradients of all samples.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MHCError("MHC233", str(error)) from error
-    pictures = {"mix": _mixes, "gain": _gains, "streams": _streams, "gates": _gates}
+    of_streams = {"mix": _mixes, "gain": _gains, "streams": _streams, "gates": _gates}
+    of_depth = {"weights": _weights, "depth": _depth}
     drawn = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for owner in dict.fromkeys(sample.owner for sample in samples):
             of_owner = [sample for sample in samples if sample.owner == owner]
+            pictures = of_depth if "read" in of_owner[-1].values else of_streams
             parts = [(name, picture, of_owner[-1:]) for name, picture in pictures.items()]
             for name, picture, shown in (*parts, ("history", _history, of_owner)):
                 figure = Figure(layout="constrained")
@@ -135,17 +140,56 @@ def _gates(figure: Any, samples: Sequence[Sample]) -> bool:
     return True
 
 
+def _weights(figure: Any, samples: Sequence[Sample]) -> bool:
+    (sample,) = samples
+    if "weights" not in sample.values:
+        return False
+    weights = sample.values["weights"]
+    figure.set_size_inches(2.5 + 0.25 * weights.shape[1], 1.5 + 0.25 * len(weights))
+    axis = figure.subplots()
+    largest = float(weights.abs().max())
+    low = -largest if weights.min() < 0 else 0.0
+    image = axis.imshow(weights, vmin=low, vmax=largest, cmap="viridis", interpolation="nearest")
+    places = range(0, len(sample.sites), max(1, len(sample.sites) // 16))
+    axis.set_yticks(list(places), [_short(sample.sites[i]) for i in places], fontsize=7)
+    axis.set(xlabel="output: 0 the entry, k + 1 that of site k", ylabel="site")
+    figure.colorbar(image, ax=axis)
+    figure.suptitle(f"{_title(sample)}: mean weights of what each site reads", fontsize=9)
+    return True
+
+
+def _depth(figure: Any, samples: Sequence[Sample]) -> bool:
+    (sample,) = samples
+    values = sample.values
+    panels = {
+        "root mean squares": {name: name for name in ("read", "newest", "output")},
+        "gradients: 2-norm": {"read_gradient": "of what is read", "output_gradient": "of the output"},
+        "entropy of the weights in nats": {"weights_entropy": "mean over tokens"},
+    }
+    shown = {title: lines for title, lines in panels.items() if all(name in values for name in lines)}
+    figure.set_size_inches(4 * len(shown), 3.6)
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, shown.items(), strict=True):
+        for name, label in lines.items():
+            axis.plot(values[name], label=label, marker=".")
+        axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=9)
+        axis.legend(fontsize=7)
+    _along_depth(figure, axes, sample)
+    return True
+
+
 def _history(figure: Any, samples: Sequence[Sample]) -> bool:
     same = [sample for sample in samples if sample.sites == samples[-1].sites]
     if len(same) < 2:
         return False
-    figure.set_size_inches(12, 4)
-    apart, gain = figure.subplots(1, 2)
+    titles = {"separation": "separation of the streams", "composite_backward_max": "largest composite gain, backward"}
+    if "read" in same[-1].values:
+        titles = {"output": "outputs: root mean square", "output_gradient": "gradients of outputs: 2-norm"}
+    shown = {name: title for name, title in titles.items() if all(name in sample.values for sample in same)}
+    figure.set_size_inches(6 * len(shown), 4)
     steps = [sample.step for sample in same]
-    for axis, name, title in (
-        (apart, "separation", "separation of the streams"),
-        (gain, "composite_backward_max", "largest composite gain, backward"),
-    ):
+    for axis, (name, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
         table: Tensor = torch.stack([sample.values[name] for sample in same], 1)
         image = axis.pcolormesh(steps, range(len(table)), table, shading="nearest", cmap="viridis")
         axis.set(xlabel="step", ylabel="site")

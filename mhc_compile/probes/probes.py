@@ -104,7 +104,8 @@ class Probes:
         """Draw the samples into PNG files in `folder` and return them. Raises MHC233 without matplotlib, MHC413.
 
         For each owner: heat maps of the mean H of every site, gains along the depth, the streams by layer, and the
-        gates of memories; of the last sample, separation and gains over all samples too.
+        gates of memories; of the last sample, separation and gains over all samples too. For owners in a depth form:
+        the weights of every site's sources, what is read and written along the depth, and outputs over all samples.
         """
         return draw(self.samples, Path(folder))
 
@@ -114,7 +115,7 @@ def _add_to_tensorboard(writer: Any, sample: Sample) -> None:
     for quantity, values in sample.values.items():
         if quantity == "gates":
             _add_gates(writer, sample, values)
-        elif quantity != "mix":
+        elif quantity not in ("mix", "weights"):
             for site, of_site in zip(sample.sites, values.tolist(), strict=True):
                 tag = f"{quantity}/{f'{sample.owner}.{site}'.strip('.')}"
                 figures = {f"{tag}/{i}": x for i, x in enumerate(of_site)} if values.ndim > 1 else {tag: of_site}

@@ -16,8 +16,21 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mhc_compile.kernels.forms import DepthForm, form_of
+from mhc_compile.kernels.probe_ops import DEPTH_GRADIENTS, depth_layout, gradient_layout, layout, size
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.results import Probed
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def layouts(parameters: StreamParameters) -> tuple[Shapes, Shapes]:
+    """Return what is recorded of a site of an owner: the shapes of its figures and of its gradients, in order."""
+    spec = parameters.spec
+    form = form_of(spec)
+    if isinstance(form, DepthForm):
+        return depth_layout(len(parameters.sites) + 1, weights=form.tells_weights), DEPTH_GRADIENTS
+    return layout(spec.streams), gradient_layout(spec.streams)
 
 
 @dataclass
@@ -31,11 +44,11 @@ class Call:
     layers: tuple[str, ...]
     """The same of memories and `counts`."""
     figures: Tensor | None = None
-    """`[len(sites), values]`, laid out as `mhc_compile.kernels.probe_ops.layout` says."""
+    """`[len(sites), values]`, laid out as `layouts` says."""
     counts: Tensor | None = None
     """`[len(layers), n, bins]`."""
     squares: Tensor | None = None
-    """`[rows, n + 1]`: squared norms of the gradients; None before a backward pass."""
+    """`[rows, values]`: squared norms of the gradients; None before a backward pass."""
 
 
 @dataclass
@@ -50,7 +63,8 @@ class Record:
     def open(self) -> None:
         """Pass a slot to the owner's calls from now on."""
         device = next(self.parameters.parameters()).device
-        shape = (len(self.parameters.sites), self.parameters.spec.streams + 1)
+        _, gradients = layouts(self.parameters)
+        shape = (len(self.parameters.sites), size(gradients))
         with torch.inference_mode(False):
             slot = torch.zeros(shape, dtype=torch.float64, device=device, requires_grad=True)
         _records[slot] = self

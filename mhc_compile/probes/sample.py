@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.probe_ops import BINS, layout
-from mhc_compile.probes.recording import Record
+from mhc_compile.kernels.probe_ops import BINS, DEPTH_GRADIENTS, depth_layout, gradient_layout, layout
+from mhc_compile.probes.recording import Record, Shapes, layouts
 
 FORMAT = 1
 _DIGITS = 6
 """Significant ones in a file."""
+_SQUARED = ("streams", "branch", "read", "newest", "output")
+"""What is recorded as mean squares."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Sample:
         streams_gradient               [L, n]    2-norm over all tokens of the gradient that the site's mix hands back
         branch_gradient                [L]       2-norm over all tokens of the gradient of the branch's output
         gates                          [M, n, bins]   memories: how many tokens have a gate in each part of 0 to 1
+
+    Of a depth form, with S = L + 1 places (0 the entry, k + 1 the output of site k):
+
+        read, newest, output           [L]       root mean squares: of what the site reads, of the newest output before
+                                                 it, and of its own, in the form's terms (DenseFormer's is the stream)
+        weights                        [L, S]    means over tokens of the weights of the outputs, 0 for those not read
+        weights_entropy                [L]       in nats, of the shares of the outputs in them
+        read_gradient, output_gradient [L]       2-norms over all tokens
+
+    Weights are there where the form tells them (`DepthForm.weights`).
 
     Gradients are there where a backward pass ran inside the step (of several, the norm of all together), gates where
     the owner has memories.
@@ -81,36 +93,32 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 def sample_of(record: Record, step: int) -> Sample:
     """Combine all calls of a record: means over all tokens, maxima, and sums of counts and squared gradients."""
-    n = record.parameters.spec.streams
     calls = [call for call in record.calls if call.figures is not None]
     sites = tuple(dict.fromkeys(name for call in calls for name in call.sites))
     layers = tuple(dict.fromkeys(name for call in calls for name in call.layers))
     rows = _by_name(sites, ((call.sites, call.figures) for call in calls))
-    weights = [r[:, 0] / r[:, 0].sum() for r in rows]
-    figures: dict[str, Tensor] = {}
-    at = 0
-    for name, shape in layout(n).items():
-        width = torch.Size(shape).numel()
-        parts = [r[:, at : at + width] for r in rows]
-        at += width
-        if name.endswith("_max"):
-            merged = [p.amax(0) for p in parts]
-        elif name == "tokens":
-            merged = [p.sum(0) for p in parts]
-        else:
-            merged = [(w.unsqueeze(-1) * p).sum(0) for w, p in zip(weights, parts, strict=True)]
-        figures[name] = torch.stack(merged).reshape(len(sites), *shape)
-    tokens = int(figures.pop("tokens").max())
-    values = {name: t.sqrt() if name in ("streams", "branch") else t for name, t in figures.items()}
-    values = {name: t.float() for name, t in values.items()}
+    weights = [r[:, :1] / r[:, 0].sum() for r in rows]
+    shapes, of_gradients = layouts(record.parameters)
+    means = _split(torch.stack([(w * r).sum(0) for w, r in zip(weights, rows, strict=True)]), shapes)
+    largest = _split(torch.stack([r.amax(0) for r in rows]), shapes)
+    tokens = int(max(r[:, 0].sum() for r in rows))
+    figures = {name: largest[name] if name.endswith("_max") else mean for name, mean in means.items()}
+    del figures["tokens"]
+    values = {name: (t.sqrt() if name in _SQUARED else t).float() for name, t in figures.items()}
     gradients = _by_name(sites, ((call.rows, call.squares) for call in calls if call.squares is not None))
     if all(len(g) for g in gradients):
         norms = torch.stack([g.sum(0) for g in gradients]).sqrt().float()
-        values |= {"streams_gradient": norms[:, :n], "branch_gradient": norms[:, n]}
+        values |= _split(norms, of_gradients)
     if layers:
         counts = _by_name(layers, ((call.layers, call.counts) for call in calls if call.counts is not None))
         values["gates"] = torch.stack([c.sum(0) for c in counts]).float()
     return Sample(step, record.owner, tokens, sites, layers, values)
+
+
+def _split(table: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    """Return the parts of a table `[L, values]` by name, `[L, ...]` each."""
+    parts = table.split([torch.Size(shape).numel() for shape in shapes.values()], 1)
+    return {name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _by_name(names: Sequence[str], calls: Iterable[tuple[Sequence[str], Tensor | None]]) -> list[Tensor]:
@@ -135,11 +143,15 @@ def _parsed(line: Any) -> Sample:
         raise ValueError("not a sample in a format that this version knows")
     sites, layers = (tuple(_text(name) for name in line[key]) for key in ("sites", "layers"))
     values = {_text(name): torch.tensor(_numbers(v)) for name, v in line["values"].items()}
-    n = values["streams"].shape[-1]
-    required = {name: (len(sites), *shape) for name, shape in layout(n).items() if name != "tokens"}
-    optional = {
-        "streams_gradient": (len(sites), n), "branch_gradient": (len(sites),), "gates": (len(layers), n, BINS)
-    }  # fmt: skip
+    if "read" in values:
+        of_weights = values.get("weights")
+        columns = 1 if of_weights is None else of_weights.shape[-1]
+        of_sites, of_gradients, gates = depth_layout(columns, weights=of_weights is not None), DEPTH_GRADIENTS, {}
+    else:
+        n = values["streams"].shape[-1]
+        of_sites, of_gradients, gates = layout(n), gradient_layout(n), {"gates": (len(layers), n, BINS)}
+    required = {name: (len(sites), *shape) for name, shape in of_sites.items() if name != "tokens"}
+    optional = {**{name: (len(sites), *shape) for name, shape in of_gradients.items()}, **gates}
     for name in {**required, **values}:
         if values[name].shape != (required | optional)[name] or not sites:
             raise ValueError(f"{name} has the shape {list(values[name].shape)}")

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from mhc_compile.kernels import hc, probe_ops, reference
+from mhc_compile.kernels.attend import attend
 from mhc_compile.kernels.chain import Chain
-from mhc_compile.kernels.forms import start_values
+from mhc_compile.kernels.forms import DepthForm, form_of, start_values
 from mhc_compile.kernels.memory import fusion
 from mhc_compile.kernels.memory.spec import FusionSpec
 from mhc_compile.kernels.spec import Convention, StreamSpec
+from mhc_compile.kernels.start import DEFAULT
 
 OPS = torch.ops.mhc_probes
 
@@ -121,3 +123,48 @@ def test_fakes_and_schemas() -> None:
     gains = torch.randn(2, 3, 5)
     torch.library.opcheck(OPS.gates.default, (X, X + 1, *gains, str(FusionSpec())), test_utils=checks)
     torch.library.opcheck(OPS.norms.default, (X, y), test_utils=checks)
+
+
+def of_depth(found: Tensor, columns: int, *, weights: bool) -> dict[str, Tensor]:
+    shapes = {name: torch.Size(s) for name, s in probe_ops.depth_layout(columns, weights=weights).items()}
+    parts = found.split([shape.numel() for shape in shapes.values()])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+@pytest.mark.parametrize("form", ["attnres", "denseformer", "mudd"])
+def test_a_site_of_a_depth_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = StreamSpec(form=form)
+    of_site = form_of(spec)
+    assert isinstance(of_site, DepthForm)
+    outputs, places = list(torch.randn(3, 2, 7, 5)), [0, 2, 3]
+    named = {name: torch.randn(p.shape) for name, p in of_site.parameters(spec, 3, 5, DEFAULT).items()}
+    read = of_site.read(outputs, places, spec, **named)
+    operands = (outputs, places, list(named.values()), read, outputs[0], 6, str(spec))
+    whole = OPS.depth(*operands)
+    found = of_depth(whole, 6, weights=form != "mudd")
+    assert found["tokens"] == 14
+    for name, value in (("read", read), ("newest", outputs[-1]), ("output", outputs[0])):
+        torch.testing.assert_close(found[name], value.square().mean())
+    if form == "attnres":
+        shares = attend(outputs, *named.values())[1][..., :3].softmax(-1)
+        torch.testing.assert_close(found["weights"][places], shares.mean((0, 1)))
+        entropy = torch.distributions.Categorical(shares).entropy().mean()
+        torch.testing.assert_close(found["weights_entropy"], entropy)
+    if form == "denseformer":
+        torch.testing.assert_close(found["weights"][places], named["weights"][places] + torch.tensor([0.0, 0.0, 1.0]))
+    if form != "mudd":
+        assert not found["weights"][[1, 4, 5]].any()
+    monkeypatch.setattr(probe_ops, "CHUNK", 4 * 15)
+    torch.testing.assert_close(OPS.depth(*operands), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_watch_one_is_the_identity_and_gives_the_squared_norm() -> None:
+    x, slot = torch.randn(2, 7, 5, requires_grad=True), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    watched = probe_ops.watch_one(x, slot)
+    assert watched.data_ptr() == x.data_ptr()
+    watched.sin().sum().backward()
+    assert torch.equal(x.grad, x.detach().cos())
+    torch.testing.assert_close(slot.grad, x.grad.double().square().sum(), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        assert probe_ops.watch_one(x, slot) is x
+    assert probe_ops.watch_one(x.detach(), slot).requires_grad is False

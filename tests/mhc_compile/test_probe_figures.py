@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import attending
 import pytest
 import torch
 from memories import shake_memory, small
@@ -18,9 +20,12 @@ from mhc_compile import convert
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.gates import gate_values
 from mhc_compile.kernels import measures, reference
+from mhc_compile.kernels.forms import FORMS, READS, DepthForm, Parameter, register
 from mhc_compile.kernels.probe_ops import BINS
-from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.kernels.spec import FORM_NAMES, StreamSpec
+from mhc_compile.kernels.start import Start
 from mhc_compile.measure import measure_streams
+from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.pipeline import WIDENING
 
@@ -173,3 +178,100 @@ def test_an_owner_called_twice() -> None:
     assert both.tokens == 32
     for name in ("separation", "composite_forward_mean", "mix"):
         assert close(both.values[name], (calls[0].values[name] + calls[1].values[name]) / 2, 1e-5)
+
+
+# --- depth forms ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kernels", [pytest.param("none", marks=pytest.mark.slow), pytest.param("all", marks=needs_compiler)]
+)
+def test_figures_of_attention_residuals(kernels: str) -> None:
+    model = converted(form="attnres", kernels=kernels)
+    (sample,) = sampled(model)
+    (own,) = owners(model).values()
+    outputs, reads, rows = [model.embed(ids())], [], []
+    for name, layer in zip((*own.sites, "head"), (*model.layers, None), strict=True):
+        parameters = own.get_submodule(name)
+        sources = torch.stack(outputs, -2)
+        keys = F.rms_norm(sources, sources.shape[-1:], parameters.gain, eps=1e-6)
+        shares = (keys @ parameters.query).softmax(-1)
+        h = (shares.unsqueeze(-1) * sources).sum(-2) * len(outputs)
+        if layer is None:
+            continue
+        h.retain_grad()
+        reads.append(h)
+        y = layer.down(F.gelu(layer.up(layer.norm(h))))
+        y.retain_grad()
+        rows.append(
+            {
+                "read": rms(h),
+                "newest": rms(outputs[-1]),
+                "output": rms(y),
+                "weights_entropy": torch.distributions.Categorical(shares).entropy().mean(),
+                "weights": F.pad(shares.mean((0, 1)), (0, 4 - len(outputs))),
+            }
+        )
+        outputs.append(y)
+    F.cross_entropy(model.head(h).flatten(0, 1), ids(seed=1).flatten()).backward()
+    for row, h, y in zip(rows, reads, outputs[1:], strict=True):
+        row |= {"read_gradient": h.grad.norm(), "output_gradient": y.grad.norm()}
+    assert sample.values.keys() == rows[0].keys()
+    assert sample.sites == tuple(own.sites)
+    for name in rows[0]:
+        wanted = torch.stack([row[name] for row in rows]).detach()
+        torch.testing.assert_close(sample.values[name], wanted, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+class Weighted(DepthForm):
+    """A form of a user, which tells no weights and has no exit."""
+
+    name = "of_a_user"
+
+    def parameters(self, spec: StreamSpec, index: int, hidden: int, start: Start) -> dict[str, Parameter]:
+        return {"weights": Parameter((index + 1,), lambda: torch.ones(index + 1))}
+
+    def read(self, outputs: Any, places: Any, spec: StreamSpec, **parameters: Tensor) -> Tensor:
+        return sum(parameters["weights"][place] * output for place, output in zip(places, outputs, strict=True))
+
+
+@pytest.fixture
+def weighted() -> Iterator[None]:
+    register(Weighted())
+    yield
+    del FORM_NAMES["of_a_user"], READS[FORMS.pop("of_a_user").op]
+
+
+def test_a_form_of_a_user_is_recorded_too(weighted: None) -> None:
+    model = convert(chain(depth=3), ids(), form="of_a_user", inner="eager")
+    (sample,) = sampled(model)
+    assert list(sample.values) == ["read", "newest", "output", "read_gradient", "output_gradient"]
+    assert all(values.min() > 0 for values in sample.values.values())
+    # At the start it is the residual network: the gradient of the last output is that of the stream.
+    plain = chain(depth=3)
+    x = plain.embed(ids())
+    for layer in plain.layers:
+        x = layer(x)
+    x.retain_grad()
+    F.cross_entropy(plain.head(x).flatten(0, 1), ids(seed=1).flatten()).backward()
+    assert close(sample.values["output_gradient"][-1], x.grad.norm(), 1e-5)
+
+
+@pytest.mark.parametrize("form", [pytest.param("mudd", marks=pytest.mark.slow), "value_residual"])
+def test_forms_of_attentions(form: str) -> None:
+    torch._dynamo.reset()
+    _, model = attending.converted("fused", False, form, 0.1)
+    plain = gradients(model)
+    found: list[dict[str, Tensor]] = []
+    (sample,) = sampled(model, lambda: found.append(gradients(model)))
+    assert same(plain, found[0])
+    (own,) = owners(model).values()
+    assert sample.sites == tuple(own.sites)
+    if form == "value_residual":
+        (weights,) = (p.detach().float() for p in own.parameters())
+        torch.testing.assert_close(sample.values["weights"][0], weights)
+    assert ("weights" in sample.values) == (form == "value_residual")

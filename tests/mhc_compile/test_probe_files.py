@@ -30,6 +30,18 @@ def probes() -> Probes:
     return found
 
 
+@pytest.fixture(scope="module")
+def deep() -> Probes:
+    """Two samples of a depth form."""
+    model = convert(chain(depth=3), ids(), form="denseformer", inner="eager")
+    shake(model)
+    sampling = Probes(model, every=1)
+    for step in range(2):
+        with sampling.step():
+            loss_of(model, step).backward()
+    return sampling
+
+
 def refused(code: str, path: Path) -> None:
     with pytest.raises(MHCError, match=code):
         read_samples(path)
@@ -135,3 +147,23 @@ def test_the_command(probes: Probes, tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text("nothing")
     assert main(["probe", str(path)]) == 1
     assert "MHC232" in capsys.readouterr().err
+
+
+def test_a_depth_form(deep: Probes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "probes.jsonl"
+    deep.write(path)
+    samples = read_samples(path)
+    for read, sample in zip(samples, deep.samples, strict=True):
+        assert list(read.values) == list(sample.values)
+        for name, value in sample.values.items():
+            torch.testing.assert_close(read.values[name], value, rtol=1e-5, atol=0)
+    assert main(["probe", str(path), "--plots", str(tmp_path / "plots")]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("read", "newest", "output", "entropy", "gradient", "layers.2#0"))
+    drawn = sorted(picture.name for picture in (tmp_path / "plots").iterdir())
+    assert drawn == ["model-depth.png", "model-history.png", "model-weights.png"]
+    good = json.loads(samples[0].line())
+    values = good["values"]
+    for wrong in ({**values, "output": [1.0]}, {**values, "mix": [1.0] * 3}, {**values, "gates": [[[1.0]]]}):
+        path.write_text(json.dumps({**good, "values": wrong}))
+        refused("MHC232", path)

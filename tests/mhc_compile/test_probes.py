@@ -38,6 +38,9 @@ def results(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         {"inner": "eager"},
         pytest.param({"inner": "aot_eager", "kernels": "all"}, marks=needs_compiler),
         pytest.param({"inner": "aot_eager", "kernels": "all", "recompute": "auto"}, marks=needs_compiler),
+        pytest.param(
+            {"inner": "aot_eager", "kernels": "all", "recompute": "auto", "form": "attnres"}, marks=needs_compiler
+        ),
         {"inner": "eager", "form": "hc"},
         {"inner": "eager", "form": "hc_static"},
         {"inner": "eager", "convention": "deepseek_v4"},
@@ -57,7 +60,8 @@ def test_a_sampled_step_has_the_results_of_a_plain_one(options: dict[str, Any]) 
     assert same(plain[1], probed[1])
     assert torch.equal(plain[2], probed[2])
     assert same(before, model.state_dict())
-    assert sample.values["branch_gradient"].min() > 0
+    gradient = "output_gradient" if options.get("form") == "attnres" else "branch_gradient"
+    assert sample.values[gradient].min() > 0
     again = results(model)
     assert torch.equal(plain[0], again[0])
     assert same(plain[1], again[1])
@@ -97,9 +101,12 @@ def test_the_model_keeps_nothing_of_a_sampled_step() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("recompute", ["off", "auto"])
-def test_no_more_is_kept_for_the_backward_pass(recompute: str) -> None:
-    model = converted(chain(depth=6), inner="aot_eager", kernels="all", recompute=recompute)
+@pytest.mark.parametrize(
+    ("form", "recompute"), [("mhc", "off"), ("mhc", "auto"), pytest.param("attnres", "auto", marks=pytest.mark.slow)]
+)
+def test_no_more_is_kept_for_the_backward_pass(form: str, recompute: str) -> None:
+    depth = 6 if form == "mhc" else 3
+    model = converted(chain(depth=depth), inner="aot_eager", kernels="all", form=form, recompute=recompute)
 
     def kept() -> int:
         held: dict[int, int] = {}

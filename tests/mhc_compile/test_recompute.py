@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from attending import Attending
 from memories import shake_memory, small
 from tiny_models import Block, chain, code_of, disagree, ids, llama, loss_of, shake
 from torch import Tensor, nn
@@ -126,13 +127,14 @@ class Measured:
         assert self.bytes.transient == pytest.approx(self.plan.transient, rel=0.05)
 
 
-def measured(blocks: str | int, inner: str, layers: int) -> Measured:
+def measured(blocks: str | int, inner: str, layers: int, form: str = "mhc") -> Measured:
     torch._dynamo.reset()
     torch.manual_seed(0)
     width, x = 48, torch.randn(2, 20, 48)
-    model = convert(Stack(layers, width, 3, 8), x, inner=inner, kernels="all", recompute=blocks)
+    model = convert(Stack(layers, width, 3, 7), x, inner=inner, kernels="all", recompute=blocks, form=form)
     shake(model)
-    found = stream_bytes(model, lambda: model(x), streams=4, width=width, rows=StreamSpec().rows)
+    of_kernels = {4, StreamSpec().rows + 1} if form == "mhc" else {2 * (k + 1) for k in range(2 * layers)}
+    found = stream_bytes(model, lambda: model(x), {width, *of_kernels})
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Measured(found, plan_for(model, x, blocks), gradients)
 
@@ -148,6 +150,34 @@ def test_bytes_are_those_predicted() -> None:
     some.assert_predicted()
     assert some.plan.rest > 0
     assert some.bytes.kept < 0.77 * kept.bytes.kept
+
+
+@needs_compiler
+def test_depth_forms_keep_the_outputs_alone() -> None:
+    kept, again = measured("off", "aot_eager", 2, "attnres"), measured("auto", "aot_eager", 2, "attnres")
+    for found in (kept, again):
+        assert found.bytes.kept == pytest.approx(found.plan.kept, rel=0.01)
+    assert [len(block) for block in again.plan.blocks] == [1] * 4
+    assert again.bytes.kept < 0.45 * kept.bytes.kept
+    assert 0 < again.bytes.transient < again.plan.transient  # where norms, which are no kernels, are counted
+    assert all(torch.equal(g, again.gradients[name]) for name, g in kept.gradients.items())
+
+
+DEPTH = ["denseformer", "mudd", "value_residual"]
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "value_residual")) for form in DEPTH]
+)
+def test_reads_of_depth_forms_in_plain_pytorch(form: str) -> None:
+    def plain() -> nn.Module:
+        return Attending(spelling="fused", joined=False)
+
+    kept = trained(plain(), "off", inner="aot_eager", form=form)
+    again = trained(plain(), 1, inner="aot_eager", form=form)
+    assert_equal(kept, again)
+    attention = [op for op in again[2] - kept[2] if "attention" in op or "mm" in op]
+    assert attention == (["aten.mm.default"] if form == "mudd" else [])  # of the weights
 
 
 @needs_compiler
@@ -216,3 +246,8 @@ def test_passes_and_what_inspect_tells() -> None:
     (record,) = (r for r in found.passes if r.name == "recompute")
     assert record.notes[0] == "4 sites in 2 blocks of up to 2"
     assert "keeps" in record.notes[1]
+    deep = inspect(chain(depth=4), ids(), form="attnres", recompute=2)
+    (record,) = (r for r in deep.passes if r.name == "recompute")
+    assert record.notes[0] == "4 sites in 2 blocks of up to 2"
+    sites = [deep.elements[number].name for block in deep.blocks for number in (block.first, block.last)]
+    assert [name.split("#")[0] for name in sites] == [f"layers.{i}" for i in range(4)]

@@ -168,6 +168,15 @@ def test_what_is_moved_is_what_the_kernels_move(streams: int) -> None:
     assert site.first == pytest.approx(chains["read"].bytes_moved(tokens), rel=0.01)
 
 
+def test_what_sites_alone_move_does_not_depend_on_their_blocks() -> None:
+    site = SiteCost(0, 3, 2, 7, alone=True)  # type: ignore[arg-type]
+    plans = [Plan(((site,) * 4,), block) for block in (1, 2, 4)]
+    assert [plan.extra for plan in plans] == [4 * 10] * 3
+    assert [plan.kept for plan in plans] == [4 * 2] * 3
+    assert [plan.transient for plan in plans] == [3, 6, 12]
+    assert optimal_block([[site] * 4]).block == 1
+
+
 # --- the option -------------------------------------------------------------------------------------------------------
 
 
