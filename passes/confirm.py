@@ -86,8 +86,9 @@ class Trial:
     def _spreads(self, node: Node) -> bool:
         """Return whether `node` repeats a parameter for every token."""
         source, k = node.args[0], len(self.tokens)
-        repeats = op_name(node) in ("expand", "broadcast_to") and isinstance(source, Node) and is_tensor(source)
-        return repeats and shape(node)[:k] == self.tokens and len(shape(node)) > len(shape(source))
+        if op_name(node) not in ("expand", "broadcast_to") or not isinstance(source, Node):
+            return False
+        return shape(node)[:k] == self.tokens and len(shape(node)) > len(shape(source))
 
     def _resized(self, sizes: tuple[Any, ...]) -> tuple[int, ...]:
         """Return the size that a value of the graph has in this trial."""

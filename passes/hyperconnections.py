@@ -230,7 +230,7 @@ def _drops_nothing(node: Node) -> bool:
     if op_name(node) != "dropout":
         return False
     p, training = (node.kwargs.get(k, (*node.args, None, None, None)[i]) for i, k in ((1, "p"), (2, "training")))
-    return training is False or p == 0
+    return training is False or bool(p == 0)
 
 
 def region(flow: Dataflow, outputs: list[Node], leaves: list[Node]) -> Region:

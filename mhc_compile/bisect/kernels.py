@@ -74,7 +74,7 @@ def judge(target: Any, args: Sequence[Any]) -> list[Judged]:
 
 def _judge(spec: KernelSpec, values: Values) -> list[Judged]:
     values = spec.call(values, "forward")
-    first = values[next(iter(spec.floats()))]
+    first = _first(spec, values)
     name = targets.choose(spec, first.device.type)[0]
     if name == "reference":
         return []
@@ -107,9 +107,14 @@ def _results(name: str, spec: KernelSpec, values: Values, gradients: Values) -> 
         return out | target.run(spec, "backward", {n: every[n] for n in spec.inputs("backward")})
 
 
+def _first(spec: KernelSpec, values: Values) -> Tensor:
+    """Return the streams that a kernel reads, or its first source."""
+    return values[next(iter(spec.floats()))]
+
+
 def _seeded(spec: KernelSpec, values: Values) -> dict[str, Tensor]:
     """Return random gradients of what the backward reads gradients of."""
-    sizes, device = spec.sizes(values), values["X"].device
+    sizes, device = spec.sizes(values), _first(spec, values).device
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(spec.shape(name, sizes), generator=generator).to(device, spec.dtype(name))

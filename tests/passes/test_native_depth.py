@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import mhc_compile
+from mhc_compile.bisect import bisect
 from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.fuse_depth import OWN_READ
@@ -213,9 +214,10 @@ class Float(Read):
         return super().stack(sources).float()
 
 
-@pytest.mark.parametrize("kernels", ["all", "none"])
 @pytest.mark.parametrize(
-    ("model", "tolerance"), [(Model(Read), 1e-5), (HalfBlocks(Float), 1e-2)], ids=["float32", "mixed"]
+    ("model", "tolerance", "kernels"),
+    [(Model(Read), 1e-5, "all"), (Model(Read), 1e-5, "none"), (HalfBlocks(Float), 1e-2, "all")],
+    ids=["kernels", "plain", "mixed"],
 )
 def test_a_compiled_model_computes_the_same(model: nn.Module, tolerance: float, kernels: str) -> None:
     torch._dynamo.reset()
@@ -272,3 +274,9 @@ def test_stream_options_do_not_fit() -> None:
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
         compiled(Read, streams=2)
     assert caught.value.inner_exception.code == "MHC304"
+
+
+def test_bisect_judges_the_kernels() -> None:
+    bisection = bisect(Model(Read), IDS, inner="eager", kernels="all")
+    assert bisection.finding is None
+    assert [step.name for step in bisection.checked] == ["normalize", "native", "fuse", "lower", "kernels"]
