@@ -95,6 +95,8 @@ def _sources(stack: Node, built: list[Node]) -> list[Node]:
     sources: list[Node] = []
     for part in parts:
         row = without_widening(part)
+        if len(shape(row)) != len(shape(stack)):  # an empty cache
+            return []
         inner: list[Node] = []
         if shape(row)[-2] != 0:
             source = _unsqueezed(row) if shape(row)[-2] == 1 else None

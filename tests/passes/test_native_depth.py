@@ -178,7 +178,14 @@ def test_another_function_is_left_alone_and_said(make: Callable[..., Read]) -> N
     assert OWN_READ not in [n.target for n in gm.graph.nodes]
 
 
-@pytest.mark.parametrize("make", [Gain, Dropping])
+class AfterNothing(Read):
+    """Stacks with an empty tensor of one dimension, as caches do."""
+
+    def stack(self, sources: Sequence[Tensor]) -> Tensor:
+        return torch.cat([sources[0].new_zeros(0), super().stack(sources)], dim=-2)
+
+
+@pytest.mark.parametrize("make", [Gain, Dropping, AfterNothing])
 def test_what_is_no_such_read_is_left_alone(make: Callable[..., Read]) -> None:
     context, gm = raise_reads(Model(make))
     assert (context.native_reads, OWN_READ in [n.target for n in gm.graph.nodes]) == ([], False)
