@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from goldens import graph_text
-from stepping import apply, captured
+from stepping import apply, captured, compute
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
@@ -84,16 +84,6 @@ class Model(nn.Module):
             pre, post, comb = connection.maps(X)
             X = connection.write(X, layer(connection.read(X, pre)), post, comb)
         return self.head(self.leave(X))
-
-
-def compute(gm: GraphModule, inputs: list[Any]) -> list[Tensor]:
-    """The output, and the gradients of its squares by every parameter."""
-    gm.recompile()
-    values = [x.detach().clone() for x in inputs]
-    leaves = [v.requires_grad_() for v, x in zip(values, inputs, strict=True) if isinstance(x, nn.Parameter)]
-    (out,) = gm(*values)
-    found = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
-    return [out.detach(), *(torch.zeros(()) if g is None else g for g in found)]
 
 
 def raise_sites(model: nn.Module, *args: Any) -> tuple[Context, GraphModule]:

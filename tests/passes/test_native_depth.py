@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import apply, captured
-from test_native import compute
+from stepping import apply, captured, compute
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
