@@ -62,15 +62,20 @@ def _specs_of(prototype: Chain, values: Values, static: Sequence[Any]) -> tuple[
 
 
 @cache
-def attend_op(sources: int) -> torch._ops.OpOverload:
-    """Return the op `attend_N(s0, s1, ..., query, gain) -> h, z` for N sources, registered at its first use."""
-    prototype = Attend(sources=sources, width=1)
+def attend_op(sources: int, *, normalised: bool = False) -> torch._ops.OpOverload:
+    """Return the op `attend_N(s0, s1, ..., query, gain) -> h, z` for N sources, registered at its first use.
+
+    `attend_normalised_N` takes no gain.
+    """
+    prototype = Attend(sources=sources, width=1, normalised=normalised)
+    name = f"attend_{'normalised_' if normalised else ''}{sources}"
 
     def specs_of(values: Values, static: Sequence[Any]) -> tuple[Attend]:  # noqa: ARG001
-        return (replace(prototype.of_dtypes(values), width=int(values["s0"].shape[-1])),)
+        queries = int(values["query"].shape[0]) if normalised else 1
+        return (replace(prototype.of_dtypes(values), width=int(values["s0"].shape[-1]), queries=queries),)
 
-    register(KernelOp(library=LIBRARY, name=f"attend_{sources}", prototypes=(prototype,), specs_of=specs_of, static=()))
-    return getattr(torch.ops.mhc_kernels, f"attend_{sources}").default
+    register(KernelOp(library=LIBRARY, name=name, prototypes=(prototype,), specs_of=specs_of, static=()))
+    return getattr(torch.ops.mhc_kernels, name).default
 
 
 def _register() -> None:

@@ -2,7 +2,8 @@
 
 `mhc::*` is the dialect of the graph passes. Its ops are composite: they decompose into the plain PyTorch of
 `mhc_compile.kernels.reference` before autograd sees them, with autocast off inside. The sites of other forms than mHC
-begin with ops `mhc_forms::*` (`mhc_compile.kernels.form`). `mhc_kernels::reference_coefficients` is mHC's with the
+begin with ops `mhc_forms::*` (`mhc_compile.kernels.form`), among which is the read of models that have attention over
+depth of their own (`mhc_compile.kernels.attend`). `mhc_kernels::reference_coefficients` is mHC's with the
 Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is always `str(StreamSpec)`.
 
     mhc::expand(x [..., C], streams n) -> [..., n, C]
@@ -10,6 +11,7 @@ Sinkhorn loop as one opaque op (`mhc_compile.kernels.sinkhorn`). `spec` is alway
     mhc::aggregate(streams, pre [..., n]) -> [..., C]
     mhc::distribute(streams, branch [..., C], post [..., n], mix [..., n, n]) -> [..., n, C]
     mhc::reduce(streams, spec, fn=None, base=None, scale=None) -> [..., C]
+    mhc_forms::attend_normalised(sources, each [..., C], query [Q, C]) -> [..., Q, C]
     mhc::mark(x, params, spec, given, names) -> like x
     mhc::inside(x) -> like x
 
@@ -31,7 +33,9 @@ from torch import Tensor
 import mhc_compile.kernels.fused  # noqa: F401  (registers the fused chains)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import reference
+from mhc_compile.kernels.attend import attend_normalised
 from mhc_compile.kernels.autocast import without_autocast
+from mhc_compile.kernels.form import LIBRARY as FORMS
 from mhc_compile.kernels.sinkhorn import LIBRARY as KERNELS
 from mhc_compile.kernels.sinkhorn import parse_spec
 from mhc_compile.kernels.spec import StreamSpec
@@ -67,6 +71,11 @@ def _reduce(
 ) -> Tensor:
     head = None if fn is None or base is None or scale is None else (fn, base, scale)
     return reference.reduce(streams, parse_spec(spec), head)
+
+
+def _attend_normalised(sources: list[Tensor], query: Tensor) -> Tensor:
+    with without_autocast(sources[0]):
+        return attend_normalised(sources, query)[0]
 
 
 def _mark(x: Tensor, params: list[Tensor], spec: str, given: list[Tensor], names: str) -> NoReturn:  # noqa: ARG001
@@ -108,6 +117,9 @@ def _register() -> None:
         DIALECT.impl(schema.split("(", 1)[0], _apart(kernel), "CompositeImplicitAutograd")
     KERNELS.define(f"reference_{coefficients}", tags=tags)
     KERNELS.impl("reference_coefficients", _apart(_coefficients_opaque), "CompositeImplicitAutograd")
+
+    FORMS.define("attend_normalised(Tensor[] sources, Tensor query) -> Tensor", tags=tags)
+    FORMS.impl("attend_normalised", _attend_normalised, "CompositeImplicitAutograd")
 
     DIALECT.define("mark(Tensor x, Tensor[] params, str spec, Tensor[] given, str names) -> Tensor", tags=tags)
     DIALECT.impl("mark", _mark, "CompositeExplicitAutograd")

@@ -30,7 +30,7 @@ from mhc_compile.passes.match_marks import sites_of
 from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.probe import Probe
 from mhc_compile.passes.recompute import is_tagged
-from mhc_compile.passes.results import ResidualStream
+from mhc_compile.passes.results import NATIVE_CODES, ResidualStream
 from mhc_compile.probes.recording import recording
 from mhc_compile.tracing import traced_error
 
@@ -83,7 +83,7 @@ class Backend:
         return self._compile_unconverted(copy, example_inputs, names)
 
     def _compile_unconverted(self, gm: GraphModule, example_inputs: list[Any], names: ModuleNames) -> Compiled:
-        """Compile hyper-connections that the model writes out by hand, or convert the module that holds the streams.
+        """Compile what the model writes out by hand, or convert the module that holds its streams.
 
         The graph is looked at once: what both pipelines begin with, the normal form, is shared.
         """
@@ -105,8 +105,8 @@ class Backend:
                 if any(node.meta.get("nn_module_stack") for node in gm.graph.nodes):
                     warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
                 return compile_inner(gm, example_inputs, self.options)
-            if error.code == "MHC107":
-                warn("MHC308", f"{error.detail}, which no known convention of hyper-connections computes")
+            if error.code in NATIVE_CODES:
+                warn("MHC308", f"{error.detail}, which no known convention computes")
                 return compile_inner(gm, example_inputs, self.options)
             raise
         return self._convert_at_first_call(normal, context, example_inputs, names)
@@ -114,16 +114,20 @@ class Backend:
     def _lift_native(
         self, gm: GraphModule, passes: Pipeline, provided: Collection[str], inputs: list[Any]
     ) -> GraphModule | None:
-        """Lift hand-written hyper-connections into the dialect and lower it; return None if there are none."""
+        """Lift what the model writes out by hand into the dialect and lower it; return None if there is nothing."""
         context, debug = Context(inputs=inputs), self.options.debug
         lift, kernels = passes.split("native")
         gm = lift.run(gm, context, debug=debug, provided=provided)
         for text in dict.fromkeys(site.spec for site in context.native):
             self._check_options(StreamSpec.parse(text))
-        reason = frame.broke() if context.native or context.cut else None
+        if context.native_reads and self.stream:
+            name, option = next(iter(self.stream.items()))
+            raise MHCError("MHC304", f"{name}={option!r} is requested, the model has attention over depth of its own")
+        lifted = context.native or context.native_reads
+        reason = frame.broke() if lifted or context.cut else None
         if reason is not None:
             warn("MHC310", reason)
-        if context.native:
+        if lifted:
             return kernels.run(gm, context, debug=debug, provided={*provided, *lift.provides})
         return None if reason is None else gm
 

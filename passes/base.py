@@ -15,7 +15,7 @@ from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.kernels.memory.memories import Memory
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.passes.marks import Input
-from mhc_compile.passes.results import Block, Coverage, NativeSite, Probed, ResidualStream
+from mhc_compile.passes.results import Block, Coverage, NativeRead, NativeSite, Probed, ResidualStream
 
 
 @dataclass
@@ -67,6 +67,8 @@ class Context:
     """The streams that `widen` rewrote, with their marks, in graph order."""
     native: list[NativeSite] = field(default_factory=list)
     """The hand-written sites that the pass `native` lifted, in graph order."""
+    native_reads: list[NativeRead] = field(default_factory=list)
+    """The hand-written reads by attention over depth that the pass `native` lifted, in graph order."""
     blocks: list[Block] = field(default_factory=list)
     """The blocks that the pass `recompute` tagged, in graph order."""
     probed: list[Probed] = field(default_factory=list)

@@ -73,7 +73,7 @@ class Trial:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: self.values.get(n))
         args, kwargs = tree_map(widen_dtype, (args, kwargs))
         name = op_name(node)
-        if name in SIZED and node in self.flow.hot:
+        if name in SIZED and (node in self.flow.hot or self._spreads(node)):
             return getattr(args[0], name)(self._resized(shape(node)))
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "cpu"}
@@ -82,6 +82,13 @@ class Trial:
             return widen(getattr(args[0], method)(*args[1:], **kwargs))
         assert callable(node.target)
         return widen(node.target(*args, **kwargs))
+
+    def _spreads(self, node: Node) -> bool:
+        """Return whether `node` repeats a parameter for every token."""
+        source, k = node.args[0], len(self.tokens)
+        if op_name(node) not in ("expand", "broadcast_to") or not isinstance(source, Node):
+            return False
+        return shape(node)[:k] == self.tokens and len(shape(node)) > len(shape(source))
 
     def _resized(self, sizes: tuple[Any, ...]) -> tuple[int, ...]:
         """Return the size that a value of the graph has in this trial."""

@@ -148,11 +148,11 @@ def cast_behind(node: Node, dtype: torch.dtype) -> Node:
 def local(flow: Dataflow, streams: Node, projection: Node | None = None) -> list[Node]:
     """Return all values that follow from `streams` and parameters alone, through no layer other than `projection`."""
     values: dict[Node, None] = {streams: None}
-    queue = _Ahead(flow, [streams])
+    queue = Ahead(flow, [streams])
     for node in queue:
         hot = [n for n in flow.inputs[node] if n in flow.hot]
         layer = node is not projection and bool(flow.bit(node) & flow.matmuls)
-        if hot and not layer and all(n in values for n in hot) and _is_pure(node):
+        if hot and not layer and all(n in values for n in hot) and is_pure(node):
             values[node] = None
             queue.add(node)
     return [n for n in values if n is not streams]
@@ -163,9 +163,9 @@ def _mix(flow: Dataflow, p: Proposal, near: set[Node], before: set[Node]) -> tup
     tokens, branch = shape(p.streams)[:-2], None
     mixed: set[Node] = set()
     candidates: list[Node] = []
-    queue = _Ahead(flow, [p.streams, *before])
+    queue = Ahead(flow, [p.streams, *before])
     for node in queue:
-        if node in near or flow.bit(node) & flow.matmuls or not _is_pure(node):
+        if node in near or flow.bit(node) & flow.matmuls or not is_pure(node):
             continue
         hot = [n for n in flow.inputs[node] if n in flow.hot]
         others = [n for n in hot if n is not p.streams and n not in near and n not in mixed]
@@ -195,7 +195,7 @@ def _branch(node: Node, form: tuple[Any, ...]) -> Node | None:
     return without_widening(node) if is_tensor(node) else None
 
 
-class _Ahead:
+class Ahead:
     """The readers of some nodes, in graph order, each once; readers of nodes added on the way join."""
 
     def __init__(self, flow: Dataflow, start: list[Node]) -> None:
@@ -206,6 +206,7 @@ class _Ahead:
             self.add(node)
 
     def add(self, node: Node) -> None:
+        """Let the readers of `node` join."""
         for user in node.users:
             if user not in self.seen and user.op != "output":
                 self.seen.add(user)
@@ -216,12 +217,20 @@ class _Ahead:
             yield heapq.heappop(self.heap)[1]
 
 
-def _is_pure(node: Node) -> bool:
+def is_pure(node: Node) -> bool:
     """Return whether the node's result depends on its operands alone, and it changes nothing."""
     if node.op not in ("call_function", "call_method") or not carries_data(node) or writes_first_operand(node):
         return False
-    name = op_name(node)
-    return not isinstance(node.target, torch._ops.HigherOrderOperator) and not any(r in name for r in _RANDOM)
+    random = any(r in op_name(node) for r in _RANDOM) and not _drops_nothing(node)
+    return not isinstance(node.target, torch._ops.HigherOrderOperator) and not random
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Return whether `node` is `dropout` of its operand outside training, or of none of it."""
+    if op_name(node) != "dropout":
+        return False
+    p, training = (node.kwargs.get(k, (*node.args, None, None, None)[i]) for i, k in ((1, "p"), (2, "training")))
+    return training is False or bool(p == 0)
 
 
 def region(flow: Dataflow, outputs: list[Node], leaves: list[Node]) -> Region:
@@ -240,7 +249,7 @@ def region(flow: Dataflow, outputs: list[Node], leaves: list[Node]) -> Region:
         if node in flow.parametric and node.op in ("placeholder", "get_attr"):
             parameters.add(node)
             continue
-        if not _is_pure(node):
+        if not is_pure(node):
             raise NotApart(f"it reads {node.name}")
         if storage_root(node) in flow.writes:
             raise NotApart(f"{node.name} is written in place")

@@ -1,7 +1,8 @@
 """Raise the hyper-connections that a model writes out by hand to the `mhc` dialect, so that they compile as ours do.
 
-`hyperconnections` proposes sites by structure, `confirm` judges them by arithmetic. What is not confirmed stays as it
-is, with a note that says why: unlike a residual stream, each site stands for itself.
+`hyperconnections` proposes sites by structure, `confirm` judges them by arithmetic; `native_depth` does both for reads
+by attention over depth. What is not confirmed stays as it is, with a note that says why: unlike a residual stream, each
+site stands for itself.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from mhc_compile.passes.confirm import Confirmed, Verdict, confirm_exit, confirm
 from mhc_compile.passes.dataflow import CASTS, Dataflow
 from mhc_compile.passes.graphs import Writer
 from mhc_compile.passes.hyperconnections import NotApart, Proposal, cast_behind, local, proposals
+from mhc_compile.passes.native_depth import ConfirmedRead, confirm_reads, rewrite_read
 from mhc_compile.passes.ownership import is_owned
-from mhc_compile.passes.results import NativeSite
+from mhc_compile.passes.results import NativeRead, NativeSite
 
 MAX_EXITS = 8
 """Values computed from the last streams that are tried as their reduction."""
@@ -41,7 +43,10 @@ MAX_EXITS = 8
 
 @dataclass(frozen=True)
 class Native:
-    """Rewrites hand-written hyper-connections of known conventions; fills `context.native`. Refuses nothing."""
+    """Rewrites hand-written hyper-connections of known conventions, and attention over depth. Refuses nothing.
+
+    Fills `context.native` and `context.native_reads`.
+    """
 
     name: ClassVar[str] = "native"
     requires: ClassVar[tuple[str, ...]] = ("normal-form",)
@@ -82,6 +87,7 @@ class _Lifting(Writer):
         self.first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         self.memory: dict[Any, Verdict] = {}
         self.confirmed: list[Confirmed] = []
+        self.reads: list[ConfirmedRead] = []
         self.entries: dict[Node, Node] = {}
         """What is expanded into n streams, by these streams."""
         self.means: dict[Node, tuple[Node, StreamSpec]] = {}
@@ -92,7 +98,7 @@ class _Lifting(Writer):
     # --- analysis ----------------------------------------------------------------------------------------------
 
     def analyse(self) -> None:
-        """Confirm proposals, then what stands at both ends of the streams."""
+        """Confirm proposals, then what stands at both ends of the streams; and reads by attention over depth."""
         for p in proposals(self.flow):
             self.context.cut += p.rows > p.n and p.branch is None
             try:
@@ -106,6 +112,8 @@ class _Lifting(Writer):
         for c in self.confirmed:
             if c.following is not None and c.following not in read:
                 self._find_exit(c.following, c.spec)
+        self.reads = confirm_reads(self.flow, self.gradients, self.context.notes)
+        self.dead.update(n for read in self.reads for n in read.nodes)
 
     def _confirm(self, p: Proposal) -> None:
         hints = list(dict.fromkeys(c.spec for c in reversed(self.confirmed)))
@@ -164,9 +172,11 @@ class _Lifting(Writer):
             counts[path] += 1
         for streams, (out, spec) in self.means.items():
             self._reduce(streams, out, str(spec))
+        for done in self.reads:
+            self._rewrite_read(done, counts)
         order = self.flow.index
         for node in sorted(self.dead, key=order.__getitem__, reverse=True):
-            if not node.users:
+            if not node.users and node.op != "placeholder":
                 self.graph.erase_node(node)
         self._report()
 
@@ -193,6 +203,13 @@ class _Lifting(Writer):
             self._replace(c.following, self._cast(new, wide_dtype, value(c.following).dtype))
         new.meta["mhc_site"] = coefficients.meta["mhc_site"] = name
         self.context.native.append(NativeSite(name, spec))
+
+    def _rewrite_read(self, done: ConfirmedRead, counts: Counter[str]) -> None:
+        path = module_path(done.result)
+        name = f"{path}#{counts[path]}"
+        counts[path] += 1
+        self._replace(done.result, rewrite_read(self, done, self._now, name))
+        self.context.native_reads.append(NativeRead(name, len(done.read.sources), done.read.queries))
 
     def _parameters(self, c: Confirmed) -> tuple[Node, Node, Node]:
         p = c.proposal
@@ -249,6 +266,8 @@ class _Lifting(Writer):
         notes = self.context.notes
         for spec, count in Counter(site.spec for site in self.context.native).items():
             notes.append(f"{count} hand-written sites raised: {spec}")
+        for read, count in Counter(map(str, self.context.native_reads)).items():
+            notes.append(f"{count} hand-written reads raised: {read}")
         exits = [str(c.spec) for c in self.confirmed if c.following is None] + [str(s) for _, s in self.means.values()]
         notes += [f"exit raised: {spec}" for spec in exits]
         notes += [f"entry raised at {self._place(x)}" for x in self.entries.values()]

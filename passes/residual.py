@@ -12,6 +12,7 @@ from mhc_compile.passes.base import Context, module_calls, module_path, op_name,
 from mhc_compile.passes.coverage import coverage
 from mhc_compile.passes.dataflow import Dataflow, storage_root
 from mhc_compile.passes.multistream import multistream, side_by_side
+from mhc_compile.passes.native_depth import over_depth
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.residual_sites import SiteSearch, branch_mask, branches_mask
 from mhc_compile.passes.results import ResidualStream, Site
@@ -22,7 +23,7 @@ MAX_OUTER_MATMULS = 8
 
 @dataclass(frozen=True)
 class Residual:
-    """Fills `context.streams` and `context.coverage`. Raises MHC101, 102, 103, 105, 106, 107 or 108."""
+    """Fills `context.streams` and `context.coverage`. Raises MHC101, 102, 103, 105, 106, 107, 108 or 112."""
 
     name: ClassVar[str] = "residual"
     requires: ClassVar[tuple[str, ...]] = ("normal-form",)
@@ -49,7 +50,7 @@ class StreamAnalysis:
     def streams(self) -> list[ResidualStream]:
         """Return all streams of the graph, in graph order."""
         sites = self.search.find()
-        if (already := multistream(self.flow) or side_by_side(self.flow, sites)) is not None:
+        if (already := over_depth(self.flow) or multistream(self.flow) or side_by_side(self.flow, sites)) is not None:
             raise already
         self._refuse_kept_adds(sites)
         streams = self._link(sites)

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+NATIVE_CODES = ("MHC107", "MHC112")
+"""Codes of models that have more than one residual stream by themselves: for the pass `native`."""
+OVER_DEPTH = "attention over depth"
+"""What reports call the topology of a `NativeRead`."""
 ENDS = 2
 """Sites of a stream at which H gets no gradient: the first and the last."""
 _MAX_SHOWN = 3
@@ -103,6 +107,19 @@ class NativeSite:
     """Module path and ordinal of the value that holds the next streams."""
     spec: str
     """The `StreamSpec` that computes what the model wrote, as text."""
+
+
+@dataclass(frozen=True)
+class NativeRead:
+    """A hand-written read by attention over depth that was lifted into an op."""
+
+    name: str
+    """Module path and ordinal of the value read."""
+    sources: int
+    queries: int
+
+    def __str__(self) -> str:
+        return f"{self.queries} {'query' if self.queries == 1 else 'queries'} over {self.sources} sources"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Triton for the read of Attention Residuals (`mhc_compile.kernels.attend`): a row of C values is one tile.
+"""Triton for the read of attention over depth (`mhc_compile.kernels.attend`): a row of C values is one tile.
 
 A program of the forward works on one token, one of the backward on a range of tokens, over which it adds up the
-gradient of query * gain; the programs' sums are added in their order: two runs are bit-equal.
+gradient of the queries; the programs' sums are added in their order: two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AttendLauncher(Launcher):
         body = [
             "c = tl.arange(0, BK)",
             f"inside = c < {spec.width}",
-            f"weight = {_load('query + c')} * {_load('gain + c')}",
+            *_weights(spec),
             *(_forward(spec) if forward else _backward(spec)),
         ]
         numbers = ("tokens",) if forward else ("tokens", "per_program")
@@ -86,11 +86,13 @@ class AttendLauncher(Launcher):
             return out
         per_program = -(-tokens // MAX_PROGRAMS)
         programs = -(-tokens // per_program)
-        partial = like.new_empty((programs, spec.width), dtype=torch.float32)
+        partial = like.new_empty((programs, *spec.shape("query", ())), dtype=torch.float32)
         numbers = {"tokens": tokens, "per_program": per_program}
         call = Call({**arguments, **out, "partial": partial}, numbers, (programs,))
         self.launch(spec, direction, direction, like.device, lambda _: call)
         of_weight = partial.sum(0)
+        if spec.normalised:
+            return out | {"d_query": of_weight}
         torch.mul(of_weight, arguments["gain"], out=out["d_query"])
         torch.mul(of_weight, arguments["query"], out=out["d_gain"])
         return out
@@ -100,63 +102,85 @@ def _load(pointer: str) -> str:
     return f"tl.load({pointer}, inside, other=0.0).to(tl.float32)"
 
 
+def _weights(spec: Attend) -> list[str]:
+    if not spec.normalised:
+        return [f"weight_0 = {_load('query + c')} * {_load('gain + c')}"]
+    return [f"weight_{q} = {_load(f'query + {q * spec.width} + c')}" for q in range(spec.queries)]
+
+
 def _forward(spec: Attend) -> list[str]:
-    n, width = spec.sources, spec.width
-    lines = ["token = tl.program_id(0).to(tl.int64)", f"at = token * {width} + c", f"at_z = z + token * {2 * n}"]
+    n, width, queries = spec.sources, spec.width, spec.queries
+    factor = "inverse" if spec.normalised else "1.0"
+    lines = ["token = tl.program_id(0).to(tl.int64)", f"at_z = z + token * {(queries + 1) * n}"]
     for i, name in enumerate(spec.names):
         lines += [
-            f"x = {_load(f'{name} + at')}",
+            f"x = {_load(f'{name} + token * {width} + c')}",
             f"inverse = 1.0 / tl.sqrt(tl.sum(x * x, 0) * {1 / width!r} + {RMS_EPS!r})",
-            "logit = tl.sum(x * weight, 0) * inverse",
-            f"tl.store(at_z + {i}, logit)",
-            f"tl.store(at_z + {n + i}, inverse)",
+            f"tl.store(at_z + {queries * n + i}, inverse)",
         ]
-        if i == 0:
-            lines += ["peak = logit", "whole = 1.0", "hidden = x"]
-            continue
-        lines += [
-            "top = tl.maximum(peak, logit)",
-            "kept = tl.exp(peak - top)",
-            "share = tl.exp(logit - top)",
-            "hidden = hidden * kept + share * x",
-            "whole = whole * kept + share",
-            "peak = top",
-        ]
-    return [*lines, f"tl.store(h + at, hidden * ({float(n)!r} / whole), inside)"]
+        for q in range(queries):
+            lines += [
+                f"logit = tl.sum(x * weight_{q}, 0) * inverse",
+                f"tl.store(at_z + {q * n + i}, logit)",
+            ]
+            if i == 0:
+                lines += [f"peak_{q} = logit", f"whole_{q} = 1.0", f"hidden_{q} = {factor} * x"]
+                continue
+            lines += [
+                f"top = tl.maximum(peak_{q}, logit)",
+                f"kept = tl.exp(peak_{q} - top)",
+                "share = tl.exp(logit - top)",
+                f"hidden_{q} = hidden_{q} * kept + share * {factor} * x",
+                f"whole_{q} = whole_{q} * kept + share",
+                f"peak_{q} = top",
+            ]
+    times = 1.0 if spec.normalised else float(n)
+    rows = (
+        f"h + (token * {queries} + {q}) * {width} + c, hidden_{q} * ({times!r} / whole_{q})" for q in range(queries)
+    )
+    return [*lines, *(f"tl.store({row}, inside)" for row in rows)]
 
 
 def _backward(spec: Attend) -> list[str]:
-    n, width = spec.sources, spec.width
-    body = [
-        f"at = token * {width} + c",
-        f"at_z = z + token * {2 * n}",
-        f"logits = tl.load(at_z + row, row < {n}, other=-float('inf'))",
-        "peak = tl.max(logits, 0)",
-        "whole = tl.sum(tl.exp(logits - peak), 0)",
-        f"dh = {_load('d_h + at')}",
-        "mean = 0.0",
-    ]
-    for i, name in enumerate(spec.names):
+    n, width, queries = spec.sources, spec.width, spec.queries
+    body = [f"at = token * {width} + c", f"at_z = z + token * {(queries + 1) * n}"]
+    for q in range(queries):
         body += [
-            f"share_{i} = tl.exp(tl.load(at_z + {i}) - peak) / whole",
-            f"flow_{i} = {float(n)!r} * tl.sum(dh * {_load(f'{name} + at')}, 0)",
-            f"mean += share_{i} * flow_{i}",
+            f"logits = tl.load(at_z + {q * n} + row, row < {n}, other=-float('inf'))",
+            f"peak_{q} = tl.max(logits, 0)",
+            f"whole_{q} = tl.sum(tl.exp(logits - peak_{q}), 0)",
+            f"dh_{q} = {_load(f'd_h + (token * {queries} + {q}) * {width} + c')}",
+            f"mean_{q} = 0.0",
         ]
     for i, name in enumerate(spec.names):
-        body += [
-            f"x = {_load(f'{name} + at')}",
-            f"inverse = tl.load(at_z + {n + i})",
-            f"of_weight = share_{i} * (flow_{i} - mean) * inverse",
-            f"of_x = of_weight * tl.load(at_z + {i}) * inverse * {1 / width!r}",
-            f"tl.store(d_{name} + at, {float(n)!r} * share_{i} * dh + of_weight * weight - of_x * x, inside)",
-            "own += of_weight * x",
-        ]
+        factor = f"inverse_{i}" if spec.normalised else repr(float(n))
+        body += [f"inverse_{i} = tl.load(at_z + {queries * n + i})", f"x = {_load(f'{name} + at')}"]
+        for q in range(queries):
+            body += [
+                f"share_{q}_{i} = tl.exp(tl.load(at_z + {q * n + i}) - peak_{q}) / whole_{q}",
+                f"flow_{q}_{i} = {factor} * tl.sum(dh_{q} * x, 0)",
+                f"mean_{q} += share_{q}_{i} * flow_{q}_{i}",
+            ]
+    for i, name in enumerate(spec.names):
+        factor = f"inverse_{i}" if spec.normalised else repr(float(n))
+        body += [f"x = {_load(f'{name} + at')}", "of_x = 0.0", "dx = tl.zeros([BK], tl.float32)"]
+        for q in range(queries):
+            body += [
+                f"dlogit = share_{q}_{i} * (flow_{q}_{i} - mean_{q})",
+                f"of_x += dlogit * tl.load(at_z + {q * n + i})",
+                *([f"of_x += share_{q}_{i} * flow_{q}_{i}"] if spec.normalised else []),
+                f"dx += {factor} * share_{q}_{i} * dh_{q} + dlogit * inverse_{i} * weight_{q}",
+                f"own_{q} += dlogit * inverse_{i} * x",
+            ]
+        scaled = f"of_x * inverse_{i} * inverse_{i} * {1 / width!r}"
+        body += [f"tl.store(d_{name} + at, dx - {scaled} * x, inside)"]
+    row = "tl.program_id(0).to(tl.int64)"
     return [
         f"row = tl.arange(0, {1 << (n - 1).bit_length()})",
-        "own = tl.zeros([BK], tl.float32)",
-        "first = tl.program_id(0).to(tl.int64) * per_program",
+        *(f"own_{q} = tl.zeros([BK], tl.float32)" for q in range(queries)),
+        f"first = {row} * per_program",
         "last = tl.minimum(first + per_program, tokens)",
         "for token in range(first, last):",
         *indent(body, 1),
-        f"tl.store(partial + tl.program_id(0).to(tl.int64) * {width} + c, own, inside)",
+        *(f"tl.store(partial + ({row} * {queries} + {q}) * {width} + c, own_{q}, inside)" for q in range(queries)),
     ]

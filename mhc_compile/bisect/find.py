@@ -87,7 +87,7 @@ def _kernels(search: Search) -> Wrong | None:
             parts = ("mhc_mixes", "mhc_reads") if j.mixes else ("mhc_reads", "mhc_mixes")
             site = next((node.meta[part] for part in parts if part in node.meta), None)
             what = f"{j.name} of {j.spec.name}"
-            dtype = str(j.spec.floats()["X"]).removeprefix("torch.")
+            dtype = str(next(iter(j.spec.floats().values()))).removeprefix("torch.")
             finding = search.finding("kernels", site, what, node, j.kernel, j.allowed, dtype, added=False)
             source = Source(node.name)
             inputs = [Pair(Source(n.name), Source(n.name), None) for n in node.all_input_nodes]

@@ -74,7 +74,8 @@ def judge(target: Any, args: Sequence[Any]) -> list[Judged]:
 
 def _judge(spec: KernelSpec, values: Values) -> list[Judged]:
     values = spec.call(values, "forward")
-    name = targets.choose(spec, values["X"].device.type)[0]
+    first = _first(spec, values)
+    name = targets.choose(spec, first.device.type)[0]
     if name == "reference":
         return []
     gradients = _seeded(spec, values)
@@ -86,7 +87,7 @@ def _judge(spec: KernelSpec, values: Values) -> list[Judged]:
         if result == "z":
             continue  # the kernel's own note for its backward
         rounding = difference(exact[result], by_reference[result])
-        terms = values["X"].numel() // t.numel()
+        terms = first.numel() // t.numel()
         limit = allowed(rounding, by_reference[result].dtype, terms)
         judged.append(Judged(spec, result, difference(exact[result], t), rounding, limit))
     return judged
@@ -106,9 +107,14 @@ def _results(name: str, spec: KernelSpec, values: Values, gradients: Values) -> 
         return out | target.run(spec, "backward", {n: every[n] for n in spec.inputs("backward")})
 
 
+def _first(spec: KernelSpec, values: Values) -> Tensor:
+    """Return the streams that a kernel reads, or its first source."""
+    return values[next(iter(spec.floats()))]
+
+
 def _seeded(spec: KernelSpec, values: Values) -> dict[str, Tensor]:
     """Return random gradients of what the backward reads gradients of."""
-    sizes, device = spec.sizes(values), values["X"].device
+    sizes, device = spec.sizes(values), _first(spec, values).device
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(spec.shape(name, sizes), generator=generator).to(device, spec.dtype(name))

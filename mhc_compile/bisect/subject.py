@@ -19,6 +19,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, Mark
+from mhc_compile.passes.results import NATIVE_CODES
 
 NOISE = 0.3
 """Standard deviation of what moves stream parameters off their start, where all streams would be equal."""
@@ -56,7 +57,7 @@ def subject_of(
         analysis, _ = compile_pipeline(options).split("residual")
         analysis.run(private_copy(graph), context, debug=options.debug)
     except MHCError as error:
-        if error.code != "MHC107" or owners(model):
+        if error.code not in NATIVE_CODES or owners(model):
             raise
         return Subject(graph, [], inputs, inputs, moved=False, residual=[], native=True)
     if owners(model):

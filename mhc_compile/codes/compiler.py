@@ -30,6 +30,9 @@ MHC110 a pass changed the results
 MHC111 the model's forward fails on these inputs
     call the model with them before it is converted to see its own error, and pass one call's inputs that it takes:
     convert(model, *example_args, example_kwargs={...})
+MHC112 attention over depth already
+    this model's layers read the values of earlier ones by attention of its own instead of adding to a stream; use it as
+    it is: torch.compile(model, backend="mhc") fuses the reads that it recognises
 MHC201 streams out of range
     choose an integer number of streams from 1 to 8
 MHC202 unknown convention

@@ -18,6 +18,7 @@ from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, Mark
+from mhc_compile.passes.results import NATIVE_CODES
 from mhc_compile.report.collect import collect
 from mhc_compile.report.report import Report
 from mhc_compile.report.watch import Watcher
@@ -83,7 +84,7 @@ def _run(
     except MHCError as error:
         if error.code.startswith("MHC6"):  # what was asked for, not the model, is rejected
             raise
-        if error.code == "MHC107" and captured is not None:
+        if error.code in NATIVE_CODES and captured is not None:
             watcher.begin([])
             native_pipeline(options).run(captured.graph, Context(), watcher, debug=options.debug)
         return error

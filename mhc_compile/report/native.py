@@ -1,4 +1,4 @@
-"""The drawing of a model with hyper-connections of its own, from the sites that the pass `native` raised."""
+"""The drawing of a model with hyper-connections or attention over depth of its own: of what `native` raised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
+from mhc_compile.passes.base import shape
 from mhc_compile.passes.dialect_sites import by_stream, stream_sites
+from mhc_compile.passes.fuse_depth import OWN_READ
+from mhc_compile.passes.results import OVER_DEPTH, NativeRead
 from mhc_compile.report.elements import Drawing
 
 DIALECT = torch.ops.mhc
@@ -41,8 +44,32 @@ def draw_native(graph: Graph) -> Drawing:
                 assert isinstance(y, Node)
                 drawing.at[branch] = y
                 drawing.give(_upstream(y, inside, drawing), branch)
+    _draw_reads(graph, drawing)
     drawing.name_branches()
     return drawing
+
+
+def _draw_reads(graph: Graph, drawing: Drawing) -> None:
+    """Add the reads by attention over depth, each with what follows from it before the next."""
+    reads = [n for n in graph.nodes if n.target is OWN_READ]
+    if not reads:
+        return
+    names = [str(n.meta["mhc_site"]) for n in reads]
+    paths = [name.rpartition("#")[0] for name in names]
+    specs = [str(NativeRead(name, len(n.args[0]), shape(n)[-2])) for name, n in zip(names, reads, strict=True)]
+    sites = [(name, path, OVER_DEPTH, spec) for name, path, spec in zip(names, paths, specs, strict=True)]
+    stream, *each, leaves = drawing.add_stream(_common(paths), OVER_DEPTH, sites)
+    drawing.at[stream] = drawing.at[leaves] = reads[-1]
+    last: dict[Node, int] = {}
+    for node in graph.nodes:
+        following = [last[n] for n in node.all_input_nodes if n in last]
+        if node.target is OWN_READ:
+            last[node] = reads.index(node)
+            drawing.at[each[last[node]]] = node
+            drawing.give([node], each[last[node]])
+        elif following and max(following) < len(reads) - 1:
+            last[node] = max(following)
+            drawing.give([node], drawing.branch(each[last[node]]))
 
 
 def _inside(graph: Graph) -> set[Node]:

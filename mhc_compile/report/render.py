@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from mhc_compile.passes.results import OVER_DEPTH
 from mhc_compile.report.fold import fold
 from mhc_compile.rich_text import new_table
 
@@ -62,9 +63,13 @@ def _summary(report: Report) -> Iterator[RenderableType]:
 
 
 def _native(report: Report) -> Iterator[RenderableType]:
-    yield Text(f"hyper-connections of its own: {len(report.sites)} sites", style="bold")
-    for spec, count in Counter(site.spec for site in report.sites).items():
-        yield Text(f"  {count} x {spec}")
+    reads = [site for site in report.sites if site.topology == OVER_DEPTH]
+    sites = [site for site in report.sites if site.topology != OVER_DEPTH]
+    for what, elements, each in (("hyper-connections", sites, "sites"), (OVER_DEPTH, reads, "reads")):
+        if elements:
+            yield Text(f"{what} of its own: {len(elements)} {each}", style="bold")
+        for spec, count in Counter(element.spec for element in elements).items():
+            yield Text(f"  {count} x {spec}")
     yield Text('  torch.compile(model, backend="mhc") compiles them as they are; `convert` is for residual models')
 
 

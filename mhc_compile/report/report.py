@@ -40,7 +40,7 @@ class Element:
     shape: str = ""
     dtype: str = ""
     topology: str | None = None
-    """The topology of a site (`mhc_compile.report.topology`); None for other parts."""
+    """The topology of a site (`mhc_compile.report.topology`), of a model's own reads; None for other parts."""
     spec: str | None = None
     """The `StreamSpec` as text; None where the stream stays residual."""
     parameters: int = 0

@@ -57,7 +57,7 @@ class Watcher(Observer):
         """The graph after the last pass before streams were found."""
         self.views: list[StreamView] = []
         self.native: Drawing | None = None
-        """The drawing of a model with hyper-connections of its own."""
+        """The drawing of a model with hyper-connections or attention over depth of its own."""
         self.widening: int | None = None
         """Number of the first graph whose streams are widened."""
         self.stages: list[Stage] = []
@@ -76,7 +76,7 @@ class Watcher(Observer):
             self.without_streams = gm
         elif not self.views:
             self.views = _views(gm, context)
-        if context.native and self.native is None:
+        if (context.native or context.native_reads) and self.native is None:
             self.native = draw_native(gm.graph)
         if context.widened and self.widening is None:
             self.widening = len(self.graphs) - 1

@@ -27,6 +27,10 @@ READS = [
     Attend(sources=5, width=48, sources_dtype=torch.bfloat16),
     Attend(sources=9, width=17, sources_dtype=torch.float16),
     Attend(sources=33, width=64),
+    Attend(sources=2, width=33, normalised=True),
+    Attend(sources=5, width=48, normalised=True, queries=3),
+    Attend(sources=4, width=40, normalised=True, queries=3, sources_dtype=torch.bfloat16),
+    Attend(sources=3, width=17, normalised=True, queries=2, sources_dtype=torch.float16),
 ]
 needs_cpp = pytest.mark.skipif(bool(compiler_problem()), reason="no C++ compiler: plain PyTorch computes")
 needs_triton = pytest.mark.skipif(bool(Triton().unsupported(READS[0])), reason="Triton is not installed")

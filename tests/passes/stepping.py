@@ -44,6 +44,16 @@ def run(gm: GraphModule, inputs: list[Any]) -> list[Tensor]:
     return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 
+def compute(gm: GraphModule, inputs: list[Any]) -> list[Tensor]:
+    """The output, and the gradients of its squares by every parameter."""
+    gm.recompile()
+    values = [x.detach().clone() for x in inputs]
+    leaves = [v.requires_grad_() for v, x in zip(values, inputs, strict=True) if isinstance(x, nn.Parameter)]
+    (out,) = gm(*values)
+    found = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
+    return [out.detach(), *(torch.zeros(()) if g is None else g for g in found)]
+
+
 def apply(step: Pass, gm: GraphModule, context: Context) -> GraphModule:
     """One pass, linted and verified over the whole graph."""
     gm = step.apply(gm, context)

@@ -268,3 +268,41 @@ def test_checkpointed_layers_and_autocast() -> None:
         exact = logits_of(model(**inputs))
     assert got.dtype == want.dtype
     assert float(errors([got], [exact])[0]) <= 2 * float(errors([want], [exact])[0])
+
+
+def over_depth(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The tiny model with queries off their start, which is zero."""
+    model, inputs = models.named(name)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith(".query"):
+                p.copy_(torch.randn(p.shape, generator=rng))
+    return model, inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("inkling2_text", ["model.layers.0.mlp_input", "model.layers.1.attention_input", "model.layers.1.mlp_input"]),
+        pytest.param("inkling2_loop_text", [], marks=pytest.mark.slow),
+        pytest.param("image_text/inkling2", [], marks=pytest.mark.slow),
+    ],
+)
+def test_attention_over_depth_is_raised_and_trains(name: str, paths: list[str]) -> None:
+    model, inputs = over_depth(name)
+    _, context, notes = raised(capture(model, (), inputs))
+    assert len(context.native_reads) >= 4
+    assert [r.name for r in context.native_reads[:3]] == [f"{path}#0" for path in paths] or not paths
+    assert {r.queries for r in context.native_reads} == {1, 3}
+    assert not any("left alone" in note for note in notes)
+    torch._dynamo.reset()
+    model.train()
+    compiled = torch.compile(model, backend="mhc", fullgraph=True, options={"inner": "aot_eager", "kernels": "all"})
+    both = []
+    for forward in (model, compiled):
+        out = logits_of(forward(**inputs))
+        out.double().square().mean().backward()
+        both.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    assert float(errors(both[1], both[0]).max()) < 1e-4
