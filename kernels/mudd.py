@@ -44,13 +44,16 @@ class MUDDFormer(DepthForm):
 
     def read(self, outputs: Sequence[Tensor], places: Sequence[int], spec: StreamSpec, **parameters: Tensor) -> Tensor:  # noqa: ARG002
         """Return Q, K, V and R `[4, ..., C]`, of an exit `[..., C]`, computed in max(float32, the streams' dtype)."""
-        dtype = compute_dtype(outputs[0].dtype)
-        down, up, weights = (parameters[name].to(dtype) for name in ("down", "up", "weights"))
-        rows = F.gelu(F.linear(_normed(outputs[-1].to(dtype)), down)) @ up
-        rows = rows.unflatten(-1, weights.shape) + weights
-        total = self.mix([(rows[..., k, None], x.to(dtype)) for k, x in zip(places, outputs, strict=True)], parameters)
-        ways = total.movedim(-2, 0).to(outputs[0].dtype)
-        return ways if len(weights) > 1 else ways[0]
+        rows = _rows(outputs[-1], parameters)
+        terms = [(rows[..., k, None], x.to(rows.dtype)) for k, x in zip(places, outputs, strict=True)]
+        ways = self.mix(terms, parameters).movedim(-2, 0).to(outputs[0].dtype)
+        return ways if len(ways) > 1 else ways[0]
+
+    def weights(
+        self, outputs: Sequence[Tensor], places: Sequence[int], spec: StreamSpec, **parameters: Tensor  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
+        """Return the row R."""
+        return _rows(outputs[-1], parameters)[..., -1, list(places)]
 
     def mix(self, terms: Sequence[tuple[Tensor, Tensor]], parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         """Return the sums `[..., 4, C]` of the streams `[..., C]`, each with weights `[..., 4, 1]`, oldest first."""
@@ -90,6 +93,14 @@ class NormedMUDDFormer(MUDDFormer):
         total = super().mix([(weights, _normed(stream)) for weights, stream in terms], parameters)
         newest = terms[-1][1]
         return parameters["scale"].to(total.dtype) * _normed(total) + newest[..., None, :]
+
+
+def _rows(newest: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return A `[..., 4, S]`, in max(float32, the streams' dtype)."""
+    dtype = compute_dtype(newest.dtype)
+    down, up, weights = (parameters[name].to(dtype) for name in ("down", "up", "weights"))
+    rows = F.gelu(F.linear(_normed(newest.to(dtype)), down)) @ up
+    return rows.unflatten(-1, weights.shape) + weights
 
 
 def _scaled(parameters: dict[str, Parameter], ways: int, hidden: int) -> dict[str, Parameter]:
