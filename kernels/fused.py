@@ -62,7 +62,7 @@ def _specs_of(prototype: Chain, values: Values, static: Sequence[Any]) -> tuple[
 
 
 @cache
-def attend_op(sources: int, *, normalised: bool = False) -> torch._ops.OpOverload:
+def attend_op(sources: int, *, normalised: bool) -> torch._ops.OpOverload:
     """Return the op `attend_N(s0, s1, ..., query, gain) -> h, z` for N sources, registered at its first use.
 
     `attend_normalised_N` takes no gain.

@@ -125,8 +125,8 @@ def test_fakes_and_schemas() -> None:
     torch.library.opcheck(OPS.norms.default, (X, y), test_utils=checks)
 
 
-def of_depth(found: Tensor, columns: int, *, weights: bool) -> dict[str, Tensor]:
-    shapes = {name: torch.Size(s) for name, s in probe_ops.depth_layout(columns, weights=weights).items()}
+def of_depth(found: Tensor, columns: int) -> dict[str, Tensor]:
+    shapes = {name: torch.Size(s) for name, s in probe_ops.depth_layout(columns, weights=True).items()}
     parts = found.split([shape.numel() for shape in shapes.values()])
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
@@ -141,7 +141,7 @@ def test_a_site_of_a_depth_form(form: str, monkeypatch: pytest.MonkeyPatch) -> N
     read = of_site.read(outputs, places, spec, **named)
     operands = (outputs, places, list(named.values()), read, outputs[0], 6, str(spec))
     whole = OPS.depth(*operands)
-    found = of_depth(whole, 6, weights=form != "mudd")
+    found = of_depth(whole, 6)
     assert found["tokens"] == 14
     for name, value in (("read", read), ("newest", outputs[-1]), ("output", outputs[0])):
         torch.testing.assert_close(found[name], value.square().mean())
@@ -152,8 +152,11 @@ def test_a_site_of_a_depth_form(form: str, monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(found["weights_entropy"], entropy)
     if form == "denseformer":
         torch.testing.assert_close(found["weights"][places], named["weights"][places] + torch.tensor([0.0, 0.0, 1.0]))
-    if form != "mudd":
-        assert not found["weights"][[1, 4, 5]].any()
+    if form == "mudd":
+        rows = of_site.weights(outputs, places, spec, **named)
+        assert rows.shape == (2, 7, 3)
+        torch.testing.assert_close(found["weights"][places], rows.mean((0, 1)))
+    assert not found["weights"][[1, 4, 5]].any()
     monkeypatch.setattr(probe_ops, "CHUNK", 4 * 15)
     torch.testing.assert_close(OPS.depth(*operands), whole, rtol=1e-5, atol=1e-6)
 
