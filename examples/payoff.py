@@ -3,7 +3,7 @@
 Everything starts from one residual model of a seed, whose initialisation and learning rate are tuned, and sees the same
 batches. What starts from scratch starts from that model's own random weights.
 
-Run: python examples/payoff.py [--quick] [--starts | --deep] [--out FOLDER]
+Run: python examples/payoff.py [--quick] [--starts | --sizes | --deep] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -89,8 +90,13 @@ _DEEP = replace(
     RECIPE.settings, layers=48, hidden=64, length=64, batch=4, steps=1000, learning_rate=4e-3,
     initializer_range=64**-0.5,
 )  # fmt: skip
-DEEP = replace(RECIPE, settings=_DEEP)
-"""Trainings of models with 96 sites, which `--deep` runs."""
+TABLES: dict[str, tuple[Recipe, tuple[tuple[str, bool], ...], str]] = {
+    "starts": (replace(RECIPE, seeds=1), tuple((arm, False) for arm in (RESIDUAL, *STARTS)), "other starts and forms"),
+    "sizes": (RECIPE, ((RESIDUAL, False), ("1, 0.01, two streams", False), ("1, 0.01, eight streams", False),
+                       (RESIDUAL, True), ("1, 0.01 (default)", True)), "numbers of streams, and bfloat16"),
+    "deep": (replace(RECIPE, settings=_DEEP), ((BASE, False), (SCRATCH, False)), "48 layers, from scratch"),
+}  # fmt: skip
+"""Other tables: arms, and whether each trains in bfloat16."""
 QUICK = Recipe(
     settings=replace(
         RECIPE.settings, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=24, text_bytes=400_000,
@@ -112,9 +118,11 @@ class Job:
     kernels: str
     more: float = 1.0
     """The steps are so many times those of the settings."""
+    bfloat16: bool = False
+    """Whether autocast is on."""
 
     def __str__(self) -> str:
-        return f"{self.arm}, seed {self.settings.seed}"
+        return f"{self.arm}, seed {self.settings.seed}{', bfloat16' if self.bfloat16 else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +175,8 @@ def run(corpus: Corpus, job: Job) -> Trained:
     contender = Contender(job.arm, model, model, adamw(model))
     begins = [time.process_time()]
     rate = settings.learning_rate * (1.0 if first else SECOND_PEAK)
-    train([contender], batches, rate, lambda: begins.append(time.process_time()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=job.bfloat16):
+        train([contender], batches, rate, lambda: begins.append(time.process_time()))
     if job.arm == BASE:
         save_model(model, str(job.weights))
     gains = measuring(model, {"input_ids": held_out[0], "use_cache": False})() if converted else {}
@@ -218,13 +227,7 @@ def explore(recipe: Recipe) -> Outcome:
     """Run everything: the residual models first, then what goes on from them."""
     corpus = build_corpus(recipe.settings)
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [
-            Job(
-                arm=BASE, settings=replace(recipe.settings, seed=seed), weights=Path(folder) / f"{seed}.safetensors",
-                kernels=recipe.kernels,
-            )
-            for seed in range(recipe.seeds)
-        ]  # fmt: skip
+        jobs = bases(recipe, folder)
         trained = trials_of(corpus, jobs, recipe.processes)
         arms = [arm for arm in (SCRATCH, *CONTINUED) if arm != LONGER]
         trained += trials_of(corpus, [replace(job, arm=arm) for arm in arms for job in jobs], recipe.processes)
@@ -235,44 +238,41 @@ def explore(recipe: Recipe) -> Outcome:
     return Outcome(recipe=recipe, trained=trained)
 
 
-def explore_starts(recipe: Recipe) -> str:
-    """Return a table of the held-out losses of `STARTS` minus that of the residual model, with seed 0 alone."""
+def bases(recipe: Recipe, folder: str) -> list[Job]:
+    """Return the trainings of the residual model from scratch, one for each seed."""
+    kernels = recipe.kernels
+    return [
+        Job(arm=BASE, settings=replace(recipe.settings, seed=seed), weights=Path(folder, str(seed)), kernels=kernels)
+        for seed in range(recipe.seeds)
+    ]
+
+
+def compare(recipe: Recipe, arms: Sequence[tuple[str, bool]]) -> str:
+    """Return a table of `arms`, compared with the residual model among them that trains at the same precision."""
     corpus = build_corpus(recipe.settings)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(arm=BASE, settings=recipe.settings, weights=Path(folder) / "base.safetensors", kernels=recipe.kernels)
-        run(corpus, job)
-        arms = [RESIDUAL, *STARTS]
-        jobs = [replace(job, arm=arm) for arm in arms]
-        residual, *trained = trials_of(corpus, jobs, recipe.processes)
-    rows = [
-        (
-            t.arm, f"{t.held_out - residual.held_out:+.4f}", f"{t.step / residual.step:.2f}",
-            f"{_backward(t):.3g}" if t.gain else "–",
-        )
-        for t in trained
-    ]  # fmt: skip
-    return markdown(("start", "minus residual", "step over residual's", "backward gain"), rows)
-
-
-def explore_deep(recipe: Recipe) -> str:
-    """Return a table of deep models from scratch, seed by seed: loss, largest spike and backward gain at the end."""
-    corpus, kernels = build_corpus(recipe.settings), recipe.kernels
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = [
-            Job(arm=arm, settings=replace(recipe.settings, seed=seed), weights=Path(folder, str(seed)), kernels=kernels)
-            for seed in range(recipe.seeds)
-            for arm in (SCRATCH, BASE)
-        ]
-        outcome = Outcome(recipe=recipe, trained=trials_of(corpus, jobs, recipe.processes))
-    pairs = zip(outcome.seeds(SCRATCH), outcome.seeds(BASE), strict=True)
-    rows = [
-        (
-            str(mhc.seed), f"{residual.held_out:.4f}", f"{mhc.held_out - residual.held_out:+.4f}",
-            f"{mhc.spike / residual.spike:.2f}", f"{_backward(mhc):.3f}",
-        )
-        for mhc, residual in pairs
-    ]  # fmt: skip
-    return markdown(("seed", "residual", "mHC minus residual", "largest spike over residual's", "backward gain"), rows)
+        jobs = bases(recipe, folder)
+        if (BASE, False) not in arms:
+            trials_of(corpus, jobs, recipe.processes)
+        every = [replace(job, arm=arm, bfloat16=half) for arm, half in arms for job in jobs]
+        trained = trials_of(corpus, every, recipe.processes)
+    of_arm = {arm: trained[i * recipe.seeds : (i + 1) * recipe.seeds] for i, arm in enumerate(arms)}
+    residual = {half: of_arm[arm, half] for arm, half in arms if arm in (BASE, RESIDUAL)}
+    rows = []
+    for (arm, half), seeds in of_arm.items():
+        apart = [a.held_out - b.held_out for a, b in zip(seeds, residual[half], strict=True)]
+        times = statistics.median(a.step / b.step for a, b in zip(seeds, residual[half], strict=True))
+        spike = max(a.spike / b.spike for a, b in zip(seeds, residual[half], strict=True))
+        rows.append(
+            (
+                arm, "bfloat16" if half else "float32", plus_minus([t.held_out for t in seeds]),
+                plus_minus(apart, sign=True), f"{max(apart):+.4f}", f"{times:.2f}", f"{spike:.2f}",
+                f"{max(map(_backward, seeds)):.3f}" if seeds[0].gain else "–",
+            )
+        )  # fmt: skip
+    heads = ("arm", "precision", "held-out loss", "minus residual", "worst seed", "step over residual's",
+             "largest spike over residual's", "largest backward gain")  # fmt: skip
+    return markdown(heads, rows)
 
 
 def trials_of(corpus: Corpus, jobs: list[Job], processes: int) -> list[Trained]:
@@ -381,17 +381,17 @@ def draw(outcome: Outcome) -> Any:
 
 def main() -> None:
     parser = studies.parser(__doc__.splitlines()[0], "payoff")
-    parser.add_argument("--starts", action="store_true", help="try other starts and forms instead, and print a table")
-    parser.add_argument("--deep", action="store_true", help="train 48 layers from scratch instead, and print a table")
+    instead = parser.add_mutually_exclusive_group()
+    for name, (_, _, what) in TABLES.items():
+        instead.add_argument(
+            f"--{name}", dest="table", action="store_const", const=name, help=f"compare {what}, instead"
+        )
     arguments = parser.parse_args()
-    if arguments.deep:
-        print(explore_deep(QUICK if arguments.quick else DEEP))
+    if arguments.table is not None:
+        recipe, arms, _ = TABLES[arguments.table]
+        print(compare(QUICK if arguments.quick else recipe, arms))
         return
-    recipe = QUICK if arguments.quick else RECIPE
-    if arguments.starts:
-        print(explore_starts(recipe))
-        return
-    outcome = explore(recipe)
+    outcome = explore(QUICK if arguments.quick else RECIPE)
     print(text := report(outcome))
     studies.write(arguments.out, "payoff", text, asdict(outcome), draw(outcome))
 
