@@ -169,14 +169,14 @@ def run(corpus: Corpus, job: Job) -> Trained:
         mhc_compile.convert(model, **settled)
         if alpha is not None:
             set_alpha(model, *alpha)
-    steps = round(settings.steps * job.more)
-    batches = training_batches(corpus, replace(settings, steps=steps), stream=0 if first else 1)
+    batches = training_batches(corpus, replace(settings, steps=round(settings.steps * job.more)), stream=int(not first))
     held_out = held_out_batches(corpus, settings)
-    contender = Contender(job.arm, model, model, adamw(model))
+    # In a context around all steps, autocast would go on with its first copy of the weights.
+    program = torch.autocast("cpu", torch.bfloat16)(model) if job.bfloat16 else model
+    contender = Contender(job.arm, model, program, adamw(model))
     begins = [time.process_time()]
     rate = settings.learning_rate * (1.0 if first else SECOND_PEAK)
-    with torch.autocast("cpu", torch.bfloat16, enabled=job.bfloat16):
-        train([contender], batches, rate, lambda: begins.append(time.process_time()))
+    train([contender], batches, rate, lambda: begins.append(time.process_time()))
     if job.arm == BASE:
         save_model(model, str(job.weights))
     gains = measuring(model, {"input_ids": held_out[0], "use_cache": False})() if converted else {}
@@ -266,8 +266,8 @@ def compare(recipe: Recipe, arms: Sequence[tuple[str, bool]]) -> str:
         rows.append(
             (
                 arm, "bfloat16" if half else "float32", plus_minus([t.held_out for t in seeds]),
-                plus_minus(apart, sign=True), f"{max(apart):+.4f}", f"{times:.2f}", f"{spike:.2f}",
-                f"{max(map(_backward, seeds)):.3f}" if seeds[0].gain else "–",
+                *((plus_minus(apart, sign=True), f"{max(apart):+.4f}") if any(apart) else "––"), f"{times:.2f}",
+                f"{spike:.2f}", f"{max(map(_backward, seeds)):.3f}" if seeds[0].gain else "–",
             )
         )  # fmt: skip
     heads = ("arm", "precision", "held-out loss", "minus residual", "worst seed", "step over residual's",
