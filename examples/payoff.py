@@ -266,7 +266,7 @@ def compare(recipe: Recipe, arms: Sequence[tuple[str, bool]]) -> str:
         rows.append(
             (
                 arm, "bfloat16" if half else "float32", plus_minus([t.held_out for t in seeds]),
-                *((plus_minus(apart, sign=True), f"{max(apart):+.4f}") if any(apart) else "––"), f"{times:.2f}",
+                *((plus_minus(apart, sign=True), f"{max(apart):+.4f}") if any(apart) else ("–", "–")), f"{times:.2f}",
                 f"{spike:.2f}", f"{max(map(_backward, seeds)):.3f}" if seeds[0].gain else "–",
             )
         )  # fmt: skip

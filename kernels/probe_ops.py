@@ -68,7 +68,7 @@ def depth_layout(columns: int, *, weights: bool) -> dict[str, tuple[int, ...]]:
 
 
 DEPTH_GRADIENTS: dict[str, tuple[int, ...]] = {"read_gradient": (), "output_gradient": ()}
-"""What `watch_one` gives of a site."""
+"""Shapes of the squared gradient norms that `watch_one` records of a site, by name."""
 
 
 def size(shapes: Mapping[str, tuple[int, ...]]) -> int:

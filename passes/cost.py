@@ -47,7 +47,7 @@ class SiteCost:
     branch: Expr
     """F's output, which is never recomputed."""
     parameters: Expr = sympy.S.Zero
-    """What else is read to recompute the site: phi, once whatever the number of tokens; in a depth form the earlier
+    """Bytes read to recompute the site besides: phi, whatever the number of tokens; in a depth form the earlier
     outputs."""
     joined: bool = False
     """Whether one kernel computes the streams and the site: at the beginning of a block all its results are kept."""

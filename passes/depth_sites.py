@@ -1,4 +1,4 @@
-"""Which nodes a depth form computes at each site, and the earlier outputs that it reads.
+"""Find the nodes that a depth form computes at each site, and the earlier outputs that it reads.
 
 To a site belong the reads of earlier outputs, what they are split into, and the branch's entry norms. All of it can be
 recomputed from the outputs, which are kept for the backward pass as they are: later sites read them, too.
@@ -38,7 +38,7 @@ class DepthSite:
     norms: list[BranchNorm] = field(default_factory=list)
     """The entry norms of the branch."""
     stream: list[Node] = field(default_factory=list)
-    """What can be recomputed from `sources`, in order: the reads, views of them, the norms."""
+    """Nodes that can be recomputed from `sources`, in order: the reads, views of them, the norms."""
 
     @property
     def nodes(self) -> Iterator[Node]:

@@ -33,7 +33,7 @@ MAX_STEPS = 48
 
 @dataclass
 class DepthRead:
-    """What may be a read by attention over depth: a proposal."""
+    """A candidate for a read by attention over depth."""
 
     stack: Node
     """`[..., N, C]`."""
@@ -43,7 +43,7 @@ class DepthRead:
     query: Node
     """The parameter, `[C]` or `[Q, C]`."""
     results: list[Node]
-    """What may be the values read, `[..., Q, C]`, or `[..., C]` for one query, in graph order."""
+    """Candidates for the values read, `[..., Q, C]`, or `[..., C]` for one query, in graph order."""
 
     @property
     def queries(self) -> int:
@@ -59,12 +59,12 @@ class ConfirmedRead:
     result: Node
     """The one of its results to replace."""
     scale: float
-    """What the logits are multiplied by."""
+    """Factor of the logits."""
     apart: Region
 
     @property
     def nodes(self) -> list[Node]:
-        """What becomes unused when the read is rewritten, unless something else reads it."""
+        """Nodes that become unused when the read is rewritten, unless something else reads them."""
         return [*self.read.built, *self.apart.nodes]
 
 

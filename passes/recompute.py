@@ -61,7 +61,7 @@ class Recompute:
         if parse_blocks(self.blocks)[0] == "off":
             return gm
         sites = stream_sites(gm.graph)
-        runs: list[Run] = [*runs_of(gm.graph, sites), *_depth_runs(gm.graph)]
+        runs = _runs(gm.graph, sites)
         if not runs:
             context.notes.append("no site is there to be computed again")
             return gm
@@ -74,8 +74,11 @@ class Recompute:
 
 def plan_of(graph: Graph, blocks: str | int, kernels: tuple[str, ...] = KERNELS) -> Plan:
     """Return the blocks and what they cost for a dialect graph, which is not changed. Raises as the pass does."""
-    runs: list[Run] = [*runs_of(graph, stream_sites(graph)), *_depth_runs(graph)]
-    return _plan(graph, runs, blocks, kernels)
+    return _plan(graph, _runs(graph, stream_sites(graph)), blocks, kernels)
+
+
+def _runs(graph: Graph, sites: Iterable[StreamSite]) -> list[Run]:
+    return [*runs_of(graph, sites), *_depth_runs(graph)]
 
 
 def _plan(graph: Graph, runs: Sequence[Run], blocks: str | int, kernels: tuple[str, ...]) -> Plan:

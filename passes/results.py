@@ -10,7 +10,7 @@ from torch.fx import Node
 NATIVE_CODES = ("MHC107", "MHC112")
 """Codes of models that have more than one residual stream by themselves: for the pass `native`."""
 OVER_DEPTH = "attention over depth"
-"""What reports call the topology of a `NativeRead`."""
+"""Topology of a `NativeRead` in reports."""
 ENDS = 2
 """Sites of a stream at which H gets no gradient: the first and the last."""
 _MAX_SHOWN = 3

@@ -1,5 +1,5 @@
-"""What every test gets: a seed made from its own name, one thread and little garbage collection. And the options that
-rewrite golden files and record the stack."""
+"""Give every test a seed made from its own name, one thread and little garbage collection; add the options that rewrite
+golden files and record the stack."""
 
 import gc
 import json
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage more rarely, and never search what is imported: an eighth of the tests' time otherwise."""
+    """Collect garbage more rarely, and never search what is imported: it took an eighth of the tests' time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

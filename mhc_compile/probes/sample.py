@@ -20,7 +20,7 @@ FORMAT = 1
 _DIGITS = 6
 """Significant ones in a file."""
 _SQUARED = ("streams", "branch", "read", "newest", "output")
-"""What is recorded as mean squares."""
+"""Figures recorded as mean squares; a sample holds their roots."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Layers and token ids for forwards to be written around."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 WIDTH, TOKENS = 8, 4
 
@@ -14,6 +14,17 @@ class Layers(nn.Module):
         self.embed = nn.Embedding(11, WIDTH)
         self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(layers))
         self.head = nn.Linear(WIDTH, 11)
+
+
+class FirstFrozen(Layers):
+    """Three residual sites, the first of which runs without gradients."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        with torch.no_grad():
+            x = x + self.layers[0](x)
+        x = x + self.layers[1](x)
+        return self.head(x + self.layers[2](x))
 
 
 IDS = torch.arange(8).reshape(2, TOKENS)

@@ -19,6 +19,7 @@ from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, Mark, Pass, value
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.lower import Lower
+from mhc_compile.passes.native import Native
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.ownership import OWNED
 from mhc_compile.passes.pipeline import ANALYSIS
@@ -165,3 +166,15 @@ def sites_in_order(out: Stepped) -> list[tuple[Tensor, ...]]:
         names = form_of(held.spec).parameters(held.spec, 0, stream.hidden, DEFAULT)
         found += [tuple(held.get_parameter(f"{site.name}.{p}").detach() for p in names) for site in stream.sites]
     return found
+
+
+def raised(model: nn.Module, *args: Any) -> tuple[Context, GraphModule]:
+    """The graph after `native`, which computes what it did before, gradients included."""
+    found = captured(model.double(), *args)
+    context = Context()
+    gm = apply(Normalize(), found.graph, context)
+    before = compute(gm, found.inputs)
+    gm = apply(Native(), gm, context)
+    for a, b in zip(compute(gm, found.inputs), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    return context, gm

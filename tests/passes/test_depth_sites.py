@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
-from layers import IDS, Layers
+from layers import IDS, FirstFrozen, Layers
 from stepping import add_parameters, captured
 from torch import Tensor
 from torch.fx import GraphModule
@@ -87,15 +86,7 @@ def test_a_budget_is_kept() -> None:
 
 
 def test_sites_without_gradients_are_left_out() -> None:
-    class Frozen(Layers):
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.embed(ids)
-            with torch.no_grad():
-                x = x + self.layers[0](x)
-            x = x + self.layers[1](x)
-            return self.head(x + self.layers[2](x))
-
-    gm = dialect(Frozen(), "denseformer")
+    gm = dialect(FirstFrozen(), "denseformer")
     Recompute("stage").apply(gm, Context())
     (run,) = depth_sites(gm.graph)
     assert ["recompute" in site.reads[0].meta for site in run] == [False, True, True]

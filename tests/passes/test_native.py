@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from goldens import graph_text
-from stepping import apply, captured, compute
+from stepping import apply, captured, raised
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from mhc_compile.kernels.spec import StreamSpec
@@ -86,18 +84,6 @@ class Model(nn.Module):
         return self.head(self.leave(X))
 
 
-def raise_sites(model: nn.Module, *args: Any) -> tuple[Context, GraphModule]:
-    """The graph behind the pass, which computes what it did before, gradients included."""
-    found = captured(model.double(), *args)
-    context = Context()
-    gm = apply(Normalize(), found.graph, context)
-    before = compute(gm, found.inputs)
-    gm = apply(Native(), gm, context)
-    for a, b in zip(compute(gm, found.inputs), before, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    return context, gm
-
-
 def specs(context: Context) -> list[str]:
     return [site.spec for site in context.native]
 
@@ -105,7 +91,7 @@ def specs(context: Context) -> list[str]:
 def test_one_site(golden: Golden) -> None:
     model = Model(Connection)
     model.connections, model.layers = model.connections[:1], model.layers[:1]
-    context, gm = raise_sites(model, IDS)
+    context, gm = raised(model, IDS)
     assert [site.name for site in context.native] == ["#0"]
     golden(graph_text(gm) + "\n\n" + "\n".join(context.notes))
 
@@ -160,7 +146,7 @@ class Turned(Connection):
 
 @pytest.mark.parametrize("kind", [Einsum, Turned, Batched])
 def test_other_spellings_are_raised(kind: type[Connection]) -> None:
-    context, gm = raise_sites(Model(kind), IDS)
+    context, gm = raised(Model(kind), IDS)
     assert specs(context) == [V4] * LAYERS, context.notes
     assert any("exit raised" in note and note.endswith("exit=mean") for note in context.notes)
     assert sum(n.target is torch.ops.mhc.distribute.default for n in gm.graph.nodes) == LAYERS
@@ -192,7 +178,7 @@ class Liger(Connection):
 
 @pytest.mark.parametrize(("kind", "convention"), [(Paper, "paper"), (Liger, "liger")])
 def test_other_conventions(kind: type[Connection], convention: str) -> None:
-    context, _ = raise_sites(Model(kind), IDS)
+    context, _ = raised(Model(kind), IDS)
     found = {StreamSpec.parse(text) for text in specs(context)}
     assert [(s.convention.value, s.iterations) for s in found] == [(convention, ITERATIONS)], context.notes
 
@@ -272,7 +258,7 @@ class SharedGain(Connection):
     ids=lambda x: x.__name__ if isinstance(x, type) else "",
 )
 def test_near_misses_are_left_alone(kind: type[Connection], reason: str) -> None:
-    context, gm = raise_sites(Model(kind), IDS)
+    context, gm = raised(Model(kind), IDS)
     assert specs(context) == []
     assert not any("mhc.coefficients" in str(n.target) for n in gm.graph.nodes)
     assert [note for note in context.notes if "left alone" in note and reason in note], context.notes
@@ -287,7 +273,7 @@ class OneOff(Model):
 
 
 def test_each_site_stands_for_itself() -> None:
-    context, gm = raise_sites(OneOff(), IDS)
+    context, gm = raised(OneOff(), IDS)
     assert specs(context) == [V4]
     assert sum("left alone" in note for note in context.notes) == 1
     assert sum(n.target is torch.ops.mhc.coefficients.default for n in gm.graph.nodes) == 1
@@ -318,7 +304,7 @@ class Ends(Model):
 
 @pytest.mark.parametrize("way", ["sum", "head", "first"])
 def test_ends(way: str) -> None:
-    context, gm = raise_sites(Ends(way), IDS)
+    context, gm = raised(Ends(way), IDS)
     assert specs(context) == [V4] * LAYERS
     reduced = [n for n in gm.graph.nodes if n.target is torch.ops.mhc.reduce.default]
     assert [StreamSpec.parse(n.args[1]).exit for n in reduced] == ([] if way == "first" else [way])
@@ -349,5 +335,5 @@ def test_half_precision_keeps_the_models_casts() -> None:
 
 def test_a_model_without_streams_is_left_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, C))
-    context, _ = raise_sites(model, torch.randn(2, 5, C, dtype=torch.float64))
+    context, _ = raised(model, torch.randn(2, 5, C, dtype=torch.float64))
     assert (context.native, context.notes) == ([], [])

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import apply, captured, compute
+from stepping import apply, captured, raised
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import mhc_compile
@@ -19,7 +18,6 @@ from mhc_compile.bisect import bisect
 from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.fuse_depth import OWN_READ
-from mhc_compile.passes.native import Native
 from mhc_compile.passes.normalize import Normalize
 from mhc_compile.passes.residual import Residual
 
@@ -110,21 +108,9 @@ class Unscaled(Read):
         return h.unbind(-2) if self.query.ndim > 1 else (h,)
 
 
-def raise_reads(model: nn.Module) -> tuple[Context, GraphModule]:
-    """The graph after the pass, which computes what it did before, gradients included."""
-    found = captured(model.double(), IDS)
-    context = Context()
-    gm = apply(Normalize(), found.graph, context)
-    before = compute(gm, found.inputs)
-    gm = apply(Native(), gm, context)
-    for a, b in zip(compute(gm, found.inputs), before, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    return context, gm
-
-
 @pytest.mark.parametrize("make", [Read, Stacked, Fused, Unscaled])
 def test_every_spelling_is_raised(make: Callable[..., Read]) -> None:
-    context, gm = raise_reads(Model(make))
+    context, gm = raised(Model(make), IDS)
     assert [(r.sources, r.queries) for r in context.native_reads] == [(2, 1), (3, 3), (4, 1)]
     assert [r.name for r in context.native_reads] == [f"reads.{i}#0" for i in range(3)]
     assert "1 hand-written reads raised: 3 queries over 3 sources" in context.notes
@@ -169,7 +155,7 @@ class Dropping(Read):
 
 @pytest.mark.parametrize("make", [ValuesAsTheyAre, OtherEps, OtherScale])
 def test_another_function_is_left_alone_and_said(make: Callable[..., Read]) -> None:
-    context, gm = raise_reads(Model(make))
+    context, gm = raised(Model(make), IDS)
     assert context.native_reads == []
     assert (
         sum("left alone: attention over" in note and "sources of another kind" in note for note in context.notes) == 3
@@ -186,12 +172,12 @@ class AfterNothing(Read):
 
 @pytest.mark.parametrize("make", [Gain, Dropping, AfterNothing])
 def test_what_is_no_such_read_is_left_alone(make: Callable[..., Read]) -> None:
-    context, gm = raise_reads(Model(make))
+    context, gm = raised(Model(make), IDS)
     assert (context.native_reads, OWN_READ in [n.target for n in gm.graph.nodes]) == ([], False)
 
 
 class Watched(Read):
-    """What the read is computed from is read by something else, too."""
+    """A read whose shares something else reads, too."""
 
     def attend(self, X: Tensor) -> Tensor:
         normed = self.norm(X)
@@ -200,7 +186,7 @@ class Watched(Read):
 
 
 def test_what_else_is_read_stays() -> None:
-    context, gm = raise_reads(Model(Watched))
+    context, gm = raised(Model(Watched), IDS)
     assert len(context.native_reads) == 3
     assert [n.target for n in gm.graph.nodes].count(torch.softmax) == 3
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from goldens import Printer
-from layers import IDS, Layers
+from layers import IDS, FirstFrozen, Layers
 from recipes import ONE_BY_ONE, Recipe
 from stepping import CHECKED, add_parameters, captured
 from torch import Tensor, nn
@@ -140,15 +140,7 @@ def test_norms_of_each_stream_are_made_again_from_the_state_in_front_of_them() -
 
 
 def test_sites_without_gradients_are_left_out() -> None:
-    class Frozen(Layers):
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.embed(ids)
-            with torch.no_grad():
-                x = x + self.layers[0](x)
-            x = x + self.layers[1](x)
-            return self.head(x + self.layers[2](x))
-
-    gm, _ = tagged(dialect(Frozen(), IDS), "stage")
+    gm, _ = tagged(dialect(FirstFrozen(), IDS), "stage")
     first, second, third = site_nodes(gm.graph)
     assert first not in tags(gm)
     assert tags(gm)[second] == tags(gm)[third] == (AGAIN, 1)
