@@ -22,6 +22,9 @@ from mhc_compile.parameters import at_start, owners
 from mhc_compile.trial.training import difference, learning_rate, spread
 
 
+STEPS = 60
+
+
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
@@ -36,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", _no_network)
         patch.setattr(socket, "getaddrinfo", _no_network)
-        assert command.run(arguments("--quick", "--out", str(out))) == 0
+        assert command.run(arguments("--quick", "--steps", str(STEPS), "--out", str(out))) == 0
     yield out, json.loads((out / RESULTS).read_text())
     torch._dynamo.reset()
 
@@ -57,7 +60,7 @@ def test_both_train(finished: tuple[Path, dict[str, Any]]) -> None:
     assert held["at_conversion"]["residual"] < losses["before"][0]
     for name in ("residual", "streams"):
         assert held["at_end"][name] < held["at_conversion"][name]
-        assert len(losses[name]) == QUICK.steps
+        assert len(losses[name]) == STEPS
         assert all(math.isfinite(loss) for loss in losses[name])
     assert losses["streams"][0] == pytest.approx(losses["residual"][0], rel=1e-5), "the same batch, the same weights"
 
@@ -148,7 +151,7 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     for out in (tmp_path, tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "out"):
         with pytest.raises(MHCError, match="--out") as error:
-            command.run(arguments("--quick", "--out", str(out)))
+            command.run(arguments("--quick", "--steps", str(STEPS), "--out", str(out)))
         assert error.value.code == "MHC412"
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / RESULTS).write_text('{"made_by": "something else", "files": ["thesis.tex"]}')
@@ -203,7 +206,7 @@ def test_the_text_is_the_same_each_time_and_held_out_of_training() -> None:
     assert torch.equal(first.held_out, second.held_out)
     assert int(first.train.max()) < QUICK.vocabulary
     batches, held = training_batches(first, QUICK, stream=0), held_out_batches(first, QUICK)
-    assert len(batches) == QUICK.steps
+    assert len(batches) == STEPS
     assert {b.shape for b in (*batches, *held)} == {(QUICK.batch, QUICK.length)}
     assert not torch.equal(batches[0], training_batches(first, QUICK, stream=1)[0])
     text = first.tokenizer.decode(held[0][0])
