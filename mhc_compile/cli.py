@@ -16,6 +16,7 @@ from mhc_compile.demo import command as demo
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff import command as diff
 from mhc_compile.doctor import command as doctor
+from mhc_compile.emitting import command as emit
 from mhc_compile.probes import command as probe
 from mhc_compile.report import command as inspect
 from mhc_compile.trial import command as trial
@@ -28,8 +29,8 @@ RUNTIME = {
 }
 """Commands by the names of their modules, as nothing outside of the runtime imports it; `run` loads what is heavy."""
 COMMANDS: dict[str, ModuleType] = {
-    "convert": convert, "inspect": inspect, "diff": diff, "bisect": bisect, "probe": probe, "trial": trial,
-    "demo": demo, "bench": bench, "doctor": doctor,
+    "convert": convert, "emit": emit, "inspect": inspect, "diff": diff, "bisect": bisect, "probe": probe,
+    "trial": trial, "demo": demo, "bench": bench, "doctor": doctor,
     **{name: import_module(module) for name, module in RUNTIME.items()},
 }  # fmt: skip
 """Modules with `add_parser(subparsers)`, which registers the command under this name, and `run(args) -> int`."""

@@ -10,9 +10,10 @@ from functools import partial
 
 from mhc_compile.codes import Diagnostic
 from mhc_compile.codes.compiler import COMPILER
+from mhc_compile.codes.emitting import EMITTING
 from mhc_compile.codes.training import TRAINING
 
-TABLE: dict[str, Diagnostic] = {**COMPILER, **TRAINING}
+TABLE: dict[str, Diagnostic] = {**COMPILER, **TRAINING, **EMITTING}
 
 
 class MHCError(Exception):

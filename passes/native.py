@@ -33,6 +33,7 @@ from mhc_compile.passes.confirm import Confirmed, Verdict, confirm_exit, confirm
 from mhc_compile.passes.dataflow import CASTS, Dataflow
 from mhc_compile.passes.graphs import Writer
 from mhc_compile.passes.hyperconnections import NotApart, Proposal, cast_behind, local, proposals
+from mhc_compile.passes.merge import merge_equal
 from mhc_compile.passes.native_depth import ConfirmedRead, confirm_reads, rewrite_read
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.results import NativeRead, NativeSite
@@ -55,6 +56,7 @@ class Native:
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
         drop_idle_casts(gm)
+        merge_equal(gm)
         lifting = _Lifting(gm, context)
         # Gradients are compared, whatever the caller runs under.
         with torch.inference_mode(mode=False), torch.enable_grad():

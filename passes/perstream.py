@@ -28,7 +28,7 @@ def apply_per_stream(graph: Graph, source: Node, chain: Sequence[Node], wide: di
     Operations with a form for the extra dimension are rewritten; a chain with any other operation runs once per stream.
     """
     members = {source, *chain}
-    if all(_has_wide_form(node, members, len(shape(source))) for node in chain):
+    if all(has_wide_form(node, members, len(shape(source))) for node in chain):
         for node in chain:
             # Before the next node, not after this one: FX puts what is inserted "after" in reverse order.
             with graph.inserting_before(node.next):
@@ -37,7 +37,8 @@ def apply_per_stream(graph: Graph, source: Node, chain: Sequence[Node], wide: di
         _once_per_stream(graph, source, chain, wide, n)
 
 
-def _has_wide_form(node: Node, members: set[Node], ndim: int) -> bool:
+def has_wide_form(node: Node, members: set[Node], ndim: int) -> bool:
+    """Return whether one call of `node` computes all streams at once; `members` are n-stream, the rest is not."""
     name = op_name(node)
     inside = [a for a in node.all_input_nodes if a in members]
     if not is_tensor(node) or len(shape(node)) != ndim or any(len(shape(a)) != ndim for a in inside):

@@ -59,6 +59,7 @@ LAYERS = """
     attach loading gates
     backend configured
     conversion
+    emitting
     bisect
     exporting
     report

@@ -374,6 +374,12 @@ def install_recorders(root: nn.Module) -> bool:
     return True
 
 
+def records_outputs(decorator: object) -> bool:
+    """Return whether a decorator is that by which transformers adds what hooks recorded to the output of a forward."""
+    module = sys.modules.get("transformers.utils.output_capturing")
+    return decorator is not None and decorator is getattr(module, "capture_outputs", None)
+
+
 def remove_recorders(root: nn.Module) -> None:
     """Undo `install_recorders` below `root`."""
     for module in root.modules():

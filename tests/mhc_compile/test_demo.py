@@ -21,7 +21,6 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import at_start, owners
 from mhc_compile.trial.training import difference, learning_rate, spread
 
-
 STEPS = 60
 
 

@@ -1,0 +1,177 @@
+"""Write a model's own source with the streams in it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import nn
+
+from mhc_compile.atomic_write import write_whole
+from mhc_compile.attach import refuse_wrapped, rewrite_with_parameters
+from mhc_compile.capture import capture
+from mhc_compile.config import Options, StreamOverrides, compile_pipeline, overridden
+from mhc_compile.conversion.example_inputs import example_inputs
+from mhc_compile.conversion.memory import find_streams
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.emitting.events import read_events
+from mhc_compile.emitting.file import Source, Writer, load
+from mhc_compile.emitting.gate import Results, cast, perturb, runs_in
+from mhc_compile.emitting.instrument import Keys, functions_around, probes
+from mhc_compile.emitting.roles import find_edits
+from mhc_compile.emitting.traced import Traced
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.owner import convert_owners, restore_owners
+from mhc_compile.parameters import StreamParameters, owners, unwrapped
+from mhc_compile.passes.base import Context
+
+PLAIN = Options(inner="eager", recompute="off")
+"""The graph rewrite as the equations say it."""
+
+
+def emit(
+    model: nn.Module,
+    file: str | os.PathLike[str],
+    *example_args: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    spec: StreamSpec | None = None,
+    **overrides: Unpack[StreamOverrides],
+) -> Path:
+    """Write a Python module that holds the source of `model` with n streams in it, and return its path.
+
+    The classes whose methods hold the streams become subclasses of the model's own, with the rewritten methods;
+    everything else of the source is kept. `add_streams(model)` of the file gives a residual model these classes and the
+    parameters of its sites. The file needs PyTorch and the model's own package, not this one.
+
+    `model` is residual, or converted by `convert`; it stays as it is. `example_args` and `example_kwargs` are the
+    inputs of one call, as for `convert`. `spec` and `overrides` describe the streams of a residual model.
+
+    Before the file is written, the module is compared with the graph rewrite: outputs and all gradients, at the start
+    and with every stream parameter perturbed, in float64 where the model computes in it.
+
+    Raises `MHCError`: MHC1xx as `convert` does, MHC303, MHC412 for a file that is there already and MHC509 for one that
+    cannot be written, MHC701 to 708 for what cannot be rewritten, with its source line, and MHC709 if the module
+    computed something else; nothing is written then.
+    """
+    path = Path(file)
+    if path.exists():
+        raise MHCError("MHC412", f"{path} is there already", way_out="name another file, or remove this one")
+    refuse_wrapped(model)
+    stream, _ = overridden(spec, None, overrides)
+    residual = copy.deepcopy(unwrapped(model)).eval()
+    if converted := owners(residual):
+        stream = _one_spec(converted)
+        restore_owners(residual)
+    kwargs = dict(example_kwargs or {})
+    if not example_args and not kwargs:
+        kwargs = example_inputs(residual)
+    source = checked_source(residual, example_args, kwargs, stream)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MHCError("MHC509", f"{path.parent}: {error}") from error
+    write_whole(path, source.text)
+    return path
+
+
+def checked_source(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], spec: StreamSpec) -> Source:
+    """Return the source of a residual model that computes what the graph rewrite does. `model` is changed meanwhile.
+
+    Raises MHC1xx and MHC701 to 709.
+    """
+    dtype = torch.float64
+    first = {name: t.dtype for name, t in model.state_dict().items()}
+    if not runs_in(model.double(), dtype, args, kwargs):
+        dtype = torch.float32
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in first:
+                tensor.data = tensor.data.to(first[name])
+        model.float()
+    args, kwargs = cast(args, dtype), cast(kwargs, dtype)
+    source, parameters = source_of(model, args, kwargs, spec)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "emitted.py"
+        path.write_text(source.text, encoding="utf-8")
+        error = difference(model, args, kwargs, source, parameters, load(path))
+    return replace(source, difference=error)
+
+
+def difference(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    source: Source,
+    parameters: Mapping[str, StreamParameters],
+    module: Any,
+) -> float:
+    """Return the largest relative difference of outputs of an emitted module from the graph rewrite.
+
+    Raises MHC709 unless it computes what the graph rewrite with `parameters` does.
+    """
+    dtype = next(p.dtype for p in model.parameters())
+    for of_owner in parameters.values():
+        of_owner.to(dtype)
+    ours = {
+        path: dict(parameters[owner].get_submodule(site).named_parameters())
+        for (owner, site), path in source.sites.items()
+    }
+    own = dict(model.named_parameters())
+    every = {**own, **{f"{path}.{name}": p for path, of_site in ours.items() for name, p in of_site.items()}}
+    starts: list[dict[str, torch.Tensor]] = []
+    expected: list[Results] = []
+    convert_owners(model, parameters)
+    for _ in range(2):
+        expected.append(Results(lambda: model(*args, **kwargs), every))
+        starts.append({name: p.detach().clone() for name, p in every.items()})
+        perturb([p for of_site in ours.values() for p in of_site.values()])
+    restore_owners(model)
+    errors: list[float] = []
+    try:
+        module.add_streams(model).to(dtype)
+        emitted = {name: p for name, p in model.named_parameters() if name in every}
+        if emitted.keys() != every.keys():
+            raise MHCError("MHC709", f"parameters {sorted(emitted.keys() ^ every.keys())[:3]}")
+        for when, values, wanted in zip(("at the start", "with perturbed streams"), starts, expected, strict=True):
+            with torch.no_grad():
+                for name, p in emitted.items():
+                    if name not in own:
+                        p.copy_(values[name])
+            errors.append(Results(lambda: model(*args, **kwargs), emitted).difference(wanted, when))
+    except MHCError:
+        raise
+    except Exception as error:  # whatever a wrong rewrite does
+        raise MHCError("MHC709", f"it fails: {type(error).__name__}: {error}") from error
+    return max(errors)
+
+
+def source_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], spec: StreamSpec
+) -> tuple[Source, dict[str, StreamParameters]]:
+    """Return the source of a residual model with n streams written in, unchecked, and the parameters of its streams."""
+    analysed = find_streams(model, args, kwargs, PLAIN)
+    nodes = [n for s in analysed.context.streams for n in (*s.values, *s.exit.users)]
+    functions, keys = functions_around(model, nodes), Keys()
+    with probes(functions, keys), torch.no_grad():
+        captured = capture(model, args, kwargs)
+    events = read_events(captured.graph, functions, keys)
+    raw = list(captured.graph.graph.nodes)
+    context = Context()
+    analysis, _ = compile_pipeline(PLAIN).split("residual")
+    graph = analysis.run(captured.graph, context)
+    edits = find_edits(Traced(model, graph.graph, raw, events), context.streams)
+    source = Writer(model, context.streams, edits).source(spec)
+    parameters, _ = rewrite_with_parameters(model, analysed.graph, analysed.context, spec, PLAIN, analysed.inputs)
+    return source, parameters
+
+
+def _one_spec(converted: Mapping[str, StreamParameters]) -> StreamSpec:
+    specs = {parameters.spec for parameters in converted.values()}
+    if len(specs) > 1 or any(parameters.reads_ids for parameters in converted.values()):
+        raise MHCError("MHC708", "memories and streams of several kinds have no source")
+    return specs.pop()
