@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from mhc_compile.integrations.transformers import install_recorders, remove_reco
 from mhc_compile.passes.base import Mark, module_path
 from mhc_compile.passes.marks import ProbeSlot, Signature, parse_inputs
 from mhc_compile.tracing import graph_break_error, traced_error, tracing_config
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -95,6 +97,16 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         captured.append(Captured(graph, list(example_inputs)))
         raise _Done
 
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    try:
+        traced(model, lambda: compiled(*args, **kwargs))
+    except _Done:
+        return captured[0]
+    raise MHCError("MHC101", "the forward computes nothing that Dynamo captures")
+
+
+def traced(model: nn.Module, call: Callable[[], Result]) -> Result:
+    """Return `call()`, in which Dynamo traces `model` as one graph. Raises MHC104 or MHC111 where it cannot."""
     # Dynamo remembers the sizes it saw: the user's next call of another shape would be traced with dynamic sizes.
     sizes = torch._dynamo.pgo.get_code_state()
     sizes_before = copy.deepcopy(sizes)
@@ -105,15 +117,17 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     try:
         # Dynamo counts this capture with the model's own compiled graphs.
         with torch._dynamo.config.patch(tracing_config()):
-            torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
-    except _Done:
-        return captured[0]
+            return call()
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, MHCError):
+            raise error.inner_exception from None
+        raise
     # A user error is how Dynamo calls a size or a branch that depends on data.
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
         # A mixture of experts that returns its router's logits records them, as hidden states are recorded.
         if "output_capturing.py" in str(error) and install_recorders(model):
             try:
-                return capture(model, args, kwargs)
+                return traced(model, call)
             finally:
                 remove_recorders(model)
         raise graph_break_error(model, error) from error
@@ -125,4 +139,3 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         sizes.update(sizes_before)
         if not marked:
             vars(model).pop("_is_torch_compile", None)  # torch.compile sets it
-    raise MHCError("MHC101", "the forward computes nothing that Dynamo captures")

@@ -14,25 +14,22 @@ import torch
 from torch import nn
 
 from mhc_compile.atomic_write import write_whole
-from mhc_compile.attach import refuse_wrapped, rewrite_with_parameters
+from mhc_compile.attach import refuse_wrapped
 from mhc_compile.capture import capture
-from mhc_compile.config import Options, StreamOverrides, compile_pipeline, overridden
+from mhc_compile.config import StreamOverrides, compile_pipeline, overridden
 from mhc_compile.conversion.example_inputs import example_inputs
-from mhc_compile.conversion.memory import find_streams
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.events import read_events
 from mhc_compile.emitting.file import Source, Writer, load
-from mhc_compile.emitting.gate import Results, cast, perturb, runs_in
+from mhc_compile.emitting.gate import Expected, cast, runs_in
+from mhc_compile.emitting.graph_rewrite import PLAIN, GraphRewrite
 from mhc_compile.emitting.instrument import Keys, functions_around, probes
 from mhc_compile.emitting.roles import find_edits
 from mhc_compile.emitting.traced import Traced
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.owner import convert_owners, restore_owners
+from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import StreamParameters, owners, unwrapped
 from mhc_compile.passes.base import Context
-
-PLAIN = Options(inner="eager", recompute="off")
-"""The graph rewrite as the equations say it."""
 
 
 def emit(
@@ -94,80 +91,28 @@ def checked_source(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
                 tensor.data = tensor.data.to(first[name])
         model.float()
     args, kwargs = cast(args, dtype), cast(kwargs, dtype)
-    source, parameters = source_of(model, args, kwargs, spec)
+    rewrite = GraphRewrite(model, spec)
+    expected = Expected(rewrite, args, kwargs)
+    source = source_of(model, args, kwargs, rewrite)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "emitted.py"
         path.write_text(source.text, encoding="utf-8")
-        error = difference(model, args, kwargs, source, parameters, load(path))
+        error = expected.difference(source, load(path))
     return replace(source, difference=error)
 
 
-def difference(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    source: Source,
-    parameters: Mapping[str, StreamParameters],
-    module: Any,
-) -> float:
-    """Return the largest relative difference of outputs of an emitted module from the graph rewrite.
-
-    Raises MHC709 unless it computes what the graph rewrite with `parameters` does.
-    """
-    dtype = next(p.dtype for p in model.parameters())
-    for of_owner in parameters.values():
-        of_owner.to(dtype)
-    ours = {
-        path: dict(parameters[owner].get_submodule(site).named_parameters())
-        for (owner, site), path in source.sites.items()
-    }
-    own = dict(model.named_parameters())
-    every = {**own, **{f"{path}.{name}": p for path, of_site in ours.items() for name, p in of_site.items()}}
-    starts: list[dict[str, torch.Tensor]] = []
-    expected: list[Results] = []
-    convert_owners(model, parameters)
-    for _ in range(2):
-        expected.append(Results(lambda: model(*args, **kwargs), every))
-        starts.append({name: p.detach().clone() for name, p in every.items()})
-        perturb([p for of_site in ours.values() for p in of_site.values()])
-    restore_owners(model)
-    errors: list[float] = []
-    try:
-        module.add_streams(model).to(dtype)
-        emitted = {name: p for name, p in model.named_parameters() if name in every}
-        if emitted.keys() != every.keys():
-            raise MHCError("MHC709", f"parameters {sorted(emitted.keys() ^ every.keys())[:3]}")
-        for when, values, wanted in zip(("at the start", "with perturbed streams"), starts, expected, strict=True):
-            with torch.no_grad():
-                for name, p in emitted.items():
-                    if name not in own:
-                        p.copy_(values[name])
-            errors.append(Results(lambda: model(*args, **kwargs), emitted).difference(wanted, when))
-    except MHCError:
-        raise
-    except Exception as error:  # whatever a wrong rewrite does
-        raise MHCError("MHC709", f"it fails: {type(error).__name__}: {error}") from error
-    return max(errors)
-
-
-def source_of(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], spec: StreamSpec
-) -> tuple[Source, dict[str, StreamParameters]]:
-    """Return the source of a residual model with n streams written in, unchecked, and the parameters of its streams."""
-    analysed = find_streams(model, args, kwargs, PLAIN)
-    nodes = [n for s in analysed.context.streams for n in (*s.values, *s.exit.users)]
-    functions, keys = functions_around(model, nodes), Keys()
+def source_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rewrite: GraphRewrite) -> Source:
+    """Return the source of a residual model with n streams written in, unchecked. `rewrite` has been called."""
+    functions, keys = functions_around(model, rewrite.inside, rewrite.outside), Keys()
     with probes(functions, keys), torch.no_grad():
         captured = capture(model, args, kwargs)
     events = read_events(captured.graph, functions, keys)
-    raw = list(captured.graph.graph.nodes)
+    nodes = list(captured.graph.graph.nodes)
     context = Context()
     analysis, _ = compile_pipeline(PLAIN).split("residual")
     graph = analysis.run(captured.graph, context)
-    edits = find_edits(Traced(model, graph.graph, raw, events), context.streams)
-    source = Writer(model, context.streams, edits).source(spec)
-    parameters, _ = rewrite_with_parameters(model, analysed.graph, analysed.context, spec, PLAIN, analysed.inputs)
-    return source, parameters
+    edits = find_edits(Traced(model, graph.graph, nodes, events), context.streams)
+    return Writer(model, context.streams, edits).source(rewrite.spec)
 
 
 def _one_spec(converted: Mapping[str, StreamParameters]) -> StreamSpec:

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.emitting.file import Source
+from mhc_compile.emitting.graph_rewrite import GraphRewrite
 
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-3)}
 """Of outputs and of gradients, relative to the largest of each tensor."""
 FLOOR = 1e-2
 """Of the largest gradient: those that vanish, as a key's bias does, are rounding alone."""
+WHEN = ("at the start", "with perturbed streams")
 NOISE = 0.3
 """Standard deviation of what perturbs the parameters of streams."""
 
@@ -22,7 +25,7 @@ NOISE = 0.3
 class Results:
     """The outputs of one call and the gradients of a random function of them."""
 
-    def __init__(self, call: Callable[[], Any], parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, call: Callable[[], Any], parameters: Mapping[Any, Tensor]) -> None:
         torch.manual_seed(0)
         self.outputs = [t for t in _tensors(call()) if t.is_floating_point()]
         generator = torch.Generator().manual_seed(1)
@@ -63,6 +66,55 @@ def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float, *, fl
     if not error <= tolerance:
         raise MHCError("MHC709", f"{what} differs by {error:.1e} relative, {tolerance:.0e} are allowed")
     return error
+
+
+class Expected:
+    """What the graph rewrite of a model computes at the start and with perturbed streams."""
+
+    def __init__(self, rewrite: GraphRewrite, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.model, self.args, self.kwargs = rewrite.model, args, kwargs
+        self.own = dict(rewrite.model.named_parameters())
+        rewrite(*args, **kwargs)
+        self.sites = {
+            (owner, site): dict(of_owner.get_submodule(site).named_parameters())
+            for owner, of_owner in rewrite.parameters.items()
+            for site in of_owner.sites
+        }
+        streams = {(*key, name): p for key, of_site in self.sites.items() for name, p in of_site.items()}
+        self.values: list[dict[Any, Tensor]] = []
+        """The parameters of sites, at the start and perturbed."""
+        self.results: list[Results] = []
+        for _ in range(2):
+            self.results.append(Results(lambda: rewrite(*args, **kwargs), {**self.own, **streams}))
+            self.values.append({key: p.detach().clone() for key, p in streams.items()})
+            perturb(list(streams.values()))
+
+    def difference(self, source: Source, module: Any) -> float:
+        """Return the largest relative difference of outputs of the model with the emitted module's streams.
+
+        Raises MHC709 unless all outputs and gradients are equal to rounding.
+        """
+        model, errors = self.model, [0.0]
+        names = {
+            f"{path}.{name}": (*key, name) for key, path in source.sites.items() for name in self.sites.get(key, ())
+        }
+        try:
+            module.add_streams(model).to(next(iter(self.own.values())).dtype)
+            emitted = dict(model.named_parameters())
+            if emitted.keys() != {*self.own, *names}:
+                raise MHCError("MHC709", f"parameters {sorted(emitted.keys() ^ {*self.own, *names})[:3]}")
+            ours: dict[Any, Tensor] = {names.get(name, name): p for name, p in emitted.items()}
+            for when, values, expected in zip(WHEN, self.values, self.results, strict=True):
+                with torch.no_grad():
+                    for key, value in values.items():
+                        ours[key].copy_(value)
+                found = Results(lambda: model(*self.args, **self.kwargs), ours)
+                errors.append(found.difference(expected, when))
+        except MHCError:
+            raise
+        except Exception as error:  # whatever a wrong rewrite does
+            raise MHCError("MHC709", f"it fails: {type(error).__name__}: {error}") from error
+        return max(errors)
 
 
 def perturb(parameters: Sequence[Tensor]) -> None:

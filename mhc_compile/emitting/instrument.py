@@ -89,14 +89,16 @@ class Function:
         return f"{self.code.co_filename}:{number}, in {self.code.co_qualname}"
 
 
-def functions_around(model: nn.Module, nodes: Sequence[Node]) -> list[Function]:
-    """Return the functions whose calls were running when `nodes` were made, from the innermost that holds them all.
+def functions_around(model: nn.Module, nodes: Sequence[Node], outside: Sequence[Node] = ()) -> list[Function]:
+    """Return the functions whose calls were running when `nodes` were made.
 
-    Functions without readable source (lambdas, built-ins, generated code) are left out.
+    They begin with the innermost that was running at `outside`, too. Functions without readable source (lambdas,
+    built-ins, generated code) and those that decorators made are left out.
     """
     traces = [t for node in nodes if (t := _frames(node))]
     shared = 0
-    while all(len(t) > shared + 1 and t[shared] == traces[0][shared] for t in traces):
+    every = traces + [t for node in outside if (t := _frames(node))]
+    while all(len(t) > shared + 1 and t[shared] == every[0][shared] for t in every):
         shared += 1
     places = dict.fromkeys(place for trace in traces for place in trace[shared:])
     files = {file for file, _, _ in places}
@@ -179,6 +181,9 @@ def parse(code: CodeType, objects: list[FunctionType]) -> Function | None:
         return None
     tree = module.body[0] if len(module.body) == 1 else None
     if not isinstance(tree, cst.FunctionDef) or tree.asynchronous or code.co_flags & inspect.CO_GENERATOR:
+        return None
+    # A wrapper that a decorator made: its code cannot stand elsewhere.
+    if set(code.co_freevars) - {"__class__"}:
         return None
     wrapper = metadata.MetadataWrapper(module, unsafe_skip_copy=True)
     positions = wrapper.resolve(metadata.PositionProvider)

@@ -20,6 +20,7 @@ from torch.func import functional_call, grad
 import mhc_compile
 
 NAME = "emitted_llama"
+PAGE = Path(__file__).parents[2] / "docs" / "emit.md"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,19 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.syspath_prepend(str(folder))
         yield importlib.import_module(NAME)
     del sys.modules[NAME]
+
+
+def test_the_page_shows_this_source(module: Any, request: pytest.FixtureRequest) -> None:
+    text = PAGE.read_text()
+    begin, end = "<!-- source: begin -->\n", "<!-- source: end -->"
+    before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    if request.config.getoption("--accept"):
+        PAGE.write_text(f"{before}```python\n{Path(module.__file__).read_text()}```\n{after}")
+    assert f"```python\n{Path(module.__file__).read_text()}```\n" in PAGE.read_text(), "run pytest --accept"
+
+
+def test_the_source_of_llama_is_short(module: Any) -> None:
+    assert len(Path(module.__file__).read_text().splitlines()) <= 250
 
 
 def moved(module: Any, **config: Any) -> nn.Module:

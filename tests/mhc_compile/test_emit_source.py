@@ -17,8 +17,10 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import MHCError, StreamSpec
-from mhc_compile.emitting.emit import checked_source, difference, source_of
+from mhc_compile.emitting.emit import checked_source, source_of
 from mhc_compile.emitting.file import load
+from mhc_compile.emitting.gate import Expected
+from mhc_compile.emitting.graph_rewrite import GraphRewrite
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -118,12 +120,14 @@ def test_a_memory_has_no_source(tmp_path: Path) -> None:
 )
 def test_a_wrong_source_is_found(right: str, wrong: str, tmp_path: Path) -> None:
     model = Model().double().eval()
-    source, parameters = source_of(model, (ids(),), {}, StreamSpec())
+    rewrite = GraphRewrite(model, StreamSpec())
+    expected = Expected(rewrite, (ids(),), {})
+    source = source_of(model, (ids(),), {}, rewrite)
     assert right in source.text
     path = tmp_path / "wrong.py"
     path.write_text(source.text.replace(right, wrong))
     with pytest.raises(MHCError, match="MHC709"):
-        difference(model, (ids(),), {}, source, parameters, load(path))
+        expected.difference(source, load(path))
 
 
 def test_the_difference_is_told() -> None:
