@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import textwrap
 import types
 from collections.abc import Sequence
@@ -153,6 +154,7 @@ class Writer:
         calls = [getattr(d.decorator, "func", d.decorator) for d in tree.decorators]
         if any(isinstance(n, cst.Name) and records_outputs(space.get(n.value)) for n in calls):
             self.used.add("recorded")
+            self.imports.lines.add("import functools")
             tree = tree.with_changes(decorators=[cst.Decorator(cst.Name("reduce_recorded")), *tree.decorators])
         self.imports.read_by(function, tree)
         return cst.Module([tree.with_changes(leading_lines=())]).code
@@ -169,9 +171,9 @@ class Writer:
 
     def _register(self) -> str:
         """Return the lines of `add_streams` that tell transformers what the new classes record, if any is asked."""
-        if "recorded" not in self.used:
+        recording = sys.modules.get("transformers.utils.output_capturing")
+        if "recorded" not in self.used or not hasattr(recording, "_CAN_RECORD_REGISTRY"):
             return ""
-        self.imports.lines.add("import functools")
         self.imports.names.setdefault("transformers.utils.output_capturing", set()).add("_CAN_RECORD_REGISTRY")
         return REGISTER
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import sys
 import types
 
 import libcst as cst
@@ -53,7 +54,9 @@ class Imports:
 
     def text(self, own: list[str]) -> str:
         """Return the statements; `own` are the names of the file's classes, which hide those of the same name."""
-        lines = sorted(self.lines)
+        lines = sorted(
+            self.lines, key=lambda line: (line.split()[1].split(".")[0] not in sys.stdlib_module_names, line)
+        )
         for module, names in sorted(self.names.items()):
             wanted = sorted(n for n in names if n not in own)
             one = f"from {module} import {', '.join(wanted)}"
@@ -62,6 +65,12 @@ class Imports:
             elif wanted:
                 lines.append(f"from {module} import (\n{_packed(wanted)})")
         return "\n".join(lines) + "\n"
+
+
+def _order(line: str) -> tuple[bool, str, str]:
+    """Sort imports of Python's own modules before others, `import` before `from`."""
+    keyword, module, *_ = line.split()
+    return module.split(".")[0] not in sys.stdlib_module_names, module, {"import": "", "from": line}[keyword]
 
 
 def _packed(names: list[str]) -> str:

@@ -10,8 +10,8 @@ MODULES = '''\
 class HyperConnection(nn.Module):
     """One site of manifold-constrained hyper-connections (arXiv 2512.24880, Eq. 3 and 7-9).
 
-    From the streams X `[..., n, C]` it computes `pre` and `post` `[..., n]` and H `[..., n, n]`{what}. The branch
-    reads `pre @ X`; the next streams are `H @ X + outer(post, y)` with the branch's output y.
+    From the streams X `[..., n, C]` it computes `pre` and `post` `[..., n]` and{what} H `[..., n, n]`.
+    The branch reads `pre @ X`; the next streams are `H @ X + outer(post, y)` with the branch's output y.
     """
 
 {last}    def __init__(self, hidden, index):
@@ -128,7 +128,7 @@ def stream_modules(spec: StreamSpec, used: set[str]) -> str:
         raise MHCError("MHC708", f"manifold={spec.manifold}")
     text = MODULES.format(
         rows=spec.rows,
-        what=", doubly stochastic" if spec.manifold == "sinkhorn" else "",
+        what=" a doubly stochastic" if spec.manifold == "sinkhorn" else "",
         paper_alpha=PAPER_ALPHA,
         width=WIDTH,
         scale=_indent(_scale(spec)),
@@ -150,16 +150,21 @@ def _bias(spec: StreamSpec) -> str:
     n, bias = spec.streams, start_bias(spec, 0).tolist()
     low, high, post = bias[min(1, n - 1)], bias[0], bias[n]
     lines = [
-        f"pre = torch.full((STREAMS,), {low:.9g})",
-        f"pre[self.index % STREAMS] = {high:.9g}",
-        f"post = torch.full((STREAMS,), {post:.9g})",
+        f"pre = torch.full((STREAMS,), {_number(low)})",
+        f"pre[self.index % STREAMS] = {_number(high)}",
+        f"post = torch.full((STREAMS,), {_number(post)})",
     ]
     parts = "pre, post"
     if spec.mix_rows:
-        lines.append(f"mixing = torch.full((STREAMS, STREAMS), {bias[-2] if n > 1 else bias[-1]:.9g})")
-        lines.append(f"mixing.fill_diagonal_({bias[-1]:.9g})")
+        lines.append(f"mixing = torch.full((STREAMS, STREAMS), {_number(bias[-2 if n > 1 else -1])})")
+        lines.append(f"mixing.fill_diagonal_({_number(bias[-1])})")
         parts += ", mixing.flatten()"
     return "\n".join(" " * 8 + line for line in [*lines, f"self.bias.copy_(torch.cat([{parts}]))"])
+
+
+def _number(value: float) -> str:
+    """Return a float32 as text, zero without its sign."""
+    return repr(float(f"{value:.9g}") + 0.0)
 
 
 def _indent(lines: list[str]) -> str:
