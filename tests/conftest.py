@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in slow.txt: over five CPU seconds each, and variants of what CI runs or part of `compat`.
+    """Mark the tests in slow.txt: variants of what CI runs or part of `compat`, most of over three CPU seconds each.
 
     The studies of docs/claims.md and the longest runs of `runtime` are there as well, though CI has no shorter form.
     """

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -128,12 +128,14 @@ def test_interpreted_triton_equals_the_reference(tmp_path: Path) -> None:
     [("cuda", 90), *(pytest.param(t, marks=pytest.mark.slow) for t in (("cuda", 80), ("hip", "gfx942")))],
     ids=str,
 )
+@pytest.mark.parametrize("options", [{}, {"normalised": True, "queries": 3}], ids=["mean", "normalised"])
 def test_it_compiles_for_gpus_that_are_not_here(
-    target: tuple[Literal["cuda", "hip"], int | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    options: dict[str, Any], target: tuple[Literal["cuda", "hip"], int | str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    spec = Attend(sources=9, width=4096, sources_dtype=torch.bfloat16)
+    spec = Attend(sources=9, width=4096, sources_dtype=torch.bfloat16, **options)
     for direction in DIRECTIONS:
         compiled = launcher_of(spec).compile_for(spec, direction, direction, *target)
         if target[0] == "cuda":

@@ -306,3 +306,20 @@ def test_attention_over_depth_is_raised_and_trains(name: str, paths: list[str]) 
         both.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         model.zero_grad()
     assert float(errors(both[1], both[0]).max()) < 1e-4
+
+
+@pytest.mark.slow
+def test_attention_over_depth_generates_with_caches_and_compiles_with_inductor() -> None:
+    model, inputs = over_depth("inkling2_text")
+    prompt = inputs["input_ids"][:, :5]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(prompt, **options)
+    model.forward = torch.compile(model.forward, backend="mhc", options={"inner": "eager"})
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(prompt, use_cache=use_cache, **options), expected)
+    del model.forward
+    torch._dynamo.reset()
+    with torch.no_grad():
+        plain = logits_of(model(**inputs))
+        compiled = logits_of(torch.compile(model, backend="mhc")(**inputs))
+    assert float((compiled - plain).abs().max() / plain.abs().max()) < 1e-5
