@@ -128,14 +128,16 @@ def test_interpreted_triton_equals_the_reference(tmp_path: Path) -> None:
     [("cuda", 90), *(pytest.param(t, marks=pytest.mark.slow) for t in (("cuda", 80), ("hip", "gfx942")))],
     ids=str,
 )
-@pytest.mark.parametrize("options", [{}, {"normalised": True, "queries": 3}], ids=["mean", "normalised"])
+@pytest.mark.parametrize(
+    "options", [{"width": 4096}, {"width": 1024, "normalised": True, "queries": 3}], ids=["one", "normalised"]
+)
 def test_it_compiles_for_gpus_that_are_not_here(
     options: dict[str, Any], target: tuple[Literal["cuda", "hip"], int | str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    spec = Attend(sources=9, width=4096, sources_dtype=torch.bfloat16, **options)
+    spec = Attend(sources=9, sources_dtype=torch.bfloat16, **options)
     for direction in DIRECTIONS:
         compiled = launcher_of(spec).compile_for(spec, direction, direction, *target)
         if target[0] == "cuda":
