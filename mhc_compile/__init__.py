@@ -6,7 +6,8 @@
 
 `StreamSpec` has the options of the streams, `Options` those of compiling; both go into `convert` by keyword.
 `convert_folder`, `from_pretrained` and `save_pretrained` are for checkpoint folders, `save` and `load` for modules of
-your own, `emit` writes the model's own source with the streams in it, `parameter_groups` is for optimizers,
+your own, `emit` and `emit_folder` write the model's own source with the streams in it, `parameter_groups` is for
+optimizers,
 `MemorySettings` and `OverEncodingSettings` for tables of n-grams. What is refused raises `MHCError` with a code.
 
 Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the streams of a model do),
@@ -21,7 +22,7 @@ from mhc_compile.checkpoint.saving import save, save_pretrained
 from mhc_compile.config import Options
 from mhc_compile.conversion import convert, convert_folder, to_residual
 from mhc_compile.diagnostics import MHCError, MHCWarning
-from mhc_compile.emitting import emit
+from mhc_compile.emitting import emit, emit_folder
 from mhc_compile.exporting import export, to_mlir
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
@@ -47,6 +48,7 @@ __all__ = [
     "convert",
     "convert_folder",
     "emit",
+    "emit_folder",
     "export",
     "from_pretrained",
     "inspect",

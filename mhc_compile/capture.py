@@ -97,9 +97,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         captured.append(Captured(graph, list(example_inputs)))
         raise _Done
 
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     try:
-        traced(model, lambda: compiled(*args, **kwargs))
+        traced(model, lambda: torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs))
     except _Done:
         return captured[0]
     raise MHCError("MHC101", "the forward computes nothing that Dynamo captures")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mhc_compile.conversion.folder import Converted, Form, convert_folder
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.emitting import emit_folder
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import PRESETS, MemorySettings
 from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, Manifold, form_names
@@ -36,6 +37,8 @@ examples:
       and n-gram memories at the entry of two layers, which add nothing until they are trained
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --over-encoding order=3,heads=4,rows=50000
       and embeddings of n-grams beside those of tokens, which add nothing until they are trained
+  mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-hub --standalone
+      with the model's source, so that it is loaded where mhc-compile is not installed
   mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-again --to residual
       the original weights bit by bit, as long as the streams were not trained
 
@@ -69,6 +72,9 @@ def add_parser(subparsers: Any) -> None:
         ("--engram", sorted(PRESETS), "add n-gram memories as this system has them"),
     ):
         parser.add_argument(option, choices=choices, help=meaning)
+    parser.add_argument(
+        "--standalone", action="store_true", help="write the model's source too: transformers loads OUT_DIR by itself"
+    )
     parser.add_argument("--strict", action="store_true", default=None, help="reject a model if residual adds are left")
     parser.add_argument(
         "--engram-layers", metavar="L", help="layers with a memory: 0-based indices or module paths, by commas"
@@ -84,6 +90,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert the folder. Raises `MHCError` as `convert_folder` does."""
     options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    if args.standalone:
+        return _standalone(args, options)
     if (memory := _memory(args)) is not None:
         options["engram"] = memory
     if args.over_encoding is not None:
@@ -102,6 +110,20 @@ def run(args: argparse.Namespace) -> int:
     print(_summary(done, args.to))
     if done.left_out:
         print(f"left out: {', '.join(map(str, done.left_out))}", file=sys.stderr)
+    return 0
+
+
+def _standalone(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Write a folder with the emitted source. Raises MHC520 for options that it has no place for."""
+    others = {
+        name: getattr(args, name) for name in ("engram", "engram_layers", "engram_rows", "over_encoding", "start")
+    }
+    if args.to != "mhc" or args.strict or any(value is not None for value in others.values()):
+        raise MHCError(
+            "MHC520", "--standalone takes --streams, --convention, --manifold, --iterations and --exit alone"
+        )
+    folder = emit_folder(args.source, args.target, **options)
+    print(f'{folder}: load it with AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
     return 0
 
 

@@ -63,7 +63,7 @@ def emit(
     stream, _ = overridden(spec, None, overrides)
     residual = copy.deepcopy(unwrapped(model)).eval()
     if converted := owners(residual):
-        stream = _one_spec(converted)
+        stream = one_spec(converted)
         restore_owners(residual)
     kwargs = dict(example_kwargs or {})
     if not example_args and not kwargs:
@@ -115,7 +115,8 @@ def source_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
     return Writer(model, context.streams, edits).source(rewrite.spec)
 
 
-def _one_spec(converted: Mapping[str, StreamParameters]) -> StreamSpec:
+def one_spec(converted: Mapping[str, StreamParameters]) -> StreamSpec:
+    """Return the specification of a converted model's streams. Raises MHC708 where its source cannot be written."""
     specs = {parameters.spec for parameters in converted.values()}
     if len(specs) > 1 or any(parameters.reads_ids for parameters in converted.values()):
         raise MHCError("MHC708", "memories and streams of several kinds have no source")

@@ -34,11 +34,16 @@ class GraphRewrite:
         self.outside: list[Node] = []
         """What reads their last values."""
         self.parameters: dict[str, StreamParameters] = {}
-        self.compiled = torch.compile(model, backend=self._rewrite, fullgraph=True, dynamic=False)
+        self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns."""
-        return traced(self.model, lambda: self.compiled(*args, **kwargs))
+        return traced(self.model, lambda: self._compiled()(*args, **kwargs))
+
+    def _compiled(self) -> Callable[..., Any]:
+        if self.compiled is None:
+            self.compiled = torch.compile(self.model, backend=self._rewrite, fullgraph=True, dynamic=False)
+        return self.compiled
 
     def _rewrite(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graph = private_copy(gm)

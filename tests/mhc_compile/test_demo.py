@@ -150,7 +150,7 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     for out in (tmp_path, tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "out"):
         with pytest.raises(MHCError, match="--out") as error:
-            command.run(arguments("--quick", "--steps", str(STEPS), "--out", str(out)))
+            command.run(arguments("--quick", "--out", str(out)))
         assert error.value.code == "MHC412"
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / RESULTS).write_text('{"made_by": "something else", "files": ["thesis.tex"]}')
@@ -205,7 +205,7 @@ def test_the_text_is_the_same_each_time_and_held_out_of_training() -> None:
     assert torch.equal(first.held_out, second.held_out)
     assert int(first.train.max()) < QUICK.vocabulary
     batches, held = training_batches(first, QUICK, stream=0), held_out_batches(first, QUICK)
-    assert len(batches) == STEPS
+    assert len(batches) == QUICK.steps
     assert {b.shape for b in (*batches, *held)} == {(QUICK.batch, QUICK.length)}
     assert not torch.equal(batches[0], training_batches(first, QUICK, stream=1)[0])
     text = first.tokenizer.decode(held[0][0])

@@ -1,0 +1,151 @@
+"""Write a checkpoint folder that transformers loads by itself: the emitted source beside the weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from mhc_compile.checkpoint.manifest import is_converted
+from mhc_compile.checkpoint.shards import copy_file, write_text
+from mhc_compile.checkpoint.source import CONFIG, companions, open_checkpoint, refuse_links_out
+from mhc_compile.checkpoint.staging import check_target, staged
+from mhc_compile.config import StreamOverrides, overridden
+from mhc_compile.configured import refuse_stream_options, weighted
+from mhc_compile.conversion.example_inputs import example_inputs
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.emitting.emit import checked_source, one_spec
+from mhc_compile.emitting.file import Source, load
+from mhc_compile.integrations.transformers import auto_classes
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.owner import restore_owners
+from mhc_compile.parameters import owners
+from mhc_compile.versions import VERSION
+
+MODULE = "modeling_mhc"
+CARD = "README.md"
+CONFIGURATION = '''
+
+class {name}({base}):
+    """The configuration of the model with streams, which its own class would load without them."""
+
+    model_type = "{model_type}"
+
+
+{root}.config_class = {name}
+'''
+CARD_TEXT = """\
+---
+library_name: transformers
+tags:
+- mhc
+- custom_code
+---
+
+# {root} with {streams} residual streams
+
+Converted from `{source}` by [mhc-compile](https://pypi.org/project/mhc-compile/) {version}: every residual add of the
+model is a site of manifold-constrained hyper-connections (mHC, arXiv 2512.24880), {sites} in all, with {parameters:,}
+parameters of their own ({spec}). `{module}.py` is the model's source with these sites in it.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{target}", trust_remote_code=True)
+```
+
+It needs PyTorch and transformers alone. Without `trust_remote_code` it is not loaded: transformers' own class would
+leave the streams out.
+"""
+
+
+def emit_folder(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    spec: StreamSpec | None = None,
+    evaluation: Mapping[str, float] | None = None,
+    **overrides: Unpack[StreamOverrides],
+) -> Path:
+    """Write `target`, which `AutoModel...from_pretrained(target, trust_remote_code=True)` loads without this package.
+
+    It holds the weights of `source`, a folder that transformers saved or that `convert_folder` wrote, under plain
+    names; the emitted source (`emit`); the configuration, the tokenizer and the like; and a model card, with a table of
+    `evaluation` if it is given. `spec` and `overrides` describe the streams of a residual folder. The whole model is
+    held in memory. `target` appears when everything in it is written, or not at all.
+
+    Raises `MHCError` as `convert_folder` and `emit` do.
+    """
+    folder = Path(source)
+    converted = is_converted(folder)
+    checkpoint = open_checkpoint(folder, converted=converted)
+    destination = check_target(Path(target), folder, size=checkpoint.size)
+    taken, _ = companions(checkpoint)
+    refuse_links_out(folder, [folder / relative for relative in taken])
+    if converted:
+        refuse_stream_options(folder, overrides)
+    model: Any = weighted(folder)[0]
+    stream, _ = overridden(spec, None, overrides)
+    values = {}
+    if parameters := owners(model):
+        stream = one_spec(parameters)
+        values = {
+            (owner, site): of_owner.get_submodule(site)
+            for owner, of_owner in parameters.items()
+            for site in of_owner.sites
+        }
+        restore_owners(model)
+    written = checked_source(copy.deepcopy(model), (), example_inputs(model), stream)
+    try:
+        with staged(destination) as staging:
+            name = _write_source(staging, model, written)
+            module = load(staging / f"{MODULE}.py")
+            classes = auto_classes(model)
+            module.add_streams(model)
+            with torch.no_grad():
+                for key, of_site in values.items():
+                    for parameter, value in of_site.named_parameters():
+                        model.get_parameter(f"{written.sites[key]}.{parameter}").copy_(value)
+            model.config = getattr(module, name).from_dict(model.config.to_dict())
+            model.config.auto_map = {
+                "AutoConfig": f"{MODULE}.{name}",
+                **dict.fromkeys(classes, f"{MODULE}.{written.root}"),
+            }
+            model.config.mhc = {"spec": str(stream), "version": VERSION}
+            model.save_pretrained(staging)
+            for relative in taken:
+                if relative.name not in (CONFIG, CARD) and not (staging / relative).exists():
+                    (staging / relative).parent.mkdir(parents=True, exist_ok=True)
+                    copy_file(folder / relative, staging / relative)
+            write_text(staging / CARD, _card(model, written, stream, folder.name, destination.name, evaluation or {}))
+    except OSError as error:
+        raise MHCError("MHC413", str(error)) from error
+    return destination
+
+
+def _write_source(folder: Path, model: Any, source: Source) -> str:
+    """Write the module with a configuration of its own; return the name of that."""
+    cls = type(model.config)
+    name, base = f"MHC{cls.__name__}", f"_{cls.__name__}"
+    text = CONFIGURATION.format(name=name, base=base, model_type=f"{cls.model_type}_mhc", root=source.root)
+    # At the end of the imports.
+    begin, end = source.text.split("\nSTREAMS = ", 1)
+    imported = f"from {cls.__module__} import {cls.__name__} as {base}\n"
+    write_text(folder / f"{MODULE}.py", f"{begin}{imported}\nSTREAMS = {end.rstrip()}\n{text}")
+    return name
+
+
+def _card(
+    model: Any, source: Source, spec: StreamSpec, folder: str, target: str, evaluation: Mapping[str, float]
+) -> str:
+    added = sum(p.numel() for path in source.sites.values() for p in model.get_submodule(path).parameters())
+    text = CARD_TEXT.format(
+        root=source.root, streams=spec.streams, source=folder, version=VERSION, sites=len(source.sites),
+        parameters=added, spec=spec, module=MODULE, target=target,
+    )  # fmt: skip
+    rows = "".join(f"| {name} | {value:g} |\n" for name, value in evaluation.items())
+    return text + (f"\n## Evaluation\n\n| | |\n|---|---|\n{rows}" if rows else "")

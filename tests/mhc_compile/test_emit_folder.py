@@ -1,0 +1,107 @@
+"""`emit_folder`: a folder that transformers loads by itself, in a process that does not have this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import make
+from safetensors.torch import load_file, save_file
+from tiny_models import ids, shake
+from transformers import AutoModelForCausalLM
+
+import mhc_compile
+from mhc_compile import MHCError
+from mhc_compile.cli import main
+
+_ELSEWHERE = """
+import sys
+sys.modules["mhc_compile"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+folder, given = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(folder)
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise AssertionError("loaded without its streams")
+model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+known = load_file(given)
+torch.testing.assert_close(model(known["ids"]).logits, known["logits"], rtol=0, atol=0)
+assert model.generate(known["ids"], max_new_tokens=2, pad_token_id=0, eos_token_id=None).shape == (2, 10)
+loss = model.train()(input_ids=known["ids"], labels=known["ids"]).loss
+loss.backward()
+assert all(p.grad is not None for name, p in model.named_parameters() if ".mhc_" in name and name.endswith("bias"))
+model.save_pretrained(sys.argv[1] + "-again")
+"""
+
+
+def loads_elsewhere(folder: Path, model: Any, tmp_path: Path) -> None:
+    """Assert that another process computes what `model` does."""
+    with torch.no_grad():
+        save_file({"ids": ids(), "logits": model(ids()).logits.contiguous()}, tmp_path / "given.safetensors")
+    words = [sys.executable, "-c", _ELSEWHERE, str(folder), str(tmp_path / "given.safetensors")]
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.compat
+def test_a_residual_folder(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "residual")
+    (tmp_path / "residual" / "tokenizer.json").write_text("{}")
+    folder = mhc_compile.emit_folder(tmp_path / "residual", tmp_path / "out", evaluation={"perplexity": 12.5})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_mhc.LlamaForCausalLM"
+    assert config["mhc"]["spec"] == str(mhc_compile.StreamSpec())
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    card = (folder / "README.md").read_text()
+    assert "Converted from `residual`" in card
+    assert "| perplexity | 12.5 |" in card
+    converted = mhc_compile.convert(AutoModelForCausalLM.from_pretrained(tmp_path / "residual").eval(), inner="eager")
+    loads_elsewhere(folder, converted, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_a_converted_folder_keeps_its_trained_streams(name: str, tmp_path: Path) -> None:
+    model = mhc_compile.convert(make(name), streams=2, inner="eager")
+    shake(model)
+    mhc_compile.save_pretrained(model, tmp_path / "converted")
+    folder = mhc_compile.emit_folder(tmp_path / "converted", tmp_path / "out")
+    loads_elsewhere(folder, mhc_compile.from_pretrained(tmp_path / "converted", inner="eager"), tmp_path)
+
+
+def test_tied_weights_in_half_precision_are_kept(tmp_path: Path) -> None:
+    make("llama-bf16-tied").save_pretrained(tmp_path / "residual")
+    folder = mhc_compile.emit_folder(tmp_path / "residual", tmp_path / "out")
+    stored = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert stored["model.layers.0.mhc_mlp.phi"].dtype == torch.float32
+
+
+def test_the_command_and_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("gpt2").save_pretrained(tmp_path / "residual")
+    words = ["convert", str(tmp_path / "residual"), str(tmp_path / "out"), "--standalone"]
+    assert main([*words, "--to", "residual"]) == 2
+    assert main([*words, "--convention", "deepseek_v4"]) == 1
+    assert "MHC708" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--streams", "2"]) == 0
+    assert "trust_remote_code=True" in capsys.readouterr().out
+    assert (tmp_path / "out" / "modeling_mhc.py").exists()
+    assert main(words) == 1
+
+
+def test_weights_that_are_missing(tmp_path: Path) -> None:
+    make("gpt2").config.save_pretrained(tmp_path / "empty")
+    with pytest.raises(MHCError, match="MHC40"):
+        mhc_compile.emit_folder(tmp_path / "empty", tmp_path / "out")
