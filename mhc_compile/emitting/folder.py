@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from torch import nn
 
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.shards import copy_file, write_text
@@ -26,6 +27,8 @@ from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import owners
 from mhc_compile.versions import VERSION
 
+Values = dict[tuple[str, str], nn.Module]
+"""By owner and site the module with the parameters that a converted model has."""
 MODULE = "modeling_mhc"
 CARD = "README.md"
 CONFIGURATION = '''
@@ -90,33 +93,15 @@ def emit_folder(
         refuse_stream_options(folder, overrides)
     model: Any = weighted(folder)[0]
     stream, _ = overridden(spec, None, overrides)
-    values = {}
+    values: Values = {}
     if parameters := owners(model):
         stream = one_spec(parameters)
-        values = {
-            (owner, site): of_owner.get_submodule(site)
-            for owner, of_owner in parameters.items()
-            for site in of_owner.sites
-        }
+        values = {(owner, site): p.get_submodule(site) for owner, p in parameters.items() for site in p.sites}
         restore_owners(model)
     written = checked_source(copy.deepcopy(model), (), example_inputs(model), stream)
     try:
         with staged(destination) as staging:
-            name = _write_source(staging, model, written)
-            module = load(staging / f"{MODULE}.py")
-            classes = auto_classes(model)
-            module.add_streams(model)
-            with torch.no_grad():
-                for key, of_site in values.items():
-                    for parameter, value in of_site.named_parameters():
-                        model.get_parameter(f"{written.sites[key]}.{parameter}").copy_(value)
-            model.config = getattr(module, name).from_dict(model.config.to_dict())
-            model.config.auto_map = {
-                "AutoConfig": f"{MODULE}.{name}",
-                **dict.fromkeys(classes, f"{MODULE}.{written.root}"),
-            }
-            model.config.mhc = {"spec": str(stream), "version": VERSION}
-            model.save_pretrained(staging)
+            _save(model, written, values, stream, staging)
             for relative in taken:
                 if relative.name not in (CONFIG, CARD) and not (staging / relative).exists():
                     (staging / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +110,23 @@ def emit_folder(
     except OSError as error:
         raise MHCError("MHC413", str(error)) from error
     return destination
+
+
+def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: Path) -> None:
+    """Write the source, the configuration and the weights, with the values that the sites have already."""
+    name = _write_source(folder, model, source)
+    module = load(folder / f"{MODULE}.py")
+    classes = auto_classes(model)
+    module.add_streams(model)
+    with torch.no_grad():
+        for key, of_site in values.items():
+            for parameter, value in of_site.named_parameters():
+                model.get_parameter(f"{source.sites[key]}.{parameter}").copy_(value)
+    model.config = getattr(module, name).from_dict(model.config.to_dict())
+    names = {"AutoConfig": name, **dict.fromkeys(classes, source.root)}
+    model.config.auto_map = {auto: f"{MODULE}.{cls}" for auto, cls in names.items()}
+    model.config.mhc = {"spec": str(spec), "version": VERSION}
+    model.save_pretrained(folder)
 
 
 def _write_source(folder: Path, model: Any, source: Source) -> str:
