@@ -13,6 +13,7 @@ from torch import nn
 
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.shards import copy_file, write_text
+from mhc_compile.checkpoint.skeleton import transformers_module
 from mhc_compile.checkpoint.source import CONFIG, companions, open_checkpoint, refuse_links_out
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.config import StreamOverrides, overridden
@@ -21,7 +22,6 @@ from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.emit import checked_source, one_spec
 from mhc_compile.emitting.file import Source, load
-from mhc_compile.integrations.transformers import auto_classes
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import owners
@@ -116,7 +116,7 @@ def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: 
     """Write the source, the configuration and the weights, with the values that the sites have already."""
     name = _write_source(folder, model, source)
     module = load(folder / f"{MODULE}.py")
-    classes = auto_classes(model)
+    classes = _auto_classes(model)
     module.add_streams(model)
     with torch.no_grad():
         for key, of_site in values.items():
@@ -127,6 +127,18 @@ def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: 
     model.config.auto_map = {auto: f"{MODULE}.{cls}" for auto, cls in names.items()}
     model.config.mhc = {"spec": str(spec), "version": VERSION}
     model.save_pretrained(folder)
+
+
+def _auto_classes(model: Any) -> list[str]:
+    """Return the names of the Auto classes that make models of the class of `model` from its configuration."""
+    transformers: Any = transformers_module()
+    names = []
+    for name in dir(transformers):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
+        known = mapping.get(type(model.config), ()) if mapping is not None else ()
+        if type(model) in (known if isinstance(known, tuple) else (known,)):
+            names.append(name)
+    return names
 
 
 def _write_source(folder: Path, model: Any, source: Source) -> str:

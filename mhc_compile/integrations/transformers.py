@@ -374,19 +374,6 @@ def install_recorders(root: nn.Module) -> bool:
     return True
 
 
-def auto_classes(model: nn.Module) -> list[str]:
-    """Return the names of the Auto classes that make models of the class of `model` from its configuration."""
-    transformers: Any = sys.modules["transformers"]
-    config: Any = model.config
-    names = []
-    for name in dir(transformers):
-        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
-        known = mapping.get(type(config), ()) if mapping is not None else ()
-        if type(model) in (known if isinstance(known, tuple) else (known,)):
-            names.append(name)
-    return names
-
-
 def records_outputs(decorator: object) -> bool:
     """Return whether a decorator is that by which transformers adds what hooks recorded to the output of a forward."""
     module = sys.modules.get("transformers.utils.output_capturing")
