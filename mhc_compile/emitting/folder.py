@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mhc_compile.checkpoint.manifest import is_converted
-from mhc_compile.checkpoint.shards import copy_file, write_text
+from mhc_compile.checkpoint.shards import copy_file, read_shard, write_text
 from mhc_compile.checkpoint.skeleton import transformers_module
 from mhc_compile.checkpoint.source import CONFIG, companions, open_checkpoint, refuse_links_out
 from mhc_compile.checkpoint.staging import check_target, staged
@@ -24,7 +24,7 @@ from mhc_compile.emitting.emit import checked_source, one_spec
 from mhc_compile.emitting.file import Source, load
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.owner import restore_owners
-from mhc_compile.parameters import owners
+from mhc_compile.parameters import names, owners
 from mhc_compile.versions import VERSION
 
 Values = dict[tuple[str, str], nn.Module]
@@ -123,22 +123,33 @@ def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: 
             for parameter, value in of_site.named_parameters():
                 model.get_parameter(f"{source.sites[key]}.{parameter}").copy_(value)
     model.config = getattr(module, name).from_dict(model.config.to_dict())
-    names = {"AutoConfig": name, **dict.fromkeys(classes, source.root)}
-    model.config.auto_map = {auto: f"{MODULE}.{cls}" for auto, cls in names.items()}
+    places = {"AutoConfig": name, **dict.fromkeys(classes, source.root)}
+    model.config.auto_map = {auto: f"{MODULE}.{cls}" for auto, cls in places.items()}
     model.config.mhc = {"spec": str(spec), "version": VERSION}
-    model.save_pretrained(folder)
+    # Under the names that the model has in memory: the new kind of configuration has no other layout to translate from.
+    model.save_pretrained(folder, save_original_format=False)
+    refuse_missing(model, folder)
+
+
+def refuse_missing(model: nn.Module, folder: Path) -> None:
+    """Raise MHC404 where the folder lacks a weight of the model, which transformers would draw at random."""
+    stored = {name for file in folder.glob("*.safetensors") for name in read_shard(file).tensors}
+    tensors = model.state_dict()
+    present = {tensors[name].data_ptr() for name in stored & tensors.keys()}  # tied weights are stored once
+    if missing := [name for name, t in tensors.items() if name not in stored and t.data_ptr() not in present]:
+        raise MHCError("MHC404", f"transformers saved no {names(missing)}")
 
 
 def _auto_classes(model: Any) -> list[str]:
     """Return the names of the Auto classes that make models of the class of `model` from its configuration."""
     transformers: Any = transformers_module()
-    names = []
+    found = []
     for name in dir(transformers):
         mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
         known = mapping.get(type(model.config), ()) if mapping is not None else ()
         if type(model) in (known if isinstance(known, tuple) else (known,)):
-            names.append(name)
-    return names
+            found.append(name)
+    return found
 
 
 def _write_source(folder: Path, model: Any, source: Source) -> str:

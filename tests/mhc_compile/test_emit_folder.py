@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import mhc_compile
 from mhc_compile import MHCError
 from mhc_compile.cli import main
+from mhc_compile.emitting.folder import refuse_missing
 
 _ELSEWHERE = """
 import sys
@@ -25,6 +26,7 @@ sys.modules["mhc_compile"] = None
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
 folder, given = sys.argv[1:]
 try:
     AutoModelForCausalLM.from_pretrained(folder)
@@ -105,3 +107,12 @@ def test_weights_that_are_missing(tmp_path: Path) -> None:
     make("gpt2").config.save_pretrained(tmp_path / "empty")
     with pytest.raises(MHCError, match="MHC40"):
         mhc_compile.emit_folder(tmp_path / "empty", tmp_path / "out")
+
+
+def test_a_weight_that_was_not_saved_is_found(tmp_path: Path) -> None:
+    model = make("llama-bf16-tied")
+    model.save_pretrained(tmp_path)
+    refuse_missing(model, tmp_path)
+    model.more = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(MHCError, match=r"MHC404.*more"):
+        refuse_missing(model, tmp_path)
