@@ -17,8 +17,8 @@ MHC705 a read lies in another module than its add
     read and add in one module, or let the module that reads hold the one that adds
 MHC706 an add in another form
     write it as `x + branch(x)` or `x += branch(x)` with both operands of one shape
-MHC707 a class that cannot be imported
-    put the classes into a module of their own, each under a name of its own
+MHC707 a class or name that cannot be imported
+    put the classes into a module of their own, each under a name of its own, and give other things names of their own
 MHC708 no source for these streams
     mHC with sinkhorn, identity or unconstrained mixing matrices and an exit by the mean or the sum is written
 MHC709 the emitted model computes something else

@@ -15,7 +15,7 @@ from mhc_compile.emitting.syntax import LOOPS, around, assigns, targets
 
 
 class Beginning(NamedTuple):
-    """Where the stream is expanded."""
+    """Names the call, the event and the variables at which a stream is expanded."""
 
     call: Call
     order: int

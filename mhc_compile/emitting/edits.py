@@ -1,4 +1,4 @@
-"""What becomes of the expressions of the user's source."""
+"""Describe how the expressions of the user's source change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of one expression."""
+    """Describes how one expression changes."""
 
     kind: Kind
     place: Place | None = None
@@ -66,7 +66,7 @@ class Edits:
     first: dict[Nodes, cst.CSTNode] = field(default_factory=dict)
     """By nodes of a place in a loop the expression that names its site first in each round."""
     fixed: dict[tuple[Nodes, cst.CSTNode], int] = field(default_factory=dict)
-    """Of a place in a loop, by expression that names the site of one round alone, which round."""
+    """The round of a loop for each expression that names the site of that round alone, by the place's nodes."""
     evaluated: set[int] = field(default_factory=set)
     """The evaluations at which expressions are a stream."""
 

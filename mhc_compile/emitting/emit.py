@@ -16,20 +16,19 @@ from torch import nn
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.attach import refuse_wrapped
 from mhc_compile.capture import capture
-from mhc_compile.config import StreamOverrides, compile_pipeline, overridden
+from mhc_compile.config import StreamOverrides, overridden
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.events import read_events
 from mhc_compile.emitting.file import Source, Writer, load
 from mhc_compile.emitting.gate import Expected, cast, runs_in
-from mhc_compile.emitting.graph_rewrite import PLAIN, GraphRewrite
+from mhc_compile.emitting.graph_rewrite import GraphRewrite, analysed
 from mhc_compile.emitting.instrument import Keys, functions_around, probes
 from mhc_compile.emitting.roles import find_edits
 from mhc_compile.emitting.traced import Traced
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import StreamParameters, owners, unwrapped
-from mhc_compile.passes.base import Context
 
 
 def emit(
@@ -83,12 +82,8 @@ def checked_source(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     Raises MHC1xx and MHC701 to 709.
     """
     dtype = torch.float64
-    first = {name: t.dtype for name, t in model.state_dict().items()}
     if not runs_in(model.double(), dtype, args, kwargs):
         dtype = torch.float32
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name in first:
-                tensor.data = tensor.data.to(first[name])
         model.float()
     args, kwargs = cast(args, dtype), cast(kwargs, dtype)
     rewrite = GraphRewrite(model, spec)
@@ -108,9 +103,7 @@ def source_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
         captured = capture(model, args, kwargs)
     events = read_events(captured.graph, functions, keys)
     nodes = list(captured.graph.graph.nodes)
-    context = Context()
-    analysis, _ = compile_pipeline(PLAIN).split("residual")
-    graph = analysis.run(captured.graph, context)
+    graph, context = analysed(captured.graph)
     edits = find_edits(Traced(model, graph.graph, nodes, events), context.streams)
     return Writer(model, context.streams, edits).source(rewrite.spec)
 

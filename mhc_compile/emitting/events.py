@@ -1,4 +1,4 @@
-"""What a probed capture tells: the calls that ran and, in each, the value of every expression that was evaluated."""
+"""Read a probed capture: the calls that ran and, in each, the value of every expression that was evaluated."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Event:
     call: Call
     node: cst.CSTNode
     what: str
-    """Of `x += y` the `target` before and the `result`; empty for expressions."""
+    """`target` for the variable of `x += y` before it, `result` for it afterwards, empty for expressions."""
     value: Node | None
-    """What Dynamo made of the value, if it is a tensor."""
+    """The graph node of the value; None where it is no tensor."""
     order: int
-    """Of all events of the capture."""
+    """The number of the event in the capture."""
     at: int
     """The number of nodes of the graph before it."""
 

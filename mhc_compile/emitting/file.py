@@ -16,11 +16,11 @@ from torch import nn
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.changes import Changes, changes
 from mhc_compile.emitting.edits import Edits
-from mhc_compile.emitting.imports import Imports
+from mhc_compile.emitting.imports import WIDTH, Imports
 from mhc_compile.emitting.instrument import Function
 from mhc_compile.emitting.naming import Names, class_name
 from mhc_compile.emitting.places import Key, method_name
-from mhc_compile.emitting.rewrite import Target, rewritten
+from mhc_compile.emitting.rewrite import rewritten
 from mhc_compile.emitting.streams import stream_modules
 from mhc_compile.integrations.transformers import records_outputs
 from mhc_compile.kernels.spec import StreamSpec
@@ -109,13 +109,16 @@ class Writer:
         if len(set(own)) < len(own):
             raise MHCError("MHC707", f"two classes have one name: {', '.join(sorted(own))}")
         classes = [self._class(cls, texts) for cls, texts in methods.items()]
-        table = "".join(f"    {self.imports.base(cls)}: {class_name(cls)},\n" for cls in methods)
+        pairs = [f"{self.imports.base(cls)}: {class_name(cls)}" for cls in methods]
+        table = f"CLASSES = {{{', '.join(pairs)}}}\n"
+        if len(table) > WIDTH:
+            table = "CLASSES = {\n" + "".join(f"    {pair},\n" for pair in pairs) + "}\n"
         hidden, widths = self._widths()
         reading, hooks = self._reading()
         adding = ADD_STREAMS.format(hidden=hidden, last=self._last() + hooks, register=self._register())
         modules = stream_modules(spec, self.used)
         initialise = INIT if any(hasattr(cls, "_init_weights") for cls in methods) else ""
-        parts = [modules, initialise, *functions, *classes, widths, reading, f"CLASSES = {{\n{table}}}\n", adding]
+        parts = [modules, initialise, *functions, *classes, widths, reading, table, adding]
         head = HEAD.format(root=class_name(root), streams=spec.streams)
         body = "\n\n".join(part.strip("\n") + "\n" for part in parts if part)
         text = f"{head}\n{self.imports.text(own)}\nSTREAMS = {spec.streams}\n\n\n{body}"
@@ -147,16 +150,14 @@ class Writer:
         """Return the source of a rewritten function, for a class whose base the file calls `base`."""
         if free := set(function.code.co_freevars) - {"__class__"}:
             raise MHCError("MHC701", f"{function.code.co_qualname} reads {', '.join(sorted(free))} from around it")
-        arguments = [self.names.argument(function, nodes) for nodes in self.edits.arguments.get(function, ())]
-        target = Target(self.names.expression, self.names.loop, self.names.argument, arguments, base)
-        tree = rewritten(function, changed, target)
+        tree = rewritten(function, changed, self.names, base)
         space = function.objects[0].__globals__
         calls = [getattr(d.decorator, "func", d.decorator) for d in tree.decorators]
         if any(isinstance(n, cst.Name) and records_outputs(space.get(n.value)) for n in calls):
             self.used.add("recorded")
             self.imports.lines.add("import functools")
             tree = tree.with_changes(decorators=[cst.Decorator(cst.Name("reduce_recorded")), *tree.decorators])
-        self.imports.read_by(function, tree)
+        self.imports.read_by(function)
         return cst.Module([tree.with_changes(leading_lines=())]).code
 
     def _class(self, cls: type, methods: list[str]) -> str:

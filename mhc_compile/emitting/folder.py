@@ -22,12 +22,13 @@ from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.emit import checked_source, one_spec
 from mhc_compile.emitting.file import Source, load
+from mhc_compile.emitting.places import Key
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import names, owners
 from mhc_compile.versions import VERSION
 
-Values = dict[tuple[str, str], nn.Module]
+Values = dict[Key, nn.Module]
 """By owner and site the module with the parameters that a converted model has."""
 MODULE = "modeling_mhc"
 CARD = "README.md"
@@ -51,7 +52,7 @@ tags:
 
 # {root} with {streams} residual streams
 
-Converted from `{source}` by [mhc-compile](https://pypi.org/project/mhc-compile/) {version}: every residual add of the
+Converted from `{source}` by mhc-compile {version}: every residual add of the
 model is a site of manifold-constrained hyper-connections (mHC, arXiv 2512.24880), {sites} in all, with {parameters:,}
 parameters of their own ({spec}). `{module}.py` is the model's source with these sites in it.
 

@@ -14,9 +14,9 @@ from mhc_compile.emitting.file import Source
 from mhc_compile.emitting.graph_rewrite import GraphRewrite
 
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-3)}
-"""Of outputs and of gradients, relative to the largest of each tensor."""
+"""Largest differences of outputs and of gradients by dtype, relative to the largest entry of each tensor."""
 FLOOR = 1e-2
-"""Of the largest gradient: those that vanish, as a key's bias does, are rounding alone."""
+"""The least size that errors are relative to, as a part of the largest gradient: that of a key's bias is rounding."""
 WHEN = ("at the start", "with perturbed streams")
 NOISE = 0.3
 """Standard deviation of what perturbs the parameters of streams."""
@@ -69,7 +69,7 @@ def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float, *, fl
 
 
 class Expected:
-    """What the graph rewrite of a model computes at the start and with perturbed streams."""
+    """Holds what the graph rewrite of a model computes, at the start and with perturbed streams."""
 
     def __init__(self, rewrite: GraphRewrite, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.model, self.args, self.kwargs = rewrite.model, args, kwargs

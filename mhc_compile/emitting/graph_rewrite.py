@@ -21,6 +21,13 @@ PLAIN = Options(inner="eager", recompute="off")
 """The equations as they are: no kernel, nothing computed again."""
 
 
+def analysed(graph: GraphModule) -> tuple[GraphModule, Context]:
+    """Return the graph after the passes up to `residual`, and what they found."""
+    context = Context()
+    analysis, _ = compile_pipeline(PLAIN).split("residual")
+    return analysis.run(graph, context), context
+
+
 class GraphRewrite:
     """A residual model that is called with n streams, in the dtype of its own parameters.
 
@@ -32,7 +39,7 @@ class GraphRewrite:
         self.inside: list[Node] = []
         """The values of all streams in the residual graph, which keep the source that made them."""
         self.outside: list[Node] = []
-        """What reads their last values."""
+        """The nodes that read their last values."""
         self.parameters: dict[str, StreamParameters] = {}
         self.compiled: Callable[..., Any] | None = None
 
@@ -48,9 +55,7 @@ class GraphRewrite:
     def _rewrite(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graph = private_copy(gm)
         identify(graph, example_inputs)
-        context = Context()
-        analysis, _ = compile_pipeline(PLAIN).split("residual")
-        graph = analysis.run(graph, context)
+        graph, context = analysed(graph)
         self.inside = [node for stream in context.streams for node in stream.values]
         self.outside = [user for stream in context.streams for user in stream.exit.users]
         self.parameters, rewritten = rewrite_with_parameters(

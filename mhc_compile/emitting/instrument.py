@@ -32,12 +32,12 @@ PROBE, ENTER, LEAVE = "__mhc_probe__", "__mhc_enter__", "__mhc_leave__"
 
 
 EXPRESSIONS = (cst.Name, cst.Attribute, cst.Call, cst.BinaryOperation, cst.Subscript, cst.IfExp)
-"""What may have the value of a stream."""
+"""The kinds of expressions that are probed: others never have a stream as their value."""
 NO_VALUES = (
     cst.Lambda, cst.Decorator, cst.Parameters, cst.Annotation, cst.AssignTarget, cst.AsName, cst.Del, cst.Global,
     cst.Nonlocal, cst.Import, cst.ImportFrom, cst.Match, cst.FormattedString, cst.ClassDef,
 )  # fmt: skip
-"""What is not evaluated where it stands, or is no value."""
+"""The kinds of syntax that are not probed: they are evaluated elsewhere, or have no value."""
 
 
 @torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]

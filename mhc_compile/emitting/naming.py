@@ -81,6 +81,10 @@ class Names:
         every = self.edits.arguments[function]
         return f"mhc_{every.index(nodes)}" if len(every) > 1 else "mhc"
 
+    def arguments(self, function: Function) -> list[str]:
+        """Return the names of all sites that a function gets as arguments."""
+        return [self.argument(function, nodes) for nodes in self.edits.arguments.get(function, ())]
+
     def in_order(self, module: nn.Module, path: str = "") -> list[str]:
         """Return the full names of all sites below the module at `path`, in the order of `modules()`."""
         prefix = f"{path}." if path else ""

@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import libcst as cst
 import torch
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.emitting.changes import ADDS
+from mhc_compile.emitting.changes import ADDS, Changes
 from mhc_compile.emitting.edits import Edit
 from mhc_compile.emitting.instrument import Function
-from mhc_compile.emitting.places import Nodes, Place
+from mhc_compile.emitting.naming import Names
 from mhc_compile.emitting.syntax import within
 
 AROUND = {"reduce": "reduce", "first": "first_stream"}
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a function is rewritten for."""
+def rewritten(function: Function, edits: Changes, names: Names, base: str) -> cst.FunctionDef:
+    """Return the function with its edits.
 
-    site: Callable[[Place, str, cst.CSTNode], str]
-    """Return the expression that names a site, in the code of the module at a path, in what becomes of a node."""
-    loops: Callable[[Place], str]
-    """Return the statement that begins to go through the sites of a loop."""
-    argument: Callable[[Function, Nodes], str]
-    """Return the name of the argument by which a function gets the site for some expressions."""
-    arguments: list[str]
-    """The names of the sites that the function gets as arguments."""
-    base: str = ""
-    """The name under which the file imports the class that has the method; empty for a function that is no method."""
-
-
-def rewritten(function: Function, edits: Mapping[cst.CSTNode, list[Edit]], target: Target) -> cst.FunctionDef:
-    """Return the function with its edits."""
-    tree = function.tree.visit(_Rewrite(function, edits, target))
+    `base` is how the file says the class that has the method; empty for a function that is no method.
+    """
+    tree = function.tree.visit(_Rewrite(function, edits, names, base))
     assert isinstance(tree, cst.FunctionDef)
     return tree
 
 
 class _Rewrite(cst.CSTTransformer):
-    def __init__(self, function: Function, edits: Mapping[cst.CSTNode, list[Edit]], target: Target) -> None:
+    def __init__(self, function: Function, edits: Changes, names: Names, base: str) -> None:
         super().__init__()
-        self.function, self.edits, self.target = function, edits, target
+        self.function, self.edits, self.names, self.base = function, edits, names, base
         self.carries: dict[cst.CSTNode, cst.CSTNode] = {}
         """The operand that is the stream, by add."""
         for node, of_node in edits.items():
@@ -74,9 +60,7 @@ class _Rewrite(cst.CSTTransformer):
             if edit.kind == "pass_site":
                 assert edit.keyword is not None
                 site = cst.parse_expression(self._site(edit, original_node))
-                updated = updated.with_changes(
-                    args=[*updated.args, _keyword(self.target.argument(*edit.keyword), site)]
-                )
+                updated = updated.with_changes(args=[*updated.args, _keyword(self.names.argument(*edit.keyword), site)])
         return self._around(original_node, updated, edits)
 
     def _around(self, original: cst.CSTNode, updated: Any, edits: Mapping[str, Edit]) -> Any:
@@ -119,8 +103,8 @@ class _Rewrite(cst.CSTTransformer):
     def _site(self, edit: Edit, original: cst.CSTNode) -> str:
         if edit.place is None:
             assert edit.argument is not None
-            return self.target.argument(self.function, edit.argument)
-        return self.target.site(edit.place, edit.site_module, original)
+            return self.names.argument(self.function, edit.argument)
+        return self.names.expression(edit.place, edit.site_module, original)
 
     def _add(self, original: Any, updated: Any, edit: Edit) -> Any:
         carry = self.carries.get(original)
@@ -195,19 +179,19 @@ class _Rewrite(cst.CSTTransformer):
     def _super(self, updated: cst.Call) -> cst.Call:
         """Return `super(Base, self)` for `super()`, which would find the method that is rewritten."""
         return updated.with_changes(
-            args=[cst.Arg(cst.parse_expression(self.target.base)), cst.Arg(cst.Name(self._instance()))]
+            args=[cst.Arg(cst.parse_expression(self.base)), cst.Arg(cst.Name(self._instance()))]
         )
 
     def _function(self, original: cst.FunctionDef, updated: cst.FunctionDef) -> cst.FunctionDef:
-        if not self.target.base:
+        if not self.base:
             updated = updated.with_changes(decorators=[])
-        if self.target.arguments:
+        if arguments := self.names.arguments(self.function):
             parameters = updated.params
             star = parameters.star_arg if isinstance(parameters.star_arg, cst.Param) else cst.ParamStar()
-            own = [*parameters.kwonly_params, *(cst.Param(cst.Name(name)) for name in self.target.arguments)]
+            own = [*parameters.kwonly_params, *(cst.Param(cst.Name(name)) for name in arguments)]
             updated = updated.with_changes(params=parameters.with_changes(star_arg=star, kwonly_params=own))
         looped = [e.place for edits in self.edits.values() for e in edits if e.place is not None and e.place.count > 1]
-        starts = dict.fromkeys(self.target.loops(place) for place in looped)
+        starts = dict.fromkeys(self.names.loop(place) for place in looped)
         statements = list(updated.body.body)
         at = int(original.get_docstring() is not None)
         statements[at:at] = [cst.parse_statement(line) for line in starts]

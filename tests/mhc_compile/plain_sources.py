@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -250,6 +252,17 @@ class BroadcastLayer(Layer):
 
 class Broadcast(Model):
     layer = BroadcastLayer
+
+
+class NamedLayer(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce(torch.add, [x + self.feed(self.norms[1](x))])
+
+
+class Named(Model):
+    """A function of the source has a name that the emitted file defines."""
+
+    layer = NamedLayer
 
 
 def local() -> Model:

@@ -11,7 +11,7 @@ from typing import Any
 import plain_sources
 import pytest
 import torch
-from plain_sources import REFUSED, SPELLINGS, Collecting, Model, PostNorm, ids
+from plain_sources import REFUSED, SPELLINGS, Collecting, Model, Named, PostNorm, ids
 from tiny_models import llama
 from torch import nn
 
@@ -146,3 +146,9 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
     with pytest.raises(MHCError, match="MHC412"):
         mhc_compile.emit(Model(), tmp_path / "source.py", ids())
     assert (tmp_path / "source.py").read_text() == "mine"
+
+
+def test_a_name_that_the_file_has_already_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MHCError, match=r"MHC707.*the name reduce"):
+        mhc_compile.emit(Named(), tmp_path / "source.py", ids())
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,9 @@ The rest of the zoo runs the same test, marked slow.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import models
@@ -189,3 +192,10 @@ def test_tied_embeddings_stay_tied() -> None:
     assert tied
     mhc_compile.convert(model, streams=4, inner="eager", example_kwargs=inputs)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_the_command_that_emits_the_zoo() -> None:
+    script = Path(__file__).with_name("emitted.py")
+    done = subprocess.run([sys.executable, script, "--only", "gpt2", "--jobs", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "{'ok': 1}; 1 bit-equal to the graph rewrite" in done.stdout
