@@ -3,7 +3,7 @@
 Everything starts from one residual model of a seed, whose initialisation and learning rate are tuned, and sees the same
 batches. What starts from scratch starts from that model's own random weights.
 
-Run: python examples/payoff.py [--quick] [--starts | --sizes | --deep] [--out FOLDER]
+Run: python examples/payoff.py [--quick] [--starts | --sizes | --layers | --wide | --deep] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -90,10 +90,15 @@ _DEEP = replace(
     RECIPE.settings, layers=48, hidden=64, length=64, batch=4, steps=1000, learning_rate=4e-3,
     initializer_range=64**-0.5,
 )  # fmt: skip
+_LAYERS = replace(RECIPE.settings, layers=24, hidden=64, batch=6, learning_rate=16e-3, initializer_range=64**-0.5)
+_WIDE = replace(RECIPE.settings, hidden=192, learning_rate=4e-3, initializer_range=192**-0.5)
+_MIXING = tuple((arm, False) for arm in (RESIDUAL, "1, 0.01 (default)", "1, H = identity"))
 TABLES: dict[str, tuple[Recipe, tuple[tuple[str, bool], ...], str]] = {
     "starts": (replace(RECIPE, seeds=1), tuple((arm, False) for arm in (RESIDUAL, *STARTS)), "other starts and forms"),
     "sizes": (RECIPE, ((RESIDUAL, False), ("1, 0.01, two streams", False), ("1, 0.01, eight streams", False),
                        (RESIDUAL, True), ("1, 0.01 (default)", True)), "numbers of streams, and bfloat16"),
+    "layers": (replace(RECIPE, settings=_LAYERS, seeds=3), _MIXING, "24 layers, continued"),
+    "wide": (replace(RECIPE, settings=_WIDE, seeds=3), _MIXING, "C = 192, continued"),
     "deep": (replace(RECIPE, settings=_DEEP), ((BASE, False), (SCRATCH, False)), "48 layers, from scratch"),
 }  # fmt: skip
 """Other tables: arms, and whether each trains in bfloat16."""

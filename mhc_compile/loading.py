@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from mhc_compile.checkpoint import hub
 from mhc_compile.checkpoint.manifest import Manifest, is_converted, read_manifest
 from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.shards import Shard, sha256
@@ -52,9 +53,11 @@ def from_pretrained(
 ) -> nn.Module:
     """Return the converted model of a folder that `convert_folder`, `save_pretrained` or `save` wrote, in eval mode.
 
-    Its class is the one that `config.json` names: of transformers, or registered with an Auto class. `model` gives
-    another one: a `PreTrainedModel` class; or a residual module, or a function that makes one, whose own tensors are
-    then set to those of the folder.
+    `folder` may be the id of a Hub repository, `org/name`, for which `revision`, `token`, `cache_dir`, `force_download`
+    and `local_files_only` mean what they mean for transformers.
+
+    Its class is the one that `config.json` names, of transformers or registered. `model` gives another one: a
+    `PreTrainedModel` class; or a residual module, or what makes one, whose own tensors are set to those of the folder.
 
     `inner`, `mode` and `debug` are those of `convert`: how the model is compiled is not part of the folder. All other
     keywords (`dtype`, `device_map`, `attn_implementation`, ...) are those of transformers' `from_pretrained`. Stream
@@ -70,9 +73,10 @@ def from_pretrained(
     Raises `MHCError`: MHC204 for a keyword that is refused, MHC208 for a `model` that is converted already, MHC304 for
     a keyword that the folder has settled, MHC401 to 407 for a folder that cannot be read, MHC410 for one that is not
     converted, MHC414 for an `mhc.json` that does not fit, MHC222 to 224 for a tokenizer or a table that is not the
-    memory's.
+    memory's, MHC417 for a repository that cannot be had.
     """
-    path = Path(folder)
+    download = {name: kwargs.pop(name) for name in hub.OPTIONS & kwargs.keys()}
+    path = hub.local_folder(folder, **download)
     options = _options({**kwargs, **({} if inner is None else {"inner": inner})})
     kwargs = {k: v for k, v in kwargs.items() if k not in OPTION_FIELDS}
     by_transformers = model is None or is_model_class(model)

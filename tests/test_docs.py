@@ -41,6 +41,8 @@ ELSEWHERE = {
     "ruff ": ".ci/run",
     "pytest": ".ci/run",
     "pdoc ": "tests/test_api_reference.py",
+    "mhc-compile inspect meta-llama/": "tests/mhc_compile/test_hub.py",
+    "mhc-compile convert meta-llama/": "tests/mhc_compile/test_hub.py",
     "mhc-compile demo": "tests/mhc_compile/test_demo.py",
     "mhc-compile trial": "tests/mhc_compile/test_trial.py",
     "mhc-compile bench": "tests/mhc_compile/test_bench.py",

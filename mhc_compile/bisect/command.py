@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_compile.bisect.find import bisect
+from mhc_compile.checkpoint.hub import local_folder
 from mhc_compile.config import parse_options
 from mhc_compile.configured import refuse_stream_options, weighted
 from mhc_compile.conversion.example_inputs import seeded_inputs
@@ -36,7 +37,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
+    parser.add_argument(
+        "model", metavar="MODEL", type=str, help="a checkpoint folder, a config.json, or the id of a Hub repository"
+    )
     parser.add_argument(
         "--option",
         metavar="NAME=VALUE",
@@ -58,9 +61,10 @@ def run(args: argparse.Namespace) -> int:
     options = parse_options(args.option)
     if args.passes is not None:
         options["pipeline"] = args.passes
-    model, converted, _ = weighted(args.model, seed=args.seed)
+    folder = local_folder(args.model)
+    model, converted, _ = weighted(folder, seed=args.seed)
     if converted:
-        refuse_stream_options(args.model, options)
+        refuse_stream_options(folder, options)
     bisection = bisect(model, example_kwargs=seeded_inputs(model, args.seed), reproducer=args.reproducer, **options)
     bisection.show()
     return 1 if bisection.finding else 0

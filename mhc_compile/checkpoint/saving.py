@@ -37,7 +37,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import StreamParameters, names, owners, unwrapped
 
 _REFUSED = {
-    "push_to_hub": "save to a folder and upload that",
+    "push_to_hub": "call model.push_to_hub(repository)",
     "distributed_checkpoint": "gather the weights and pass them as state_dict",
 }
 

@@ -58,7 +58,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="CKPT_DIR", type=Path, help="a folder with config.json and safetensors")
+    parser.add_argument(
+        "source", metavar="CKPT_DIR", type=str, help="a folder with config.json and safetensors, or a Hub id"
+    )
     parser.add_argument("target", metavar="OUT_DIR", type=Path, help="a folder that does not exist yet, or is empty")
     parser.add_argument("--to", choices=get_args(Form), default="mhc", help="the form of OUT_DIR (default: mhc)")
     parser.add_argument("--streams", metavar="N", type=int, help=f"streams a site, 1 to {MAX_STREAMS} (default: 4)")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
+from mhc_compile.checkpoint.hub import local_folder
 from mhc_compile.checkpoint.manifest import Manifest, Owner, is_converted
 from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.shards import Shard, copy_file, copy_shard, read_shard, sync, write_shard, write_text
@@ -77,7 +78,7 @@ def convert_folder(
     over_encoding: str | OverEncodingSettings | None = None,
     **overrides: Unpack[FolderOverrides],
 ) -> Converted:
-    """Convert a folder that transformers saved into a new one; `source` is only read.
+    """Convert a folder that transformers saved into a new one; `source` is only read. It may be a Hub id, `org/name`.
 
     The weights are copied file by file and never held in memory. The stream parameters, at their function-preserving
     start, become a further shard; `config.json`, the tokenizer and the like are copied. Load the result with
@@ -105,15 +106,16 @@ def convert_folder(
         raise MHCError("MHC204", detail)
     stream, options = overridden(spec, None, overrides)
     report: Progress = progress or (lambda *_: None)
+    folder = local_folder(source)
     try:
         if to == "mhc":
             lookups = {"engram": engram, "over_encoding": over_encoding}
             begin = start_of(start or "default")
-            return _to_streams(Path(source), Path(target), stream, options, begin, lookups, report)
+            return _to_streams(folder, Path(target), stream, options, begin, lookups, report)
         arguments = {"spec": spec, "start": start, "engram": engram, "over_encoding": over_encoding, **overrides}
         if meaningless := [name for name, value in arguments.items() if value is not None]:
             raise MHCError("MHC204", f"{meaningless[0]} has no meaning for to='residual'", way_out="leave it out")
-        return _to_residual(Path(source), Path(target), report)
+        return _to_residual(folder, Path(target), report)
     except OSError as error:
         raise MHCError("MHC413", str(error)) from error
 

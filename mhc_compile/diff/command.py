@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from mhc_compile.diff.comparison import compare
@@ -35,7 +34,9 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name in ("a", "b"):
-        parser.add_argument(name.upper(), type=Path, help="a checkpoint folder, a config.json, or a report's JSON")
+        parser.add_argument(
+            name.upper(), type=str, help="a checkpoint folder, a config.json, a Hub repository's id, or a report's JSON"
+        )
     for name in ("a", "b"):
         parser.add_argument(
             f"--{name}", metavar="NAME=VALUE", action="append", default=[], dest=f"options_{name}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mhc_compile.checkpoint.hub import local_folder
 from mhc_compile.config import parse_options
 from mhc_compile.configured import configured, refuse_stream_options, weighted
 from mhc_compile.diagnostics import MHCError
@@ -52,8 +53,8 @@ def read_form(source: str | os.PathLike[str], options: Sequence[str] = (), *, se
     MHC204 for options, also of a report, which has been made; MHC304 for streams of a converted folder; MHC527 for a
     file that is not a report; what `weighted` raises for a model.
     """
-    path = Path(source)
-    label = " ".join([str(path), *options])
+    path = local_folder(source, weights=run)
+    label = " ".join([str(source), *options])
     parsed = parse_options(options)
     report = None if path.is_dir() else _report(path)
     if report is not None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mhc_compile.checkpoint.hub import local_folder
 from mhc_compile.configured import refuse_stream_options, weighted
 from mhc_compile.emitting.emit import emit
 
@@ -37,7 +38,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
+    parser.add_argument(
+        "model", metavar="MODEL", type=str, help="a checkpoint folder, a config.json, or the id of a Hub repository"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=f"the folder for {FILE}")
     for name in _OPTIONS:
         kind = int if name in ("streams", "iterations") else str
@@ -47,9 +50,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the file. Raises `MHCError` as `emit` does, and MHC304 for options of a converted folder."""
     options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
-    model, converted, _ = weighted(args.model)
+    folder = local_folder(args.model)
+    model, converted, _ = weighted(folder)
     if converted:
-        refuse_stream_options(args.model, options)
+        refuse_stream_options(folder, options)
     file = args.out / FILE
     emit(model, file, **options)
     print(f"{file}: {len(file.read_text(encoding='utf-8').splitlines())} lines")

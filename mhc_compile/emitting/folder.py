@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from mhc_compile.checkpoint.hub import local_folder
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.shards import copy_file, read_shard, write_text
 from mhc_compile.checkpoint.skeleton import transformers_module
@@ -77,14 +78,14 @@ def emit_folder(
 ) -> Path:
     """Write `target`, which `AutoModel...from_pretrained(target, trust_remote_code=True)` loads without this package.
 
-    It holds the weights of `source`, a folder that transformers saved or that `convert_folder` wrote, under plain
-    names; the emitted source (`emit`); the configuration, the tokenizer and the like; and a model card, with a table of
-    `evaluation` if it is given. `spec` and `overrides` describe the streams of a residual folder. The whole model is
-    held in memory. `target` appears when everything in it is written, or not at all.
+    It holds the weights of `source` under plain names, a folder that transformers saved or that `convert_folder` wrote,
+    or the Hub id of one; the emitted source (`emit`); the configuration, the tokenizer and the like; and a model card,
+    with a table of `evaluation` if it is given. `spec` and `overrides` describe the streams of a residual folder. The
+    whole model is held in memory. `target` appears when everything in it is written, or not at all.
 
     Raises `MHCError` as `convert_folder` and `emit` do.
     """
-    folder = Path(source)
+    folder = local_folder(source)
     converted = is_converted(folder)
     checkpoint = open_checkpoint(folder, converted=converted)
     destination = check_target(Path(target), folder, size=checkpoint.size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mhc_compile.atomic_write import write_whole
+from mhc_compile.checkpoint.hub import local_folder
 from mhc_compile.checkpoint.manifest import NAME
 from mhc_compile.configured import configured, refuse_stream_options, weighted
 from mhc_compile.diagnostics import MHCError
@@ -42,7 +43,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
+    parser.add_argument(
+        "model", metavar="MODEL", type=str, help="a checkpoint folder, a config.json, or the id of a Hub repository"
+    )
     parser.add_argument("--layer", metavar="PATH", help="show this module's graph before and after: model.layers.0")
     parser.add_argument("--streams", metavar="N", type=int, help="number of streams to convert with (default 4)")
     parser.add_argument("--passes", metavar="TEXT", help="the passes to show in place of the usual: docs/options.md")
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise MHCError("MHC520", "--outputs go into the file that --json names")
     if args.mlir is not None or args.out is not None:
         return _mlir(args)
+    args.model = local_folder(args.model, weights=args.outputs)
     model, converted = configured(args.model)
     options = _stream_options(args, converted=converted)
     if args.recompute is not None:
@@ -108,6 +112,7 @@ def _mlir(args: argparse.Namespace) -> int:
         raise MHCError("MHC520", "--out is for --mlir; --html and --json name the report's files")
     if others := [name for name in _OF_THE_REPORT if getattr(args, name) not in (None, False)]:
         raise MHCError("MHC520", f"--mlir and --{others[0]}")
+    args.model = local_folder(args.model, weights=False)
     text = mlir_of(args.model, args.mlir, **_stream_options(args, converted=(args.model / NAME).is_file()))
     if args.out is None:
         print(text)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from mhc_compile.checkpoint.hub import local_folder
 from mhc_compile.config import Inner
 from mhc_compile.configured import configured
 from mhc_compile.diagnostics import MHCError
@@ -48,7 +49,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint folder, or a config.json")
+    parser.add_argument(
+        "model", metavar="MODEL", type=str, help="a checkpoint folder, a config.json, or the id of a Hub repository"
+    )
     parser.add_argument("--data", metavar="FILE", type=Path, required=True, help="a text file, UTF-8")
     parser.add_argument(
         "--forms", default="residual,hc,mhc,attnres,mudd", help="separated by commas (default: %(default)s)"
@@ -71,8 +74,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the trial; print its table and write table, JSON and plot. Raises `MHCError` as `run_trial` does."""
+    path = local_folder(args.model)
     settings = Settings(
-        model=args.model,
+        model=path,
         arms=[Arm.parse(text) for text in args.forms.split(",")],
         steps=args.steps,
         seeds=args.seeds,
@@ -83,12 +87,11 @@ def run(args: argparse.Namespace) -> int:
     )
     if importlib.util.find_spec("matplotlib") is None:  # said before anything is trained
         raise MHCError("MHC233", "trial draws its losses")
-    model: Any = configured(args.model)[0]
+    model: Any = configured(path)[0]
     embeddings = model.get_input_embeddings()
     if not isinstance(embeddings, nn.Embedding):
         raise MHCError("MHC528", f"{type(model).__name__} reads no tokens", way_out="name a causal language model")
-    folder = args.model if args.model.is_dir() else args.model.parent
-    tokens = read_tokens(args.data, folder, embeddings.num_embeddings)
+    tokens = read_tokens(args.data, path if path.is_dir() else path.parent, embeddings.num_embeddings)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     with threads(args.threads), Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
