@@ -20,7 +20,7 @@ MHC706 an add in another form
 MHC707 a class or name that cannot be imported
     put the classes into a module of their own, each under a name of its own, and give other things names of their own
 MHC708 no source for these streams
-    mHC with sinkhorn, identity or unconstrained mixing matrices and an exit by the mean or the sum is written
+    mHC with any matrices and an exit by the mean or the sum is written: exit='mean' in place of a learned head
 MHC709 the emitted model computes something else
     this is a bug of mhc-compile: please report the model and the text above; nothing was written
 """)

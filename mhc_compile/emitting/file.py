@@ -18,6 +18,7 @@ from mhc_compile.emitting.changes import Changes, changes
 from mhc_compile.emitting.edits import Edits
 from mhc_compile.emitting.imports import WIDTH, Imports
 from mhc_compile.emitting.instrument import Function
+from mhc_compile.emitting.mixing import mixing_imports
 from mhc_compile.emitting.naming import Names, class_name
 from mhc_compile.emitting.places import Key, method_name
 from mhc_compile.emitting.rewrite import rewritten
@@ -117,6 +118,7 @@ class Writer:
         reading, hooks = self._reading()
         adding = ADD_STREAMS.format(hidden=hidden, last=self._last() + hooks, register=self._register())
         modules = stream_modules(spec, self.used)
+        self.imports.lines.update(mixing_imports(spec))
         initialise = INIT if any(hasattr(cls, "_init_weights") for cls in methods) else ""
         parts = [modules, initialise, *functions, *classes, widths, reading, table, adding]
         head = HEAD.format(root=class_name(root), streams=spec.streams)

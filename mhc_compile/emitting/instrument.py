@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, MethodType
@@ -327,9 +327,9 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 @contextmanager
-def probes(functions: Sequence[Function], keys: Keys) -> Iterator[None]:
-    """Put the functions' codes with probes in place meanwhile."""
-    helpers = {PROBE: _probe, ENTER: _enter, LEAVE: _leave}
+def probes(functions: Sequence[Function], keys: Keys, probe: Callable[[int, Any], Any] = _probe) -> Iterator[None]:
+    """Put the functions' codes with probes in place meanwhile, which call `probe(key, value)`."""
+    helpers = {PROBE: probe, ENTER: _enter, LEAVE: _leave}
     codes = {f.code: code for f in functions if (code := instrumented(f, keys)) is not None}
     objects = [(thing, f.code) for f in functions for thing in f.objects if f.code in codes]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.emitting.mixing import mixing, mixing_start
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import PAPER_ALPHA, WIDTH, start_bias
 
@@ -124,18 +125,16 @@ def stream_modules(spec: StreamSpec, used: set[str]) -> str:
     fields = spec.convention.fields
     if spec.form != "mhc" or fields.deferred or spec.exit not in ("mean", "sum"):
         raise MHCError("MHC708", f"{spec}")
-    if spec.manifold not in ("sinkhorn", "identity", "unconstrained"):
-        raise MHCError("MHC708", f"manifold={spec.manifold}")
     text = MODULES.format(
         rows=spec.rows,
-        what=" a doubly stochastic" if spec.manifold == "sinkhorn" else "",
+        what="" if spec.manifold == "unconstrained" else " a doubly stochastic",
         paper_alpha=PAPER_ALPHA,
         width=WIDTH,
         scale=_indent(_scale(spec)),
         pre_eps=f" + {fields.pre_eps}" if fields.pre_eps else "",
         post_scale=fields.post_scale,
         post_eps=f" + {fields.post_eps}" if fields.post_eps else "",
-        mixing=_indent(_mixing(spec)),
+        mixing=_indent(mixing(spec)),
         bias=_bias(spec),
         exit=spec.exit,
         last="    last = False\n\n" if {"leave", "leave_each"} & used else "",
@@ -156,8 +155,7 @@ def _bias(spec: StreamSpec) -> str:
     ]
     parts = "pre, post"
     if spec.mix_rows:
-        lines.append(f"mixing = torch.full((STREAMS, STREAMS), {_number(bias[-2 if n > 1 else -1])})")
-        lines.append(f"mixing.fill_diagonal_({_number(bias[-1])})")
+        lines += mixing_start(spec)
         parts += ", mixing.flatten()"
     return "\n".join(" " * 8 + line for line in [*lines, f"self.bias.copy_(torch.cat([{parts}]))"])
 
@@ -177,42 +175,5 @@ def _scale(spec: StreamSpec) -> list[str]:
         return [f"scale = torch.rsqrt(v.square().mean(-1, keepdim=True) + {fields.rms_eps})"]
     return [
         "norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)",
-        f"scale = 1.0 / (norm / math.sqrt(v.shape[-1]) + {fields.rms_eps})",
+        f"scale = 1.0 / (norm / v.shape[-1] ** 0.5 + {fields.rms_eps})",
     ]
-
-
-def _mixing(spec: StreamSpec) -> list[str]:
-    fields = spec.convention.fields
-    if spec.manifold == "identity":
-        return ["H = torch.eye(n, dtype=dtype, device=X.device).expand(*z.shape[:-1], n, n)"]
-    out = ["logits = (z[..., 2 * n :] * alpha[2] + bias[2 * n :]).unflatten(-1, (n, n))"]
-    turned = ".transpose(-1, -2)" if fields.transposed else ""
-    if spec.manifold == "unconstrained":
-        return [*out, f"H = logits{turned}"]
-    if fields.start == "softmax_eps":
-        out.append(f"H = torch.softmax(logits, dim=-1) + {fields.sinkhorn_eps}")
-    else:
-        columns = fields.start == "exp_colmax"
-        detach = ".detach()" if spec.iterations else ""
-        out.append(f"shifted = logits - logits.amax({-2 if columns else -1}, keepdim=True){detach}")
-        out.append("H = torch.exp(shifted.clamp(min=-60.0))" if columns else "H = torch.exp(shifted)")
-    total = {"plain": "H.sum({})", "add_eps": f"(H.sum({{}}) + {fields.sinkhorn_eps})"}.get(fields.divisor)
-    if total is None:
-        raise MHCError("MHC708", f"convention={spec.convention.value}")
-
-    def step(axis: int) -> str:
-        return f"H = H / {total.format(f'{axis}, keepdim=True')}"
-
-    match fields.order:
-        case "columns_rows":
-            order, count = [-2, -1], spec.iterations
-        case "rows_columns":
-            order, count = [-1, -2], spec.iterations
-        case _:
-            order, count = [-1, -2], max(spec.iterations - 1, 0)
-            if spec.iterations:
-                out.append(step(-2))
-    out += [f"for _ in range({count}):", *("    " + step(axis) for axis in order)]
-    if turned:
-        out.append(f"H = H{turned}")
-    return out

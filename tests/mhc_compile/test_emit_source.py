@@ -74,6 +74,8 @@ def test_code_that_did_not_run_reduces_what_it_puts_away(tmp_path: Path) -> None
     [
         {"streams": 1}, {"streams": 2, "iterations": 3}, {"manifold": "identity"}, {"manifold": "unconstrained"},
         {"convention": "liger"}, {"convention": "glm5_next", "exit": "sum"}, {"convention": "hy_v4", "exit": "mean"},
+        {"convention": "megatron_main"}, {"manifold": "circulant"}, {"manifold": "permutations", "streams": 3},
+        {"manifold": "kronecker", "exit": "sum"}, {"manifold": "transportation"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )  # fmt: skip
@@ -91,7 +93,7 @@ def test_streams_of_any_kind_compute_the_same_and_start_alike(options: dict[str,
 
 @pytest.mark.parametrize(
     "options",
-    [{"convention": "deepseek_v4"}, {"convention": "megatron_main"}, {"manifold": "circulant"}, {"form": "hc"}],
+    [{"convention": "deepseek_v4"}, {"convention": "deepseek_v41"}, {"form": "hc"}],
     ids=lambda options: "-".join(options.values()),
 )
 def test_streams_without_a_source(options: dict[str, Any], tmp_path: Path) -> None:
