@@ -1,9 +1,12 @@
-"""A whole training step: a residual Llama under Inductor, and the same model converted to four streams."""
+"""A whole training step: a residual Llama under Inductor, and the same with four streams, converted or emitted."""
 
 from __future__ import annotations
 
 import copy
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 
 from mhc_compile.bench.contest import Contender, contest, show
 from mhc_compile.conversion import convert
+from mhc_compile.emitting import emit
+from mhc_compile.emitting.file import load
 
 RESIDUAL = "residual, Inductor"
 
@@ -25,6 +30,12 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     for name, kernels in (("mHC, mhc-compile", "auto"), ("mHC, no fused kernels", "none")):
         model = convert(copy.deepcopy(base), streams=4)
         compiled = torch.compile(model, backend="mhc", options={"kernels": kernels})
+        contenders.append(Contender(name, training(compiled, ids)))
+    model = emitted(copy.deepcopy(base))
+    for name, compiled in (
+        ("emitted source, mhc-compile", torch.compile(model, backend="mhc")),
+        ("emitted source, Inductor", torch.compile(copy.deepcopy(model))),
+    ):
         contenders.append(Contender(name, training(compiled, ids)))
     for c in contenders:
         c.check = lambda loss: float((loss.double() - expected).abs() / expected)
@@ -64,6 +75,14 @@ def llama(layers: int, width: int) -> Any:
             num_attention_heads=max(1, width // 64), num_key_value_heads=max(1, width // 64), vocab_size=8192,
         )
     ).train()  # fmt: skip
+
+
+def emitted(model: Any) -> Any:
+    """Give a Llama the classes of its emitted source, which a smaller one has, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        module = load(emit(llama(2, 64), Path(folder) / "mhc_bench_emitted.py", streams=4))
+    sys.modules[module.__name__] = module  # where Dynamo looks for it
+    return module.add_streams(model)
 
 
 def training(model: nn.Module | Callable[..., Any], ids: Tensor) -> Callable[[], Tensor]:

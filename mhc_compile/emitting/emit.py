@@ -23,9 +23,10 @@ from mhc_compile.emitting.events import read_events
 from mhc_compile.emitting.file import Source, Writer, load
 from mhc_compile.emitting.gate import Expected, cast, runs_in
 from mhc_compile.emitting.graph_rewrite import GraphRewrite, analysed
-from mhc_compile.emitting.instrument import Keys, functions_around, probes
+from mhc_compile.emitting.instrument import Function, Keys, functions_around, probes
 from mhc_compile.emitting.roles import find_edits
 from mhc_compile.emitting.traced import Traced
+from mhc_compile.emitting.training import runs_in_training_alone
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import StreamParameters, owners, unwrapped
@@ -87,18 +88,36 @@ def checked_source(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
         model.float()
     args, kwargs = cast(args, dtype), cast(kwargs, dtype)
     rewrite = GraphRewrite(model, spec)
-    expected = Expected(rewrite, args, kwargs)
-    source = source_of(model, args, kwargs, rewrite)
+    expected = [Expected(rewrite, args, kwargs)]
+    functions = functions_around(model, rewrite.inside, rewrite.outside)
+    source = source_of(model, args, kwargs, rewrite, functions)
+    if places := runs_in_training_alone(model, functions, args, kwargs):
+        expected.append(Expected(GraphRewrite(model, spec), args, kwargs, training=True))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "emitted.py"
         path.write_text(source.text, encoding="utf-8")
-        error = expected.difference(source, load(path))
-    return replace(source, difference=error)
+        module = load(path)
+        errors = [expected[0].difference(source, module)]
+        for in_training in expected[1:]:
+            try:
+                errors.append(in_training.difference(source, module))
+            except MHCError as error:
+                raise MHCError("MHC706", f"in training another add or read runs: {error}", source=places[0]) from error
+    return replace(source, difference=max(errors))
 
 
-def source_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rewrite: GraphRewrite) -> Source:
-    """Return the source of a residual model with n streams written in, unchecked. `rewrite` has been called."""
-    functions, keys = functions_around(model, rewrite.inside, rewrite.outside), Keys()
+def source_of(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rewrite: GraphRewrite,
+    functions: Sequence[Function],
+) -> Source:
+    """Return the source of a residual model with n streams written into `functions`, unchecked.
+
+    `rewrite` has been called.
+    """
+    keys = Keys()
     with probes(functions, keys), torch.no_grad():
         captured = capture(model, args, kwargs)
     events = read_events(captured.graph, functions, keys)

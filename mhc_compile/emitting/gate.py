@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.file import Source
 from mhc_compile.emitting.graph_rewrite import GraphRewrite
+from mhc_compile.modes import in_mode
 
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-3)}
 """Largest differences of outputs and of gradients by dtype, relative to the largest entry of each tensor."""
@@ -69,12 +70,17 @@ def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float, *, fl
 
 
 class Expected:
-    """Holds what the graph rewrite of a model computes, at the start and with perturbed streams."""
+    """Holds what the graph rewrite of a model computes, at the start and with perturbed streams.
 
-    def __init__(self, rewrite: GraphRewrite, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.model, self.args, self.kwargs = rewrite.model, args, kwargs
+    Raises MHC1xx where the model's streams are not found, in training as in evaluation.
+    """
+
+    def __init__(
+        self, rewrite: GraphRewrite, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool = False
+    ) -> None:
+        self.model, self.args, self.kwargs, self.training = rewrite.model, args, kwargs, training
         self.own = dict(rewrite.model.named_parameters())
-        rewrite(*args, **kwargs)
+        self._call(rewrite)
         self.sites = {
             (owner, site): dict(of_owner.get_submodule(site).named_parameters())
             for owner, of_owner in rewrite.parameters.items()
@@ -85,9 +91,13 @@ class Expected:
         """The parameters of sites, at the start and perturbed."""
         self.results: list[Results] = []
         for _ in range(2):
-            self.results.append(Results(lambda: rewrite(*args, **kwargs), {**self.own, **streams}))
+            self.results.append(Results(lambda: self._call(rewrite), {**self.own, **streams}))
             self.values.append({key: p.detach().clone() for key, p in streams.items()})
             perturb(list(streams.values()))
+
+    def _call(self, program: Callable[..., Any]) -> Any:
+        with in_mode(self.model, training=self.training):
+            return program(*self.args, **self.kwargs)
 
     def difference(self, source: Source, module: Any) -> float:
         """Return the largest relative difference of outputs of the model with the emitted module's streams.
@@ -101,14 +111,17 @@ class Expected:
         try:
             module.add_streams(model).to(next(iter(self.own.values())).dtype)
             emitted = dict(model.named_parameters())
-            if emitted.keys() != {*self.own, *names}:
-                raise MHCError("MHC709", f"parameters {sorted(emitted.keys() ^ {*self.own, *names})[:3]}")
+            # Sites of layers that training leaves out are in the module alone.
+            absent = [f"{path}." for key, path in source.sites.items() if self.training and key not in self.sites]
+            found_names = {name for name in emitted if not name.startswith(tuple(absent))}
+            if found_names != {*self.own, *names}:
+                raise MHCError("MHC709", f"parameters {sorted(found_names ^ {*self.own, *names})[:3]}")
             ours: dict[Any, Tensor] = {names.get(name, name): p for name, p in emitted.items()}
             for when, values, expected in zip(WHEN, self.values, self.results, strict=True):
                 with torch.no_grad():
                     for key, value in values.items():
                         ours[key].copy_(value)
-                found = Results(lambda: model(*self.args, **self.kwargs), ours)
+                found = Results(lambda: self._call(model), ours)
                 errors.append(found.difference(expected, when))
         except MHCError:
             raise

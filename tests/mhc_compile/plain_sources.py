@@ -57,6 +57,36 @@ class Model(nn.Module):
         return self.head(self.norm(self.run(self.embed(ids))))
 
 
+class DroppingLayer(Layer):
+    """Drops what its branches add, in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, branch in zip(self.norms, (self.mixing, self.feed), strict=True):
+            y = branch(norm(x))
+            if self.training:
+                y = F.dropout(y, 0.5)
+            x = x + y
+        return x
+
+
+class OtherwiseTrainedLayer(Layer):
+    """Has an add of its own in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixing(self.norms[0](x))
+        if self.training:
+            return x + F.dropout(self.feed(self.norms[1](x)), 0.1)
+        return x + self.feed(self.norms[1](x))
+
+
+class Dropping(Model):
+    layer = DroppingLayer
+
+
+class OtherwiseTrained(Model):
+    layer = OtherwiseTrainedLayer
+
+
 class InPlaceLayer(Layer):
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()

@@ -11,7 +11,7 @@ from typing import Any
 import plain_sources
 import pytest
 import torch
-from plain_sources import REFUSED, SPELLINGS, Collecting, Model, Named, PostNorm, ids
+from plain_sources import REFUSED, SPELLINGS, Collecting, Dropping, Model, Named, OtherwiseTrained, PostNorm, ids
 from tiny_models import llama
 from torch import nn
 
@@ -21,6 +21,7 @@ from mhc_compile.emitting.emit import checked_source, source_of
 from mhc_compile.emitting.file import load
 from mhc_compile.emitting.gate import Expected
 from mhc_compile.emitting.graph_rewrite import GraphRewrite
+from mhc_compile.emitting.instrument import functions_around
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -102,6 +103,20 @@ def test_streams_without_a_source(options: dict[str, Any], tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_code_that_runs_in_training_alone_is_checked_too(tmp_path: Path) -> None:
+    model = Dropping().eval()
+    module = emitted(model, tmp_path, "dropping")
+    streams, theirs = module.add_streams(copy.deepcopy(model)), mhc_compile.convert(model, ids(), inner="eager")
+    losses = []
+    for trained in (streams, theirs):
+        torch.manual_seed(3)
+        losses.append(trained.train()(ids()).square().mean())
+    torch.testing.assert_close(*losses)
+    with pytest.raises(MHCError, match=r"MHC706.*in training(.*\n)*.*plain_sources.*OtherwiseTrainedLayer"):
+        mhc_compile.emit(OtherwiseTrained().eval(), tmp_path / "other.py", ids())
+    assert not (tmp_path / "other.py").exists()
+
+
 def test_a_memory_has_no_source(tmp_path: Path) -> None:
     model = mhc_compile.convert(
         llama(), engram=mhc_compile.MemorySettings.preset("paper", rows_per_head=64, layers=(0,))
@@ -124,7 +139,8 @@ def test_a_wrong_source_is_found(right: str, wrong: str, tmp_path: Path) -> None
     model = Model().double().eval()
     rewrite = GraphRewrite(model, StreamSpec())
     expected = Expected(rewrite, (ids(),), {})
-    source = source_of(model, (ids(),), {}, rewrite)
+    functions = functions_around(model, rewrite.inside, rewrite.outside)
+    source = source_of(model, (ids(),), {}, rewrite, functions)
     assert right in source.text
     path = tmp_path / "wrong.py"
     path.write_text(source.text.replace(right, wrong))
