@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from folders import make
 from safetensors.torch import load_file, save_file
 from tiny_models import ids, shake
@@ -46,11 +47,11 @@ model.save_pretrained(sys.argv[1] + "-again")
 """
 
 
-def loads_elsewhere(folder: Path, model: Any, tmp_path: Path) -> None:
+def loads_elsewhere(folder: Path, model: Any, tmp_path: Path, python: str = sys.executable) -> None:
     """Assert that another process computes what `model` does."""
     with torch.no_grad():
         save_file({"ids": ids(), "logits": model(ids()).logits.contiguous()}, tmp_path / "given.safetensors")
-    words = [sys.executable, "-c", _ELSEWHERE, str(folder), str(tmp_path / "given.safetensors")]
+    words = [python, "-c", _ELSEWHERE, str(folder), str(tmp_path / "given.safetensors")]
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -70,6 +71,19 @@ def test_a_residual_folder(tmp_path: Path) -> None:
     assert "| perplexity | 12.5 |" in card
     converted = mhc_compile.convert(AutoModelForCausalLM.from_pretrained(tmp_path / "residual").eval(), inner="eager")
     loads_elsewhere(folder, converted, tmp_path)
+
+
+@pytest.mark.slow  # it installs PyTorch
+@pytest.mark.timeout(1800)
+def test_an_environment_with_torch_and_transformers_alone(tmp_path: Path) -> None:
+    python = str(tmp_path / "venv" / "bin" / "python")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    wanted = [f"torch=={torch.__version__.partition('+')[0]}", f"transformers=={transformers.__version__}"]
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", *wanted], check=True)
+    model = make("llama")
+    model.save_pretrained(tmp_path / "residual")
+    folder = mhc_compile.emit_folder(tmp_path / "residual", tmp_path / "out")
+    loads_elsewhere(folder, model, tmp_path, python)
 
 
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
