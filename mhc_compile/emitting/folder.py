@@ -38,11 +38,12 @@ class {name}({base}):
     """The configuration of the model with streams, which its own class would load without them."""
 
     model_type = "{model_type}"
+    base_model_pp_plan = None  # between stages would go one stream, not all
 '''
 MODEL = '''
 
 class {name}({base}):
-    """`{base}` under a name for which no server has an implementation of its own, without the streams."""
+    """`{base}`, under a name that no server takes for that of a model of its own, which has no streams."""
 
     config_class = {configuration}
 '''
