@@ -29,7 +29,7 @@ from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.loading import from_pretrained, load
 from mhc_compile.memory.optimizer import TableAdamW, table_groups
-from mhc_compile.parameters import parameter_groups, stream_parameters
+from mhc_compile.parameters import parameter_groups, stream_modules, stream_parameters
 from mhc_compile.probes import Probes
 from mhc_compile.report import Report, inspect
 from mhc_compile.versions import VERSION, warn_of_newer
@@ -56,6 +56,7 @@ __all__ = [
     "parameter_groups",
     "save",
     "save_pretrained",
+    "stream_modules",
     "stream_parameters",
     "table_groups",
     "to_mlir",

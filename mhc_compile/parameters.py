@@ -244,6 +244,19 @@ def stream_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) in ours}
 
 
+def stream_modules(model: nn.Module) -> list[str]:
+    """Return the full names of the modules that hold the parameters of streams, of a converted or an emitted model.
+
+    They are for the exclusion lists of quantisers that go by the shape of a parameter. Those that replace `nn.Linear`
+    leave the streams alone without a list: `phi` is a parameter of the site.
+    """
+    converted = [f"{name}.mhc".strip(".") for name in owners(model)]
+    emitted = [
+        f"{name}.{site}".strip(".") for name, module in model.named_modules() for site in getattr(module, "mhc_sites", {})
+    ]
+    return converted + emitted
+
+
 def parameter_groups(
     model: nn.Module, *, weight_decay: float = 0.01, lr: float | None = None, coefficient_lr: float | None = None
 ) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from mhc_compile.emitting.naming import Names, class_name
 from mhc_compile.emitting.places import Key, method_name
 from mhc_compile.emitting.rewrite import rewritten
 from mhc_compile.emitting.streams import stream_modules
-from mhc_compile.integrations.transformers import records_outputs
+from mhc_compile.integrations.transformers import base_model, records_outputs
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.results import ResidualStream
 
@@ -68,7 +68,11 @@ def read_converted(module, state, prefix, *_):
 HOOK = "    {owner}.register_load_state_dict_pre_hook(read_converted)\n"
 INIT = '''
 class Initialise:
-    """Let transformers start sites as it starts other modules."""
+    """Make a model with its streams, and let transformers start sites as it starts other modules."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        add_streams(self)
 
     def _init_weights(self, module):
         if isinstance(module, HyperConnection):
@@ -85,6 +89,8 @@ class Source:
     text: str
     root: str
     """The name of the class of the whole model."""
+    base: str
+    """That of transformers' base model, which has every site but no head; "" where it is the whole model, or has not."""
     sites: dict[Key, str]
     """By owner and site name the path of the module with its parameters."""
     difference: float = 0.0
@@ -97,6 +103,8 @@ class Writer:
     def __init__(self, model: nn.Module, streams: Sequence[ResidualStream], edits: Edits) -> None:
         self.model, self.streams, self.edits = model, list(streams), edits
         self.names = Names(model, self.streams, edits)
+        self.base = base_model(model)
+        """The path of transformers' base model; "" where that is the whole model, or there is none."""
         self.imports = Imports()
         self.used: set[str] = set()
         """Kinds of edits, for the functions that they call."""
@@ -106,6 +114,10 @@ class Writer:
         functions, methods = self._rewrite()
         root = type(self.model)
         methods.setdefault(root, [])
+        base = type(self.model.get_submodule(self.base))
+        within = self.base != "" and all(path.startswith(f"{self.base}.") for path in self.names.paths().values())
+        if within:
+            methods.setdefault(base, [])
         own = [class_name(cls) for cls in methods]
         if len(set(own)) < len(own):
             raise MHCError("MHC707", f"two classes have one name: {', '.join(sorted(own))}")
@@ -125,7 +137,7 @@ class Writer:
         body = "\n\n".join(part.strip("\n") + "\n" for part in parts if part)
         text = f"{head}\n{self.imports.text(own)}\nSTREAMS = {spec.streams}\n\n\n{body}"
         compile(text, "<emitted>", "exec")
-        return Source(text, class_name(root), self.names.paths())
+        return Source(text, class_name(root), class_name(base) if within else "", self.names.paths())
 
     def _rewrite(self) -> tuple[list[str], dict[type, list[str]]]:
         """Return the sources of functions that are no methods, and of methods by class."""
@@ -167,10 +179,12 @@ class Writer:
         if names := self.names.sites.get(cls):
             rounds = ", ".join(f'"{name}": {self.names.rounds.get((cls, name))}' for name in names.values())
             parts.append(f"    mhc_sites = {{{rounds}}}\n")
-        if cls is type(self.model):
+        bases = self.imports.base(cls)
+        if hasattr(cls, "_init_weights"):
+            bases = f"Initialise, {bases}"
+        elif cls is type(self.model):
             parts.append(ROOT)
-        bases = f"Initialise, {self.imports.base(cls)}" if hasattr(cls, "_init_weights") else self.imports.base(cls)
-        return f"class {class_name(cls)}({bases}):\n" + "\n".join([*parts, *methods])
+        return f"class {class_name(cls)}({bases}):\n" + "\n".join([*parts, *methods] or ["    pass\n"])
 
     def _register(self) -> str:
         """Return the lines of `add_streams` that tell transformers what the new classes record, if any is asked."""
@@ -192,8 +206,14 @@ class Writer:
             if int(number) >= len(names) or f"{holder}.{names[int(number)]}".strip(".") != path:
                 return "", ""
         self.imports.lines.add("import re")
-        owners = {f"model.{s.owner}" if s.owner else "model": None for s in self.streams}
+        owners = dict.fromkeys(self._owner(stream) for stream in self.streams)
         return READ_CONVERTED, "".join(HOOK.format(owner=owner) for owner in owners)
+
+    def _owner(self, stream: ResidualStream) -> str:
+        """Return how `add_streams` says the owner of a stream, for the whole model and for its base model alone."""
+        if self.base and f"{stream.owner}.".startswith(f"{self.base}."):
+            return f"model.base_model{stream.owner.removeprefix(self.base)}"
+        return f"model.{stream.owner}".rstrip(".")
 
     def _widths(self) -> tuple[str, str]:
         """Return the expression for C of site `count + k` in `add_streams`, and the table that it reads, if any."""
@@ -210,7 +230,7 @@ class Writer:
             return ""
         lines: dict[str, None] = {}
         for stream in self.streams:
-            owner = f"model.{stream.owner}" if stream.owner else "model"
+            owner = self._owner(stream)
             last = self.names.path(self.edits.places[stream.owner, stream.sites[-1].name])
             if self.names.in_order(self.model.get_submodule(stream.owner), stream.owner)[-1] != last:
                 raise MHCError("MHC702", f"the last site of {owner} is not that of its last module")

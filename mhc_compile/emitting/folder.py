@@ -39,9 +39,14 @@ class {name}({base}):
     """The configuration of the model with streams, which its own class would load without them."""
 
     model_type = "{model_type}"
+    base_model_pp_plan = None  # between stages would go one stream, not all
+'''
+MODEL = '''
 
+class {name}({base}):
+    """`{base}`, under a name that no server takes for that of a model of its own, which has no streams."""
 
-{root}.config_class = {name}
+    config_class = {configuration}
 '''
 CARD_TEXT = """\
 ---
@@ -116,16 +121,17 @@ def emit_folder(
 
 def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: Path) -> None:
     """Write the source, the configuration and the weights, with the values that the sites have already."""
-    name = _write_source(folder, model, source)
+    configuration = _write_source(folder, model, source)
     module = load(folder / f"{MODULE}.py")
-    classes = _auto_classes(model)
+    places = {"AutoConfig": configuration} | ({"AutoModel": _own(source.base)} if source.base else {})
+    places |= dict.fromkeys(_auto_classes(model), _own(source.root))
     module.add_streams(model)
+    model.__class__ = getattr(module, _own(source.root))
     with torch.no_grad():
         for key, of_site in values.items():
             for parameter, value in of_site.named_parameters():
                 model.get_parameter(f"{source.sites[key]}.{parameter}").copy_(value)
-    model.config = getattr(module, name).from_dict(model.config.to_dict())
-    places = {"AutoConfig": name, **dict.fromkeys(classes, source.root)}
+    model.config = getattr(module, configuration).from_dict(model.config.to_dict())
     model.config.auto_map = {auto: f"{MODULE}.{cls}" for auto, cls in places.items()}
     model.config.mhc = {"spec": str(spec), "version": VERSION}
     # Under the names that the model has in memory: the new kind of configuration has no other layout to translate from.
@@ -155,15 +161,22 @@ def _auto_classes(model: Any) -> list[str]:
 
 
 def _write_source(folder: Path, model: Any, source: Source) -> str:
-    """Write the module with a configuration of its own; return the name of that."""
+    """Write the module with a configuration and models of its own; return the name of the configuration's class."""
     cls = type(model.config)
-    name, base = f"MHC{cls.__name__}", f"_{cls.__name__}"
-    text = CONFIGURATION.format(name=name, base=base, model_type=f"{cls.model_type}_mhc", root=source.root)
+    name, base = _own(cls.__name__), f"_{cls.__name__}"
+    text = CONFIGURATION.format(name=name, base=base, model_type=f"{cls.model_type}_mhc")
+    for known in filter(None, (source.base, source.root)):
+        text += MODEL.format(name=_own(known), base=known, configuration=name)
     # At the end of the imports.
     begin, end = source.text.split("\nSTREAMS = ", 1)
     imported = f"from {cls.__module__} import {cls.__name__} as {base}\n"
     write_text(folder / f"{MODULE}.py", f"{begin}{imported}\nSTREAMS = {end.rstrip()}\n{text}")
     return name
+
+
+def _own(name: str) -> str:
+    """Return the name of a class that only the folder has."""
+    return f"MHC{name}"
 
 
 def _card(

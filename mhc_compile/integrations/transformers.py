@@ -380,6 +380,12 @@ def records_outputs(decorator: object) -> bool:
     return decorator is not None and decorator is getattr(module, "capture_outputs", None)
 
 
+def base_model(model: nn.Module) -> str:
+    """Return the path of what transformers calls the base model of `model`; "" where that is `model`, or none is."""
+    base = getattr(model, "base_model", None)
+    return next((path for path, module in model.named_modules() if module is base), "")
+
+
 def remove_recorders(root: nn.Module) -> None:
     """Undo `install_recorders` below `root`."""
     for module in root.modules():

@@ -63,7 +63,7 @@ def test_a_residual_folder(tmp_path: Path) -> None:
     (tmp_path / "residual" / "tokenizer.json").write_text("{}")
     folder = mhc_compile.emit_folder(tmp_path / "residual", tmp_path / "out", evaluation={"perplexity": 12.5})
     config = json.loads((folder / "config.json").read_text())
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_mhc.LlamaForCausalLM"
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_mhc.MHCLlamaForCausalLM"
     assert config["mhc"]["spec"] == str(mhc_compile.StreamSpec())
     assert (folder / "tokenizer.json").read_text() == "{}"
     card = (folder / "README.md").read_text()
