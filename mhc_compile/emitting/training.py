@@ -15,14 +15,19 @@ from mhc_compile.modes import in_mode
 def runs_in_training_alone(
     model: nn.Module, functions: Sequence[Function], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[str]:
-    """Return the places in `functions` that a call evaluates in training and not in evaluation, as `file:line`."""
+    """Return the places in `functions` where a call has a value in training and none in evaluation, as `file:line`.
+
+    Only values that might be the stream or a branch count, tensors of at least two dimensions: a drawn number that says
+    whether a layer runs does not.
+    """
     evaluated: dict[bool, set[int]] = {}
     for training in (False, True):
         keys = Keys()  # numbered anew, in the same order
         ran: set[int] = set()
 
         def probe(key: int, value: Any, ran: set[int] = ran) -> Any:
-            ran.add(key)
+            if isinstance(value, torch.Tensor) and value.ndim > 1:
+                ran.add(key)
             return value
 
         with probes(functions, keys, probe), in_mode(model, training=training), torch.no_grad():
