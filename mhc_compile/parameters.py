@@ -252,7 +252,9 @@ def stream_modules(model: nn.Module) -> list[str]:
     """
     converted = [f"{name}.mhc".strip(".") for name in owners(model)]
     emitted = [
-        f"{name}.{site}".strip(".") for name, module in model.named_modules() for site in getattr(module, "mhc_sites", {})
+        f"{name}.{site}".strip(".")
+        for name, module in model.named_modules()
+        for site in getattr(module, "mhc_sites", {})
     ]
     return converted + emitted
 

@@ -77,6 +77,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--standalone", action="store_true", help="write the model's source too: transformers loads OUT_DIR by itself"
     )
+    parser.add_argument(
+        "--vendor", action="store_true", help="with --standalone: copy the files of the model's classes too, whole"
+    )
     parser.add_argument("--strict", action="store_true", default=None, help="reject a model if residual adds are left")
     parser.add_argument(
         "--engram-layers", metavar="L", help="layers with a memory: 0-based indices or module paths, by commas"
@@ -92,6 +95,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert the folder. Raises `MHCError` as `convert_folder` does."""
     options = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    if args.vendor and not args.standalone:
+        raise MHCError("MHC520", "--vendor is for --standalone", way_out="add --standalone")
     if args.standalone:
         return _standalone(args, options)
     if (memory := _memory(args)) is not None:
@@ -124,7 +129,7 @@ def _standalone(args: argparse.Namespace, options: dict[str, Any]) -> int:
         raise MHCError(
             "MHC520", "--standalone takes --streams, --convention, --manifold, --iterations and --exit alone"
         )
-    folder = emit_folder(args.source, args.target, **options)
+    folder = emit_folder(args.source, args.target, vendor=args.vendor, **options)
     print(f'{folder}: load it with AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
     return 0
 

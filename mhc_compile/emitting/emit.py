@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from mhc_compile.config import StreamOverrides, overridden
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.events import read_events
-from mhc_compile.emitting.file import Source, Writer, load
+from mhc_compile.emitting.file import Source, Writer, load_text
 from mhc_compile.emitting.gate import Expected, cast, runs_in
 from mhc_compile.emitting.graph_rewrite import GraphRewrite, analysed
 from mhc_compile.emitting.instrument import Function, Keys, functions_around, probes
@@ -93,16 +92,13 @@ def checked_source(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     source = source_of(model, args, kwargs, rewrite, functions)
     if places := runs_in_training_alone(model, functions, args, kwargs):
         expected.append(Expected(GraphRewrite(model, spec), args, kwargs, training=True))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "emitted.py"
-        path.write_text(source.text, encoding="utf-8")
-        module = load(path)
-        errors = [expected[0].difference(source, module)]
-        for in_training in expected[1:]:
-            try:
-                errors.append(in_training.difference(source, module))
-            except MHCError as error:
-                raise MHCError("MHC706", f"in training another add or read runs: {error}", source=places[0]) from error
+    module = load_text(source.text, "emitted")
+    errors = [expected[0].difference(source, module)]
+    for in_training in expected[1:]:
+        try:
+            errors.append(in_training.difference(source, module))
+        except MHCError as error:
+            raise MHCError("MHC706", f"in training another add or read runs: {error}", source=places[0]) from error
     return replace(source, difference=max(errors))
 
 

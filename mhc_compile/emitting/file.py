@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 import textwrap
 import types
 from collections.abc import Sequence
@@ -246,3 +247,11 @@ def load(path: Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_text(text: str, name: str) -> types.ModuleType:
+    """Import emitted text from a file of its own, with whatever Python writes beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.py"
+        path.write_text(text, encoding="utf-8")
+        return load(path)

@@ -22,8 +22,9 @@ from mhc_compile.configured import refuse_stream_options, weighted
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.emit import checked_source, one_spec
-from mhc_compile.emitting.file import Source, load
+from mhc_compile.emitting.file import Source, load_text
 from mhc_compile.emitting.places import Key
+from mhc_compile.emitting.vendor import refuse_others, vendored
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import names, owners
@@ -78,6 +79,7 @@ def emit_folder(
     target: str | os.PathLike[str],
     *,
     spec: StreamSpec | None = None,
+    vendor: bool = False,
     evaluation: Mapping[str, float] | None = None,
     **overrides: Unpack[StreamOverrides],
 ) -> Path:
@@ -85,8 +87,9 @@ def emit_folder(
 
     It holds the weights of `source` under plain names, a folder that transformers saved or that `convert_folder` wrote,
     or the Hub id of one; the emitted source (`emit`); the configuration, the tokenizer and the like; and a model card,
-    with a table of `evaluation` if it is given. `spec` and `overrides` describe the streams of a residual folder. The
-    whole model is held in memory. `target` appears when everything in it is written, or not at all.
+    with a table of `evaluation` if it is given. With `vendor` it holds the files of the model's classes too, whole, so
+    that a later version of transformers does not change them. `spec` and `overrides` describe the streams of a residual
+    folder. The whole model is held in memory. `target` appears when everything in it is written, or not at all.
 
     Raises `MHCError` as `convert_folder` and `emit` do.
     """
@@ -108,7 +111,7 @@ def emit_folder(
     written = checked_source(copy.deepcopy(model), (), example_inputs(model), stream)
     try:
         with staged(destination) as staging:
-            _save(model, written, values, stream, staging)
+            _save(model, written, values, stream, staging, vendor=vendor)
             for relative in taken:
                 if relative.name not in (CONFIG, CARD) and not (staging / relative).exists():
                     (staging / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +122,12 @@ def emit_folder(
     return destination
 
 
-def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: Path) -> None:
+def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: Path, *, vendor: bool) -> None:
     """Write the source, the configuration and the weights, with the values that the sites have already."""
-    configuration = _write_source(folder, model, source)
-    module = load(folder / f"{MODULE}.py")
+    configuration, text = _text(model, source)
+    written, files = vendored(model, text) if vendor else (text, {})
+    files[f"{MODULE}.py"] = written
+    module = load_text(text, MODULE)
     places = {"AutoConfig": configuration} | ({"AutoModel": _own(source.base)} if source.base else {})
     places |= dict.fromkeys(_auto_classes(model), _own(source.root))
     module.add_streams(model)
@@ -137,6 +142,10 @@ def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: 
     # Under the names that the model has in memory: the new kind of configuration has no other layout to translate from.
     model.save_pretrained(folder, save_original_format=False)
     refuse_missing(model, folder)
+    if vendor:
+        refuse_others(model, files, MODULE, _own(source.root), example_inputs(model))
+    for name, content in files.items():
+        write_text(folder / name, content)
 
 
 def refuse_missing(model: nn.Module, folder: Path) -> None:
@@ -160,8 +169,8 @@ def _auto_classes(model: Any) -> list[str]:
     return found
 
 
-def _write_source(folder: Path, model: Any, source: Source) -> str:
-    """Write the module with a configuration and models of its own; return the name of the configuration's class."""
+def _text(model: Any, source: Source) -> tuple[str, str]:
+    """Return the name of a configuration class of the folder's own, and the source with it and with models of it."""
     cls = type(model.config)
     name, base = _own(cls.__name__), f"_{cls.__name__}"
     text = CONFIGURATION.format(name=name, base=base, model_type=f"{cls.model_type}_mhc")
@@ -170,8 +179,7 @@ def _write_source(folder: Path, model: Any, source: Source) -> str:
     # At the end of the imports.
     begin, end = source.text.split("\nSTREAMS = ", 1)
     imported = f"from {cls.__module__} import {cls.__name__} as {base}\n"
-    write_text(folder / f"{MODULE}.py", f"{begin}{imported}\nSTREAMS = {end.rstrip()}\n{text}")
-    return name
+    return name, f"{begin}{imported}\nSTREAMS = {end.rstrip()}\n{text}"
 
 
 def _own(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import mhc_compile
 from mhc_compile import MHCError
 from mhc_compile.cli import main
 from mhc_compile.emitting.folder import refuse_missing
+from mhc_compile.emitting.vendor import refuse_others, vendored
 
 _ELSEWHERE = """
 import sys
@@ -83,7 +85,7 @@ def test_an_environment_with_torch_and_transformers_alone(tmp_path: Path) -> Non
     model = make("llama")
     model.save_pretrained(tmp_path / "residual")
     folder = mhc_compile.emit_folder(tmp_path / "residual", tmp_path / "out")
-    loads_elsewhere(folder, model, tmp_path, python)
+    loads_elsewhere(folder, mhc_compile.convert(model, inner="eager"), tmp_path, python)
 
 
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
@@ -93,6 +95,35 @@ def test_a_converted_folder_keeps_its_trained_streams(name: str, tmp_path: Path)
     mhc_compile.save_pretrained(model, tmp_path / "converted")
     folder = mhc_compile.emit_folder(tmp_path / "converted", tmp_path / "out")
     loads_elsewhere(folder, mhc_compile.from_pretrained(tmp_path / "converted", inner="eager"), tmp_path)
+
+
+def test_a_vendored_folder_has_the_files_of_the_classes(tmp_path: Path) -> None:
+    model = make("gpt2")
+    model.save_pretrained(tmp_path / "residual")
+    folder = mhc_compile.emit_folder(tmp_path / "residual", tmp_path / "out", vendor=True)
+    original = inspect.getsource(sys.modules[type(model).__module__])
+    copied = (folder / "vendored_modeling_gpt2.py").read_text()
+    assert copied.count("\n") == original.count("\n")
+    assert copied.partition('"""')[0] == original.partition('"""')[0]  # the licence
+    assert not [line for line in copied.splitlines() if line.startswith("from .")]
+    source = (folder / "modeling_mhc.py").read_text()
+    assert "modeling_gpt2 import" in source
+    assert "transformers.models.gpt2.modeling_gpt2" not in source
+    assert not (folder / "__pycache__").exists()
+    loads_elsewhere(folder, mhc_compile.convert(model, inner="eager"), tmp_path)
+
+
+def test_copies_that_compute_something_else_are_found(tmp_path: Path) -> None:
+    model = make("gpt2")
+    text = "from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel as Known\n"
+    text, files = vendored(model, text + "class Model(Known):\n    pass\n")
+    refuse_others(model, {**files, "model.py": text}, "model", "Model", {"input_ids": ids()})
+    wrong = {
+        name: code.replace("* 0.5 *", "* 0.25 *").replace("residual +", "residual -") for name, code in files.items()
+    }
+    assert wrong != files
+    with pytest.raises(MHCError, match="MHC709"):
+        refuse_others(model, {**wrong, "model.py": text}, "model", "Model", {"input_ids": ids()})
 
 
 def test_tied_weights_in_half_precision_are_kept(tmp_path: Path) -> None:
@@ -108,6 +139,7 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureF
     make("gpt2").save_pretrained(tmp_path / "residual")
     words = ["convert", str(tmp_path / "residual"), str(tmp_path / "out"), "--standalone"]
     assert main([*words, "--to", "residual"]) == 2
+    assert main(["convert", str(tmp_path / "residual"), str(tmp_path / "out"), "--vendor"]) == 2
     assert main([*words, "--convention", "deepseek_v4"]) == 1
     assert "MHC708" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
