@@ -73,9 +73,7 @@ def open_checkpoint(folder: Path, *, converted: bool = False, configured: bool =
         config = read_json(path)
         refuse_config(path, config)
     # transformers prefers the single file where there are both.
-    for file in (folder / name for name in weights):
-        if is_index_for_trainer(file):
-            continue
+    for file in (folder / name for name in weights if not is_index_for_trainer(folder / name)):
         if file.is_file() and file.suffix == ".json":
             shards, metadata = _read_index(file)
             return Checkpoint(folder, config, shards, file, metadata)
@@ -116,7 +114,7 @@ def index_for_trainer(files: Mapping[str, Shard]) -> str:
 
 def is_index_for_trainer(path: Path) -> bool:
     """Return whether a file is what `index_for_trainer` returned."""
-    return path.name == INDEX and path.is_file() and _TRAINER in read_json(path)
+    return path.name == INDEX and path.is_file() and f'"{_TRAINER}"'.encode() in path.read_bytes()
 
 
 def guarded(config: bytes) -> bytes:

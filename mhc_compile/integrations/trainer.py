@@ -36,7 +36,7 @@ class ProbeCallback(TrainerCallback):
         self.probes.steps = state.global_step + 1
         self._step.enter_context(self.probes.step())
 
-    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+    def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
         """End the step, and log what was sampled in it."""
         before = len(self.probes.samples)
         self._step.close()
@@ -47,5 +47,7 @@ class ProbeCallback(TrainerCallback):
             for quantity, figure in sample.summary().items()
         }
         if figures:
+            due = control.should_log
             # Of the base class: those of subclasses add averages of their own since the last call, and begin new ones.
             Trainer.log(self.trainer, figures)
+            control.should_log = due  # the trainer's own figures of this step, which are logged next
