@@ -26,7 +26,9 @@ from mhc_compile.checkpoint.source import (
     INDEX,
     WEIGHTS,
     guarded,
+    index_for_trainer,
     index_text,
+    is_index_for_trainer,
     open_checkpoint,
     shard_names,
 )
@@ -79,6 +81,9 @@ def save_pretrained(
     if not is_main_process:
         return
     base, streams = _split(model, parameters, state_dict)
+    # Under the names in memory, not those of a model's first release: Trainer looks for no others when it resumes.
+    kwargs = {"save_original_format": False, **kwargs}
+    for_trainer = not (kwargs["save_original_format"] or any(p.table_places for p in parameters.values()))
 
     def write_base(folder: Path) -> Base:
         base_save(model, folder, state_dict=base, **kwargs)
@@ -89,7 +94,7 @@ def save_pretrained(
         # As transformers wrote it: FSDP2 renames the class.
         return saved.config["architectures"][0], [shard.path for shard in saved.shards], saved.metadata
 
-    _write(Path(save_directory), write_base, parameters, streams, table_dtype)
+    _write(Path(save_directory), write_base, parameters, streams, table_dtype, for_trainer=for_trainer)
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, table_dtype: torch.dtype | None = None) -> None:
@@ -159,8 +164,8 @@ def distinct_owners(model: nn.Module) -> dict[str, StreamParameters]:
 
 
 def _refuse_residual_weights(folder: Path) -> None:
-    others = [WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"]
-    if present := [name for name in others if (folder / name).exists()]:
+    others = [folder / name for name in (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")]
+    if present := [path.name for path in others if path.exists() and not is_index_for_trainer(path)]:
         detail = f"{folder} holds {names(present)}, which transformers would load in place of these weights"
         raise MHCError("MHC412", detail)
 
@@ -194,6 +199,8 @@ def _write(
     parameters: Mapping[str, StreamParameters],
     streams: Mapping[str, Tensor],
     table_dtype: torch.dtype | None,
+    *,
+    for_trainer: bool = False,
 ) -> None:
     """Write a folder whole or not at all, beginning with the files of `write_base`."""
     folder = folder.absolute().resolve()
@@ -206,7 +213,7 @@ def _write(
         shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
     target = check_target(target)
     with staged(target) as staging:
-        _add_streams(staging, write_base(staging), parameters, streams, table_dtype)
+        _add_streams(staging, write_base(staging), parameters, streams, table_dtype, for_trainer=for_trainer)
     if occupied:
         _move_in(target, folder)
 
@@ -217,8 +224,10 @@ def _add_streams(
     parameters: Mapping[str, StreamParameters],
     streams: Mapping[str, Tensor],
     table_dtype: torch.dtype | None,
+    *,
+    for_trainer: bool,
 ) -> None:
-    """Renumber the base's weight files, with the streams' file as the last, and write index and manifest."""
+    """Renumber the base's weight files, with the streams' file as the last, and write indices and manifest."""
     architecture, paths, metadata = base
     *base_names, streams_file = shard_names(len(paths) + 1, converted=True)
     for name, path in zip(base_names, paths, strict=True):
@@ -226,8 +235,10 @@ def _add_streams(
     digests = {name: sha256(folder / name) for name in base_names}
     digests[streams_file] = write_shard(folder / streams_file, streams)
     write_tables(folder, parameters, dtype=table_dtype)
-    index = index_text(metadata, {name: read_shard(folder / name) for name in digests})
-    write_text(folder / CONVERTED_INDEX, index)
+    files = {name: read_shard(folder / name) for name in digests}
+    write_text(folder / CONVERTED_INDEX, index_text(metadata, files))
+    if for_trainer:
+        write_text(folder / INDEX, index_for_trainer(files))
     for path in folder.iterdir():
         if path.is_file():
             with path.open("rb+") as file:
@@ -245,7 +256,7 @@ def _move_in(finished: Path, folder: Path) -> None:
     try:
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
-        for name in ("model.mhc*.safetensors", CONVERTED_INDEX, *TABLES):
+        for name in ("model.mhc*.safetensors", CONVERTED_INDEX, INDEX, *TABLES):
             for old in folder.glob(name):
                 old.unlink()
         for path in sorted(finished.iterdir(), key=lambda p: p.name == MANIFEST):

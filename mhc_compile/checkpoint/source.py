@@ -23,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 CONVERTED_INDEX = "mhc.safetensors.index.json"
 """The index of a converted folder: transformers asks for no such name, whatever configuration and variant it is given,
 and reads it where a configuration names it."""
+_TRAINER = "for_trainer"
+"""The entry by which `index_for_trainer` is known."""
 _OWN_MODEL = "give the model that the folder was saved from: mhc_compile.load(model, folder)"
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx",
@@ -71,7 +73,7 @@ def open_checkpoint(folder: Path, *, converted: bool = False, configured: bool =
         config = read_json(path)
         refuse_config(path, config)
     # transformers prefers the single file where there are both.
-    for file in (folder / name for name in weights):
+    for file in (folder / name for name in weights if not is_index_for_trainer(folder / name)):
         if file.is_file() and file.suffix == ".json":
             shards, metadata = _read_index(file)
             return Checkpoint(folder, config, shards, file, metadata)
@@ -98,6 +100,21 @@ def index_text(metadata: Mapping[str, Any], files: Mapping[str, Shard]) -> str:
     weight_map = {tensor: name for name, shard in files.items() for tensor in shard.tensors}
     content = {"metadata": {**metadata, "total_size": size}, "weight_map": weight_map}
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def index_for_trainer(files: Mapping[str, Shard]) -> str:
+    """Return what a converted folder has as `INDEX`: by it Trainer fills a converted model that it resumes.
+
+    Trainer reads the `weight_map` alone. `from_pretrained` raises where there is no `metadata`: given a configuration
+    from elsewhere, it would load the weights and leave the streams out.
+    """
+    weight_map = {tensor: name for name, shard in files.items() for tensor in shard.tensors}
+    return json.dumps({_TRAINER: _NOTICE, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def is_index_for_trainer(path: Path) -> bool:
+    """Return whether a file is what `index_for_trainer` returned."""
+    return path.name == INDEX and path.is_file() and f'"{_TRAINER}"'.encode() in path.read_bytes()
 
 
 def guarded(config: bytes) -> bytes:
@@ -128,7 +145,7 @@ def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
                 left.append(relative)
             else:
                 taken += [p.relative_to(checkpoint.folder) for p in inside]
-        elif entry.name not in rewritten and entry != checkpoint.index:
+        elif entry.name not in rewritten and entry != checkpoint.index and not is_index_for_trainer(entry):
             (taken if entry.is_file() and not _is_weights(entry) else left).append(relative)
     return taken, left
 

@@ -14,7 +14,7 @@ from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.parameters import owners, unwrapped
 from mhc_compile.probes.plots import draw
 from mhc_compile.probes.recording import Record
-from mhc_compile.probes.sample import Sample, sample_of
+from mhc_compile.probes.sample import MATRICES, Sample, sample_of
 
 
 class Probes:
@@ -115,7 +115,7 @@ def _add_to_tensorboard(writer: Any, sample: Sample) -> None:
     for quantity, values in sample.values.items():
         if quantity == "gates":
             _add_gates(writer, sample, values)
-        elif quantity not in ("mix", "weights"):
+        elif quantity not in MATRICES:
             for site, of_site in zip(sample.sites, values.tolist(), strict=True):
                 tag = f"{quantity}/{f'{sample.owner}.{site}'.strip('.')}"
                 figures = {f"{tag}/{i}": x for i, x in enumerate(of_site)} if values.ndim > 1 else {tag: of_site}

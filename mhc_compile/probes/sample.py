@@ -19,6 +19,8 @@ from mhc_compile.probes.recording import Record, Shapes, layouts
 FORMAT = 1
 _DIGITS = 6
 """Significant ones in a file."""
+MATRICES = ("mix", "weights")
+"""Means over tokens that are for files and plots."""
 _SQUARED = ("streams", "branch", "read", "newest", "output")
 """Figures recorded as mean squares; a sample holds their roots."""
 
@@ -72,6 +74,17 @@ class Sample:
         names = {"sites": self.sites, "layers": self.layers}
         values = {name: _plain(t.tolist()) for name, t in self.values.items()}
         return json.dumps({**about, **names, "values": values}, allow_nan=False)
+
+    def summary(self) -> dict[str, float]:
+        """Return one figure for each quantity: the largest over the sites of a maximum, the mean over them of the rest.
+
+        Matrices and histograms are left out.
+        """
+        return {
+            name: float(values.max() if name.endswith("_max") else values.mean())
+            for name, values in self.values.items()
+            if name not in (*MATRICES, "gates")
+        }
 
 
 def read_samples(path: str | Path) -> list[Sample]:
