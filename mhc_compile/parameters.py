@@ -251,12 +251,8 @@ def stream_modules(model: nn.Module) -> list[str]:
     leave the streams alone without a list: `phi` is a parameter of the site.
     """
     converted = [f"{name}.mhc".strip(".") for name in owners(model)]
-    emitted = [
-        f"{name}.{site}".strip(".")
-        for name, module in model.named_modules()
-        for site in getattr(module, "mhc_sites", {})
-    ]
-    return converted + emitted
+    sites = ((name, site) for name, module in model.named_modules() for site in getattr(module, "mhc_sites", ()))
+    return converted + [f"{name}.{site}".strip(".") for name, site in sites]
 
 
 def parameter_groups(

@@ -60,6 +60,7 @@ ELSEWHERE = {
 SLOW = {
     "mlir.md": "a whole model is lowered three times; mhc_compile/test_mlir.py lowers models",
     "diff.md": "models are compiled a dozen times; mhc_compile/test_diff.py runs the command",
+    "quantise.md": "torch.onnx takes half a minute; mhc_compile/test_onnx.py exports a smaller model",
 }
 """Pages that take longer than CI has time for, with the reason."""
 # Settings are as large as they should be, the model here has two layers.

@@ -91,7 +91,7 @@ class Source:
     root: str
     """The name of the class of the whole model."""
     base: str
-    """That of transformers' base model, which has every site but no head; "" where it is the whole model, or has not."""
+    """That of transformers' base model, where that is a part of the model and has every site in it; else ""."""
     sites: dict[Key, str]
     """By owner and site name the path of the module with its parameters."""
     difference: float = 0.0

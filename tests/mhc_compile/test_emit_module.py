@@ -99,6 +99,16 @@ def test_weights_of_a_converted_model_load(module: Any) -> None:
     assert torch.equal(model(ids()).logits, converted(ids()).logits)
 
 
+def test_the_base_model_is_made_with_its_streams(module: Any, model: Any) -> None:
+    base = module.LlamaModel(model.config).eval()
+    base.load_state_dict(model.model.state_dict())
+    assert torch.equal(base(ids())[0], model.model(ids())[0])
+    converted = mhc_compile.convert(llama(), inner="eager")
+    shake(converted)
+    base.load_state_dict(converted.model.state_dict())
+    assert torch.equal(base(ids())[0], converted.model(ids())[0])
+
+
 def test_a_converted_model_has_the_same_source(module: Any, tmp_path: Path) -> None:
     converted = mhc_compile.convert(llama())
     shake(converted)

@@ -14,9 +14,17 @@ from torch.export import Dim
 import mhc_compile
 
 
-@pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
-def test_onnxruntime_computes_the_same(make: Any, tmp_path: Path) -> None:
-    model: Any = mhc_compile.convert(make(), inner="eager")
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: llama(num_hidden_layers=1), {"streams": 2, "iterations": 2}),
+        pytest.param(llama, {}, marks=pytest.mark.slow),
+        pytest.param(gpt2, {}, marks=pytest.mark.slow),
+    ],
+    ids=["small", "llama", "gpt2"],
+)
+def test_onnxruntime_computes_the_same(make: Any, options: dict[str, int], tmp_path: Path) -> None:
+    model: Any = mhc_compile.convert(make(), inner="eager", **options)
     shake(model)
     shapes = {"input_ids": {0: Dim("batch"), 1: Dim("length", max=64)}}
     program = mhc_compile.export(model, ids(), example_kwargs={"use_cache": False}, dynamic_shapes=shapes)

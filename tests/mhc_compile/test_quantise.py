@@ -8,23 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from test_emit_module import module  # noqa: F401  (a fixture)
 from tiny_models import ids, llama, shake
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import mhc_compile
+from mhc_compile.emitting.file import load
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, nn.Module]:
+    converted = mhc_compile.convert(llama(), inner="eager")
+    shake(converted)
+    emitted = load(mhc_compile.emit(llama(), tmp_path_factory.mktemp("emitted") / "source.py")).add_streams(llama())
+    emitted.load_state_dict(converted.state_dict())
+    return converted, emitted
 
 
 @pytest.fixture
-def models(module: Any) -> tuple[nn.Module, nn.Module]:  # noqa: F811
+def models(both: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
     """A converted model and the emitted one with its weights."""
-    converted = mhc_compile.convert(llama(), inner="eager")
-    shake(converted)
-    emitted = module.add_streams(llama())
-    emitted.load_state_dict(converted.state_dict())
-    return converted, emitted
+    return copy.deepcopy(both)
 
 
 def logits(model: Any) -> Tensor:

@@ -1,8 +1,8 @@
 """What servers do to a model of transformers, done to an emitted folder in plain PyTorch.
 
-The steps are those of the Transformers backends of vLLM and SGLang: the base model is made by `AutoModel` without memory
-for parameters, linear layers and embeddings are replaced, what is left gets memory in the dtype of the model, weights
-are loaded by name, and the tokens of all sequences come as one row with an attention of the server's own.
+The steps are those of the Transformers backends of vLLM and SGLang. `AutoModel` makes the base model without memory for
+parameters, linear layers and embeddings are replaced, what is left gets memory, weights are loaded by name, and the
+tokens of all sequences come as one row with an attention of the server's own.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class Server:
         for name in inside:
             missing.pop(name.removeprefix(prefix)).copy_(weights[name])
         assert not missing
-        (head,) = weights.keys() - inside
-        return weights[head].to(self.model.dtype)
+        heads = [weights[name] for name in weights.keys() - inside]
+        return (heads or [self.model.get_input_embeddings().weight])[0].to(self.model.dtype)  # tied weights are one
 
     @torch.no_grad()
     def logits(self, sequences: list[Tensor] = SEQUENCES) -> Tensor:
@@ -225,7 +225,7 @@ def test_a_served_model_is_one_graph_for_any_number_of_tokens(folder: Path) -> N
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("layers, steps", [(2, 40), pytest.param(12, 150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("layers", "steps"), [(2, 40), pytest.param(12, 150, marks=pytest.mark.slow)])
 def test_rounded_stream_parameters_move_a_trained_model_little(layers: int, steps: int, tmp_path: Path) -> None:
     module = load(mhc_compile.emit(llama(), tmp_path / "source.py"))
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256, "initializer_range": 0.02}
@@ -267,7 +267,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
 ids = torch.arange(16).view(2, 8)
 whole, split = (
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options) for options in ({}, {"tp_plan": "auto"})
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **more) for more in ({}, {"tp_plan": "auto"})
 )
 parts = [name for name, p in split.named_parameters() if hasattr(p, "full_tensor")]
 assert len(parts) >= 8, parts
