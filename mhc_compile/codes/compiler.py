@@ -177,6 +177,9 @@ MHC415 transformers or accelerate is not installed
 MHC416 a link leads out of the folder
     put the file itself into the folder, if it belongs there: only links inside the folder, and into the blobs of the
     hub's cache, are followed when it is copied
+MHC417 the layout has no place for these streams
+    convert the residual model to streams as the layout has them (docs/convert.md: its exit, sinkhorn, two sites a
+    layer, no look-ups), or keep this package's folder
 MHC501 no n-stream program to export
     convert the model first, mhc_compile.convert(model), and export a call that runs its converted part
 MHC502 exported in training mode
