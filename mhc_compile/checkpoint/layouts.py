@@ -163,10 +163,10 @@ def spec_of(
 ) -> StreamSpec:
     """Return what the layout's code computes with parameters of these shapes, by name, and a configuration.
 
-    `iterations` replaces those that the configuration names; without either they are 20.
+    `iterations` are those of a configuration that names none; without either they are 20.
 
-    Raises MHC404 where there are none, where their shapes are not those of phi, or the configuration has another n, and
-    MHC202 where its eps is not the convention's.
+    Raises MHC404 where there are none, where their shapes are not those of phi, or the configuration has another n,
+    MHC202 where its eps is not the convention's, and MHC204 where it names other iterations.
     """
     system = find(layout)
     of_phi = [begin + system.parameters["phi"][0] for begin in system.sites]
@@ -183,7 +183,10 @@ def spec_of(
     eps = system.convention.fields.pre_eps
     if system.eps and config.get(system.eps, eps) != eps:
         raise MHCError("MHC202", f"{system.convention.value} with {system.eps}={config[system.eps]}, not {eps}")
-    return system.spec(n, config.get(system.iterations, 20) if iterations is None else iterations)
+    known = config.get(system.iterations, 20 if iterations is None else iterations)
+    if iterations not in (None, known):
+        raise MHCError("MHC204", f"iterations={iterations}: {system.iterations} is {known}", way_out="leave it out")
+    return system.spec(n, known)
 
 
 def from_layout(
@@ -288,7 +291,8 @@ def _refuse_misfits(layout: str, tensors: Mapping[str, Tensor], shapes: Mapping[
         "not of a type that float32 holds": wide,
     }
     if detail := "; ".join(f"{kind}: {names(sorted(which))}" for kind, which in misfits.items() if which):
-        raise MHCError("MHC404", f"hyper-connections in the layout {layout}: {detail}")
+        way_out = "docs/convert.md lists the names and shapes of two sites a layer"
+        raise MHCError("MHC404", f"hyper-connections in the layout {layout}: {detail}", way_out=way_out)
     if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise MHCError("MHC408", names(broken))
 

@@ -32,6 +32,8 @@ _EXAMPLES = """\
 examples:
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc
       four streams at every residual site, the paper's equations
+  mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-megatron --layout megatron
+      the streams, trained or not, under Megatron-Core's names; the same from there reads them
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --streams 2 --convention deepseek_v4
       two streams, DeepSeek-V4's equations and its learned head at the exit
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --engram v41 --engram-layers 1,14 --engram-rows 50000
@@ -40,8 +42,6 @@ examples:
       and embeddings of n-grams beside those of tokens, which add nothing until they are trained
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-hub --standalone
       with the model's source, so that it is loaded where mhc-compile is not installed
-  mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-megatron --layout megatron
-      the streams, trained or not, under Megatron-Core's names; the same from there reads them
   mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-again --to residual
       the original weights bit by bit, as long as the streams were not trained
 

@@ -66,9 +66,9 @@ class Converted:
     sites: int
     """Residual sites that have streams now; 0 for a residual folder."""
     adds: str
-    """How many residual adds of a forward have streams: `48 of 48 adds`; empty for a residual folder."""
+    """How many residual adds of a forward have streams: `48 of 48 adds`; empty where no streams were added."""
     parameters: int
-    """Stream parameters added, or removed."""
+    """Stream parameters added, removed, or written in a layout."""
     left_out: tuple[Path, ...]
     """Files and folders of the input that were not copied: weights in other formats, folders with weights."""
     difference: float = 0.0
@@ -133,10 +133,7 @@ def convert_folder(
     source, target = Path(source), Path(target)
     try:
         if layout is not None:
-            _refuse_meaningless({"to": None if to == "mhc" else to, **arguments}, source, layout)
-            if is_converted(source):
-                return _to_layout(source, target, layout, report)
-            return _from_layout(source, target, layout, overrides, options, report)
+            return _in_layout(source, target, layout, {"to": to, **arguments}, options, report)
         if to == "mhc":
             lookups = {"engram": engram, "over_encoding": over_encoding}
             return _to_streams(source, target, stream, options, start_of(start or "default"), lookups, report)
@@ -147,14 +144,25 @@ def convert_folder(
         raise MHCError("MHC413", str(error)) from error
 
 
-def _refuse_meaningless(arguments: Mapping[str, Any], source: Path, layout: LayoutName) -> None:
-    """Raise MHC204 for an unknown layout, or for an argument that means nothing beside one."""
+def _in_layout(
+    source: Path,
+    target: Path,
+    layout: LayoutName,
+    arguments: Mapping[str, Any],
+    options: Options,
+    progress: Progress,
+) -> Converted:
+    """Write a converted folder in a layout, or read one that is in it. Raises MHC204 for options that mean nothing."""
     layouts.find(layout)
     converted = is_converted(source)
-    meant = () if converted else ("convention", "iterations", "strict")
-    if meaningless := [name for name, value in arguments.items() if value is not None and name not in meant]:
+    meant = {"convention", "iterations", "strict"} if not converted else set()
+    given = {name: value for name, value in arguments.items() if value is not None and (name, value) != ("to", "mhc")}
+    if meaningless := [name for name in given if name not in meant]:
         where = f"is that of {source} and cannot be chosen" if converted else "is not chosen but read"
         raise MHCError("MHC204", f"{meaningless[0]} beside layout={layout!r} {where}", way_out="leave it out")
+    if converted:
+        return _to_layout(source, target, layout, progress)
+    return _from_layout(source, target, layout, given, options, progress)
 
 
 def _to_streams(
@@ -181,7 +189,7 @@ def _from_layout(
     source: Path,
     target: Path,
     layout: LayoutName,
-    overrides: FolderOverrides,
+    arguments: Mapping[str, Any],
     options: Options,
     progress: Progress,
 ) -> Converted:
@@ -189,13 +197,13 @@ def _from_layout(
     whole = open_checkpoint(source, notice=layouts.notice(layout))
     stored = {name: s for s in whole.shards for name in s.tensors if layouts.is_of(layout, name)}
     shapes = {name: shard.tensors[name].shape for name, shard in stored.items()}
-    theirs = layouts.spec_of(layout, shapes, whole.config, overrides.get("iterations"))
+    theirs = layouts.spec_of(layout, shapes, whole.config, arguments.get("iterations"))
     shards = tuple(shard.without(stored) for shard in whole.shards)
     removed = sum(math.prod(shape) for shape in shapes.values())
     checkpoint = replace(whole, shards=shards, metadata=_count_parameters(whole.metadata, -removed))
     target = check_target(target, source, size=whole.size)
     progress(0, checkpoint.size, "finding the streams")
-    spec = replace(theirs, convention=Convention(overrides.get("convention") or theirs.convention))
+    spec = replace(theirs, convention=Convention(arguments.get("convention", theirs.convention)))
     model = _skeleton_below(checkpoint, whole)
     coverage = convert_streams(model, (), {}, spec, options)
     difference = layouts.from_layout(layout, read_tensors(stored), theirs, owners(model))
