@@ -34,6 +34,7 @@ class Layout:
     of the module that holds the layers, with its dot.
     """
 
+    name: LayoutName
     convention: Convention
     sites: tuple[str, str]
     """How the names of a layer's first site (attention) and second site (MLP) begin."""
@@ -58,6 +59,7 @@ class Layout:
 
 
 _DEEPSEEK_V4 = Layout(
+    name="deepseek_v4",
     convention=Convention.DEEPSEEK_V4,
     sites=("{layer}.attn_hc.", "{layer}.ffn_hc."),
     parameters={"phi": ("fn",), "alpha": ("scale",), "bias": ("base",)},
@@ -67,6 +69,7 @@ _DEEPSEEK_V4 = Layout(
     eps="hc_eps",
 )
 _MEGATRON = Layout(
+    name="megatron",
     convention=Convention.MEGATRON_MAIN,
     sites=(
         "decoder.layers.{number}.self_attention_hyper_connection.",
@@ -80,54 +83,72 @@ _MEGATRON = Layout(
     streams="mhc_num_residual_streams",
     iterations="mhc_sinkhorn_iterations",
 )
-LAYOUTS: dict[LayoutName, Layout] = {
-    "deepseek_v4": _DEEPSEEK_V4,
-    # The names of DeepSeek's own release, which NeMo's loaders translate into those of its modules.
-    "nemo": replace(
-        _DEEPSEEK_V4, sites=("layers.{number}.hc_attn_", "layers.{number}.hc_ffn_"), head="hc_head_"
-    ),
-    "megatron": _MEGATRON,
-    # The same names and shapes as on the main branch, but of another matrix: DeepSeek-V4's, transposed.
-    "megatron_dev": replace(
-        _MEGATRON, convention=Convention.DEEPSEEK_V4, head="decoder.hc_head_", streams="num_residual_streams"
-    ),
-}  # fmt: skip
+# The names of DeepSeek's own release, which NeMo's loaders translate into those of its modules.
+_NEMO = replace(
+    _DEEPSEEK_V4, name="nemo", sites=("layers.{number}.hc_attn_", "layers.{number}.hc_ffn_"), head="hc_head_"
+)
+# The same names and shapes as on the main branch, but of another matrix: DeepSeek-V4's, transposed.
+_MEGATRON_DEV = replace(
+    _MEGATRON,
+    name="megatron_dev",
+    convention=Convention.DEEPSEEK_V4,
+    head="decoder.hc_head_",
+    streams="num_residual_streams",
+)
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (_DEEPSEEK_V4, _NEMO, _MEGATRON, _MEGATRON_DEV)}
 
 
-def find(layout: str) -> Layout:
-    """Return a layout by its name. Raises MHC204 for an unknown one."""
-    for name, found in LAYOUTS.items():
-        if name == layout:
-            return found
-    raise MHCError("MHC204", f"layout={layout!r}; known: {', '.join(LAYOUTS)}")
+def find(name: str) -> Layout:
+    """Return the layout of a name. Raises MHC204 for an unknown one."""
+    if name not in LAYOUTS:
+        raise MHCError("MHC204", f"layout={name!r}; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
 
 
-def notice(layout: str) -> str:
+def notice(layout: Layout) -> str:
     """Return what the configuration of a folder in a layout says in place of a weight file's name."""
     return (
-        f"streams in the layout {layout}, for code that has them: give it this folder and a configuration without this "
-        f"entry, or read the folder with mhc_compile.convert_folder(folder, out, layout='{layout}')"
+        f"streams in the layout {layout.name}, for code that has them: give it this folder and a configuration without "
+        f"this entry, or read the folder with mhc_compile.convert_folder(folder, out, layout='{layout.name}')"
     )
 
 
-def entries(layout: str, spec: StreamSpec) -> dict[str, Any]:
-    """Return what a layout adds to the configuration of the residual model: the notice, n, iterations and eps."""
-    system = find(layout)
+def with_entries(layout: Layout, spec: StreamSpec, config: bytes) -> bytes:
+    """Return the text of a residual model's `config.json` with the notice, n, iterations and eps after its first brace.
+
+    Raises MHC417 where it has others of these.
+    """
+    known: dict[str, Any] = json.loads(config)
+    added = b""
+    for name, value, text in _entries(layout, spec):
+        if known.get(name, value) != value:
+            raise _no_place(layout, f"config.json has {name}={known[name]!r}, not {value!r}")
+        added += b"" if name in known else text
+    return config.replace(b"{", b"{" + added, 1)
+
+
+def without_entries(layout: Layout, spec: StreamSpec, config: bytes) -> bytes:
+    """Return the text that `with_entries` was given, byte for byte."""
+    for _, _, text in _entries(layout, spec):
+        config = config.replace(b"{" + text, b"{", 1)
+    return config
+
+
+def _entries(layout: Layout, spec: StreamSpec) -> list[tuple[str, Any, bytes]]:
     values = {
         "transformers_weights": notice(layout),
-        system.streams: spec.streams,
-        system.iterations: spec.iterations,
-        system.eps: spec.convention.fields.pre_eps,
+        layout.streams: spec.streams,
+        layout.iterations: spec.iterations,
+        layout.eps: spec.convention.fields.pre_eps,
     }
-    return {name: value for name, value in values.items() if name}
+    return [(k, v, f"\n  {json.dumps(k)}: {json.dumps(v)},".encode()) for k, v in values.items() if k]
 
 
-def is_of(layout: str, name: str) -> bool:
+def is_of(layout: Layout, name: str) -> bool:
     """Return whether the name of a weight is one of hyper-connections in the layout."""
-    system = find(layout)
-    ends = [end for several in system.parameters.values() for end in several]
-    heads = [system.head + end for end in HEAD if system.head]
-    return _matches([*(begin + end for begin in system.sites for end in ends), *heads], name)
+    ends = [end for several in layout.parameters.values() for end in several]
+    heads = [layout.head + end for end in HEAD if layout.head]
+    return _matches([*(begin + end for begin in layout.sites for end in ends), *heads], name)
 
 
 def _matches(texts: Sequence[str], name: str) -> bool:
@@ -138,7 +159,7 @@ def _matches(texts: Sequence[str], name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-def to_layout(layout: str, owners: Mapping[str, StreamParameters]) -> tuple[dict[str, Tensor], StreamSpec, float]:
+def to_layout(layout: Layout, owners: Mapping[str, StreamParameters]) -> tuple[dict[str, Tensor], StreamSpec, float]:
     """Return a folder's stream parameters under the layout's names, what is computed from them there, and a difference.
 
     The difference is the largest of a coefficient between the folder's convention and the layout's, where they are two
@@ -148,7 +169,7 @@ def to_layout(layout: str, owners: Mapping[str, StreamParameters]) -> tuple[dict
     """
     owner, parameters = _only_owner(layout, owners)
     _refuse_inexpressible(layout, parameters)
-    spec = find(layout).spec(parameters.spec.streams, parameters.spec.iterations)
+    spec = layout.spec(parameters.spec.streams, parameters.spec.iterations)
     values, bound = _in_convention(dict(parameters.named_parameters()), parameters, parameters.spec, spec)
     places = _places(layout, owner, parameters)
     return {
@@ -159,7 +180,7 @@ def to_layout(layout: str, owners: Mapping[str, StreamParameters]) -> tuple[dict
 
 
 def spec_of(
-    layout: str, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], iterations: int | None
+    layout: Layout, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], iterations: int | None
 ) -> StreamSpec:
     """Return what the layout's code computes with parameters of these shapes, by name, and a configuration.
 
@@ -168,29 +189,30 @@ def spec_of(
     Raises MHC404 where there are none, where their shapes are not those of phi, or the configuration has another n,
     MHC202 where its eps is not the convention's, and MHC204 where it names other iterations.
     """
-    system = find(layout)
-    of_phi = [begin + system.parameters["phi"][0] for begin in system.sites]
+    of_phi = [begin + layout.parameters["phi"][0] for begin in layout.sites]
     phi = [tuple(shape) for name, shape in shapes.items() if _matches(of_phi, name)]
     if not phi:
         way_out = f"name the layout that it has: {', '.join(LAYOUTS)}"
-        raise MHCError("MHC404", f"no hyper-connections in the layout {layout}", way_out=way_out)
+        raise MHCError("MHC404", f"no hyper-connections in the layout {layout.name}", way_out=way_out)
     rows = phi[0][0] if phi[0] else 0
     n = math.isqrt(rows + 1) - 1  # rows = n * n + 2n
     if n < 1 or n * (n + 2) != rows:
-        raise MHCError("MHC404", f"phi of shape {list(phi[0])} in the layout {layout}: n * n + 2n rows are expected")
-    if config.get(system.streams, n) != n:
-        raise MHCError("MHC404", f"{system.streams} is {config[system.streams]}, and the weights have {n} streams")
-    eps = system.convention.fields.pre_eps
-    if system.eps and config.get(system.eps, eps) != eps:
-        raise MHCError("MHC202", f"{system.convention.value} with {system.eps}={config[system.eps]}, not {eps}")
-    known = config.get(system.iterations, 20 if iterations is None else iterations)
+        raise MHCError(
+            "MHC404", f"phi of shape {list(phi[0])} in the layout {layout.name}: n * n + 2n rows are expected"
+        )
+    if config.get(layout.streams, n) != n:
+        raise MHCError("MHC404", f"{layout.streams} is {config[layout.streams]}, and the weights have {n} streams")
+    eps = layout.convention.fields.pre_eps
+    if layout.eps and config.get(layout.eps, eps) != eps:
+        raise MHCError("MHC202", f"{layout.convention.value} with {layout.eps}={config[layout.eps]}, not {eps}")
+    known = config.get(layout.iterations, 20 if iterations is None else iterations)
     if iterations not in (None, known):
-        raise MHCError("MHC204", f"iterations={iterations}: {system.iterations} is {known}", way_out="leave it out")
-    return system.spec(n, known)
+        raise MHCError("MHC204", f"iterations={iterations}: {layout.iterations} is {known}", way_out="leave it out")
+    return layout.spec(n, known)
 
 
 def from_layout(
-    layout: str, tensors: Mapping[str, Tensor], theirs: StreamSpec, owners: Mapping[str, StreamParameters]
+    layout: Layout, tensors: Mapping[str, Tensor], theirs: StreamSpec, owners: Mapping[str, StreamParameters]
 ) -> float:
     """Set the parameters of a converted model to those of `tensors`, under the layout's names, which compute `theirs`.
 
@@ -216,15 +238,15 @@ def from_layout(
     return bound
 
 
-def _only_owner(layout: str, owners: Mapping[str, StreamParameters]) -> tuple[str, StreamParameters]:
+def _only_owner(layout: Layout, owners: Mapping[str, StreamParameters]) -> tuple[str, StreamParameters]:
     if len(owners) != 1:
         raise _no_place(layout, f"{len(owners)} modules hold streams ({names(owners)}), and the layout is of one")
     return next(iter(owners.items()))
 
 
-def _refuse_inexpressible(layout: str, parameters: StreamParameters) -> None:
+def _refuse_inexpressible(layout: Layout, parameters: StreamParameters) -> None:
     """Raise MHC417 for streams that the layout's code does not compute, whatever its parameters are."""
-    spec, exit_ = parameters.spec, find(layout).exit
+    spec, exit_ = parameters.spec, layout.exit
     reasons = {
         f"form {spec.form}": spec.form != "mhc",
         f"manifold {spec.manifold}: its matrices are sinkhorn's": spec.manifold != "sinkhorn",
@@ -238,22 +260,22 @@ def _refuse_inexpressible(layout: str, parameters: StreamParameters) -> None:
         raise _no_place(layout, reason)
 
 
-def _places(layout: str, owner: str, parameters: StreamParameters) -> dict[str, tuple[str, ...]]:
+def _places(layout: Layout, owner: str, parameters: StreamParameters) -> dict[str, tuple[str, ...]]:
     """Return the layout's names of every parameter, by our name below the owner."""
-    system, prefix = find(layout), f"{owner}." if owner else ""
+    prefix = f"{owner}." if owner else ""
     places: dict[str, tuple[str, ...]] = {}
     for position, site in enumerate(parameters.sites):
         layer, number = _layer(site)
         if number != position // 2:
             detail = f"{site} is the stream's site {position}, and layer {position // 2} has two sites in the layout"
             raise _no_place(layout, detail)
-        begin = system.sites[position % 2].format(layer=prefix + layer, number=number)
-        for name, several in system.parameters.items():
+        begin = layout.sites[position % 2].format(layer=prefix + layer, number=number)
+        for name, several in layout.parameters.items():
             places[f"{site}.{name}"] = tuple(begin + end for end in several)
     if len(parameters.sites) % 2:
         raise _no_place(layout, f"{len(parameters.sites)} sites, and the layout has two a layer")
-    if system.head:
-        places |= {f"head.{end}": (system.head.format(owner=prefix) + end,) for end in HEAD}
+    if layout.head:
+        places |= {f"head.{end}": (layout.head.format(owner=prefix) + end,) for end in HEAD}
     return places
 
 
@@ -281,7 +303,7 @@ def _in_convention(
     return moved, bound
 
 
-def _refuse_misfits(layout: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+def _refuse_misfits(layout: Layout, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     wrong = [name for name in tensors.keys() & shapes.keys() if tensors[name].shape != shapes[name]]
     wide = [name for name, t in tensors.items() if not t.is_floating_point() or t.dtype == torch.float64]
     misfits = {
@@ -292,15 +314,10 @@ def _refuse_misfits(layout: str, tensors: Mapping[str, Tensor], shapes: Mapping[
     }
     if detail := "; ".join(f"{kind}: {names(sorted(which))}" for kind, which in misfits.items() if which):
         way_out = "docs/convert.md lists the names and shapes of two sites a layer"
-        raise MHCError("MHC404", f"hyper-connections in the layout {layout}: {detail}", way_out=way_out)
+        raise MHCError("MHC404", f"hyper-connections in the layout {layout.name}: {detail}", way_out=way_out)
     if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise MHCError("MHC408", names(broken))
 
 
-def _no_place(layout: str, reason: str) -> MHCError:
-    return MHCError("MHC417", f"{layout}: {reason}")
-
-
-def guard(layout: str, spec: StreamSpec) -> bytes:
-    """Return the text with which `source.guarded` begins the configuration of a folder in a layout."""
-    return "".join(f"\n  {json.dumps(k)}: {json.dumps(v)}," for k, v in entries(layout, spec).items()).encode()
+def _no_place(layout: Layout, reason: str) -> MHCError:
+    return MHCError("MHC417", f"{layout.name}: {reason}")

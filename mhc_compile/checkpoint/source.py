@@ -15,7 +15,7 @@ from mhc_compile.parameters import names
 
 CONFIG = "config.json"
 NOTICE = "converted by mhc-compile: load this folder with mhc_compile.from_pretrained"
-GUARD = f'\n  "transformers_weights": "{NOTICE}",'.encode()
+_GUARD = f'\n  "transformers_weights": "{NOTICE}",'.encode()
 """What a converted folder's `config.json` has after its first brace. transformers takes it for the name of the weight
 file, whatever class and variant it is asked for, and raises an error that quotes it."""
 WEIGHTS = "model.safetensors"
@@ -102,14 +102,14 @@ def index_text(metadata: Mapping[str, Any], files: Mapping[str, Shard]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def guarded(config: bytes, guard: bytes = GUARD) -> bytes:
+def guarded(config: bytes) -> bytes:
     """Return the text of a `config.json` with which transformers refuses to load the folder's weights."""
-    return config if guard in config else config.replace(b"{", b"{" + guard, 1)
+    return config if _GUARD in config else config.replace(b"{", b"{" + _GUARD, 1)
 
 
-def unguarded(config: bytes, guard: bytes = GUARD) -> bytes:
+def unguarded(config: bytes) -> bytes:
     """Return the text that `guarded` was given, byte for byte."""
-    return config.replace(guard, b"", 1)
+    return config.replace(_GUARD, b"", 1)
 
 
 def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_args
 from torch import nn
 
 from mhc_compile.checkpoint import layouts
-from mhc_compile.checkpoint.layouts import LayoutName
+from mhc_compile.checkpoint.layouts import Layout, LayoutName
 from mhc_compile.checkpoint.manifest import Manifest, Owner, is_converted
 from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.shards import (
@@ -109,17 +109,16 @@ def convert_folder(
     `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
     stream parameters are at their start.
 
-    With `layout` a converted folder becomes one whose stream parameters have the names, shapes and order of rows of
-    another system, trained or not: `deepseek_v4` those of Hugging Face's modules, `nemo` those of DeepSeek's release,
-    `megatron` and `megatron_dev` those of Megatron-Core's branches (docs/convert.md). A folder that has them becomes a
-    converted one; `convention` then says which equations it shall have (the layout's) and `iterations` how many of
-    Sinkhorn, if the configuration does not. Only the hyper-connections change, the model's weights are copied.
+    With `layout` a converted folder, trained or not, becomes one whose stream parameters have the names, shapes and
+    order of rows of another system: `deepseek_v4` those of Hugging Face's modules, `nemo` those of DeepSeek's release,
+    `megatron` and `megatron_dev` those of two branches of Megatron-Core (docs/convert.md). A folder that has them
+    becomes a converted one, in the layout's `convention` or the one given, with the `iterations` of the configuration
+    or those given.
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options, MHC401 to 408 for a
     folder that cannot be converted, MHC409 to 411 for one in the other form already or with trained streams, MHC412
     and 413 where the result cannot be written, MHC414 for a damaged `mhc.json` or changed weights, MHC416 for a link to
-    a file outside of the folder; with a layout MHC417 for streams that it has no place for, MHC404 or 202 for
-    parameters that are not in it, and MHC205 where the two conventions differ by more than 1e-2 at these parameters.
+    a file outside of the folder, MHC417 for streams that a layout has no place for.
     """
     if to not in get_args(Form):
         raise MHCError("MHC204", f"to={to!r}; known: {', '.join(get_args(Form))}")
@@ -133,7 +132,7 @@ def convert_folder(
     source, target = Path(source), Path(target)
     try:
         if layout is not None:
-            return _in_layout(source, target, layout, {"to": to, **arguments}, options, report)
+            return _in_layout(source, target, layouts.find(layout), {"to": to, **arguments}, options, report)
         if to == "mhc":
             lookups = {"engram": engram, "over_encoding": over_encoding}
             return _to_streams(source, target, stream, options, start_of(start or "default"), lookups, report)
@@ -147,19 +146,18 @@ def convert_folder(
 def _in_layout(
     source: Path,
     target: Path,
-    layout: LayoutName,
+    layout: Layout,
     arguments: Mapping[str, Any],
     options: Options,
     progress: Progress,
 ) -> Converted:
     """Write a converted folder in a layout, or read one that is in it. Raises MHC204 for options that mean nothing."""
-    layouts.find(layout)
     converted = is_converted(source)
     meant = {"convention", "iterations", "strict"} if not converted else set()
     given = {name: value for name, value in arguments.items() if value is not None and (name, value) != ("to", "mhc")}
     if meaningless := [name for name in given if name not in meant]:
         where = f"is that of {source} and cannot be chosen" if converted else "is not chosen but read"
-        raise MHCError("MHC204", f"{meaningless[0]} beside layout={layout!r} {where}", way_out="leave it out")
+        raise MHCError("MHC204", f"{meaningless[0]} beside layout={layout.name!r} {where}", way_out="leave it out")
     if converted:
         return _to_layout(source, target, layout, progress)
     return _from_layout(source, target, layout, given, options, progress)
@@ -188,7 +186,7 @@ def _to_streams(
 def _from_layout(
     source: Path,
     target: Path,
-    layout: LayoutName,
+    layout: Layout,
     arguments: Mapping[str, Any],
     options: Options,
     progress: Progress,
@@ -207,10 +205,11 @@ def _from_layout(
     model = _skeleton_below(checkpoint, whole)
     coverage = convert_streams(model, (), {}, spec, options)
     difference = layouts.from_layout(layout, read_tensors(stored), theirs, owners(model))
-    guard = layouts.guard(layout, theirs)
-    done = _write_streams(
-        checkpoint, model, str(coverage), target, progress, edit=lambda config: guarded(unguarded(config, guard))
-    )
+
+    def edit(config: bytes) -> bytes:
+        return guarded(layouts.without_entries(layout, theirs, config))
+
+    done = _write_streams(checkpoint, model, str(coverage), target, progress, edit=edit)
     return replace(done, difference=difference)
 
 
@@ -285,7 +284,7 @@ def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
     return Converted(target, 0, "", removed, tuple(left))
 
 
-def _to_layout(source: Path, target: Path, layout: LayoutName, progress: Progress) -> Converted:
+def _to_layout(source: Path, target: Path, layout: Layout, progress: Progress) -> Converted:
     """Write the weights of a converted folder as they are, and its stream parameters in a layout."""
     checkpoint, manifest = open_converted(source)
     taken, left = _companions(checkpoint)
@@ -294,14 +293,13 @@ def _to_layout(source: Path, target: Path, layout: LayoutName, progress: Progres
     parameters = read_streams(checkpoint, manifest, Options())
     streams, spec, difference = layouts.to_layout(layout, parameters)
     *base_names, streams_file = shard_names(len(checkpoint.shards))
-    guard = layouts.guard(layout, spec)
     with staged(target) as staging:
         files = _copy_base(checkpoint, manifest, base_names, staging, progress)
         _refuse_clash(streams, list(files.values()))
         write_shard(staging / streams_file, streams)
         files[streams_file] = read_shard(staging / streams_file)
         write_text(staging / INDEX, index_text(checkpoint.metadata, files))
-        _copy_companions(checkpoint, taken, staging, lambda config: guarded(unguarded(config), guard))
+        _copy_companions(checkpoint, taken, staging, lambda c: layouts.with_entries(layout, spec, unguarded(c)))
         progress(checkpoint.size, checkpoint.size, "finishing")
     sites = sum(len(p.sites) for p in parameters.values())
     return Converted(target, sites, "", sum(t.numel() for t in streams.values()), tuple(left), difference)

@@ -69,7 +69,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def source_of(layout: str, sources: dict[str, Path], *, paper: bool = False) -> Path:
-    system = LAYOUTS[layout]  # type: ignore[index]
+    system = LAYOUTS[layout]
     return sources[f"paper_{system.exit}" if paper else system.convention.value]
 
 
@@ -243,6 +243,7 @@ def test_what_transformers_saved_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     first, second = weights(tmp_path / "theirs"), weights(again)
     assert first.keys() == second.keys()
     assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert (again / "config.json").read_text().count('"hc_mult"') == 1
 
 
 def test_the_released_names_are_those_that_transformers_renames(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -358,7 +359,7 @@ def test_the_head_of_megatrons_dev_branch(sources: dict[str, Path], tmp_path: Pa
 def test_streams_without_a_place(options: dict[str, Any], layout: LayoutName, text: str) -> None:
     parameters = StreamParameters(StreamSpec(**options), {"layers.0#0": 8, "layers.0#1": 8})
     with pytest.raises(MHCError, match=f"MHC417.*{text}"):
-        to_layout(layout, {"model": parameters})
+        to_layout(LAYOUTS[layout], {"model": parameters})
 
 
 def refused(folder: Path, layout: Any, text: str) -> None:
@@ -381,13 +382,20 @@ def refused(folder: Path, layout: Any, text: str) -> None:
 def test_layers_without_two_sites(sites: list[str], text: str) -> None:
     parameters = StreamParameters(StreamSpec(), dict.fromkeys(sites, 8))
     with pytest.raises(MHCError, match=f"MHC417.*{text}"):
-        to_layout("megatron", {"": parameters})
+        to_layout(LAYOUTS["megatron"], {"": parameters})
 
 
 def test_what_a_folder_has_beside(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "a")
     settings = mhc_compile.OverEncodingSettings(order=2, heads=1, rows=64)
     refused(convert_folder(tmp_path / "a", tmp_path / "b", over_encoding=settings).folder, "megatron", "over-encoding")
+
+
+def test_a_configuration_that_says_otherwise(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sources["deepseek_v4"], tmp_path / "a"))
+    path = folder / "config.json"
+    path.write_text(path.read_text().rpartition("}")[0] + ', "hc_mult": 2}')
+    refused(folder, "nemo", "config.json has hc_mult=2, not 3")
 
 
 @pytest.mark.slow
