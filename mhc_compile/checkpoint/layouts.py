@@ -249,9 +249,9 @@ def _refuse_inexpressible(layout: Layout, parameters: StreamParameters) -> None:
     spec, exit_ = parameters.spec, layout.exit
     reasons = {
         f"form {spec.form}": spec.form != "mhc",
-        f"manifold {spec.manifold}: its matrices are sinkhorn's": spec.manifold != "sinkhorn",
+        f"manifold {spec.manifold}, where the layout has sinkhorn": spec.manifold != "sinkhorn",
         f"{spec.convention.value} reads with the pre of the site before": spec.convention.fields.deferred,
-        f"exit {spec.exit}: its exit is {exit_}": spec.exit != exit_,
+        f"exit {spec.exit}, where the layout has {exit_}": spec.exit != exit_,
         "0 iterations": spec.iterations < 1,
         "a memory": parameters.memory is not None,
         "an over-encoding": parameters.over is not None,

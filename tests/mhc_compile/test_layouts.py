@@ -218,9 +218,12 @@ def test_transformers_computes_the_same_with_what_was_written(
         assert (logits(theirs(ids())) - want).abs().max() > 1e-2
 
 
-def test_what_transformers_saved_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("eps", "convention"), [(1e-6, "deepseek_v4"), (1e-5, "glm5_next")])
+def test_what_transformers_saved_is_read(
+    eps: float, convention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their parameters lie among the others in the same files, and are left out there."""
-    config = llama().config
+    config = llama(rms_norm_eps=eps).config
     config.hc_mult, config.hc_sinkhorn_iters, config.hc_eps = 3, 5, 1e-6
     torch.manual_seed(1)
     theirs = TheirLlama(config).eval()
@@ -231,10 +234,10 @@ def test_what_transformers_saved_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     written = tmp_path / "theirs" / "config.json"
     written.write_text(written.read_text().replace("TheirLlama", "LlamaForCausalLM"))
-    done = convert_folder(tmp_path / "theirs", tmp_path / "ours", layout="deepseek_v4")
+    done = convert_folder(tmp_path / "theirs", tmp_path / "ours", layout="deepseek_v4", convention=convention)
     model = mhc_compile.from_pretrained(done.folder, inner="eager").double()
     (spec,) = {p.spec for p in owners(model).values()}
-    assert spec == StreamSpec(streams=3, convention=Convention.DEEPSEEK_V4, iterations=5, exit="head")
+    assert spec == StreamSpec(streams=3, convention=Convention(convention), iterations=5, exit="head")
     with in_float64(monkeypatch), torch.no_grad():
         want = logits(theirs.double()(ids()))
     with torch.no_grad():
@@ -346,8 +349,8 @@ def test_the_head_of_megatrons_dev_branch(sources: dict[str, Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "layout", "text"),
     [
-        ({}, "deepseek_v4", "exit mean: its exit is head"),
-        ({"exit": "head"}, "megatron", "exit head: its exit is mean"),
+        ({}, "deepseek_v4", "exit mean, where the layout has head"),
+        ({"exit": "head"}, "megatron", "exit head, where the layout has mean"),
         ({"exit": "sum"}, "megatron", "exit sum"),
         ({"exit": "head", "manifold": "kronecker"}, "nemo", "manifold kronecker"),
         ({"exit": "head", "manifold": "identity"}, "deepseek_v4", "manifold identity"),
@@ -398,7 +401,6 @@ def test_a_configuration_that_says_otherwise(sources: dict[str, Path], tmp_path:
     refused(folder, "nemo", "config.json has hc_mult=2, not 3")
 
 
-@pytest.mark.slow
 def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
     make("t5").save_pretrained(tmp_path / "a")
     refused(convert_folder(tmp_path / "a", tmp_path / "b").folder, "megatron", "2 modules hold streams")
@@ -467,6 +469,16 @@ def test_a_folder_that_is_not_read(case: str, sources: dict[str, Path], tmp_path
     assert caught.value.code == code
     assert text in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_is_read_into_float32(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = convert_folder(sources["deepseek_v4"], tmp_path / "nemo", layout="nemo").folder
+    edit(lambda t: t.update({name: p.bfloat16() for name, p in t.items()}))(folder)
+    read = weights(convert_folder(folder, tmp_path / "out", layout="nemo").folder)
+    for name, ours in {"fn": "phi", "scale": "alpha", "base": "bias"}.items():
+        stored = weights(folder)[f"{SITE}{name}"]
+        assert stored.dtype == torch.bfloat16
+        assert torch.equal(read[f"model.mhc.layers.1#1.{ours}"], stored.float())
 
 
 def test_options_of_a_folder_that_has_its_own(sources: dict[str, Path], tmp_path: Path) -> None:
