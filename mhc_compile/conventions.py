@@ -73,9 +73,8 @@ def convert_site(
     _check_rows(phi, alpha, bias, source)
     mix, n2 = _mix_map(source, target), 2 * source.streams
     with torch.no_grad():
-        weight, offset = mix.weight.to(phi.device), mix.offset.to(phi.device)
-        new_phi = torch.cat([phi[:n2], (weight @ phi[n2:].double()).to(phi.dtype)])
-        new_bias = torch.cat([bias[:n2], (weight @ bias[n2:].double() + offset).to(bias.dtype)])
+        new_phi = torch.cat([phi[:n2], _moved(mix, phi[n2:], with_offset=False)])
+        new_bias = torch.cat([bias[:n2], _moved(mix, bias[n2:], with_offset=True)])
         new_alpha = alpha.clone()
         streams, described = _sample(sample, source.streams, phi)
         before = _maps(streams, phi, alpha, bias, source)
@@ -224,6 +223,15 @@ def _mix_map(source: StreamSpec, target: StreamSpec) -> _MixMap:
         case _:
             reason = f"a {target.manifold} matrix has {target.mix_rows} parameters, which do not span the source's"
     raise _impossible(source, target, reason)
+
+
+def _moved(mix: _MixMap, rows: Tensor, *, with_offset: bool) -> Tensor:
+    """Return what the map makes of the rows of a parameter: the same bits where it only moves them."""
+    weight, offset = mix.weight.to(rows.device), mix.offset.to(rows.device)
+    if weight.numel() and not offset.any() and ((weight == 0) | (weight == 1)).all() and (weight.sum(1) == 1).all():
+        return rows[weight.argmax(1)]  # a sum with zeros would make -0.0 a 0.0
+    changed = weight @ rows.double()
+    return (changed + offset if with_offset else changed).to(rows.dtype)
 
 
 def _constant(source: StreamSpec, target: StreamSpec) -> _MixMap:

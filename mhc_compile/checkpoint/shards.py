@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +50,13 @@ class Shard:
     path: Path
     size: int
     tensors: dict[str, TensorInfo]
+    partial: bool = False
+    """The file holds other tensors as well, which a copy leaves out."""
+
+    def without(self, left_out: Container[str]) -> Shard:
+        """Return the file without the tensors whose names are in `left_out`."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in left_out}
+        return replace(self, tensors=kept, partial=self.partial or len(kept) < len(self.tensors))
 
 
 def read_shard(path: Path) -> Shard:
@@ -70,8 +77,17 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, path.stat().st_size, tensors)
 
 
+def read_tensors(files: Mapping[str, Shard]) -> dict[str, Tensor]:
+    """Return the tensors of these names, each from its file."""
+    tensors: dict[str, Tensor] = {}
+    for path in {shard.path for shard in files.values()}:
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name, shard in files.items() if shard.path == path}
+    return tensors
+
+
 def copy_shard(shard: Shard, target: Path, moved: Moved, *, refuse_nonfinite: bool = False) -> str:
-    """Copy the file in pieces of `CHUNK` bytes and return its sha256.
+    """Copy the file in pieces of `CHUNK` bytes and return its sha256; of a partial one, its tensors under a new header.
 
     Raises MHC408 at the first NaN or infinity with `refuse_nonfinite`, and MHC403 if the file became shorter.
     """
@@ -90,11 +106,15 @@ def copy_shard(shard: Shard, target: Path, moved: Moved, *, refuse_nonfinite: bo
 
         # The format stores tensors without gaps, after the header.
         tensors = sorted(shard.tensors.items(), key=lambda item: item[1].start)
-        header = TensorInfo("U8", (), 0, tensors[0][1].start if tensors else shard.size)
-        position = 0
-        for name, tensor in (("the header", header), *tensors):
+        if shard.partial:
+            digest.update(header := _header(tensors))
+            out.write(header)
+        else:
+            tensors.insert(0, ("the header", TensorInfo("U8", (), 0, tensors[0][1].start if tensors else shard.size)))
+        for name, tensor in tensors:
             dtype = DTYPES.get(tensor.dtype, torch.uint8)
             checked = refuse_nonfinite and (dtype.is_floating_point or dtype.is_complex)
+            position = source.seek(tensor.start)
             while position < tensor.end:
                 piece = move(min(CHUNK, tensor.end - position))
                 position += len(piece)
@@ -102,6 +122,19 @@ def copy_shard(shard: Shard, target: Path, moved: Moved, *, refuse_nonfinite: bo
                     raise MHCError("MHC408", f"{name} in {shard.path}")
         sync(out)
     return digest.hexdigest()
+
+
+def _header(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
+    """Return the beginning of a file that holds these tensors in this order, padded so that they are aligned."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors:
+        end = position + tensor.end - tensor.start
+        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -88,6 +88,7 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=False, local_files_only=True
             )
+            vars(config).pop("transformers_weights", None)  # the notice of a folder in a layout
             with torch.device("meta"):
                 cls(config)
         except Exception as error:  # whatever a class in transformers raises for values it cannot work with

@@ -14,8 +14,8 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import names
 
 CONFIG = "config.json"
-_NOTICE = "converted by mhc-compile: load this folder with mhc_compile.from_pretrained"
-_GUARD = f'\n  "transformers_weights": "{_NOTICE}",'.encode()
+NOTICE = "converted by mhc-compile: load this folder with mhc_compile.from_pretrained"
+_GUARD = f'\n  "transformers_weights": "{NOTICE}",'.encode()
 """What a converted folder's `config.json` has after its first brace. transformers takes it for the name of the weight
 file, whatever class and variant it is asked for, and raises an error that quotes it."""
 WEIGHTS = "model.safetensors"
@@ -52,10 +52,12 @@ class Checkpoint:
         return sum(shard.size for shard in self.shards)
 
 
-def open_checkpoint(folder: Path, *, converted: bool = False, configured: bool = True) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, converted: bool = False, configured: bool = True, notice: str = NOTICE
+) -> Checkpoint:
     """Read the configuration and the headers of all weight files, of a residual folder or of a `converted` one.
 
-    Without `configured` no configuration is read.
+    Without `configured` no configuration is read. `notice` is what it may say in place of a weight file's name.
 
     Raises MHC401, 402, 403 or 407 for a folder that is none, is incomplete, damaged or pickled, and MHC405 or 406 for a
     configuration that asks for code of its own or is quantised.
@@ -71,7 +73,7 @@ def open_checkpoint(folder: Path, *, converted: bool = False, configured: bool =
         raise MHCError("MHC401", f"{folder} holds neither {CONFIG} nor {weights[0]}")
     if configured:
         config = read_json(path)
-        refuse_config(path, config)
+        refuse_config(path, config, notice)
     # transformers prefers the single file where there are both.
     for file in (folder / name for name in weights if not is_index_for_trainer(folder / name)):
         if file.is_file() and file.suffix == ".json":
@@ -193,12 +195,12 @@ def _read_index(path: Path) -> tuple[tuple[Shard, ...], dict[str, Any]]:
     return tuple(shards.values()), metadata
 
 
-def refuse_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise MHC405 or 406 for a model that needs code of its own, or is quantised."""
+def refuse_config(path: Path, config: Mapping[str, Any], notice: str = NOTICE) -> None:
+    """Raise MHC405 or 406 for a model that needs code of its own, is quantised, or has a weight file but `notice`."""
     for key, value in _items(config):
         if key == "auto_map" and value:
             raise MHCError("MHC405", f"{path} names code of its own (auto_map: {names(map(str, value))})")
-        if key == "transformers_weights" and value and value != _NOTICE:
+        if key == "transformers_weights" and value and value != notice:
             raise MHCError("MHC405", f"{path} chooses its weight file itself (transformers_weights: {value})")
         if key in ("quantization_config", "compression_config") and value:
             method = value.get("quant_method", "unknown method") if isinstance(value, dict) else value

@@ -180,6 +180,9 @@ MHC416 a link leads out of the folder
 MHC417 no such repository on the Hub
     check the name, the revision and the connection; a private or gated one needs `hf auth login`. A folder is named by
     its path
+MHC418 the layout has no place for these streams
+    convert the residual model to streams as the layout has them (docs/convert.md: its exit, sinkhorn, two sites a
+    layer, no look-ups), or keep this package's folder
 MHC501 no n-stream program to export
     convert the model first, mhc_compile.convert(model), and export a call that runs its converted part
 MHC502 exported in training mode

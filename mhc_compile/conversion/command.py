@@ -11,6 +11,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from mhc_compile.checkpoint.layouts import LAYOUTS
 from mhc_compile.conversion.folder import Converted, Form, convert_folder
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting import emit_folder
@@ -31,6 +32,8 @@ _EXAMPLES = """\
 examples:
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc
       four streams at every residual site, the paper's equations
+  mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-megatron --layout megatron
+      the streams, trained or not, under Megatron-Core's names; the same from there reads them
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --streams 2 --convention deepseek_v4
       two streams, DeepSeek-V4's equations and its learned head at the exit
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --engram v41 --engram-layers 1,14 --engram-rows 50000
@@ -71,6 +74,7 @@ def add_parser(subparsers: Any) -> None:
         ("--exit", get_args(Exit), "how the streams are reduced to one (default: the convention's)"),
         ("--form", form_names(), "mHC (default), or unconstrained Hyper-Connections, dynamic or static"),
         ("--start", get_args(StartName), "how fast the coefficients learn at first: paper as published, slowly"),
+        ("--layout", sorted(LAYOUTS), "write the streams as this system has them, or read them: see docs/convert.md"),
         ("--engram", sorted(PRESETS), "add n-gram memories as this system has them"),
     ):
         parser.add_argument(option, choices=choices, help=meaning)
@@ -113,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
         def progress(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total, description=what)
 
-        done = convert_folder(args.source, args.target, to=args.to, progress=progress, **options)
-    print(_summary(done, args.to))
+        done = convert_folder(args.source, args.target, to=args.to, layout=args.layout, progress=progress, **options)
+    print(_summary(done, args))
     if done.left_out:
         print(f"left out: {', '.join(map(str, done.left_out))}", file=sys.stderr)
     return 0
@@ -123,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
 def _standalone(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Write a folder with the emitted source. Raises MHC520 for options that it has no place for."""
     others = {
-        name: getattr(args, name) for name in ("engram", "engram_layers", "engram_rows", "over_encoding", "start")
+        name: getattr(args, name)
+        for name in ("engram", "engram_layers", "engram_rows", "over_encoding", "start", "layout")
     }
     if args.to != "mhc" or args.strict or any(value is not None for value in others.values()):
         raise MHCError(
@@ -158,10 +163,14 @@ def _over_encoding(text: str) -> OverEncodingSettings:
     return OverEncodingSettings(**{name: int(number) for name, _, number in parts})
 
 
-def _summary(done: Converted, form: Form) -> str:
-    if form == "residual":
+def _summary(done: Converted, args: argparse.Namespace) -> str:
+    if args.to == "residual":
         return f"{done.folder}: residual again, {done.parameters:,} stream parameters removed"
+    differs = f"; the conventions differ by up to {done.difference:.0e} in a coefficient" if done.difference else ""
+    if args.layout is not None and not done.adds:
+        return f"{done.folder}: {done.parameters:,} stream parameters in the layout {args.layout}{differs}"
     return (
-        f"{done.folder}: streams at {done.sites} sites, {done.adds}, {done.parameters:,} stream parameters added\n"
+        f"{done.folder}: streams at {done.sites} sites, {done.adds}, "
+        f"{done.parameters:,} stream parameters added{differs}\n"
         f'load it with mhc_compile.from_pretrained("{done.folder}")'
     )
