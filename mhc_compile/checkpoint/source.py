@@ -111,7 +111,7 @@ def index_for_trainer(files: Mapping[str, Shard]) -> str:
     from elsewhere, it would load the weights and leave the streams out.
     """
     weight_map = {tensor: name for name, shard in files.items() for tensor in shard.tensors}
-    return json.dumps({_TRAINER: _NOTICE, "weight_map": weight_map}, indent=2) + "\n"
+    return json.dumps({_TRAINER: NOTICE, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def is_index_for_trainer(path: Path) -> bool:
