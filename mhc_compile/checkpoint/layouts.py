@@ -219,7 +219,7 @@ def from_layout(
     Returns the difference of the conventions as `to_layout` does.
 
     Raises MHC404 where the tensors are not those of the model's sites or of a type that float32 does not hold, MHC205
-    and 417 as `to_layout` does, and MHC408 for NaN and infinities.
+    and 418 as `to_layout` does, and MHC408 for NaN and infinities.
     """
     owner, parameters = _only_owner(layout, owners)
     _refuse_inexpressible(layout, parameters)

@@ -1,8 +1,7 @@
 """Save a converted model so that nothing loads it as a residual one.
 
-The streams go into a shard of their own. The index has a name that transformers does not look for, and `config.json`
-names a weight file that there is not (`source.guarded`), so that every plain `from_pretrained` of the folder raises and
-says what loads it, instead of leaving the streams out.
+The streams go into a shard of their own. The index has a name that transformers does not look for, and every plain
+`from_pretrained` of the folder raises and says what loads it, instead of leaving the streams out (`shim`).
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 from mhc_compile.checkpoint.manifest import NAME as MANIFEST
 from mhc_compile.checkpoint.manifest import Manifest, Owner
 from mhc_compile.checkpoint.shards import read_shard, sha256, sync, write_shard, write_text
-from mhc_compile.checkpoint.skeleton import is_model_class
+from mhc_compile.checkpoint.shim import SHIM, SHIM_TEXT, guarded
+from mhc_compile.checkpoint.skeleton import auto_classes, is_model_class
 from mhc_compile.checkpoint.source import (
     CONFIG,
     CONVERTED_INDEX,
     INDEX,
     WEIGHTS,
-    guarded,
     index_for_trainer,
     index_text,
     is_index_for_trainer,
@@ -90,7 +89,9 @@ def save_pretrained(
         saved = open_checkpoint(folder)
         if saved.index is not None:
             saved.index.unlink()
-        (folder / CONFIG).write_bytes(guarded((folder / CONFIG).read_bytes()))
+        config = (folder / CONFIG).read_bytes()
+        (folder / CONFIG).write_bytes(guarded(config, auto_classes(saved.config)))
+        write_text(folder / SHIM, SHIM_TEXT)
         # As transformers wrote it: FSDP2 renames the class.
         return saved.config["architectures"][0], [shard.path for shard in saved.shards], saved.metadata
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,7 +41,8 @@ def model_class(config: Mapping[str, Any]) -> Any:
     if not isinstance(architectures, list) or not architectures:
         raise MHCError("MHC405", "config.json names no architectures", way_out='add "architectures": ["<class name>"]')
     name = str(architectures[0])
-    for cls in (*_registered(transformers, config.get("model_type")), getattr(transformers, name, None)):
+    registered = [cls for _, cls in _registered(transformers, config.get("model_type"))]
+    for cls in (*registered, getattr(transformers, name, None)):
         if is_model_class(cls) and cls.__name__ == name:
             return cls
     raise MHCError("MHC405", f"transformers {transformers.__version__} has no model {name}")
@@ -52,25 +54,40 @@ def is_model_class(value: Any) -> bool:
     return isinstance(value, type) and transformers is not None and issubclass(value, transformers.PreTrainedModel)
 
 
-def _registered(transformers: ModuleType, model_type: Any) -> Iterator[Any]:
+def auto_classes(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the Auto classes that make the model which `config.json` names."""
+    transformers = transformers_module()
+    wanted = (config.get("architectures") or [None])[0]
+    pairs = _registered(transformers, config.get("model_type"))
+    return sorted({auto for auto, cls in pairs if hasattr(transformers, auto) and cls.__name__ == wanted})
+
+
+def _registered(transformers: ModuleType, model_type: Any) -> Iterator[tuple[str, Any]]:
     """Yield the classes that Auto classes know for a configuration's type, including those that a user registered."""
     auto: Any = transformers.models.auto
     if not isinstance(model_type, str) or model_type not in auto.CONFIG_MAPPING:
         return
     config_class = auto.CONFIG_MAPPING[model_type]
-    for factory in vars(auto.modeling_auto).values():
+    for name, factory in vars(auto.modeling_auto).items():
         mapping = getattr(factory, "_model_mapping", None)
         if isinstance(factory, type) and mapping is not None:
             classes = mapping.get(config_class, ())
-            yield from classes if isinstance(classes, tuple) else (classes,)
+            yield from ((name, cls) for cls in (classes if isinstance(classes, tuple) else (classes,)) if cls)
 
 
 def configuration(cls: Any, folder: Path, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the configuration of a folder for `cls`, without its guard, and the keywords that are not its own."""
-    config, rest = cls.config_class.from_pretrained(
-        folder, **{**kwargs, "return_unused_kwargs": True, "trust_remote_code": False, "local_files_only": True}
-    )
-    vars(config).pop("transformers_weights", None)
+    """Return the configuration of a folder for `cls`, without its guard, and the keywords that are not its own.
+
+    It is the keyword `config` where that is given.
+    """
+    rest = dict(kwargs)
+    config = copy.deepcopy(rest.pop("config", None))
+    if config is None:
+        config, rest = cls.config_class.from_pretrained(
+            folder, **{**rest, "return_unused_kwargs": True, "trust_remote_code": False, "local_files_only": True}
+        )
+    for name in ("transformers_weights", "auto_map"):
+        vars(config).pop(name, None)
     return config, rest
 
 

@@ -10,14 +10,11 @@ from typing import Any
 
 from mhc_compile.checkpoint.manifest import NAME as MANIFEST
 from mhc_compile.checkpoint.shards import Shard, read_json, read_shard
+from mhc_compile.checkpoint.shim import NOTICE, SHIM, is_shim
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import names
 
 CONFIG = "config.json"
-NOTICE = "converted by mhc-compile: load this folder with mhc_compile.from_pretrained"
-_GUARD = f'\n  "transformers_weights": "{NOTICE}",'.encode()
-"""What a converted folder's `config.json` has after its first brace. transformers takes it for the name of the weight
-file, whatever class and variant it is asked for, and raises an error that quotes it."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONVERTED_INDEX = "mhc.safetensors.index.json"
@@ -119,16 +116,6 @@ def is_index_for_trainer(path: Path) -> bool:
     return path.name == INDEX and path.is_file() and f'"{_TRAINER}"'.encode() in path.read_bytes()
 
 
-def guarded(config: bytes) -> bytes:
-    """Return the text of a `config.json` with which transformers refuses to load the folder's weights."""
-    return config if _GUARD in config else config.replace(b"{", b"{" + _GUARD, 1)
-
-
-def unguarded(config: bytes) -> bytes:
-    """Return the text that `guarded` was given, byte for byte."""
-    return config.replace(_GUARD, b"", 1)
-
-
 def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
     """Return the other contents of the folder, as relative paths: files to copy, and files and folders to leave out.
 
@@ -137,7 +124,7 @@ def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
     """
     taken: list[Path] = []
     left: list[Path] = []
-    rewritten = {MANIFEST, *(shard.path.name for shard in checkpoint.shards)}
+    rewritten = {MANIFEST, SHIM, *(shard.path.name for shard in checkpoint.shards)}
     for entry in sorted(checkpoint.folder.iterdir()):
         relative = entry.relative_to(checkpoint.folder)
         if entry.is_dir():
@@ -198,7 +185,7 @@ def _read_index(path: Path) -> tuple[tuple[Shard, ...], dict[str, Any]]:
 def refuse_config(path: Path, config: Mapping[str, Any], notice: str = NOTICE) -> None:
     """Raise MHC405 or 406 for a model that needs code of its own, is quantised, or has a weight file but `notice`."""
     for key, value in _items(config):
-        if key == "auto_map" and value:
+        if key == "auto_map" and value and not is_shim(value):
             raise MHCError("MHC405", f"{path} names code of its own (auto_map: {names(map(str, value))})")
         if key == "transformers_weights" and value and value != notice:
             raise MHCError("MHC405", f"{path} chooses its weight file itself (transformers_weights: {value})")

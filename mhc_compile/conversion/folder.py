@@ -26,19 +26,18 @@ from mhc_compile.checkpoint.shards import (
     write_shard,
     write_text,
 )
-from mhc_compile.checkpoint.skeleton import skeleton
+from mhc_compile.checkpoint.shim import SHIM, SHIM_TEXT, guarded, unguarded
+from mhc_compile.checkpoint.skeleton import auto_classes, skeleton
 from mhc_compile.checkpoint.source import (
     CONFIG,
     CONVERTED_INDEX,
     INDEX,
     Checkpoint,
     companions,
-    guarded,
     index_text,
     open_checkpoint,
     refuse_links_out,
     shard_names,
-    unguarded,
 )
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.checkpoint.tables import read_tokenizer, write_tables
@@ -208,7 +207,7 @@ def _from_layout(
     difference = layouts.from_layout(layout, read_tensors(stored), theirs, owners(model))
 
     def edit(config: bytes) -> bytes:
-        return guarded(layouts.without_entries(layout, theirs, config))
+        return layouts.without_entries(layout, theirs, config)
 
     done = _write_streams(checkpoint, model, str(coverage), target, progress, edit=edit)
     return replace(done, difference=difference)
@@ -235,7 +234,7 @@ def _write_streams(
     target: Path,
     progress: Progress,
     *,
-    edit: Callable[[bytes], bytes] = guarded,
+    edit: Callable[[bytes], bytes] = bytes,
 ) -> Converted:
     """Write the folder of a converted skeleton: the checkpoint's weights and the streams' shard."""
     taken, left = _companions(checkpoint)
@@ -255,7 +254,9 @@ def _write_streams(
             progress(checkpoint.size, checkpoint.size, "writing tables")
             write_tables(staging, parameters)
         write_text(staging / CONVERTED_INDEX, index_text(_count_parameters(checkpoint.metadata, added), files))
-        _copy_companions(checkpoint, taken, staging, edit)
+        autos = auto_classes(checkpoint.config)
+        _copy_companions(checkpoint, taken, staging, lambda config: guarded(edit(config), autos))
+        write_text(staging / SHIM, SHIM_TEXT)
         Manifest(
             architecture=type(model).__name__,
             owners={owner: Owner.of(p) for owner, p in parameters.items()},

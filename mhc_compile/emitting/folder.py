@@ -14,7 +14,7 @@ from torch import nn
 from mhc_compile.checkpoint.hub import local_folder
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.shards import copy_file, read_shard, write_text
-from mhc_compile.checkpoint.skeleton import transformers_module
+from mhc_compile.checkpoint.skeleton import auto_classes
 from mhc_compile.checkpoint.source import CONFIG, companions, open_checkpoint, refuse_links_out
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.config import StreamOverrides, overridden
@@ -128,8 +128,9 @@ def _save(model: Any, source: Source, values: Values, spec: StreamSpec, folder: 
     written, files = vendored(model, text) if vendor else (text, {})
     files[f"{MODULE}.py"] = written
     module = load_text(text, MODULE)
+    named = {"model_type": model.config.model_type, "architectures": [type(model).__name__]}
     places = {"AutoConfig": configuration} | ({"AutoModel": _own(source.base)} if source.base else {})
-    places |= dict.fromkeys(_auto_classes(model), _own(source.root))
+    places |= dict.fromkeys(auto_classes(named), _own(source.root))
     module.add_streams(model)
     model.__class__ = getattr(module, _own(source.root))
     with torch.no_grad():
@@ -155,18 +156,6 @@ def refuse_missing(model: nn.Module, folder: Path) -> None:
     present = {tensors[name].data_ptr() for name in stored & tensors.keys()}  # tied weights are stored once
     if missing := [name for name, t in tensors.items() if name not in stored and t.data_ptr() not in present]:
         raise MHCError("MHC404", f"transformers saved no {names(missing)}")
-
-
-def _auto_classes(model: Any) -> list[str]:
-    """Return the names of the Auto classes that make models of the class of `model` from its configuration."""
-    transformers: Any = transformers_module()
-    found = []
-    for name in dir(transformers):
-        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
-        known = mapping.get(type(model.config), ()) if mapping is not None else ()
-        if type(model) in (known if isinstance(known, tuple) else (known,)):
-            found.append(name)
-    return found
 
 
 def _text(model: Any, source: Source) -> tuple[str, str]:
