@@ -35,13 +35,17 @@ from mhc_compile.emitting.file import load
 SEQUENCES = [ids(1, length, seed=length)[0] for length in (5, 3, 8)]
 
 
+def tied_llama() -> Any:
+    return llama(tie_word_embeddings=True)
+
+
 def gpt_neox() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=VOCAB, max_position_embeddings=64)).eval()
 
 
-@pytest.fixture(scope="module", params=[llama, pytest.param(gpt_neox, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[tied_llama, pytest.param(gpt_neox, marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An emitted folder whose streams are no longer equal."""
     path = tmp_path_factory.mktemp("served")
@@ -208,10 +212,17 @@ def test_what_servers_ask_the_classes(folder: Path) -> None:
     sites = [module for module in model.modules() if hasattr(module, "phi")]
     assert sites
     assert not any(isinstance(part, nn.Linear) for site in sites for part in site.modules())
+    whole, base = (auto.from_pretrained(folder, trust_remote_code=True) for auto in (AutoModelForCausalLM, AutoModel))
+    assert torch.equal(base(ids())[0], whole.base_model(ids())[0])
+
+
+def test_what_is_saved_again_has_the_names_of_the_folder(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     again.save_pretrained(folder.parent / "again")
     saved = json.loads((folder.parent / "again" / "config.json").read_text())
-    assert saved["architectures"] == config["architectures"]
+    for name in ("architectures", "auto_map"):
+        assert saved[name] == config[name]
 
 
 def test_a_served_model_is_one_graph_for_any_number_of_tokens(folder: Path) -> None:
