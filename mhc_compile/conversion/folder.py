@@ -175,12 +175,13 @@ def _to_streams(
     if is_converted(source):
         raise MHCError("MHC409", str(source))
     checkpoint = open_checkpoint(source)
+    others = _companions(checkpoint)
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "finding the streams")
     model = skeleton(checkpoint)
     requests = requested(model, **lookups, tokenizer=lambda: read_tokenizer(source), tables_on="meta")
     coverage = convert_streams(model, (), {}, spec, options, requests, start=start)
-    return _write_streams(checkpoint, model, str(coverage), target, progress)
+    return _write_streams(checkpoint, others, model, str(coverage), target, progress)
 
 
 def _from_layout(
@@ -193,6 +194,7 @@ def _from_layout(
 ) -> Converted:
     """Read the hyper-connections of `source` in a layout into the streams of its residual model."""
     whole = open_checkpoint(source, notice=layouts.notice(layout))
+    others = _companions(whole)
     stored = {name: s for s in whole.shards for name in s.tensors if layouts.is_of(layout, name)}
     shapes = {name: shard.tensors[name].shape for name, shard in stored.items()}
     theirs = layouts.spec_of(layout, shapes, whole.config, arguments.get("iterations"))
@@ -209,7 +211,7 @@ def _from_layout(
     def edit(config: bytes) -> bytes:
         return layouts.without_entries(layout, theirs, config)
 
-    done = _write_streams(checkpoint, model, str(coverage), target, progress, edit=edit)
+    done = _write_streams(checkpoint, others, model, str(coverage), target, progress, edit=edit)
     return replace(done, difference=difference)
 
 
@@ -229,6 +231,7 @@ def _skeleton_below(checkpoint: Checkpoint, whole: Checkpoint) -> nn.Module:
 
 def _write_streams(
     checkpoint: Checkpoint,
+    others: tuple[list[Path], list[Path]],
     model: nn.Module,
     adds: str,
     target: Path,
@@ -236,8 +239,8 @@ def _write_streams(
     *,
     edit: Callable[[bytes], bytes] = bytes,
 ) -> Converted:
-    """Write the folder of a converted skeleton: the checkpoint's weights and the streams' shard."""
-    taken, left = _companions(checkpoint)
+    """Write the folder of a converted skeleton: the checkpoint's weights and `_companions`, and the streams' shard."""
+    taken, left = others
     parameters = owners(model)
     tables = sum(t.weight.nbytes for of_owner in parameters.values() for _, t in tables_of(of_owner))
     check_target(target, checkpoint.folder, size=checkpoint.size + tables)
