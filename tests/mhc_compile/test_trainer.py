@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from memories import with_memory
+from memories import tokenizer, with_memory
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import ids, llama, t5, variants
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from mhc_compile import MHCError, convert, convert_folder, emit_folder, from_pretrained
 from mhc_compile.integrations.trainer import ProbeCallback
@@ -64,12 +64,12 @@ def losses(of: Trainer) -> list[float]:
     return [entry["loss"] for entry in of.state.log_history if "loss" in entry]
 
 
-def assert_resumes(make: Callable[[], nn.Module], tmp_path: Path, **options: Any) -> Trainer:
+def assert_resumes(make: Callable[[], nn.Module], tmp_path: Path, trainer: Callable[..., Trainer] = trainer) -> Trainer:
     """Everything that a run of four steps leaves is there in the same bits where it was broken off after two."""
-    whole = trainer(make(), tmp_path / "whole", **options)  # which seeds, also for the order of the data
+    whole = trainer(make(), tmp_path / "whole")  # which seeds, also for the order of the data
     whole.train()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "broken" / "checkpoint-2")
-    resumed = trainer(other_weights(make()), tmp_path / "broken", **options)
+    resumed = trainer(other_weights(make()), tmp_path / "broken")
     resumed.train(resume_from_checkpoint=True)
     assert moved(state(whole.model), state(resumed.model)) == []
     assert losses(whole) == losses(resumed)
@@ -128,6 +128,39 @@ def test_adapters_are_resumed_with_their_streams(make: Any, tmp_path: Path) -> N
     resumed = assert_resumes(make, tmp_path)
     again = PeftModel.from_pretrained(convert(small(), inner="eager"), str(tmp_path / "broken" / "checkpoint-4"))
     assert moved(state(again), state(resumed.model)) == []
+
+
+def fine_tuning(model: nn.Module, folder: Path) -> Trainer:
+    """TRL's trainer, with its checkpointed layers and packed rows, under autocast."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "learning_rate": 1e-2}
+    arguments = SFTConfig(
+        output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, max_length=16,
+        packing=True, **settings,
+    )  # fmt: skip
+    texts = Dataset.from_dict({"text": ["abcdefgh"[: i % 5 + 3] for i in range(32)]})
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), pad_token="<pad>", eos_token="</s>")
+    return SFTTrainer(model=model, args=arguments, train_dataset=texts, processing_class=words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [dropped, adapted_first])
+def test_fine_tuning_is_resumed(make: Any, tmp_path: Path) -> None:
+    streams = state(make())
+    resumed = assert_resumes(make, tmp_path, fine_tuning)
+    phis = [f".{name}" for name in streams if name.endswith(".phi") and ".original_module." not in name]
+    assert phis
+    assert set(phis) <= set(moved(streams, state(resumed.model)))
+    assert resumed.evaluate(resumed.train_dataset)["eval_entropy"] > 0
+    callback = ProbeCallback(resumed, every=1)
+    resumed.add_callback(callback)
+    resumed.args.max_steps = 2
+    resumed.train()
+    logged = [entry for entry in resumed.state.log_history if "mhc/separation" in entry or "loss" in entry]
+    # TRL's own averages are in the entries of the loss alone.
+    assert ["entropy" in entry for entry in logged] == [False, True] * 2
 
 
 @pytest.mark.parametrize("make", variants(dropped, adapted_first))
@@ -194,6 +227,7 @@ def test_a_probed_run(tmp_path: Path) -> None:
     assert shown == pytest.approx({step: entry["mhc/separation"] for step, entry in logged.items()})
 
 
+@pytest.mark.slow
 def test_a_probed_run_that_failed_leaves_the_model_unprobed(tmp_path: Path) -> None:
     model = convert(t5(num_layers=1), inner="eager")
     rows: Any = [{"input_ids": ids(1)[0], "labels": ids(1)[0]}] * 4
