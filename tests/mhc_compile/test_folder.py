@@ -81,6 +81,7 @@ def test_a_plain_from_pretrained_says_what_loads_it(variant: str | None, convert
 def test_the_configuration_has_one_entry_more(original: Path, converted: Path) -> None:
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (original, converted))
     assert "mhc-compile" in after.pop("transformers_weights")
+    assert after.pop("auto_map").keys() == {"AutoModelForCausalLM"}
     assert before == after
 
 

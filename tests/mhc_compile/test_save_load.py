@@ -194,7 +194,7 @@ def test_saving_into_a_used_folder_replaces_the_earlier_save_alone(saved_copy: P
     model.save_pretrained(saved_copy, max_shard_size="50GB")
     assert_same(model, from_pretrained(saved_copy, inner="eager"))
     assert sorted(p.name for p in saved_copy.iterdir()) == [
-        "config.json", "generation_config.json", "mhc.json", "mhc.safetensors.index.json",
+        "config.json", "generation_config.json", "loading_mhc.py", "mhc.json", "mhc.safetensors.index.json",
         "model.mhc-00001-of-00002.safetensors", "model.mhc-00002-of-00002.safetensors", "model.safetensors.index.json",
         "trainer_state.json",
     ]  # fmt: skip
