@@ -300,6 +300,7 @@ assert all(not torch.equal(whole[name], first[name]) for name in whole if name.e
 """
 
 
+@pytest.mark.slow
 def test_an_emitted_model_is_resumed_without_this_package(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "residual")
     emit_folder(tmp_path / "residual", tmp_path / "emitted")
