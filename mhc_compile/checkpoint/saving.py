@@ -1,7 +1,8 @@
 """Save a converted model so that nothing loads it as a residual one.
 
 The streams go into a shard of their own. The index has a name that transformers does not look for, and every plain
-`from_pretrained` of the folder raises and says what loads it, instead of leaving the streams out (`shim`).
+`from_pretrained` of the folder raises and says what loads it, instead of leaving the streams out (`shim`). A second
+index is for transformers' Trainer, which fills a converted model by it (`source.index_for_trainer`).
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ def save_pretrained(
 ) -> None:
     """Save a converted Hugging Face model: transformers' files, the streams' shard, and `mhc.json`.
 
-    The same as the model's own `save_pretrained`, whose arguments it takes. A folder with other files in it (a
-    trainer's) is added to; an earlier save there is replaced. Load it with `mhc_compile.from_pretrained`. The tables of
-    memories are written in `table_dtype` where it is given: bfloat16, or float8_e4m3fn for inference.
+    The same as the model's own `save_pretrained`, whose arguments it takes, except that weights keep the names that
+    they have in memory (else pass `save_original_format=True`): transformers' Trainer resumes by them. A folder with
+    other files in it (a trainer's) is added to; an earlier save there is replaced. Load it with
+    `mhc_compile.from_pretrained`. The tables of memories are written in `table_dtype` where it is given: bfloat16, or
+    float8_e4m3fn for inference.
 
     Raises `MHCError`: MHC204 for an argument that would lose the streams, MHC405 for a model that is not from
     transformers, MHC410 for one that is not converted, MHC412 or 413 where the folder cannot be written.
@@ -80,8 +83,8 @@ def save_pretrained(
     if not is_main_process:
         return
     base, streams = _split(model, parameters, state_dict)
-    # Under the names in memory, not those of a model's first release: Trainer looks for no others when it resumes.
     kwargs = {"save_original_format": False, **kwargs}
+    # Rows of tables are in files that Trainer does not read: it would go on with others.
     for_trainer = not (kwargs["save_original_format"] or any(p.table_places for p in parameters.values()))
 
     def write_base(folder: Path) -> Base:

@@ -20,8 +20,6 @@ INDEX = "model.safetensors.index.json"
 CONVERTED_INDEX = "mhc.safetensors.index.json"
 """The index of a converted folder: transformers asks for no such name, whatever configuration and variant it is given,
 and reads it where a configuration names it."""
-_TRAINER = "for_trainer"
-"""The entry by which `index_for_trainer` is known."""
 _OWN_MODEL = "give the model that the folder was saved from: mhc_compile.load(model, folder)"
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx",
@@ -108,12 +106,12 @@ def index_for_trainer(files: Mapping[str, Shard]) -> str:
     from elsewhere, it would load the weights and leave the streams out.
     """
     weight_map = {tensor: name for name, shard in files.items() for tensor in shard.tensors}
-    return json.dumps({_TRAINER: NOTICE, "weight_map": weight_map}, indent=2) + "\n"
+    return json.dumps({"note": NOTICE, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def is_index_for_trainer(path: Path) -> bool:
     """Return whether a file is what `index_for_trainer` returned."""
-    return path.name == INDEX and path.is_file() and f'"{_TRAINER}"'.encode() in path.read_bytes()
+    return path.name == INDEX and path.is_file() and NOTICE.encode() in path.read_bytes()
 
 
 def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:

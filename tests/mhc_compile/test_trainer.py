@@ -186,6 +186,8 @@ def test_the_index_for_trainer_stands_for_no_residual_model(tmp_path: Path) -> N
     model = experts()
     model.save_pretrained(saved)
     assert json.loads((saved / name).read_text())["weight_map"].keys() == model.state_dict().keys()
+    model.save_pretrained(tmp_path / "original", save_original_format=True)
+    assert not (tmp_path / "original" / name).exists()
     done = convert_folder(saved, tmp_path / "residual", to="residual")
     assert name not in map(str, done.left_out)
     assert not (tmp_path / "residual" / name).exists()
@@ -298,6 +300,7 @@ assert all(not torch.equal(whole[name], first[name]) for name in whole if name.e
 """
 
 
+@pytest.mark.slow
 def test_an_emitted_model_is_resumed_without_this_package(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "residual")
     emit_folder(tmp_path / "residual", tmp_path / "emitted")
