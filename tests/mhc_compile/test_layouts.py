@@ -52,6 +52,7 @@ def trained(model: nn.Module, folder: Path, **options: Any) -> Path:
             elif name.endswith(".phi"):
                 p[-2, 0] = -0.0
     model.save_pretrained(folder, max_shard_size="30KB")
+    (folder / "model.safetensors.index.json").unlink()  # for Trainer, which has no folders of `convert_folder`
     return folder
 
 
