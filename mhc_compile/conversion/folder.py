@@ -103,9 +103,8 @@ def convert_folder(
     `mhc_compile.from_pretrained`; a plain `from_pretrained` of it raises. `target` appears when everything in it is
     on the disk, or not at all.
 
-    `engram`, a preset's name or `MemorySettings`, adds memories as `convert` does, with the folder's own tokenizer
-    where ids are to be compressed; `over_encoding` adds embeddings of n-grams, and `ultramem` values that are looked
-    up by content, as `convert` does. Their tables are files of their own, written a block at a time.
+    `engram`, `over_encoding` and `ultramem` add look-ups as `convert` does, with the folder's own tokenizer where ids
+    are to be compressed. Their tables are files of their own, written a block at a time.
 
     `spec` describes the streams, `overrides` are its fields by name, and `strict`; `start` is that of `convert`. With
     `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
