@@ -199,7 +199,7 @@ def test_blocks_are_those_of_the_pass(converted: Data) -> None:
     assert len(converted["blocks"]) == 3
     kept = bytes_text(sum(b["kept"] for b in converted["blocks"]))
     again = bytes_text(max(b["recomputed"] for b in converted["blocks"]))
-    notes = converted["passes"][5]["notes"]
+    notes = converted["passes"][6]["notes"]
     assert any(f"keeps {kept} for the backward pass" in n for n in notes)
     assert any(n.startswith(f"{again} are made again") for n in notes)
 
