@@ -98,6 +98,27 @@ def expand(values: Tensor, groups: Tensor, scores: Tensor, input: Tensor | None,
     return torch.einsum("...kgc,...kcv->...gcv", weights, slices).flatten(-3)
 
 
+def expand_backward(
+    grad: Tensor, values: Tensor, groups: Tensor, scores: Tensor, input: Tensor | None, spec: ContentSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of values, scores and input (empty where it is None) from that of the result of `expand`."""
+    dtype, cores = scores.dtype, scores.shape[-1]
+    rows = values.to(dtype).unflatten(-1, (groups.shape[-1], -1))
+    first, slices = rows[..., : spec.input], rows[..., spec.input :].unflatten(-1, (cores, -1))
+    sums = grad.to(dtype).unflatten(-1, (spec.groups, cores, -1))
+    index = groups[..., None, None].expand(*groups.shape, *sums.shape[-2:])
+    of = sums.gather(-3, index)
+    d_weights = (slices * of).sum(-1)
+    if input is None:
+        return (scores.unsqueeze(-1) * of).flatten(-3), d_weights, scores.new_empty(0)
+    read = input.to(dtype).unsqueeze(-2)
+    product = (first * read).sum(-1, keepdim=True)
+    d_product = (d_weights * scores).sum(-1, keepdim=True)
+    d_slices = ((scores * product).unsqueeze(-1) * of).flatten(-2)
+    d_rows = torch.cat((d_product * read, d_slices), -1).flatten(-2)
+    return d_rows, d_weights * product, (d_product * first).sum(-2).to(input.dtype)
+
+
 def _layer_norm(x: Tensor, dim: int, eps: float) -> Tensor:
     centred = x - x.mean(dim, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + eps)

@@ -197,6 +197,22 @@ def test_inspect_shows_it(trained: Any) -> None:
     assert "values by the normed input of layers.0#1, added at layers.1#1" in " ".join(record.notes)
 
 
+def test_the_kernel_gives_the_same_gradients() -> None:
+    found = []
+    for kernels in ("none", "all"):
+        torch._dynamo.reset()
+        model = convert(chain(), ids(), streams=2, ultramem=V2, inner="aot_eager", kernels=kernels).train()
+        shake(model)
+        shake_values(model)
+        model(ids()).square().sum().backward()
+        table = model.mhc.table("ultra-mem")
+        assert table.gradient is not None
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        found[-1] |= {"rows": table.gradient.rows.float(), "values": table.gradient.values}
+    assert found[0].keys() == found[1].keys()
+    assert [n for n in found[0] if not close(found[0][n], found[1][n], 1e-4)] == []
+
+
 def test_recomputed_streams_give_the_same_gradients() -> None:
     found = []
     for blocks in ("off", 2):

@@ -20,6 +20,7 @@ from mhc_compile.kernels.memory import ultramem
 from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.memory.request import UltraMemRequest
 from mhc_compile.passes.base import call_nodes, op_name
+from mhc_compile.passes.fuse_memory import fuse_memories
 from mhc_compile.passes.ultramem import LookUpByContent
 
 Golden = Callable[[str], None]
@@ -120,6 +121,16 @@ def test_portable_programs_read_the_table_as_an_embedding() -> None:
     for a, b in zip(run(ours.graph, ours.inputs), run(portable.graph, portable.inputs), strict=True):
         assert torch.equal(a, b)
     assert not [n for n in call_nodes(portable.graph) if "engram_kernels" in str(n.target)]
+
+
+def test_the_kernel_takes_the_place_of_the_look_up_and_its_sums() -> None:
+    model, ids = toy(Recipe())
+    out = inserted(model, ids, V2)
+    before = run(out.graph, out.inputs)
+    assert fuse_memories(out.graph.graph) == ["2 x look-up by content and its sums, in one kernel"]
+    assert not [n for n in call_nodes(out.graph) if op_name(n) in ("gather", "expand") and "engram" in str(n.target)]
+    for a, b in zip(run(out.graph, out.inputs), before, strict=True):
+        assert float((a - b).abs().max()) < 1e-12
 
 
 def test_models_without_ids_have_one() -> None:
