@@ -7,8 +7,8 @@
 `StreamSpec` has the options of the streams, `Options` those of compiling; both go into `convert` by keyword.
 `convert_folder`, `from_pretrained` and `save_pretrained` are for checkpoint folders, `save` and `load` for modules of
 your own, `emit` and `emit_folder` write the model's own source with the streams in it, `parameter_groups` is for
-optimizers,
-`MemorySettings` and `OverEncodingSettings` for tables of n-grams. What is refused raises `MHCError` with a code.
+optimizers, `MemorySettings` and `OverEncodingSettings` for tables of n-grams, `UltraMemSettings` for one that is looked
+up by content. What is refused raises `MHCError` with a code.
 
 Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the streams of a model do),
 `mhc_compile.diff` and `mhc_compile.bisect` (two forms side by side, what goes wrong where),
@@ -26,6 +26,7 @@ from mhc_compile.emitting import emit, emit_folder
 from mhc_compile.exporting import export, to_mlir
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.loading import from_pretrained, load
 from mhc_compile.memory.optimizer import TableAdamW, table_groups
@@ -45,6 +46,7 @@ __all__ = [
     "Report",
     "StreamSpec",
     "TableAdamW",
+    "UltraMemSettings",
     "convert",
     "convert_folder",
     "emit",

@@ -18,7 +18,7 @@ from mhc_compile.guard import stream_readers
 from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT, Start
-from mhc_compile.memory.request import MemoryRequest, Request
+from mhc_compile.memory.request import OverEncodingRequest, Request
 from mhc_compile.modes import joined_sites
 from mhc_compile.owner import refuse_unconvertible
 from mhc_compile.parameters import StreamParameters
@@ -52,7 +52,9 @@ def rewrite_with_parameters(
     and MHC207 as `convert_owners` does.
     """
     streams = context.streams
-    if any(isinstance(request, MemoryRequest) for request in requests) and not isinstance(form_of(spec), StreamForm):
+    if any(not isinstance(request, OverEncodingRequest) for request in requests) and not isinstance(
+        form_of(spec), StreamForm
+    ):
         raise MHCError("MHC204", f"a memory is added to streams, which form={spec.form!r} does not have")
     parameters: dict[str, StreamParameters] = {}
     joined, partial = joined_sites(sites_of_owners(streams, spec), sites_of_owners(others, spec))
@@ -86,10 +88,14 @@ def rewrite_with_parameters(
 
 def refuse_missing(passes: Pipeline, marks: Sequence[Mark]) -> None:
     """Raise MHC241 for a pipeline without the pass of a look-up that a marked owner has."""
-    adding = {"engram": any(mark.memory for mark in marks), "overencoding": any(mark.over for mark in marks)}
+    adding = {
+        "engram": any(mark.memory for mark in marks),
+        "overencoding": any(mark.over for mark in marks),
+        "ultramem": any(mark.content for mark in marks),
+    }
     for name in adding:
         if adding[name] and name not in passes.names:
-            detail = f"the model looks n-grams up, which {passes} leaves out"
+            detail = f"the model looks rows up, which {passes} leaves out"
             raise MHCError("MHC241", detail, way_out=f"put {name} after widen")
 
 
@@ -180,6 +186,7 @@ def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters)
         inputs=dict(zip(inputs_of(tables), (nodes[name] for name in tables), strict=True)),
         memory=parameters.memory,
         over=parameters.over,
+        content=parameters.content,
         partial=parameters.partial,
         sites=tuple(parameters.sites),
     )

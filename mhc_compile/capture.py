@@ -71,6 +71,7 @@ def find_marks(gm: GraphModule) -> list[Mark]:
                     inputs=inputs,
                     memory=known.memory,
                     over=known.over,
+                    content=known.content,
                     partial=known.partial,
                     sites=known.sites,
                     node=node,

@@ -52,7 +52,9 @@ def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
     owners = read_manifest(path).owners
     try:
         parameters = {
-            p: StreamParameters(o.spec, o.sites, device=device, memory=o.memory, over=o.over, partial=o.partial)
+            p: StreamParameters(
+                o.spec, o.sites, device=device, memory=o.memory, over=o.over, content=o.content, partial=o.partial
+            )
             for p, o in owners.items()
         }
         convert_owners(model, parameters)

@@ -153,6 +153,7 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
                 options=options,
                 memory=owner.memory,
                 over=owner.over,
+                content=owner.content,
                 readers=owner.readers,
                 partial=owner.partial,
             )

@@ -124,7 +124,7 @@ def converted_class(base: type) -> type:
     def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
         parameters = active_parameters(self.mhc)
         if not parameters.reads_ids:
-            args, kwargs = _mark(self, args, kwargs, {})
+            args, kwargs = _mark(self, args, kwargs, carry.table_inputs(parameters))
             return residual(self, *args, **kwargs)
         arguments = roles.named(args, kwargs)
         state = carry.state_of(parameters, roles, arguments)

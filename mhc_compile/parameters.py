@@ -15,16 +15,22 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import form_of, head_values, start_values
 from mhc_compile.kernels.memory.memories import Memory
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
+from mhc_compile.kernels.memory.ultramem_settings import UltraMem
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_of
 from mhc_compile.memory.optimizer import table_groups
+from mhc_compile.memory.parameters import CONTENT_RATIO, layer_values, new_table, ultramem_values
 from mhc_compile.memory.parameters import ROOT as MEMORIES
 from mhc_compile.memory.parameters import Start as MemoryStart
-from mhc_compile.memory.parameters import layer_values, new_table
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.marks import Signature
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
+from mhc_compile.passes.ultramem import ROOT as ULTRAMEM
+from mhc_compile.passes.ultramem import TABLE as ULTRAMEM_TABLE
+
+_DECAYED = (".phi", ".key", ".value", ".projection", ".query", ".keys", ".input")
+"""Ends of the names of parameters of ours to which weight decay applies."""
 
 
 class Started(nn.Module):
@@ -49,6 +55,7 @@ class StreamParameters(nn.Module):
 
     With a `memory` its layers' parameters (`mhc_compile.memory.parameters`) lie at `engram.<layer>`, each with its
     `table`, and `engram.compression` [V] where ids are compressed. With `over`, `over_encoding` holds W and a table.
+    With `content`, `ultramem.<layer>` holds the parameters of each layer that reads, and `ultramem` their table.
 
     `sites` maps each site's name, in the order of the stream, to C. `partial` has the smaller sets of them that the
     model's graphs in one mode, training or evaluation, hold.
@@ -66,6 +73,7 @@ class StreamParameters(nn.Module):
         compression: Tensor | None = None,
         memory_start: MemoryStart = "zero",
         over: OverEncoding | None = None,
+        content: UltraMem | None = None,
         tables_on: torch.device | str | None = None,
         readers: Iterable[str] = (),
         partial: Iterable[Iterable[str]] = (),
@@ -78,8 +86,9 @@ class StreamParameters(nn.Module):
         self.spec = spec
         self.memory = memory
         self.over = over
+        self.content = content
         self.table_places: dict[str, str] = {}
-        """Where every table lies, by what names it: its layer, or `over-encoding`."""
+        """Where every table lies, by what names it: its layer, `over-encoding` or `ultra-mem`."""
         self.sites = dict(sites)
         self.partial = tuple(frozenset(names) for names in partial)
         self.options = options or Options()
@@ -93,9 +102,16 @@ class StreamParameters(nn.Module):
             self._place_memory(memory, compression, memory_start, device, tables_on or device)
         if over is not None:
             self._place_over_encoding(over, device, tables_on or device)
+        if content is not None:
+            for layer, _ in content.layers:
+                self._place(f"{ULTRAMEM}.{layer}", functools.partial(ultramem_values, content), device)
+            table = new_table(content.rows, content.width, tables_on or device)
+            table.ratio = CONTENT_RATIO
+            self.get_submodule(ULTRAMEM).add_module("table", table)
+            self.table_places[ULTRAMEM_TABLE] = ULTRAMEM
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
         names = tuple(self.in_graph())
-        self.signature = str(Signature(str(spec), names, tuple(self.sites), memory, over, self.partial))
+        self.signature = str(Signature(str(spec), names, tuple(self.sites), memory, over, content, self.partial))
 
     def _place(
         self, path: str, start: Callable[[], Mapping[str, Tensor]], device: torch.device | str | None
@@ -172,7 +188,7 @@ class StreamParameters(nn.Module):
         return {**self.in_graph(), **buffers}
 
     def table(self, name: str) -> MemoryTable:
-        """Return the table of the memory at the layer `name`, or that of the over-encoding (see `table_places`)."""
+        """Return the table of the memory at the layer `name`, or another (see `table_places`)."""
         table = self.get_submodule(f"{self.table_places[name]}.table")
         assert isinstance(table, MemoryTable)
         return table
@@ -200,10 +216,11 @@ class StreamParameters(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """Return the specification, the number of sites, the layers with a memory, and the over-encoding."""
+        """Return the specification, the number of sites, the layers with a memory, and other look-ups."""
         layers = "" if self.memory is None else f", memory at {', '.join(m.layer for m in self.memory.layers)}"
         over = "" if self.over is None else f", over-encoding of n-grams up to {self.over.hash.order}"
-        return f"{self.spec}, {len(self.sites)} sites{layers}{over}"
+        values = "" if self.content is None else f", {self.content.rows} values looked up by content"
+        return f"{self.spec}, {len(self.sites)} sites{layers}{over}{values}"
 
 
 def _set(tensor: Tensor, values: Tensor) -> None:
@@ -263,7 +280,7 @@ def parameter_groups(
     `weight_decay` applies to everything of two and more dimensions, `phi` and the projections of rows included. Without
     `lr` the optimizer's own learning rate is used. `coefficient_lr` is that of the streams' coefficients (`phi`,
     `alpha`, `bias`, the head); without it they have the model's, which the default start suits: they learn in
-    proportion to `alpha`. Tables are a group of their own with 5 x `lr`, for `mhc_compile.TableAdamW`.
+    proportion to `alpha`. Tables are groups of their own with 5 x `lr`, or 4 x, for `mhc_compile.TableAdamW`.
 
     Raises MHC204 for a model with tables and no `lr`.
     """
@@ -272,12 +289,12 @@ def parameter_groups(
         id(p)
         for of_owner in owners(model).values()
         for name, p in of_owner.in_graph().items()
-        if coefficient_lr is not None and name.split(".")[0] not in (MEMORIES, OVER_ENCODING)
+        if coefficient_lr is not None and name.split(".")[0] not in (MEMORIES, OVER_ENCODING, ULTRAMEM)
     }
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(c, d): [] for c in (False, True) for d in (True, False)}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            free = name in ours and not name.endswith((".phi", ".key", ".value", ".projection"))
+            free = name in ours and not name.endswith(_DECAYED)
             groups[id(p) in coefficients, not free and p.ndim >= 2].append(p)
     rows = table_groups(model, 1.0 if lr is None else lr)
     if rows and lr is None:
@@ -326,8 +343,8 @@ def at_start(parameters: StreamParameters) -> bool:
 
 
 def added_by_lookups(parameters: Iterable[str]) -> list[str]:
-    """Return the parameters that scale what look-ups add: a memory's W_V and convolution, the over-encoding's W."""
-    ends = {MEMORIES: (".value", ".conv"), OVER_ENCODING: (".projection",)}
+    """Return the parameters that scale what look-ups add: a memory's W_V and convolution, others' W."""
+    ends = {MEMORIES: (".value", ".conv"), OVER_ENCODING: (".projection",), ULTRAMEM: (".projection",)}
     return [name for name in parameters if name.endswith(ends.get(name.split(".")[0], ()))]
 
 

@@ -14,6 +14,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.kernelspec import KernelSpec
 from mhc_compile.kernels.memory.memories import Memory
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
+from mhc_compile.kernels.memory.ultramem_settings import UltraMem
 from mhc_compile.passes.marks import Input
 from mhc_compile.passes.results import Block, Coverage, NativeRead, NativeSite, Probed, ResidualStream
 
@@ -29,11 +30,13 @@ class Mark:
     parameters: dict[str, Node]
     """Placeholder (or attribute) node of every stream parameter by name relative to the owner's `mhc` module."""
     inputs: dict[Input, Node] = field(default_factory=dict)
-    """Name the inputs of an owner's call, besides parameters, that its look-ups of ids read."""
+    """Name the inputs of an owner's call, besides parameters, that its look-ups read."""
     memory: Memory | None = None
     """The owner's memories."""
     over: OverEncoding | None = None
     """The over-encoding of the owner's embedding."""
+    content: UltraMem | None = None
+    """The owner's memory that is looked up by content."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
     probe: Node | None = None
@@ -53,6 +56,10 @@ class Widened:
     """Its sites are named as in the mark; `mhc.expand` reads its entry."""
     reads: dict[str, Node]
     """The coefficients of every site by the site's name."""
+    inputs: dict[str, Node] = field(default_factory=dict)
+    """What the branch of every site reads, where it reads the stream."""
+    writes: dict[str, Node] = field(default_factory=dict)
+    """The n streams that every site leaves, where the stream has a stream form."""
 
 
 @dataclass

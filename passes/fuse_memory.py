@@ -11,8 +11,9 @@ from torch.fx import Graph, Node
 
 import mhc_compile.kernels.memory.gather
 import mhc_compile.kernels.memory.ops  # noqa: F401  (these register the ops)
+from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.kernelspec import KernelSpec
-from mhc_compile.kernels.memory import hash_ops
+from mhc_compile.kernels.memory import hash_ops, sum_rows
 from mhc_compile.kernels.memory.spec import HashSpec, OverEncodingSpec
 from mhc_compile.kernels.registration import registered
 from mhc_compile.passes.base import KERNELS_OF, copy_meta, value
@@ -30,7 +31,7 @@ def fuse_memories(graph: Graph) -> list[str]:
         if node.target is ENGRAM.inject.default and _reads_its_own_gate(node):
             _merge(graph, node)
             notes["memory's gate and what it lets in, in one kernel"] += 1
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         for name in ("rows", "gate", "inject"):
             if node.target is getattr(ENGRAM, name).default:
                 _in_a_kernel(node, name)
@@ -39,7 +40,27 @@ def fuse_memories(graph: Graph) -> list[str]:
         if node.target is ENGRAM.over_rows.default and value(node.args[0]).device.type in ("cpu", "meta"):
             node.target = KERNELS.over_rows.default
             notes["over-encoding's rows in a kernel"] += 1
+        if node.target is ENGRAM.expand.default and _sums_what_it_looks_up(node):
+            _sum_rows(graph, node)
+            notes["look-up by content and its sums, in one kernel"] += 1
     return [f"{count} x {text}" for text, count in notes.items()]
+
+
+def _sums_what_it_looks_up(expand: Node) -> bool:
+    """Return whether the values come from a table on a CPU, at once, and nothing else reads them."""
+    gather = expand.args[0]
+    assert isinstance(gather, Node)
+    on_cpu = value(expand).device.type in ("cpu", "meta")
+    return on_cpu and gather.target is KERNELS.gather.default and len(gather.users) == 1
+
+
+def _sum_rows(graph: Graph, expand: Node) -> None:
+    gather, *operands, spec = expand.args
+    assert isinstance(gather, Node)
+    rows, anchor, handle, width, _ = gather.args
+    expand.target = KERNELS.sum_rows.default
+    expand.args = (rows, *operands, anchor, handle, width, spec)
+    graph.erase_node(gather)
 
 
 def _in_a_kernel(node: Node, name: str) -> None:
@@ -62,6 +83,8 @@ def prepare_hashes(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target is KERNELS.rows.default:
             hash_ops.prepare(HashSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
+        elif node.target is KERNELS.sum_rows.default and not build.no_compiler():
+            sum_rows.start()
         elif node.target is KERNELS.over_rows.default:
             hash_ops.prepare(OverEncodingSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
 

@@ -1,4 +1,4 @@
-"""What the passes that look up hashes of token ids have in common: reach, rows, carried state, and where nodes go."""
+"""What the passes that look rows up have in common: tables and where nodes go; for hashes reach and carried state."""
 
 from __future__ import annotations
 
@@ -25,20 +25,57 @@ MEMORY = "mhc_memory"
 _ALL = slice(None)
 
 
-class Lookups(Writer):
-    """Inserts look-ups for the owner of one stream, whose token ids are `ids`.
+class TableReader(Writer):
+    """Inserts look-ups for the owner of one stream.
 
     `portable`: rows are read by PyTorch's embedding, for programs that run without this package.
     """
 
-    def __init__(self, graph: Graph, widened: Widened, ids: Node, *, portable: bool) -> None:
+    def __init__(self, graph: Graph, widened: Widened, *, portable: bool) -> None:
         super().__init__(graph, widened.stream.entry)
-        self.widened, self.ids, self.portable = widened, ids, portable
+        self.widened, self.portable = widened, portable
         self.inputs, self.parameters = widened.mark.inputs, widened.mark.parameters
-        self.last = max(ids, *self.inputs.values(), *self.parameters.values())
+        self.last = max(*self.inputs.values(), *self.parameters.values())
         """The last node that look-ups read; the next look-up goes after the previous one."""
         self.part = ("", "")
         """The layer and first site of the memory whose nodes are inserted now."""
+
+    def _look_up(self, table: str, rows: Node, width: int) -> Callable[[], Node]:
+        """Begin to fetch the rows; return a function that inserts the node of their values where it is called."""
+        if self.portable:
+            if Weight(table) not in self.inputs:
+                detail = f"the rows of {table} are no float32 or bfloat16 tensor in memory"
+                raise MHCError("MHC504", detail, way_out='load the folder with tables="device"')
+            embedded = self._early(torch.nn.functional.embedding, rows, self.inputs[Weight(table)])
+            flat = self._early(torch.flatten, embedded, -2)
+            return lambda: flat
+        described = next(x for x in self.inputs if isinstance(x, Table) and x.of == table)
+        dtype = torch.float32 if described.dtype == "float32" else torch.bfloat16
+        gathered = (rows, self.inputs[described], described.handle, width, dtype)
+        if not described.early:
+            return lambda: self.call(KERNELS.gather.default, *gathered)
+        ticket = self._early(KERNELS.prefetch.default, rows, described.handle)
+        return lambda: self.call(KERNELS.collect.default, ticket, *gathered)
+
+    # --- nodes ---------------------------------------------------------------------------------------------------
+
+    def _early(self, target: Callable[..., Any], *args: Any) -> Node:
+        with self.graph.inserting_before(after(self.last)):
+            self.last = self.call(target, *args)
+        return self.last
+
+    def _with_meta(self, new: Node, like: Node | None) -> Node:
+        new.meta[MEMORY] = (self.widened.mark.owner, *self.part)
+        return super()._with_meta(new, like)
+
+
+class Lookups(TableReader):
+    """Inserts look-ups by hashes of the token ids, `ids`."""
+
+    def __init__(self, graph: Graph, widened: Widened, ids: Node, *, portable: bool) -> None:
+        super().__init__(graph, widened, portable=portable)
+        self.ids = ids
+        self.last = max(ids, self.last)
         self.kept: dict[State, Node] = {}
         """What every tensor of the state becomes."""
         self._refuse_unknown()
@@ -75,23 +112,6 @@ class Lookups(Writer):
             self.kept[State("reach", of)] = following
         return reach, before
 
-    def _look_up(self, table: str, rows: Node, width: int) -> Callable[[], Node]:
-        """Begin to fetch the rows; return a function that inserts the node of their values where it is called."""
-        if self.portable:
-            if Weight(table) not in self.inputs:
-                detail = f"the rows of {table} are no float32 or bfloat16 tensor in memory"
-                raise MHCError("MHC504", detail, way_out='load the folder with tables="device"')
-            embedded = self._early(torch.nn.functional.embedding, rows, self.inputs[Weight(table)])
-            flat = self._early(torch.flatten, embedded, -2)
-            return lambda: flat
-        described = next(x for x in self.inputs if isinstance(x, Table) and x.of == table)
-        dtype = torch.float32 if described.dtype == "float32" else torch.bfloat16
-        gathered = (rows, self.inputs[described], described.handle, width, dtype)
-        if not described.early:
-            return lambda: self.call(KERNELS.gather.default, *gathered)
-        ticket = self._early(KERNELS.prefetch.default, rows, described.handle)
-        return lambda: self.call(KERNELS.collect.default, ticket, *gathered)
-
     # --- state ---------------------------------------------------------------------------------------------------
 
     def _keep_end(self, state: State, whole: Node) -> None:
@@ -106,14 +126,3 @@ class Lookups(Writer):
             for state, new in self.kept.items():
                 copied = self.method("copy_", self.inputs[state], new)
                 copied.meta |= {KEEPS: True, MEMORY: new.meta[MEMORY]}
-
-    # --- nodes ---------------------------------------------------------------------------------------------------
-
-    def _early(self, target: Callable[..., Any], *args: Any) -> Node:
-        with self.graph.inserting_before(after(self.last)):
-            self.last = self.call(target, *args)
-        return self.last
-
-    def _with_meta(self, new: Node, like: Node | None) -> Node:
-        new.meta[MEMORY] = (self.widened.mark.owner, *self.part)
-        return super()._with_meta(new, like)

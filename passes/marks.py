@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from mhc_compile.kernels.memory.memories import Memory
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
+from mhc_compile.kernels.memory.ultramem_settings import UltraMem
 
 Role = Literal["ids", "mask", "positions"]
 Part = Literal["ids", "reach", "gate", "value"]
@@ -42,7 +43,7 @@ class Table:
     """The anchor of a table, which makes its look-ups differentiable."""
 
     of: str
-    """What the table belongs to: the layer of a memory, or `over-encoding`."""
+    """What the table belongs to: the layer of a memory, `over-encoding`, or `ultra-mem`."""
     handle: int
     dtype: str
     """Of what look-ups give: `float32` or `bfloat16`."""
@@ -113,12 +114,13 @@ class Signature:
     """In the order of the stream, by which their parameters start."""
     memory: Memory | None = None
     over: OverEncoding | None = None
+    content: UltraMem | None = None
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
 
     def __str__(self) -> str:
         """Return the text that the mark carries, which `parse` reads."""
-        optional = {"memory": self.memory, "over": self.over}
+        optional = {"memory": self.memory, "over": self.over, "content": self.content}
         fields = {
             "spec": self.spec,
             "names": self.names,
@@ -138,5 +140,6 @@ class Signature:
             tuple(fields["sites"]),
             Memory.parse(fields["memory"]) if "memory" in fields else None,
             OverEncoding.parse(fields["over"]) if "over" in fields else None,
+            UltraMem.parse(fields["content"]) if "content" in fields else None,
             tuple(frozenset(names) for names in fields["partial"]),
         )

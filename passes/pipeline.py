@@ -22,11 +22,12 @@ from mhc_compile.passes.probe import Probe
 from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.residual import Residual
 from mhc_compile.passes.text import describe, parse
+from mhc_compile.passes.ultramem import LookUpByContent
 from mhc_compile.passes.widen import Widen
 
 TIMED = "mhc_compile.passes"
 _OURS: tuple[type[Any], ...] = (
-    Normalize, Residual, Native, Widen, OverEncode, Engram, Recompute, Fuse, Lower, Probe,
+    Normalize, Residual, Native, Widen, OverEncode, Engram, LookUpByContent, Recompute, Fuse, Lower, Probe,
 )  # fmt: skip
 BUILT_IN = {cls.name: cls for cls in _OURS}
 
@@ -131,6 +132,8 @@ class Pipeline:
 
 ANALYSIS = Pipeline((Normalize(), Residual()))
 NATIVE = Pipeline((Normalize(), Native()))
-WIDENING = Pipeline((*ANALYSIS, Widen(), OverEncode(), Engram()))
+WIDENING = Pipeline((*ANALYSIS, Widen(), OverEncode(), Engram(), LookUpByContent()))
 """What a converted model's graph goes through before kernels hide the equations."""
-EXPORT = Pipeline((*ANALYSIS, Widen(), OverEncode(portable=True), Engram(portable=True)))
+EXPORT = Pipeline(
+    (*ANALYSIS, Widen(), OverEncode(portable=True), Engram(portable=True), LookUpByContent(portable=True))
+)

@@ -60,7 +60,7 @@ class Widen:
         for stream, mark in pair_with_marks(context.streams, context.marks):
             work = _Widening(gm.graph, stream, mark)
             work.run()
-            context.widened.append(Widened(mark, stream, work.reads))
+            context.widened.append(Widened(mark, stream, work.reads, work.inputs, work.writes))
             if work.attentions:
                 found = sum(work.attentions)
                 context.notes.append(
@@ -91,6 +91,8 @@ class _Widening(Writer):
         """Of the output of a site the number of the site in the mark, counted from 1."""
         self.numbers = {name: i + 1 for i, name in enumerate(sites_of(mark))}
         self.reads: dict[str, Node] = {}
+        self.inputs: dict[str, Node] = {}
+        self.writes: dict[str, Node] = {}
         self.attentions: list[int] = []
         """The number of attentions of each branch whose query and key read streams of their own."""
 
@@ -107,9 +109,14 @@ class _Widening(Writer):
             if site.name not in self.numbers:
                 self.states[site.add] = (site.add,)
                 continue
-            state = self.form.rewrite(_SiteWriter(self, site))
+            writer = _SiteWriter(self, site)
+            state = self.form.rewrite(writer)
             self.states[site.add] = state
-            if isinstance(state, tuple):
+            if writer.reads:
+                *_, self.inputs[site.name] = writer.reads.values()
+            if isinstance(state, Node):
+                self.writes[site.name] = state
+            else:
                 self.places[state[-1]] = self.numbers[site.name]
                 state[-1].meta["mhc_site"] = site.name
         for v in values:

@@ -34,7 +34,7 @@ _ELSEWHERE = itertools.count()
 _CALLS: WeakKeyDictionary[Any, Iterator[int]] = WeakKeyDictionary()
 
 
-def _call_number() -> int:
+def call_number() -> int:
     """Return numbers from 0 in each compilation, so that a compiler's cache knows its graphs in other processes."""
     context = torch._guards.TracingContext.try_get()
     if context is None:
@@ -92,12 +92,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (rows,) = ctx.saved_tensors
-    zero = torch.ops.engram_kernels.gather_backward(grad, rows, *ctx.static, _call_number())
+    zero = torch.ops.engram_kernels.gather_backward(grad, rows, *ctx.static, call_number())
     before = ctx.count - 4  # inputs before the anchor: rows, and the ticket
     return (*(None,) * before, zero, None, None, None)
 
 
-def _no_second_order(ctx: Any, grad: Tensor) -> NoReturn:
+def no_second_order(ctx: Any, *grads: Tensor) -> NoReturn:
+    """Raise NotImplementedError, in place of the gradient of a gradient."""
     raise NotImplementedError("a lookup is linear in the table and has no second derivative")
 
 
@@ -127,7 +128,7 @@ def _register() -> None:
     for name in ("gather", "collect"):
         torch.library.register_autograd(f"engram_kernels::{name}", _differentiate, setup_context=_save, lib=LIBRARY)
     torch.library.register_autograd(
-        "engram_kernels::gather_backward", _no_second_order, setup_context=_nothing, lib=LIBRARY
+        "engram_kernels::gather_backward", no_second_order, setup_context=_nothing, lib=LIBRARY
     )
 
 

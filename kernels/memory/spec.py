@@ -148,6 +148,32 @@ class FusionSpec(_Text):
         return (self.taps - 1) * self.dilation
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContentSpec(_Text):
+    """How one layer looks values up by content (arXiv 2411.12364): of n^2 virtual values, by n rows and n columns.
+
+    The virtual value of row i and column j has the number v = `(i * n + j) * multiplier mod n^2`. It is the row `(v mod
+    reach + offset) mod rows` of the table, in the group `v div reach`.
+    """
+
+    top: int
+    """k, rows and columns that a head keeps, and values that it reads."""
+    multiplier: int
+    """Coprime with n."""
+    reach: int
+    """Rows of the table that the layer reaches: n^2 / `groups`."""
+    offset: int
+    """The first of them."""
+    rows: int
+    """Of the table."""
+    groups: int
+    """E, virtual values a row."""
+    input: int
+    """The first channels of a row, by which its scores are multiplied; 0: none."""
+    eps: float
+    """Of the norms of queries and keys."""
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))

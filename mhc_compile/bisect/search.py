@@ -9,7 +9,7 @@ Passes run one at a time. The graph after each is compared with the graph before
 Then every generated kernel by itself, forward and backward (`mhc_compile.bisect.kernels`), and what the inner compiler
 makes of the last graph (`mhc_compile.bisect.inner`).
 
-A pass that begins to read stream parameters (`widen`, `engram`, `overencoding`) changes the function by design: it is
+A pass that begins to read stream parameters (`widen`, `engram`, `ultramem`, ...) changes the function by design: it is
 compared with the streams at their function-preserving start. All others are compared with the model's own parameters,
 or with moved ones where these are at the start, because equal streams hide what is mixed up among them.
 """

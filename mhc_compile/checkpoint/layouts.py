@@ -255,6 +255,7 @@ def _refuse_inexpressible(layout: Layout, parameters: StreamParameters) -> None:
         "0 iterations": spec.iterations < 1,
         "a memory": parameters.memory is not None,
         "an over-encoding": parameters.over is not None,
+        "values looked up by content": parameters.content is not None,
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
         raise _no_place(layout, reason)

@@ -16,9 +16,10 @@ from mhc_compile.memory.parameters import DEVIATION, ROOT, new_seed
 from mhc_compile.memory.tables import MemoryTable, Storage, drawn_rows
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
+from mhc_compile.passes.ultramem import TABLE as ULTRAMEM_TABLE
 
 TOKENIZER = "tokenizer.json"
-TABLES = ("engram.*.safetensors", f"{OVER_TABLE}*.safetensors")
+TABLES = ("engram.*.safetensors", f"{OVER_TABLE}*.safetensors", f"{ULTRAMEM_TABLE}*.safetensors")
 """Patterns of the names of the files of tables."""
 
 
@@ -58,7 +59,9 @@ def read_tables(
             hot_rows=hot_rows,
             verify=storage != "mapped",  # else every row would be read
         )
-        place.add_module("table", mapped if storage == "mapped" else _in_memory(mapped, storage, hot_rows))
+        held = mapped if storage == "mapped" else _in_memory(mapped, storage, hot_rows)
+        held.ratio = table.ratio
+        place.add_module("table", held)
 
 
 def check_tokenizer(folder: Path, parameters: StreamParameters) -> None:
@@ -89,14 +92,16 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def hash_specs(parameters: StreamParameters) -> dict[str, str]:
-    """Return the hash of each of an owner's tables as text, by the table's name (`StreamParameters.table_places`)."""
-    specs = {} if parameters.memory is None else {m.layer: str(m.hash) for m in parameters.memory.layers}
-    return specs if parameters.over is None else {**specs, OVER_TABLE: str(parameters.over.hash)}
+    """Return what says which row is found of each of an owner's tables, by the table's name (`table_places`)."""
+    memory, over, content = parameters.memory, parameters.over, parameters.content
+    specs = {} if memory is None else {m.layer: str(m.hash) for m in memory.layers}
+    specs |= {} if over is None else {OVER_TABLE: str(over.hash)}
+    return specs | ({} if content is None else {ULTRAMEM_TABLE: str(content.spec(0))})
 
 
 def table_name(owner: str, name: str) -> str:
     """Return the prefix of the names of one table's files."""
-    parts = (OVER_TABLE, owner) if name == OVER_TABLE else ("engram", owner, name)
+    parts = (name, owner) if name in (OVER_TABLE, ULTRAMEM_TABLE) else ("engram", owner, name)
     return re.sub(r"[^\w.-]", "_", ".".join(part for part in parts if part))
 
 

@@ -17,6 +17,8 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting import emit_folder
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import PRESETS, MemorySettings
+from mhc_compile.kernels.memory.ultramem_settings import PRESETS as VERSIONS
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.kernels.spec import MAX_STREAMS, Convention, Exit, Manifold, form_names
 from mhc_compile.kernels.start import StartName
 
@@ -40,6 +42,8 @@ examples:
       and n-gram memories at the entry of two layers, which add nothing until they are trained
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --over-encoding order=3,heads=4,rows=50000
       and embeddings of n-grams beside those of tokens, which add nothing until they are trained
+  mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-mhc --ultramem v1,layers=3+6+9,side=400
+      and values looked up by content at three layers, which add nothing until they are trained
   mhc-compile convert ./Qwen3-0.6B ./Qwen3-0.6B-hub --standalone
       with the model's source, so that it is loaded where mhc-compile is not installed
   mhc-compile convert ./Qwen3-0.6B-mhc ./Qwen3-0.6B-again --to residual
@@ -94,6 +98,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="FIELDS",
         help="add embeddings of n-grams: default, or fields such as order=3,heads=4,rows=50000",
     )
+    parser.add_argument(
+        "--ultramem",
+        metavar="FIELDS",
+        help="add values looked up by content: v1 or v2, and fields such as layers=3+6+9,skip=2,side=400,top=16",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         options["engram"] = memory
     if args.over_encoding is not None:
         options["over_encoding"] = _over_encoding(args.over_encoding)
+    if args.ultramem is not None:
+        options["ultramem"] = _ultramem(args.ultramem)
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -128,7 +139,7 @@ def _standalone(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Write a folder with the emitted source. Raises MHC520 for options that it has no place for."""
     others = {
         name: getattr(args, name)
-        for name in ("engram", "engram_layers", "engram_rows", "over_encoding", "start", "layout")
+        for name in ("engram", "engram_layers", "engram_rows", "over_encoding", "ultramem", "start", "layout")
     }
     if args.to != "mhc" or args.strict or any(value is not None for value in others.values()):
         raise MHCError(
@@ -143,7 +154,7 @@ def _memory(args: argparse.Namespace) -> MemorySettings | None:
     """Return the settings that the arguments describe; raise MHC220 for impossible ones."""
     changes: dict[str, Any] = {}
     if args.engram_layers is not None:
-        changes["layers"] = tuple(int(x) if x.isdigit() else x for x in args.engram_layers.split(","))
+        changes["layers"] = _layers(args.engram_layers, ",")
     if args.engram_rows is not None:
         changes["rows_per_head"] = args.engram_rows
     if args.engram is None:
@@ -161,6 +172,23 @@ def _over_encoding(text: str) -> OverEncodingSettings:
         detail = f"--over-encoding: {wrong[0]!r} with no number; fields: {', '.join(sorted(known))}"
         raise MHCError("MHC220", detail, way_out="--over-encoding order=3,heads=4,rows=50000, or default")
     return OverEncodingSettings(**{name: int(number) for name, _, number in parts})
+
+
+def _ultramem(text: str) -> UltraMemSettings:
+    """Parse a version and fields written as `v1,field=number,layers=0+2`. Raise MHC220 for other text."""
+    version, *given = text.split(",")
+    parts = [part.partition("=") for part in given]
+    known = {f.name for f in fields(UltraMemSettings) if str(f.type) == "int"}
+    values: dict[str, Any] = {name: int(number) for name, _, number in parts if name in known and number.isdigit()}
+    values |= {name: _layers(named, "+") for name, _, named in parts if name == "layers" and named}
+    if wrong := [name for name, _, _ in parts if name not in values] or [version] * (version not in VERSIONS):
+        detail = f"--ultramem: {wrong[0]!r}; a version ({', '.join(VERSIONS)}) first, then {', '.join(sorted(known))}"
+        raise MHCError("MHC220", f"{detail} with a number, or layers", way_out="--ultramem v1,layers=3+6+9,side=400")
+    return UltraMemSettings.preset(version, **values)
+
+
+def _layers(text: str, separator: str) -> tuple[int | str, ...]:
+    return tuple(int(x) if x.isdigit() else x for x in text.split(separator))
 
 
 def _summary(done: Converted, args: argparse.Namespace) -> str:

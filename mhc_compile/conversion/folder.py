@@ -46,6 +46,7 @@ from mhc_compile.conversion.memory import convert_streams, refuse_trained
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.kernels.spec import Convention, StreamSpec
 from mhc_compile.kernels.start import Start, StartName, start_of
 from mhc_compile.loading import open_converted, read_streams, streams_shard
@@ -91,6 +92,7 @@ def convert_folder(
     start: StartName | None = None,
     engram: str | MemorySettings | None = None,
     over_encoding: str | OverEncodingSettings | None = None,
+    ultramem: str | UltraMemSettings | None = None,
     layout: LayoutName | None = None,
     **overrides: Unpack[FolderOverrides],
 ) -> Converted:
@@ -101,9 +103,8 @@ def convert_folder(
     `mhc_compile.from_pretrained`; a plain `from_pretrained` of it raises. `target` appears when everything in it is
     on the disk, or not at all.
 
-    `engram`, a preset's name or `MemorySettings`, adds memories as `convert` does, with the folder's own tokenizer
-    where ids are to be compressed; `over_encoding` adds embeddings of n-grams as `convert` does. Their tables are files
-    of their own, written a block at a time.
+    `engram`, `over_encoding` and `ultramem` add look-ups as `convert` does, with the folder's own tokenizer where ids
+    are to be compressed. Their tables are files of their own, written a block at a time.
 
     `spec` describes the streams, `overrides` are its fields by name, and `strict`; `start` is that of `convert`. With
     `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
@@ -128,13 +129,13 @@ def convert_folder(
         raise MHCError("MHC204", detail)
     stream, options = overridden(spec, None, overrides)
     report: Progress = progress or (lambda *_: None)
-    arguments = {"spec": spec, "start": start, "engram": engram, "over_encoding": over_encoding, **overrides}
+    lookups = {"engram": engram, "over_encoding": over_encoding, "ultramem": ultramem}
+    arguments = {"spec": spec, "start": start, **lookups, **overrides}
     source, target = local_folder(source), Path(target)
     try:
         if layout is not None:
             return _in_layout(source, target, layouts.find(layout), {"to": to, **arguments}, options, report)
         if to == "mhc":
-            lookups = {"engram": engram, "over_encoding": over_encoding}
             return _to_streams(source, target, stream, options, start_of(start or "default"), lookups, report)
         if meaningless := [name for name, value in arguments.items() if value is not None]:
             raise MHCError("MHC204", f"{meaningless[0]} has no meaning for to='residual'", way_out="leave it out")

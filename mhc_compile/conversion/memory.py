@@ -16,6 +16,7 @@ from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_of
 from mhc_compile.memory.parameters import Start as MemoryStart
@@ -41,6 +42,7 @@ def convert(
     tokenizer: Any = None,
     engram_start: MemoryStart = "zero",
     over_encoding: str | OverEncodingSettings | None = None,
+    ultramem: str | UltraMemSettings | None = None,
     **overrides: Unpack[Overrides],
 ) -> Model:
     """Convert a residual model to its n-stream form in place, and return it.
@@ -65,6 +67,10 @@ def convert(
     (arXiv 2501.16975): random rows of a float32 table, through a projection that is 0 at the start. Of an encoder and a
     decoder the decoder gets them.
 
+    With `ultramem`, `"v1"`, `"v2"` or `UltraMemSettings`, values of a float32 table are looked up by what the last
+    branch of chosen layers reads, and added to what it adds or to what one some layers later does (arXiv 2411.12364,
+    2508.18756), through a projection that is 0 at the start.
+
     The model is traced in training and in evaluation mode: sites that one mode leaves out get parameters, too.
 
     Raises `MHCError`: MHC1xx where the model's streams cannot be followed, MHC2xx for options or a model converted
@@ -79,7 +85,7 @@ def convert(
     stream, compiling = overridden(spec, options, overrides)
     if tokenizer is not None and engram is None:
         raise MHCError("MHC220", "a tokenizer without engram=", way_out="name a preset: engram='v41'")
-    requests = requested(model, engram, over_encoding, lambda: tokenizer, start=engram_start)
+    requests = requested(model, engram, over_encoding, lambda: tokenizer, start=engram_start, ultramem=ultramem)
     begin = start_of(start, scratch=scratch)
     convert_streams(model, example_args, example_kwargs or {}, stream, compiling, requests, start=begin)
     return model

@@ -22,10 +22,15 @@ RATIO = 5.0
 def table_groups(model: nn.Module, lr: float, *, ratio: float = RATIO) -> list[dict[str, Any]]:
     """Return the optimizer groups of the trainable tables of `model`: `ratio` x `lr`, no weight decay.
 
+    Tables that are looked up by content have 4 x `lr` (arXiv 2411.12364), in a group of their own.
+
     Pass them to `TableAdamW` after the groups of everything else (`mhc_compile.parameter_groups`).
     """
-    weights = [m.weight for m in model.modules() if isinstance(m, MemoryTable) and m.trainable]
-    return [{"params": weights, "lr": ratio * lr, "weight_decay": 0.0, "table": True}] if weights else []
+    weights: dict[float, list[nn.Parameter]] = {}
+    for m in model.modules():
+        if isinstance(m, MemoryTable) and m.trainable:
+            weights.setdefault(ratio if m.ratio is None else m.ratio, []).append(m.weight)
+    return [{"params": of, "lr": r * lr, "weight_decay": 0.0, "table": True} for r, of in weights.items()]
 
 
 class TableAdamW(torch.optim.AdamW):

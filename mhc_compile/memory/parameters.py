@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.memories import Memory
+from mhc_compile.kernels.memory.ultramem import RANK
+from mhc_compile.kernels.memory.ultramem_settings import UltraMem
 from mhc_compile.memory.tables import MemoryTable
 
 Start = Literal["zero", "paper"]
 # The scale of released models' embeddings and projections at their start.
 DEVIATION = 0.02
+CONTENT_RATIO = 4.0
+"""The learning rate at the start of training of values that are looked up by content (arXiv 2411.12364)."""
 ROOT = "engram"
 """The name under which memories lie in `StreamParameters`."""
 
@@ -41,6 +45,25 @@ def layer_values(
         values["conv_gain"] = gain.clone()
         values["conv"] = torch.zeros(streams, hidden, memory.fusion.taps, device=device)
     return values
+
+
+def ultramem_values(memory: UltraMem) -> dict[str, Tensor]:
+    """Return the parameters of one layer that reads by name, float32, at their start (arXiv 2411.12364).
+
+    `query` [2K, C], `keys` [h, 2, n, K, 2], gains [K], `cores` [c, h, 2, 2], for values with an input `input` [I, C],
+    and `projection` [C, E*V]: W_o, which is 0, so that the model's function is unchanged.
+    """
+    s, C = memory.settings, memory.hidden
+    gain = torch.full((s.key_width,), s.key_width**-s.gain_power)
+    values = {
+        "query": torch.randn(2 * s.key_width, C) / s.key_width**0.5,
+        "query_gain": gain,
+        "keys": torch.randn(s.heads, 2, memory.keys, s.key_width, RANK) / s.key_width**0.5,
+        "key_gain": gain.clone(),
+        "cores": torch.rand(s.cores, s.heads, RANK, RANK),
+        "projection": torch.zeros(C, s.expansion * s.value_width),
+    }
+    return values | ({"input": torch.randn(s.input_width, C) / C**0.5} if s.input_width else {})
 
 
 def new_table(rows: int, width: int, device: torch.device | str | None) -> MemoryTable:

@@ -1,4 +1,4 @@
-"""Memories and over-encodings that a user asks `convert` for, before the model's layers are known."""
+"""Look-ups that a user asks `convert` for, before the model's layers are known."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.memories import memory_of
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings, over_encoding_of
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings, ultramem_of
 from mhc_compile.memory.compression import Compression
 from mhc_compile.memory.parameters import Start
 from mhc_compile.passes.base import shape
@@ -64,7 +65,23 @@ class MemoryRequest:
         return {**arguments, "memory": memory_of(self.settings, sites, vocab=vocab, compression=known, fill=fill)}
 
 
-Request = MemoryRequest | OverEncodingRequest
+@dataclass(frozen=True, kw_only=True)
+class UltraMemRequest:
+    """Values looked up by content, to be added to an owner."""
+
+    settings: UltraMemSettings
+    tables_on: str | None = None
+    """The device of the tables if not the model's: `meta` for tables that are only written to files."""
+
+    def of(self, entry: Node, sites: Sequence[str]) -> dict[str, Any]:
+        """Return the keyword arguments; raise MHC226 where the owner has no such layer."""
+        return {
+            "content": ultramem_of(self.settings, sites, hidden=int(shape(entry)[-1])),
+            "tables_on": self.tables_on,
+        }
+
+
+Request = MemoryRequest | OverEncodingRequest | UltraMemRequest
 """A look-up to be added to an owner once its stream is known: `of` returns keyword arguments of `StreamParameters`."""
 
 
@@ -75,6 +92,7 @@ def requested(
     tokenizer: Callable[[], Any],
     *,
     start: Start = "zero",
+    ultramem: str | UltraMemSettings | None = None,
     tables_on: str | None = None,
 ) -> list[Request]:
     """Return the requests that the arguments of `convert` make; `tokenizer` is called where ids are to be compressed.
@@ -97,6 +115,11 @@ def requested(
         if not isinstance(over, OverEncodingSettings):
             raise MHCError("MHC220", f"over_encoding={over_encoding!r}; 'default' or OverEncodingSettings")
         requests.append(OverEncodingRequest(settings=over, tables_on=tables_on))
+    if ultramem is not None:
+        content = UltraMemSettings.preset(ultramem) if isinstance(ultramem, str) else ultramem
+        if not isinstance(content, UltraMemSettings):
+            raise MHCError("MHC220", f"ultramem={ultramem!r}; a preset's name or UltraMemSettings")
+        requests.append(UltraMemRequest(settings=content, tables_on=tables_on))
     return requests
 
 

@@ -76,6 +76,8 @@ class MemoryTable(nn.Module):
     scale: nn.Parameter
     rank, size = 0, 1
     """The rank of this process among those that share the rows, and their number."""
+    ratio: float | None = None
+    """The rows' learning rate over the model's, where it is another than that of n-gram memories."""
 
     def __init__(
         self,

@@ -110,7 +110,7 @@ def _place(node: Node) -> str:
 
 
 def _add_memories(drawing: Drawing, watcher: Watcher, sites: Sites) -> None:
-    """Add memories before the sites of their layers, and over-encodings, with their nodes, parameters and inputs."""
+    """Add memories to the sites of their layers, and over-encodings, with their nodes, parameters and inputs."""
     numbers: dict[tuple[str, str], int] = {}
     for node in watcher.nodes:
         if MEMORY not in node.meta:
@@ -132,7 +132,7 @@ def _add_memories(drawing: Drawing, watcher: Watcher, sites: Sites) -> None:
         layers = {
             node: next((x for x in by_length if f".{x}." in name), "")  # `engram.layers.3.key`
             for name, node in mark.parameters.items()
-            if name.startswith(("engram.", "over_encoding."))
+            if name.startswith(("engram.", "over_encoding.", "ultramem."))
         }
         for x, node in mark.inputs.items():
             if INPUT not in node.meta:  # the ids and the mask are the caller's

@@ -149,12 +149,12 @@ class Diagnostic:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """The memory at the entry of one layer."""
+    """A table of one owner: the memory at the entry of a layer, or another look-up."""
 
     layer: str
-    """Full module path of the layer."""
+    """Full module path of the layer; of other look-ups the owner's, and `over-encoding` or `ultra-mem`."""
     orders: str
-    """N-grams and hashes per n-gram: `2..3 x 8`."""
+    """N-grams and hashes per n-gram: `2..3 x 8`; by content values of pairs and heads: `16 of 256^2 x 1`."""
     table: str
     """Rows, width, dtype and storage of the table, and the hit rate of its cache."""
     rows: int

@@ -150,7 +150,7 @@ def test_the_first_call_looks_at_the_graph_once_and_by_the_same_pipeline(passes_
 
 
 def test_memories_are_not_left_out_in_silence() -> None:
-    told = r"MHC241 .*looks n-grams up(?s:.)*put engram after widen"
+    told = r"MHC241 .*looks rows up(?s:.)*put engram after widen"
     with pytest.raises(MHCError, match=told):
         convert(llama(), engram=small("paper"), streams=2, inner="eager", pipeline=TEXT)
     model = convert(llama(), engram=small("paper"), streams=2, inner="eager")

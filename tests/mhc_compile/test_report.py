@@ -168,7 +168,7 @@ def test_the_code_is_the_graph_node_for_node(converted: Data) -> None:
     edges, options = Edges(), Options(recompute=2)
     compile_pipeline(options).run(graph, Context(marks=find_marks(graph)), edges, debug=options.debug)
     codes = [converted["captured"], *(p["code"] for p in converted["passes"])]
-    assert len(edges.graphs) == len(codes) == 9
+    assert len(edges.graphs) == len(codes) == 10
     for wanted, numbers, step in zip(edges.graphs, codes, [None, *converted["passes"]], strict=True):
         texts = [converted["lines"][i][0] for i in numbers]
         names = [t.partition(" = ")[0] for t in texts]
@@ -183,9 +183,9 @@ def test_the_code_is_the_graph_node_for_node(converted: Data) -> None:
 
 
 def test_passes_have_times_and_notes(converted: Data) -> None:
-    names = ["normalize", "residual", "widen", "overencoding", "engram", "recompute", "fuse", "lower"]
+    names = ["normalize", "residual", "widen", "overencoding", "engram", "ultramem", "recompute", "fuse", "lower"]
     assert [p["name"] for p in converted["passes"]] == names
-    recompute = converted["passes"][5]
+    recompute = converted["passes"][6]
     assert recompute["text"].startswith("recompute{blocks=2")
     assert recompute["purpose"].startswith("Choose blocks of sites whose streams are recomputed")
     assert all(p["purpose"] for p in converted["passes"])
@@ -199,7 +199,7 @@ def test_blocks_are_those_of_the_pass(converted: Data) -> None:
     assert len(converted["blocks"]) == 3
     kept = bytes_text(sum(b["kept"] for b in converted["blocks"]))
     again = bytes_text(max(b["recomputed"] for b in converted["blocks"]))
-    notes = converted["passes"][5]["notes"]
+    notes = converted["passes"][6]["notes"]
     assert any(f"keeps {kept} for the backward pass" in n for n in notes)
     assert any(n.startswith(f"{again} are made again") for n in notes)
 

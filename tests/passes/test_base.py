@@ -189,7 +189,7 @@ def test_passes_print_with_their_options() -> None:
         deep: bool = False
 
     assert describe(Optional(size=5)) == "optional{size=5}"
-    names = ["normalize", "residual", "widen", "overencoding", "engram", "fuse", "lower"]
+    names = ["normalize", "residual", "widen", "overencoding", "engram", "ultramem", "fuse", "lower"]
     assert [p.name for p in compile_pipeline(Options())] == names
 
 
