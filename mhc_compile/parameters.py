@@ -313,6 +313,12 @@ def owners(model: nn.Module) -> dict[str, StreamParameters]:
     }
 
 
+def attention_of(models: Iterable[nn.Module]) -> str | None:
+    """Return the option `attention` with which the first converted owner in `models` was converted, if any was."""
+    chosen = (p.options.attention for model in models for p in owners(model).values())
+    return next((attention for attention in chosen if attention is not None), None)
+
+
 def at_start(parameters: StreamParameters) -> bool:
     """Return whether every value is still at a function-preserving start, where look-ups add zero."""
     current = parameters.in_graph()
