@@ -139,7 +139,9 @@ class Backend:
         context = Context(marks=marks)
         if self.options.debug == "numeric":
             context.inputs = inputs_at_start(gm, marks, example_inputs)
-        attention = attention_of(frame.modules())
+        # A function that is compiled may have its model from anywhere.
+        traced = frame.traced_modules().values()
+        attention = attention_of([*traced, *(m for whole in frame.modules() for m in whole.modules())])
         if attention is not None and self.options.attention not in (None, attention):
             raise MHCError("MHC304", f"attention={self.options.attention!r} is requested, the model has {attention!r}")
         passes = compile_pipeline(replace(self._now, attention=self.options.attention or attention))

@@ -93,7 +93,7 @@ def widened(model: nn.Module, batch: Batch) -> tuple[GraphModule, list[Any], lis
     with in_mode(model, training=False), torch.no_grad():
         captured = capture(model, args, kwargs)
         marks = find_marks(captured.graph)
-        passes = Pipeline((*WIDENING, *Options(attention=attention_of([model])).masking))
+        passes = Pipeline((*WIDENING, *Options(attention=attention_of(model.modules())).masking))
         return passes.run(captured.graph, Context(marks=marks)), captured.inputs, marks
 
 

@@ -313,9 +313,9 @@ def owners(model: nn.Module) -> dict[str, StreamParameters]:
     }
 
 
-def attention_of(models: Iterable[nn.Module]) -> str | None:
-    """Return the option `attention` with which the first converted owner in `models` was converted, if any was."""
-    chosen = (p.options.attention for model in models for p in owners(model).values())
+def attention_of(modules: Iterable[nn.Module]) -> str | None:
+    """Return the option `attention` of the first converted owner among `modules` that has one."""
+    chosen = (active_parameters(m.get_submodule("mhc")).options.attention for m in modules if is_converted(m))
     return next((attention for attention in chosen if attention is not None), None)
 
 

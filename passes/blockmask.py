@@ -124,8 +124,8 @@ class _Search:
                 continue
             self.seen.add((node, allows))
             name = op_name(node)
-            if name in PRODUCTS or name == "softmax":
-                continue
+            if name in (*PRODUCTS, "softmax", "linear", "embedding"):
+                continue  # scores, and biases by distance
             if node.op in ("placeholder", "get_attr"):
                 if _is_square(shape(node)):
                     self.inputs.append(node)

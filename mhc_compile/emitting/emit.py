@@ -61,7 +61,7 @@ def emit(
     refuse_wrapped(model)
     stream, _ = overridden(spec, None, overrides)
     residual = copy.deepcopy(unwrapped(model)).eval()
-    if (attention := attention_of([residual])) is not None:
+    if (attention := attention_of(residual.modules())) is not None:
         way_out = "convert without attention=, emit, and give the emitted model a mask of its own"
         raise MHCError("MHC204", f"emit writes streams, not attention={attention!r}", way_out=way_out)
     if converted := owners(residual):

@@ -98,7 +98,7 @@ def _rewriting(model: nn.Module) -> Iterator[None]:
         context = Context(marks=find_marks(gm))
         if not context.marks:
             raise MHCError("MHC501", "this call reaches none of the model's stream owners")
-        masking = Options(attention=attention_of([model])).masking
+        masking = Options(attention=attention_of(model.modules())).masking
         return Pipeline((*EXPORT, *masking, Outline(), Decompose())).run(gm, context)
 
     with (

@@ -275,7 +275,7 @@ def test_impossible_samples() -> None:
 def test_recurrent_models_have_no_mask() -> None:
     config = MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=2, num_hidden_layers=1)
     model = attend(MambaForCausalLM(config).eval(), "block:4", inner="eager")
-    with pytest.raises(Exception, match="MHC113"):
+    with pytest.raises(MHCError, match="MHC113"):
         sample(model, rows(0, 1, 4), 4, mask_token=MASK)
 
 

@@ -140,6 +140,26 @@ def test_every_spelling_is_an_explicit_mask(attend: Attend, size: int) -> None:
     torch.testing.assert_close(rewritten(Toy(attend), size, ids), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_biases_by_distance_stay() -> None:
+    def distance(q: Tensor) -> Tensor:
+        query, key = positions(q)
+        far = torch.where(key - query < -3, 0, (key - query).clamp(-3, 3) + 3)
+        return nn.functional.embedding(far, torch.linspace(-1, 1, 7, dtype=q.dtype)[:, None])[..., 0]
+
+    def biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query, key = positions(q)
+        return (scores(q, k) + distance(q)).masked_fill(key > query, -math.inf).softmax(-1) @ v
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (scores(q, k) + distance(q)).masked_fill(~blocks(4), -math.inf).softmax(-1) @ v
+
+    out = rewritten(Toy(biased, layers=1), 4, ids_of())
+    torch.testing.assert_close(out, Toy(expected, layers=1)(ids_of()).detach(), rtol=1e-12, atol=1e-12)
+    gm = normal(Toy(lambda q, k, v: (scores(q, k) + distance(q)).softmax(-1) @ v), ids_of())
+    with pytest.raises(MHCError, match=r"MHC113.*compares positions"):
+        BlockMask(4).apply(gm, Context())
+
+
 def test_a_window_keeps_its_beginning() -> None:
     def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         query, key = positions(q)
@@ -245,17 +265,26 @@ def test_the_option_is_exported() -> None:
 def test_the_option_at_a_call() -> None:
     ids = ids_of()
     torch._dynamo.reset()
-    model = mhc_compile.convert(llama(), streams=2, inner="eager")
+    model = mhc_compile.convert(Toy(flag, layers=1), ids, streams=2, inner="eager")
     step = torch.compile(model, backend="mhc", options={"inner": "eager", "attention": "block:4"})
-    with torch.no_grad():
-        expected = given_mask(llama(), ids, blocks(4).expand(2, 1, S, S))
-        torch.testing.assert_close(step(ids).logits, expected, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(model(ids).logits, llama()(ids).logits, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(step(ids), Toy(explicit(4), layers=1)(ids), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(model(ids), Toy(flag, layers=1)(ids), rtol=1e-6, atol=1e-7)
+
+
+def test_a_function_around_the_model() -> None:
+    ids, model = ids_of(), mhc_compile.convert(Toy(flag), ids_of(), streams=2, attention="block:4", inner="eager")
+    held = {"deep": [{"in": [[[model]]]}]}
+
+    def step(ids: Tensor) -> Tensor:
+        return held["deep"][0]["in"][0][0][0](ids) * 2
+
+    out = torch.compile(step, backend="mhc", options={"inner": "eager"})(ids)
+    torch.testing.assert_close(out, 2 * Toy(explicit(4))(ids), rtol=1e-6, atol=1e-7)
 
 
 def test_two_options_are_one_too_many(tmp_path: object) -> None:
     torch._dynamo.reset()
-    model = mhc_compile.convert(llama(), streams=2, attention="block:4", inner="eager")
+    model = mhc_compile.convert(Toy(flag, layers=1), ids_of(), streams=2, attention="block:4", inner="eager")
     step = torch.compile(model, backend="mhc", options={"inner": "eager", "attention": "bidirectional"})
     with pytest.raises(Exception, match="MHC304"):
         step(ids_of())
