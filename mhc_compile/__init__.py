@@ -12,9 +12,10 @@ up by content. What is refused raises `MHCError` with a code.
 
 Further modules: `mhc_compile.measure` and `mhc_compile.probes` (what the streams of a model do),
 `mhc_compile.diff` and `mhc_compile.bisect` (two forms side by side, what goes wrong where),
-`mhc_compile.conventions` and `mhc_compile.parameters`, `mhc_compile.memory` (memories), `mhc_compile.kernels.functions`
-(the kernels by hand), `mhc_compile.runtime` (training); and the compiler: `mhc_compile.backend`, `mhc_compile.capture`,
-`mhc_compile.passes` (pipelines: `mhc_compile.passes.pipeline`), `mhc_compile.kernels`.
+`mhc_compile.conventions` and `mhc_compile.parameters`, `mhc_compile.memory` (memories),
+`mhc_compile.diffusion` (parallel generation), `mhc_compile.kernels.functions` (the kernels by hand),
+`mhc_compile.runtime` (training); and the compiler: `mhc_compile.backend`, `mhc_compile.capture`, `mhc_compile.passes`
+(pipelines: `mhc_compile.passes.pipeline`), `mhc_compile.kernels`.
 """
 
 import mhc_compile.backend  # noqa: F401  (registers it with Dynamo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from mhc_compile.kernels.forms import width_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.memory import prefetch
 from mhc_compile.owner import BACKEND, convert_owners
-from mhc_compile.parameters import StreamParameters, added_by_lookups, owners
+from mhc_compile.parameters import StreamParameters, added_by_lookups, attention_of, owners
 from mhc_compile.passes.base import Context, Mark
 from mhc_compile.passes.fuse import kernels_in
 from mhc_compile.passes.fuse_memory import prepare_hashes
@@ -100,12 +101,12 @@ class Backend:
         try:
             normal = analyse.run(normal, context, debug=debug, provided=begin.provides)
         except MHCError as error:
-            if error.code == "MHC101" and not frame.is_whole():
+            if error.code == "MHC101" and not frame.is_whole() and self.options.attention is None:
                 # A compiled training step also has graphs without a model in them, such as the optimizer's update.
                 if any(node.meta.get("nn_module_stack") for node in gm.graph.nodes):
                     warn("MHC305", frame.broke() or "the graph is a part of what was compiled")
                 return compile_inner(gm, example_inputs, self.options)
-            if error.code in NATIVE_CODES:
+            if error.code in NATIVE_CODES and self.options.attention is None:
                 warn("MHC308", f"{error.detail}, which no known convention computes")
                 return compile_inner(gm, example_inputs, self.options)
             raise
@@ -138,7 +139,12 @@ class Backend:
         context = Context(marks=marks)
         if self.options.debug == "numeric":
             context.inputs = inputs_at_start(gm, marks, example_inputs)
-        passes = compile_pipeline(self._now)
+        # A function that is compiled may have its model from anywhere.
+        traced = frame.traced_modules().values()
+        attention = attention_of([*traced, *(m for whole in frame.modules() for m in whole.modules())])
+        if attention is not None and self.options.attention not in (None, attention):
+            raise MHCError("MHC304", f"attention={self.options.attention!r} is requested, the model has {attention!r}")
+        passes = compile_pipeline(replace(self._now, attention=self.options.attention or attention))
         refuse_missing(passes, marks)
         if any(mark.probe is not None for mark in marks):
             passes = Pipeline((*passes, Probe()))

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import Convention, Exit, Manifold, StreamSpec
+from mhc_compile.passes.blockmask import BlockMask
 from mhc_compile.passes.cost import parse_blocks
 from mhc_compile.passes.fuse import KERNELS, Fuse, Fused
 from mhc_compile.passes.lower import Lower
@@ -40,6 +41,9 @@ class Options:
     """Recompute stream activations in the backward pass instead of storing them: `off`; `auto`, blocks of sites with
     the smallest peak memory; `stage`, all sites as one block; a number of sites per block; or the bytes that the
     streams may occupy ("2GiB"). The inner compiler `eager` stores everything."""
+    attention: str | None = None
+    """What positions see instead of themselves and those before them: `block:16`, their block of 16 and all blocks
+    before it; `bidirectional`, everything. This changes the model's function (`mhc_compile.passes.blockmask`)."""
     strict: bool = False
     """Raise MHC109 instead of warning where not every residual add is part of a stream."""
     debug: Debug = False
@@ -57,7 +61,7 @@ class Options:
             raise MHCError("MHC204", f"debug={self.debug!r}; known: False, True, 'numeric'")
         if not isinstance(self.strict, bool):
             raise MHCError("MHC204", f"strict={self.strict!r}; known: False, True")
-        _ = self.kinds
+        _ = self.kinds, self.masking
         if parse_blocks(self.recompute)[0] != "off" and self.inner == "eager":
             raise MHCError("MHC625", f"recompute={self.recompute!r}")
         if unknown := set(self.disabled) - set(OPTIONAL):
@@ -87,6 +91,18 @@ class Options:
         return tuple(k for k in KERNELS if (f"-{k}" not in named if without[0] else k in named))
 
     @property
+    def masking(self) -> tuple[BlockMask, ...]:
+        """The pass that `attention` asks for, if any."""
+        if self.attention is None:
+            return ()
+        kind, _, size = str(self.attention).partition(":")
+        if self.attention == "bidirectional":
+            return (BlockMask(),)
+        if kind != "block" or not size.isdecimal() or int(size) < 1:
+            raise MHCError("MHC204", f"attention={self.attention!r}; known: block:SIZE, bidirectional")
+        return (BlockMask(int(size)),)
+
+    @property
     def disabled(self) -> tuple[str, ...]:
         """The passes that `disable` names."""
         return tuple(name.strip() for name in self.disable.split(",") if name.strip())
@@ -98,7 +114,7 @@ class Options:
 
 def compile_pipeline(options: Options) -> Pipeline:
     """Return the passes for the graph of a converted model."""
-    chosen = _chosen(Pipeline((*WIDENING, *lowering(options))), options)
+    chosen = _chosen(Pipeline((*WIDENING, *options.masking, *lowering(options))), options)
     for name in ("residual", "widen"):
         if name not in chosen.names:
             raise MHCError("MHC241", f"{chosen} leaves the model residual", way_out=f"keep the pass {name}")
@@ -107,7 +123,7 @@ def compile_pipeline(options: Options) -> Pipeline:
 
 def native_pipeline(options: Options) -> Pipeline:
     """Return the passes for the graph of a model with hyper-connections of its own."""
-    return _chosen(Pipeline((*NATIVE, *lowering(options))), options)
+    return _chosen(Pipeline((*NATIVE, *options.masking, *lowering(options))), options)
 
 
 def lowering(options: Options) -> Pipeline:
@@ -147,6 +163,7 @@ class Overrides(StreamOverrides, TypedDict, total=False):
     mode: str | None
     kernels: str
     recompute: str | int
+    attention: str | None
     strict: bool
     debug: Debug
     pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None

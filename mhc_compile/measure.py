@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from mhc_compile.capture import capture, find_marks
+from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels import measures
 from mhc_compile.modes import in_mode
-from mhc_compile.parameters import owners, unwrapped
+from mhc_compile.parameters import attention_of, owners, unwrapped
 from mhc_compile.passes.base import Context, Mark, module_path, switches_gradients
-from mhc_compile.passes.pipeline import WIDENING
+from mhc_compile.passes.pipeline import WIDENING, Pipeline
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -92,7 +93,8 @@ def widened(model: nn.Module, batch: Batch) -> tuple[GraphModule, list[Any], lis
     with in_mode(model, training=False), torch.no_grad():
         captured = capture(model, args, kwargs)
         marks = find_marks(captured.graph)
-        return WIDENING.run(captured.graph, Context(marks=marks)), captured.inputs, marks
+        passes = Pipeline((*WIDENING, *Options(attention=attention_of(model.modules())).masking))
+        return passes.run(captured.graph, Context(marks=marks)), captured.inputs, marks
 
 
 @dataclass

@@ -109,6 +109,11 @@ def _restore(owner: Any) -> None:
     _compiled.pop(owner, None)
 
 
+def compile_anew(owner: nn.Module) -> None:
+    """Forget what runs `owner`: its next call is compiled with the options that its parameters have by then."""
+    _compiled.pop(owner, None)
+
+
 def converted_class(base: type) -> type:
     """Return the subclass for converted owners of class `base`: one for each, with the same name and signature."""
     if base in _classes:

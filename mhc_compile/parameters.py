@@ -330,6 +330,12 @@ def owners(model: nn.Module) -> dict[str, StreamParameters]:
     }
 
 
+def attention_of(modules: Iterable[nn.Module]) -> str | None:
+    """Return the option `attention` of the first converted owner among `modules` that has one."""
+    chosen = (active_parameters(m.get_submodule("mhc")).options.attention for m in modules if is_converted(m))
+    return next((attention for attention in chosen if attention is not None), None)
+
+
 def at_start(parameters: StreamParameters) -> bool:
     """Return whether every value is still at a function-preserving start, where look-ups add zero."""
     current = parameters.in_graph()

@@ -20,12 +20,12 @@ from mhc_compile.passes.base import is_tensor, op_name, refuse
 from mhc_compile.passes.graphs import ancestors, base_of, reachable, writes
 from mhc_compile.passes.results import ResidualStream, Site
 
-_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _LAYOUT = (
     "view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "repeat",
     "repeat_interleave", "contiguous", "clone", "to", "float", "type", "mT", "cat", "index_copy",
 )  # fmt: skip
-_SDPA = torch.nn.functional.scaled_dot_product_attention
+SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def attentions(graph: Graph, source: Node, ends: Sequence[Node]) -> list[Attenti
     for node in graph.nodes:
         if node not in behind:
             continue
-        if node.target is _SDPA:
+        if node.target is SDPA:
             names = enumerate(("query", "key", "value"))
             values = (node.args[i] if len(node.args) > i else node.kwargs[name] for i, name in names)
             operands = [(node, value) for value in values]
-        elif op_name(node) == "softmax" and (scores := _scores(node, behind)) and (mixed := _mixed(node)):
+        elif op_name(node) == "softmax" and (scores := scores_of(node, behind)) and (mixed := mixed_of(node)):
             query, key = _factors(scores)[-2:]
             operands = [(scores, query), (scores, key), (mixed, _factors(mixed)[-1])]
         else:
@@ -85,22 +85,22 @@ def _factors(product: Node) -> list[Node]:
     return [a for a in product.args if isinstance(a, Node)]
 
 
-def _scores(softmax: Node, behind: set[Node]) -> Node | None:
+def scores_of(softmax: Node, behind: set[Node]) -> Node | None:
     """Return the product of queries and keys that a softmax goes over: the nearest one."""
     queue = [softmax]
     for node in queue:  # grows
-        if op_name(node) in _PRODUCTS:
+        if op_name(node) in PRODUCTS:
             return node
         queue += [n for n in node.all_input_nodes if n in behind and n not in queue]
     return None
 
 
-def _mixed(softmax: Node) -> Node | None:
+def mixed_of(softmax: Node) -> Node | None:
     """Return the product whose left operand is a softmax's result: the nearest one."""
     queue = [softmax]
     for node in queue:  # grows
         for user in node.users:
-            if op_name(user) in _PRODUCTS:
+            if op_name(user) in PRODUCTS:
                 return user if _factors(user)[:1] == [node] else None
             if is_tensor(user) and user not in queue:
                 queue.append(user)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.base import Context, Pass
+from mhc_compile.passes.blockmask import BlockMask
 from mhc_compile.passes.engram import Engram
 from mhc_compile.passes.fuse import Fuse
 from mhc_compile.passes.lower import Lower
@@ -27,7 +28,7 @@ from mhc_compile.passes.widen import Widen
 
 TIMED = "mhc_compile.passes"
 _OURS: tuple[type[Any], ...] = (
-    Normalize, Residual, Native, Widen, OverEncode, Engram, LookUpByContent, Recompute, Fuse, Lower, Probe,
+    Normalize, Residual, Native, Widen, OverEncode, Engram, LookUpByContent, BlockMask, Recompute, Fuse, Lower, Probe,
 )  # fmt: skip
 BUILT_IN = {cls.name: cls for cls in _OURS}
 

@@ -9,6 +9,8 @@ import pytest
 
 # `test_claims.py` runs those that take minutes, at their quick size.
 LONG = ("payoff", "stability", "scaling")
+QUICK = ("diffusion",)
+"""Those that are run at their quick size here."""
 EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if p.stem not in LONG)
 
 
@@ -16,7 +18,12 @@ EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*
 def test_example_runs_and_prints(example: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(example), *["--quick"] * (example.stem in QUICK)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

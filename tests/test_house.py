@@ -58,6 +58,7 @@ LAYERS = """
     owner measure
     attach loading gates
     backend configured
+    diffusion
     conversion
     emitting
     bisect

@@ -33,6 +33,9 @@ MHC111 the model's forward fails on these inputs
 MHC112 attention over depth already
     this model's layers read the values of earlier ones by attention of its own instead of adding to a stream; use it as
     it is: torch.compile(model, backend="mhc") fuses the reads that it recognises
+MHC113 no causal mask to rewrite
+    leave the option attention out for a model whose attention is not causal; otherwise make the mask in the forward,
+    by is_causal=True, by comparing positions (key <= query) or by tril, and pass padding alone from outside
 MHC201 streams out of range
     choose an integer number of streams from 1 to 8
 MHC202 unknown convention

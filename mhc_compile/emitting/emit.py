@@ -28,7 +28,7 @@ from mhc_compile.emitting.traced import Traced
 from mhc_compile.emitting.training import runs_in_training_alone
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.owner import restore_owners
-from mhc_compile.parameters import StreamParameters, owners, unwrapped
+from mhc_compile.parameters import StreamParameters, attention_of, owners, unwrapped
 
 
 def emit(
@@ -61,6 +61,9 @@ def emit(
     refuse_wrapped(model)
     stream, _ = overridden(spec, None, overrides)
     residual = copy.deepcopy(unwrapped(model)).eval()
+    if (attention := attention_of(residual.modules())) is not None:
+        way_out = "convert without attention=, emit, and give the emitted model a mask of its own"
+        raise MHCError("MHC204", f"emit writes streams, not attention={attention!r}", way_out=way_out)
     if converted := owners(residual):
         stream = one_spec(converted)
         restore_owners(residual)

@@ -18,12 +18,13 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile import carry
 from mhc_compile.capture import find_marks
+from mhc_compile.config import Options
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.exporting.decompose import Decompose, leftovers
 from mhc_compile.exporting.outline import Outline, noting_sinkhorn
 from mhc_compile.identity import ModuleNames
-from mhc_compile.parameters import owners
+from mhc_compile.parameters import attention_of, owners
 from mhc_compile.passes.base import Context, op_name
 from mhc_compile.passes.pipeline import EXPORT, Pipeline
 from mhc_compile.tracing import graph_break_error, replaced, tracing_config
@@ -97,7 +98,8 @@ def _rewriting(model: nn.Module) -> Iterator[None]:
         context = Context(marks=find_marks(gm))
         if not context.marks:
             raise MHCError("MHC501", "this call reaches none of the model's stream owners")
-        return Pipeline((*EXPORT, Outline(), Decompose())).run(gm, context)
+        masking = Options(attention=attention_of(model.modules())).masking
+        return Pipeline((*EXPORT, *masking, Outline(), Decompose())).run(gm, context)
 
     with (
         torch._dynamo.config.patch(tracing_config()),

@@ -1,0 +1,106 @@
+"""Generate block after block, several positions at a time (arXiv 2508.02193)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.diffusion.attend import block_of
+from mhc_compile.integrations.diffusion import CachedCalls
+from mhc_compile.integrations.transformers import without_cache
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What `sample` made."""
+
+    ids: Tensor
+    """[B, S], the prompt first."""
+    new: int
+    """Tokens of a row that are not the prompt's."""
+    forwards: int
+    """Calls of the model."""
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens of a row for each call of the model; decoding one after the other makes 1."""
+        return self.new / self.forwards
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompt: Tensor,
+    new: int,
+    *,
+    mask_token: int,
+    threshold: float = 0.9,
+    least: int = 1,
+    cached: bool | None = None,
+) -> Sampled:
+    """Return `prompt` [B, P] continued by `new` tokens, block after block of those that `model` attends to.
+
+    A block begins as mask tokens. Each call of the model accepts the most probable token at every position where its
+    probability is at least `threshold`, and at the `least` most probable positions of each row whatever theirs is;
+    accepted tokens stay. The result depends on nothing random.
+
+    Keys and values of finished blocks are cached (`cached`, by default where there are blocks): a call computes the
+    block at hand, the first one of a block also the block before, whose tokens are final by then. Blocks do not see
+    later ones, so the tokens are those that are sampled without a cache.
+
+    `model` is a causal language model of transformers, in evaluation mode, that `attend` or `convert(attention=...)`
+    gave blocks or bidirectional attention. Positions count from 0, so rows are not padded.
+
+    Raises MHC204 for a model without either, numbers that are not possible, and a cache from which tokens cannot be
+    taken back.
+    """
+    block = block_of(model)
+    cached = bool(block) if cached is None else cached
+    if cached and not block:
+        raise MHCError("MHC204", "cached=True with bidirectional attention", way_out="leave cached out, or use blocks")
+    if prompt.ndim != 2 or new < 1 or least < 1 or bool((prompt == mask_token).any()):
+        detail = f"prompt={list(prompt.shape)}, new={new}, least={least}"
+        raise MHCError("MHC204", detail, way_out="give a prompt [B, P] without mask tokens, and numbers of 1 or more")
+    end = prompt.shape[1] + new
+    ids = torch.cat([prompt, prompt.new_full((prompt.shape[0], new), mask_token)], 1)
+    calls: CachedCalls | _WholeCalls = CachedCalls(model) if cached else _WholeCalls(model)
+    forwards = begin = kept = 0
+    while begin < end:
+        stop = min(begin + block, end) if block else end
+        while bool((ids[:, begin:stop] == mask_token).any()):
+            logits = calls(ids[:, kept:stop])[:, begin - kept :]
+            forwards += 1
+            if isinstance(calls, CachedCalls):
+                calls.take_back(stop - begin, left=begin)
+                kept = begin
+            ids[:, begin:stop] = _accepted(logits, ids[:, begin:stop], mask_token, threshold, least)
+        begin = stop
+    return Sampled(ids, new, forwards)
+
+
+class _WholeCalls:
+    """Calls a model on everything."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the logits [B, S, V] of `ids` [B, S]."""
+        logits: Tensor = self.model(input_ids=ids, **without_cache(self.model)).logits
+        return logits
+
+
+def _accepted(logits: Tensor, ids: Tensor, mask_token: int, threshold: float, least: int) -> Tensor:
+    """Return `ids` [B, S] with the masked ones replaced of which `logits` [B, S, V] are sure enough."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    wanted = logits.index_fill(-1, torch.tensor(mask_token, device=ids.device), -torch.inf)
+    confidence, best = wanted.softmax(-1).max(-1)
+    masked = ids == mask_token
+    confidence = confidence.masked_fill(~masked, -1.0)
+    surest = confidence.topk(min(least, ids.shape[1]), dim=-1).indices
+    accept = (confidence >= threshold).scatter(-1, surest, True) & masked
+    return torch.where(accept, best, ids)
