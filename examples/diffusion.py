@@ -37,7 +37,7 @@ LONGER = 3
 """The second training takes so many times the steps of the first."""
 PROMPTS = 8
 LEAST = (1, 2, 4)
-"""Positions that a call accepts at least; a model this small is seldom sure of one."""
+"""Positions that a call accepts at least, however sure the model is of them."""
 
 
 def denoise(model: nn.Module, batches: Sequence[Tensor], peak: float, mask_token: int) -> None:
