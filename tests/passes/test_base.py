@@ -1,7 +1,7 @@
 """What passes share: names, paths, places, provenance, and erasing what is unused without losing what acts."""
 
-from dataclasses import dataclass
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
