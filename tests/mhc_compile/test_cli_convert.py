@@ -162,7 +162,7 @@ def test_the_examples_of_the_help_are_right(original: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen3-0.6B").symlink_to(original)
     lines = [ln.strip() for ln in command._EXAMPLES.splitlines() if ln.strip().startswith("mhc-compile")]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for i, line in enumerate(lines):
         words = shlex.split(line)
         if "--engram" in words:  # gigabytes: see test_memory_folder.py
