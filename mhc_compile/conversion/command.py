@@ -142,9 +142,8 @@ def _standalone(args: argparse.Namespace, options: dict[str, Any]) -> int:
         for name in ("engram", "engram_layers", "engram_rows", "over_encoding", "ultramem", "start", "layout")
     }
     if args.to != "mhc" or args.strict or any(value is not None for value in others.values()):
-        raise MHCError(
-            "MHC520", "--standalone takes --streams, --convention, --manifold, --iterations and --exit alone"
-        )
+        detail = "--standalone takes --streams, --convention, --manifold, --iterations, --exit and --vendor alone"
+        raise MHCError("MHC520", detail, way_out="leave the others out, or convert without --standalone")
     folder = emit_folder(args.source, args.target, vendor=args.vendor, **options)
     print(f'{folder}: load it with AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
     return 0
