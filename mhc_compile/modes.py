@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from mhc_compile.diagnostics import MHCError
@@ -27,6 +28,18 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore every buffer of `model` afterwards: a norm of batches changes its averages at every call in training."""
+    before = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
 
 
 def reads_mode(model: nn.Module) -> bool:

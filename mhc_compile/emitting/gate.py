@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.file import Source
 from mhc_compile.emitting.graph_rewrite import GraphRewrite
-from mhc_compile.modes import in_mode
+from mhc_compile.modes import in_mode, kept_buffers
 
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-3)}
 """Largest differences of outputs and of gradients by dtype, relative to the largest entry of each tensor."""
@@ -80,7 +80,7 @@ class Expected:
     ) -> None:
         self.model, self.args, self.kwargs, self.training = rewrite.model, args, kwargs, training
         self.own = dict(rewrite.model.named_parameters())
-        self._call(rewrite)
+        self._results(rewrite, self.own)  # makes the streams
         self.sites = {
             (owner, site): dict(of_owner.get_submodule(site).named_parameters())
             for owner, of_owner in rewrite.parameters.items()
@@ -91,13 +91,13 @@ class Expected:
         """The parameters of sites, at the start and perturbed."""
         self.results: list[Results] = []
         for _ in range(2):
-            self.results.append(Results(lambda: self._call(rewrite), {**self.own, **streams}))
+            self.results.append(self._results(rewrite, {**self.own, **streams}))
             self.values.append({key: p.detach().clone() for key, p in streams.items()})
             perturb(list(streams.values()))
 
-    def _call(self, program: Callable[..., Any]) -> Any:
-        with in_mode(self.model, training=self.training):
-            return program(*self.args, **self.kwargs)
+    def _results(self, program: Callable[..., Any], parameters: Mapping[Any, Tensor]) -> Results:
+        with in_mode(self.model, training=self.training), kept_buffers(self.model):
+            return Results(lambda: program(*self.args, **self.kwargs), parameters)
 
     def difference(self, source: Source, module: Any) -> float:
         """Return the largest relative difference of outputs of the model with the emitted module's streams.
@@ -121,7 +121,7 @@ class Expected:
                 with torch.no_grad():
                     for key, value in values.items():
                         ours[key].copy_(value)
-                found = Results(lambda: self._call(model), ours)
+                found = self._results(model, ours)
                 errors.append(found.difference(expected, when))
         except MHCError:
             raise

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mhc_compile.emitting.instrument import Function, Keys, probes
-from mhc_compile.modes import in_mode
+from mhc_compile.modes import in_mode, kept_buffers
 
 
 def runs_in_training_alone(
@@ -30,7 +30,8 @@ def runs_in_training_alone(
                 ran.add(key)
             return value
 
-        with probes(functions, keys, probe), in_mode(model, training=training), torch.no_grad():
+        mode = in_mode(model, training=training)
+        with probes(functions, keys, probe), mode, kept_buffers(model), torch.no_grad():
             torch.manual_seed(0)
             model(*args, **kwargs)
         evaluated[training] = ran

@@ -79,8 +79,20 @@ class OtherwiseTrainedLayer(Layer):
         return x + self.feed(self.norms[1](x))
 
 
+class AveragingLayer(DroppingLayer):
+    """Has a norm of the batch, whose averages training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(5) for _ in range(2))
+
+
 class Dropping(Model):
     layer = DroppingLayer
+
+
+class Averaging(Model):
+    layer = AveragingLayer
 
 
 class OtherwiseTrained(Model):

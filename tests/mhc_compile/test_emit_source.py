@@ -11,7 +11,18 @@ from typing import Any
 import plain_sources
 import pytest
 import torch
-from plain_sources import REFUSED, SPELLINGS, Collecting, Dropping, Model, Named, OtherwiseTrained, PostNorm, ids
+from plain_sources import (
+    REFUSED,
+    SPELLINGS,
+    Averaging,
+    Collecting,
+    Dropping,
+    Model,
+    Named,
+    OtherwiseTrained,
+    PostNorm,
+    ids,
+)
 from tiny_models import llama
 from torch import nn
 
@@ -115,6 +126,12 @@ def test_code_that_runs_in_training_alone_is_checked_too(tmp_path: Path) -> None
     with pytest.raises(MHCError, match=r"MHC706.*in training(.*\n)*.*plain_sources.*OtherwiseTrainedLayer"):
         mhc_compile.emit(OtherwiseTrained().eval(), tmp_path / "other.py", ids())
     assert not (tmp_path / "other.py").exists()
+
+
+def test_averages_of_batches_stay_as_they_are(tmp_path: Path) -> None:
+    module = emitted(model := Averaging().eval(), tmp_path, "averaging")
+    assert all(float(b.abs().sum()) == 0 for name, b in model.named_buffers() if name.endswith("running_mean"))
+    torch.testing.assert_close(module.add_streams(copy.deepcopy(model))(ids()), model(ids()))
 
 
 def test_a_memory_has_no_source(tmp_path: Path) -> None:
