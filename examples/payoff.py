@@ -86,11 +86,9 @@ RECIPE = Recipe(
     ),
     seeds=5, kernels="all", processes=2,
 )  # fmt: skip
-_DEEP = replace(
-    RECIPE.settings, layers=48, hidden=64, length=64, batch=4, steps=1000, learning_rate=4e-3,
-    initializer_range=64**-0.5,
-)  # fmt: skip
-_LAYERS = replace(RECIPE.settings, layers=24, hidden=64, batch=6, learning_rate=16e-3, initializer_range=64**-0.5)
+_NARROW = replace(RECIPE.settings, hidden=64, initializer_range=64**-0.5)
+_DEEP = replace(_NARROW, layers=48, length=64, batch=4, steps=1000, learning_rate=4e-3)
+_LAYERS = replace(_NARROW, layers=24, batch=6, learning_rate=16e-3)
 _WIDE = replace(RECIPE.settings, hidden=192, learning_rate=4e-3, initializer_range=192**-0.5)
 _MIXING = tuple((arm, False) for arm in (RESIDUAL, "1, 0.01 (default)", "1, H = identity"))
 TABLES: dict[str, tuple[Recipe, tuple[tuple[str, bool], ...], str]] = {
@@ -170,8 +168,7 @@ def run(corpus: Corpus, job: Job) -> Trained:
     converted = job.arm in OPTIONS or job.arm in STARTS
     if converted:
         options, alpha = STARTS.get(job.arm) or (OPTIONS[job.arm], ALPHA.get(job.arm))
-        settled = {"streams": settings.streams, **options, "inner": "eager", "kernels": job.kernels}
-        mhc_compile.convert(model, **settled)
+        mhc_compile.convert(model, **{"streams": settings.streams, **options}, inner="eager", kernels=job.kernels)
         if alpha is not None:
             set_alpha(model, *alpha)
     batches = training_batches(corpus, replace(settings, steps=round(settings.steps * job.more)), stream=int(not first))
@@ -388,9 +385,8 @@ def main() -> None:
     parser = studies.parser(__doc__.splitlines()[0], "payoff")
     instead = parser.add_mutually_exclusive_group()
     for name, (_, _, what) in TABLES.items():
-        instead.add_argument(
-            f"--{name}", dest="table", action="store_const", const=name, help=f"compare {what}, instead"
-        )
+        wanted: dict[str, Any] = {"dest": "table", "action": "store_const", "const": name}
+        instead.add_argument(f"--{name}", **wanted, help=f"compare {what}, instead")
     arguments = parser.parse_args()
     if arguments.table is not None:
         recipe, arms, _ = TABLES[arguments.table]

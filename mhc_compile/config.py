@@ -42,8 +42,8 @@ class Options:
     the smallest peak memory; `stage`, all sites as one block; a number of sites per block; or the bytes that the
     streams may occupy ("2GiB"). The inner compiler `eager` stores everything."""
     attention: str | None = None
-    """What positions see instead of themselves and those before them: `block:16`, their block of 16 and all blocks
-    before it; `bidirectional`, everything. This changes the model's function (`mhc_compile.passes.blockmask`)."""
+    """Replace causal attention: with `block:16` a position sees its block of 16 and all blocks before it, with
+    `bidirectional` everything. This changes the model's function (`mhc_compile.passes.blockmask`)."""
     strict: bool = False
     """Raise MHC109 instead of warning where not every residual add is part of a stream."""
     debug: Debug = False

@@ -140,7 +140,7 @@ class FusionSpec(_Text):
     signed_root: bool = True
     """`sign(s) * sqrt(max(|s|, 1e-6))` under the sigmoid, as released systems do; False: `s`, as in the paper."""
     eps: float = 1e-6
-    """Of the three RMS norms, under the root."""
+    """Added to the mean square in the three RMS norms."""
 
     @property
     def history(self) -> int:
@@ -163,15 +163,15 @@ class ContentSpec(_Text):
     reach: int
     """Rows of the table that the layer reaches: n^2 / `groups`."""
     offset: int
-    """The first of them."""
+    """The first row of the table that the layer reaches."""
     rows: int
-    """Of the table."""
+    """The number of rows of the table."""
     groups: int
     """E, virtual values a row."""
     input: int
     """The first channels of a row, by which its scores are multiplied; 0: none."""
     eps: float
-    """Of the norms of queries and keys."""
+    """Added to the variance in the norms of queries and keys."""
 
 
 def _plain(value: Any) -> str:

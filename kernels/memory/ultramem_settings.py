@@ -31,7 +31,7 @@ _SHARED: dict[str, Any] = {
     "side": 360, "key_width": 192, "value_width": 192, "top": 32,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"v1": {}, "v2": _SHARED}
-"""Where each differs from the fields' defaults, which are those of the first version."""
+"""By version the fields that differ from the defaults, which are those of the first version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class UltraMemSettings:
     side: int = 128
     """Values a layer: `side` squared."""
     key_width: int = 512
-    """Of the keys, and of each half of the query."""
+    """Channels of each key, and of each half of the query."""
     value_width: int = 512
     top: int = 16
     """k: rows and columns that a head keeps, and values that it reads."""
@@ -66,9 +66,9 @@ class UltraMemSettings:
     skip: int = 2
     """How many layers later what was found is added to the stream; 0: beside the branch whose input is read."""
     seed: int = 0
-    """Of the order of virtual values."""
+    """Seed of the order in which virtual values are shuffled."""
     eps: float = 1e-5
-    """Of the norms."""
+    """Added to the variance in the norms of queries and keys."""
 
     def __post_init__(self) -> None:
         check_ranges(self, _RANGES, "ultramem: ")
@@ -125,12 +125,12 @@ class UltraMem:
 
     @property
     def rows(self) -> int:
-        """Of the table: the values of all layers."""
+        """The number of rows of the table: the values of all layers."""
         return len(self.layers) * self.settings.side**2
 
     @property
     def width(self) -> int:
-        """Of a row: the channels that its scores are multiplied by, then those of the value."""
+        """The channels of a row: those by which its scores are multiplied, then those of the value."""
         return self.settings.input_width + self.settings.value_width
 
     @property

@@ -14,7 +14,7 @@ OPTIONS = {"revision", "token", "cache_dir", "force_download", "local_files_only
 """Keywords of `from_pretrained` that say what is downloaded, and from where."""
 _ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 _DATA = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
-"""What is downloaded beside the weights: data. Code in a repository is left there."""
+"""Names of the files that are downloaded beside the weights. Code in a repository is not among them."""
 
 
 def local_folder(place: str | os.PathLike[str], *, weights: bool = True, **options: Any) -> Path:
@@ -24,8 +24,8 @@ def local_folder(place: str | os.PathLike[str], *, weights: bool = True, **optio
     Hub's cache afterwards, and is asked for once more only to see whether it has changed. Without `weights` no tensor
     is downloaded. `options` are those of `OPTIONS`, with the meaning that they have for transformers.
 
-    Raises `MHCError`: MHC204 for a `revision` of a path, MHC415 where `huggingface_hub` is not
-    installed, MHC417 where the Hub has no such repository, or cannot be reached.
+    Raises `MHCError`: MHC204 for a `revision` of a path, MHC415 where `huggingface_hub` is not installed, and MHC417
+    where the Hub has no such repository, or cannot be reached.
     """
     path = Path(place)
     named = _ID.fullmatch(str(place))

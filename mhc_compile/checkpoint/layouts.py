@@ -28,7 +28,7 @@ HEAD = ("fn", "base", "scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a system calls the parameters of a Transformer with two sites a layer, and which equations it computes.
+    """The names that a system gives the parameters of a Transformer with two sites a layer, and its equations.
 
     In the beginnings of names `{layer}` is the path of a layer's module, `{number}` its number, and `{owner}` the path
     of the module that holds the layers, with its dot.
@@ -43,10 +43,10 @@ class Layout:
     head: str = ""
     """How the names of fn, base and scale of the learned head at the exit begin; empty where the exit is a mean."""
     streams: str
-    """What the configuration calls n."""
+    """The entry of `config.json` that holds n."""
     iterations: str
     eps: str = ""
-    """What the configuration calls the convention's eps; empty where it is a constant."""
+    """The entry of `config.json` that holds the convention's eps; empty where the system has a constant."""
 
     @property
     def exit(self) -> Exit:

@@ -1,4 +1,4 @@
-"""What a converted folder has for transformers' own loaders: they refuse it, or load it by this package.
+"""Make transformers' own loaders refuse a converted folder, or load it by this package.
 
 `config.json` names a weight file that there is not, so that every plain `from_pretrained` raises an error that quotes
 the name, and by `auto_map` a file of code. With `trust_remote_code=True` the Auto class of the model runs that code,

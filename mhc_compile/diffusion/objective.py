@@ -22,7 +22,7 @@ EDITS_FROM = 0.8
 MOST_EDITS = 0.1
 """Edits are at most so many of a row's tokens: their schedule is `MOST_EDITS * t`."""
 LEAST_RATE = 1e-3
-"""Of masked tokens: their weight is its inverse."""
+"""The least probability with which a token is masked: the weight in the loss is its inverse."""
 
 
 def denoising_loss(

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from folders import converted, copied, original, saved, saved_copy  # noqa: F401  (fixtures)
+from layout_folders import sources  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(autouse=True)

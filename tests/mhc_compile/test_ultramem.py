@@ -197,18 +197,23 @@ def test_inspect_shows_it(trained: Any) -> None:
     assert "values by the normed input of layers.0#1, added at layers.1#1" in " ".join(record.notes)
 
 
+def gradients(**options: Any) -> dict[str, torch.Tensor]:
+    """Of all parameters and of the rows that were read, after one step."""
+    model = convert(chain(), ids(), streams=2, inner="aot_eager", **options).train()
+    shake(model)
+    shake_values(model)
+    model(ids()).square().sum().backward()
+    table = model.mhc.table("ultra-mem")
+    assert table.gradient is not None
+    of_rows = {"rows": table.gradient.rows.float(), "values": table.gradient.values}
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | of_rows
+
+
 def test_the_kernel_gives_the_same_gradients() -> None:
     found = []
     for kernels in ("none", "all"):
         torch._dynamo.reset()
-        model = convert(chain(), ids(), streams=2, ultramem=V2, inner="aot_eager", kernels=kernels).train()
-        shake(model)
-        shake_values(model)
-        model(ids()).square().sum().backward()
-        table = model.mhc.table("ultra-mem")
-        assert table.gradient is not None
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        found[-1] |= {"rows": table.gradient.rows.float(), "values": table.gradient.values}
+        found.append(gradients(ultramem=V2, kernels=kernels))
     assert found[0].keys() == found[1].keys()
     assert [n for n in found[0] if not close(found[0][n], found[1][n], 1e-4)] == []
 
@@ -217,14 +222,7 @@ def test_recomputed_streams_give_the_same_gradients() -> None:
     found = []
     for blocks in ("off", 2):
         torch._dynamo.reset()
-        model = convert(chain(), ids(), streams=2, ultramem=V1, inner="aot_eager", recompute=blocks).train()
-        shake(model)
-        shake_values(model)
-        model(ids()).square().sum().backward()
-        table = model.mhc.table("ultra-mem")
-        assert table.gradient is not None
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        found[-1] |= {"rows": table.gradient.rows, "values": table.gradient.values}
+        found.append(gradients(ultramem=V1, recompute=blocks))
     assert found[0].keys() == found[1].keys()
     assert [n for n in found[0] if not torch.equal(found[0][n], found[1][n])] == []
 
