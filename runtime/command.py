@@ -123,13 +123,14 @@ def _print_plan(recipe: Any) -> None:
     from mhc_compile.runtime.balance import cuts
     from mhc_compile.runtime.engine import capture
     from mhc_compile.runtime.launch import check_world
-    from mhc_compile.runtime.loop import check_data
+    from mhc_compile.runtime.loop import check_data, verify_data
     from mhc_compile.runtime.metrics import summary_writer
     from mhc_compile.runtime.summary import summary
 
     if "WORLD_SIZE" in os.environ:
         check_world(recipe.parallel, int(os.environ["WORLD_SIZE"]))
     check_data(recipe)
+    verify_data(recipe)
     if recipe.metrics.tensorboard:
         summary_writer()  # raises where it is not installed
     program = capture(recipe, torch.device("cpu"))

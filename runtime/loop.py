@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
 from mhc_compile.runtime.data.loader import Loader, check_tokenizer
+from mhc_compile.runtime.data.shards import open_data
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.guard import Guard
@@ -69,6 +70,9 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
         )
         stack.push(_closing(checkpoints, world))
         resumes = checkpoints.latest() is not None
+        if not resumes:
+            with world.patience("reading the data"):
+                verify_data(recipe, world.rank, world.parallel.world)
         engine = build_engine(recipe, world, weights=not resumes)
         console.print("\n".join(summary(recipe, engine.program, engine.starts)))
         run = _Run(engine, loader, held_out, checkpoints, stop)
@@ -77,7 +81,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
             console.print(f"resuming after step {start:,} of {recipe.train.steps:,}")
         if start >= recipe.train.steps:
             return Result(start, None, "done")
-        engine.compile()
+        engine.compile(console.print)
         metrics = Metrics(
             recipe.metrics_folder,
             total_steps=recipe.train.steps,
@@ -95,6 +99,13 @@ def check_data(recipe: Recipe) -> None:
         if folder is not None:
             check_tokenizer(folder, recipe.model.folder)
             _loader(recipe, 0, folder, 0).close()
+
+
+def verify_data(recipe: Recipe, rank: int = 0, ranks: int = 1) -> None:
+    """Read all data, or a rank's share of them, once. Raises MHC611 where their bytes are not those written."""
+    for folder in (recipe.data.folder, recipe.data.validation):
+        if folder is not None:
+            open_data(folder).verify(rank, ranks)
 
 
 class _Run:
@@ -190,8 +201,11 @@ def _closing(checkpoints: Checkpoints, world: World) -> Callable[[Any, BaseExcep
     """Return an exit callback that finishes the present save, unless a rank is lost, for which no other may wait."""
 
     def end(_: Any, error: BaseException | None, __: Any) -> None:
-        if error is None or (isinstance(error, MHCError) and error.code != "MHC605"):
+        if error is None:
             checkpoints.close()
+        elif isinstance(error, MHCError) and error.code != "MHC605":
+            with suppress(MHCError):  # of a save that failed, which has warned: the first error is the one to report
+                checkpoints.close()
         elif world.rank == 0:
             checkpoints.folder.release()
 

@@ -19,6 +19,8 @@ MHC605 another rank is lost
     ranks are slow and not lost, raise parallel.timeout
 MHC606 tensorboard is not installed
     pip install 'mhc-compile[train]'
+MHC607 figures of the run are not written
+    make room where [metrics].folder lies: training goes on, and later lines are written when there is room
 MHC610 the text cannot be read
     name UTF-8 text files, folders of them, .jsonl files with a text in every line (--field names it), or
     hf:NAME[:SPLIT]

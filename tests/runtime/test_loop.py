@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from data_folders import documents, make_tokenizer, write_lines
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from training import model_folder
 from transformers import MambaConfig, MambaForCausalLM
 
 import mhc_compile
-from mhc_compile.diagnostics import MHCError
+from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.runtime.data.loader import Loader
 from mhc_compile.runtime.data.prepare import prepare
 from mhc_compile.runtime.loop import Result, train
@@ -83,7 +85,10 @@ def on_ranks(given: Recipe, folder: Path) -> None:
 
 
 def test_a_run_writes_what_it_was_asked_for(material: Path, tmp_path: Path) -> None:
-    result = train(recipe(material, tmp_path, metrics={"every": 1, "probes_every": 4}))
+    out = io.StringIO()
+    asked = recipe(material, tmp_path, metrics={"every": 1, "probes_every": 4})
+    result = train(asked, console=Console(file=out, width=120))
+    assert out.getvalue().index("compiling stage 1 of 1 for training") < out.getvalue().index("step 1/6")
     found = lines(tmp_path)
     assert list(found) == [1, 2, 3, 4, 5, 6]
     assert result == Result(6, found[6]["loss"], "done")
@@ -184,6 +189,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(material: Path, tmp_path: Path)
     assert list((tmp_path / "run").glob("failed-step-*"))
 
 
+def test_the_first_error_is_reported_where_the_disk_is_full_too(material: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits on the sizes of files are those of POSIX")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    chosen = recipe(material, tmp_path, train={"lr": 1e30}, checkpoint={"every": 1, "keep": 2})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.warns(MHCWarning, match="MHC616"), pytest.raises(MHCError, match="MHC618"):
+            train(chosen)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_from_scratch(material: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(material, tmp_path / "material"))
     for name in ("mhc.json", *(p.name for p in (copied / "model").glob("*.safetensors*"))):
@@ -192,7 +209,7 @@ def test_from_scratch(material: Path, tmp_path: Path) -> None:
     assert lines(tmp_path)[1]["loss"] == pytest.approx(math.log(300), rel=0.1)
 
 
-@pytest.mark.parametrize("damage", ["shard", "tokenizer", "few", "world", "data"])
+@pytest.mark.parametrize("damage", ["shard", "tokenizer", "few", "world", "data", "byte"])
 def test_mistakes_are_found_before_the_first_step(
     material: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +228,12 @@ def test_mistakes_are_found_before_the_first_step(
         case "world":
             tables["parallel"] = {"data": 2}
             code = "MHC603"
+        case "byte":
+            file = next((copied / "tokens").glob("tokens-*.bin"))
+            held = bytearray(file.read_bytes())
+            held[10] ^= 1
+            file.write_bytes(held)
+            code = "MHC611"
         case _:
             next((copied / "tokens").glob("*.bin")).unlink()
             code = "MHC611"
