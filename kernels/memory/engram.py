@@ -1,4 +1,4 @@
-"""The memories of one stream owner, as values: which layers, how each hashes, how rows enter the streams."""
+"""The Engram of one stream owner, as values: which layers, how each hashes, how rows enter the streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.settings import MemorySettings, fusion_spec, hash_specs, table_rows
-from mhc_compile.kernels.memory.spec import FusionSpec, HashSpec
+from mhc_compile.kernels.memory.spec import FusionSpec, HashSpec, TableSpec
+
+ROOT = "engram"
+"""The module among the owner's parameters that holds those of every layer, each with its table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,41 @@ class Memory:
     def fusion(self) -> FusionSpec:
         """How rows enter the streams."""
         return fusion_spec(self.settings)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The layers' module paths, relative to the owner."""
+        return tuple(m.layer for m in self.layers)
+
+    @property
+    def order(self) -> int:
+        """The longest n-gram."""
+        return self.layers[0].hash.order
+
+    @property
+    def fill(self) -> int:
+        """The (compressed) id before a document."""
+        return self.layers[0].hash.fill
+
+    @property
+    def history(self) -> int:
+        """Earlier tokens that the convolution reads."""
+        return (self.settings.taps - 1) * self.settings.order if self.settings.convolution else 0
+
+    @property
+    def tables(self) -> dict[str, TableSpec]:
+        """The table of every layer, by the layer's path."""
+        return {
+            m.layer: TableSpec(
+                place=f"{ROOT}.{m.layer}",
+                rows=m.rows,
+                width=self.settings.row_width,
+                found_by=str(m.hash),
+                reads=len(m.hash.moduli),
+                shown=f"2..{m.hash.order} x {m.hash.heads}",
+            )
+            for m in self.layers
+        }
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
