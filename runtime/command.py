@@ -63,6 +63,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add_recipe_arguments(parser)
     parser.add_argument("--fields", action="store_true", help="explain every field of a recipe and end")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on from the checkpoint of a recipe with other data, steps, batch or rates",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and end")
     parser.add_argument(
         "--export",
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from mhc_compile.runtime.loop import train
 
-        train(recipe)
+        train(recipe, accept_changes=args.accept_changes)
     return 0
 
 

@@ -74,7 +74,7 @@ def on_ranks(given: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps(given.plain()))
     program = "import json, sys; from pathlib import Path; from mhc_compile.runtime.loop import train; "
     program += "from mhc_compile.runtime.recipe import parse_recipe; p = Path(sys.argv[1]); "
-    program += "train(parse_recipe(json.loads(p.read_text()), p.parent))"
+    program += "train(parse_recipe(json.loads(p.read_text()), p.parent), accept_changes=True)"
     (folder / "run.py").write_text(program)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
@@ -134,6 +134,24 @@ def test_a_run_that_goes_on_is_an_unbroken_one(material: Path, tmp_path: Path, m
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_another_course_is_asked_for(material: Path, tmp_path: Path) -> None:
+    train(recipe(material, tmp_path, train={"steps": 2}))
+    changed = {"train": {"steps": 4, "batch": 2, "lr": 2e-2}}
+    with pytest.raises(MHCError, match=r"MHC608.*train.batch is 4 there and 2 here; train.lr .*; train.steps is 2"):
+        train(recipe(material, tmp_path, **changed))
+    train(recipe(material, tmp_path, metrics={"every": 2}, train={"steps": 2, "evaluate_every": 1}))  # no other course
+    seen: list[torch.Tensor] = []
+    read = Loader.batch
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Loader, "batch", lambda self, step: seen.append(read(self, step)) or seen[-1])
+        assert train(recipe(material, tmp_path, **changed), accept_changes=True).step == 4
+    # The smaller batches follow the larger ones in the data.
+    wanted = Loader(material / "tokens", sequence=16, batch=2)
+    ids = [b["input_ids"] for b in seen]
+    assert any(torch.equal(batch, wanted.batch(4)["input_ids"]) for batch in ids)
+    assert any(torch.equal(batch, wanted.batch(5)["input_ids"]) for batch in ids)
+
+
 def without_dropout(material: Path, folder: Path) -> Path:
     """What is dropped depends on the rank."""
     copied = Path(shutil.copytree(material, folder / "material"))
@@ -167,7 +185,7 @@ def test_sharded_ranks_go_on_from_one_and_one_from_them(material: Path, tmp_path
     train(recipe(copied, mixed, train=constant | {"steps": 3}))
     on_ranks(recipe(copied, mixed, train=constant | {"steps": 6}, parallel=parallel), mixed)
     on_ranks(recipe(copied, mixed, train=constant | {"steps": 7}, parallel={"data": 2, "mode": "fsdp"}), mixed)
-    train(recipe(copied, mixed, train=constant | {"steps": 9}))
+    train(recipe(copied, mixed, train=constant | {"steps": 9}), accept_changes=True)
     wanted, found = lines(tmp_path / "whole"), lines(mixed)
     assert list(found) == list(range(1, 10))
     for step in wanted:
