@@ -21,7 +21,7 @@ from mhc_compile.runtime.data.shards import open_data
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.guard import Guard
-from mhc_compile.runtime.launch import PATIENCE, World, launch
+from mhc_compile.runtime.launch import World, launch
 from mhc_compile.runtime.metrics import Metrics, summary_writer
 from mhc_compile.runtime.probes import stream_figures
 from mhc_compile.runtime.recipe import Recipe
@@ -70,7 +70,7 @@ def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | No
             every=recipe.checkpoint.every,
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
-            timeout=max(PATIENCE, recipe.parallel.timeout),
+            timeout=recipe.parallel.patience,
         )
         stack.push(_closing(checkpoints, world))
         resumes = checkpoints.latest() is not None
