@@ -17,6 +17,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
 from mhc_compile.runtime.data.loader import Loader, check_tokenizer
+from mhc_compile.runtime.denoiser import Denoiser
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.guard import Guard
@@ -90,7 +91,12 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raise MHC611 to 614 where the data are damaged, too few, or made with another tokenizer than the model's."""
+    """Raise MHC611 to 614 where the data are damaged, too few, or made with another tokenizer than the model's.
+
+    With `[diffusion]` also what `Denoiser` raises.
+    """
+    if recipe.diffusion is not None:
+        Denoiser(recipe, 0)
     for folder in (recipe.data.folder, recipe.data.validation):
         if folder is not None:
             check_tokenizer(folder, recipe.model.folder)
@@ -173,10 +179,12 @@ class _Run:
 
     def _progress(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint says besides tensors; `model` and `data` must be the same where it is resumed."""
-        streams = {
+        streams: dict[str, Any] = {
             owner: {"spec": str(parameters.spec), "sites": list(parameters.sites)}
             for owner, parameters in owners(self.engine.program.model).items()
         }
+        if (denoiser := self.engine.denoiser) is not None:
+            streams["diffusion"] = {"attention": self.recipe.options.attention, "mask_token": denoiser.mask_token}
         return {
             "step": step,
             "model": streams,

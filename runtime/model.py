@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
     """
     folder = Path(recipe.model.folder)
     dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
-    options = Options(inner=recipe.model.inner, kernels=recipe.model.kernels)
+    options = replace(recipe.options, recompute="off")  # which is for stages
     scratch = recipe.model.start == "scratch"
     if not scratch and is_converted(folder):
         model = _converted(recipe, folder, dtype, options, device)

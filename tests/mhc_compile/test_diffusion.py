@@ -24,7 +24,7 @@ from transformers import (
 
 import mhc_compile
 from mhc_compile import MHCError
-from mhc_compile.diffusion import attend, denoising_loss, edit_loss, edit_tokens, mask_loss, mask_tokens, sample
+from mhc_compile.diffusion import attend, corrupt, denoising_loss, edit_tokens, mask_tokens, sample
 from mhc_compile.diffusion.corruption import edited
 from mhc_compile.diffusion.objective import EDITS_FROM, LEAST_RATE
 from mhc_compile.integrations.diffusion import CachedCalls, add_mask_token
@@ -126,18 +126,32 @@ def test_impossible_corruptions() -> None:
 def test_losses_are_sums_over_tokens() -> None:
     ids, valid = rows(1), rows(2) < 8
     logits = torch.randn(3, 20, VOCABULARY, generator=generator(3), dtype=torch.float64)
-    rate = torch.tensor([[0.2], [0.5], [0.9]], dtype=torch.float64)
-    _, masked = mask_tokens(ids, rate, MASK, valid=valid, generator=generator(4))
-    of_masks = of_edits = 0.0
+    how: dict[str, Any] = {"mask_token": MASK, "vocabulary": VOCABULARY, "valid": valid}
+    masked, edited_ = corrupt(ids, 0.9, **how, generator=generator(4))
+    offset = float(torch.rand((1, 1), generator=generator(4)))
+    expected = 0.0
     for b in range(3):
+        rate = LEAST_RATE + (1 - LEAST_RATE) * ((offset + b / 3) % 1)
         for i in range(20):
             total = sum(math.exp(x) for x in logits[b, i].tolist())
             surprise = math.log(total) - float(logits[b, i, ids[b, i]])
-            of_masks += surprise / float(rate[b]) if masked[b, i] else 0.0
-            of_edits += surprise if valid[b, i] else 0.0
-    count = int(valid.sum())
-    assert float(mask_loss(logits, ids, masked, rate, valid=valid)) == pytest.approx(of_masks / count, rel=1e-12)
-    assert float(edit_loss(logits, ids, valid=valid)) == pytest.approx(of_edits / count, rel=1e-12)
+            expected += surprise / rate if masked.ids[b, i] == MASK else 0.0
+            expected += surprise if valid[b, i] else 0.0
+    assert 0 < (masked.ids == MASK).sum() < valid.sum()
+    assert torch.equal(edited_.ids[~valid], ids[~valid])
+    found = denoising_loss(lambda _: logits, ids, 0.9, **how, generator=generator(4))
+    assert float(found) == pytest.approx(expected / int(valid.sum()), rel=1e-6)
+
+
+def test_a_rows_corruption_is_its_own() -> None:
+    ids, other = rows(1), rows(2)
+    other[1] = ids[1]
+    valid = torch.tensor([False, True, False])[:, None].expand(3, 20)
+    how: dict[str, Any] = {"mask_token": MASK, "vocabulary": VOCABULARY}
+    one = corrupt(ids, 1.0, **how, generator=generator(3))
+    two = corrupt(other, 1.0, **how, valid=valid, generator=generator(3))
+    assert all(torch.equal(a.ids[1], b.ids[1]) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a.weights[1], b.weights[1]) for a, b in zip(one, two, strict=True))
 
 
 def test_the_bound_is_that_of_a_network_that_knows_nothing() -> None:
