@@ -260,6 +260,31 @@ def test_the_cache_changes_nothing(streams: int) -> None:
         assert with_cache.tokens_per_forward == 11 / with_cache.forwards
 
 
+@pytest.mark.parametrize("streams", [0, 2])
+def test_masks_in_the_prompt_are_filled(streams: int) -> None:
+    model, text = generator_of(streams), rows(9, 2, 14)
+    prompt = text.clone()
+    prompt[0, 5:11] = prompt[1, 6:8] = MASK  # in the blocks 4 to 7 and 8 to 11; in the first of these
+    made = sample(model, prompt, mask_token=MASK, threshold=2.0)
+    assert torch.equal(made.ids[prompt != MASK], text[prompt != MASK])
+    assert not (made.ids == MASK).any()
+    assert (made.new, made.forwards) == (4.0, 6)
+    assert torch.equal(made.ids, sample(model, prompt, mask_token=MASK, threshold=2.0, cached=False).ids)
+    # What comes after the mask in its block decides, and what comes after the block does not.
+    by_hand = prompt[:1].clone()
+    with torch.no_grad():
+        for stop in (8, 12):
+            while (masked := by_hand[:, :stop] == MASK).any():
+                confidence, best = model(by_hand).logits[:, :stop, :MASK].max(-1)
+                confidence -= model(by_hand).logits[:, :stop, :MASK].logsumexp(-1)
+                at = confidence.masked_fill(~masked, -torch.inf).argmax()
+                by_hand[0, at] = best[0, at]
+    assert torch.equal(made.ids[:1], by_hand)
+    more = sample(model, prompt, 3, mask_token=MASK, threshold=2.0)
+    assert torch.equal(more.ids[:, :12], made.ids[:, :12])
+    assert more.new == 7.0
+
+
 def test_everything_at_once() -> None:
     model = generator_of(0, "bidirectional")
     out = sample(model, rows(11, 1, 3), 5, mask_token=MASK, threshold=0.0)
@@ -273,9 +298,9 @@ def test_impossible_samples() -> None:
     cases: list[tuple[str, Callable[[], object]]] = [
         ("its own masks", lambda: sample(llama(), rows(0), 4, **how)),
         ("new=0", lambda: sample(generator_of(0), rows(0), 0, **how)),
+        ("new=-1", lambda: sample(generator_of(0), rows(0), -1, **how)),
         ("least=0", lambda: sample(generator_of(0), rows(0), 4, least=0, **how)),
         ("prompt", lambda: sample(generator_of(0), rows(0)[0], 4, **how)),
-        ("without mask tokens", lambda: sample(generator_of(0), torch.full((1, 2), MASK), 4, **how)),
         ("attend without", lambda: attend(llama(), None)),  # type: ignore[arg-type]
         ("no streams", lambda: attend(llama(), "block:4", streams=2)),
         ("known: block:SIZE", lambda: attend(llama(), "blocks")),
