@@ -44,10 +44,10 @@ def sample(
 ) -> Sampled:
     """Return `prompt` [B, P] with its mask tokens filled, continued by `new` tokens.
 
-    They are filled block after block, of those that `model` attends to; new tokens begin as mask tokens. Each call of the
-    model accepts the most probable token at every position where its probability is at least `threshold`, and at the
-    `least` most probable positions of each row whatever theirs is; accepted tokens stay. The result depends on nothing
-    random.
+    They are filled block after block, of those that `model` attends to; new tokens begin as mask tokens. Each call of
+    the model accepts the most probable token at every position where its probability is at least `threshold`, and at
+    the `least` most probable positions of each row whatever theirs is; accepted tokens stay. The result depends on
+    nothing random.
 
     Keys and values of finished blocks are cached (`cached`, by default where there are blocks): a call computes the
     block at hand, the first one of a block also the block before, whose tokens are final by then. Blocks do not see
