@@ -24,11 +24,14 @@ class Sampled:
     """Tokens of a row that are not the prompt's, on average over the rows."""
     forwards: int
     """Calls of the model."""
+    needed: float
+    """Calls that filled tokens of a row, on average over the rows: those that each takes alone. In the others a row
+    waits for rows whose block is not filled yet."""
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens of a row for each call of the model; decoding one after the other makes 1."""
-        return self.new / self.forwards
+        """New tokens of a row for each call that it needed; decoding one after the other makes 1."""
+        return self.new / self.needed
 
 
 @torch.no_grad()
@@ -72,10 +75,11 @@ def sample(
     end = prompt.shape[1] + new
     ids = torch.cat([prompt, prompt.new_full((prompt.shape[0], new), mask_token)], 1)
     calls: CachedCalls | _WholeCalls = CachedCalls(model) if cached else _WholeCalls(model)
-    forwards = begin = kept = 0
+    forwards = begin = kept = needed = 0
     while begin < end:
         stop = min(begin + block, end) if block else end
-        while bool((ids[:, begin:stop] == mask_token).any()):
+        while waiting := int((ids[:, begin:stop] == mask_token).any(1).sum()):
+            needed += waiting
             logits = calls(ids[:, kept:stop])[:, begin - kept :]
             forwards += 1
             if isinstance(calls, CachedCalls):
@@ -83,7 +87,7 @@ def sample(
                 kept = begin
             ids[:, begin:stop] = _accepted(logits, ids[:, begin:stop], mask_token, threshold, least)
         begin = stop
-    return Sampled(ids, new + masked / len(prompt), forwards)
+    return Sampled(ids, new + masked / len(prompt), forwards, needed / len(prompt))
 
 
 class _WholeCalls:
