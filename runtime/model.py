@@ -58,8 +58,8 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
         start = start_of(streams.start, scratch=scratch)
         of_memory: Any = "paper" if scratch else "zero"
         read = functools.partial(read_tokenizer, folder)
-        requests = requested(model, recipe.memory, None, read, start=of_memory, tables_on="meta")
-        convert_streams(model, (), {}, streams.spec, options, requests, start=start)
+        request = requested(model, recipe.memory, None, read, start=of_memory, tables_on="meta")
+        convert_streams(model, (), {}, streams.spec, options, request, start=start)
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
         raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory]")
@@ -76,6 +76,10 @@ def _converted(
     streams = read_streams(checkpoint, manifest, options)
     model = _build(checkpoint.config, folder, dtype)
     _read_buffers(model, checkpoint)
+    attention = next((p.options.attention for p in streams.values() if p.options.attention), None)
+    if recipe.diffusion is None and attention is not None:
+        detail = f"{folder} sees attention={attention!r}: next tokens are among what it sees"
+        raise MHCError("MHC602", detail, way_out=f'add [diffusion] attention = "{attention}"')
     for owner, parameters in streams.items():
         check_tokenizer(folder, parameters)
         try:

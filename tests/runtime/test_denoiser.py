@@ -127,7 +127,7 @@ def test_a_run_evaluates_masks_and_is_resumed_bit_by_bit(material: Path, tmp_pat
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     shutil.rmtree(resumed / "run" / "step-00000006")
-    with pytest.raises(MHCError, match="MHC617"):
+    with pytest.raises(MHCError, match="MHC608"):
         train(whole(material, resumed, diffusion={"attention": "block:8"}))
 
 
