@@ -134,6 +134,22 @@ class TrainTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiffusionTable:
+    """`[diffusion]`: The model learns to restore corrupted text instead of next tokens, as a parallel generator."""
+
+    attention: str
+    """What positions see: with `block:16` their block of 16 and all blocks before it, with `bidirectional`
+    everything."""
+    mask_token: int | None = None
+    """The id of the mask token; left out, the one that the tokenizer names."""
+
+    def __post_init__(self) -> None:
+        Options(attention=self.attention)
+        if self.mask_token is not None:
+            _at_least("diffusion", self, mask_token=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelTable:
     """`[parallel]`: How the run is spread. There are stages x data x engram ranks."""
 
