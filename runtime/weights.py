@@ -23,11 +23,12 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import head_values, start_values
 from mhc_compile.kernels.start import Start
 from mhc_compile.loading import load_by_transformers, open_converted
-from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values
+from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values, ultramem_values
 from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import StreamParameters, names, owners
 from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
+from mhc_compile.passes.ultramem import ROOT as ULTRAMEM
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.stage import Stage
 
@@ -146,6 +147,9 @@ def _stream_values(parameters: StreamParameters, place: str, start: Start) -> di
         return head_values(spec, len(parameters.sites), hidden, start)
     if place == OVER_ENCODING:
         return {"projection": torch.zeros(parameters.get_submodule(OVER_ENCODING).get_parameter("projection").shape)}
+    if place.startswith(f"{ULTRAMEM}."):
+        assert parameters.content is not None
+        return ultramem_values(parameters.content)
     assert parameters.memory is not None
     assert place.startswith(f"{ROOT}.")
     of_memory: MemoryStart = "paper" if start.scratch else "zero"

@@ -37,7 +37,7 @@ def test_projections_are_counted() -> None:
     chosen = MemorySettings.preset("v41", layers=(0,), rows_per_head=100, row_width=2)
     found = allocate(10**6, chosen, share=0.5, hidden=8, streams=2)
     width = 3 * 8 * 2
-    assert found.fusion == 2 * 8 * width + 8 * width + 2 * 2 * 8
+    assert found.dense == 2 * 8 * width + 8 * width + 2 * 2 * 8
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
