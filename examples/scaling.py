@@ -182,8 +182,8 @@ def run(corpus: Corpus, job: Job) -> Trained:
     (engram, in_engram), (ultramem, in_ultramem) = (
         job.sized(memory, share) for memory, share in ((settings.memory, job.engram), (recipe.values, job.ultramem))
     )
-    memories = {"engram": engram, "ultramem": ultramem, "tokenizer": corpus.tokenizer if engram else None}
-    options = {"start": "paper", "inner": "eager", "kernels": recipe.kernels}
+    memories: dict[str, Any] = {"engram": engram, "ultramem": ultramem, "tokenizer": corpus.tokenizer}
+    options: dict[str, Any] = {"start": "paper", "inner": "eager", "kernels": recipe.kernels}
     mhc_compile.convert(model, streams=settings.streams, **options, **memories)
 
     def held_out() -> float:
@@ -247,10 +247,8 @@ class Outcome:
     @property
     def by_name(self) -> dict[str, list[Trained]]:
         """All seeds of every share, in the order of the shares."""
-        by_name: dict[str, list[Trained]] = {}
-        for t in self.trained:
-            by_name.setdefault(t.name, []).append(t)
-        return by_name
+        names = dict.fromkeys(t.name for t in self.trained)
+        return {name: [t for t in self.trained if t.name == name] for name in names}
 
     def differences(self, name: str) -> list[float]:
         """Return the held-out losses of `name` minus those without a memory, seed by seed."""
@@ -266,6 +264,8 @@ def claims(outcome: Outcome) -> list[Claim]:
     low, high = BEST_SHARES
     near = [name for name in paid if low <= outcome.by_name[name][0].share <= high] or paid[:1]
     near_best = min(near, key=lambda name: means[name])
+    differences = (outcome.differences(name) for name in (near_best, LEAST))
+    from_least = [a - b for a, b in zip(*differences, strict=True)]
     apart = [a.held_out - b.held_out for a, b in zip(outcome.by_name[last], outcome.by_name[best], strict=True)]
     return [
         Claim(
@@ -278,9 +278,9 @@ def claims(outcome: Outcome) -> list[Claim]:
         Claim(
             "and better than the smallest memory, with as many parameters a token",
             "not stated",
-            _beside(outcome, near_best),
+            f"{near_best}: {plus_minus(from_least, sign=True)}",
             "it is lower with every seed",
-            all(d < 0 for d in _from_least(outcome, near_best)),
+            all(d < 0 for d in from_least),
         ),
         Claim(
             "the best share",
@@ -297,14 +297,6 @@ def claims(outcome: Outcome) -> list[Claim]:
             all(d > 0 for d in apart),
         ),
     ]
-
-
-def _from_least(outcome: Outcome, name: str) -> list[float]:
-    return [a - b for a, b in zip(outcome.differences(name), outcome.differences(LEAST), strict=True)]
-
-
-def _beside(outcome: Outcome, name: str) -> str:
-    return f"{name}: {plus_minus(_from_least(outcome, name), sign=True)}"
 
 
 def table(outcome: Outcome, first: str) -> str:
@@ -344,25 +336,22 @@ def report(outcome: Outcome) -> str:
 
 def report_of_kinds(outcome: Outcome) -> str:
     """Return the table of `--kinds`, as markdown."""
-    share = 1 - outcome.recipe.kept / outcome.recipe.spare
-    return (
-        f"{share:.0%} of {outcome.recipe.budget:,} sparse parameters go to memories, {trained_on(outcome.recipe)}\n\n"
-        + table(outcome, "memory")
-    )
+    recipe = outcome.recipe
+    share = f"{1 - recipe.kept / recipe.spare:.0%} of {recipe.budget:,} sparse parameters go to memories"
+    return f"{share}, {trained_on(recipe)}\n\n{table(outcome, 'memory')}"
 
 
 def draw_kinds(outcome: Outcome) -> Any:
     """Draw the training losses minus those without a memory."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     curves = {name: studies.smooth([t.losses for t in seeds], 20) for name, seeds in outcome.by_name.items()}
     for name, losses in curves.items():
         axes.plot([a - b for a, b in zip(losses, curves[NO_MEMORY], strict=True)], label=name)
     axes.set(title="Training loss minus that without a memory", xlabel="step", ylabel="nats a token")
     axes.legend(fontsize="small")
-    return figure
+    return axes.figure
 
 
 def draw(outcome: Outcome) -> Any:
@@ -376,14 +365,12 @@ def draw(outcome: Outcome) -> Any:
     shares = [100 * outcome.by_name[name][0].share for name in names]
     for seed in range(outcome.recipe.seeds):
         color = f"C{seed}"
-        loss.plot(
-            shares, [outcome.by_name[name][seed].held_out for name in names], "o-", color=color, label=f"seed {seed}"
-        )
+        held_out = [outcome.by_name[name][seed].held_out for name in names]
+        loss.plot(shares, held_out, "o-", color=color, label=f"seed {seed}")
         loss.axhline(plain[seed].held_out, color=color, linestyle=":", linewidth=1)
         paired.plot(shares, [outcome.differences(name)[seed] for name in names], ".", color=color)
-    paired.plot(
-        shares, [statistics.fmean(outcome.differences(name)) for name in names], "o-", color="0.2", label="mean"
-    )
+    means = [statistics.fmean(outcome.differences(name)) for name in names]
+    paired.plot(shares, means, "o-", color="0.2", label="mean")
     paired.axhline(0, color="0.6", linewidth=1)
     low, high = (100 * share for share in BEST_SHARES)
     for axes in (loss, paired):

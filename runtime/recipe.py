@@ -96,9 +96,10 @@ TABLES: dict[str, type[Any]] = {
     "checkpoint": CheckpointTable,
     "metrics": MetricsTable,
 }
+_CHANGED = "The published memory that the other fields change: "
 _PRESETS = {
-    section: Described(section, "preset", "a text", default, f"The published memory that the other fields change: {known}.")
-    for section, default, known in (("memory", '"paper"', "paper, v41, qwen_ple"), ("ultramem", '"v1"', "v1, v2"))
+    "memory": Described("memory", "preset", "a text", '"paper"', f"{_CHANGED}paper, v41, qwen_ple."),
+    "ultramem": Described("ultramem", "preset", "a text", '"v1"', f"{_CHANGED}v1, v2."),
 }
 """By the sections of memories the field that names their other fields' values."""
 _PATHS = {"model": ("folder",), "data": ("folder", "validation"), "checkpoint": ("folder",), "metrics": ("folder",)}

@@ -55,8 +55,10 @@ class TableAdamW(torch.optim.AdamW):
     every row hit at every step this is Adam.
 
     Moments are float32 `[rows, width]`, made at a table's first step where its weight lies; the update is computed in
-    float32 and rounded once for bfloat16 rows. In a group with `"falls_over": n` the learning rate falls from `lr`, in a
-    table's first step, to `lr / ratio` in its step n + 1, whatever a schedule does to `lr` besides. DDP does not see tables: with a `process_group` (its own, or
+    float32 and rounded once for bfloat16 rows. In a group with `"falls_over": n` the learning rate falls from `lr` in a
+    table's first step to `lr / ratio` in its step n + 1, whatever a schedule does to `lr` besides.
+
+    DDP does not see tables: with a `process_group` (its own, or
     `torch.distributed.group.WORLD`) their gradients are averaged over it at each step; without, the processes' tables
     drift apart. Of a sharded table (`mhc_compile.memory.sharded`) a process steps its own rows, with the mean
     over the table's ranks, and `process_group` is that of the processes with the same rows. `lr`, `betas`, `eps` and

@@ -90,7 +90,8 @@ def allocate(
 def _values(budget: int, settings: UltraMemSettings, share: float, hidden: int) -> Allocation:
     """Return the allocation to UltraMem with as many values as the share pays for."""
     if settings.layers == "all":
-        raise MHCError("MHC220", 'ultramem: layers="all" of a model that is not known', way_out="name the layers")
+        detail = 'ultramem: layers="all" of a model that is not known'
+        raise MHCError("MHC220", detail, way_out="name them, or --ultramem-layers 12")
     count, width = len(settings.layers), settings.input_width + settings.value_width
     side = math.isqrt(int(budget * share) // (count * width))
     if side < 1:

@@ -15,11 +15,13 @@ from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.tables import TOKENIZER
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import StreamForm, form_of
+from mhc_compile.kernels.memory.ultramem_settings import last_sites
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
 from mhc_compile.passes.cost import Plan, choose_blocks
 from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 from mhc_compile.passes.stages import balanced, site_nodes
+from mhc_compile.passes.ultramem import TABLE as ULTRAMEM_TABLE
 from mhc_compile.runtime.balance import site_costs
 from mhc_compile.runtime.engine import capture
 from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, parameters_of_sites, site_works
@@ -33,12 +35,16 @@ class Table:
     """The table of a memory."""
 
     name: str
-    site: int
-    """The site whose stage holds it."""
+    sites: tuple[int, ...]
+    """Those in which its rows are read; every stage with one of them holds it."""
     rows: int
     width: int
-    hashes: int
-    """Rows that a token reads."""
+    reads: int
+    """Rows that a token reads in each of them."""
+
+    def look_ups(self, sites: tuple[int, int]) -> int:
+        """Return how many of the sites from the first of `sites` to before the second read rows."""
+        return sum(sites[0] <= site < sites[1] for site in self.sites)
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,21 @@ def count(recipe: Recipe) -> Counted:
 
 
 def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
-    """Return the tables with the sites before which their memories are added."""
+    """Return the tables with the sites before which memories are added, or whose branch has values added to it."""
     tables = []
+    numbers = {w.name: i for i, w in enumerate(works)}
+    last = last_sites(list(numbers))
     for owner, parameters in owners(program.model).items():
-        memory, over = parameters.memory, parameters.over
-        hashes = {m.layer: len(m.hash.moduli) for m in (memory.layers if memory is not None else ())}
+        memory, over, content = parameters.memory, parameters.over, parameters.content
+        reads: dict[str, tuple[tuple[int, ...], int]] = {
+            m.layer: ((numbers[m.site],), len(m.hash.moduli)) for m in (memory.layers if memory else ())
+        }
         if over is not None:
-            hashes[OVER_TABLE] = len(over.hash.moduli)
-        for name, count in hashes.items():
-            site = next((i for i, w in enumerate(works) if w.name.partition("#")[0] == name), 0)
+            reads[OVER_TABLE] = ((0,), len(over.hash.moduli))
+        if content is not None:
+            sites = tuple(numbers[last[later]] for _, later in content.layers)
+            reads[ULTRAMEM_TABLE] = (sites, content.settings.heads * content.settings.top)
+        for name, (sites, count) in reads.items():
             table = parameters.table(name)
-            tables.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, count))
+            tables.append(Table(f"{owner}.{name}".strip("."), sites, table.rows, table.width, count))
     return tuple(tables)
