@@ -91,6 +91,21 @@ def test_spread_tables(tables: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
+def test_spread_tables_in_kernels(tables: Path, tmp_path: Path) -> None:
+    kernels = {"model": {"kernels": "all"}}
+    zbv = {"stages": 2, "timeout": 600, **WAYS["zbv"]}
+    check(
+        {
+            "one": recipe(tables, **kernels),
+            "stages": recipe(tables, parallel=zbv, **kernels),
+            "stages-fsdp": recipe(tables, parallel={"stages": 2, "data": 2, "mode": "fsdp", "timeout": 600}, **kernels),
+            "inductor": recipe(tables, parallel=zbv, model={"inner": "inductor"}),
+        },
+        tmp_path,
+    )
+
+
 def test_bfloat16_weights_are_those_of_the_step(llama: Path, tmp_path: Path) -> None:
     """Masters move in float32, and every step computes with what they are by then, gathered by FSDP or not."""
     model = {"inner": "eager", "dtype": "bfloat16"}
