@@ -15,13 +15,12 @@ from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.tables import TOKENIZER
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import StreamForm, form_of
+from mhc_compile.kernels.memory.ultramem_settings import TABLE as ULTRAMEM_TABLE
 from mhc_compile.kernels.memory.ultramem_settings import last_sites
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
 from mhc_compile.passes.cost import Plan, choose_blocks
-from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 from mhc_compile.passes.stages import balanced, site_nodes
-from mhc_compile.passes.ultramem import TABLE as ULTRAMEM_TABLE
 from mhc_compile.runtime.balance import site_costs
 from mhc_compile.runtime.engine import capture
 from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, parameters_of_sites, site_works
@@ -144,16 +143,13 @@ def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
     numbers = {w.name: i for i, w in enumerate(works)}
     last = last_sites(list(numbers))
     for owner, parameters in owners(program.model).items():
-        memory, over, content = parameters.memory, parameters.over, parameters.content
-        reads: dict[str, tuple[tuple[int, ...], int]] = {
-            m.layer: ((numbers[m.site],), len(m.hash.moduli)) for m in (memory.layers if memory else ())
-        }
-        if over is not None:
-            reads[OVER_TABLE] = ((0,), len(over.hash.moduli))
-        if content is not None:
-            sites = tuple(numbers[last[later]] for _, later in content.layers)
-            reads[ULTRAMEM_TABLE] = (sites, content.settings.heads * content.settings.top)
-        for name, (sites, count) in reads.items():
-            table = parameters.table(name)
-            tables.append(Table(f"{owner}.{name}".strip("."), sites, table.rows, table.width, count))
+        m = parameters.memories
+        read_at: dict[str, tuple[int, ...]] = {}
+        read_at |= {layer.layer: (numbers[layer.site],) for layer in (m.engram.layers if m.engram else ())}
+        if m.ultramem is not None:
+            read_at[ULTRAMEM_TABLE] = tuple(numbers[last[later]] for _, later in m.ultramem.layers)
+        for name, spec in m.tables.items():
+            sites = read_at.get(name, (0,))
+            table = Table(f"{owner}.{name}".strip("."), sites, spec.rows, spec.width, spec.reads // len(sites))
+            tables.append(table)
     return tuple(tables)
