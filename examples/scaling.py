@@ -182,9 +182,9 @@ def run(corpus: Corpus, job: Job) -> Trained:
     (engram, in_engram), (ultramem, in_ultramem) = (
         job.sized(memory, share) for memory, share in ((settings.memory, job.engram), (recipe.values, job.ultramem))
     )
-    memories: dict[str, Any] = {"engram": engram, "ultramem": ultramem, "tokenizer": corpus.tokenizer}
+    memory: dict[str, Any] = {"engram": engram, "tokenizer": corpus.tokenizer} if engram else {}
     options: dict[str, Any] = {"start": "paper", "inner": "eager", "kernels": recipe.kernels}
-    mhc_compile.convert(model, streams=settings.streams, **options, **memories)
+    mhc_compile.convert(model, streams=settings.streams, ultramem=ultramem, **options, **memory)
 
     def held_out() -> float:
         outputs = [model(input_ids=batch, labels=batch) for batch in held_out_batches(corpus, settings)]
