@@ -99,7 +99,7 @@ class TrainTable:
     microbatch: int
     """Sequences that a stage computes at a time; gradients of a step's microbatches add up."""
     lr: float
-    """The highest learning rate. Tables of memories have 5 times it."""
+    """The highest learning rate. Tables of memories have 5 times it; those of UltraMem 4 times, falling to once."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: int = 0

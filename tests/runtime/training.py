@@ -35,10 +35,14 @@ def model_folder(folder: Path, **config: Any) -> Path:
         "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0,
         "initializer_range": 0.1, "tie_word_embeddings": True,
     }  # fmt: skip
-    extra = {name: config.pop(name) for name in ("engram", "streams", "form") if name in config}
+    extra = {name: config.pop(name) for name in ("engram", "ultramem", "streams", "form") if name in config}
     start = {"engram_start": "paper"} if "engram" in extra else {}
     model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
-    mhc_compile.convert(model, scratch=True, start="paper", inner="eager", **extra, **start).save_pretrained(folder)
+    mhc_compile.convert(model, scratch=True, start="paper", inner="eager", **extra, **start)
+    for name, p in mhc_compile.stream_parameters(model).items():
+        if name.endswith(".projection"):  # the values found make a difference from the first step on
+            nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -66,7 +70,7 @@ def plain(recipe: Recipe) -> Result:
     """The same training by a loop of a few lines in this process, eagerly, without pipeline, ranks or microbatches."""
     model = mhc_compile.from_pretrained(recipe.model.folder, inner="eager").train()
     t = recipe.train
-    groups = mhc_compile.parameter_groups(model, weight_decay=t.weight_decay, lr=t.lr)
+    groups = mhc_compile.parameter_groups(model, weight_decay=t.weight_decay, lr=t.lr, steps=t.steps)
     adamw = mhc_compile.TableAdamW(groups, betas=t.betas)
     losses, norms = [], []
     for step in range(1, t.steps + 1):
@@ -76,7 +80,7 @@ def plain(recipe: Recipe) -> Result:
         loss.backward()
         norms.append(float(clip(model, t.clip)))
         for group in adamw.param_groups:
-            group["lr"] = (5 if group["table"] else 1) * optimizer.learning_rate(step, t)
+            group["lr"] = group["ratio"] * optimizer.learning_rate(step, t)
         adamw.step()
         adamw.zero_grad()
         losses.append(loss.item())
