@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import by_name, ids, llama, program_of, stages_of, through
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
@@ -251,3 +252,21 @@ def test_units_are_recompute_blocks(recompute: str | int, units: int) -> None:
 def test_a_model_that_is_not_converted() -> None:
     with pytest.raises(MHCError, match="MHC501"):
         capture_program(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16)), {"input_ids": ids()})
+
+
+def test_a_restart_finds_what_was_compiled() -> None:
+    """The same stage again comes from Inductor's caches, with and without blocks that are computed again."""
+    model, tokens = llama(num_hidden_layers=1, tie_word_embeddings=False), ids()
+    program = program_of(model, tokens)
+    found, first = [], {}
+    for blocks in ("off", "off", 1, 1):
+        torch._dynamo.reset()
+        counters["inductor"].clear()
+        (stage,) = stages_of(program, [], Options(inner="inductor", kernels="none", recompute=blocks))
+        through([stage], tokens).sum().backward()
+        found.append([counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "bypass")])
+        first = first or summed([stage])
+        for name, gradient in summed([stage]).items():
+            torch.testing.assert_close(gradient, first[name], rtol=1e-5, atol=1e-6)
+    assert found[1] == found[3] == [2, 0]
+    assert all(bypassed == 0 for _, bypassed in found)
