@@ -13,7 +13,7 @@ import mhc_compile.kernels.memory.gather
 import mhc_compile.kernels.memory.ops  # noqa: F401  (these register the ops)
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.kernelspec import KernelSpec
-from mhc_compile.kernels.memory import hash_ops, sum_rows
+from mhc_compile.kernels.memory import hash_ops, sum_rows_cpp
 from mhc_compile.kernels.memory.spec import HashSpec, OverEncodingSpec
 from mhc_compile.kernels.registration import registered
 from mhc_compile.passes.base import KERNELS_OF, copy_meta, value
@@ -84,7 +84,7 @@ def prepare_hashes(graph: Graph) -> None:
         if node.target is KERNELS.rows.default:
             hash_ops.prepare(HashSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
         elif node.target is KERNELS.sum_rows.default and not build.no_compiler():
-            sum_rows.start()
+            sum_rows_cpp.start()
         elif node.target is KERNELS.over_rows.default:
             hash_ops.prepare(OverEncodingSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
 

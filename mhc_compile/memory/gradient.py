@@ -60,12 +60,11 @@ class PendingGradient:
         self._parts: list[RowGradient] = []
         self._passes = 0
 
-    def add(self, rows: Tensor, values: Tensor, name: str = "") -> None:
-        """Add copies of a backward pass's `rows` `[m]` and `values` `[m, width]`.
+    def add(self, part: RowGradient, name: str = "") -> None:
+        """Add the gradient of a backward pass, which nothing else changes.
 
         Warns once of the table `name` with MHC227 when `PATIENCE` passes have accumulated; never without a name.
         """
-        part = coalesce(rows, values)
         with self._lock:
             self._parts.append(part)
             # Each row is merged a logarithmic number of times, however many passes accumulate.

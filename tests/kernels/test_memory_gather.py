@@ -272,7 +272,7 @@ def test_gradients_add_up(calls: list[list[tuple[int, int]]]) -> None:
     wanted = torch.zeros(10, 2)
     for call in calls:
         rows, values = torch.tensor([r for r, _ in call]), torch.tensor([[v, -v] for _, v in call])
-        pending.add(rows, values)
+        pending.add(coalesce(rows, values))
         wanted.index_add_(0, rows, values.float())
     for found in (pending.peek(), pending.take()):
         assert found is not None
@@ -288,7 +288,7 @@ def test_gradients_are_equal_bit_by_bit() -> None:
         torch.set_num_threads(threads)
         pending = PendingGradient()
         for r, v in zip(rows, values, strict=True):
-            pending.add(r, v)
+            pending.add(coalesce(r, v))
         found.append(pending.take())
     assert all(torch.equal(f.values, found[0].values) and torch.equal(f.rows, found[0].rows) for f in found)
     # And the order is that of the duplicates.

@@ -49,7 +49,7 @@ def test_values_and_gradients_are_those_of_the_equations(
 ) -> None:
     s = spec(groups, read)
     table = MemoryTable(s.rows, read + 6, storage=storage, dtype=dtype).start(1, 1.0)
-    assert sum_rows._in_cpp(table, torch.zeros(1), None) == (storage == "device" and dtype == torch.float32)
+    assert (sum_rows._target(table, torch.zeros(1), None) == "cpp") == (storage == "device" and dtype == torch.float32)
     p = operands(s, cores)
     out = fused(table, s, p)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
