@@ -6,8 +6,9 @@
         -> gradients of scores and input, zero (0-dim float32)
 
 It is `engram::expand` (`mhc_compile.kernels.memory.ultramem`) of `engram_kernels::gather`, whose rules it follows
-(`mhc_compile.kernels.memory.gather`). C++ for float32 rows and scores on a CPU; else plain PyTorch. The gradient of a
-table has a row for each distinct one that was read, added up in the order of the tokens.
+(`mhc_compile.kernels.memory.gather`). With float32 scores, and rows on the device that computes, it is C++ on a CPU
+(float32 rows) and Triton on a GPU (bfloat16 too); else plain PyTorch. The gradient of a table has a row for each
+distinct one that was read, added up in the order of the tokens.
 """
 
 from __future__ import annotations
@@ -17,15 +18,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels.cpp import build
-from mhc_compile.kernels.memory import sum_rows_cpp
+from mhc_compile.kernels.memory import sum_rows_cpp, sum_rows_triton
 from mhc_compile.kernels.memory.gather import LIBRARY, call_number, no_second_order
+from mhc_compile.kernels.memory.hash_ops import target
 from mhc_compile.kernels.memory.registry import table_of
 from mhc_compile.kernels.memory.spec import ContentSpec
 from mhc_compile.kernels.memory.ultramem import expand, expand_backward
 
 if TYPE_CHECKING:
     from mhc_compile.memory.tables import MemoryTable
+
+
+def start() -> None:
+    """Begin to compile what this machine's CPU computes with."""
+    if target("cpu") == "cpp":
+        sum_rows_cpp.start()
+
 
 def _sum_rows(
     rows: Tensor,
@@ -71,15 +79,18 @@ def _backward(
     return d_scores, d_input, torch.zeros((), dtype=torch.float32, device=grad.device)
 
 
-_TARGETS: dict[str, Any] = {"cpp": sum_rows_cpp, "reference": None}
+_TARGETS: dict[str, Any] = {"cpp": sum_rows_cpp, "triton": sum_rows_triton, "reference": None}
+_ROWS = {"cpp": (torch.float32,), "triton": (torch.float32, torch.bfloat16)}
+_INPUTS = {"cpp": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def _target(table: MemoryTable, scores: Tensor, input: Tensor | None) -> str:
     """Return what computes with these: `cpp`, `triton` or `reference`."""
-    narrow = [t for t in (scores, input) if t is not None and t.dtype != torch.float32]
-    plain = table.storage == "device" and table.size == 1 and table.dtype == torch.float32
-    cpp = plain and not narrow and scores.device.type == table.weight.device.type == "cpu" and not build.no_compiler()
-    return "cpp" if cpp else "reference"
+    name = target(scores.device.type)
+    if name == "reference" or table.storage != "device" or table.size > 1 or table.weight.device != scores.device:
+        return "reference"
+    narrow = scores.dtype != torch.float32 or (input is not None and input.dtype not in _INPUTS[name])
+    return "reference" if narrow or table.dtype not in _ROWS[name] else name
 
 
 def _fake(

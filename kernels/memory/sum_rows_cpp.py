@@ -161,9 +161,7 @@ def start() -> None:
     _library()
 
 
-def run(
-    rows: Tensor, groups: Tensor, scores: Tensor, input: Tensor | None, table: Tensor, spec: ContentSpec
-) -> Tensor:
+def run(rows: Tensor, groups: Tensor, scores: Tensor, input: Tensor | None, table: Tensor, spec: ContentSpec) -> Tensor:
     """Compute `expand` of the rows of `table`. Raises IndexError for a row out of range."""
     _most(rows, table)
     sizes, threads = _sizes(scores, table, spec)
