@@ -18,11 +18,10 @@ from torch import Tensor
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.cpp.memory import POOL
 from mhc_compile.kernels.cpp.prelude import prelude
+from mhc_compile.kernels.memory.row_gradients_cpp import SORT_ROWS, pointers, sorted_rows
 from mhc_compile.kernels.memory.spec import ContentSpec
 
 SOURCE = """\
-#include <vector>
-
 struct Sizes { int64_t tokens, found, cores, input, slice, groups, width; };
 typedef float Few __attribute__((vector_size(16)));
 
@@ -40,7 +39,9 @@ static float product(const float* a, const float* b, int64_t n) {
   for (; i + 4 <= n; i += 4) narrow += few(a + i) * few(b + i);
   for (; i < n; ++i) sum += a[i] * b[i];
   const Lanes all = wide[0] + wide[1] + (wide[2] + wide[3]);
-  for (int lane = 0; lane < LANES; ++lane) sum += all[lane];
+  float part[LANES];
+  store(part, all);
+  for (int lane = 0; lane < LANES; lane += 4) narrow += few(part + lane);
   return sum + (narrow[0] + narrow[1] + (narrow[2] + narrow[3]));
 }
 
@@ -81,28 +82,6 @@ extern "C" void sum_rows(const int64_t* rows, const int64_t* groups, const float
         add(sums + groups[m] * V + c * z.slice, row + z.input + c * z.slice, scores[m * z.cores + c] * scale, z.slice);
     }
   }
-}
-
-// Sort the rows found, those of a token in their order; the places of row distinct[u] begin at order[begins[u]].
-extern "C" int64_t sort_rows(const int64_t* rows, int64_t count, int64_t most, int64_t* order, int64_t* begins,
-                             int64_t* distinct) {
-  constexpr int BITS = 11;
-  std::vector<int64_t> other(count);
-  int64_t *from = order, *to = other.data();
-  for (int64_t i = 0; i < count; ++i) from[i] = i;
-  for (int shift = 0; shift == 0 || most >> shift; shift += BITS) {
-    int64_t first[(1 << BITS) + 1] = {};
-    for (int64_t i = 0; i < count; ++i) ++first[(rows[i] >> shift & ((1 << BITS) - 1)) + 1];
-    for (int64_t d = 0; d < 1 << BITS; ++d) first[d + 1] += first[d];
-    for (int64_t i = 0; i < count; ++i) to[first[rows[from[i]] >> shift & ((1 << BITS) - 1)]++] = from[i];
-    std::swap(from, to);
-  }
-  if (from != order) memcpy(order, from, count * sizeof(int64_t));
-  int64_t u = 0;
-  for (int64_t i = 0; i < count; ++i)
-    if (i == 0 || rows[order[i]] != rows[order[i - 1]]) distinct[u] = rows[order[i]], begins[u++] = i;
-  begins[u] = count;
-  return u;
 }
 
 // d_rows: null where the table has no gradient. kept: of every row found the gradient of its product with the input.
@@ -166,7 +145,7 @@ def run(rows: Tensor, groups: Tensor, scores: Tensor, input: Tensor | None, tabl
     _most(rows, table)
     sizes, threads = _sizes(scores, table, spec)
     out = POOL.empty((*rows.shape[:-1], spec.groups * (table.shape[1] - spec.input)), torch.float32)
-    _library().result().sum_rows(*_pointers(rows, groups, scores, input, table, out), sizes, threads)
+    _library().result().sum_rows(*pointers(rows, groups, scores, input, table, out), sizes, threads)
     return out
 
 
@@ -183,22 +162,18 @@ def run_backward(
     """Compute the gradients of scores and input, and where `train` the distinct rows, ascending, with theirs."""
     count, width, functions = rows.numel(), table.shape[1], _library().result()
     sizes, threads = _sizes(scores, table, spec)
-    order, distinct, begins = torch.empty(3, count + 1, dtype=torch.int64)
-    sort: Any = functions.sort_rows
-    sort.restype = ctypes.c_int64
-    places = (ctypes.c_int64(count), ctypes.c_int64(_most(rows, table)), *_pointers(order, begins, distinct))
-    number = sort(*_pointers(rows), *places)
+    order, begins, distinct = sorted_rows(functions, rows, _most(rows, table))
     d_scores = POOL.empty(tuple(scores.shape), torch.float32)
     # A size that does not depend on the rows: the next step has the memory again.
     d_rows = POOL.empty((min(count, len(table)), width), torch.float32) if train else None
     d_input = torch.empty(0) if input is None else torch.empty_like(input, memory_format=torch.contiguous_format)
     kept = torch.empty(count if spec.input else 0)
-    operands = _pointers(groups, scores, input, table, grad, order, begins, distinct)
-    results = _pointers(d_scores, d_rows, kept)
-    functions.sum_rows_backward(*operands, ctypes.c_int64(number), *results, sizes, threads)
+    operands = pointers(groups, scores, input, table, grad, order, begins, distinct)
+    results = pointers(d_scores, d_rows, kept)
+    functions.sum_rows_backward(*operands, ctypes.c_int64(len(distinct)), *results, sizes, threads)
     if input is not None:
-        functions.sum_rows_input(*_pointers(rows, table, kept, d_input), sizes, threads)
-    return d_scores, d_input, None if d_rows is None else (distinct[:number].clone(), d_rows[:number])
+        functions.sum_rows_input(*pointers(rows, table, kept, d_input), sizes, threads)
+    return d_scores, d_input, None if d_rows is None else (distinct, d_rows[: len(distinct)])
 
 
 def _most(rows: Tensor, table: Tensor) -> int:
@@ -220,17 +195,6 @@ def _sizes(scores: Tensor, table: Tensor, spec: ContentSpec) -> tuple[Any, ctype
     return sizes, ctypes.c_int(threads)
 
 
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    """Return pointers that keep contiguous copies alive."""
-    pointers = []
-    for t in tensors:
-        contiguous = None if t is None else t.detach().contiguous()
-        pointer: Any = ctypes.c_void_p(0 if contiguous is None else contiguous.data_ptr())
-        pointer.tensor = contiguous
-        pointers.append(pointer)
-    return pointers
-
-
 @cache
 def _library() -> Any:
-    return build.begin("engram_sum_rows", lambda: prelude(build.lanes()) + SOURCE)
+    return build.begin("engram_sum_rows", lambda: prelude(build.lanes()) + SORT_ROWS + SOURCE)
