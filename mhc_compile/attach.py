@@ -18,7 +18,7 @@ from mhc_compile.guard import stream_readers
 from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT, Start
-from mhc_compile.memory.request import OverEncodingRequest, Request
+from mhc_compile.memory.request import NOTHING, Request
 from mhc_compile.modes import joined_sites
 from mhc_compile.owner import refuse_unconvertible
 from mhc_compile.parameters import StreamParameters
@@ -41,20 +41,18 @@ def rewrite_with_parameters(
     inputs: Sequence[Any],
     *,
     start: Start = DEFAULT,
-    requests: Sequence[Request] = (),
+    request: Request = NOTHING,
     others: Sequence[ResidualStream] = (),
 ) -> tuple[dict[str, StreamParameters], GraphModule]:
     """Make parameters for the streams of an analysed graph and rewrite it with them; `root` is not changed.
 
     `context` holds the results of the passes up to `residual`. Returns the argument of `convert_owners`, and the graph
-    with further placeholders for `graph_inputs`. The look-ups in `requests` are added to the last owner: the decoder.
+    with further placeholders for `graph_inputs`. What `request` asks for is added to the last owner: the decoder.
     Sites that only `others`, the streams of the other mode, have get parameters as well. Raises the errors of passes,
     and MHC207 as `convert_owners` does.
     """
     streams = context.streams
-    if any(not isinstance(request, OverEncodingRequest) for request in requests) and not isinstance(
-        form_of(spec), StreamForm
-    ):
+    if (request.engram or request.ultramem) and not isinstance(form_of(spec), StreamForm):
         raise MHCError("MHC204", f"a memory is added to streams, which form={spec.form!r} does not have")
     parameters: dict[str, StreamParameters] = {}
     joined, partial = joined_sites(sites_of_owners(streams, spec), sites_of_owners(others, spec))
@@ -66,9 +64,7 @@ def rewrite_with_parameters(
             refuse_unconvertible(_owner(root, path), path)
             stream = [s for s in (*others, *streams) if s.owner == path][-1]
             device = value(stream.exit).device
-            lookups: dict[str, Any] = {}
-            for request in requests if path == streams[-1].owner else ():
-                lookups |= request.of(stream.entry, list(sites))
+            lookups = request.of(stream.entry, list(sites)) if path == streams[-1].owner else {}
             readers = stream_readers(s for s in (*streams, *others) if s.owner == path)
             parameters[path] = StreamParameters(
                 spec, sites, options=options, start=start, device=device, partial=partial[path], readers=readers,
@@ -88,13 +84,9 @@ def rewrite_with_parameters(
 
 def refuse_missing(passes: Pipeline, marks: Sequence[Mark]) -> None:
     """Raise MHC241 for a pipeline without the pass of a look-up that a marked owner has."""
-    adding = {
-        "engram": any(mark.memory for mark in marks),
-        "overencoding": any(mark.over for mark in marks),
-        "ultramem": any(mark.content for mark in marks),
-    }
-    for name in adding:
-        if adding[name] and name not in passes.names:
+    wanted = {name.replace("_", "") for mark in marks for name in mark.memories.kinds}
+    for name in sorted(wanted):
+        if name not in passes.names:
             detail = f"the model looks rows up, which {passes} leaves out"
             raise MHCError("MHC241", detail, way_out=f"put {name} after widen")
 
@@ -184,9 +176,7 @@ def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters)
         str(parameters.spec),
         {name: node for name, node in nodes.items() if isinstance(name, str)},
         inputs=dict(zip(inputs_of(tables), (nodes[name] for name in tables), strict=True)),
-        memory=parameters.memory,
-        over=parameters.over,
-        content=parameters.content,
+        memories=parameters.memories,
         partial=parameters.partial,
         sites=tuple(parameters.sites),
     )

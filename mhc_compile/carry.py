@@ -27,10 +27,10 @@ from mhc_compile.integrations.transformers import (
     positions_of,
     unknown_of,
 )
+from mhc_compile.kernels.memory.engram import ROOT
 from mhc_compile.kernels.memory.hashing import check_ids
-from mhc_compile.memory.parameters import ROOT
+from mhc_compile.kernels.memory.overencoding_settings import TABLE as OVER_TABLE
 from mhc_compile.passes.marks import Described
-from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 
 State = dict[tuple[str, str], Tensor]
 """The state of a cached call, by the fields of its `mhc_compile.passes.marks.State`."""
@@ -58,7 +58,8 @@ def call_inputs(roles: Roles, arguments: Mapping[str, Any], state: State) -> dic
 def table_inputs(parameters: Any) -> dict[Described, Tensor]:
     """Return the inputs of `mhc::mark` that belong to the owner, besides its parameters."""
     inputs: dict[Described, Tensor] = {}
-    if parameters.memory is not None and parameters.memory.compressed:
+    engram = parameters.memories.engram
+    if engram is not None and engram.compressed:
         inputs["Compression",] = parameters.get_submodule(ROOT).compression
     for name in parameters.table_places:
         table = parameters.table(name)
@@ -118,16 +119,17 @@ def new_state(parameters: Any, roles: Roles, arguments: Mapping[str, Any]) -> St
         return {}
     batch, device = placed
     state: State = {}
-    if parameters.memory is not None:
-        before, past = (batch, parameters.memory_order - 1), parameters.memory_history
-        state["ids", ""] = torch.full(before, parameters.memory_fill, dtype=torch.int64, device=device)
+    engram, over = parameters.memories.engram, parameters.memories.over_encoding
+    if engram is not None:
+        before, past = (batch, engram.order - 1), engram.history
+        state["ids", ""] = torch.full(before, engram.fill, dtype=torch.int64, device=device)
         state["reach", ""] = torch.zeros(batch, dtype=torch.int64, device=device)
         streams, hidden = parameters.spec.streams, parameters.hidden
-        dtype = parameters.get_parameter(f"{ROOT}.{parameters.memory_layers[0]}.key").dtype
-        for layer in parameters.memory_layers if past else ():
+        dtype = parameters.get_parameter(f"{ROOT}.{engram.paths[0]}.key").dtype
+        for layer in engram.paths if past else ():
             state["gate", layer] = torch.zeros(batch, past, streams, dtype=dtype, device=device)
             state["value", layer] = torch.zeros(batch, past, hidden, dtype=dtype, device=device)
-    if parameters.over is not None:
-        state["ids", OVER_TABLE] = torch.zeros(batch, parameters.over_order - 1, dtype=torch.int64, device=device)
+    if over is not None:
+        state["ids", OVER_TABLE] = torch.zeros(batch, over.hash.order - 1, dtype=torch.int64, device=device)
         state["reach", OVER_TABLE] = torch.zeros(batch, dtype=torch.int64, device=device)
     return state

@@ -52,9 +52,7 @@ def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
     owners = read_manifest(path).owners
     try:
         parameters = {
-            p: StreamParameters(
-                o.spec, o.sites, device=device, memory=o.memory, over=o.over, content=o.content, partial=o.partial
-            )
+            p: StreamParameters(o.spec, o.sites, device=device, memories=o.memories, partial=o.partial)
             for p, o in owners.items()
         }
         convert_owners(model, parameters)

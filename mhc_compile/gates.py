@@ -31,7 +31,7 @@ def gate_values(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     forward that cannot be captured in one graph.
     """
     model = unwrapped(model)
-    if not any(parameters.memory for parameters in owners(model).values()):
+    if not any(parameters.memories.engram for parameters in owners(model).values()):
         raise MHCError("MHC410", f"{type(model).__name__} holds no memory", way_out="convert(model, engram=...)")
     graph, inputs, marks = widened(model, batch)
     watch = _GateInterpreter(graph, marks)
@@ -49,9 +49,9 @@ class _GateInterpreter(Interpreter):
         self._layers: dict[Node, str] = {}
         """The layer of each memory by the parameter that no other gate reads."""
         for mark in marks:
-            for m in () if mark.memory is None else mark.memory.layers:
-                path = f"{mark.owner}.{m.layer}".strip(".")
-                self._layers[mark.parameters[f"engram.{m.layer}.key_gain"]] = path
+            for layer in () if mark.memories.engram is None else mark.memories.engram.paths:
+                path = f"{mark.owner}.{layer}".strip(".")
+                self._layers[mark.parameters[f"engram.{layer}.key_gain"]] = path
 
     def run_node(self, n: Node) -> Any:
         """Run one node, and keep the result of a gate."""

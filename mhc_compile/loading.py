@@ -151,9 +151,7 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
                 owner.spec,
                 owner.sites,
                 options=options,
-                memory=owner.memory,
-                over=owner.over,
-                content=owner.content,
+                memories=owner.memories,
                 readers=owner.readers,
                 partial=owner.partial,
             )

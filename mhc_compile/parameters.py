@@ -13,24 +13,22 @@ from torch import Tensor, nn
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import form_of, head_values, start_values
-from mhc_compile.kernels.memory.memories import Memory
-from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
-from mhc_compile.kernels.memory.ultramem_settings import UltraMem
+from mhc_compile.kernels.memory.engram import ROOT as ENGRAM
+from mhc_compile.kernels.memory.memories import NONE, Memories
+from mhc_compile.kernels.memory.overencoding_settings import ROOT as OVER_ENCODING
+from mhc_compile.kernels.memory.ultramem_settings import ROOT as ULTRAMEM
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_of
 from mhc_compile.memory.optimizer import table_groups
-from mhc_compile.memory.parameters import CONTENT_RATIO, layer_values, new_table, ultramem_values
-from mhc_compile.memory.parameters import ROOT as MEMORIES
+from mhc_compile.memory.parameters import CONTENT_RATIO, lookup_values, new_table
 from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.marks import Signature
-from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
-from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
-from mhc_compile.passes.ultramem import ROOT as ULTRAMEM
-from mhc_compile.passes.ultramem import TABLE as ULTRAMEM_TABLE
 
 _DECAYED = (".phi", ".key", ".value", ".projection", ".query", ".keys", ".input")
 """Ends of the names of parameters of ours to which weight decay applies."""
+_ADDED = {ENGRAM: (".value", ".conv"), OVER_ENCODING: (".projection",), ULTRAMEM: (".projection",)}
+"""By the module of a memory the ends of the names of its parameters that scale what it adds."""
 
 
 class Started(nn.Module):
@@ -53,9 +51,9 @@ class StreamParameters(nn.Module):
     Each site's parameters sit in modules nested by its name: `layers.3#0` -> `mhc.layers.3#0.phi`. With the exit
     `head` there are also `head.fn` [n, n*C], `head.base` [n] and `head.scale` [1].
 
-    With a `memory` its layers' parameters (`mhc_compile.memory.parameters`) lie at `engram.<layer>`, each with its
-    `table`, and `engram.compression` [V] where ids are compressed. With `over`, `over_encoding` holds W and a table.
-    With `content`, `ultramem.<layer>` holds the parameters of each layer that reads, and `ultramem` their table.
+    Parameters of `memories` (`mhc_compile.memory.parameters`) lie at `engram.<layer>`, each with its `table`, and
+    `engram.compression` [V] where ids are compressed; at `over_encoding`, W and a table; at `ultramem.<layer>` for each
+    layer that reads, and `ultramem` holds their table.
 
     `sites` maps each site's name, in the order of the stream, to C. `partial` has the smaller sets of them that the
     model's graphs in one mode, training or evaluation, hold.
@@ -69,11 +67,9 @@ class StreamParameters(nn.Module):
         options: Options | None = None,
         start: Start = DEFAULT,
         device: torch.device | str | None = None,
-        memory: Memory | None = None,
+        memories: Memories = NONE,
         compression: Tensor | None = None,
         memory_start: MemoryStart = "zero",
-        over: OverEncoding | None = None,
-        content: UltraMem | None = None,
         tables_on: torch.device | str | None = None,
         readers: Iterable[str] = (),
         partial: Iterable[Iterable[str]] = (),
@@ -84,10 +80,8 @@ class StreamParameters(nn.Module):
         self.probe_slot: Tensor | None = None
         """Set in a sampled step, which Dynamo guards on (`mhc_compile.probes`): no buffer, and never saved."""
         self.spec = spec
-        self.memory = memory
-        self.over = over
-        self.content = content
-        self.table_places: dict[str, str] = {}
+        self.memories = memories
+        self.table_places = {name: table.place for name, table in memories.tables.items()}
         """Where every table lies, by what names it: its layer, `over-encoding` or `ultra-mem`."""
         self.sites = dict(sites)
         self.partial = tuple(frozenset(names) for names in partial)
@@ -98,20 +92,17 @@ class StreamParameters(nn.Module):
         self.hidden = next(iter(self.sites.values()), 0)
         if form_of(spec).head(spec, len(self.sites), self.hidden, start):
             self._place("head", functools.partial(head_values, spec, len(self.sites), self.hidden, start), device)
-        if memory is not None:
-            self._place_memory(memory, compression, memory_start, device, tables_on or device)
-        if over is not None:
-            self._place_over_encoding(over, device, tables_on or device)
-        if content is not None:
-            for layer, _ in content.layers:
-                self._place(f"{ULTRAMEM}.{layer}", functools.partial(ultramem_values, content), device)
-            table = new_table(content.rows, content.width, tables_on or device)
-            table.ratio = CONTENT_RATIO
-            self.get_submodule(ULTRAMEM).add_module("table", table)
-            self.table_places[ULTRAMEM_TABLE] = ULTRAMEM
+        for place, start_of_place in lookup_values(memories, spec.streams, self.hidden, start=memory_start).items():
+            self._place(place, start_of_place, device)
+        for table in memories.tables.values():
+            new = new_table(table.rows, table.width, tables_on or device)
+            new.ratio = CONTENT_RATIO if table.place == ULTRAMEM else new.ratio
+            self.get_submodule(table.place).add_module("table", new)
+        if memories.engram is not None and memories.engram.compressed:
+            self._place_compression(memories.engram.vocab, compression, device)
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
         names = tuple(self.in_graph())
-        self.signature = str(Signature(str(spec), names, tuple(self.sites), memory, over, content, self.partial))
+        self.signature = str(Signature(str(spec), names, tuple(self.sites), memories, self.partial))
 
     def _place(
         self, path: str, start: Callable[[], Mapping[str, Tensor]], device: torch.device | str | None
@@ -128,39 +119,12 @@ class StreamParameters(nn.Module):
             module.register_parameter(name, nn.Parameter(tensor.to(device)))
         return module
 
-    def _place_memory(
-        self,
-        memory: Memory,
-        compression: Tensor | None,
-        start: MemoryStart,
-        device: torch.device | str | None,
-        tables_on: torch.device | str | None,
-    ) -> None:
-        hidden = next(iter(self.sites.values()))
-        for layer in memory.layers:
-            values = functools.partial(layer_values, memory, self.spec.streams, hidden, start=start, device=None)
-            place = self._place(f"{MEMORIES}.{layer.layer}", values, device)
-            place.add_module("table", new_table(layer.rows, memory.settings.row_width, tables_on))
-            self.table_places[layer.layer] = f"{MEMORIES}.{layer.layer}"
-        # A traced call reads these attributes (`mhc_compile.carry`).
-        self.memory_layers = tuple(m.layer for m in memory.layers)
-        self.memory_order, self.memory_fill = memory.layers[0].hash.order, memory.layers[0].hash.fill
-        self.memory_history = memory.fusion.history if memory.fusion.dilation else 0
-        if memory.compressed:
-            empty = torch.empty(memory.vocab, dtype=torch.int64, device=device)
-            root = self.get_submodule(MEMORIES)
-            root.register_buffer("compression", empty if compression is None else compression.to(device))
-            if compression is not None:
-                root.start = functools.partial(dict, compression=compression.cpu())  # type: ignore[assignment]
-
-    def _place_over_encoding(
-        self, over: OverEncoding, device: torch.device | str | None, tables_on: torch.device | str | None
-    ) -> None:
-        """Place W = 0, which keeps the function; W gets a gradient because the rows are random."""
-        place = self._place(OVER_ENCODING, functools.partial(_start_of_over_encoding, over), device)
-        place.add_module("table", new_table(over.hash.rows, over.width, tables_on))
-        self.table_places[OVER_TABLE] = OVER_ENCODING
-        self.over_order = over.hash.order  # which a traced call reads
+    def _place_compression(self, vocab: int, ids: Tensor | None, device: torch.device | str | None) -> None:
+        empty = torch.empty(vocab, dtype=torch.int64, device=device)
+        root = self.get_submodule(ENGRAM)
+        root.register_buffer("compression", empty if ids is None else ids.to(device))
+        if ids is not None:
+            root.start = functools.partial(dict, compression=ids.cpu())  # type: ignore[assignment]
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -170,13 +134,14 @@ class StreamParameters(nn.Module):
     @property
     def reads_ids(self) -> bool:
         """Whether calls look n-grams of token ids up."""
-        return self.memory is not None or self.over is not None
+        return self.vocab is not None
 
     @property
     def vocab(self) -> int | None:
         """V: look-ups reject ids at or above it; None without look-ups."""
-        known = [self.memory.vocab] if self.memory is not None else []
-        return min(known if self.over is None else [*known, self.over.hash.vocab], default=None)
+        engram, over = self.memories.engram, self.memories.over_encoding
+        known = [] if engram is None else [engram.vocab]
+        return min(known if over is None else [*known, over.hash.vocab], default=None)
 
     def in_graph(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are inputs of graphs, by name: all but the rows of tables, which are looked up."""
@@ -188,7 +153,7 @@ class StreamParameters(nn.Module):
         return {**self.in_graph(), **buffers}
 
     def table(self, name: str) -> MemoryTable:
-        """Return the table of the memory at the layer `name`, or another (see `table_places`)."""
+        """Return the table of the memory at the layer `name`, or another of `memories.tables`."""
         table = self.get_submodule(f"{self.table_places[name]}.table")
         assert isinstance(table, MemoryTable)
         return table
@@ -217,9 +182,10 @@ class StreamParameters(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the specification, the number of sites, the layers with a memory, and other look-ups."""
-        layers = "" if self.memory is None else f", memory at {', '.join(m.layer for m in self.memory.layers)}"
-        over = "" if self.over is None else f", over-encoding of n-grams up to {self.over.hash.order}"
-        values = "" if self.content is None else f", {self.content.rows} values looked up by content"
+        m = self.memories
+        layers = "" if m.engram is None else f", memory at {', '.join(m.engram.paths)}"
+        over = "" if m.over_encoding is None else f", over-encoding of n-grams up to {m.over_encoding.hash.order}"
+        values = "" if m.ultramem is None else f", {m.ultramem.rows} values looked up by content"
         return f"{self.spec}, {len(self.sites)} sites{layers}{over}{values}"
 
 
@@ -232,10 +198,6 @@ def _set(tensor: Tensor, values: Tensor) -> None:
             assert isinstance(tensor, DTensor)
             values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
         tensor.copy_(values)
-
-
-def _start_of_over_encoding(over: OverEncoding) -> Mapping[str, Tensor]:
-    return {"projection": torch.zeros(over.hidden, len(over.hash.moduli) * over.width)}
 
 
 def active_parameters(state: nn.Module) -> StreamParameters:
@@ -289,7 +251,7 @@ def parameter_groups(
         id(p)
         for of_owner in owners(model).values()
         for name, p in of_owner.in_graph().items()
-        if coefficient_lr is not None and name.split(".")[0] not in (MEMORIES, OVER_ENCODING, ULTRAMEM)
+        if coefficient_lr is not None and name.split(".")[0] not in _ADDED
     }
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(c, d): [] for c in (False, True) for d in (True, False)}
     for name, p in model.named_parameters():
@@ -350,8 +312,7 @@ def at_start(parameters: StreamParameters) -> bool:
 
 def added_by_lookups(parameters: Iterable[str]) -> list[str]:
     """Return the parameters that scale what look-ups add: a memory's W_V and convolution, others' W."""
-    ends = {MEMORIES: (".value", ".conv"), OVER_ENCODING: (".projection",), ULTRAMEM: (".projection",)}
-    return [name for name in parameters if name.endswith(ends.get(name.split(".")[0], ()))]
+    return [name for name in parameters if name.endswith(_ADDED.get(name.split(".")[0], ()))]
 
 
 def names(items: Iterable[str]) -> str:

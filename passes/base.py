@@ -12,9 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.kernelspec import KernelSpec
-from mhc_compile.kernels.memory.memories import Memory
-from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
-from mhc_compile.kernels.memory.ultramem_settings import UltraMem
+from mhc_compile.kernels.memory.memories import NONE, Memories
 from mhc_compile.passes.marks import Input
 from mhc_compile.passes.results import Block, Coverage, NativeRead, NativeSite, Probed, ResidualStream
 
@@ -31,12 +29,8 @@ class Mark:
     """Placeholder (or attribute) node of every stream parameter by name relative to the owner's `mhc` module."""
     inputs: dict[Input, Node] = field(default_factory=dict)
     """Name the inputs of an owner's call, besides parameters, that its look-ups read."""
-    memory: Memory | None = None
-    """The owner's memories."""
-    over: OverEncoding | None = None
-    """The over-encoding of the owner's embedding."""
-    content: UltraMem | None = None
-    """The owner's memory that is looked up by content."""
+    memories: Memories = NONE
+    """What the owner looks up."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
     probe: Node | None = None

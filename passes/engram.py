@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
-from mhc_compile.kernels.memory.memories import LayerMemory, Memory, layers_of
+from mhc_compile.kernels.memory.engram import LayerMemory, Memory, layers_of
 from mhc_compile.passes.base import Context, Widened, gradient_modes, value
 from mhc_compile.passes.graphs import after
 from mhc_compile.passes.lookups import ENGRAM, Lookups
@@ -45,13 +45,13 @@ class Engram:
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
         for widened in context.widened:
-            if widened.mark.memory is not None:
+            memory = widened.mark.memories.engram
+            if memory is not None:
                 of_mark = [w for w in context.widened if w.mark is widened.mark]
                 # The entries of this graph: its mode may leave out the first site of a layer.
                 entries = layers_of([site for w in of_mark for site in w.reads])
-                _Inserting(gm.graph, widened, widened.mark.memory, entries, portable=self.portable).run()
-                layers = ", ".join(m.layer for m in widened.mark.memory.layers)
-                context.notes.append(f"memory at {layers} of {widened.mark.owner or 'the model'}")
+                _Inserting(gm.graph, widened, memory, entries, portable=self.portable).run()
+                context.notes.append(f"memory at {', '.join(memory.paths)} of {widened.mark.owner or 'the model'}")
         return gm
 
 

@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mhc_compile.kernels.memory.memories import Memory
-from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
-from mhc_compile.kernels.memory.ultramem_settings import UltraMem
+from mhc_compile.kernels.memory.memories import NONE, Memories
 
 Role = Literal["ids", "mask", "positions"]
 Part = Literal["ids", "reach", "gate", "value"]
@@ -112,20 +110,18 @@ class Signature:
     """Of the parameters, relative to the owner's `mhc` module."""
     sites: tuple[str, ...]
     """In the order of the stream, by which their parameters start."""
-    memory: Memory | None = None
-    over: OverEncoding | None = None
-    content: UltraMem | None = None
+    memories: Memories = NONE
+    """What the owner looks up."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
 
     def __str__(self) -> str:
         """Return the text that the mark carries, which `parse` reads."""
-        optional = {"memory": self.memory, "over": self.over, "content": self.content}
         fields = {
             "spec": self.spec,
             "names": self.names,
             "sites": self.sites,
-            **{name: value.plain() for name, value in optional.items() if value is not None},
+            "memories": self.memories.plain(),
             "partial": [sorted(names) for names in self.partial],
         }
         return json.dumps(fields)
@@ -138,8 +134,6 @@ class Signature:
             fields["spec"],
             tuple(fields["names"]),
             tuple(fields["sites"]),
-            Memory.parse(fields["memory"]) if "memory" in fields else None,
-            OverEncoding.parse(fields["over"]) if "over" in fields else None,
-            UltraMem.parse(fields["content"]) if "content" in fields else None,
+            Memories.parse(fields["memories"]),
             tuple(frozenset(names) for names in fields["partial"]),
         )

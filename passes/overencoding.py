@@ -16,17 +16,13 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
+from mhc_compile.kernels.memory.overencoding_settings import ROOT, TABLE, OverEncoding
 from mhc_compile.passes.base import Context, module_stack, refuse, value
 from mhc_compile.passes.graphs import after
 from mhc_compile.passes.lookups import ENGRAM, Lookups
 from mhc_compile.passes.marks import Argument
 from mhc_compile.passes.tokens import token_embedding
 
-ROOT = "over_encoding"
-"""The module among the owner's parameters that holds `projection` [C, H * D], all W_ij side by side, and the table."""
-TABLE = "over-encoding"
-"""The table's name among the owner's tensors. No layer of a model, whose memory might be meant, has a hyphen."""
 _NO_EOS = -1
 
 
@@ -47,7 +43,7 @@ class OverEncode:
         """Rewrite `gm` in place."""
         done: set[Node] = set()
         for widened in context.widened:
-            over = widened.mark.over
+            over = widened.mark.memories.over_encoding
             if over is None:
                 continue
             embedding = token_embedding(widened.stream.entry, over.hash.vocab, widened.mark.inputs.get(Argument("ids")))

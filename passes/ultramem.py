@@ -19,16 +19,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 import mhc_compile.kernels.memory.ultramem  # noqa: F401  (registers the ops)
-from mhc_compile.kernels.memory.ultramem_settings import UltraMem, last_sites
+from mhc_compile.kernels.memory.ultramem_settings import ROOT, TABLE, UltraMem, last_sites
 from mhc_compile.passes.base import Context, refuse, same_shape, shape, value
 from mhc_compile.passes.graphs import after
 from mhc_compile.passes.lookups import ENGRAM, TableReader
 from mhc_compile.passes.norms import match_norm
-
-ROOT = "ultramem"
-"""The module among the owner's parameters that holds those of every layer that reads, and the table."""
-TABLE = "ultra-mem"
-"""The table's name among the owner's tensors."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class LookUpByContent:
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:
         """Rewrite `gm` in place."""
         for widened in context.widened:
-            memory = widened.mark.content
+            memory = widened.mark.memories.ultramem
             if memory is not None:
                 # The last sites in this graph: its mode may leave some out.
                 of_mark = [name for w in context.widened if w.mark is widened.mark for name in w.reads]

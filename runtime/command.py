@@ -63,6 +63,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add_recipe_arguments(parser)
     parser.add_argument("--fields", action="store_true", help="explain every field of a recipe and end")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on from the checkpoint of a recipe with other data, steps, batch or rates",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and end")
     parser.add_argument(
         "--export",
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from mhc_compile.runtime.loop import train
 
-        train(recipe)
+        train(recipe, accept_changes=args.accept_changes)
     return 0
 
 
@@ -123,13 +128,14 @@ def _print_plan(recipe: Any) -> None:
     from mhc_compile.runtime.balance import cuts
     from mhc_compile.runtime.engine import capture
     from mhc_compile.runtime.launch import check_world
-    from mhc_compile.runtime.loop import check_data
+    from mhc_compile.runtime.loop import check_data, verify_data
     from mhc_compile.runtime.metrics import summary_writer
     from mhc_compile.runtime.summary import summary
 
     if "WORLD_SIZE" in os.environ:
         check_world(recipe.parallel, int(os.environ["WORLD_SIZE"]))
     check_data(recipe)
+    verify_data(recipe)
     if recipe.metrics.tensorboard:
         summary_writer()  # raises where it is not installed
     program = capture(recipe, torch.device("cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,11 @@ class Engine:
         for module in self.sharded:
             module.reshard()
 
-    def compile(self) -> None:
-        """Compile the stages, and wait until all ranks have: a step's timeout is too short for that."""
+    def compile(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Compile the stages, and wait until all ranks have: a step's timeout is too short for that.
+
+        `say` is called with a line for each of them.
+        """
         # torch would leave the backward to its first call.
         at_once = functorch_config.patch(force_non_lazy_backward_lowering=True)
         with self.world.patience("compiling"), at_once:
@@ -77,7 +80,9 @@ class Engine:
             for module in self.sharded:
                 module.unshard()
             for training in (False, True) if self.recipe.train.evaluate_every else (True,):
+                purpose = "training" if training else "evaluation"
                 for stage in self.stages:
+                    say(f"compiling stage {stage.index + 1} of {stage.count} for {purpose}")
                     stage.train(training)
                     stage.prepare(**example_batch(self.recipe, self.world.device))
             self.reshard()

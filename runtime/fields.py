@@ -56,8 +56,9 @@ def unknown(name: str, known: Sequence[str]) -> MHCError:
     anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}
     here = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     nearest = anywhere.get(field) or next((k for short, k in here.items() if short.startswith(field)), None)
-    for names in (here, anywhere):
-        nearest = nearest or next((names[short] for short in difflib.get_close_matches(field, list(names), n=1)), None)
+    for names, alike in ((here, 0.6), (anywhere, 0.8)):  # a field of another section must be very much alike
+        close = difflib.get_close_matches(field, list(names), n=1, cutoff=alike)
+        nearest = nearest or next((names[short] for short in close), None)
     hint = f"; did you mean {nearest}?" if nearest else f"; known: {', '.join(here.values())}"
     return MHCError("MHC601", f"{name}{hint}")
 

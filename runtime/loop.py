@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
 from mhc_compile.runtime.data.loader import Loader, check_tokenizer
+from mhc_compile.runtime.data.shards import open_data
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.guard import Guard
@@ -40,11 +41,15 @@ class Result:
     """`stopped`: by SIGTERM, with a checkpoint to resume from."""
 
 
-def train(recipe: Recipe, *, console: Console | None = None) -> Result:
+def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | None = None) -> Result:
     """Run the recipe in this process, one rank of `recipe.parallel.world`, from its newest checkpoint if there is one.
 
-    `console`: where the first rank prints, by default standard output. Everything that a user can get wrong is checked
-    before the first step. SIGTERM ends the run after the current step, with a checkpoint.
+    `accept_changes`: go on from a checkpoint of a recipe with other data or another course of training; other data are
+    read from their beginning, and a batch of another size begins where the last one ended. `console`: where the first
+    rank prints, by default standard output.
+
+    Everything that a user can get wrong is checked before the first step. SIGTERM ends the run after the current step,
+    with a checkpoint.
 
     Raises what `launch`, `build_engine`, `Loader`, `check_tokenizer`, `Checkpoints`, `restore` and `Guard` raise.
     """
@@ -69,15 +74,18 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
         )
         stack.push(_closing(checkpoints, world))
         resumes = checkpoints.latest() is not None
+        if not resumes:
+            with world.patience("reading the data"):
+                verify_data(recipe, world.rank, world.parallel.world)
         engine = build_engine(recipe, world, weights=not resumes)
         console.print("\n".join(summary(recipe, engine.program, engine.starts)))
         run = _Run(engine, loader, held_out, checkpoints, stop)
-        start = run.restore() if resumes else 0
+        start = run.restore(accept_changes=accept_changes) if resumes else 0
         if resumes:
             console.print(f"resuming after step {start:,} of {recipe.train.steps:,}")
         if start >= recipe.train.steps:
             return Result(start, None, "done")
-        engine.compile()
+        engine.compile(console.print)
         metrics = Metrics(
             recipe.metrics_folder,
             total_steps=recipe.train.steps,
@@ -97,6 +105,13 @@ def check_data(recipe: Recipe) -> None:
             _loader(recipe, 0, folder, 0).close()
 
 
+def verify_data(recipe: Recipe, rank: int = 0, ranks: int = 1) -> None:
+    """Read all data, or a rank's share of them, once. Raises MHC611 where their bytes are not those written."""
+    for folder in (recipe.data.folder, recipe.data.validation):
+        if folder is not None:
+            open_data(folder).verify(rank, ranks)
+
+
 class _Run:
     """The steps of a run."""
 
@@ -113,13 +128,17 @@ class _Run:
         train = self.recipe.train
         self.guard = Guard(train.on_nonfinite, self.recipe.checkpoint.folder, explode=train.explode)
 
-    def restore(self) -> int:
+    def restore(self, *, accept_changes: bool) -> int:
         """Restore everything from the newest checkpoint; return its step."""
+        engine, here = self.engine, self._progress(0)
         with self.world.patience("reading the checkpoint"):
-            progress = restore(self.checkpoints, self.engine.stages, self.engine.optimizer, self._progress(0))
-        assert progress is not None, "there is a checkpoint"
-        self.guard.load_state(progress["guard"])
-        return int(progress["step"])
+            there = restore(self.checkpoints, engine.stages, engine.optimizer, here, accept_changes=accept_changes)
+        assert there is not None, "there is a checkpoint"
+        self.guard.load_state(there["guard"])
+        step = int(there["step"])
+        same_data = there["data"]["data"] == here["data"]["data"]
+        self.loader.resume(step, int(there["samples"]) if same_data else 0)
+        return step
 
     def steps(self, start: int, metrics: Metrics) -> Result:
         """Run the steps after `start`, to the last one or to a signal."""
@@ -172,7 +191,7 @@ class _Run:
             metrics.log(step, figures)
 
     def _progress(self, step: int) -> dict[str, Any]:
-        """Return what a checkpoint says besides tensors; `model` and `data` must be the same where it is resumed."""
+        """Return what a checkpoint says besides tensors, see `training_state`."""
         streams = {
             owner: {"spec": str(parameters.spec), "sites": list(parameters.sites)}
             for owner, parameters in owners(self.engine.program.model).items()
@@ -180,7 +199,9 @@ class _Run:
         return {
             "step": step,
             "model": streams,
-            "data": {**self.loader.describe(), "batch": self.recipe.train.batch},
+            "data": self.loader.describe(),
+            "samples": self.loader.samples_before(step),
+            "settled": self.recipe.settled,
             "guard": self.guard.state(),
             "recipe": self.recipe.plain(),
         }
@@ -190,8 +211,11 @@ def _closing(checkpoints: Checkpoints, world: World) -> Callable[[Any, BaseExcep
     """Return an exit callback that finishes the present save, unless a rank is lost, for which no other may wait."""
 
     def end(_: Any, error: BaseException | None, __: Any) -> None:
-        if error is None or (isinstance(error, MHCError) and error.code != "MHC605"):
+        if error is None:
             checkpoints.close()
+        elif isinstance(error, MHCError) and error.code != "MHC605":
+            with suppress(MHCError):  # of a save that failed, which has warned: the first error is the one to report
+                checkpoints.close()
         elif world.rank == 0:
             checkpoints.folder.release()
 

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mhc_compile.atomic_write import write_whole
-from mhc_compile.diagnostics import MHCError
+from mhc_compile.diagnostics import MHCError, warn
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -47,7 +47,8 @@ class Metrics(AbstractContextManager["Metrics"]):
     standard output by default: a bar on a terminal, a plain line for every step logged elsewhere.
 
     Raises MHC606 on every rank if `tensorboard` is asked for and not installed, and MHC413 where the folder cannot be
-    written; so do the methods.
+    written. Later, what cannot be written (a full disk) is left out with a warning, MHC607: a run is worth more than
+    its figures.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class Metrics(AbstractContextManager["Metrics"]):
         self.shows = shows
         self._events: SummaryWriter | None = None
         self._bar: Progress | None = None
-        self._total, self._step = total_steps, start
+        self._total = total_steps
+        self._left_out = False
         self._logged = start if start else -1  # a new run may be evaluated at step 0
         self._clock = clock
         self._drawn = -math.inf
@@ -95,15 +97,15 @@ class Metrics(AbstractContextManager["Metrics"]):
         now = self._clock()
         self._seconds += now - self._begin
         self._begin = now
-        self._step = step
         self._tokens += tokens
         self._steps += 1
         # A thread that draws would be alive when the loader's workers fork: the bar moves with the steps instead.
-        if self._bar is not None and now - self._drawn >= _REFRESH:
-            self._drawn = now
+        if self._bar is not None:
             rate = self._tokens / max(self._seconds, 1e-9)
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
-            self._bar.refresh()
+            if now - self._drawn >= _REFRESH:
+                self._drawn = now
+                self._bar.refresh()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line for `step` and show it; a step is logged once.
@@ -121,20 +123,40 @@ class Metrics(AbstractContextManager["Metrics"]):
         ordered = {name: float(values[name]) for name in (*_FIRST, *values) if name in values}
         line = {name: value if math.isfinite(value) else None for name, value in ordered.items()}
         text = json.dumps({"step": step, **line}, allow_nan=False) + "\n"
-        try:
-            if self._lines.write(text.encode()) != len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if self._events is not None:
-                for name, value in ordered.items():
-                    self._events.add_scalar(name, value, step)
-                self._events.flush()
-        except OSError as error:
-            raise MHCError("MHC413", f"{self._path}: {error}") from error
+        self._write(text.encode())
+        self._write_events(step, ordered)
         self._logged = step
         self.say(self._text(step, ordered))
         self._tokens = self._steps = 0
         self._seconds = 0.0
         self._begin = self._clock()
+
+    def _write(self, line: bytes) -> None:
+        """Append a line, whole or not at all; warn with MHC607 of the first of those that are left out."""
+        end = self._lines.seek(0, os.SEEK_END)
+        try:
+            if self._lines.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                self._lines.truncate(end)
+            if not self._left_out:
+                warn("MHC607", f"{self._path}: {error}")
+            self._left_out = True
+        else:
+            self._left_out = False
+
+    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
+        """Write TensorBoard's scalars; it takes none after an error, which is a warning, MHC607."""
+        if self._events is None:
+            return
+        try:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+        except OSError as error:
+            warn("MHC607", f"{self._path.parent / EVENTS}: {error}; no more events are written")
+            self._events = None
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -146,10 +168,11 @@ class Metrics(AbstractContextManager["Metrics"]):
         if self.shows:
             self.shows = False
             if self._bar is not None:
-                self._bar.update(self._task, completed=self._step)
+                self._bar.refresh()
                 self._bar.stop()
             if self._events is not None:
-                self._events.close()
+                with suppress(OSError):
+                    self._events.close()
             self._lines.close()
 
     def __exit__(self, *_: object) -> None:

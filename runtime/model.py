@@ -57,8 +57,8 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
         start = start_of(streams.start, scratch=scratch)
         of_memory: Any = "paper" if scratch else "zero"
         read = functools.partial(read_tokenizer, folder)
-        requests = requested(model, recipe.memory, None, read, start=of_memory, tables_on="meta")
-        convert_streams(model, (), {}, streams.spec, options, requests, start=start)
+        request = requested(model, recipe.memory, None, read, start=of_memory, tables_on="meta")
+        convert_streams(model, (), {}, streams.spec, options, request, start=start)
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
         raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory]")

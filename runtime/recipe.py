@@ -70,6 +70,15 @@ class Recipe:
         """Where metrics are written."""
         return Path(self.metrics.folder or self.checkpoint.folder)
 
+    @property
+    def settled(self) -> dict[str, Any]:
+        """The fields that a run follows from its first to its last step, by their names, as JSON holds them."""
+        content = self.plain()
+        named = {
+            f"{section}.{name}": v for section in ("model", "train", "data") for name, v in content[section].items()
+        }
+        return {name: value for name, value in named.items() if name not in _FREE}
+
     def plain(self) -> dict[str, dict[str, Any]]:
         """Return the recipe as TOML and JSON hold it, without fields that are None; `parse_recipe` reads it back."""
         content: dict[str, dict[str, Any]] = {}
@@ -94,6 +103,12 @@ TABLES: dict[str, type[Any]] = {
 _PRESET = Described(
     "memory", "preset", "a text", '"paper"', "The published memory that the other fields change: paper, v41, qwen_ple."
 )
+_FREE = {
+    *("model.folder", "model.start", "model.inner", "model.kernels"),
+    *("train.microbatch", "train.evaluate_every", "train.evaluate_batches", "train.on_nonfinite", "train.explode"),
+    *("data.folder", "data.validation", "data.workers"),
+}
+"""What may change on the way: the model and the data are compared by what they hold."""
 _PATHS = {"model": ("folder",), "data": ("folder", "validation"), "checkpoint": ("folder",), "metrics": ("folder",)}
 
 

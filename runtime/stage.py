@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile.config import Options
 from mhc_compile.integrations.transformers import IDS
-from mhc_compile.kernels.memory.memories import layers_of
+from mhc_compile.kernels.memory.engram import layers_of
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.base import Context, value
 from mhc_compile.passes.pipeline import Pipeline

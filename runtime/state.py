@@ -19,8 +19,10 @@ from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints, State
 from mhc_compile.runtime.checkpoint.format import Description, form_of
 from mhc_compile.runtime.checkpoint.pieces import Piece, piece_of
 
-SAME = ("model", "data")
+SAME = ("model",)
 """What of a run's progress must be the same in a checkpoint that it resumes from, where both say it."""
+ASKED = ("data", "settled")
+"""What may differ if the user says so."""
 
 
 Weight = tuple[list[nn.Parameter], MemoryTable | None]
@@ -39,8 +41,9 @@ class Part(Protocol):
 def training_state(stages: Sequence[Part], optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> State:
     """Return what `Checkpoints.save` takes: this rank's parameters and the optimizer's tensors for them.
 
-    `progress`: plain JSON, of which `model` (what the graph computes beyond shapes: conventions, sites) and `data` (the
-    loader's description) must be the same wherever the run is resumed. Nothing is copied here.
+    `progress`: plain JSON, of which `model` (what the graph computes beyond shapes: conventions, sites) must be the
+    same wherever the run is resumed; so must `data` (the loader's description) and `settled` (fields of the recipe)
+    where the user does not want them changed. Nothing is copied here.
     """
     weights = _held(stages)
     state = _weights_of(weights)
@@ -55,13 +58,16 @@ def restore(
     stages: Sequence[Part],
     optimizer: torch.optim.Optimizer,
     progress: Mapping[str, Any],
+    *,
+    accept_changes: bool = False,
 ) -> dict[str, Any] | None:
     """Resume from the newest checkpoint, in place; return its progress, or None without a checkpoint. A collective.
 
     The checkpoint may come from any number of ranks.
 
-    Raises MHC615 for a missing or damaged file, MHC617 where the checkpoint is of another model or of other data, on
-    all ranks alike and before anything is changed.
+    Raises MHC615 for a missing or damaged file, MHC617 where the checkpoint is of another model, and MHC608 where its
+    data or recipe are others and no `accept_changes` says that they may be; on all ranks alike and before anything is
+    changed.
     """
     description = checkpoints.open()
     if description is None:
@@ -70,6 +76,8 @@ def restore(
     state = _weights_of(weights)
     pieces = {f"{section}/{name}": piece for section in state for name, piece in state[section].items()}
     _refuse_another(checkpoints, description, pieces, progress)
+    if changes := [] if accept_changes else _changes(description, progress, ASKED):
+        raise MHCError("MHC608", f"{checkpoints.folder.whole(description.step)}: {'; '.join(changes)}")
     for full, stored in description.tensors.items():
         section, _, moment = full.partition("/")
         name, _, key = moment.rpartition(".")
@@ -134,18 +142,23 @@ def _refuse_another(
     """Raise MHC617, with both sides, where names, shapes, dtypes or what `SAME` names differ."""
     by_rank = checkpoints.gather({name: form_of(p.shape, p.tensor.dtype) for name, p in pieces.items()})
     differences = description.differences({name: form for forms in by_rank for name, form in forms.items()})
-    here = json.loads(json.dumps(progress))  # as the checkpoint has it: tuples are lists
-    for section in SAME:
-        if section in here and section in description.progress:
-            differences += _differences(section, description.progress[section], here[section])
+    differences += _changes(description, progress, SAME)
     if differences:
         folder = checkpoints.folder.whole(description.step)
         raise MHCError("MHC617", f"{folder}: {'; '.join(differences)}")
 
 
+def _changes(description: Description, progress: Mapping[str, Any], sections: Sequence[str]) -> list[str]:
+    """Return what differs between a checkpoint's progress and this run's."""
+    here = json.loads(json.dumps(progress))  # as the checkpoint has it: tuples are lists
+    both = (section for section in sections if section in here and section in description.progress)
+    return [d for name in both for d in _differences(name, description.progress[name], here[name])]
+
+
 def _differences(path: str, there: Any, here: Any) -> Iterator[str]:
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted({*there, *here}):
-            yield from _differences(f"{path}.{key}", there.get(key), here.get(key))
+            within = key if path == "settled" else f"{path}.{key}"  # by the names that a recipe has
+            yield from _differences(within, there.get(key), here.get(key))
     elif there != here:
         yield f"{path} is {there!r} there and {here!r} here"

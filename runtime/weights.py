@@ -18,16 +18,15 @@ from mhc_compile.checkpoint.saving import prefix
 from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
 from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
 from mhc_compile.checkpoint.table_files import fill_rows
-from mhc_compile.checkpoint.tables import hash_specs, table_name
+from mhc_compile.checkpoint.tables import table_name
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import head_values, start_values
 from mhc_compile.kernels.start import Start
 from mhc_compile.loading import load_by_transformers, open_converted
-from mhc_compile.memory.parameters import DEVIATION, ROOT, layer_values
+from mhc_compile.memory.parameters import DEVIATION, lookup_values
 from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import StreamParameters, names, owners
-from mhc_compile.passes.overencoding import ROOT as OVER_ENCODING
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.stage import Stage
 
@@ -144,12 +143,8 @@ def _stream_values(parameters: StreamParameters, place: str, start: Start) -> di
         return start_values(spec, index, parameters.sites[place], start)
     if place == "head":
         return head_values(spec, len(parameters.sites), hidden, start)
-    if place == OVER_ENCODING:
-        return {"projection": torch.zeros(parameters.get_submodule(OVER_ENCODING).get_parameter("projection").shape)}
-    assert parameters.memory is not None
-    assert place.startswith(f"{ROOT}.")
     of_memory: MemoryStart = "paper" if start.scratch else "zero"
-    return layer_values(parameters.memory, spec.streams, hidden, start=of_memory, device="cpu")
+    return lookup_values(parameters.memories, spec.streams, hidden, start=of_memory)[place]()
 
 
 def _assign_checked(parameter: nn.Parameter, value: Tensor, name: str) -> None:
@@ -173,6 +168,6 @@ def _load_renamed(missing: Sequence[tuple[str, nn.Parameter]], checkpoint: Check
 def _read_table(folder: Path, program: Program, name: str, table: MemoryTable) -> None:
     """Fill a table, or the rows of it that this rank holds, from the folder's files."""
     for owner, parameters in owners(program.model).items():
-        for place, hash_spec in hash_specs(parameters).items():
-            if name == f"{prefix(owner)}{parameters.table_places[place]}.table":
-                fill_rows(table, folder, table_name(owner, place), hash_spec=hash_spec)
+        for table_of, spec in parameters.memories.tables.items():
+            if name == f"{prefix(owner)}{spec.place}.table":
+                fill_rows(table, folder, table_name(owner, table_of), hash_spec=spec.found_by)

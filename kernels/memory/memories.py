@@ -1,112 +1,55 @@
-"""The memories of one stream owner, as values: which layers, how each hashes, how rows enter the streams."""
+"""Everything that one stream owner looks up, as values."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.memory.settings import MemorySettings, fusion_spec, hash_specs, table_rows
-from mhc_compile.kernels.memory.spec import FusionSpec, HashSpec
+from mhc_compile.kernels.memory.engram import Memory
+from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
+from mhc_compile.kernels.memory.spec import TableSpec
+from mhc_compile.kernels.memory.ultramem_settings import UltraMem
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerMemory:
-    """The memory at the entry of one layer."""
+class Memories:
+    """The memories of one owner, of every kind one at most."""
 
-    layer: str
-    """The layer's module path, relative to the owner."""
-    site: str
-    """Its first site, before which the memory is added to the streams."""
-    hash: HashSpec
-    rows: int
-    """Of the table, padding included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """All memories of one owner."""
-
-    settings: MemorySettings
-    vocab: int
-    """V, ids of the model; ids at or above it are refused."""
-    compression: Mapping[str, Any] | None = None
-    """Of the tokenizer's projection V -> V' that ids go through first: V' (`size`), and what tells the tokenizer."""
-    layers: tuple[LayerMemory, ...]
+    engram: Memory | None = None
+    """N-grams of ids, at chosen layers."""
+    over_encoding: OverEncoding | None = None
+    """N-grams of ids, at the embedding."""
+    ultramem: UltraMem | None = None
+    """Values looked up by content."""
 
     @property
-    def compressed(self) -> bool:
-        """Whether ids are compressed."""
-        return self.compression is not None
+    def kinds(self) -> dict[str, Memory | OverEncoding | UltraMem]:
+        """Those that are there, by field."""
+        every = {"engram": self.engram, "over_encoding": self.over_encoding, "ultramem": self.ultramem}
+        return {name: one for name, one in every.items() if one is not None}
 
     @property
-    def fusion(self) -> FusionSpec:
-        """How rows enter the streams."""
-        return fusion_spec(self.settings)
+    def tables(self) -> dict[str, TableSpec]:
+        """All tables, by the name that marks and files have for them."""
+        return {name: table for one in self.kinds.values() for name, table in one.tables.items()}
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        layers = [{**vars(m), "hash": str(m.hash)} for m in self.layers]
-        return {**vars(self), "settings": asdict(self.settings), "layers": layers}
+        """Return those that are there as JSON has them; an Engram is called `memory` there."""
+        return {"memory" if name == "engram" else name: one.plain() for name, one in self.kinds.items()}
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any]) -> Memory:
-        """Return the inverse of `plain`. Raises MHC220, KeyError or TypeError for invalid content."""
-        settings, compression = dict(content["settings"]), content["compression"]
-        layers = [
-            LayerMemory(
-                layer=str(m["layer"]), site=str(m["site"]), hash=HashSpec.parse(str(m["hash"])), rows=int(m["rows"])
-            )
-            for m in content["layers"]
-        ]
-        if not layers:
-            raise TypeError("a memory without layers")
+    def parse(cls, fields: Mapping[str, Any]) -> Memories:
+        """Return the inverse of `plain`, of a mapping that may hold other fields, too.
+
+        Raises MHC220, KeyError, TypeError or ValueError for invalid content.
+        """
         return cls(
-            settings=MemorySettings(**settings),
-            vocab=int(content["vocab"]),
-            compression=None if compression is None else dict(compression),
-            layers=tuple(layers),
+            engram=Memory.parse(fields["memory"]) if "memory" in fields else None,
+            over_encoding=OverEncoding.parse(fields["over_encoding"]) if "over_encoding" in fields else None,
+            ultramem=UltraMem.parse(fields["ultramem"]) if "ultramem" in fields else None,
         )
 
-    def __str__(self) -> str:
-        return json.dumps(self.plain())
 
-
-def memory_of(
-    settings: MemorySettings, sites: Sequence[str], *, vocab: int, compression: Mapping[str, Any] | None, fill: int
-) -> Memory:
-    """Return the memories at the layers in `settings` of an owner with these `sites`, in the order of the stream.
-
-    `compression` is that of the tokenizer where ids are compressed, `fill` the (compressed) id before a document.
-    Raises MHC226 for a layer that the owner does not have.
-    """
-    known = layers_of(sites)
-    paths = list(known)
-    chosen = set()
-    for layer in settings.layers:
-        path = paths[layer] if isinstance(layer, int) and layer < len(paths) else layer
-        if path not in known:
-            listed = ", ".join(f"{i} ({path})" for i, path in enumerate(paths))
-            raise MHCError("MHC226", f"{layer!r}; layers with sites: {listed}")
-        chosen.add(paths.index(str(path)))
-    indices = sorted(chosen)
-    size = vocab if compression is None else int(compression["size"])
-    hashes = hash_specs(settings, indices, vocab=size, fill=fill)
-    layers = tuple(
-        LayerMemory(layer=paths[i], site=known[paths[i]], hash=spec, rows=table_rows(settings, spec))
-        for i, spec in zip(indices, hashes, strict=True)
-    )
-    return Memory(settings=settings, vocab=vocab, compression=compression, layers=layers)
-
-
-def layers_of(sites: Sequence[str]) -> dict[str, str]:
-    """Return the first site of every layer by the layer's path: the path of a site up to its first number."""
-    first: dict[str, str] = {}
-    for site in sites:
-        path = site.rsplit("#", 1)[0]
-        numbered = re.match(r"(?:.*?\.)??\d+(?=\.|$)", path)
-        first.setdefault(numbered[0] if numbered else path or site, site)
-    return first
+NONE = Memories()
+"""Nothing is looked up."""

@@ -8,7 +8,12 @@ from typing import Any
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding import overencoding_spec
-from mhc_compile.kernels.memory.spec import OverEncodingSpec, check_ranges
+from mhc_compile.kernels.memory.spec import OverEncodingSpec, TableSpec, check_ranges
+
+ROOT = "over_encoding"
+"""The module among the owner's parameters that holds `projection` [C, H * D], all W_ij side by side, and the table."""
+TABLE = "over-encoding"
+"""The table's name among the owner's tensors. No layer of a model, whose memory might be meant, has a hyphen."""
 
 # At least, and at most.
 _RANGES = {"order": (2, 16), "heads": (1, 256), "rows": (2, 1 << 48)}
@@ -47,6 +52,14 @@ class OverEncoding:
     def width(self) -> int:
         """C / (n k), the channels of a row."""
         return self.hidden // (self.hash.order * self.hash.heads)
+
+    @property
+    def tables(self) -> dict[str, TableSpec]:
+        """The one table, by its name."""
+        h = self.hash
+        reads, shown = len(h.moduli), f"2..{h.order} x {h.heads}"
+        table = TableSpec(place=ROOT, rows=h.rows, width=self.width, found_by=str(h), reads=reads, shown=shown)
+        return {TABLE: table}
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""

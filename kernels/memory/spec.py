@@ -174,6 +174,23 @@ class ContentSpec(_Text):
     """Added to the variance in the norms of queries and keys."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """One table of an owner."""
+
+    place: str
+    """The module below the owner's parameters that holds it."""
+    rows: int
+    width: int
+    """Channels of a row."""
+    found_by: str
+    """What says which row is found: the text of a specification."""
+    reads: int
+    """Rows that a token reads."""
+    shown: str
+    """How rows are found, for reports: `2..3 x 8` n-grams and hashes, or `16 of 256^2 x 1` pairs and heads."""
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))

@@ -9,8 +9,13 @@ from typing import Any, Literal, Self
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.constants import mixed
-from mhc_compile.kernels.memory.memories import layers_of
-from mhc_compile.kernels.memory.spec import ContentSpec, check_ranges, is_int
+from mhc_compile.kernels.memory.engram import layers_of
+from mhc_compile.kernels.memory.spec import ContentSpec, TableSpec, check_ranges, is_int
+
+ROOT = "ultramem"
+"""The module among the owner's parameters that holds those of every layer that reads, and the table."""
+TABLE = "ultra-mem"
+"""The table's name among the owner's tensors."""
 
 # At least, and at most: numbers of virtual values, times a multiplier below them, fit in int64.
 _RANGES = {
@@ -149,6 +154,17 @@ class UltraMem:
             top=s.top, multiplier=multiplier, reach=n * n // s.expansion, offset=index * s.side**2, rows=self.rows,
             groups=s.expansion, input=s.input_width, eps=s.eps,
         )  # fmt: skip
+
+    @property
+    def tables(self) -> dict[str, TableSpec]:
+        """The one table of all layers, by its name."""
+        s = self.settings
+        reads, shown = s.top * s.heads * len(self.layers), f"{s.top} of {self.keys}^2 x {s.heads}"
+        found_by = str(self.spec(0))
+        table = TableSpec(
+            place=ROOT, rows=self.rows, width=self.width, found_by=found_by, reads=reads, shown=shown
+        )  # fmt: skip
+        return {TABLE: table}
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""

@@ -86,7 +86,7 @@ def contenders(folder: Path, batches: Sequence[Tensor], inner: str) -> dict[str,
     def loaded(*, trained: bool = False, **where: Any) -> nn.Module:
         model = from_pretrained(folder, inner="eager", local_files_only=True, **where).train()
         for parameters in owners(model).values():
-            for layer in parameters.memory_layers:
+            for layer in parameters.memories.tables:
                 parameters.table(layer).trainable = trained
         return model
 
@@ -137,7 +137,7 @@ def scatter(model: nn.Module) -> None:
         for name, p in parameters.in_graph().items():
             if name.endswith((".value", ".conv")):
                 p.normal_(std=0.2)
-        for layer in parameters.memory_layers:
+        for layer in parameters.memories.tables:
             parameters.table(layer).start(0, 1.0)
 
 
@@ -145,10 +145,11 @@ def looked_up(model: nn.Module, ids: Tensor) -> list[Tensor]:
     """Look up the values [B, S, d_mem] of the rows of `ids` [B, S] by layer, outside of any graph."""
     values = []
     for parameters in owners(model).values():
-        assert parameters.memory is not None
-        small = parameters.get_submodule("engram").compression[ids] if parameters.memory.compressed else ids  # type: ignore[index]
+        engram = parameters.memories.engram
+        assert engram is not None
+        small = parameters.get_submodule("engram").compression[ids] if engram.compressed else ids  # type: ignore[index]
         reach = torch.ops.engram.reach(ids, None, None, None, -1)
-        for m in parameters.memory.layers:
+        for m in engram.layers:
             rows = torch.ops.engram.rows(small, reach, None, str(m.hash))
             values.append(parameters.table(m.layer)(rows).detach())
     return values

@@ -10,9 +10,8 @@ from typing import Any
 
 from mhc_compile.checkpoint.shards import read_json, write_text
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.memory.memories import Memory, layers_of
-from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
-from mhc_compile.kernels.memory.ultramem_settings import UltraMem
+from mhc_compile.kernels.memory.engram import layers_of
+from mhc_compile.kernels.memory.memories import NONE, Memories
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.versions import VERSION
@@ -29,9 +28,8 @@ class Owner:
     spec: StreamSpec
     sites: dict[str, int]
     """The sites' names, in the order of the stream, with C."""
-    memory: Memory | None = None
-    over: OverEncoding | None = None
-    content: UltraMem | None = None
+    memories: Memories = NONE
+    """What the owner looks up."""
     readers: tuple[str, ...] = ()
     """`StreamParameters.own_readers`."""
     partial: tuple[frozenset[str], ...] = ()
@@ -41,7 +39,7 @@ class Owner:
     def of(cls, parameters: StreamParameters) -> Owner:
         """Return the entry for an owner's parameters."""
         p = parameters
-        return cls(p.spec, p.sites, p.memory, p.over, p.content, p.own_readers, p.partial)
+        return cls(p.spec, p.sites, p.memories, p.own_readers, p.partial)
 
     def plain(self) -> dict[str, Any]:
         """Return the entry as JSON, without empty fields."""
@@ -51,9 +49,7 @@ class Owner:
         optional = {
             "readers": list(self.readers),
             "partial": [sorted(names) for names in self.partial],
-            "memory": self.memory and self.memory.plain(),
-            "over_encoding": self.over and self.over.plain(),
-            "ultramem": self.content and self.content.plain(),
+            **self.memories.plain(),
         }
         spec["convention"] = self.spec.convention.value
         return {"spec": spec, "sites": self.sites, **{name: value for name, value in optional.items() if value}}
@@ -75,7 +71,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `mhc.json` in `folder`."""
         content = {
-            "format": FORMAT if any(o.memory or o.over or o.content for o in self.owners.values()) else 1,
+            "format": FORMAT if any(o.memories.kinds for o in self.owners.values()) else 1,
             "mhc_compile": VERSION,
             "architecture": self.architecture,
             "owners": {path: o.plain() for path, o in self.owners.items()},
@@ -125,12 +121,11 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
     sites = {_site(name): _positive(hidden) for name, hidden in _mapping(entry["sites"]).items()}
     if not sites:
         raise TypeError("an owner without sites")
-    memory = Memory.parse(_mapping(entry["memory"])) if "memory" in entry else None
-    if memory is not None and (unknown := {m.site for m in memory.layers} - set(sites)):
+    memories = Memories.parse(entry)
+    if memories.engram is not None and (unknown := {m.site for m in memories.engram.layers} - set(sites)):
         raise TypeError(f"a memory at {sorted(unknown)}, which are no sites")
-    over = OverEncoding.parse(_mapping(entry["over_encoding"])) if "over_encoding" in entry else None
-    content = UltraMem.parse(_mapping(entry["ultramem"])) if "ultramem" in entry else None
-    if content is not None and not {path for pair in content.layers for path in pair} <= layers_of(list(sites)).keys():
+    by_content = () if memories.ultramem is None else memories.ultramem.layers
+    if not {path for pair in by_content for path in pair} <= layers_of(list(sites)).keys():
         raise TypeError("values looked up at a layer that has no sites")
     partial = tuple(frozenset(names) for names in entry.get("partial", ()))
     if any(not names < set(sites) for names in partial):
@@ -140,7 +135,7 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
     if not isinstance(readers, list):
         raise TypeError(f"{readers!r} is not a list of modules")
     own_readers = tuple(_site(str(reader)) for reader in readers)
-    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memory, over, content, own_readers, partial)
+    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memories, own_readers, partial)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -85,7 +85,7 @@ def save_pretrained(
     base, streams = _split(model, parameters, state_dict)
     kwargs = {"save_original_format": False, **kwargs}
     # Rows of tables are in files that Trainer does not read: it would go on with others.
-    for_trainer = not (kwargs["save_original_format"] or any(p.table_places for p in parameters.values()))
+    for_trainer = not (kwargs["save_original_format"] or any(p.memories.kinds for p in parameters.values()))
 
     def write_base(folder: Path) -> Base:
         base_save(model, folder, state_dict=base, **kwargs)

@@ -11,12 +11,13 @@ import torch
 
 from mhc_compile.checkpoint.table_files import Piece, open_table, row_blocks, write_files
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.engram import ROOT
+from mhc_compile.kernels.memory.overencoding_settings import TABLE as OVER_TABLE
+from mhc_compile.kernels.memory.ultramem_settings import TABLE as ULTRAMEM_TABLE
 from mhc_compile.memory.compression import Compression
-from mhc_compile.memory.parameters import DEVIATION, ROOT, new_seed
+from mhc_compile.memory.parameters import DEVIATION, new_seed
 from mhc_compile.memory.tables import MemoryTable, Storage, drawn_rows
 from mhc_compile.parameters import StreamParameters
-from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
-from mhc_compile.passes.ultramem import TABLE as ULTRAMEM_TABLE
 
 TOKENIZER = "tokenizer.json"
 TABLES = ("engram.*.safetensors", f"{OVER_TABLE}*.safetensors", f"{ULTRAMEM_TABLE}*.safetensors")
@@ -29,12 +30,12 @@ def write_tables(folder: Path, owners: Mapping[str, StreamParameters], *, dtype:
     `dtype` narrows the rows: bfloat16, or float8_e4m3fn with a scale for every 32 channels.
     """
     for owner, parameters in owners.items():
-        for name, hash_spec in hash_specs(parameters).items():
+        for name, spec in parameters.memories.tables.items():
             table = parameters.table(name)
             pieces: Iterator[Piece] | None = None
             if table.storage != "mapped" and table.weight.is_meta:
                 pieces = ((rows, None) for rows in drawn_rows(table.rows, table.width, new_seed(), DEVIATION))
-            write_files(folder, table_name(owner, name), table, pieces=pieces, hash_spec=hash_spec, dtype=dtype)
+            write_files(folder, table_name(owner, name), table, pieces=pieces, hash_spec=spec.found_by, dtype=dtype)
 
 
 def read_tables(
@@ -47,15 +48,15 @@ def read_tables(
     """
     if storage not in get_args(Storage):
         raise MHCError("MHC204", f"tables={storage!r}; known: {', '.join(get_args(Storage))}")
-    for name, hash_spec in hash_specs(parameters).items():
-        place = parameters.get_submodule(parameters.table_places[name])
+    for name, spec in parameters.memories.tables.items():
+        place = parameters.get_submodule(spec.place)
         table = parameters.table(name)
         mapped = open_table(
             folder,
             table_name(owner, name),
             rows=table.rows,
             width=table.width,
-            hash_spec=hash_spec,
+            hash_spec=spec.found_by,
             hot_rows=hot_rows,
             verify=storage != "mapped",  # else every row would be read
         )
@@ -66,7 +67,7 @@ def read_tables(
 
 def check_tokenizer(folder: Path, parameters: StreamParameters) -> None:
     """Raise MHC222 where the folder's tokenizer is not the one that the memory was made with."""
-    memory = parameters.memory
+    memory = parameters.memories.engram
     if memory is None or memory.compression is None or not (folder / TOKENIZER).is_file():
         return
     table = parameters.get_submodule(ROOT).get_buffer("compression")
@@ -89,14 +90,6 @@ def read_tokenizer(folder: Path) -> Any:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # what its reader raises for broken JSON has no narrower class
         raise MHCError("MHC222", f"{path}: {error}") from error
-
-
-def hash_specs(parameters: StreamParameters) -> dict[str, str]:
-    """Return what says which row is found of each of an owner's tables, by the table's name (`table_places`)."""
-    memory, over, content = parameters.memory, parameters.over, parameters.content
-    specs = {} if memory is None else {m.layer: str(m.hash) for m in memory.layers}
-    specs |= {} if over is None else {OVER_TABLE: str(over.hash)}
-    return specs | ({} if content is None else {ULTRAMEM_TABLE: str(content.spec(0))})
 
 
 def table_name(owner: str, name: str) -> str:

@@ -19,6 +19,11 @@ MHC605 another rank is lost
     ranks are slow and not lost, raise parallel.timeout
 MHC606 tensorboard is not installed
     pip install 'mhc-compile[train]'
+MHC607 figures of the run are not written
+    make room where [metrics].folder lies: training goes on, and later lines are written when there is room
+MHC608 the recipe is not that of the checkpoint
+    give the old values again; to go on with the new ones, add --accept-changes; to begin a new run, name another
+    [checkpoint].folder
 MHC610 the text cannot be read
     name UTF-8 text files, folders of them, .jsonl files with a text in every line (--field names it), or
     hf:NAME[:SPLIT]
@@ -35,7 +40,7 @@ MHC615 a checkpoint of the run is missing or damaged
     copy the folder again from where it was whole, or remove it: the run then goes on from the one before it
 MHC616 a checkpoint could not be saved
     make room where [checkpoint].folder lies: what was saved before is whole, and the next save is tried again
-MHC617 the checkpoint belongs to another model or other data
+MHC617 the checkpoint belongs to another model
     give the recipe that the checkpoint was made with, or another [checkpoint].folder to begin a new run; to train these
     weights on, export them and name the result as [model].folder
 MHC618 the loss or its gradient is not finite, or explodes

@@ -180,8 +180,8 @@ def _to_streams(
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "finding the streams")
     model = skeleton(checkpoint)
-    requests = requested(model, **lookups, tokenizer=lambda: read_tokenizer(source), tables_on="meta")
-    coverage = convert_streams(model, (), {}, spec, options, requests, start=start)
+    request = requested(model, **lookups, tokenizer=lambda: read_tokenizer(source), tables_on="meta")
+    coverage = convert_streams(model, (), {}, spec, options, request, start=start)
     return _write_streams(checkpoint, others, model, str(coverage), target, progress)
 
 

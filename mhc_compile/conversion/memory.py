@@ -20,7 +20,7 @@ from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_of
 from mhc_compile.memory.parameters import Start as MemoryStart
-from mhc_compile.memory.request import Request, requested
+from mhc_compile.memory.request import NOTHING, Request, requested
 from mhc_compile.modes import in_mode, reads_mode
 from mhc_compile.owner import convert_owners, restore_owners
 from mhc_compile.parameters import StreamParameters, at_start, owners, unwrapped
@@ -85,9 +85,9 @@ def convert(
     stream, compiling = overridden(spec, options, overrides)
     if tokenizer is not None and engram is None:
         raise MHCError("MHC220", "a tokenizer without engram=", way_out="name a preset: engram='v41'")
-    requests = requested(model, engram, over_encoding, lambda: tokenizer, start=engram_start, ultramem=ultramem)
+    request = requested(model, engram, over_encoding, lambda: tokenizer, start=engram_start, ultramem=ultramem)
     begin = start_of(start, scratch=scratch)
-    convert_streams(model, example_args, example_kwargs or {}, stream, compiling, requests, start=begin)
+    convert_streams(model, example_args, example_kwargs or {}, stream, compiling, request, start=begin)
     return model
 
 
@@ -97,7 +97,7 @@ def convert_streams(
     kwargs: Mapping[str, Any],
     spec: StreamSpec,
     options: Options,
-    requests: Sequence[Request] = (),
+    request: Request = NOTHING,
     *,
     start: Start = DEFAULT,
 ) -> Coverage:
@@ -112,7 +112,7 @@ def convert_streams(
     others = streams_of_other_mode(root, args, kwargs, options)
     parameters, _ = rewrite_with_parameters(
         root, analysed.graph, analysed.context, spec, options, analysed.inputs,
-        start=start, requests=requests, others=others,
+        start=start, request=request, others=others,
     )  # fmt: skip
     coverage = analysed.context.coverage
     report_coverage(coverage, spec, options, whole=True)

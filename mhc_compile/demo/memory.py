@@ -130,9 +130,7 @@ def opened(model: nn.Module, corpus: Corpus, windows: Tensor) -> dict[str, list[
 
     N is the longest that the memory hashes; the gate is the one at the last of the N tokens.
     """
-    order = next(
-        parameters.memory.settings.order for parameters in owners(model).values() if parameters.memory is not None
-    )
+    order = next(engram.settings.order for p in owners(model).values() if (engram := p.memories.engram) is not None)
     ngrams = windows.unfold(1, order, 1).reshape(-1, order)
     different, which, seen = ngrams.unique(dim=0, return_inverse=True, return_counts=True)
     frequent = (seen >= LEAST_SEEN).nonzero().flatten().tolist()
@@ -167,9 +165,7 @@ def _tables(model: nn.Module) -> dict[str, MemoryTable]:
     """Return the tables by the paths of the layers that they belong to."""
     tables: dict[str, MemoryTable] = {}
     for path, parameters in owners(model).items():
-        tables |= {
-            f"{path}.{layer}".strip("."): parameters.table(layer)
-            for layer in parameters.memory_layers
-            if parameters.memory
-        }
+        engram = parameters.memories.engram
+        layers = () if engram is None else engram.paths
+        tables |= {f"{path}.{layer}".strip("."): parameters.table(layer) for layer in layers}
     return tables

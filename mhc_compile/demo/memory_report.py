@@ -92,7 +92,7 @@ def _reading(outcome: MemoryOutcome) -> str:
     figures = numbers(outcome)
     delta, ratio, size = figures["difference"], figures["seconds_ratio"], figures["parameters"]
     count = len(outcome.repetitions)
-    memories = [p.memory for p in owners(outcome.memory.model).values() if p.memory is not None]
+    memories = [m for p in owners(outcome.memory.model).values() if (m := p.memories.engram) is not None]
     read = sum(m.settings.memory_width * len(m.layers) for m in memories)
     way = "lower" if delta["mean"] < 0 else "higher"
     over = f"{count} seeds, standard deviation {delta['standard_deviation']:.4f}" if count > 1 else "one seed"

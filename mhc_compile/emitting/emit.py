@@ -129,6 +129,6 @@ def source_of(
 def one_spec(converted: Mapping[str, StreamParameters]) -> StreamSpec:
     """Return the specification of a converted model's streams. Raises MHC708 where its source cannot be written."""
     specs = {parameters.spec for parameters in converted.values()}
-    if len(specs) > 1 or any(parameters.table_places for parameters in converted.values()):
+    if len(specs) > 1 or any(parameters.memories.kinds for parameters in converted.values()):
         raise MHCError("MHC708", "memories and streams of several kinds have no source")
     return specs.pop()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.memory.memories import Memory
+from mhc_compile.kernels.memory.engram import ROOT as ENGRAM
+from mhc_compile.kernels.memory.engram import Memory
+from mhc_compile.kernels.memory.memories import Memories
+from mhc_compile.kernels.memory.overencoding_settings import ROOT as OVER_ENCODING
+from mhc_compile.kernels.memory.overencoding_settings import OverEncoding
 from mhc_compile.kernels.memory.ultramem import RANK
+from mhc_compile.kernels.memory.ultramem_settings import ROOT as ULTRAMEM
 from mhc_compile.kernels.memory.ultramem_settings import UltraMem
 from mhc_compile.memory.tables import MemoryTable
 
@@ -19,8 +25,24 @@ Start = Literal["zero", "paper"]
 DEVIATION = 0.02
 CONTENT_RATIO = 4.0
 """The learning rate at the start of training of values that are looked up by content (arXiv 2411.12364)."""
-ROOT = "engram"
-"""The name under which memories lie in `StreamParameters`."""
+
+
+def lookup_values(
+    memories: Memories, streams: int, hidden: int, *, start: Start
+) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """Return what makes the initial values of the memories' parameters, tables aside, by their module.
+
+    With `start="zero"` nothing is added to the streams, so that the model's function is unchanged.
+    """
+    values: dict[str, Callable[[], dict[str, Tensor]]] = {}
+    if (engram := memories.engram) is not None:
+        of_layer = functools.partial(layer_values, engram, streams, hidden, start=start, device=None)
+        values |= {f"{ENGRAM}.{layer}": of_layer for layer in engram.paths}
+    if (over := memories.over_encoding) is not None:
+        values[OVER_ENCODING] = functools.partial(over_encoding_values, over)
+    if (ultramem := memories.ultramem) is not None:
+        values |= {f"{ULTRAMEM}.{read}": functools.partial(ultramem_values, ultramem) for read, _ in ultramem.layers}
+    return values
 
 
 def layer_values(
@@ -45,6 +67,11 @@ def layer_values(
         values["conv_gain"] = gain.clone()
         values["conv"] = torch.zeros(streams, hidden, memory.fusion.taps, device=device)
     return values
+
+
+def over_encoding_values(over: OverEncoding) -> dict[str, Tensor]:
+    """Return `projection` [C, H * D], which is 0; it gets a gradient because the rows are random."""
+    return {"projection": torch.zeros(over.hidden, len(over.hash.moduli) * over.width)}
 
 
 def ultramem_values(memory: UltraMem) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.fx import Node
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.memory.memories import memory_of
+from mhc_compile.kernels.memory.engram import Memory, memory_of
+from mhc_compile.kernels.memory.memories import Memories
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings, over_encoding_of
 from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings, ultramem_of
@@ -22,67 +23,52 @@ from mhc_compile.passes.tokens import embedded, token_embedding
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverEncodingRequest:
-    """An over-encoding of the embedding that the stream begins with."""
+class Request:
+    """Look-ups to be added to an owner once its stream is known."""
 
-    settings: OverEncodingSettings
-    tables_on: str | None = None
-    """The device of the tables if not the model's: `meta` for tables that are only written to files."""
-
-    def of(self, entry: Node, sites: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
-        """Return the keyword arguments; raise MHC220 or 225 where the embedding is too narrow or missing."""
-        embedding = token_embedding(entry)
-        over = over_encoding_of(self.settings, vocab=embedding.rows, hidden=int(shape(embedding.node)[-1]))
-        return {"over": over, "tables_on": self.tables_on}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryRequest:
-    """A memory to be added to an owner."""
-
-    settings: MemorySettings
-    fill: int
-    """The raw id of the token that `settings.fill` names."""
-    compression: Compression | None
+    engram: MemorySettings | None = None
+    fill: int = 0
+    """The raw id of the token that `engram.fill` names."""
+    compression: Compression | None = None
     """Maps ids of the tokenizer that stand for the same text to one id; None if ids are used as they are."""
-    start: Start
+    start: Start = "zero"
+    over_encoding: OverEncodingSettings | None = None
+    ultramem: UltraMemSettings | None = None
     tables_on: str | None = None
     """The device of the tables if not the model's: `meta` for tables that are only written to files."""
 
     def of(self, entry: Node, sites: Sequence[str]) -> dict[str, Any]:
-        """Return the keyword arguments; raise MHC225 or 226 where the owner has no ids or no such layer."""
-        vocab, small = max(embedded(entry).values()), self.compression
+        """Return the keyword arguments of `StreamParameters` for the stream that begins at `entry`.
+
+        Raises MHC225 or 226 where the owner has no ids or no such layer, MHC220 where an embedding is too narrow.
+        """
         arguments: dict[str, Any] = {"memory_start": self.start, "tables_on": self.tables_on}
-        fill = self.fill
-        if small is not None:
-            named = small.pad if self.settings.fill == "pad" else small.eos
-            fill = int(small.table[min(fill, len(small.table) - 1)]) if named is None else named
-            vocab = max(vocab, len(small.table))
-            # Embeddings are often longer than the vocabulary: no tokenizer produces the remaining ids.
-            padding = (0, vocab - len(small.table))
-            arguments["compression"] = torch.nn.functional.pad(small.table, padding, value=fill)
-        known = None if small is None else small.plain()
-        return {**arguments, "memory": memory_of(self.settings, sites, vocab=vocab, compression=known, fill=fill)}
+        kinds: dict[str, Any] = {}
+        if self.engram is not None:
+            kinds["engram"], arguments["compression"] = self._engram(self.engram, entry, sites)
+        if self.over_encoding is not None:
+            embedding = token_embedding(entry)
+            channels = int(shape(embedding.node)[-1])
+            kinds["over_encoding"] = over_encoding_of(self.over_encoding, vocab=embedding.rows, hidden=channels)
+        if self.ultramem is not None:
+            kinds["ultramem"] = ultramem_of(self.ultramem, sites, hidden=int(shape(entry)[-1]))
+        return {**arguments, "memories": Memories(**kinds)}
+
+    def _engram(
+        self, settings: MemorySettings, entry: Node, sites: Sequence[str]
+    ) -> tuple[Memory, torch.Tensor | None]:
+        vocab, small, fill = max(embedded(entry).values()), self.compression, self.fill
+        if small is None:
+            return memory_of(settings, sites, vocab=vocab, compression=None, fill=fill), None
+        named = small.pad if settings.fill == "pad" else small.eos
+        fill = int(small.table[min(fill, len(small.table) - 1)]) if named is None else named
+        vocab = max(vocab, len(small.table))
+        # Embeddings are often longer than the vocabulary: no tokenizer produces the remaining ids.
+        ids = torch.nn.functional.pad(small.table, (0, vocab - len(small.table)), value=fill)
+        return memory_of(settings, sites, vocab=vocab, compression=small.plain(), fill=fill), ids
 
 
-@dataclass(frozen=True, kw_only=True)
-class UltraMemRequest:
-    """Values looked up by content, to be added to an owner."""
-
-    settings: UltraMemSettings
-    tables_on: str | None = None
-    """The device of the tables if not the model's: `meta` for tables that are only written to files."""
-
-    def of(self, entry: Node, sites: Sequence[str]) -> dict[str, Any]:
-        """Return the keyword arguments; raise MHC226 where the owner has no such layer."""
-        return {
-            "content": ultramem_of(self.settings, sites, hidden=int(shape(entry)[-1])),
-            "tables_on": self.tables_on,
-        }
-
-
-Request = MemoryRequest | OverEncodingRequest | UltraMemRequest
-"""A look-up to be added to an owner once its stream is known: `of` returns keyword arguments of `StreamParameters`."""
+NOTHING = Request()
 
 
 def requested(
@@ -94,33 +80,30 @@ def requested(
     start: Start = "zero",
     ultramem: str | UltraMemSettings | None = None,
     tables_on: str | None = None,
-) -> list[Request]:
-    """Return the requests that the arguments of `convert` make; `tokenizer` is called where ids are to be compressed.
+) -> Request:
+    """Return what the arguments of `convert` ask for; `tokenizer` is called where ids are to be compressed.
 
     Raises MHC220 for an unknown preset or another type.
     """
-    requests: list[Request] = []
-    if engram is not None:
-        settings = MemorySettings.preset(engram) if isinstance(engram, str) else engram
-        if not isinstance(settings, MemorySettings):
-            raise MHCError("MHC220", f"engram={engram!r}; a preset's name or MemorySettings")
-        known = tokenizer() if settings.compress else None
-        compression = None if known is None else Compression.of(known)
-        fill = _fill(settings, model)
-        requests.append(
-            MemoryRequest(settings=settings, fill=fill, compression=compression, start=start, tables_on=tables_on)
-        )
-    if over_encoding is not None:
-        over = OverEncodingSettings() if over_encoding == "default" else over_encoding
-        if not isinstance(over, OverEncodingSettings):
-            raise MHCError("MHC220", f"over_encoding={over_encoding!r}; 'default' or OverEncodingSettings")
-        requests.append(OverEncodingRequest(settings=over, tables_on=tables_on))
-    if ultramem is not None:
-        content = UltraMemSettings.preset(ultramem) if isinstance(ultramem, str) else ultramem
-        if not isinstance(content, UltraMemSettings):
-            raise MHCError("MHC220", f"ultramem={ultramem!r}; a preset's name or UltraMemSettings")
-        requests.append(UltraMemRequest(settings=content, tables_on=tables_on))
-    return requests
+    memory = MemorySettings.preset(engram) if isinstance(engram, str) else engram
+    over = OverEncodingSettings() if over_encoding == "default" else over_encoding
+    content = UltraMemSettings.preset(ultramem) if isinstance(ultramem, str) else ultramem
+    if not isinstance(memory, MemorySettings | None):
+        raise MHCError("MHC220", f"engram={engram!r}; a preset's name or MemorySettings")
+    if not isinstance(over, OverEncodingSettings | None):
+        raise MHCError("MHC220", f"over_encoding={over_encoding!r}; 'default' or OverEncodingSettings")
+    if not isinstance(content, UltraMemSettings | None):
+        raise MHCError("MHC220", f"ultramem={ultramem!r}; a preset's name or UltraMemSettings")
+    known = tokenizer() if memory is not None and memory.compress else None
+    return Request(
+        engram=memory,
+        fill=0 if memory is None else _fill(memory, model),
+        compression=None if known is None else Compression.of(known),
+        start=start,
+        over_encoding=over,
+        ultramem=content,
+        tables_on=tables_on,
+    )
 
 
 def _fill(settings: MemorySettings, model: nn.Module) -> int:

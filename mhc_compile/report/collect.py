@@ -23,11 +23,9 @@ from mhc_compile.kernels.target import Source
 from mhc_compile.parameters import StreamParameters, names, owners
 from mhc_compile.passes.base import Pass, is_tensor, kernels_of, module_stack, shape, value
 from mhc_compile.passes.fuse import kernels_in
-from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.results import Block
 from mhc_compile.passes.text import describe
-from mhc_compile.passes.ultramem import TABLE as ULTRAMEM_TABLE
 from mhc_compile.report.draw import draw
 from mhc_compile.report.lines import Line, Sources, is_buffer, short_path
 from mhc_compile.report.placement import Placement, in_order
@@ -256,22 +254,12 @@ def _inside(graph: Sequence[Line], path: str) -> tuple[str, ...]:
 
 
 def _memories(owner: str, parameters: StreamParameters) -> Iterator[MemoryReport]:
-    for name, place in parameters.table_places.items():
+    for name, spec in parameters.memories.tables.items():
         table = parameters.table(name)
-        if name == OVER_TABLE:
-            assert parameters.over is not None
-            found = f"2..{parameters.over.hash.order} x {parameters.over.hash.heads}"
-        elif name == ULTRAMEM_TABLE:
-            assert parameters.content is not None
-            settings = parameters.content.settings
-            found = f"{settings.top} of {parameters.content.keys}^2 x {settings.heads}"
-        else:
-            assert parameters.memory is not None
-            found = next(f"2..{m.hash.order} x {m.hash.heads}" for m in parameters.memory.layers if m.layer == name)
         yield MemoryReport(
             layer=f"{owner}.{name}".strip("."),
-            orders=found,
+            orders=spec.shown,
             table=table.extra_repr(),
             rows=table.rows * table.width,
-            parameters=sum(p.numel() for path, p in parameters.in_graph().items() if path.startswith(f"{place}.")),
+            parameters=sum(p.numel() for path, p in parameters.in_graph().items() if path.startswith(f"{spec.place}.")),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import warnings
@@ -114,13 +115,26 @@ class Checkpoints:
             raise MHCError("MHC616", self._failed)
 
     def open(self) -> Description | None:
-        """Return the description of the newest checkpoint, its files checked by their hashes; None without one.
+        """Return the description of the newest whole checkpoint, its files checked by their hashes; None without any.
 
-        The ranks share the reading. Raises MHC615 on all of them where anything is missing or damaged.
+        The ranks share the reading. A damaged one is set aside with a warning, MHC615, where there is an older one;
+        the last one is an error on all ranks, MHC615, and stays. Raises MHC619 for one of another format.
         """
-        step = self.latest()
-        if step is None:
-            return None
+        steps = self._agree(self.folder.steps)
+        while steps:
+            step = steps.pop()
+            try:
+                return self._read(step)
+            except MHCError as error:
+                if error.code != "MHC615" or not steps:
+                    raise
+                aside = self._agree(functools.partial(self.folder.set_aside, step))
+                if self.rank == 0:
+                    detail = f"{error.detail}; it is now {aside.name}, and step {steps[-1]} is tried"
+                    warn("MHC615", detail, stacklevel=3)
+        return None
+
+    def _read(self, step: int) -> Description:
         folder = self.folder.whole(step)
 
         def check() -> Description:

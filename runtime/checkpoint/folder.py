@@ -78,6 +78,19 @@ class RunFolder:
             self.whole(old).rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)  # what stays is cleared at the next start
 
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, so that it is none any more, and return its new place."""
+        aside = self.path / f"damaged-step-{step:08d}"
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = self.path / f"damaged-step-{step:08d}-{number}"
+        try:
+            self.whole(step).rename(aside)
+        except OSError as error:
+            raise MHCError("MHC619", f"{self.whole(step)}: {error}") from error
+        return aside
+
     def discard(self, step: int) -> None:
         """Remove what a failed save has written."""
         shutil.rmtree(self.partial(step), ignore_errors=True)

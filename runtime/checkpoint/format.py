@@ -93,7 +93,12 @@ class Description:
         }
         files = {f.name: {"bytes": f.size, "sha256": f.sha256} for f in self.files.values()}
         content = {"format": FORMAT, "mhc_compile": VERSION, "step": self.step, "world": self.world}
-        return json.dumps({**content, "progress": self.progress, "files": files, "tensors": tensors}, indent=1) + "\n"
+        content |= {"progress": self.progress, "files": files, "tensors": tensors}
+        return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_of(chunk: ChunkStorageMetadata) -> str:
@@ -114,12 +119,16 @@ def chunk_key(name: str, offsets: Iterable[int]) -> str:
 
 
 def read_description(folder: Path) -> Description:
-    """Read `checkpoint.json`. Raises MHC615 where it is missing, damaged or of a later format."""
+    """Read `checkpoint.json`. Raises MHC615 where it is missing or damaged, MHC619 where it is of another format."""
     path = folder / NAME
     try:
         content = json.loads(path.read_bytes())
         if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
+            detail = f"{path}: format {content['format']!r}, this version reads {FORMAT}"
+            raise MHCError("MHC619", detail, way_out="use the version of mhc-compile that wrote it, or a later one")
+        digest = content.pop("sha256", None)  # folders of earlier versions have none
+        if digest is not None and digest != _digest(content):
+            raise ValueError("it is not what was written (sha256)")
         return _parse(content)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise MHCError("MHC615", f"{path}: {type(error).__name__} {error}") from error

@@ -59,6 +59,7 @@ class Loader(AbstractContextManager["Loader"]):
         self._batch = batch
         self._rows = batch // replicas
         self._begin = replica * self._rows
+        self._offset = 0
         self._documents = documents
         self._threads = ThreadPoolExecutor(workers, "data") if workers else None
         self._depth = _AHEAD * workers
@@ -83,6 +84,14 @@ class Loader(AbstractContextManager["Loader"]):
                     self._coming[coming] = self._threads.submit(self._read, coming)
         return self._read(step) if future is None else future.result()
 
+    def samples_before(self, step: int) -> int:
+        """Return the number of samples in the batches before `step`."""
+        return self._offset + step * self._batch
+
+    def resume(self, step: int, samples: int) -> None:
+        """Let `step` be the batch behind so many samples; before, it is the one behind `step` batches of this size."""
+        self._offset = samples - step * self._batch
+
     def describe(self) -> dict[str, Any]:
         """Return what must be equal for a step number to mean the same samples, as plain JSON."""
         data = {"data": self.data.sha256, "tokenizer": self.data.tokenizer}
@@ -97,7 +106,7 @@ class Loader(AbstractContextManager["Loader"]):
 
     def _read(self, step: int) -> dict[str, Tensor]:
         size = self.sequence
-        begins = self._order(step * self._batch + self._begin, self._rows) * size
+        begins = self._order(self.samples_before(step) + self._begin, self._rows) * size
         windows = np.stack([self.data.read(int(begin), size + 1) for begin in begins]).astype(np.int64)
         if windows.max() > self.data.largest:
             detail = f"{self.data.folder}: token {windows.max()}, the largest one that was written is "

@@ -18,7 +18,6 @@ from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
 from mhc_compile.passes.cost import Plan, choose_blocks
-from mhc_compile.passes.overencoding import TABLE as OVER_TABLE
 from mhc_compile.passes.stages import balanced, site_nodes
 from mhc_compile.runtime.balance import site_costs
 from mhc_compile.runtime.engine import capture
@@ -136,12 +135,7 @@ def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
     """Return the tables with the sites before which their memories are added."""
     tables = []
     for owner, parameters in owners(program.model).items():
-        memory, over = parameters.memory, parameters.over
-        hashes = {m.layer: len(m.hash.moduli) for m in (memory.layers if memory is not None else ())}
-        if over is not None:
-            hashes[OVER_TABLE] = len(over.hash.moduli)
-        for name, count in hashes.items():
+        for name, spec in parameters.memories.tables.items():
             site = next((i for i, w in enumerate(works) if w.name.partition("#")[0] == name), 0)
-            table = parameters.table(name)
-            tables.append(Table(f"{owner}.{name}".strip("."), site, table.rows, table.width, count))
+            tables.append(Table(f"{owner}.{name}".strip("."), site, spec.rows, spec.width, spec.reads))
     return tuple(tables)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.memory.memories import Memory, layers_of, memory_of
+from mhc_compile.kernels.memory.engram import Memory, layers_of, memory_of
 from mhc_compile.kernels.memory.settings import MemorySettings
 
 LLAMA = [f"layers.{i}#{j}" for i in range(3) for j in range(2)]

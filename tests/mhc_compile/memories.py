@@ -57,5 +57,5 @@ def shake_memory(model: nn.Module, seed: int = 1) -> None:
             for name, p in held.in_graph().items():
                 if name.startswith("engram."):
                     p.copy_(torch.randn(p.shape, generator=rng) * 0.5)
-            for layer in held.memory_layers if held.memory else ():
+            for layer in held.memories.tables:
                 held.table(layer).start(seed, 1.0)

@@ -73,7 +73,7 @@ def started(held: StreamParameters, scratch: bool) -> None:
             assert 0.015 < state[name].std() < 0.025
         else:
             assert torch.equal(state[name], values), name
-    for name in held.table_places:
+    for name in held.memories.tables:
         assert 0.015 < held.table(name).weight.std() < 0.025
 
 

@@ -37,7 +37,12 @@ def bert() -> BertModel:
 
 
 def tables(model: nn.Module) -> list[Any]:
-    return [held.table(layer) for held in owners(model).values() if held.memory for layer in held.memory_layers]
+    return [
+        held.table(layer)
+        for held in owners(model).values()
+        if held.memories.engram
+        for layer in held.memories.engram.paths
+    ]
 
 
 @pytest.mark.parametrize("preset", variants(*PRESETS))
@@ -153,9 +158,9 @@ def test_autocast() -> None:
 def test_compressed_ids_are_looked_up_alike() -> None:
     model = convert(llama(), engram=small("v41"), tokenizer=tokenizer(), inner="eager")
     held = owners(model)["model"]
-    assert held.memory is not None
-    assert held.memory.compression is not None
-    assert held.memory.compression["size"] == 28
+    assert held.memories.engram is not None
+    assert held.memories.engram.compression is not None
+    assert held.memories.engram.compression["size"] == 28
     table = held.get_buffer("engram.compression")
     assert len(table) == VOCAB
     small_ids = torch.tensor([[2, 3, 4, 5]])
@@ -166,7 +171,7 @@ def test_compressed_ids_are_looked_up_alike() -> None:
     with torch.no_grad():
         assert torch.equal(model(small_ids).logits, model(large).logits)
     raw = convert(llama(), engram=small("v41", compress=False), tokenizer=tokenizer(), inner="eager")
-    assert raw.model.mhc.memory.compression is None
+    assert raw.model.mhc.memories.engram.compression is None
 
 
 def test_documents_do_not_see_each_other() -> None:

@@ -21,7 +21,7 @@ from mhc_compile.parameters import owners
 def by_hand(model: Any) -> Tensor:
     """The gates of layer 0, in front of which all streams are the embedding, in float64."""
     (held,) = owners(model).values()
-    memory, first = held.memory, held.get_submodule("engram.layers.0").double()
+    memory, first = held.memories.engram, held.get_submodule("engram.layers.0").double()
     assert memory is not None
     spec = memory.layers[0].hash
     eos = spec.fill if memory.settings.resets_after_eos else -1

@@ -115,8 +115,8 @@ def test_a_compiled_model_generates_the_same(trained: Any) -> None:
 @pytest.mark.slow
 def test_the_decoder_of_a_pair_gets_the_memory() -> None:
     model = with_memory(t5(num_layers=1), layers=(0,))
-    assert model.encoder.mhc.memory is None
-    assert model.decoder.mhc.memory is not None
+    assert model.encoder.mhc.memories.engram is None
+    assert model.decoder.mhc.memories.engram is not None
     without = generated(model, max_new_tokens=4, num_beams=2, **NO_CACHE)
     assert torch.equal(generated(model, max_new_tokens=4, num_beams=2, **DYNAMIC), without)
 

@@ -136,7 +136,7 @@ class Exits(Layers):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_memory_is_read_in_both_modes_where_one_leaves_out_its_site(training: bool) -> None:
     model = convert(Halves().train(training), ids(), engram=small("v41", layers=(1,)), inner="eager")
-    assert owners(model)[""].memory.layers[0].site == "layers.1.first#0"
+    assert owners(model)[""].memories.engram.layers[0].site == "layers.1.first#0"
     before = [model.train(mode)(ids()).detach() for mode in (True, False)]
     shake_memory(model)
     for mode, silent in zip((True, False), before, strict=True):

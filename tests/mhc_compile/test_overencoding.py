@@ -38,7 +38,7 @@ def shake_n_grams(model: nn.Module) -> Any:
     """Let the n-grams say something."""
     generator = torch.Generator().manual_seed(1)
     for held in owners(model).values():
-        if held.over is not None:
+        if held.memories.over_encoding is not None:
             with torch.no_grad():
                 W = held.get_parameter("over_encoding.projection")
                 W.copy_(torch.randn(W.shape, generator=generator) * 0.3)
@@ -77,7 +77,9 @@ def test_the_embedding_of_a_whole_model_is_the_sum(trained: Any) -> None:
     model, held = trained, trained.model.mhc
     with torch.no_grad():
         first = model(ids(), output_hidden_states=True).hidden_states[0]
-        rows = torch.ops.engram.over_rows(ids(), torch.arange(8).expand(2, 8), None, str(held.over.hash))
+        rows = torch.ops.engram.over_rows(
+            ids(), torch.arange(8).expand(2, 8), None, str(held.memories.over_encoding.hash)
+        )
         more = held.table("over-encoding")(rows) @ held.get_parameter("over_encoding.projection").T
     assert close(first, model.model.embed_tokens(ids()) + more)
 
@@ -155,8 +157,8 @@ def test_a_memory_and_n_grams_side_by_side() -> None:
 
 def test_the_decoder_of_a_pair_gets_the_n_grams() -> None:
     model = shake_n_grams(convert(t5(num_layers=1), streams=2, over_encoding=SMALL, inner="eager"))
-    assert model.encoder.mhc.over is None
-    assert model.decoder.mhc.over is not None
+    assert model.encoder.mhc.memories.over_encoding is None
+    assert model.decoder.mhc.memories.over_encoding is not None
     with torch.no_grad():
         whole = model(ids(), decoder_input_ids=ids(), use_cache=False).logits
         # Made here: torch 2.11 cannot trace T5 making it.

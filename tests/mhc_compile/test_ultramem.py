@@ -35,7 +35,7 @@ def shake_values(model: Any) -> Any:
     """Let the values say something."""
     generator = torch.Generator().manual_seed(1)
     for held in owners(model).values():
-        if held.content is not None:
+        if held.memories.ultramem is not None:
             with torch.no_grad():
                 for name, p in held.in_graph().items():
                     if name.endswith(".projection"):
@@ -139,8 +139,8 @@ def test_a_memory_of_n_grams_beside_it() -> None:
 @pytest.mark.slow
 def test_the_decoder_of_a_pair_gets_it() -> None:
     model = shake_values(convert(t5(num_layers=1), streams=2, ultramem=V2, inner="eager"))
-    assert model.encoder.mhc.content is None
-    assert model.decoder.mhc.content is not None
+    assert model.encoder.mhc.memories.ultramem is None
+    assert model.decoder.mhc.memories.ultramem is not None
     with torch.no_grad():
         whole = model(ids(), decoder_input_ids=ids(), use_cache=False).logits
         cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))

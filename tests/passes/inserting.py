@@ -37,7 +37,7 @@ def insert(work: Pass, request: Any, model: nn.Module, ids: Tensor) -> Inserted:
     gm = ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
     ((owner, sites),) = sites_of_owners(context.streams, SPEC).items()
     held = randomise(StreamParameters(SPEC, sites, **request.of(context.streams[0].entry, list(sites))), 1)
-    for name in held.table_places:
+    for name in held.memories.tables:
         held.table(name).start(5, 1.0)
     context.marks = [append_parameters(gm, owner, held)]
     inputs = [*found.inputs, *graph_inputs(held).values()]

@@ -17,9 +17,9 @@ from toys import Sites, toy
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory import fusion, hashing
-from mhc_compile.kernels.memory.memories import LayerMemory
+from mhc_compile.kernels.memory.engram import LayerMemory
 from mhc_compile.kernels.memory.settings import MemorySettings
-from mhc_compile.memory.request import MemoryRequest
+from mhc_compile.memory.request import Request
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import call_nodes, op_name
 from mhc_compile.passes.engram import Engram
@@ -34,8 +34,7 @@ def settings(preset: str, *layers: int) -> MemorySettings:
 
 def inserted(model: nn.Module, ids: Tensor, chosen: MemorySettings, *, portable: bool = False) -> Inserted:
     """The passes up to `engram`."""
-    request = MemoryRequest(settings=chosen, fill=0, compression=None, start="zero")
-    return insert(Engram(portable=portable), request, model, ids)
+    return insert(Engram(portable=portable), Request(engram=chosen), model, ids)
 
 
 class Remembering(Sites):
@@ -48,13 +47,13 @@ class Remembering(Sites):
 
     def enter(self, X: Tensor) -> Tensor:
         self.layer += 1
-        assert self.held.memory is not None
-        mine = [m for m in self.held.memory.layers if m.layer.endswith(str(self.layer))]
+        assert self.held.memories.engram is not None
+        mine = [m for m in self.held.memories.engram.layers if m.layer.endswith(str(self.layer))]
         return by_hand(self.held, mine[0], X, self.ids) if mine else X
 
 
 def by_hand(held: StreamParameters, mine: LayerMemory, X: Tensor, ids: Tensor) -> Tensor:
-    memory = held.memory
+    memory = held.memories.engram
     assert memory is not None
     p = {name: t.detach() for name, t in held.get_submodule(f"engram.{mine.layer}").named_parameters(recurse=False)}
     reach = hashing.reach(ids, None, None, None)

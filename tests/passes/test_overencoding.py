@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from mhc_compile.config import compile_pipeline
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
-from mhc_compile.memory.request import MemoryRequest, OverEncodingRequest
+from mhc_compile.memory.request import Request
 from mhc_compile.parameters import StreamParameters
 from mhc_compile.passes.base import Context, call_nodes, op_name
 from mhc_compile.passes.fuse_memory import fuse_memories
@@ -29,7 +30,7 @@ from mhc_compile.passes.pipeline import ANALYSIS, EXPORT
 from mhc_compile.passes.widen import Widen
 
 Golden = Callable[[str], None]
-REQUEST = OverEncodingRequest(settings=OverEncodingSettings(order=3, heads=1, rows=31))
+REQUEST = Request(over_encoding=OverEncodingSettings(order=3, heads=1, rows=31))
 
 
 def inserted(model: nn.Module, ids: Tensor, *, portable: bool = False) -> Inserted:
@@ -39,7 +40,7 @@ def inserted(model: nn.Module, ids: Tensor, *, portable: bool = False) -> Insert
 
 def by_hand(held: StreamParameters, embedding: Tensor, ids: Tensor) -> Tensor:
     """The equation, in Python's numbers."""
-    over = held.over
+    over = held.memories.over_encoding
     assert over is not None
     table = held.table("over-encoding").weight.detach().double()
     W = held.get_parameter("over_encoding.projection").detach()
@@ -149,10 +150,9 @@ def test_the_memory_of_a_model_with_both_reads_the_same_ids() -> None:
     ANALYSIS.run(found.graph, context, debug=CHECKED.debug)
     ((owner, sites),) = sites_of_owners(context.streams, SPEC).items()
     chosen = MemorySettings.preset("v41", rows_per_head=31, row_width=2, heads=2, layers=(0,))
-    memory = MemoryRequest(settings=chosen, fill=0, compression=None, start="zero")
-    entry = context.streams[0].entry
-    held = StreamParameters(SPEC, sites, **(memory.of(entry, list(sites)) | REQUEST.of(entry, list(sites))))
-    assert set(held.table_places) == {"layers.0", "over-encoding"}
+    both = replace(REQUEST, engram=chosen)
+    held = StreamParameters(SPEC, sites, **both.of(context.streams[0].entry, list(sites)))
+    assert set(held.memories.tables) == {"layers.0", "over-encoding"}
     assert held.vocab == VOCAB
     for passes in (compile_pipeline(CHECKED), EXPORT):
         copy, context = captured(model, ids).graph, Context()

@@ -18,7 +18,7 @@ from toys import Sites, Toy, toy
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory import ultramem
 from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
-from mhc_compile.memory.request import UltraMemRequest
+from mhc_compile.memory.request import Request
 from mhc_compile.passes.base import call_nodes, op_name
 from mhc_compile.passes.fuse_memory import fuse_memories
 from mhc_compile.passes.ultramem import LookUpByContent
@@ -32,7 +32,7 @@ V2 = UltraMemSettings(
 
 def inserted(model: nn.Module, ids: Tensor, settings: UltraMemSettings, *, portable: bool = False) -> Inserted:
     """The passes up to `ultramem`."""
-    return insert(LookUpByContent(portable=portable), UltraMemRequest(settings=settings), model, ids)
+    return insert(LookUpByContent(portable=portable), Request(ultramem=settings), model, ids)
 
 
 class Remembering(Sites):
@@ -64,7 +64,7 @@ class Remembering(Sites):
         return h, post, H
 
     def remember(self, path: str, x: Tensor) -> None:
-        memory = self.held.content
+        memory = self.held.memories.ultramem
         assert memory is not None
         for index, (read, add) in enumerate(memory.layers):
             if read == path:

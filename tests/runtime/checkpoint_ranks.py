@@ -164,6 +164,7 @@ def troubles(cut: Cut, folder: str) -> dict[str, Any]:
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     dist.barrier()
     said["damaged"] = _code(lambda: restore(checkpoints, [part], optimizer, {"data": {"seed": 1}}))
+    said["set aside"] = sorted(p.name for p in Path(folder).iterdir())
     checkpoints.close()
     return said
 

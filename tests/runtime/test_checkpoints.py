@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_ranks import Cut, build, claim, load, save, troubles, wrong
+from checkpoint_ranks import Cut, build, claim, fill, load, save, troubles, wrong
 from ranks import run_ranks
 
-from mhc_compile import MHCError
+from mhc_compile import MHCError, MHCWarning
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
 from mhc_compile.runtime.checkpoint.format import NAME, read_description
 from mhc_compile.runtime.state import restore, training_state
@@ -57,8 +58,9 @@ def test_a_full_disk_and_a_damaged_file_on_one_of_several_ranks(tmp_path: Path) 
         "after full": 1,
         "close": "MHC616",
         "kept": [".lock", "step-00000004", "step-00000005"],
-        "other data": "MHC617",
-        "damaged": "MHC615",
+        "other data": "MHC608",
+        "damaged": "",
+        "set aside": [".lock", "damaged-step-00000005", "step-00000004"],
     }  # fmt: skip
 
 
@@ -108,7 +110,9 @@ def test_there_is_nothing_yet(tmp_path: Path) -> None:
 
 
 def _rewrite(path: Path, change: Any) -> None:
+    """Change the description, as one of an earlier version: without a hash of its own."""
     content = json.loads(path.read_text())
+    del content["sha256"]
     change(content)
     path.write_text(json.dumps(content))
 
@@ -122,7 +126,7 @@ DAMAGES = {
     "no description": lambda f: (f / NAME).unlink(),
     "no JSON": lambda f: (f / NAME).write_text("{"),
     "a list": lambda f: (f / NAME).write_text("[]"),
-    "a later format": lambda f: _rewrite(f / NAME, lambda c: c.update(format=2)),
+    "an edited field": lambda f: (f / NAME).write_text((f / NAME).read_text().replace('"seed": 1', '"seed": 2')),
     "another step": lambda f: _rewrite(f / NAME, lambda c: c.update(step=8)),
     "a path": lambda f: _rewrite(
         f / NAME, lambda c: c["files"].update({"../x.safetensors": c["files"]["rank-00000.safetensors"]})
@@ -148,10 +152,32 @@ def test_what_is_missing_or_damaged_is_refused(damage: str, saved: Path) -> None
     assert code_of_loading(saved)[0] == "MHC615"
 
 
+def test_a_later_format_is_not_taken_for_damage(saved: Path) -> None:
+    shutil.copytree(saved / "step-00000007", saved / "step-00000006")
+    _rewrite(saved / "step-00000007" / NAME, lambda c: c.update(format=2))
+    assert code_of_loading(saved)[0] == "MHC619"
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(saved: Path) -> None:
+    part, optimizer = build((1, 1, 1))
+    fill(part, optimizer)
+    checkpoints = Checkpoints(saved, keep=3)
+    for step in (8, 9):
+        checkpoints.save(step, training_state([part], optimizer, SAME))
+    checkpoints.close()
+    for step in ("step-00000008", "step-00000009"):
+        DAMAGES["other bytes"](saved / step)
+    with pytest.warns(MHCWarning, match=r"MHC615.*sha256.*and step 7 is tried") as warned:
+        assert code_of_loading(saved) == ("", "")
+    assert len([w for w in warned if w.category is MHCWarning]) == 2
+    names = sorted(p.name for p in saved.iterdir())
+    assert names == [".lock", "damaged-step-00000008", "damaged-step-00000009", "step-00000007"]
+
+
 def test_another_model_or_other_data(saved: Path) -> None:
     code, detail = code_of_loading(saved, {"data": {"seed": 2, "sequence": 8}, "model": {"streams": 4}})
     assert (code, detail.partition(": ")[2]) == (
-        "MHC617",
+        "MHC608",
         "data.seed is 1 there and 2 here; data.sequence is None there and 8 here",
     )
     part, optimizer = build((1, 1, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from data_folders import documents, make_tokenizer, write_lines
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from training import model_folder
 from transformers import MambaConfig, MambaForCausalLM
 
 import mhc_compile
-from mhc_compile.diagnostics import MHCError
+from mhc_compile.diagnostics import MHCError, MHCWarning
 from mhc_compile.runtime.data.loader import Loader
 from mhc_compile.runtime.data.prepare import prepare
 from mhc_compile.runtime.loop import Result, train
@@ -72,7 +74,7 @@ def on_ranks(given: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps(given.plain()))
     program = "import json, sys; from pathlib import Path; from mhc_compile.runtime.loop import train; "
     program += "from mhc_compile.runtime.recipe import parse_recipe; p = Path(sys.argv[1]); "
-    program += "train(parse_recipe(json.loads(p.read_text()), p.parent))"
+    program += "train(parse_recipe(json.loads(p.read_text()), p.parent), accept_changes=True)"
     (folder / "run.py").write_text(program)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
@@ -83,7 +85,10 @@ def on_ranks(given: Recipe, folder: Path) -> None:
 
 
 def test_a_run_writes_what_it_was_asked_for(material: Path, tmp_path: Path) -> None:
-    result = train(recipe(material, tmp_path, metrics={"every": 1, "probes_every": 4}))
+    out = io.StringIO()
+    asked = recipe(material, tmp_path, metrics={"every": 1, "probes_every": 4})
+    result = train(asked, console=Console(file=out, width=120))
+    assert out.getvalue().index("compiling stage 1 of 1 for training") < out.getvalue().index("step 1/6")
     found = lines(tmp_path)
     assert list(found) == [1, 2, 3, 4, 5, 6]
     assert result == Result(6, found[6]["loss"], "done")
@@ -129,6 +134,24 @@ def test_a_run_that_goes_on_is_an_unbroken_one(material: Path, tmp_path: Path, m
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_another_course_is_asked_for(material: Path, tmp_path: Path) -> None:
+    train(recipe(material, tmp_path, train={"steps": 2}))
+    changed = {"train": {"steps": 4, "batch": 2, "lr": 2e-2}}
+    with pytest.raises(MHCError, match=r"MHC608.*train.batch is 4 there and 2 here; train.lr .*; train.steps is 2"):
+        train(recipe(material, tmp_path, **changed))
+    train(recipe(material, tmp_path, metrics={"every": 2}, train={"steps": 2, "evaluate_every": 1}))  # no other course
+    seen: list[torch.Tensor] = []
+    read = Loader.batch
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Loader, "batch", lambda self, step: seen.append(read(self, step)) or seen[-1])
+        assert train(recipe(material, tmp_path, **changed), accept_changes=True).step == 4
+    # The smaller batches follow the larger ones in the data.
+    wanted = Loader(material / "tokens", sequence=16, batch=2)
+    ids = [b["input_ids"] for b in seen]
+    assert any(torch.equal(batch, wanted.batch(4)["input_ids"]) for batch in ids)
+    assert any(torch.equal(batch, wanted.batch(5)["input_ids"]) for batch in ids)
+
+
 def without_dropout(material: Path, folder: Path) -> Path:
     """What is dropped depends on the rank."""
     copied = Path(shutil.copytree(material, folder / "material"))
@@ -162,7 +185,7 @@ def test_sharded_ranks_go_on_from_one_and_one_from_them(material: Path, tmp_path
     train(recipe(copied, mixed, train=constant | {"steps": 3}))
     on_ranks(recipe(copied, mixed, train=constant | {"steps": 6}, parallel=parallel), mixed)
     on_ranks(recipe(copied, mixed, train=constant | {"steps": 7}, parallel={"data": 2, "mode": "fsdp"}), mixed)
-    train(recipe(copied, mixed, train=constant | {"steps": 9}))
+    train(recipe(copied, mixed, train=constant | {"steps": 9}), accept_changes=True)
     wanted, found = lines(tmp_path / "whole"), lines(mixed)
     assert list(found) == list(range(1, 10))
     for step in wanted:
@@ -184,6 +207,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(material: Path, tmp_path: Path)
     assert list((tmp_path / "run").glob("failed-step-*"))
 
 
+def test_the_first_error_is_reported_where_the_disk_is_full_too(material: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits on the sizes of files are those of POSIX")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    chosen = recipe(material, tmp_path, train={"lr": 1e30}, checkpoint={"every": 1, "keep": 2})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.warns(MHCWarning, match="MHC616"), pytest.raises(MHCError, match="MHC618"):
+            train(chosen)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_from_scratch(material: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(material, tmp_path / "material"))
     for name in ("mhc.json", *(p.name for p in (copied / "model").glob("*.safetensors*"))):
@@ -192,7 +227,7 @@ def test_from_scratch(material: Path, tmp_path: Path) -> None:
     assert lines(tmp_path)[1]["loss"] == pytest.approx(math.log(300), rel=0.1)
 
 
-@pytest.mark.parametrize("damage", ["shard", "tokenizer", "few", "world", "data"])
+@pytest.mark.parametrize("damage", ["shard", "tokenizer", "few", "world", "data", "byte"])
 def test_mistakes_are_found_before_the_first_step(
     material: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +246,12 @@ def test_mistakes_are_found_before_the_first_step(
         case "world":
             tables["parallel"] = {"data": 2}
             code = "MHC603"
+        case "byte":
+            file = next((copied / "tokens").glob("tokens-*.bin"))
+            held = bytearray(file.read_bytes())
+            held[10] ^= 1
+            file.write_bytes(held)
+            code = "MHC611"
         case _:
             next((copied / "tokens").glob("*.bin")).unlink()
             code = "MHC611"

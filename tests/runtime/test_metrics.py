@@ -4,13 +4,14 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from mhc_compile import MHCError
+from mhc_compile import MHCError, MHCWarning
 from mhc_compile.runtime.metrics import EVENTS, FILE, Metrics, drop_after
 
 GAINS = {"composite_gain/forward_max": 1.0, "composite_gain/backward_mean": 2.0, "composite_gain/backward_max": 1.05}
@@ -136,13 +137,13 @@ def test_bar_on_a_terminal(tmp_path: Path) -> None:
     clock = Clock()
     metrics = Metrics(tmp_path, total_steps=4, start=1, console=console(terminal=True), clock=clock)
     for step in (2, 3, 4):
-        clock.now += 0.5
-        metrics.progress(step, 4.25, tokens=100)
+        clock.now += 0.5 if step < 4 else 0.01  # too soon to be drawn, but for the end
+        metrics.progress(step, 4.25 + step / 100, tokens=100)
     metrics.log(4, {"loss": 4.25})
     metrics.close()
     metrics.close()
     text = shown(metrics)
-    for part in ("training", "1/4", "loss 4.2500", "200 tokens/s", "4/4", "step 4/4  loss 4.2500"):
+    for part in ("training", "1/4", "loss 4.2700", "200 tokens/s", "4/4", "loss 4.2900", "step 4/4  loss 4.2500"):
         assert part in text, part
     assert text.rstrip().endswith("\x1b[?25h"), "the cursor is back"
 
@@ -177,11 +178,34 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         Metrics(tmp_path / "file" / "metrics", total_steps=1)
 
 
-def test_a_full_disk_is_a_coded_error(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full, a device that is always full")
-    metrics = Metrics(tmp_path, total_steps=1, console=console())
-    metrics._lines = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(MHCError, match=r"MHC413.*No space"):
+def test_lines_that_the_disk_has_no_room_for_are_left_out(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits on the sizes of files are those of POSIX")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Metrics(tmp_path, total_steps=4, console=console()) as metrics:
         metrics.log(1, {"loss": 1.0})
-    metrics.close()
+        size = (tmp_path / FILE).stat().st_size
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+            with pytest.warns(MHCWarning, match=r"MHC607.*No space"):
+                metrics.log(2, {"loss": 2.0})
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # one warning is enough
+                metrics.log(3, {"loss": 3.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        metrics.log(4, {"loss": 4.0})
+    assert [json.loads(line)["step"] for line in (tmp_path / FILE).read_text().splitlines()] == [1, 4]
+
+
+def test_events_end_with_the_disk(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits on the sizes of files are those of POSIX")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Metrics(tmp_path, total_steps=2, tensorboard=True, console=console()) as metrics:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+            with pytest.warns(MHCWarning, match="MHC607"):
+                metrics.log(1, {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        metrics.log(2, {"loss": 2.0})
+    assert [json.loads(line)["step"] for line in (tmp_path / FILE).read_text().splitlines()] == [2]

@@ -101,6 +101,7 @@ def test_plain_values_are_the_recipe_again(recipe: Path, changes: list[str]) -> 
         ("train.learning_rate=1", "unknown field"),
         ("trian.steps=1", "did you mean train?"),
         ("model.lr=1", "did you mean train.lr?"),
+        ("parallel.tensor=2", "known: parallel.stages"),
         ("train.folder=x", ".folder?"),
         ("paralel.stages=1", "did you mean parallel?"),
         ("memory.rows=1", "memory.rows_per_head?"),
