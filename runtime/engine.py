@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import IDS, POSITIONS
 from mhc_compile.passes.stages import split_graph
 from mhc_compile.runtime.balance import cuts
+from mhc_compile.runtime.denoiser import Denoiser
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.optimizer import RunAdamW
@@ -35,7 +36,9 @@ class Step:
     """The result of a step; the same on all ranks."""
 
     loss: float
-    """The mean over all tokens of the batch."""
+    """The mean over all tokens of the batch, with the auxiliary loss."""
+    auxiliary: float
+    """The part of it that the model adds to the tokens' losses, to spread tokens over experts; 0 where it adds none."""
     norm: float
     """Of all gradients, before clipping."""
     stop: bool
@@ -54,6 +57,8 @@ class Engine:
     stages: list[Stage]
     pipeline: Pipeline
     optimizer: RunAdamW
+    denoiser: Denoiser | None = None
+    """With `[diffusion]` what corrupts batches."""
 
     @property
     def sharded(self) -> list[FSDPModule]:
@@ -88,6 +93,12 @@ class Engine:
             self.reshard()
             self.world.meet()
 
+    def inputs(
+        self, batch: Mapping[str, Tensor], step: int, *, evaluates: bool = False
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """Return what the passes of a step read: `batch`, or with `[diffusion]` its corruptions, with their weights."""
+        return (batch,) if self.denoiser is None else self.denoiser.inputs(batch, step, evaluates=evaluates)
+
     def gradients(self, batch: Mapping[str, Tensor], step: int, *, stop: bool = False) -> Step:
         """Run the passes of this replica's share of a step, forward and backward; `input_ids` and `labels` `[b, S]`.
 
@@ -96,24 +107,29 @@ class Engine:
         """
         torch.manual_seed(seed_of(self.recipe.train.seed, step, self.world.rank))
         with self.world.doing("forward and backward passes", step):
-            loss = self.pipeline.step({name: t.to(self.world.device) for name, t in batch.items()})
+            losses = [
+                self.pipeline.step({name: t.to(self.world.device) for name, t in given.items()})
+                for given in self.inputs(batch, step)
+            ]
+            loss = torch.stack(losses).sum(0)
         with self.world.doing("gradients over ranks", step):
             self.optimizer.reduce()
             norm = self.optimizer.norm()
-            total, norm, stops = over_ranks(loss, norm, stop)
-        return Step(total / self.world.parallel.replicas, norm, stops)
+            (total, auxiliary), norm, stops = over_ranks(loss, norm, stop)
+        replicas = self.world.parallel.replicas
+        return Step(total / replicas, auxiliary / replicas, norm, stops)
 
 
-def over_ranks(loss: Tensor, norm: float, stop: bool) -> tuple[float, float, bool]:
-    """Return the sum of all ranks' losses, the norm (NaN if any rank's is not finite), and whether any rank stops.
+def over_ranks(losses: Tensor, norm: float, stop: bool) -> tuple[list[float], float, bool]:
+    """Return the sums of all ranks' losses, the norm (NaN if any rank's is not finite), and whether any rank stops.
 
     A collective. Afterwards all ranks treat the step alike: a rank that alone skipped a step would diverge.
     """
-    flags = torch.tensor([stop, not math.isfinite(norm)], dtype=loss.dtype, device=loss.device)
-    sums = torch.cat([loss.reshape(1), flags])
+    flags = torch.tensor([stop, not math.isfinite(norm)], dtype=losses.dtype, device=losses.device)
+    sums = torch.cat([losses, flags])
     dist.all_reduce(sums)
-    total, stops, bad = sums.tolist()
-    return total, math.nan if bad else norm, stops > 0
+    *totals, stops, bad = sums.tolist()
+    return totals, math.nan if bad else norm, stops > 0
 
 
 def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engine:
@@ -121,9 +137,10 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
 
     Without `weights` no value is set: a checkpoint will set them all.
 
-    Raises what `hollow_model`, `capture_program`, `build_stages`, `initialise` and `load_folder` raise.
+    Raises what `Denoiser`, `hollow_model`, `capture_program`, `build_stages`, `initialise` and `load_folder` raise.
     """
     parallel = recipe.parallel
+    denoiser = None if recipe.diffusion is None else Denoiser(recipe, world.replica)
     program = capture(recipe, world.device)
     with world.patience("cutting the model"):
         # The first rank's cuts: a measurement differs from rank to rank.
@@ -156,7 +173,7 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
     ties = tied(program, split_graph(program.graph, starts))
     return Engine(
         recipe, world, program, tuple(starts), stages, Pipeline(stages, world, recipe.microbatches),
-        RunAdamW(stages, ties, world, recipe.train),
+        RunAdamW(stages, ties, world, recipe.train), denoiser,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
     """
     folder = Path(recipe.model.folder)
     dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
-    options = Options(inner=recipe.model.inner, kernels=recipe.model.kernels)
+    options = replace(recipe.options, recompute="off")  # which is for stages
     scratch = recipe.model.start == "scratch"
     if not scratch and is_converted(folder):
         model = _converted(recipe, folder, dtype, options, device)
@@ -57,24 +58,30 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
         start = start_of(streams.start, scratch=scratch)
         of_memory: Any = "paper" if scratch else "zero"
         read = functools.partial(read_tokenizer, folder)
-        request = requested(model, recipe.memory, None, read, start=of_memory, tables_on="meta")
+        request = requested(
+            model, recipe.memory, None, read, start=of_memory, ultramem=recipe.ultramem, tables_on="meta"
+        )
         convert_streams(model, (), {}, streams.spec, options, request, start=start)
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
-        raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory]")
+        raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory] or [ultramem]")
     return model
 
 
 def _converted(
     recipe: Recipe, folder: Path, dtype: torch.dtype, options: Options, device: torch.device | str
 ) -> nn.Module:
-    for name, table in (("mhc", recipe.mhc), ("memory", recipe.memory)):
+    for name, table in (("mhc", recipe.mhc), ("memory", recipe.memory), ("ultramem", recipe.ultramem)):
         if table is not None:
             raise MHCError("MHC602", f"[{name}] for {folder}, which is converted", way_out=f"leave [{name}] out")
     checkpoint, manifest = open_converted(folder)
     streams = read_streams(checkpoint, manifest, options)
     model = _build(checkpoint.config, folder, dtype)
     _read_buffers(model, checkpoint)
+    attention = next((p.options.attention for p in streams.values() if p.options.attention), None)
+    if recipe.diffusion is None and attention is not None:
+        detail = f"{folder} sees attention={attention!r}: next tokens are among what it sees"
+        raise MHCError("MHC602", detail, way_out=f'add [diffusion] attention = "{attention}"')
     for owner, parameters in streams.items():
         check_tokenizer(folder, parameters)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -11,10 +12,12 @@ from typing import Any, get_type_hints
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.runtime.fields import Described, build, describe, typed, unknown
 from mhc_compile.runtime.recipe_tables import (
     CheckpointTable,
     DataTable,
+    DiffusionTable,
     MetricsTable,
     ModelTable,
     ParallelTable,
@@ -33,8 +36,11 @@ class Recipe:
     mhc: StreamsTable | None = None
     """None: the recipe has no such table; a residual model then gets the defaults."""
     memory: MemorySettings | None = None
+    ultramem: UltraMemSettings | None = None
     data: DataTable
     train: TrainTable
+    diffusion: DiffusionTable | None = None
+    """None: next tokens are learnt."""
     parallel: ParallelTable = field(default_factory=ParallelTable)
     recompute: RecomputeTable = field(default_factory=RecomputeTable)
     checkpoint: CheckpointTable
@@ -52,13 +58,16 @@ class Recipe:
             t.evaluate_every,
             "0 without data.validation",
         )
+        if self.diffusion is not None:
+            require(not self.data.documents, "data.documents", True, "false with [diffusion]: edits move tokens")
         _check_schedule(p, self.microbatches)
         _ = self.options
 
     @property
     def options(self) -> Options:
         """How the stages are compiled."""
-        return Options(inner=self.model.inner, kernels=self.model.kernels, recompute=self.recompute.blocks)
+        m, attention = self.model, None if self.diffusion is None else self.diffusion.attention
+        return Options(inner=m.inner, kernels=m.kernels, recompute=self.recompute.blocks, attention=attention)
 
     @property
     def microbatches(self) -> int:
@@ -75,7 +84,9 @@ class Recipe:
         """The fields that a run follows from its first to its last step, by their names, as JSON holds them."""
         content = self.plain()
         named = {
-            f"{section}.{name}": v for section in ("model", "train", "data") for name, v in content[section].items()
+            f"{section}.{name}": v
+            for section in ("model", "train", "data", "diffusion")
+            for name, v in content.get(section, {}).items()
         }
         return {name: value for name, value in named.items() if name not in _FREE}
 
@@ -85,7 +96,8 @@ class Recipe:
         for f in fields(self):
             if (table := getattr(self, f.name)) is not None:
                 values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(table).items() if v is not None}
-                content[f.name] = {"preset": values.pop("name"), **values} if f.name == "memory" else values
+                preset = {"preset": values.pop("name")} if f.name == "memory" else {}
+                content[f.name] = preset | values
         return content
 
 
@@ -93,16 +105,21 @@ TABLES: dict[str, type[Any]] = {
     "model": ModelTable,
     "mhc": StreamsTable,
     "memory": MemorySettings,
+    "ultramem": UltraMemSettings,
     "data": DataTable,
     "train": TrainTable,
+    "diffusion": DiffusionTable,
     "parallel": ParallelTable,
     "recompute": RecomputeTable,
     "checkpoint": CheckpointTable,
     "metrics": MetricsTable,
 }
-_PRESET = Described(
-    "memory", "preset", "a text", '"paper"', "The published memory that the other fields change: paper, v41, qwen_ple."
-)
+_CHANGED = "The published memory that the other fields change: "
+_PRESETS = {
+    "memory": Described("memory", "preset", "a text", '"paper"', f"{_CHANGED}paper, v41, qwen_ple."),
+    "ultramem": Described("ultramem", "preset", "a text", '"v1"', f"{_CHANGED}v1, v2."),
+}
+"""By the sections of memories the field that names their other fields' values."""
 _FREE = {
     *("model.folder", "model.start", "model.inner", "model.kernels"),
     *("train.microbatch", "train.evaluate_every", "train.evaluate_batches", "train.on_nonfinite", "train.explode"),
@@ -142,7 +159,9 @@ def parse_recipe(content: Mapping[str, Any], folder: Path) -> Recipe:
         paths = {name: table[name] for name in _PATHS.get(section, ()) if isinstance(table.get(name), str)}
         values = table | {name: str(folder / Path(path).expanduser()) for name, path in paths.items()}
         tables[section] = (
-            _memory(values, names) if section == "memory" else build(TABLES[section], section, values, aside=names)
+            _memory(section, values, names)
+            if section in _PRESETS
+            else build(TABLES[section], section, values, aside=names)
         )
     for section in ("model", "data", "train", "checkpoint"):
         if section not in tables:
@@ -154,18 +173,20 @@ def describe_fields() -> list[Described]:
     """Return every field of a recipe, in order, with what may be written, its default, and what it means."""
     described: list[Described] = []
     for section, cls in TABLES.items():
-        described += [_PRESET] if section == "memory" else []
+        described += [_PRESETS[section]] if section in _PRESETS else []
         described += describe(cls, section, leave_out=("name",) if section == "memory" else ())
     return described
 
 
-def _memory(values: dict[str, Any], names: Sequence[str]) -> MemorySettings:
-    preset = typed("memory.preset", values.pop("preset", "paper"), str)
-    hints = get_type_hints(MemorySettings)
+def _memory(section: str, values: dict[str, Any], names: Sequence[str]) -> Any:
+    """Return the settings of a section of `_PRESETS`: those of its preset, with `values`."""
+    settings, default = TABLES[section], json.loads(_PRESETS[section].default)
+    preset = typed(f"{section}.preset", values.pop("preset", default), str)
+    hints = get_type_hints(settings)
     for name in values:
-        if f"memory.{name}" not in names:
-            raise unknown(f"memory.{name}", names)
-    return MemorySettings.preset(preset, **{k: typed(f"memory.{k}", v, hints[k]) for k, v in values.items()})
+        if f"{section}.{name}" not in names:
+            raise unknown(f"{section}.{name}", names)
+    return settings.preset(preset, **{k: typed(f"{section}.{k}", v, hints[k]) for k, v in values.items()})
 
 
 def _override(content: dict[str, Any], text: str) -> None:

@@ -66,6 +66,27 @@ def test_it_is_adam_where_every_row_is_touched(storage: str, maximize: bool) -> 
         torch.testing.assert_close(model.out.weight, out.weight, rtol=1e-5, atol=1e-6)
 
 
+def test_a_rate_that_falls_to_the_models() -> None:
+    """From 4 x to once, on top of a schedule; afterwards it stays."""
+    model = Model()
+    model.table.ratio = 4.0
+    weight = nn.Parameter(model.table.weight.detach().clone())
+    ours = TableAdamW([{"params": list(model.out.parameters())}, *table_groups(model, 0.01, steps=6)], lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 1 / (step + 1))
+    adam = torch.optim.Adam([weight], lr=1.0)
+    for number in range(9):
+        rows = torch.stack([torch.randperm(ROWS) for _ in range(3)], 1)
+        adam.param_groups[0]["lr"] = 0.01 / (number + 1) * (4 - 3 * min(number, 6) / 6)
+        adam.zero_grad()
+        copy.deepcopy(model.out)(weight[rows].flatten(-2)).square().sum().backward()
+        step(model, ours, rows)
+        adam.step()
+        schedule.step()
+        torch.testing.assert_close(model.table.weight.data, weight.data, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MHCError, match=r"MHC204.*steps=-1"):
+        table_groups(model, 0.01, steps=-1)
+
+
 def test_rows_that_are_not_touched_stay() -> None:
     model = Model()
     chosen = optimizer(model, weight_decay=0.5)
