@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.registry import tables
+from mhc_compile.kernels.memory.row_gradients_cpp import adamw, takes
 from mhc_compile.memory.gradient import RowGradient, merge
 from mhc_compile.memory.tables import MemoryTable
 
@@ -148,6 +149,11 @@ class TableAdamW(torch.optim.AdamW):
             lr *= 1 - (1 - 1 / group["ratio"]) * min(1.0, float(state["step"] - 1) / group["falls_over"])
         if group["maximize"]:
             gradient = -gradient
+        if takes(weight, gradient) and weight.is_contiguous():
+            adamw(weight, state, rows, gradient, lr, (beta1, beta2), eps)
+            # Whoever knows the rows by their version reads them again.
+            torch.autograd.graph.increment_version(weight)
+            return
         steps = state["row_step"].index_select(0, rows).add_(1)
         first = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
         second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
