@@ -13,7 +13,7 @@ from mhc_compile.checkpoint.manifest import NAME, is_converted, read_manifest
 from mhc_compile.checkpoint.shards import read_json
 from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
 from mhc_compile.checkpoint.source import open_checkpoint
-from mhc_compile.config import STREAM_FIELDS
+from mhc_compile.config import STREAM_FIELDS, Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.loading import from_pretrained
 from mhc_compile.owner import convert_owners
@@ -52,7 +52,14 @@ def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
     owners = read_manifest(path).owners
     try:
         parameters = {
-            p: StreamParameters(o.spec, o.sites, device=device, memories=o.memories, partial=o.partial)
+            p: StreamParameters(
+                o.spec,
+                o.sites,
+                options=Options(attention=o.attention),
+                device=device,
+                memories=o.memories,
+                partial=o.partial,
+            )
             for p, o in owners.items()
         }
         convert_owners(model, parameters)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def from_pretrained(
     Its class is the one that `config.json` names, of transformers or registered. `model` gives another one: a
     `PreTrainedModel` class; or a residual module, or what makes one, whose own tensors are set to those of the folder.
 
-    `inner`, `mode` and `debug` are those of `convert`: how the model is compiled is not part of the folder. All other
+    `inner`, `mode` and `debug` are those of `convert`: how the model is compiled is not part of the folder, but for
+    `attention`, which changes what it computes. All other
     keywords (`dtype`, `device_map`, `attn_implementation`, ...) are those of transformers' `from_pretrained`. Stream
     parameters keep their own precision, and lie on the device of their owner.
 
@@ -140,7 +142,8 @@ def streams_shard(checkpoint: Checkpoint, manifest: Manifest) -> Shard:
 def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -> dict[str, StreamParameters]:
     """Return the stream parameters by owner, tables of memories without rows.
 
-    Raises MHC414 where the shard is not the one that `mhc.json` describes.
+    Raises MHC414 where the shard is not the one that `mhc.json` describes, and MHC304 for another `attention` than the
+    folder's.
     """
     shard = streams_shard(checkpoint, manifest)
     streams: dict[str, StreamParameters] = {}
@@ -150,7 +153,7 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
             streams[path] = StreamParameters(
                 owner.spec,
                 owner.sites,
-                options=options,
+                options=_attending(options, owner.attention),
                 memories=owner.memories,
                 readers=owner.readers,
                 partial=owner.partial,
@@ -167,6 +170,15 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
             }
             parameters.load_state_dict(values, assign=True, strict=False)
     return streams
+
+
+def _attending(options: Options, attention: str | None) -> Options:
+    """Return `options` with the `attention` of a folder. Raises MHC304 where both have one and they differ."""
+    if attention is not None and options.attention not in (None, attention):
+        detail = f"attention={options.attention!r}, and {attention!r} is the folder's"
+        way_out = f"leave it out; mhc_compile.diffusion.attend(model, {options.attention!r}) changes the loaded model"
+        raise MHCError("MHC304", detail, way_out=way_out)
+    return options if attention is None else replace(options, attention=attention)
 
 
 def _options(kwargs: Mapping[str, Any]) -> Options:

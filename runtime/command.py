@@ -13,7 +13,8 @@ from mhc_compile.runtime.arguments import add_recipe_arguments
 NAME = "train"
 _DESCRIPTION = """\
 Train a model as a recipe says: a TOML file with the sections [model], [mhc], [memory], [data],
-[train], [parallel], [recompute], [checkpoint] and [metrics]. `--fields` explains every field.
+[train], [diffusion], [parallel], [recompute], [checkpoint] and [metrics]. `--fields` explains every
+field.
 
 Alone the command is one process. torchrun starts it in several, parallel.stages x parallel.data x
 parallel.engram of them. A run that was stopped or killed goes on from its last checkpoint when the

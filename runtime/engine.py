@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import IDS, POSITIONS
 from mhc_compile.passes.stages import split_graph
 from mhc_compile.runtime.balance import cuts
+from mhc_compile.runtime.denoiser import Denoiser
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.optimizer import RunAdamW
@@ -54,6 +55,8 @@ class Engine:
     stages: list[Stage]
     pipeline: Pipeline
     optimizer: RunAdamW
+    denoiser: Denoiser | None = None
+    """With `[diffusion]` what corrupts batches."""
 
     @property
     def sharded(self) -> list[FSDPModule]:
@@ -88,6 +91,12 @@ class Engine:
             self.reshard()
             self.world.meet()
 
+    def inputs(
+        self, batch: Mapping[str, Tensor], step: int, *, evaluates: bool = False
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """Return what the passes of a step read: `batch`, or with `[diffusion]` its corruptions, with their weights."""
+        return (batch,) if self.denoiser is None else self.denoiser.inputs(batch, step, evaluates=evaluates)
+
     def gradients(self, batch: Mapping[str, Tensor], step: int, *, stop: bool = False) -> Step:
         """Run the passes of this replica's share of a step, forward and backward; `input_ids` and `labels` `[b, S]`.
 
@@ -96,7 +105,11 @@ class Engine:
         """
         torch.manual_seed(seed_of(self.recipe.train.seed, step, self.world.rank))
         with self.world.doing("forward and backward passes", step):
-            loss = self.pipeline.step({name: t.to(self.world.device) for name, t in batch.items()})
+            losses = [
+                self.pipeline.step({name: t.to(self.world.device) for name, t in given.items()})
+                for given in self.inputs(batch, step)
+            ]
+            loss = torch.stack(losses).sum()
         with self.world.doing("gradients over ranks", step):
             self.optimizer.reduce()
             norm = self.optimizer.norm()
@@ -121,9 +134,10 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
 
     Without `weights` no value is set: a checkpoint will set them all.
 
-    Raises what `hollow_model`, `capture_program`, `build_stages`, `initialise` and `load_folder` raise.
+    Raises what `Denoiser`, `hollow_model`, `capture_program`, `build_stages`, `initialise` and `load_folder` raise.
     """
     parallel = recipe.parallel
+    denoiser = None if recipe.diffusion is None else Denoiser(recipe, world.replica)
     program = capture(recipe, world.device)
     with world.patience("cutting the model"):
         # The first rank's cuts: a measurement differs from rank to rank.
@@ -156,7 +170,7 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
     ties = tied(program, split_graph(program.graph, starts))
     return Engine(
         recipe, world, program, tuple(starts), stages, Pipeline(stages, world, recipe.microbatches),
-        RunAdamW(stages, ties, world, recipe.train),
+        RunAdamW(stages, ties, world, recipe.train), denoiser,
     )  # fmt: skip
 
 

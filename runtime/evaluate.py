@@ -12,12 +12,14 @@ from mhc_compile.integrations.transformers import IDS
 from mhc_compile.runtime.data.loader import Loader
 from mhc_compile.runtime.engine import Engine
 from mhc_compile.runtime.pipelining import forward_passes
-from mhc_compile.runtime.schedules import Pipeline, cross_entropy
+from mhc_compile.runtime.schedules import TARGETS, Pipeline, target_of, token_losses
 from mhc_compile.runtime.stage import Stage
 
 
 def evaluate(engine: Engine, loader: Loader, batches: int, step: int) -> float:
     """Return the mean loss over all tokens of the first `batches` batches of `loader`, the same on all ranks.
+
+    With `[diffusion]` it is the loss of masked tokens, with the same masks in every evaluation.
 
     A collective. Stages are in eval mode meanwhile; random states stay as they are. Raises MHC605.
     """
@@ -27,7 +29,8 @@ def evaluate(engine: Engine, loader: Loader, batches: int, step: int) -> float:
     try:
         with torch.no_grad(), torch.random.fork_rng(), engine.world.doing("evaluation", step):
             for number in range(batches):
-                total += _forward(engine.pipeline, loader.batch(number))
+                for batch in engine.inputs(loader.batch(number), number, evaluates=True):
+                    total += _forward(engine.pipeline, batch)
             dist.all_reduce(total)
     finally:
         engine.reshard()
@@ -39,8 +42,9 @@ def evaluate(engine: Engine, loader: Loader, batches: int, step: int) -> float:
 def _forward(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the sum of this replica's token losses on the rank with the last stage, 0 on the others; float64."""
     world = pipeline.world
-    microbatches = {name: t.to(world.device).tensor_split(pipeline.microbatches) for name, t in batch.items()}
-    labels = microbatches.pop("labels")
+    given = {name: t.to(world.device) for name, t in batch.items() if name not in TARGETS}
+    microbatches = {name: t.tensor_split(pipeline.microbatches) for name, t in given.items()}
+    targets = target_of(batch).to(world.device).tensor_split(pipeline.microbatches)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
 
     def run(stage: Stage, crossing: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
@@ -50,7 +54,7 @@ def _forward(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Tensor:
         world.watch.beat()
         if stage.index < stage.count - 1:
             return tuple(t.detach() for t in out)
-        total.add_(cross_entropy(out.detach(), labels[number]))
+        total.add_(token_losses(out.detach(), targets[number]))
         return ()
 
     places = [world.parallel.place_of(index) for index in range(world.parallel.stage_count)]

@@ -18,10 +18,11 @@ from mhc_compile.parameters import owners
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
 from mhc_compile.runtime.data.loader import Loader, check_tokenizer
 from mhc_compile.runtime.data.shards import open_data
+from mhc_compile.runtime.denoiser import Denoiser
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.guard import Guard
-from mhc_compile.runtime.launch import PATIENCE, World, launch
+from mhc_compile.runtime.launch import World, launch
 from mhc_compile.runtime.metrics import Metrics, summary_writer
 from mhc_compile.runtime.probes import stream_figures
 from mhc_compile.runtime.recipe import Recipe
@@ -70,7 +71,7 @@ def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | No
             every=recipe.checkpoint.every,
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
-            timeout=max(PATIENCE, recipe.parallel.timeout),
+            timeout=recipe.parallel.patience,
         )
         stack.push(_closing(checkpoints, world))
         resumes = checkpoints.latest() is not None
@@ -98,7 +99,12 @@ def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | No
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raise MHC611 to 614 where the data are damaged, too few, or made with another tokenizer than the model's."""
+    """Raise MHC611 to 614 where the data are damaged, too few, or made with another tokenizer than the model's.
+
+    With `[diffusion]` also what `Denoiser` raises.
+    """
+    if recipe.diffusion is not None:
+        Denoiser(recipe, 0)
     for folder in (recipe.data.folder, recipe.data.validation):
         if folder is not None:
             check_tokenizer(folder, recipe.model.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
     """
     folder = Path(recipe.model.folder)
     dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
-    options = Options(inner=recipe.model.inner, kernels=recipe.model.kernels)
+    options = replace(recipe.options, recompute="off")  # which is for stages
     scratch = recipe.model.start == "scratch"
     if not scratch and is_converted(folder):
         model = _converted(recipe, folder, dtype, options, device)
@@ -77,6 +78,10 @@ def _converted(
     streams = read_streams(checkpoint, manifest, options)
     model = _build(checkpoint.config, folder, dtype)
     _read_buffers(model, checkpoint)
+    attention = next((p.options.attention for p in streams.values() if p.options.attention), None)
+    if recipe.diffusion is None and attention is not None:
+        detail = f"{folder} sees attention={attention!r}: next tokens are among what it sees"
+        raise MHCError("MHC602", detail, way_out=f'add [diffusion] attention = "{attention}"')
     for owner, parameters in streams.items():
         check_tokenizer(folder, parameters)
         try:

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mhc_compile.capture import capture, find_marks
+from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import without_cache
 from mhc_compile.memory.tables import MemoryTable
+from mhc_compile.parameters import attention_of
 from mhc_compile.passes.base import Context, is_tensor, value
-from mhc_compile.passes.pipeline import WIDENING
+from mhc_compile.passes.pipeline import WIDENING, Pipeline
 from mhc_compile.passes.stages import site_nodes
 
 
@@ -45,14 +47,16 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
     """Capture the training forward of `model`, converted but without weights, on a microbatch like `batch`.
 
     `batch` holds the forward's keyword arguments, `input_ids` `[b, S]` among them; only shapes and dtypes matter.
-    Raises what `convert` raises for a forward that is not one graph, and MHC501 for a model that is not converted.
+    Raises what `convert` raises for a forward that is not one graph, MHC501 for a model that is not converted, and
+    MHC113 where its attention is to be blocks and the graph has no causal mask.
     """
     model.train()
     captured = capture(model, (), {**batch, **without_cache(model)})
     marks = find_marks(captured.graph)
     if not marks:
         raise MHCError("MHC501", f"{type(model).__name__} holds no stream parameters")
-    graph = WIDENING.run(captured.graph, Context(marks=marks))
+    masking = Options(attention=attention_of(model.modules())).masking
+    graph = Pipeline((*WIDENING, *masking)).run(captured.graph, Context(marks=marks))
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     known = {id(t): name for name, t in (*buffers.items(), *parameters.items())}

@@ -17,6 +17,7 @@ from mhc_compile.runtime.fields import Described, build, describe, typed, unknow
 from mhc_compile.runtime.recipe_tables import (
     CheckpointTable,
     DataTable,
+    DiffusionTable,
     MetricsTable,
     ModelTable,
     ParallelTable,
@@ -38,6 +39,8 @@ class Recipe:
     ultramem: UltraMemSettings | None = None
     data: DataTable
     train: TrainTable
+    diffusion: DiffusionTable | None = None
+    """None: next tokens are learnt."""
     parallel: ParallelTable = field(default_factory=ParallelTable)
     recompute: RecomputeTable = field(default_factory=RecomputeTable)
     checkpoint: CheckpointTable
@@ -55,13 +58,16 @@ class Recipe:
             t.evaluate_every,
             "0 without data.validation",
         )
+        if self.diffusion is not None:
+            require(not self.data.documents, "data.documents", True, "false with [diffusion]: edits move tokens")
         _check_schedule(p, self.microbatches)
         _ = self.options
 
     @property
     def options(self) -> Options:
         """How the stages are compiled."""
-        return Options(inner=self.model.inner, kernels=self.model.kernels, recompute=self.recompute.blocks)
+        m, attention = self.model, None if self.diffusion is None else self.diffusion.attention
+        return Options(inner=m.inner, kernels=m.kernels, recompute=self.recompute.blocks, attention=attention)
 
     @property
     def microbatches(self) -> int:
@@ -78,7 +84,9 @@ class Recipe:
         """The fields that a run follows from its first to its last step, by their names, as JSON holds them."""
         content = self.plain()
         named = {
-            f"{section}.{name}": v for section in ("model", "train", "data") for name, v in content[section].items()
+            f"{section}.{name}": v
+            for section in ("model", "train", "data", "diffusion")
+            for name, v in content.get(section, {}).items()
         }
         return {name: value for name, value in named.items() if name not in _FREE}
 
@@ -100,6 +108,7 @@ TABLES: dict[str, type[Any]] = {
     "ultramem": UltraMemSettings,
     "data": DataTable,
     "train": TrainTable,
+    "diffusion": DiffusionTable,
     "parallel": ParallelTable,
     "recompute": RecomputeTable,
     "checkpoint": CheckpointTable,

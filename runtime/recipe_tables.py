@@ -134,6 +134,22 @@ class TrainTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiffusionTable:
+    """`[diffusion]`: The model learns to restore corrupted text instead of next tokens, as a parallel generator."""
+
+    attention: str
+    """What positions see: with `block:16` their block of 16 and all blocks before it, with `bidirectional`
+    everything."""
+    mask_token: int | None = None
+    """The id of the mask token; left out, the one that the tokenizer names."""
+
+    def __post_init__(self) -> None:
+        Options(attention=self.attention)
+        if self.mask_token is not None:
+            _at_least("diffusion", self, mask_token=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelTable:
     """`[parallel]`: How the run is spread. There are stages x data x engram ranks."""
 
@@ -152,11 +168,14 @@ class ParallelTable:
     balance: Literal["model", "measure"] | tuple[int, ...] = "model"
     """Where stages are cut: by the cost model, by a measurement, or by the number of sites of every stage."""
     timeout: float = 600.0
-    """Seconds after which a peer that does not answer counts as lost."""
+    """Seconds after which a peer is lost that does not answer in a step, or gives no sign of life at any time."""
+    patience: float = 3600.0
+    """Seconds that ranks wait for one that compiles, or reads or writes weights, and gives signs of life."""
 
     def __post_init__(self) -> None:
         _at_least("parallel", self, stages=1, data=1, engram=1, stages_per_rank=1)
         require(self.timeout > 0, "parallel.timeout", self.timeout, "greater than 0")
+        require(self.patience > 0, "parallel.patience", self.patience, "greater than 0")
         if isinstance(self.balance, tuple):
             fits = len(self.balance) == self.stage_count and all(b >= 1 for b in self.balance)
             what = f"{self.stage_count} numbers of at least 1, one a stage"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ from torch.distributed.pipelining import (
 )
 from torch.nn import functional as F
 
+from mhc_compile.diffusion.objective import weighted_loss
 from mhc_compile.integrations.transformers import IDS
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.overlap import register
 from mhc_compile.runtime.pipelining import RunStage
 from mhc_compile.runtime.stage import Stage
 
+TARGETS = ("labels", "weights")
+"""The parts of a batch that no stage takes, but the loss."""
 CLASSES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "interleaved1f1b": ScheduleInterleaved1F1B,
@@ -57,20 +60,34 @@ class Pipeline:
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Run one step on this replica's share: `input_ids` and `labels` `[b, S]`, and other inputs of the model.
 
+        With `weights` `[b, S]` these multiply the tokens' losses. Gradients add to those that are there.
+
         Returns the share's mean loss, a float32 scalar, on the ranks with the last stage, and 0 on the others.
         """
         losses: list[Tensor] = []
-        inputs = {name: t for name, t in batch.items() if name != "labels"}
+        inputs = {name: t for name, t in batch.items() if name not in TARGETS}
         first = (inputs[IDS],) if self.has_first else ()
-        target = {"target": batch["labels"], "losses": losses} if self.has_last else {}
+        target = {"target": target_of(batch), "losses": losses} if self.has_last else {}
         self.schedule.step(*first, **target, return_outputs=False, **inputs)
         return sum((loss.detach() for loss in losses), torch.zeros((), device=self.world.device))
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the share of one microbatch in the mean over all of the replica's tokens."""
-        return cross_entropy(logits, labels) / (labels.numel() * self.microbatches)
+        return token_losses(logits, target) / (logits.shape[:2].numel() * self.microbatches)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum over tokens, in float32: `logits` `[b, S, V]`, `labels` `[b, S]`, the next token of each."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+def target_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return what the last stage's loss reads: `labels`, or with `weights` both as one float64 tensor `[b, S, 2]`.
+
+    torch's schedules cut one tensor into microbatches.
+    """
+    if "weights" not in batch:
+        return batch["labels"]
+    return torch.stack([batch[name].double() for name in TARGETS], -1)
+
+
+def token_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the sum over tokens, in float32: `logits` `[b, S, V]`, `target` as `target_of` returns it."""
+    if target.is_floating_point():
+        return weighted_loss(logits, target[..., 0].long(), target[..., 1].float())
+    return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")

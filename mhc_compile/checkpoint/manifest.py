@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_compile.checkpoint.shards import read_json, write_text
+from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.engram import layers_of
 from mhc_compile.kernels.memory.memories import NONE, Memories
@@ -17,8 +18,8 @@ from mhc_compile.parameters import StreamParameters
 from mhc_compile.versions import VERSION
 
 NAME = "mhc.json"
-FORMAT = 2
-"""Incremented when older versions cannot read the file: 2 has look-ups, folders without them are written as 1."""
+FORMAT = 3
+"""Incremented when older versions cannot read the file: 2 has look-ups, 3 `attention`; others are written as 1."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Owner:
     """`StreamParameters.own_readers`."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that graphs in one mode, training or evaluation, have."""
+    attention: str | None = None
+    """What calls see instead of what comes before them: `Options.attention`, which changes the function."""
 
     @classmethod
     def of(cls, parameters: StreamParameters) -> Owner:
         """Return the entry for an owner's parameters."""
         p = parameters
-        return cls(p.spec, p.sites, p.memories, p.own_readers, p.partial)
+        return cls(p.spec, p.sites, p.memories, p.own_readers, p.partial, p.options.attention)
 
     def plain(self) -> dict[str, Any]:
         """Return the entry as JSON, without empty fields."""
@@ -49,6 +52,7 @@ class Owner:
         optional = {
             "readers": list(self.readers),
             "partial": [sorted(names) for names in self.partial],
+            "attention": self.attention,
             **self.memories.plain(),
         }
         spec["convention"] = self.spec.convention.value
@@ -70,8 +74,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `mhc.json` in `folder`."""
+        attends = any(o.attention for o in self.owners.values())
+        looks_up = any(o.memories.kinds for o in self.owners.values())
         content = {
-            "format": FORMAT if any(o.memories.kinds for o in self.owners.values()) else 1,
+            "format": FORMAT if attends else 2 if looks_up else 1,
             "mhc_compile": VERSION,
             "architecture": self.architecture,
             "owners": {path: o.plain() for path, o in self.owners.items()},
@@ -135,7 +141,8 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
     if not isinstance(readers, list):
         raise TypeError(f"{readers!r} is not a list of modules")
     own_readers = tuple(_site(str(reader)) for reader in readers)
-    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memories, own_readers, partial)
+    attention = Options(attention=entry.get("attention")).attention
+    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memories, own_readers, partial, attention)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

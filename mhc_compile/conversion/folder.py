@@ -42,7 +42,7 @@ from mhc_compile.checkpoint.source import (
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.checkpoint.tables import read_tokenizer, write_tables
 from mhc_compile.config import STREAM_FIELDS, Options, StreamOverrides, overridden, split_options
-from mhc_compile.conversion.memory import convert_streams, refuse_trained
+from mhc_compile.conversion.memory import convert_streams, refuse_attention, refuse_trained
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
 from mhc_compile.kernels.memory.settings import MemorySettings
@@ -279,6 +279,7 @@ def _to_residual(source: Path, target: Path, progress: Progress) -> Converted:
     progress(0, checkpoint.size, "reading the streams")
     parameters = read_streams(checkpoint, manifest, Options())
     refuse_trained(parameters)
+    refuse_attention(parameters, "a residual folder")
     removed = sum(t.numel() for p in parameters.values() for t in p.kept().values())
     names = shard_names(len(checkpoint.shards) - 1)
     with staged(target) as staging:
@@ -297,6 +298,7 @@ def _to_layout(source: Path, target: Path, layout: Layout, progress: Progress) -
     target = check_target(target, source, size=checkpoint.size)
     progress(0, checkpoint.size, "reading the streams")
     parameters = read_streams(checkpoint, manifest, Options())
+    refuse_attention(parameters, f"a folder in the layout {layout.name}")
     streams, spec, difference = layouts.to_layout(layout, parameters)
     *base_names, streams_file = shard_names(len(checkpoint.shards))
     with staged(target) as staging:

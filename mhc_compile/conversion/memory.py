@@ -123,13 +123,14 @@ def convert_streams(
 def to_residual(model: Model) -> Model:
     """Undo `convert` in place, and return the model with the weights that it has now.
 
-    Raises `MHCError`: MHC410 for a model that is not converted, MHC411 once its stream parameters were trained; it is
-    then left unchanged.
+    Raises `MHCError`: MHC410 for a model that is not converted, MHC411 once its stream parameters were trained, MHC204
+    for one with `attention`; it is then left unchanged.
     """
     parameters = owners(model)
     if not parameters:
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
     refuse_trained(parameters)
+    refuse_attention(parameters, "the residual model")
     restore_owners(model)
     return model
 
@@ -139,6 +140,14 @@ def refuse_trained(parameters: Mapping[str, StreamParameters]) -> None:
     for owner, of_owner in parameters.items():
         if not at_start(of_owner):
             raise MHCError("MHC411", f"those of {owner or 'the model'} are not at their start any more")
+
+
+def refuse_attention(parameters: Mapping[str, StreamParameters], what: str) -> None:
+    """Raise MHC204 where calls of an owner see other positions than the model would whose masks are its own."""
+    for of_owner in parameters.values():
+        if (attention := of_owner.options.attention) is not None:
+            way_out = "convert the residual model without attention=; its own weights are in the folder it came from"
+            raise MHCError("MHC204", f"{what} would not have attention={attention!r}", way_out=way_out)
 
 
 def streams_of_other_mode(

@@ -1,14 +1,26 @@
 """The objective of Seed Diffusion's first two stages (arXiv 2508.02193): a plain function of logits and ids.
 
-    L = - E_mask [ g'(t) / g(t)  sum_i 1[x_t[i] = m] log p(x_0[i] | x_t) ]      t ~ U(0, 1), g(t) = t
-        - E_edit [ sum_i log p(x_0[i] | x_t) ]                                  in the last fifth of the steps
+    L = - E_mask [ g'(t) / g(t)  sum_i 1[x_t[i] = m] log p(x_0[i] | x_t) ]      t ~ U(0, 1)
+        - E_edit [ sum_i log p(x_0[i] | x_t) ]                                  added in the last fifth of the steps
 
-Both are divided by the number of tokens. The first is a bound on the negative log-likelihood of a token, in nats.
+Both sums are divided by the number of tokens. The first is a bound on the negative log-likelihood of a token, in nats
+(MDLM, arXiv 2406.07524; RADD, arXiv 2406.03736). Published are: masks with probability g(t) in the first 80% of the
+steps, `floor(length * alpha_t)` edits with alpha_t in [0, 0.1] in the rest beside them, and that what is not masked is
+predicted, too, and not copied to the output. The paper leaves open, and chosen here is:
+
+    g                    g(t) = t, the linear schedule of LLaDA (arXiv 2502.09992), whose weight is 1 / t
+    t                    spread evenly over the rows of a batch, with one random offset, which lowers the variance
+    alpha_t              0.1 t, another t for each row, spread in the same way
+    the kinds of edits   insertions, deletions and substitutions with equal probability, one after the other
+    new tokens           drawn evenly from the vocabulary
+    the length           rows keep theirs: see `edit_tokens`
+    the terms            weigh the same, each a mean over tokens
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +37,17 @@ LEAST_RATE = 1e-3
 """The least probability with which a token is masked: the weight in the loss is its inverse."""
 
 
+@dataclass(frozen=True)
+class Corrupted:
+    """A corrupted batch."""
+
+    ids: Tensor
+    """[B, S]."""
+    weights: Tensor
+    """float32 [B, S]: how much `-log p` of the original token counts at each place; the loss is the sum of these,
+    divided by the number of tokens."""
+
+
 def denoising_loss(
     logits_of: Callable[[Tensor], Tensor],
     ids: Tensor,
@@ -38,8 +61,27 @@ def denoising_loss(
     """Return the loss of a batch at `progress`, the share of the training steps done before it.
 
     `logits_of` is the network: from ids [B, S] the logits [B, S, V] of the token at each place itself, not of the next.
-    It is called once in the first `EDITS_FROM` of the steps, then twice. `valid` [B, S] is False for padding and
-    prompts, which are neither corrupted nor counted. `generator` draws the corruption, on its own device.
+    It is called for each of what `corrupt` returns for the same arguments.
+    """
+    corrupted = corrupt(ids, progress, mask_token=mask_token, vocabulary=vocabulary, valid=valid, generator=generator)
+    counted = ids.numel() if valid is None else valid.sum()
+    return torch.stack([weighted_loss(logits_of(c.ids), ids, c.weights) for c in corrupted]).sum() / counted
+
+
+def corrupt(
+    ids: Tensor,
+    progress: float,
+    *,
+    mask_token: int,
+    vocabulary: int,
+    valid: Tensor | None = None,
+    generator: Generator | None = None,
+) -> list[Corrupted]:
+    """Return what the network is to restore at `progress`: ids [B, S] masked, in the last fifth also ids with edits.
+
+    `vocabulary` is the number of ids that new tokens are drawn from, the mask token's among them. `valid` [B, S] is
+    False for padding and prompts, which are neither corrupted nor counted. `generator` draws the corruption, on its own
+    device; what it draws for a row does not depend on other rows' ids.
 
     Raises MHC204 for `progress` outside of [0, 1] and a mask token that is in `ids` or outside of `vocabulary`.
     """
@@ -49,37 +91,24 @@ def denoising_loss(
         way_out = "add one to the model: mhc_compile.integrations.diffusion.add_mask_token(model, tokenizer)"
         raise MHCError("MHC204", f"the mask token {mask_token} is no token of its own", way_out=way_out)
     rate = LEAST_RATE + (1 - LEAST_RATE) * _uniform(ids, generator)
-    noised, masked = mask_tokens(ids, rate, mask_token, valid=valid, generator=generator)
-    loss = mask_loss(logits_of(noised), ids, masked, rate, valid=valid)
-    if progress < EDITS_FROM:
-        return loss
-    strength = MOST_EDITS * _uniform(ids, generator)[:, 0]
-    noised = edit_tokens(ids, strength, mask_token, vocabulary, valid=valid, generator=generator)
-    return loss + edit_loss(logits_of(noised), ids, valid=valid)
+    masked_ids, masked = mask_tokens(ids, rate, mask_token, valid=valid, generator=generator)
+    corrupted = [Corrupted(masked_ids, masked / rate)]
+    if progress >= EDITS_FROM:
+        strength = MOST_EDITS * _uniform(ids, generator)[:, 0]
+        edited_ids = edit_tokens(ids, strength, mask_token, vocabulary, valid=valid, generator=generator)
+        every = torch.ones(ids.shape, device=ids.device)
+        corrupted.append(Corrupted(edited_ids, every if valid is None else every * valid))
+    return corrupted
 
 
-def mask_loss(logits: Tensor, ids: Tensor, masked: Tensor, rate: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Return `sum over masked tokens of -log p(id) / rate`, divided by the number of tokens.
+def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum of `-log p(id) * weight` over all tokens: logits [B, S, V], ids and weights [B, S].
 
-    Logits [B, S, V], `ids` and `masked` [B, S], `rate` [B, 1]; float32 or wider. With the schedule g(t) = t the weight
-    g'/g is the inverse of the rate.
+    In float32, or float64 for logits in float64.
     """
-    counted = ids.numel() if valid is None else valid.sum()
-    return (_token_losses(logits, ids) * masked / rate).sum() / counted
-
-
-def edit_loss(logits: Tensor, ids: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Return the mean of `-log p(id)` over all tokens, those that no edit reached among them.
-
-    So the network learns to doubt what it is given: it may not simply copy it.
-    """
-    losses = _token_losses(logits, ids)
-    return losses.mean() if valid is None else (losses * valid).sum() / valid.sum()
-
-
-def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    losses = cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum()
 
 
 def _uniform(ids: Tensor, generator: Generator | None) -> Tensor:

@@ -20,37 +20,42 @@ class Sampled:
 
     ids: Tensor
     """[B, S], the prompt first."""
-    new: int
-    """Tokens of a row that are not the prompt's."""
+    new: float
+    """Tokens of a row that are not the prompt's, on average over the rows."""
     forwards: int
     """Calls of the model."""
+    needed: float
+    """Calls that filled tokens of a row, on average over the rows: those that each takes alone. In the others a row
+    waits for rows whose block is not filled yet."""
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens of a row for each call of the model; decoding one after the other makes 1."""
-        return self.new / self.forwards
+        """New tokens of a row for each call that it needed; decoding one after the other makes 1."""
+        return self.new / self.needed
 
 
 @torch.no_grad()
 def sample(
     model: Any,
     prompt: Tensor,
-    new: int,
+    new: int = 0,
     *,
     mask_token: int,
     threshold: float = 0.9,
     least: int = 1,
     cached: bool | None = None,
 ) -> Sampled:
-    """Return `prompt` [B, P] continued by `new` tokens, block after block of those that `model` attends to.
+    """Return `prompt` [B, P] with its mask tokens filled, continued by `new` tokens.
 
-    A block begins as mask tokens. Each call of the model accepts the most probable token at every position where its
-    probability is at least `threshold`, and at the `least` most probable positions of each row whatever theirs is;
-    accepted tokens stay. The result depends on nothing random.
+    They are filled block after block, of those that `model` attends to; new tokens begin as mask tokens. Each call of
+    the model accepts the most probable token at every position where its probability is at least `threshold`, and at
+    the `least` most probable positions of each row whatever theirs is; accepted tokens stay. The result depends on
+    nothing random.
 
     Keys and values of finished blocks are cached (`cached`, by default where there are blocks): a call computes the
     block at hand, the first one of a block also the block before, whose tokens are final by then. Blocks do not see
-    later ones, so the tokens are those that are sampled without a cache.
+    later ones, so the tokens are those that are sampled without a cache. Nor do mask tokens in the prompt see what
+    comes after their block: for that use bidirectional attention, in training as well.
 
     `model` is a causal language model of transformers, in evaluation mode, that `attend` or `convert(attention=...)`
     gave blocks or bidirectional attention. Positions count from 0, so rows are not padded.
@@ -62,16 +67,19 @@ def sample(
     cached = bool(block) if cached is None else cached
     if cached and not block:
         raise MHCError("MHC204", "cached=True with bidirectional attention", way_out="leave cached out, or use blocks")
-    if prompt.ndim != 2 or new < 1 or least < 1 or bool((prompt == mask_token).any()):
-        detail = f"prompt={list(prompt.shape)}, new={new}, least={least}"
-        raise MHCError("MHC204", detail, way_out="give a prompt [B, P] without mask tokens, and numbers of 1 or more")
+    masked = int((prompt == mask_token).sum())
+    if prompt.ndim != 2 or new < 0 or least < 1 or not new + masked:
+        detail = f"prompt={list(prompt.shape)}, {masked} mask tokens, new={new}, least={least}"
+        way_out = "give a prompt [B, P] with mask tokens, or new=1 and more, and least=1 or more"
+        raise MHCError("MHC204", detail, way_out=way_out)
     end = prompt.shape[1] + new
     ids = torch.cat([prompt, prompt.new_full((prompt.shape[0], new), mask_token)], 1)
     calls: CachedCalls | _WholeCalls = CachedCalls(model) if cached else _WholeCalls(model)
-    forwards = begin = kept = 0
+    forwards = begin = kept = needed = 0
     while begin < end:
         stop = min(begin + block, end) if block else end
-        while bool((ids[:, begin:stop] == mask_token).any()):
+        while waiting := int((ids[:, begin:stop] == mask_token).any(1).sum()):
+            needed += waiting
             logits = calls(ids[:, kept:stop])[:, begin - kept :]
             forwards += 1
             if isinstance(calls, CachedCalls):
@@ -79,7 +87,7 @@ def sample(
                 kept = begin
             ids[:, begin:stop] = _accepted(logits, ids[:, begin:stop], mask_token, threshold, least)
         begin = stop
-    return Sampled(ids, new, forwards)
+    return Sampled(ids, new + masked / len(prompt), forwards, needed / len(prompt))
 
 
 class _WholeCalls:

@@ -26,6 +26,8 @@ class FolderTokenizer:
     """The largest id plus one."""
     eos: int | None
     """The id of the end-of-text token."""
+    mask: int | None
+    """The id of the mask token."""
     sha256: str
     """Of the texts of all ids, in order: the same for equal tokenizers in different files."""
 
@@ -34,7 +36,8 @@ def read_tokenizer(folder: str | Path) -> FolderTokenizer:
     """Return the tokenizer of `tokenizer.json`, or the one that transformers reads without running the folder's code.
 
     The end-of-text token is the one that tokenizer_config.json or special_tokens_map.json names, else the id in
-    config.json or generation_config.json. Raises MHC614 where there is no tokenizer, MHC415 without the packages.
+    config.json or generation_config.json; the mask token is one that the former name. Raises MHC614 where there is no
+    tokenizer, MHC415 without the packages.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -55,8 +58,12 @@ def read_tokenizer(folder: str | Path) -> FolderTokenizer:
         raise MHCError("MHC614", f"{folder}: {reason}") from error
     if size < 1:
         raise MHCError("MHC614", f"the tokenizer in {folder} has no tokens")
-    eos = _eos(folder, tokenizer, size)
-    return FolderTokenizer(folder=str(folder), serialised=serialised, vocabulary=size, eos=eos, sha256=digest)
+    eos = _special(folder, tokenizer, "eos_token")
+    eos = _numbered_eos(folder, size) if eos is None else eos
+    mask = _special(folder, tokenizer, "mask_token")
+    return FolderTokenizer(
+        folder=str(folder), serialised=serialised, vocabulary=size, eos=eos, mask=mask, sha256=digest
+    )
 
 
 def _open(folder: Path) -> Any:
@@ -70,15 +77,21 @@ def _open(folder: Path) -> Any:
     return getattr(tokenizer, "backend_tokenizer", None) or tokenizer
 
 
-def _eos(folder: Path, tokenizer: Any, size: int) -> int | None:
+def _special(folder: Path, tokenizer: Any, kind: str) -> int | None:
+    """Return the id of the token that the folder's files name as `eos_token`, or another kind; None without one."""
     for name in _NAMED:
-        token = _json(folder / name).get("eos_token")
+        token = _json(folder / name).get(kind)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             backend = hasattr(tokenizer, "token_to_id")
             number = tokenizer.token_to_id(token) if backend else tokenizer.get_vocab().get(token)
             if number is not None:
                 return int(number)
+    return None
+
+
+def _numbered_eos(folder: Path, size: int) -> int | None:
+    """Return the id of the end-of-text token in the configuration of the model."""
     for name in _NUMBERED:
         number = _json(folder / name).get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number

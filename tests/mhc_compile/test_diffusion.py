@@ -24,7 +24,7 @@ from transformers import (
 
 import mhc_compile
 from mhc_compile import MHCError
-from mhc_compile.diffusion import attend, denoising_loss, edit_loss, edit_tokens, mask_loss, mask_tokens, sample
+from mhc_compile.diffusion import attend, corrupt, denoising_loss, edit_tokens, mask_tokens, sample
 from mhc_compile.diffusion.corruption import edited
 from mhc_compile.diffusion.objective import EDITS_FROM, LEAST_RATE
 from mhc_compile.integrations.diffusion import CachedCalls, add_mask_token
@@ -126,18 +126,32 @@ def test_impossible_corruptions() -> None:
 def test_losses_are_sums_over_tokens() -> None:
     ids, valid = rows(1), rows(2) < 8
     logits = torch.randn(3, 20, VOCABULARY, generator=generator(3), dtype=torch.float64)
-    rate = torch.tensor([[0.2], [0.5], [0.9]], dtype=torch.float64)
-    _, masked = mask_tokens(ids, rate, MASK, valid=valid, generator=generator(4))
-    of_masks = of_edits = 0.0
+    how: dict[str, Any] = {"mask_token": MASK, "vocabulary": VOCABULARY, "valid": valid}
+    masked, edited_ = corrupt(ids, 0.9, **how, generator=generator(4))
+    offset = float(torch.rand((1, 1), generator=generator(4)))
+    expected = 0.0
     for b in range(3):
+        rate = LEAST_RATE + (1 - LEAST_RATE) * ((offset + b / 3) % 1)
         for i in range(20):
             total = sum(math.exp(x) for x in logits[b, i].tolist())
             surprise = math.log(total) - float(logits[b, i, ids[b, i]])
-            of_masks += surprise / float(rate[b]) if masked[b, i] else 0.0
-            of_edits += surprise if valid[b, i] else 0.0
-    count = int(valid.sum())
-    assert float(mask_loss(logits, ids, masked, rate, valid=valid)) == pytest.approx(of_masks / count, rel=1e-12)
-    assert float(edit_loss(logits, ids, valid=valid)) == pytest.approx(of_edits / count, rel=1e-12)
+            expected += surprise / rate if masked.ids[b, i] == MASK else 0.0
+            expected += surprise if valid[b, i] else 0.0
+    assert 0 < (masked.ids == MASK).sum() < valid.sum()
+    assert torch.equal(edited_.ids[~valid], ids[~valid])
+    found = denoising_loss(lambda _: logits, ids, 0.9, **how, generator=generator(4))
+    assert float(found) == pytest.approx(expected / int(valid.sum()), rel=1e-6)
+
+
+def test_a_rows_corruption_is_its_own() -> None:
+    ids, other = rows(1), rows(2)
+    other[1] = ids[1]
+    valid = torch.tensor([False, True, False])[:, None].expand(3, 20)
+    how: dict[str, Any] = {"mask_token": MASK, "vocabulary": VOCABULARY}
+    one = corrupt(ids, 1.0, **how, generator=generator(3))
+    two = corrupt(other, 1.0, **how, valid=valid, generator=generator(3))
+    assert all(torch.equal(a.ids[1], b.ids[1]) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a.weights[1], b.weights[1]) for a, b in zip(one, two, strict=True))
 
 
 def test_the_bound_is_that_of_a_network_that_knows_nothing() -> None:
@@ -243,7 +257,34 @@ def test_the_cache_changes_nothing(streams: int) -> None:
         assert torch.equal(with_cache.ids[:, :6], prompt)
         assert with_cache.ids.shape == (2, 17)
         assert not (with_cache.ids == MASK).any()
-        assert with_cache.tokens_per_forward == 11 / with_cache.forwards
+        alone = [sample(model, row[None], 11, **how) for row in prompt]
+        assert torch.equal(torch.cat([made.ids for made in alone]), with_cache.ids)
+        assert with_cache.tokens_per_forward == 22 / sum(made.forwards for made in alone)
+
+
+@pytest.mark.parametrize("streams", [0, 2])
+def test_masks_in_the_prompt_are_filled(streams: int) -> None:
+    model, text = generator_of(streams), rows(9, 2, 14)
+    prompt = text.clone()
+    prompt[0, 5:11] = prompt[1, 6:8] = MASK  # in the blocks 4 to 7 and 8 to 11; in the first of these
+    made = sample(model, prompt, mask_token=MASK, threshold=2.0)
+    assert torch.equal(made.ids[prompt != MASK], text[prompt != MASK])
+    assert not (made.ids == MASK).any()
+    assert (made.new, made.forwards) == (4.0, 6)
+    assert torch.equal(made.ids, sample(model, prompt, mask_token=MASK, threshold=2.0, cached=False).ids)
+    # What comes after the mask in its block decides, and what comes after the block does not.
+    by_hand = prompt[:1].clone()
+    with torch.no_grad():
+        for stop in (8, 12):
+            while (masked := by_hand[:, :stop] == MASK).any():
+                confidence, best = model(by_hand).logits[:, :stop, :MASK].max(-1)
+                confidence -= model(by_hand).logits[:, :stop, :MASK].logsumexp(-1)
+                at = confidence.masked_fill(~masked, -torch.inf).argmax()
+                by_hand[0, at] = best[0, at]
+    assert torch.equal(made.ids[:1], by_hand)
+    more = sample(model, prompt, 3, mask_token=MASK, threshold=2.0)
+    assert torch.equal(more.ids[:, :12], made.ids[:, :12])
+    assert more.new == 7.0
 
 
 def test_everything_at_once() -> None:
@@ -259,9 +300,9 @@ def test_impossible_samples() -> None:
     cases: list[tuple[str, Callable[[], object]]] = [
         ("its own masks", lambda: sample(llama(), rows(0), 4, **how)),
         ("new=0", lambda: sample(generator_of(0), rows(0), 0, **how)),
+        ("new=-1", lambda: sample(generator_of(0), rows(0), -1, **how)),
         ("least=0", lambda: sample(generator_of(0), rows(0), 4, least=0, **how)),
         ("prompt", lambda: sample(generator_of(0), rows(0)[0], 4, **how)),
-        ("without mask tokens", lambda: sample(generator_of(0), torch.full((1, 2), MASK), 4, **how)),
         ("attend without", lambda: attend(llama(), None)),  # type: ignore[arg-type]
         ("no streams", lambda: attend(llama(), "block:4", streams=2)),
         ("known: block:SIZE", lambda: attend(llama(), "blocks")),
