@@ -161,6 +161,8 @@ class _Run:
                 {"step": step, "replica": self.world.replica, **self.loader.describe()},
             )
             figures = {"loss": result.loss, "grad_norm": result.norm}
+            if self.engine.program.auxiliary:
+                figures["auxiliary_loss"] = result.auxiliary
             if verdict == "ok":
                 figures["lr"] = optimizer.update(step, result.norm)
             else:

@@ -38,7 +38,8 @@ class Stage(nn.Module):
 
     `forward(*crossing, **inputs)`: what crosses from the stage before, and the inputs that the model's forward takes,
     by name; the first stage gets the token ids as its one positional argument. Returns what crosses to the next stage,
-    a tuple of `[b, S, n, C]` and of what else later branches read, or the logits `[b, S, V]` of the last one.
+    a tuple of `[b, S, n, C]` and of what else later branches read, or the logits `[b, S, V]` of the last one, with the
+    auxiliary loss behind them where the model has one.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Stage(nn.Module):
             out = unit(carried, inputs)
             carried |= dict(zip(unit.piece.crosses_out or self.piece.crosses_out, out, strict=False))
         if self.index == self.count - 1:
-            return out[0]
+            return out if len(out) > 1 else out[0]
         # Clone what passes through, so that outputs never alias inputs.
         through = set(self.piece.crosses_in)
         return tuple(carried[n].clone() if n in through else carried[n] for n in self.piece.crosses_out)

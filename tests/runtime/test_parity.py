@@ -107,6 +107,21 @@ def test_spread_tables_in_kernels(tables: Path, tmp_path: Path) -> None:
     )
 
 
+def test_the_auxiliary_loss_of_experts(tmp_path: Path) -> None:
+    folder = model_folder(
+        tmp_path / "mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=5.0
+    )
+    eager = {"model": {"inner": "eager"}}
+    one = recipe(folder, train={"microbatch": 4}, **eager)
+    stages = {"two": {"stages": 2, "mode": "fsdp", "data": 2}, "zbv": {"stages": 2, **WAYS["zbv"]}}
+    spread_over = {name: recipe(folder, train={"microbatch": 2}, parallel=p, **eager) for name, p in stages.items()}
+    wanted = plain(one)
+    check({"one": one}, tmp_path, wanted)
+    check(spread_over, tmp_path)
+    free = model_folder(tmp_path / "free", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.0)
+    assert wanted[0][0] > plain(recipe(free, steps=1, **eager))[0][0] + 1  # which is much of the loss
+
+
 def test_bfloat16_weights_are_those_of_the_step(llama: Path, tmp_path: Path) -> None:
     """Masters move in float32, and every step computes with what they are by then, gathered by FSDP or not."""
     model = {"inner": "eager", "dtype": "bfloat16"}

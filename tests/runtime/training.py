@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mhc_compile
 from mhc_compile.runtime import optimizer
@@ -28,7 +28,7 @@ Result = tuple[list[float], list[float], dict[str, Tensor]]
 
 
 def model_folder(folder: Path, **config: Any) -> Path:
-    """A converted Llama with random streams and a tied head, on the disk."""
+    """A converted Llama, or a Mixtral, with random streams and a tied head, on the disk."""
     torch.manual_seed(0)
     fields = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -37,7 +37,12 @@ def model_folder(folder: Path, **config: Any) -> Path:
     }  # fmt: skip
     extra = {name: config.pop(name) for name in ("engram", "ultramem", "streams", "form") if name in config}
     start = {"engram_start": "paper"} if "engram" in extra else {}
-    model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
+    experts = "num_local_experts" in config
+    model = (
+        MixtralForCausalLM(MixtralConfig(**(fields | config)))
+        if experts
+        else LlamaForCausalLM(LlamaConfig(**(fields | config)))
+    )
     mhc_compile.convert(model, scratch=True, start="paper", inner="eager", **extra, **start)
     for name, p in mhc_compile.stream_parameters(model).items():
         if name.endswith(".projection"):  # the values found make a difference from the first step on
@@ -77,6 +82,9 @@ def plain(recipe: Recipe) -> Result:
         given = batch(step, t.batch)
         logits = model(given["input_ids"]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), given["labels"].flatten())
+        if weight := getattr(model.config, "router_aux_loss_coef", 0.0):
+            parts = given["input_ids"].split(t.microbatch)
+            loss = loss + weight * torch.stack([model(part).aux_loss for part in parts]).mean()
         loss.backward()
         norms.append(float(clip(model, t.clip)))
         for group in adamw.param_groups:
