@@ -267,7 +267,7 @@ def tied(program: Program, pieces: Sequence[Piece]) -> dict[str, tuple[int, ...]
     """
     names_of = [
         {program.names.get(name, "") for name in _placeholders(p)}
-        | {program.tables[n.args[_HANDLE[n.target]]] for n in p.graph.graph.nodes if n.target in _HANDLE}
+        | {program.tables.get(n.args[_HANDLE[n.target]], "") for n in p.graph.graph.nodes if n.target in _HANDLE}
         for p in pieces
     ]
     trained = [name for name, p in program.parameters.items() if p.requires_grad]

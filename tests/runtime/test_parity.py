@@ -92,6 +92,7 @@ def test_spread_tables(tables: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tables", ["ultramem"], indirect=True)
 def test_spread_tables_in_kernels(tables: Path, tmp_path: Path) -> None:
     kernels = {"model": {"kernels": "all"}}
     zbv = {"stages": 2, "timeout": 600, **WAYS["zbv"]}

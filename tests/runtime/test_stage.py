@@ -14,7 +14,7 @@ import mhc_compile
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
-from mhc_compile.passes.stages import site_nodes
+from mhc_compile.passes.stages import site_nodes, split_graph
 from mhc_compile.runtime.balance import cuts, site_costs
 from mhc_compile.runtime.program import capture_program
 from mhc_compile.runtime.stage import build_stages, tied
@@ -96,6 +96,25 @@ def test_stages_are_the_model(inner: str, starts: list[int], units: str) -> None
     theirs = model.model.mhc.table("layers.1").take_gradient()
     assert ours is not None
     assert theirs is not None
+    assert torch.equal(ours.rows, theirs.rows)
+    torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-8)
+
+
+def test_layers_in_several_stages_share_a_table() -> None:
+    """Here one rank holds all stages, and so one table."""
+    model, tokens = llama(ultramem=True), ids()
+    program = program_of(model, tokens)
+    stages = stages_of(program, [2, 4])
+    name = "model.mhc.ultramem.table"
+    assert all(s.tables == {name: stages[0].tables[name]} for s in stages)
+    assert stages[0].tables[name].ratio == 4.0
+    stages[0].tables[name].fill(0, model.get_submodule(name).weight.detach())
+    assert tied(program, split_graph(program.graph, [2, 4]))[name] == (0, 1, 2)
+    logits = through(stages, tokens)
+    torch.testing.assert_close(logits, model(input_ids=tokens).logits, rtol=1e-5, atol=1e-5)
+    loss_of(logits, tokens).backward()
+    gradients(model, model(input_ids=tokens).logits, tokens)
+    ours, theirs = stages[0].tables[name].take_gradient(), model.model.mhc.table("ultra-mem").take_gradient()
     assert torch.equal(ours.rows, theirs.rows)
     torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-8)
 
