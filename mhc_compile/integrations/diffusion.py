@@ -46,7 +46,7 @@ def beside_clean(model: Any, clean: Tensor, block: int, *, shift: bool = False) 
     before = torch.where(corrupted[:, None], key < query, key <= query)
     mask = torch.where(corrupted[None], own, before).expand(len(clean), 1, -1, -1)
     given = {MASK: mask, POSITIONS: places.expand(len(clean), -1), USE_CACHE: False}
-    begins = (places[:length] % block == 0)[:, None]
+    begins = ((places % block == 0) & (places > 0))[:length, None]
 
     def network(ids: Tensor) -> Tensor:
         of_clean, logits = model(**{IDS: torch.cat([clean, ids], 1)}, **given).logits.split(length, 1)
@@ -56,7 +56,7 @@ def beside_clean(model: Any, clean: Tensor, block: int, *, shift: bool = False) 
 
 
 def shifted(logits: Tensor) -> Tensor:
-    """Return the logits [B, S, V] of each place from the place before it; the first ones are of no place before."""
+    """Return the logits [B, S, V] of the place before each place; the first place, which has none, keeps its own."""
     return torch.cat([logits[:, :1], logits[:, :-1]], 1)
 
 
