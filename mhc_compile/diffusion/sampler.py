@@ -72,13 +72,8 @@ def sample(
     cached = bool(block) if cached is None else cached
     if cached and not block:
         raise MHCError("MHC204", "cached=True with bidirectional attention", way_out="leave cached out, or use blocks")
-    if order not in get_args(Order):
-        raise MHCError("MHC204", f"order={order!r}; known: {', '.join(get_args(Order))}")
     masked = int((prompt == mask_token).sum())
-    if prompt.ndim != 2 or new < 0 or least < 1 or not new + masked:
-        detail = f"prompt={list(prompt.shape)}, {masked} mask tokens, new={new}, least={least}"
-        way_out = "give a prompt [B, P] with mask tokens, or new=1 and more, and least=1 or more"
-        raise MHCError("MHC204", detail, way_out=way_out)
+    _check(prompt, masked, new, least, order)
     end = prompt.shape[1] + new
     ids = torch.cat([prompt, prompt.new_full((prompt.shape[0], new), mask_token)], 1)
     calls: CachedCalls | _WholeCalls = CachedCalls(model) if cached else _WholeCalls(model)
@@ -101,6 +96,16 @@ def sample(
             ids[:, begin:stop] = _accepted(logits, ids[:, begin:stop], mask_token, threshold, least, order)
         begin = stop
     return Sampled(ids, new + masked / len(prompt), forwards, needed / len(prompt))
+
+
+def _check(prompt: Tensor, masked: int, new: int, least: int, order: Order) -> None:
+    """Raise MHC204 for arguments that are not possible, or where there is nothing to fill."""
+    if order not in get_args(Order):
+        raise MHCError("MHC204", f"order={order!r}; known: {', '.join(get_args(Order))}")
+    if prompt.ndim != 2 or new < 0 or least < 1 or not new + masked:
+        detail = f"prompt={list(prompt.shape)}, {masked} mask tokens, new={new}, least={least}"
+        way_out = "give a prompt [B, P] with mask tokens, or new=1 and more, and least=1 or more"
+        raise MHCError("MHC204", detail, way_out=way_out)
 
 
 class _WholeCalls:
