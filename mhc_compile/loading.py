@@ -60,10 +60,9 @@ def from_pretrained(
     Its class is the one that `config.json` names, of transformers or registered. `model` gives another one: a
     `PreTrainedModel` class; or a residual module, or what makes one, whose own tensors are set to those of the folder.
 
-    `inner`, `mode` and `debug` are those of `convert`: how the model is compiled is not part of the folder, but for
-    `attention`, which changes what it computes. All other
-    keywords (`dtype`, `device_map`, `attn_implementation`, ...) are those of transformers' `from_pretrained`. Stream
-    parameters keep their own precision, and lie on the device of their owner.
+    `inner`, `mode` and `debug` are those of `convert`: only `attention` is part of the folder. All other keywords
+    (`dtype`, `device_map`, `attn_implementation`, ...) are those of transformers' `from_pretrained`. Stream parameters
+    keep their own precision, and lie on the device of their owner.
 
     `verify` compares every weight file with its sha256 in `mhc.json`, for which it is read once more; the streams'
     file is always compared.
