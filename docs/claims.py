@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-EXAMPLES = ("payoff", "stability", "scaling")
+EXAMPLES = ("payoff", "stability", "scaling", "kinds")
+"""`kinds` is what `scaling.py --kinds` writes."""
 
 
 def update(docs: Path, folders: list[Path]) -> list[str]:

@@ -4,7 +4,10 @@ A mixture of experts has parameters that a token does not use: those of the expe
 (arXiv 2601.07372) gives a part of that budget to tables of n-grams instead; published is a U-shape, best at 20 to 25 %.
 Here experts leave a small Mixtral one by one, and tables get what they had, with the same seeds and batches.
 
-Run: python examples/scaling.py [--quick] [--out FOLDER]
+`--kinds` compares none, Engram, UltraMem (arXiv 2411.12364) and both at one share, with equal parameters in all: the
+memories pay for their keys and projections as well as for their tables, and without a memory all of it is experts.
+
+Run: python examples/scaling.py [--kinds] [--quick] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ ROUTED = 2
 BALANCE = 0.01
 """Weight of the auxiliary loss that spreads tokens over experts, which is not part of the losses reported."""
 NO_MEMORY = "none"
+KINDS = {NO_MEMORY: (None, None), "Engram": (1.0, None), "UltraMem": (None, 1.0), "both": (0.5, 0.5)}
+"""What of the memory's share Engram and UltraMem get."""
 LEAST = "least"
 """All experts, and the smallest tables that a memory can have: a token uses as much as with larger ones."""
 
@@ -40,12 +45,16 @@ class Recipe:
     """What is trained."""
 
     settings: Settings
+    values: mhc_compile.UltraMemSettings
+    """What `--kinds` compares with `settings.memory`."""
     expert: int
     """Width of an expert's hidden layer."""
     spare: int
     """Experts per layer that a token is not routed to, when all of the budget is theirs."""
     spared: tuple[int, ...]
     """Of these, how many are left at each share: from `spare` - 1 to 1."""
+    kept: int
+    """How many are left beside the memories of `--kinds`."""
     seeds: int
     kernels: str
     processes: int
@@ -58,19 +67,21 @@ class Recipe:
 
 
 _MEMORY = mhc_compile.MemorySettings.preset("paper", heads=4, rows_per_head=2, row_width=8, layers=(1, 2))
+_VALUES = mhc_compile.UltraMemSettings.preset("v1", layers=(0, 1), key_width=16, value_width=32, side=8)
 RECIPE = Recipe(
     settings=replace(
         FULL, layers=4, hidden=64, heads=4, vocabulary=2048, length=96, batch=8, steps=350, text_bytes=6_000_000,
         held_out_batches=24, learning_rate=4e-3, initializer_range=0.02, memory=_MEMORY,
     ),
-    expert=96, spare=20, spared=(18, 16, 15, 12, 8, 2), seeds=3, kernels="all", processes=2,
+    values=_VALUES, expert=96, spare=20, spared=(18, 16, 15, 12, 8, 2), kept=15, seeds=3, kernels="all", processes=2,
 )  # fmt: skip
 QUICK = Recipe(
     settings=replace(
         RECIPE.settings, layers=2, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=12,
         text_bytes=400_000, held_out_batches=4, memory=replace(_MEMORY, layers=(0, 1)),
     ),
-    expert=32, spare=4, spared=(3, 1), seeds=1, kernels="none", processes=1,
+    values=replace(_VALUES, layers=(0,), skip=1, key_width=8), expert=192, spare=4, spared=(3, 1), kept=2, seeds=1,
+    kernels="none", processes=1,
 )  # fmt: skip
 
 
@@ -79,17 +90,35 @@ class Job:
     """One training."""
 
     recipe: Recipe
-    share: float
-    """The memory's share of the budget."""
+    name: str
+    """The name in the tables."""
     spare: int
     """Experts per layer besides those a token is routed to."""
-    memory: bool
     seed: int
+    engram: float | None = None
+    """Engram's share of the budget; 0: the smallest tables, None: no Engram."""
+    ultramem: float | None = None
+    """UltraMem's."""
+    whole: bool = False
+    """Whether memories pay for their dense parameters, too."""
 
     @property
-    def name(self) -> str:
-        """The name in the tables."""
-        return f"{self.share:.0%}" if self.share else LEAST if self.memory else NO_MEMORY
+    def share(self) -> float:
+        """The memories' share of the budget."""
+        return (self.engram or 0.0) + (self.ultramem or 0.0)
+
+    def sized(self, settings: Any, share: float | None) -> tuple[Any, int]:
+        """Return the settings of a memory that `share` pays for, and how many values of rows a token reads."""
+        if share is None:
+            return None, 0
+        if not share:
+            return settings, len(settings.layers) * settings.memory_width
+        s, budget = self.recipe.settings, self.recipe.budget
+        sizes = {"hidden": s.hidden, "streams": s.streams, "vocab": s.vocabulary}
+        allocation = allocate(budget, settings, share=share, **sizes)
+        if self.whole:
+            allocation = allocate(budget, settings, share=share - allocation.dense / budget, **sizes)
+        return allocation.settings, allocation.read
 
     def __str__(self) -> str:
         return f"memory {self.name}, {ROUTED + self.spare} experts, seed {self.seed}"
@@ -150,19 +179,18 @@ def run(corpus: Corpus, job: Job) -> Trained:
         for name, p in model.named_parameters():
             p.copy_(full[name][: len(p)])
     torch.manual_seed(settings.seed)
-    engram = settings.memory
-    if job.share:
-        sizes = {"hidden": settings.hidden, "streams": settings.streams, "vocab": settings.vocabulary}
-        engram = allocate(recipe.budget, engram, share=job.share, **sizes).settings
-    memory = {"engram": engram, "tokenizer": corpus.tokenizer} if job.memory else {}
-    options = {"start": "paper", "inner": "eager", "kernels": recipe.kernels}
-    mhc_compile.convert(model, streams=settings.streams, **options, **memory)
+    (engram, in_engram), (ultramem, in_ultramem) = (
+        job.sized(memory, share) for memory, share in ((settings.memory, job.engram), (recipe.values, job.ultramem))
+    )
+    memory: dict[str, Any] = {"engram": engram, "tokenizer": corpus.tokenizer} if engram else {}
+    options: dict[str, Any] = {"start": "paper", "inner": "eager", "kernels": recipe.kernels}
+    mhc_compile.convert(model, streams=settings.streams, ultramem=ultramem, **options, **memory)
 
     def held_out() -> float:
         outputs = [model(input_ids=batch, labels=batch) for batch in held_out_batches(corpus, settings)]
         return statistics.fmean((out.loss - BALANCE * out.aux_loss).item() for out in outputs)
 
-    contender = Contender(job.name, model, model, adamw(model))
+    contender = Contender(job.name, model, model, adamw(model, settings.steps))
     first = held_out()
     train([contender], training_batches(corpus, settings, stream=0), settings.learning_rate, lambda: None)
     tables = [m for m in model.modules() if isinstance(m, MemoryTable)]
@@ -177,7 +205,7 @@ def run(corpus: Corpus, job: Job) -> Trained:
         rows=sum(t.rows for t in tables),
         tables=in_tables,
         parameters=everything,
-        used=everything - spare - in_tables + len(tables) * engram.memory_width,
+        used=everything - spare - in_tables + in_engram + in_ultramem,
         losses=contender.losses,
         first=first,
         held_out=held_out(),
@@ -186,13 +214,27 @@ def run(corpus: Corpus, job: Job) -> Trained:
 
 def jobs_of(recipe: Recipe) -> list[Job]:
     """Return every share with every seed: no memory, the smallest, then fewer and fewer experts."""
-    full = partial(Job, recipe=recipe, share=0.0, spare=recipe.spare)
     jobs = []
     for seed in range(recipe.seeds):
-        jobs += [full(memory=False, seed=seed), full(memory=True, seed=seed)]
+        job = partial(Job, recipe=recipe, seed=seed)
+        jobs += [job(name=NO_MEMORY, spare=recipe.spare), job(name=LEAST, spare=recipe.spare, engram=0.0)]
         for spare in recipe.spared:
-            jobs.append(Job(recipe=recipe, share=1 - spare / recipe.spare, spare=spare, memory=True, seed=seed))
+            share = 1 - spare / recipe.spare
+            jobs.append(job(name=f"{share:.0%}", spare=spare, engram=share))
     return jobs
+
+
+def jobs_of_kinds(recipe: Recipe) -> list[Job]:
+    """Return every kind of memory with every seed, all with as many parameters."""
+    share = 1 - recipe.kept / recipe.spare
+    return [
+        Job(
+            recipe=recipe, name=name, seed=seed, spare=recipe.kept if name != NO_MEMORY else recipe.spare, whole=True,
+            **{kind: part and share * part for kind, part in zip(("engram", "ultramem"), parts, strict=True)},
+        )
+        for seed in range(recipe.seeds)
+        for name, parts in KINDS.items()
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +247,8 @@ class Outcome:
     @property
     def by_name(self) -> dict[str, list[Trained]]:
         """All seeds of every share, in the order of the shares."""
-        by_name: dict[str, list[Trained]] = {}
-        for t in self.trained:
-            by_name.setdefault(t.name, []).append(t)
-        return by_name
+        names = dict.fromkeys(t.name for t in self.trained)
+        return {name: [t for t in self.trained if t.name == name] for name in names}
 
     def differences(self, name: str) -> list[float]:
         """Return the held-out losses of `name` minus those without a memory, seed by seed."""
@@ -224,6 +264,8 @@ def claims(outcome: Outcome) -> list[Claim]:
     low, high = BEST_SHARES
     near = [name for name in paid if low <= outcome.by_name[name][0].share <= high] or paid[:1]
     near_best = min(near, key=lambda name: means[name])
+    differences = (outcome.differences(name) for name in (near_best, LEAST))
+    from_least = [a - b for a, b in zip(*differences, strict=True)]
     apart = [a.held_out - b.held_out for a, b in zip(outcome.by_name[last], outcome.by_name[best], strict=True)]
     return [
         Claim(
@@ -236,9 +278,9 @@ def claims(outcome: Outcome) -> list[Claim]:
         Claim(
             "and better than the smallest memory, with as many parameters a token",
             "not stated",
-            _beside(outcome, near_best),
+            f"{near_best}: {plus_minus(from_least, sign=True)}",
             "it is lower with every seed",
-            all(d < 0 for d in _from_least(outcome, near_best)),
+            all(d < 0 for d in from_least),
         ),
         Claim(
             "the best share",
@@ -257,17 +299,8 @@ def claims(outcome: Outcome) -> list[Claim]:
     ]
 
 
-def _from_least(outcome: Outcome, name: str) -> list[float]:
-    return [a - b for a, b in zip(outcome.differences(name), outcome.differences(LEAST), strict=True)]
-
-
-def _beside(outcome: Outcome, name: str) -> str:
-    return f"{name}: {plus_minus(_from_least(outcome, name), sign=True)}"
-
-
-def report(outcome: Outcome) -> str:
-    """Return all tables, as markdown."""
-    s, recipe = outcome.recipe.settings, outcome.recipe
+def table(outcome: Outcome, first: str) -> str:
+    """Return sizes and losses, as markdown; `first` heads the names."""
     rows = []
     for name, seeds in outcome.by_name.items():
         t = seeds[0]
@@ -276,18 +309,49 @@ def report(outcome: Outcome) -> str:
         sizes = (t.rows, t.tables, t.parameters, t.used)
         rows.append((name, str(t.experts), *(f"{n:,}" for n in sizes), losses, more))
     sizes_head = ("rows", "parameters in rows", "in all", "a token uses")
-    head = ("memory's share", "experts a layer", *sizes_head, "held-out loss", "minus none")
+    return markdown((first, "experts a layer", *sizes_head, "held-out loss", "minus none"), rows)
+
+
+def trained_on(recipe: Recipe) -> str:
+    """Return what was trained, and how, in a sentence."""
+    s = recipe.settings
+    return (
+        f"{s.layers} layers, C = {s.hidden}, {s.streams} streams, experts of {recipe.expert}, {ROUTED} a token, "
+        f"{s.steps} steps of {s.batch} x {s.length} tokens; losses in nats a token, mean ± standard deviation of "
+        f"{recipe.seeds} seeds (differences are paired)."
+    )
+
+
+def report(outcome: Outcome) -> str:
+    """Return all tables, as markdown."""
     return "\n\n".join(
         (
             markdown(studies.CLAIMS_HEAD, [c.row for c in claims(outcome)]),
-            f"A budget of {recipe.budget:,} parameters, {s.layers} layers, C = {s.hidden}, {s.streams} streams, "
-            f"experts of {recipe.expert}, {ROUTED} a token, {s.steps} steps of {s.batch} x {s.length} tokens; losses "
-            f"in nats a token, mean ± standard deviation of {recipe.seeds} seeds (differences are paired). {LEAST}: "
-            "all experts, and the smallest tables that a memory can have: a token uses as many parameters as with "
-            "larger ones.",
-            markdown(head, rows),
+            f"A budget of {outcome.recipe.budget:,} parameters, {trained_on(outcome.recipe)} {LEAST}: all experts, and "
+            "the smallest tables that a memory can have: a token uses as many parameters as with larger ones.",
+            table(outcome, "memory's share"),
         )
     )
+
+
+def report_of_kinds(outcome: Outcome) -> str:
+    """Return the table of `--kinds`, as markdown."""
+    recipe = outcome.recipe
+    share = f"{1 - recipe.kept / recipe.spare:.0%} of {recipe.budget:,} sparse parameters go to memories"
+    return f"{share}, {trained_on(recipe)}\n\n{table(outcome, 'memory')}"
+
+
+def draw_kinds(outcome: Outcome) -> Any:
+    """Draw the training losses minus those without a memory."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    curves = {name: studies.smooth([t.losses for t in seeds], 20) for name, seeds in outcome.by_name.items()}
+    for name, losses in curves.items():
+        axes.plot([a - b for a, b in zip(losses, curves[NO_MEMORY], strict=True)], label=name)
+    axes.set(title="Training loss minus that without a memory", xlabel="step", ylabel="nats a token")
+    axes.legend(fontsize="small")
+    return axes.figure
 
 
 def draw(outcome: Outcome) -> Any:
@@ -301,14 +365,12 @@ def draw(outcome: Outcome) -> Any:
     shares = [100 * outcome.by_name[name][0].share for name in names]
     for seed in range(outcome.recipe.seeds):
         color = f"C{seed}"
-        loss.plot(
-            shares, [outcome.by_name[name][seed].held_out for name in names], "o-", color=color, label=f"seed {seed}"
-        )
+        held_out = [outcome.by_name[name][seed].held_out for name in names]
+        loss.plot(shares, held_out, "o-", color=color, label=f"seed {seed}")
         loss.axhline(plain[seed].held_out, color=color, linestyle=":", linewidth=1)
         paired.plot(shares, [outcome.differences(name)[seed] for name in names], ".", color=color)
-    paired.plot(
-        shares, [statistics.fmean(outcome.differences(name)) for name in names], "o-", color="0.2", label="mean"
-    )
+    means = [statistics.fmean(outcome.differences(name)) for name in names]
+    paired.plot(shares, means, "o-", color="0.2", label="mean")
     paired.axhline(0, color="0.6", linewidth=1)
     low, high = (100 * share for share in BEST_SHARES)
     for axes in (loss, paired):
@@ -321,14 +383,17 @@ def draw(outcome: Outcome) -> Any:
 
 
 def main() -> None:
-    arguments = studies.parser(__doc__.splitlines()[0], "scaling").parse_args()
+    parser = studies.parser(__doc__.splitlines()[0], "scaling")
+    parser.add_argument("--kinds", action="store_true", help="compare Engram, UltraMem and both at one share")
+    arguments = parser.parse_args()
     recipe = QUICK if arguments.quick else RECIPE
     corpus = build_corpus(recipe.settings)
-    outcome = Outcome(
-        recipe=recipe, trained=studies.in_processes(partial(run, corpus), jobs_of(recipe), recipe.processes)
-    )
-    print(text := report(outcome))
-    studies.write(arguments.out, "scaling", text, asdict(outcome), draw(outcome))
+    jobs = jobs_of_kinds(recipe) if arguments.kinds else jobs_of(recipe)
+    outcome = Outcome(recipe=recipe, trained=studies.in_processes(partial(run, corpus), jobs, recipe.processes))
+    text, figure = (report_of_kinds, draw_kinds) if arguments.kinds else (report, draw)
+    print(written := text(outcome))
+    name = "kinds" if arguments.kinds else "scaling"
+    studies.write(arguments.out, name, written, asdict(outcome), figure(outcome))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mhc_compile import frame
 from mhc_compile.attach import graph_inputs, refuse_missing, refuse_wrapped, report_coverage, rewrite_with_parameters
@@ -278,7 +282,19 @@ def compile_inner(
         if backward:
             patches["triton.cudagraphs"] = False  # a recorded backward could not leave a part of itself for later
         inner = partial(_backward_apart, backward) if backward else compile_fx_inner
-        return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)  # type: ignore[return-value]
+        with _traced(example_inputs) as inputs:
+            return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)  # type: ignore[return-value]
+
+
+@contextmanager
+def _traced(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield inputs as Dynamo hands them over: Inductor's caches pass by what is compiled without its context."""
+    if TracingContext.try_get() is not None:
+        yield list(inputs)
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        yield [mode.from_tensor(t, static_shapes=True) if isinstance(t, Tensor) else t for t in inputs]
 
 
 NOT_CACHED = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}

@@ -68,8 +68,7 @@ def from_pretrained(
     file is always compared.
 
     `tables` says where the rows of memories go: to the model's `device`, to the `host`'s memory, or nowhere: `mapped`
-    reads those that are looked up from the folder's files, which must stay. `hot_rows` bounds a cache of rows in front
-    of the latter two.
+    reads those looked up from files of the folder, which must stay. `hot_rows` bounds a cache of rows for those two.
 
     Raises `MHCError`: MHC204 for a keyword that is refused, MHC208 for a `model` that is converted already, MHC304 for
     a keyword that the folder has settled, MHC401 to 407 for a folder that cannot be read, MHC410 for one that is not

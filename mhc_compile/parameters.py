@@ -25,7 +25,7 @@ from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.marks import Signature
 
-_DECAYED = (".phi", ".key", ".value", ".projection", ".query", ".keys", ".input")
+DECAYED = (".phi", ".key", ".value", ".projection", ".query", ".keys", ".input")
 """Ends of the names of parameters of ours to which weight decay applies."""
 _ADDED = {ENGRAM: (".value", ".conv"), OVER_ENCODING: (".projection",), ULTRAMEM: (".projection",)}
 """By the module of a memory the ends of the names of its parameters that scale what it adds."""
@@ -235,14 +235,20 @@ def stream_modules(model: nn.Module) -> list[str]:
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float = 0.01, lr: float | None = None, coefficient_lr: float | None = None
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.01,
+    lr: float | None = None,
+    coefficient_lr: float | None = None,
+    steps: int = 0,
 ) -> list[dict[str, Any]]:
     """Return optimizer groups without weight decay on `alpha` and `bias`, on the head, and on the model's vectors.
 
     `weight_decay` applies to everything of two and more dimensions, `phi` and the projections of rows included. Without
     `lr` the optimizer's own learning rate is used. `coefficient_lr` is that of the streams' coefficients (`phi`,
     `alpha`, `bias`, the head); without it they have the model's, which the default start suits: they learn in
-    proportion to `alpha`. Tables are groups of their own with 5 x `lr`, or 4 x, for `mhc_compile.TableAdamW`.
+    proportion to `alpha`. Tables are groups of their own with 5 x `lr`, for `mhc_compile.TableAdamW`; values that are
+    looked up by content have 4 x `lr`, which falls to `lr` over so many `steps` of the optimizer (0: it does not fall).
 
     Raises MHC204 for a model with tables and no `lr`.
     """
@@ -256,9 +262,9 @@ def parameter_groups(
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(c, d): [] for c in (False, True) for d in (True, False)}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            free = name in ours and not name.endswith(_DECAYED)
+            free = name in ours and not name.endswith(DECAYED)
             groups[id(p) in coefficients, not free and p.ndim >= 2].append(p)
-    rows = table_groups(model, 1.0 if lr is None else lr)
+    rows = table_groups(model, 1.0 if lr is None else lr, steps=steps)
     if rows and lr is None:
         raise MHCError("MHC204", "tables are trained with 5 x lr", way_out="parameter_groups(model, lr=...)")
     rates = {False: lr, True: coefficient_lr}

@@ -13,7 +13,7 @@ import mhc_compile.kernels.memory.gather
 import mhc_compile.kernels.memory.ops  # noqa: F401  (these register the ops)
 from mhc_compile.kernels.cpp import build
 from mhc_compile.kernels.kernelspec import KernelSpec
-from mhc_compile.kernels.memory import hash_ops, sum_rows
+from mhc_compile.kernels.memory import hash_ops, sum_rows, top
 from mhc_compile.kernels.memory.spec import HashSpec, OverEncodingSpec
 from mhc_compile.kernels.registration import registered
 from mhc_compile.passes.base import KERNELS_OF, copy_meta, value
@@ -40,6 +40,9 @@ def fuse_memories(graph: Graph) -> list[str]:
         if node.target is ENGRAM.over_rows.default and value(node.args[0]).device.type in ("cpu", "meta"):
             node.target = KERNELS.over_rows.default
             notes["over-encoding's rows in a kernel"] += 1
+        if node.target is ENGRAM.retrieve.default and value(node.args[0]).device.type in ("cpu", "meta"):
+            node.target = KERNELS.retrieve.default
+            notes["choice of the largest scores in a kernel"] += 1
         if node.target is ENGRAM.expand.default and _sums_what_it_looks_up(node):
             _sum_rows(graph, node)
             notes["look-up by content and its sums, in one kernel"] += 1
@@ -47,11 +50,12 @@ def fuse_memories(graph: Graph) -> list[str]:
 
 
 def _sums_what_it_looks_up(expand: Node) -> bool:
-    """Return whether the values come from a table on a CPU, at once, and nothing else reads them."""
-    gather = expand.args[0]
+    """Return whether the values come from a table on the device, at once, and nothing else reads them."""
+    gather, device = expand.args[0], value(expand).device.type
     assert isinstance(gather, Node)
-    on_cpu = value(expand).device.type in ("cpu", "meta")
-    return on_cpu and gather.target is KERNELS.gather.default and len(gather.users) == 1
+    # Where there is no kernel, the device's own compiler does better with the equations.
+    has_kernel = device in ("cpu", "meta") or hash_ops.target(device) == "triton"
+    return has_kernel and gather.target is KERNELS.gather.default and len(gather.users) == 1
 
 
 def _sum_rows(graph: Graph, expand: Node) -> None:
@@ -83,10 +87,14 @@ def prepare_hashes(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target is KERNELS.rows.default:
             hash_ops.prepare(HashSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
-        elif node.target is KERNELS.sum_rows.default and not build.no_compiler():
-            sum_rows.start()
+        elif node.target in (KERNELS.sum_rows.default, KERNELS.retrieve.default) and _on_cpu(node.args[0]):
+            (sum_rows if node.target is KERNELS.sum_rows.default else top).start()
         elif node.target is KERNELS.over_rows.default:
             hash_ops.prepare(OverEncodingSpec.parse(str(node.args[3])), value(node.args[0]).device.type)
+
+
+def _on_cpu(tensor: Any) -> bool:
+    return value(tensor).device.type == "cpu" and not build.no_compiler()
 
 
 def _merge(graph: Graph, inject: Node) -> None:

@@ -3,6 +3,7 @@
     streams', branch' = watch(streams, branch, slot)      before every mix; their gradients go to the slot
     figures, composite = mhc_probes.site(...)             after it
     counts = mhc_probes.gates(...)                        of every memory
+    rows                                                  the numbers of those that every look-up reads
 
 In a depth form, what a site reads is watched where it is read, and the site's output where it is computed, with
 
@@ -29,6 +30,8 @@ from mhc_compile.kernels.probe_ops import watch, watch_one
 from mhc_compile.passes.base import Context, Mark, kernels_of, op_name, value
 from mhc_compile.passes.fuse_depth import READ_OF
 from mhc_compile.passes.graphs import Writer, after
+from mhc_compile.passes.lookups import MEMORY
+from mhc_compile.passes.marks import Table
 from mhc_compile.passes.numeric import RECORDED
 from mhc_compile.passes.results import Probed
 from mhc_compile.passes.stages import SITE
@@ -43,7 +46,8 @@ _GATES = {
     )
 }  # fmt: skip
 """The ops that compute a gate, with the places of streams, keys, query gain and key gain among their operands."""
-
+_READ = {_KERNELS.gather.default: (0, 2), _KERNELS.collect.default: (1, 3), _KERNELS.sum_rows.default: (0, 5)}
+"""The ops that read rows of a table, with the places of the rows and of the table's handle."""
 _MOVES = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "roll", "flip", "index_select"}
 """Operations after which another token may be in a token's place."""
 
@@ -53,7 +57,7 @@ class Probe:
     """Adds the recording ops for every owner that passed a slot, and their results to the graph's output.
 
     `context.probed` gets a `Probed` for each owner; the output ends with its figures, then its counts where it has
-    memories, owner by owner.
+    memories, then the rows of every look-up, owner by owner.
     """
 
     name: ClassVar[str] = "probe"
@@ -94,9 +98,12 @@ class _Probing(Writer):
         """By the mix, the product of it and all before it in its stream."""
         self.reads: dict[str, _Read] = {}
         """By site."""
+        self.tables: dict[int, tuple[Node, str]] = {}
+        """The slot, and what the table belongs to, of every handle."""
         for mark in marks:
             assert mark.probe is not None
             self.slots |= {p: (mark.probe, name) for name, p in mark.parameters.items()}
+            self.tables |= {x.handle: (mark.probe, x.of) for x in mark.inputs if isinstance(x, Table)}
 
     def run(self) -> list[Probed]:
         for node in list(self.graph.nodes):
@@ -104,6 +111,8 @@ class _Probing(Writer):
                 self._site(node)
             elif node.target in _GATES:
                 self._gates(node, _GATES[node.target])
+            elif node.target in _READ:
+                self._look_up(node, *_READ[node.target])
             elif node.target in READS or READ_OF in node.meta:
                 self._read(node)
             elif node.meta.get(SITE) in self.reads:
@@ -116,6 +125,7 @@ class _Probing(Writer):
                 for recorded in (owner.figures, owner.counts):
                     if recorded:
                         added.append(self._record(torch.stack, (recorded,), recorded[-1]))
+                added += owner.found
         output.args = ((*output.args[0], *added),)
         output.meta[RECORDED] = len(added)
         return owners
@@ -246,6 +256,17 @@ class _Probing(Writer):
             operands = (X, keys, query_gain, key_gain, gate.args[-1])
             owner.counts.append(self._record(PROBES.gates.default, operands, gate))
         owner.layers.append(slot_and_name[1].removeprefix("engram.").rpartition(".")[0])
+
+    def _look_up(self, node: Node, at: int, handle: int) -> None:
+        """Record the rows that a look-up reads, under what its table belongs to and the layer that reads."""
+        rows = node.args[at]
+        slot_and_of = self.tables.get(node.args[handle])  # type: ignore[arg-type]
+        if slot_and_of is None:
+            return
+        owner, of, layer = self._owner(slot_and_of[0]), slot_and_of[1], node.meta[MEMORY][1]
+        with self.graph.inserting_before(after(node)):
+            owner.found.append(self._record(torch.clone, (rows,), node))
+        owner.look_ups.append(of if layer in ("", of) else f"{of}.{layer}")
 
     def _record(self, target: Callable[..., Any], arguments: tuple[Any, ...], like: Node) -> Node:
         """Call `target` without tags: the backward pass has no use for what is recorded."""

@@ -36,7 +36,9 @@ class Step:
     """The result of a step; the same on all ranks."""
 
     loss: float
-    """The mean over all tokens of the batch."""
+    """The mean over all tokens of the batch, with the auxiliary loss."""
+    auxiliary: float
+    """The part of it that the model adds to the tokens' losses, to spread tokens over experts; 0 where it adds none."""
     norm: float
     """Of all gradients, before clipping."""
     stop: bool
@@ -109,24 +111,25 @@ class Engine:
                 self.pipeline.step({name: t.to(self.world.device) for name, t in given.items()})
                 for given in self.inputs(batch, step)
             ]
-            loss = torch.stack(losses).sum()
+            loss = torch.stack(losses).sum(0)
         with self.world.doing("gradients over ranks", step):
             self.optimizer.reduce()
             norm = self.optimizer.norm()
-            total, norm, stops = over_ranks(loss, norm, stop)
-        return Step(total / self.world.parallel.replicas, norm, stops)
+            (total, auxiliary), norm, stops = over_ranks(loss, norm, stop)
+        replicas = self.world.parallel.replicas
+        return Step(total / replicas, auxiliary / replicas, norm, stops)
 
 
-def over_ranks(loss: Tensor, norm: float, stop: bool) -> tuple[float, float, bool]:
-    """Return the sum of all ranks' losses, the norm (NaN if any rank's is not finite), and whether any rank stops.
+def over_ranks(losses: Tensor, norm: float, stop: bool) -> tuple[list[float], float, bool]:
+    """Return the sums of all ranks' losses, the norm (NaN if any rank's is not finite), and whether any rank stops.
 
     A collective. Afterwards all ranks treat the step alike: a rank that alone skipped a step would diverge.
     """
-    flags = torch.tensor([stop, not math.isfinite(norm)], dtype=loss.dtype, device=loss.device)
-    sums = torch.cat([loss.reshape(1), flags])
+    flags = torch.tensor([stop, not math.isfinite(norm)], dtype=losses.dtype, device=losses.device)
+    sums = torch.cat([losses, flags])
     dist.all_reduce(sums)
-    total, stops, bad = sums.tolist()
-    return total, math.nan if bad else norm, stops > 0
+    *totals, stops, bad = sums.tolist()
+    return totals, math.nan if bad else norm, stops > 0
 
 
 def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engine:

@@ -54,7 +54,8 @@ def _forward(pipeline: Pipeline, batch: Mapping[str, Tensor]) -> Tensor:
         world.watch.beat()
         if stage.index < stage.count - 1:
             return tuple(t.detach() for t in out)
-        total.add_(token_losses(out.detach(), targets[number]))
+        logits = out[0] if isinstance(out, tuple) else out  # without an auxiliary loss
+        total.add_(token_losses(logits.detach(), targets[number]))
         return ()
 
     places = [world.parallel.place_of(index) for index in range(world.parallel.stage_count)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,11 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.runtime.recipe_tables import ParallelTable
 from mhc_compile.runtime.rendezvous import fresh_store
+from mhc_compile.runtime.watch import Watch, first_line, lost
 
 DIMS = ("pipe", "data", "engram")
 """Of the mesh, outermost first: rank = (pipe * data + data index) * engram + engram index."""
-PATIENCE = 3600.0
-"""Seconds that ranks wait for each other where compiling or writing takes its time, at least."""
 _LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|broken pipe|pair closure|not connected", re.I)
 
 
@@ -74,12 +71,12 @@ class World:
         return _group(ranks, self.parallel, self._groups)
 
     def meet(self) -> None:
-        """Wait until all ranks are here, for as long as `PATIENCE`."""
+        """Wait until all ranks are here, for as long as `parallel.patience`."""
         dist.barrier(group=self.patient)
 
     def patience(self, action: str) -> AbstractContextManager[None]:
-        """Do as `doing`, for actions that may take as long as `PATIENCE`: to compile, to read weights."""
-        return self.doing(action, timeout=max(PATIENCE, self.parallel.timeout))
+        """Do as `doing`, for actions that may take as long as `parallel.patience`: to compile, to read weights."""
+        return self.doing(action, timeout=self.parallel.patience)
 
     @contextmanager
     def doing(self, action: str, step: int | None = None, *, timeout: float | None = None) -> Iterator[None]:
@@ -114,9 +111,9 @@ def launch(parallel: ParallelTable) -> Iterator[World]:
         store = dist.HashStore() if alone else fresh_store(rank, world_size, timeout)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        detail = f"rank {rank} of {world_size}: joining the run failed: {_first_line(error)}"
+        detail = f"rank {rank} of {world_size}: joining the run failed: {first_line(error)}"
         raise MHCError("MHC605", detail) from error
-    watch = Watch(rank, world_size)
+    watch = Watch(rank, world_size, None if alone else store, parallel.timeout)
     try:
         yield _world(parallel, rank, device, watch)
     finally:
@@ -146,66 +143,6 @@ def is_lost(error: BaseException | None) -> bool:
     return False
 
 
-def lost(rank: int, size: int, action: str, step: int | None, seconds: float, error: BaseException) -> MHCError:
-    """Return MHC605 for an error of a collective or a message."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    where = action if step is None else f"step {step}, {action}"
-    return MHCError("MHC605", f"rank {rank} of {size}, {where}, after {seconds:.1f} s: {_first_line(error)}")
-
-
-@dataclass(frozen=True)
-class _Action:
-    """What this process is doing, since when."""
-
-    name: str
-    step: int | None
-    timeout: float
-    begun: float = field(default_factory=time.monotonic)
-
-
-class Watch:
-    """Ends this process where an action hangs without an error of its own.
-
-    gloo raises once its timeout has passed. A thread that is blocked elsewhere (in a driver, in a library that waits
-    for a lost peer) cannot be asked to end: here the process prints a coded message a little later and exits with 1.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self._now: _Action | None = None
-        self._closed = threading.Event()
-        threading.Thread(target=self._run, name="mhc-watch", daemon=True).start()
-
-    @contextmanager
-    def over(self, name: str, step: int | None, timeout: float) -> Iterator[None]:
-        """Watch what is done here. An inner action has its own time; the outer one's begins anew after it."""
-        outer, self._now = self._now, _Action(name, step, timeout)
-        try:
-            yield
-        finally:
-            self._now = outer and _Action(outer.name, outer.step, outer.timeout)
-
-    def beat(self) -> None:
-        """Begin the time of the present action anew, because it makes progress."""
-        if (now := self._now) is not None:
-            self._now = _Action(now.name, now.step, now.timeout)
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._closed.set()
-
-    def _run(self) -> None:
-        while not self._closed.wait(0.5):
-            now = self._now
-            if now is not None and time.monotonic() - now.begun > 1.25 * now.timeout + 5:
-                error = TimeoutError("no answer, and no error either")
-                seconds = time.monotonic() - now.begun
-                print(lost(self.rank, self.size, now.name, now.step, seconds, error), file=sys.stderr)
-                sys.stderr.flush()
-                os._exit(1)
-
-
 def _world(parallel: ParallelTable, rank: int, device: torch.device, watch: Watch) -> World:
     shape = (parallel.stages, parallel.data, parallel.engram)
     ranks = torch.arange(parallel.world, dtype=torch.int).view(shape)
@@ -216,7 +153,7 @@ def _world(parallel: ParallelTable, rank: int, device: torch.device, watch: Watc
     mesh = DeviceMesh.from_group(lines, device.type, mesh=ranks, mesh_dim_names=DIMS)
     replicas = _group(tuple(ranks[at[0]].flatten().tolist()), parallel, groups)
     replica_mesh = DeviceMesh.from_group(replicas, device.type, mesh_dim_names=("replica",))
-    timeout = timedelta(seconds=max(PATIENCE, parallel.timeout))
+    timeout = timedelta(seconds=parallel.patience)
     patient = dist.new_group(backend="gloo", timeout=timeout, group_desc="patient")
     return World(parallel, rank, device, mesh, replica_mesh, patient, watch, groups)
 
@@ -241,7 +178,3 @@ def _device(local: int) -> torch.device:
         raise MHCError("MHC603", detail, way_out='a process for every GPU; CUDA_VISIBLE_DEVICES="" trains on CPUs')
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

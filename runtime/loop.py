@@ -22,7 +22,7 @@ from mhc_compile.runtime.denoiser import Denoiser
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.guard import Guard
-from mhc_compile.runtime.launch import PATIENCE, World, launch
+from mhc_compile.runtime.launch import World, launch
 from mhc_compile.runtime.metrics import Metrics, summary_writer
 from mhc_compile.runtime.probes import stream_figures
 from mhc_compile.runtime.recipe import Recipe
@@ -71,7 +71,7 @@ def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | No
             every=recipe.checkpoint.every,
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
-            timeout=max(PATIENCE, recipe.parallel.timeout),
+            timeout=recipe.parallel.patience,
         )
         stack.push(_closing(checkpoints, world))
         resumes = checkpoints.latest() is not None
@@ -161,6 +161,8 @@ class _Run:
                 {"step": step, "replica": self.world.replica, **self.loader.describe()},
             )
             figures = {"loss": result.loss, "grad_norm": result.norm}
+            if self.engine.program.auxiliary:
+                figures["auxiliary_loss"] = result.auxiliary
             if verdict == "ok":
                 figures["lr"] = optimizer.update(step, result.norm)
             else:

@@ -167,7 +167,7 @@ class _Measured:
         if number:
             self.steps.append(time.perf_counter() - begin)
         dist.all_reduce(loss)
-        self.loss = float(loss)  # weights stay as they are: the same at every step
+        self.loss = float(loss[0])  # weights stay as they are: the same at every step
         self.engine.optimizer.skip()
 
     def result(self, link: Link) -> dict[str, Any]:

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
 """The folder of TensorBoard's event files, beside the file of lines."""
-_FIRST = ("step", "loss", "evaluation_loss", "lr", "grad_norm", "tokens_per_second", "seconds")
-_SHOWN = {"loss": "loss {:.4f}", "evaluation_loss": "evaluation {:.4f}", "lr": "lr {:.2e}",
-          "grad_norm": "gradient {:.3g}", "tokens_per_second": "{:,.0f} tokens/s"}  # fmt: skip
+_FIRST = ("step", "loss", "auxiliary_loss", "evaluation_loss", "lr", "grad_norm", "tokens_per_second", "seconds")
+_SHOWN = {"loss": "loss {:.4f}", "auxiliary_loss": "auxiliary {:.4f}", "evaluation_loss": "evaluation {:.4f}",
+          "lr": "lr {:.2e}", "grad_norm": "gradient {:.3g}", "tokens_per_second": "{:,.0f} tokens/s"}  # fmt: skip
 _REFRESH = 0.1
 """Seconds between two drawings of the bar, at least."""
 

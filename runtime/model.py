@@ -58,18 +58,20 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
         start = start_of(streams.start, scratch=scratch)
         of_memory: Any = "paper" if scratch else "zero"
         read = functools.partial(read_tokenizer, folder)
-        request = requested(model, recipe.memory, None, read, start=of_memory, tables_on="meta")
+        request = requested(
+            model, recipe.memory, None, read, start=of_memory, ultramem=recipe.ultramem, tables_on="meta"
+        )
         convert_streams(model, (), {}, streams.spec, options, request, start=start)
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
-        raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory]")
+        raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory] or [ultramem]")
     return model
 
 
 def _converted(
     recipe: Recipe, folder: Path, dtype: torch.dtype, options: Options, device: torch.device | str
 ) -> nn.Module:
-    for name, table in (("mhc", recipe.mhc), ("memory", recipe.memory)):
+    for name, table in (("mhc", recipe.mhc), ("memory", recipe.memory), ("ultramem", recipe.ultramem)):
         if table is not None:
             raise MHCError("MHC602", f"[{name}] for {folder}, which is converted", way_out=f"leave [{name}] out")
     checkpoint, manifest = open_converted(folder)

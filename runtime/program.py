@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.integrations.transformers import without_cache
+from mhc_compile.integrations.transformers import IDS, LABELS, without_cache
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import attention_of
-from mhc_compile.passes.base import Context, is_tensor, value
+from mhc_compile.passes.base import Context, is_tensor, op_name, value
 from mhc_compile.passes.pipeline import WIDENING, Pipeline
 from mhc_compile.passes.stages import site_nodes
 
@@ -24,7 +28,8 @@ class Program:
     """A model's forward in the `mhc` dialect, at the shapes of one microbatch."""
 
     graph: GraphModule
-    """Its inputs are placeholders; its output is a tuple with the logits alone."""
+    """Its inputs are placeholders; its output is a tuple of the logits and, where the model's loss has terms beside
+    that of the tokens, their sum: a scalar, weighted as the model weights it."""
     names: dict[str, str]
     """Placeholder -> the parameter's or buffer's name in the model; user inputs are not among them."""
     inputs: dict[str, str]
@@ -38,6 +43,11 @@ class Program:
     model: nn.Module
 
     @property
+    def auxiliary(self) -> bool:
+        """Whether the model's loss has terms beside that of the tokens."""
+        return len(self.graph.graph.output_node().all_input_nodes) > 1
+
+    @property
     def sites(self) -> int:
         """L, the residual sites."""
         return len(site_nodes(self.graph.graph))
@@ -48,10 +58,18 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
 
     `batch` holds the forward's keyword arguments, `input_ids` `[b, S]` among them; only shapes and dtypes matter.
     Raises what `convert` raises for a forward that is not one graph, MHC501 for a model that is not converted, and
-    MHC113 where its attention is to be blocks and the graph has no causal mask.
+    MHC113 where its attention is to be blocks and the graph has no causal mask, and MHC609 for a loss of its own whose
+    terms cannot be told apart.
     """
     model.train()
-    captured = capture(model, (), {**batch, **without_cache(model)})
+    given: dict[str, Any] = {**batch, **without_cache(model)}
+    captured = capture(model, (), given)
+    if _scalars(captured.graph):
+        # Beside the logits there is a loss of the model itself, whose weight is in the loss of labels alone.
+        if LABELS not in inspect.signature(model.forward).parameters:
+            raise MHCError("MHC609", f"{type(model).__name__} takes no {LABELS}")
+        given[LABELS] = torch.zeros_like(batch[IDS])
+        captured = capture(model, (), given)
     marks = find_marks(captured.graph)
     if not marks:
         raise MHCError("MHC501", f"{type(model).__name__} holds no stream parameters")
@@ -60,7 +78,7 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     known = {id(t): name for name, t in (*buffers.items(), *parameters.items())}
-    inputs_by_id = {id(t): name for name, t in batch.items()}
+    inputs_by_id = {id(t): name for name, t in given.items() if isinstance(t, Tensor)}
     names, inputs = {}, {}
     for node, real in zip(graph.graph.find_nodes(op="placeholder"), captured.inputs, strict=True):
         if id(real) in inputs_by_id:
@@ -69,18 +87,77 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
             names[node.name] = known[id(real)]
         elif node.users:
             raise MHCError("MHC504", f"{node.name} is no parameter, buffer or tensor of the call")
-    _keep_logits(graph, getattr(getattr(model, "config", None), "vocab_size", None))
+    labels = next((node for node, name in inputs.items() if name == LABELS), None)
+    auxiliary = None if labels is None else _auxiliary_loss(graph, labels)
+    _keep_logits(graph, getattr(getattr(model, "config", None), "vocab_size", None), auxiliary)
+    inputs = {node: name for node, name in inputs.items() if name != LABELS}
     tables = {m.handle: name for name, m in model.named_modules() if isinstance(m, MemoryTable)}
     return Program(graph, names, inputs, parameters, buffers, tables, model)
 
 
-def _keep_logits(graph: GraphModule, vocabulary: int | None) -> None:
-    """Make the logits the graph's only output: the first floating-point one with a value for each token and id."""
+def _scalars(graph: GraphModule) -> list[Node]:
+    """Return the outputs that may be a loss: floating-point scalars."""
+    outputs = graph.graph.output_node().all_input_nodes
+    return [n for n in outputs if is_tensor(n) and value(n).is_floating_point() and value(n).ndim == 0]
+
+
+def _auxiliary_loss(graph: GraphModule, labels: str) -> Node | None:
+    """Return the sum of the terms of the model's loss that labels do not change; None where there are none.
+
+    Raises MHC609 where the loss depends in another way on a scalar that labels do not change.
+    """
+    nodes = list(graph.graph.nodes)
+    of_labels = {n for n in nodes if n.op == "placeholder" and n.name == labels}
+    for node in nodes:
+        if any(above in of_labels for above in node.all_input_nodes):
+            of_labels.add(node)
+    losses = [n for n in _scalars(graph) if n in of_labels]
+    if len(losses) != 1:
+        raise MHCError("MHC609", f"the forward returns {len(losses)} losses of its labels")
+    terms = _terms(losses[0])
+    free = [term for term in terms if term not in of_labels]
+    above = set().union(*(_above(term) for term in terms if term in of_labels))
+    if mixed := [n for n in _scalars(graph) if n not in of_labels and n in above]:
+        raise MHCError("MHC609", f"{losses[0].name} is no sum with a multiple of {mixed[0].name}")
+    if not free:
+        return None
+    with graph.graph.inserting_before(graph.graph.output_node()):
+        total = free[0]
+        for term in free[1:]:
+            total = graph.graph.call_function(operator.add, (total, term))
+            total.meta = dict(free[0].meta)
+    return total
+
+
+def _terms(loss: Node) -> list[Node]:
+    """Return what is added up to a loss."""
+    if op_name(loss) not in ("add", "iadd", "add_") or not all(isinstance(a, Node) for a in loss.args) or loss.kwargs:
+        return [loss]
+    return [term for operand in loss.all_input_nodes for term in _terms(operand)]
+
+
+def _above(node: Node) -> set[Node]:
+    """Return all that a node is computed from."""
+    found: set[Node] = set()
+    ahead = [node]
+    while ahead:
+        for n in ahead.pop().all_input_nodes:
+            if n not in found:
+                found.add(n)
+                ahead.append(n)
+    return found
+
+
+def _keep_logits(graph: GraphModule, vocabulary: int | None, auxiliary: Node | None) -> None:
+    """Make the logits and the auxiliary loss the graph's outputs.
+
+    The logits are the first floating-point output with a value for each token and id.
+    """
     output = graph.graph.output_node()
     logits = next((n for n in output.all_input_nodes if _is_logits(n, vocabulary)), None)
     if logits is None:
         raise MHCError("MHC504", "the forward returns no logits [batch, sequence, vocabulary]")
-    output.args = ((logits,),)
+    output.args = ((logits,) if auxiliary is None else (logits, auxiliary),)
 
 
 def _is_logits(node: Node, vocabulary: int | None) -> bool:

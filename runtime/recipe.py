@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +12,7 @@ from typing import Any, get_type_hints
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.runtime.fields import Described, build, describe, typed, unknown
 from mhc_compile.runtime.recipe_tables import (
     CheckpointTable,
@@ -34,6 +36,7 @@ class Recipe:
     mhc: StreamsTable | None = None
     """None: the recipe has no such table; a residual model then gets the defaults."""
     memory: MemorySettings | None = None
+    ultramem: UltraMemSettings | None = None
     data: DataTable
     train: TrainTable
     diffusion: DiffusionTable | None = None
@@ -93,7 +96,8 @@ class Recipe:
         for f in fields(self):
             if (table := getattr(self, f.name)) is not None:
                 values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(table).items() if v is not None}
-                content[f.name] = {"preset": values.pop("name"), **values} if f.name == "memory" else values
+                preset = {"preset": values.pop("name")} if f.name == "memory" else {}
+                content[f.name] = preset | values
         return content
 
 
@@ -101,6 +105,7 @@ TABLES: dict[str, type[Any]] = {
     "model": ModelTable,
     "mhc": StreamsTable,
     "memory": MemorySettings,
+    "ultramem": UltraMemSettings,
     "data": DataTable,
     "train": TrainTable,
     "diffusion": DiffusionTable,
@@ -109,9 +114,12 @@ TABLES: dict[str, type[Any]] = {
     "checkpoint": CheckpointTable,
     "metrics": MetricsTable,
 }
-_PRESET = Described(
-    "memory", "preset", "a text", '"paper"', "The published memory that the other fields change: paper, v41, qwen_ple."
-)
+_CHANGED = "The published memory that the other fields change: "
+_PRESETS = {
+    "memory": Described("memory", "preset", "a text", '"paper"', f"{_CHANGED}paper, v41, qwen_ple."),
+    "ultramem": Described("ultramem", "preset", "a text", '"v1"', f"{_CHANGED}v1, v2."),
+}
+"""By the sections of memories the field that names their other fields' values."""
 _FREE = {
     *("model.folder", "model.start", "model.inner", "model.kernels"),
     *("train.microbatch", "train.evaluate_every", "train.evaluate_batches", "train.on_nonfinite", "train.explode"),
@@ -151,7 +159,9 @@ def parse_recipe(content: Mapping[str, Any], folder: Path) -> Recipe:
         paths = {name: table[name] for name in _PATHS.get(section, ()) if isinstance(table.get(name), str)}
         values = table | {name: str(folder / Path(path).expanduser()) for name, path in paths.items()}
         tables[section] = (
-            _memory(values, names) if section == "memory" else build(TABLES[section], section, values, aside=names)
+            _memory(section, values, names)
+            if section in _PRESETS
+            else build(TABLES[section], section, values, aside=names)
         )
     for section in ("model", "data", "train", "checkpoint"):
         if section not in tables:
@@ -163,18 +173,20 @@ def describe_fields() -> list[Described]:
     """Return every field of a recipe, in order, with what may be written, its default, and what it means."""
     described: list[Described] = []
     for section, cls in TABLES.items():
-        described += [_PRESET] if section == "memory" else []
+        described += [_PRESETS[section]] if section in _PRESETS else []
         described += describe(cls, section, leave_out=("name",) if section == "memory" else ())
     return described
 
 
-def _memory(values: dict[str, Any], names: Sequence[str]) -> MemorySettings:
-    preset = typed("memory.preset", values.pop("preset", "paper"), str)
-    hints = get_type_hints(MemorySettings)
+def _memory(section: str, values: dict[str, Any], names: Sequence[str]) -> Any:
+    """Return the settings of a section of `_PRESETS`: those of its preset, with `values`."""
+    settings, default = TABLES[section], json.loads(_PRESETS[section].default)
+    preset = typed(f"{section}.preset", values.pop("preset", default), str)
+    hints = get_type_hints(settings)
     for name in values:
-        if f"memory.{name}" not in names:
-            raise unknown(f"memory.{name}", names)
-    return MemorySettings.preset(preset, **{k: typed(f"memory.{k}", v, hints[k]) for k, v in values.items()})
+        if f"{section}.{name}" not in names:
+            raise unknown(f"{section}.{name}", names)
+    return settings.preset(preset, **{k: typed(f"{section}.{k}", v, hints[k]) for k, v in values.items()})
 
 
 def _override(content: dict[str, Any], text: str) -> None:

@@ -99,7 +99,7 @@ class TrainTable:
     microbatch: int
     """Sequences that a stage computes at a time; gradients of a step's microbatches add up."""
     lr: float
-    """The highest learning rate. Tables of memories have 5 times it."""
+    """The highest learning rate. Tables of memories have 5 times it; those of UltraMem 4 times, falling to once."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: int = 0
@@ -168,11 +168,14 @@ class ParallelTable:
     balance: Literal["model", "measure"] | tuple[int, ...] = "model"
     """Where stages are cut: by the cost model, by a measurement, or by the number of sites of every stage."""
     timeout: float = 600.0
-    """Seconds after which a peer that does not answer counts as lost."""
+    """Seconds after which a peer is lost that does not answer in a step, or gives no sign of life at any time."""
+    patience: float = 3600.0
+    """Seconds that ranks wait for one that compiles, or reads or writes weights, and gives signs of life."""
 
     def __post_init__(self) -> None:
         _at_least("parallel", self, stages=1, data=1, engram=1, stages_per_rank=1)
         require(self.timeout > 0, "parallel.timeout", self.timeout, "greater than 0")
+        require(self.patience > 0, "parallel.patience", self.patience, "greater than 0")
         if isinstance(self.balance, tuple):
             fits = len(self.balance) == self.stage_count and all(b >= 1 for b in self.balance)
             what = f"{self.stage_count} numbers of at least 1, one a stage"

@@ -46,6 +46,7 @@ class Pipeline:
         self.stages, self.world, self.microbatches = list(stages), world, microbatches
         self.has_first = stages[0].index == 0
         self.has_last = any(s.index == s.count - 1 for s in stages)
+        self._auxiliary = torch.zeros((), device=world.device)
         run_stages = [RunStage(s, world, defers=world.parallel.is_v_shaped) for s in stages]
         name = world.parallel.schedule
         self.schedule = CLASSES[name](
@@ -62,18 +63,27 @@ class Pipeline:
 
         With `weights` `[b, S]` these multiply the tokens' losses. Gradients add to those that are there.
 
-        Returns the share's mean loss, a float32 scalar, on the ranks with the last stage, and 0 on the others.
+        Returns the share's mean loss and, as a part of it, the model's auxiliary loss, float32 `[2]`, on the ranks with
+        the last stage, and 0 on the others.
         """
+        self._auxiliary = torch.zeros((), device=self.world.device)
         losses: list[Tensor] = []
         inputs = {name: t for name, t in batch.items() if name not in TARGETS}
         first = (inputs[IDS],) if self.has_first else ()
         target = {"target": target_of(batch), "losses": losses} if self.has_last else {}
         self.schedule.step(*first, **target, return_outputs=False, **inputs)
-        return sum((loss.detach() for loss in losses), torch.zeros((), device=self.world.device))
+        total = sum((loss.detach() for loss in losses), torch.zeros((), device=self.world.device))
+        return torch.stack([total, self._auxiliary])
 
-    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the share of one microbatch in the mean over all of the replica's tokens."""
-        return token_losses(logits, target) / (logits.shape[:2].numel() * self.microbatches)
+    def _loss(self, out: Tensor | tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Return the share of one microbatch in the mean over all of the replica's tokens, auxiliary loss included."""
+        logits, *auxiliary = out if isinstance(out, tuple) else (out,)
+        loss = token_losses(logits, target) / (logits.shape[:2].numel() * self.microbatches)
+        for other in auxiliary:
+            share = other.float() / self.microbatches
+            self._auxiliary = self._auxiliary + share.detach()
+            loss = loss + share
+        return loss
 
 
 def target_of(batch: Mapping[str, Tensor]) -> Tensor:

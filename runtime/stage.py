@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from mhc_compile.config import Options
 from mhc_compile.integrations.transformers import IDS
 from mhc_compile.kernels.memory.engram import layers_of
+from mhc_compile.memory.parameters import tables
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.base import Context, value
 from mhc_compile.passes.pipeline import Pipeline
@@ -37,7 +38,8 @@ class Stage(nn.Module):
 
     `forward(*crossing, **inputs)`: what crosses from the stage before, and the inputs that the model's forward takes,
     by name; the first stage gets the token ids as its one positional argument. Returns what crosses to the next stage,
-    a tuple of `[b, S, n, C]` and of what else later branches read, or the logits `[b, S, V]` of the last one.
+    a tuple of `[b, S, n, C]` and of what else later branches read, or the logits `[b, S, V]` of the last one, with the
+    auxiliary loss behind them where the model has one.
     """
 
     def __init__(
@@ -53,17 +55,18 @@ class Stage(nn.Module):
         units: Units,
         split: bool,
         make_table: TableFactory,
+        made: dict[str, MemoryTable],
     ) -> None:
         super().__init__()
         self.index, self.count, self.options = index, count, options
         self.device = torch.device(device)
         self.piece = piece
         self.tied = tied
-        """Names of its parameters that other stages hold as well: their gradients must be summed."""
+        """Names of its parameters and tables that other stages hold as well: their gradients must be summed."""
         self.tables: dict[str, MemoryTable] = {}
         """The tables of its memories by their names in the model."""
         self._program = program
-        self._make_table = make_table
+        self._make_table, self._made = make_table, made
         self._blocked = units == "blocks"
         pieces = [piece]
         if self._blocked:
@@ -114,7 +117,7 @@ class Stage(nn.Module):
             out = unit(carried, inputs)
             carried |= dict(zip(unit.piece.crosses_out or self.piece.crosses_out, out, strict=False))
         if self.index == self.count - 1:
-            return out[0]
+            return out if len(out) > 1 else out[0]
         # Clone what passes through, so that outputs never alias inputs.
         through = set(self.piece.crosses_in)
         return tuple(carried[n].clone() if n in through else carried[n] for n in self.piece.crosses_out)
@@ -191,9 +194,11 @@ class Stage(nn.Module):
         if name not in self.tables:
             hollow = self._program.model.get_submodule(name)
             assert isinstance(hollow, MemoryTable)
-            table = self._make_table(hollow.rows, hollow.width, hollow.dtype, hollow.storage)
-            _parent(self, name).add_module(name.rpartition(".")[2], table)
-            self.tables[name] = table
+            if name not in self._made:
+                self._made[name] = self._make_table(hollow.rows, hollow.width, hollow.dtype, hollow.storage)
+                self._made[name].ratio = hollow.ratio
+            self.tables[name] = self._made[name]
+            _parent(self, name).add_module(name.rpartition(".")[2], self.tables[name])
         return self.tables[name]
 
     def _source(self, placeholder: str, node: Node, root: nn.Module) -> Source:
@@ -239,29 +244,35 @@ def build_stages(
 ) -> list[Stage]:
     """Return the stages numbered `indices` of the program cut before the sites `starts`, on the meta device.
 
-    Parameters that several of these stages hold are one and the same once `materialise_all` has run. Raises MHC620 and
-    MHC621 as `mhc_compile.passes.stages.split_graph`.
+    A table that several of these stages hold is one, and parameters are one and the same once `materialise_all` has
+    run. Raises MHC620 and MHC621 as `mhc_compile.passes.stages.split_graph`.
     """
     pieces = split_graph(program.graph, starts)
     shared = tied(program, pieces)
+    made: dict[str, MemoryTable] = {}
     return [
         Stage(
             program, pieces[i], index=i, count=len(pieces), options=options,
             tied=frozenset(name for name, holders in shared.items() if i in holders),
-            device=device, units=units, split=split, make_table=make_table or plain_table,
+            device=device, units=units, split=split, make_table=make_table or plain_table, made=made,
         )
         for i in indices
     ]  # fmt: skip
 
 
 def tied(program: Program, pieces: Sequence[Piece]) -> dict[str, tuple[int, ...]]:
-    """Return the trained parameters that several stages hold, with those stages, in the order of the parameters."""
-    names_of = [{program.names.get(name, "") for name in _placeholders(p)} for p in pieces]
-    holders = {
-        name: tuple(i for i, names in enumerate(names_of) if name in names)
-        for name, p in program.parameters.items()
-        if p.requires_grad
-    }
+    """Return the trained parameters, and the tables, that several stages hold, with those stages, in the model's order.
+
+    Layers that look values up by content share a table; one of n-grams belongs to a single layer.
+    """
+    names_of = [
+        {program.names.get(name, "") for name in _placeholders(p)}
+        | {program.tables.get(n.args[_HANDLE[n.target]], "") for n in p.graph.graph.nodes if n.target in _HANDLE}
+        for p in pieces
+    ]
+    trained = [name for name, p in program.parameters.items() if p.requires_grad]
+    trained += [name for name, table in tables(program.model) if table.trainable]
+    holders = {name: tuple(i for i, names in enumerate(names_of) if name in names) for name in trained}
     return {name: stages for name, stages in holders.items() if len(stages) > 1}
 
 
@@ -270,7 +281,7 @@ def materialise_all(stages: Sequence[Stage]) -> None:
     first: dict[str, nn.Parameter] = {}
     for stage in stages:
         stage.materialise()
-        for name in stage.tied:
+        for name in stage.tied - stage.tables.keys():
             parent, attribute = _parent(stage, name), name.rpartition(".")[2]
             if name in first:
                 parent._parameters[attribute] = first[name]

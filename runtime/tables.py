@@ -59,6 +59,7 @@ def shard_tables(model: nn.Module, group: dist.ProcessGroup) -> None:
             trainable=table.trainable,
             hot_rows=table.hot.capacity if table.hot else 0,
         )
+        shard.ratio = table.ratio
         if table.storage != "mapped" and not table.weight.is_meta:
             shard.fill(shard.begin, *table.block(shard.begin, shard.end))
         parent, _, name = path.rpartition(".")

@@ -161,7 +161,11 @@ class Unit(nn.Module):
         parameter = source.tensor
         if parameter.requires_grad:
             gradient = gradient.to(parameter.dtype)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            if parameter.grad is not None:
+                parameter.grad.add_(gradient)
+            else:  # laid out as autograd does: a fused optimizer takes both in the order of their memory
+                same = gradient.stride() == parameter.stride()
+                parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 def _example(argument: Tensor, source: Source) -> Tensor:

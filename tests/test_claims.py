@@ -29,10 +29,10 @@ class Run(NamedTuple):
     folder: Path
 
 
-def finished(name: str, folder: Path) -> Run:
-    """A quick run."""
+def finished(name: str, folder: Path, example: str = "", *flags: str) -> Run:
+    """A quick run of an example that writes files called `name`."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--out", str(folder)],
+        [sys.executable, str(EXAMPLES / f"{example or name}.py"), "--quick", "--out", str(folder), *flags],
         cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -166,6 +166,19 @@ def test_tables_of_scaling(scaling: Run) -> None:
     assert [row[0] for row in shares] == ["none", "least", "25%", "75%"]
     for row, run in zip(shares, scaling.numbers["trained"], strict=True):
         assert float(row[-2]) == pytest.approx(run["held_out"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_kinds_of_memories(tmp_path: Path) -> None:
+    kinds = finished("kinds", tmp_path / "kinds", "scaling", "--kinds")
+    none, *others = kinds.numbers["trained"]
+    assert [none["name"], *(r["name"] for r in others)] == ["none", "Engram", "UltraMem", "both"]
+    for run in others:
+        assert run["parameters"] == pytest.approx(none["parameters"], rel=0.02)
+        assert run["first"] == pytest.approx(none["first"], rel=0.02)
+        assert run["held_out"] < run["first"]
+    (table,) = kinds.tables
+    assert [row[0] for row in table] == ["none", "Engram", "UltraMem", "both"]
 
 
 def test_the_page_takes_what_was_found(scaling: Run, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ A layer that reads x `[..., C]`, with Tucker decomposed query-key retrieval and 
         -> rows [..., h k] int64, groups [..., h k] int64, scores [..., h k, c]
     engram::expand(rows' values [..., h k D], groups, scores, input [..., I]?, spec) -> [..., E V]
 
+`engram_kernels::retrieve` is the same, with the choice of the largest in a kernel on a CPU.
+
 `spec` is `str(ContentSpec)`. A row of the table holds I channels, by whose product with `input` its scores are
 multiplied (second version), and V of the value: D = I + V.
 
@@ -26,9 +28,12 @@ modulo their number, where the code keeps a random permutation, of 8 bytes each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+import mhc_compile.kernels.memory.top  # noqa: F401  (registers the op)
 from mhc_compile.kernels.autocast import without_autocast
 from mhc_compile.kernels.memory.spec import ContentSpec
 from mhc_compile.kernels.reference import compute_dtype
@@ -36,6 +41,7 @@ from mhc_compile.kernels.reference import compute_dtype
 RANK = 2
 """r of the Tucker decomposition, in both releases."""
 DIALECT = torch.library.Library("engram", "FRAGMENT")
+KERNELS = torch.library.Library("engram_kernels", "FRAGMENT")
 
 
 def first_singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,12 +59,23 @@ def first_singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return u * sign, v * sign
 
 
+def _topk(values: Tensor, k: int) -> Tensor:
+    return values.topk(k, -1, sorted=False).indices
+
+
 def retrieve(
-    query: Tensor, query_gain: Tensor, keys: Tensor, key_gain: Tensor, cores: Tensor, spec: ContentSpec
+    query: Tensor,
+    query_gain: Tensor,
+    keys: Tensor,
+    key_gain: Tensor,
+    cores: Tensor,
+    spec: ContentSpec,
+    top: Callable[[Tensor, int], Tensor] = _topk,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows of the table that `query` finds, their groups, and the score that every core gives them.
 
-    Scores are float32, or float64 where an input is. Of equal scores any may be found.
+    Scores are float32, or float64 where an input is. Of equal scores any may be found, and rows in any order. `top`
+    returns the places of the largest values of the last dimension.
     """
     dtype = compute_dtype(query.dtype, query_gain.dtype, keys.dtype, key_gain.dtype, cores.dtype)
     heads, _, n, width, _ = keys.shape
@@ -70,11 +87,11 @@ def retrieve(
     for half, axis in enumerate(first_singular_vectors(cores.sum(0))):
         fine = similarity.select(-4, half)
         coarse = (fine.detach() * axis.unsqueeze(-2)).sum(-1)
-        index = coarse.topk(spec.top, -1).indices
+        index = top(coarse, spec.top)
         chosen.append(index)
         kept.append(fine.gather(-2, index.unsqueeze(-1).expand(*index.shape, RANK)))
     by_core = torch.einsum("...hir,chrs,...hjs->...chij", kept[0], cores, kept[1]).flatten(-2)
-    best = by_core.detach().sum(-3).topk(spec.top, -1).indices
+    best = top(by_core.detach().sum(-3), spec.top)
     first, second = best.div(spec.top, rounding_mode="floor"), best.remainder(spec.top)
     virtual = (chosen[0].gather(-1, first) * n + chosen[1].gather(-1, second)).flatten(-2)
     virtual = (virtual * spec.multiplier).remainder(n * n)
@@ -131,6 +148,14 @@ def _retrieve(
         return retrieve(query, query_gain, keys, key_gain, cores, ContentSpec.parse(spec))
 
 
+def _retrieve_in_kernels(
+    query: Tensor, query_gain: Tensor, keys: Tensor, key_gain: Tensor, cores: Tensor, spec: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    with without_autocast(query):
+        top = torch.ops.engram_kernels.top
+        return retrieve(query, query_gain, keys, key_gain, cores, ContentSpec.parse(spec), top)
+
+
 def _expand(values: Tensor, groups: Tensor, scores: Tensor, input: Tensor | None, spec: str) -> Tensor:
     with without_autocast(values):
         return expand(values, groups, scores, input, ContentSpec.parse(spec))
@@ -143,3 +168,5 @@ for _schema, _composite in (
 ):
     DIALECT.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     DIALECT.impl(_schema.split("(", 1)[0], _composite, "CompositeImplicitAutograd")
+KERNELS.define(f"retrieve({_NORMED}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+KERNELS.impl("retrieve", _retrieve_in_kernels, "CompositeImplicitAutograd")

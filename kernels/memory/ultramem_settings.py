@@ -51,6 +51,7 @@ class UltraMemSettings:
     key_width: int = 512
     """Channels of each key, and of each half of the query."""
     value_width: int = 512
+    """Channels of each value, without those of `input_width`."""
     top: int = 16
     """k: rows and columns that a head keeps, and values that it reads."""
     heads: int = 1

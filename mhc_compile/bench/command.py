@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mhc_compile.bench import boundary, compile_time, engram, native, passes, probes, recompute, step
+from mhc_compile.bench import boundary, compile_time, engram, native, passes, probes, recompute, step, ultramem
 from mhc_compile.bench.contest import chart
 
 BENCHMARKS = {
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "probes": probes,
     "recompute": recompute,
     "step": step,
+    "ultramem": ultramem,
 }
 
 

@@ -24,11 +24,11 @@ from mhc_compile.demo.text import build_corpus, training_batches
 from mhc_compile.loading import from_pretrained
 from mhc_compile.memory.optimizer import TableAdamW
 from mhc_compile.parameters import owners, parameter_groups
-from mhc_compile.passes.base import Context
+from mhc_compile.passes.base import Context, value
 from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.trial.training import Spread, spread, threads
 
-KERNELS = torch.ops.engram_kernels
+ENGRAM, KERNELS = torch.ops.engram, torch.ops.engram_kernels
 MAPPED = "mapped from disk"
 GIVEN = "rows given, no look-up"
 FIXED = "in memory"
@@ -100,7 +100,7 @@ def contenders(folder: Path, batches: Sequence[Tensor], inner: str) -> dict[str,
 
 
 class Steps:
-    """Training steps on one batch after the other, timed. `given`: the rows' values by layer instead of a look-up."""
+    """Training steps on one batch after the other, timed. `given`: by layer what stands in the place of a look-up."""
 
     def __init__(
         self, model: nn.Module, batches: Sequence[Tensor], inner: str, *, given: Sequence[Tensor] | None = None
@@ -157,9 +157,13 @@ def looked_up(model: nn.Module, ids: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Given:
-    """Puts constants in the place of what is looked up, and drops what only the look-ups read."""
+    """Puts constants in the place of what is looked up, and drops what only the look-ups read.
+
+    That is the values of the rows, or where they are found by content their weighted sums.
+    """
 
     values: Sequence[Tensor]
+    """One by one; random where there are none."""
 
     name: ClassVar[str] = "given"
     requires: ClassVar[tuple[str, ...]] = ()
@@ -167,18 +171,23 @@ class Given:
 
     def apply(self, gm: GraphModule, context: Context) -> GraphModule:  # noqa: ARG002
         """Rewrite `gm` in place."""
-        looked_up = [n for n in gm.graph.nodes if n.target in (KERNELS.gather.default, KERNELS.collect.default)]
-        for number, (node, values) in enumerate(zip(looked_up, self.values, strict=True)):
+        looked_up = [n for n in gm.graph.nodes if n.target is ENGRAM.expand.default]
+        looked_up = looked_up or [
+            n for n in gm.graph.nodes if n.target in (KERNELS.gather.default, KERNELS.collect.default)
+        ]
+        constants = self.values or [torch.randn(value(node).shape) for node in looked_up]
+        for number, (node, values) in enumerate(zip(looked_up, constants, strict=True)):
             gm.register_buffer(f"given_{number}", values)
             with gm.graph.inserting_before(node):
                 constant = gm.graph.get_attr(f"given_{number}")
             constant.meta = dict(node.meta)
             node.replace_all_uses_with(constant)
         gm.graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function")
-        assert not any(n.target in (KERNELS.prefetch.default, torch.ops.engram.rows.default) for n in gm.graph.nodes)
+        left = (KERNELS.prefetch.default, KERNELS.gather.default, ENGRAM.rows.default, ENGRAM.retrieve.default)
+        assert not any(n.target in left for n in gm.graph.nodes)
         return gm
 
 
 def without_look_ups(values: Sequence[Tensor], usual: Pipeline) -> Pipeline:
-    """Return the usual passes with `Given` after the one that inserts memories."""
-    return usual.after("engram", Given(values))
+    """Return the usual passes with `Given` after those that insert memories."""
+    return usual.after("ultramem", Given(values))

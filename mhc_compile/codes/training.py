@@ -24,6 +24,8 @@ MHC607 figures of the run are not written
 MHC608 the recipe is not that of the checkpoint
     give the old values again; to go on with the new ones, add --accept-changes; to begin a new run, name another
     [checkpoint].folder
+MHC609 the model's auxiliary loss cannot be told from its loss
+    return the logits alone; or take labels and return the loss as a sum with the auxiliary loss times its weight
 MHC610 the text cannot be read
     name UTF-8 text files, folders of them, .jsonl files with a text in every line (--field names it), or
     hf:NAME[:SPLIT]

@@ -32,7 +32,7 @@ from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import Started, is_converted, owners
 
 IDS, DECODER_IDS, MASK, POSITIONS = "input_ids", "decoder_input_ids", "attention_mask", "position_ids"
-PIXELS, FEATURES = "pixel_values", "input_features"
+PIXELS, FEATURES, LABELS = "pixel_values", "input_features", "labels"
 USE_CACHE = "use_cache"
 STATE = "mhc_memory"
 """The attribute of a cache that holds what a memory carries from call to call."""

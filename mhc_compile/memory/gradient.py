@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import warn
+from mhc_compile.kernels.memory.row_gradients_cpp import sum_duplicates, takes
 
 PATIENCE = 32
 """Backward passes whose gradients may accumulate before a warning."""
@@ -37,6 +38,8 @@ def coalesce(rows: Tensor, values: Tensor) -> RowGradient:
     Duplicates are added in the order in which they come, so that results are bit-identical from run to run.
     """
     values = values.to(torch.float32)
+    if takes(values):
+        return RowGradient(*sum_duplicates(rows, values))
     rows, inverse = distinct(rows)
     if values.device.type == "cpu":
         return RowGradient(rows, torch.zeros(len(rows), values.shape[-1]).index_add_(0, inverse, values))
@@ -60,12 +63,11 @@ class PendingGradient:
         self._parts: list[RowGradient] = []
         self._passes = 0
 
-    def add(self, rows: Tensor, values: Tensor, name: str = "") -> None:
-        """Add copies of a backward pass's `rows` `[m]` and `values` `[m, width]`.
+    def add(self, part: RowGradient, name: str = "") -> None:
+        """Add the gradient of a backward pass, which nothing else changes.
 
         Warns once of the table `name` with MHC227 when `PATIENCE` passes have accumulated; never without a name.
         """
-        part = coalesce(rows, values)
         with self._lock:
             self._parts.append(part)
             # Each row is merged a logarithmic number of times, however many passes accumulate.

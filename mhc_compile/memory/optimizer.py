@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.registry import tables
+from mhc_compile.kernels.memory.row_gradients_cpp import adamw, takes
 from mhc_compile.memory.gradient import RowGradient, merge
 from mhc_compile.memory.tables import MemoryTable
 
@@ -19,18 +20,31 @@ RATIO = 5.0
 """The tables' learning rate over the model's (arXiv 2601.07372)."""
 
 
-def table_groups(model: nn.Module, lr: float, *, ratio: float = RATIO) -> list[dict[str, Any]]:
+def table_groups(model: nn.Module, lr: float, *, ratio: float = RATIO, steps: int = 0) -> list[dict[str, Any]]:
     """Return the optimizer groups of the trainable tables of `model`: `ratio` x `lr`, no weight decay.
 
-    Tables that are looked up by content have 4 x `lr` (arXiv 2411.12364), in a group of their own.
+    Tables that are looked up by content have 4 x `lr` (arXiv 2411.12364), in a group of their own. With `steps`, the
+    optimizer's steps of the whole training, `TableAdamW` lets it fall to `lr`, linearly, as published.
 
     Pass them to `TableAdamW` after the groups of everything else (`mhc_compile.parameter_groups`).
     """
-    weights: dict[float, list[nn.Parameter]] = {}
-    for m in model.modules():
-        if isinstance(m, MemoryTable) and m.trainable:
-            weights.setdefault(ratio if m.ratio is None else m.ratio, []).append(m.weight)
-    return [{"params": of, "lr": r * lr, "weight_decay": 0.0, "table": True} for r, of in weights.items()]
+    return groups_of((m for m in model.modules() if isinstance(m, MemoryTable)), lr, ratio=ratio, steps=steps)
+
+
+def groups_of(
+    tables: Iterable[MemoryTable], lr: float, *, ratio: float = RATIO, steps: int = 0
+) -> list[dict[str, Any]]:
+    """Return what `table_groups` returns. Raises MHC204 for `steps` below 0."""
+    if steps < 0:
+        raise MHCError("MHC204", f"steps={steps}", way_out="the optimizer's steps of the whole training; 0: no fall")
+    groups: dict[float | None, dict[str, Any]] = {}
+    for table in tables:
+        if table.trainable:
+            own = ratio if table.ratio is None else table.ratio
+            new = {"params": [], "lr": own * lr, "weight_decay": 0.0, "table": True, "ratio": own}
+            group = groups.setdefault(table.ratio, new | {"falls_over": 0 if table.ratio is None else steps})
+            group["params"].append(table.weight)
+    return list(groups.values())
 
 
 class TableAdamW(torch.optim.AdamW):
@@ -42,7 +56,10 @@ class TableAdamW(torch.optim.AdamW):
     every row hit at every step this is Adam.
 
     Moments are float32 `[rows, width]`, made at a table's first step where its weight lies; the update is computed in
-    float32 and rounded once for bfloat16 rows. DDP does not see tables: with a `process_group` (its own, or
+    float32 and rounded once for bfloat16 rows. In a group with `"falls_over": n` the learning rate falls from `lr` in a
+    table's first step to `lr / ratio` in its step n + 1, whatever a schedule does to `lr` besides.
+
+    DDP does not see tables: with a `process_group` (its own, or
     `torch.distributed.group.WORLD`) their gradients are averaged over it at each step; without, the processes' tables
     drift apart. Of a sharded table (`mhc_compile.memory.sharded`) a process steps its own rows, with the mean
     over the table's ranks, and `process_group` is that of the processes with the same rows. `lr`, `betas`, `eps` and
@@ -64,7 +81,7 @@ class TableAdamW(torch.optim.AdamW):
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         is_table = [id(p[1] if isinstance(p, tuple) else p) in weights for p in params]
-        group = {**param_group, "params": params}
+        group = {"ratio": 1.0, "falls_over": 0, **param_group, "params": params}
         if not group.setdefault("table", False):
             if any(is_table):
                 way_out = "put it into a group of mhc_compile.table_groups(model, lr)"
@@ -128,8 +145,15 @@ class TableAdamW(torch.optim.AdamW):
         state["step"] += 1
         rows, gradient = taken.rows.to(weight.device), taken.values.to(weight.device)
         lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
+        if group["falls_over"]:
+            lr *= 1 - (1 - 1 / group["ratio"]) * min(1.0, float(state["step"] - 1) / group["falls_over"])
         if group["maximize"]:
             gradient = -gradient
+        if takes(weight, gradient) and weight.is_contiguous():
+            adamw(weight, state, rows, gradient, lr, (beta1, beta2), eps)
+            # Whoever knows the rows by their version reads them again.
+            torch.autograd.graph.increment_version(weight)
+            return
         steps = state["row_step"].index_select(0, rows).add_(1)
         first = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
         second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -159,7 +183,15 @@ class TableAdamW(torch.optim.AdamW):
 def average_gradient(
     gradient: RowGradient | None, width: int, device: torch.device, group: dist.ProcessGroup
 ) -> RowGradient | None:
-    """Return the mean over the processes of `group`, bit-identical on all; None where no process has a gradient.
+    """Return the mean over the processes of `group`, as `add_gradients` returns the sum."""
+    total = add_gradients(gradient, width, device, group)
+    return total and RowGradient(total.rows, total.values / group.size())
+
+
+def add_gradients(
+    gradient: RowGradient | None, width: int, device: torch.device, group: dist.ProcessGroup
+) -> RowGradient | None:
+    """Return the sum over the processes of `group`, bit-identical on all; None where no process has a gradient.
 
     A collective: every process calls it for the same tables in the same order, with None where its own batch left no
     gradient. `device` is the one that the group communicates on.
@@ -179,5 +211,4 @@ def average_gradient(
     all_rows, all_values = ([torch.empty_like(t) for _ in sizes] for t in (padded_rows, padded))
     dist.all_gather(all_rows, padded_rows, group=group)
     dist.all_gather(all_values, padded, group=group)
-    total = merge([RowGradient(r[:n], v[:n]) for r, v, n in zip(all_rows, all_values, sizes, strict=True)])
-    return RowGradient(total.rows, total.values / group.size())
+    return merge([RowGradient(r[:n], v[:n]) for r, v, n in zip(all_rows, all_values, sizes, strict=True)])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import mhc_compile.kernels.memory.gather  # noqa: F401  (registers the ops)
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.registry import enroll
-from mhc_compile.memory.gradient import PendingGradient, RowGradient
+from mhc_compile.memory.gradient import PendingGradient, RowGradient, coalesce
 from mhc_compile.memory.hot import HotRows, Planes, Rows
 from mhc_compile.memory.lanes import Lookup
 from mhc_compile.memory.prefetch import desk
@@ -246,11 +246,15 @@ class MemoryTable(nn.Module):
         """The sum over backward passes since an optimizer took it, float32, on the device they ran on."""
         return self._pending.peek()
 
-    def accumulate(self, rows: Tensor, values: Tensor) -> None:
-        """Add the gradient of one lookup: `values` `[m, width]` of the m `rows` (any shape). Raises MHC228."""
+    def accumulate(self, rows: Tensor, values: Tensor, *, summed: bool = False) -> None:
+        """Add the gradient of one lookup: `values` `[m, width]` of the m `rows` (any shape). Raises MHC228.
+
+        `summed`: the rows ascend and are all different, and nothing else holds the values, which are float32.
+        """
         if not self._can_train:
             raise MHCError("MHC228", f"{self}")
-        self._pending.add(rows.reshape(-1), values, "" if self.has_optimizer else str(self))
+        part = RowGradient(rows, values) if summed else coalesce(rows.reshape(-1), values)
+        self._pending.add(part, "" if self.has_optimizer else str(self))
 
     def take_gradient(self) -> RowGradient | None:
         """Return `gradient` and set it to None; its rows are those of `weight`."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mhc_compile.probes.plots import draw
-from mhc_compile.probes.sample import Sample, read_samples
+from mhc_compile.probes.sample import ROWS, Sample, read_samples
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
         "the largest gain over tokens, forward or backward, of the site's H and of all sites up to it (composite), how "
         "far off doubly stochastic H is, how far the streams are apart, the entropies of pre and post in nats, and the "
         "gradient of the branch's output. Of a depth form: root mean squares of what the site reads, of the newest "
-        "output before it and of its own, the entropy of the weights, and the gradient of the output.",
+        "output before it and of its own, the entropy of the weights, and the gradient of the output. Of look-ups: how "
+        "many different rows they read, and the entropy of how often, in nats.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="one line of JSON a sample")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw all samples into PNG files in DIR")
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     samples = read_samples(args.file)
     for sample in {sample.owner: sample for sample in samples}.values():
         console.print(_table(sample))
+        if sample.look_ups:
+            console.print(_rows(sample))
     console.print(f"{len(samples)} samples from step {samples[0].step} to {samples[-1].step}")
     if args.plots is not None:
         for path in draw(samples, args.plots):
@@ -70,4 +73,14 @@ def _table(sample: Sample) -> Table:
             columns.append(torch.stack(values).amax(0).tolist())
     for site, *figures in zip(sample.sites, *columns, strict=True):
         table.add_row(site, *(f"{figure:.4g}" if abs(figure) >= 0.1 else f"{figure:.1e}" for figure in figures))
+    return table
+
+
+def _rows(sample: Sample) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("look-up", no_wrap=True)
+    for title in ("rows used", "entropy"):
+        table.add_column(title, justify="right")
+    for name, used, entropy in zip(sample.look_ups, *(sample.values[n].tolist() for n in ROWS), strict=True):
+        table.add_row(name, f"{used:,.0f}", f"{entropy:.4g}")
     return table

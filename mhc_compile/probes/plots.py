@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.probes.sample import Sample
+from mhc_compile.probes.sample import ROWS, Sample
 
 _PANELS = 12
 """Heat maps in a row."""
@@ -22,7 +22,7 @@ def draw(samples: Sequence[Sample], folder: Path) -> list[Path]:
 
     `OWNER-mix.png`: the mean H of every site; `-gain.png`: gains and distances along the depth; `-streams.png`: norms,
     gradients, separation and entropies by site; `-gates.png`: histograms of memories' gates; all of the last sample.
-    `-history.png`: separation and composite gain of all samples.
+    `-history.png`: separation and composite gain of all samples; `-rows.png`: the rows that look-ups read in them.
 
     In a depth form: `-weights.png`, the mean weights of every site's sources, and `-depth.png`, root mean squares and
     gradients along the depth and entropies, of the last sample; `-history.png`: outputs and gradients of all samples.
@@ -40,7 +40,7 @@ def draw(samples: Sequence[Sample], folder: Path) -> list[Path]:
             of_owner = [sample for sample in samples if sample.owner == owner]
             pictures = of_depth if "read" in of_owner[-1].values else of_streams
             parts = [(name, picture, of_owner[-1:]) for name, picture in pictures.items()]
-            for name, picture, shown in (*parts, ("history", _history, of_owner)):
+            for name, picture, shown in (*parts, ("history", _history, of_owner), ("rows", _rows, of_owner)):
                 figure = Figure(layout="constrained")
                 if picture(figure, shown):
                     path = folder / f"{owner or 'model'}-{name}.png"
@@ -195,6 +195,23 @@ def _history(figure: Any, samples: Sequence[Sample]) -> bool:
         axis.set(xlabel="step", ylabel="site")
         axis.set_title(title, fontsize=9)
         figure.colorbar(image, ax=axis)
+    return True
+
+
+def _rows(figure: Any, samples: Sequence[Sample]) -> bool:
+    same = [sample for sample in samples if sample.look_ups == samples[-1].look_ups]
+    if not same[-1].look_ups:
+        return False
+    figure.set_size_inches(11, 3.6)
+    steps = [sample.step for sample in same]
+    titles = ("different rows that a step reads", "entropy of how often each is read, in nats")
+    for axis, name, title in zip(figure.subplots(1, 2), ROWS, titles, strict=True):
+        for look_up, values in zip(same[-1].look_ups, torch.stack([s.values[name] for s in same], 1), strict=True):
+            axis.plot(steps, values, marker=".", label=look_up)
+        axis.set(title=title, xlabel="step")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{same[-1].owner or 'model'}: rows of tables", fontsize=9)
     return True
 
 

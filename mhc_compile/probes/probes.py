@@ -14,7 +14,7 @@ from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.parameters import owners, unwrapped
 from mhc_compile.probes.plots import draw
 from mhc_compile.probes.recording import Record
-from mhc_compile.probes.sample import MATRICES, Sample, sample_of
+from mhc_compile.probes.sample import MATRICES, ROWS, Sample, sample_of
 
 
 class Probes:
@@ -93,8 +93,8 @@ class Probes:
     def to_tensorboard(self, writer: Any) -> None:
         """Add the samples since the last call to a `torch.utils.tensorboard.SummaryWriter`.
 
-        Scalars `QUANTITY/OWNER.SITE` (of the streams' own quantities one for each stream), and the gates as histograms
-        `gates/OWNER.LAYER/STREAM`.
+        Scalars `QUANTITY/OWNER.SITE` (of the streams' own quantities one for each stream) and `QUANTITY/OWNER.LOOK_UP`,
+        and the gates as histograms `gates/OWNER.LAYER/STREAM`.
         """
         for sample in self.samples[self._shown :]:
             _add_to_tensorboard(writer, sample)
@@ -104,8 +104,9 @@ class Probes:
         """Draw the samples into PNG files in `folder` and return them. Raises MHC233 without matplotlib, MHC413.
 
         For each owner: heat maps of the mean H of every site, gains along the depth, the streams by layer, and the
-        gates of memories; of the last sample, separation and gains over all samples too. For owners in a depth form:
-        the weights of every site's sources, what is read and written along the depth, and outputs over all samples.
+        gates of memories; of the last sample, separation and gains over all samples too, and the rows that look-ups
+        read. For owners in a depth form: the weights of every site's sources, what is read and written along the depth,
+        and outputs over all samples.
         """
         return draw(self.samples, Path(folder))
 
@@ -116,7 +117,8 @@ def _add_to_tensorboard(writer: Any, sample: Sample) -> None:
         if quantity == "gates":
             _add_gates(writer, sample, values)
         elif quantity not in MATRICES:
-            for site, of_site in zip(sample.sites, values.tolist(), strict=True):
+            names = sample.look_ups if quantity in ROWS else sample.sites
+            for site, of_site in zip(names, values.tolist(), strict=True):
                 tag = f"{quantity}/{f'{sample.owner}.{site}'.strip('.')}"
                 figures = {f"{tag}/{i}": x for i, x in enumerate(of_site)} if values.ndim > 1 else {tag: of_site}
                 for name, figure in figures.items():

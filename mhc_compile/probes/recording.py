@@ -43,10 +43,14 @@ class Call:
     """The calls of sites, in their order, of which `figures` has rows; a name may be there several times."""
     layers: tuple[str, ...]
     """The same of memories and `counts`."""
+    look_ups: tuple[str, ...]
+    """The same of what looks rows of tables up and `found`."""
     figures: Tensor | None = None
     """`[len(sites), values]`, laid out as `layouts` says."""
     counts: Tensor | None = None
     """`[len(layers), n, bins]`."""
+    found: tuple[Tensor, ...] = ()
+    """The numbers of the rows of each, int64."""
     squares: Tensor | None = None
     """`[rows, values]`: squared norms of the gradients; None before a backward pass."""
 
@@ -86,8 +90,8 @@ def recording(compiled: Callable[..., Any], gm: GraphModule, probed: Sequence[Pr
     """
     position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     at = [position[p.slot] for p in probed]
-    names_of = [(tuple(p.rows), tuple(p.sites), tuple(p.layers)) for p in probed]
-    added = [(bool(p.figures), bool(p.counts)) for p in probed]
+    names_of = [(tuple(p.rows), tuple(p.sites), tuple(p.layers), tuple(p.look_ups)) for p in probed]
+    added = [(bool(p.figures), bool(p.counts), len(p.found)) for p in probed]
     count = sum(map(sum, added))
 
     def run(*inputs: Any) -> Any:
@@ -104,10 +108,11 @@ def recording(compiled: Callable[..., Any], gm: GraphModule, probed: Sequence[Pr
             calls.append(call)
         results = compiled(*arguments)
         original, recorded = results[:-count], iter(results[-count:])
-        for call, (figures, counts) in zip(calls, added, strict=True):
+        for call, (figures, counts, look_ups) in zip(calls, added, strict=True):
             # Copies: the memory of a CUDA graph's results belongs to its next run.
             call.figures = next(recorded).clone() if figures else None
             call.counts = next(recorded).clone() if counts else None
+            call.found = tuple(next(recorded).clone() for _ in range(look_ups))
         return original
 
     return run

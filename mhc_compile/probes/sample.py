@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.measures import entropy
 from mhc_compile.kernels.probe_ops import BINS, DEPTH_GRADIENTS, depth_layout, gradient_layout, layout
 from mhc_compile.probes.recording import Record, Shapes, layouts
 
@@ -21,6 +22,8 @@ _DIGITS = 6
 """Significant ones in a file."""
 MATRICES = ("mix", "weights")
 """Means over tokens that are for files and plots."""
+ROWS = ("rows_used", "rows_entropy")
+"""Of look-ups: for each of a sample's tables."""
 _SQUARED = ("streams", "branch", "read", "newest", "output")
 """Figures recorded as mean squares; a sample holds their roots."""
 
@@ -44,6 +47,8 @@ class Sample:
         streams_gradient               [L, n]    2-norm over all tokens of the gradient that the site's mix hands back
         branch_gradient                [L]       2-norm over all tokens of the gradient of the branch's output
         gates                          [M, n, bins]   memories: how many tokens have a gate in each part of 0 to 1
+        rows_used                      [T]       look-ups: how many different rows of their table they read
+        rows_entropy                   [T]       in nats, of how often each was read: 0 to log rows_used
 
     Of a depth form, with S = L + 1 places (0 the entry, k + 1 the output of site k):
 
@@ -56,7 +61,7 @@ class Sample:
     Weights are there where the form tells them (`DepthForm.weights`).
 
     Gradients are there where a backward pass ran inside the step (of several, the norm of all together), gates where
-    the owner has memories.
+    the owner has memories of n-grams, rows where it looks any up.
     """
 
     step: int
@@ -67,11 +72,13 @@ class Sample:
     layers: tuple[str, ...]
     """The M layers with a memory."""
     values: dict[str, Tensor]
+    look_ups: tuple[str, ...] = ()
+    """The T look-ups: a layer of n-grams, `over-encoding`, or `ultra-mem` and the layer that reads."""
 
     def line(self) -> str:
         """Return the sample as one line of JSON; a value that is not finite is null."""
         about = {"format": FORMAT, "step": self.step, "owner": self.owner, "tokens": self.tokens}
-        names = {"sites": self.sites, "layers": self.layers}
+        names = {"sites": self.sites, "layers": self.layers, "look_ups": self.look_ups}
         values = {name: _plain(t.tolist()) for name, t in self.values.items()}
         return json.dumps({**about, **names, "values": values}, allow_nan=False)
 
@@ -125,7 +132,13 @@ def sample_of(record: Record, step: int) -> Sample:
     if layers:
         counts = _by_name(layers, ((call.layers, call.counts) for call in calls if call.counts is not None))
         values["gates"] = torch.stack([c.sum(0) for c in counts]).float()
-    return Sample(step, record.owner, tokens, sites, layers, values)
+    look_ups = tuple(dict.fromkeys(name for call in calls for name in call.look_ups))
+    if look_ups:
+        read = [[t for c in calls for of, t in zip(c.look_ups, c.found, strict=True) if of == x] for x in look_ups]
+        used = [torch.cat([t.flatten() for t in rows]).unique(return_counts=True)[1].double() for rows in read]
+        values["rows_used"] = torch.tensor([float(len(counts)) for counts in used])
+        values["rows_entropy"] = torch.tensor([float(entropy(counts)) for counts in used])
+    return Sample(step, record.owner, tokens, sites, layers, values, look_ups)
 
 
 def _split(table: Tensor, shapes: Shapes) -> dict[str, Tensor]:
@@ -154,7 +167,7 @@ def _plain(values: Any) -> Any:
 def _parsed(line: Any) -> Sample:
     if not isinstance(line, dict) or line.get("format") != FORMAT:
         raise ValueError("not a sample in a format that this version knows")
-    sites, layers = (tuple(_text(name) for name in line[key]) for key in ("sites", "layers"))
+    sites, layers, look_ups = (tuple(_text(name) for name in line[key]) for key in ("sites", "layers", "look_ups"))
     values = {_text(name): torch.tensor(_numbers(v)) for name, v in line["values"].items()}
     if "read" in values:
         of_weights = values.get("weights")
@@ -165,10 +178,11 @@ def _parsed(line: Any) -> Sample:
         of_sites, of_gradients, gates = layout(n), gradient_layout(n), {"gates": (len(layers), n, BINS)}
     required = {name: (len(sites), *shape) for name, shape in of_sites.items() if name != "tokens"}
     optional = {**{name: (len(sites), *shape) for name, shape in of_gradients.items()}, **gates}
+    optional |= {name: (len(look_ups),) for name in ROWS}
     for name in {**required, **values}:
         if values[name].shape != (required | optional)[name] or not sites:
             raise ValueError(f"{name} has the shape {list(values[name].shape)}")
-    return Sample(int(line["step"]), _text(line["owner"]), int(line["tokens"]), sites, layers, values)
+    return Sample(int(line["step"]), _text(line["owner"]), int(line["tokens"]), sites, layers, values, look_ups)
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.config import Inner
-from mhc_compile.memory.optimizer import RATIO, TableAdamW
+from mhc_compile.memory.optimizer import TableAdamW
 from mhc_compile.parameters import parameter_groups
 
 WARM_UP_STEPS = 2
@@ -43,7 +43,7 @@ class Contender:
     def step(self, batch: Tensor, learning_rate: float) -> None:
         """Take one optimizer step and time it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * (RATIO if group["table"] else 1.0)
+            group["lr"] = learning_rate * group["ratio"]
         begin = time.perf_counter()
         loss = self.program(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -78,9 +78,9 @@ def renewed(old: Contender) -> Contender:
     return Contender(old.name, old.model, old.program, adamw(old.model))
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Return AdamW for a `Contender`, which sets the learning rate at every step."""
-    groups = parameter_groups(model, weight_decay=0.05, lr=0.0)
+def adamw(model: nn.Module, steps: int = 0) -> torch.optim.Optimizer:
+    """Return AdamW for a `Contender`, which sets the learning rate at every step; `steps` as `parameter_groups` has."""
+    groups = parameter_groups(model, weight_decay=0.05, lr=0.0, steps=steps)
     return TableAdamW(groups, betas=(0.9, 0.95), fused=True)
 
 

@@ -24,7 +24,8 @@ With --measure, small models: times are measured on this machine, the schedules 
 them and then run for real on as many local processes.
 
 With --budget, and no recipe: split sparse parameters between experts and an n-gram memory (Engram)
-by the published law, 20 to 25 % for the memory (arXiv 2601.07372).
+by the published law, 20 to 25 % for the memory (arXiv 2601.07372); with --ultramem between those
+and values that are looked up by content (arXiv 2411.12364).
 """
 _EXAMPLES = """\
 examples:
@@ -34,6 +35,7 @@ examples:
   mhc-compile plan recipe.toml --measure
   mhc-compile plan --budget 26B --engram paper --hidden 2560
   mhc-compile plan --budget 1.5B --engram v41 --hidden 1024 --layers 2 --share 0.2
+  mhc-compile plan --budget 26B --hidden 2560 --ultramem v2 --ultramem-layers 12
 """
 
 

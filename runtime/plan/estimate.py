@@ -20,7 +20,7 @@ from itertools import accumulate
 from mhc_compile.runtime.engine import splits
 from mhc_compile.runtime.plan.count import total
 from mhc_compile.runtime.plan.hardware import Hardware
-from mhc_compile.runtime.plan.model import Counted
+from mhc_compile.runtime.plan.model import Counted, Table
 from mhc_compile.runtime.plan.schedules import schedule
 from mhc_compile.runtime.plan.simulate import Link, Simulated, StageCost, simulate
 from mhc_compile.runtime.recipe import Recipe
@@ -42,9 +42,8 @@ class StageEstimate:
     """The name of its first site."""
     sites: int
     parameters: int
-    rows: int
-    """Of tables, all shards together."""
-    table_values: int
+    tables: tuple[Table, ...]
+    """All shards together; several stages may hold one."""
     blocks: tuple[int, ...]
     """Sites of each recompute block; the rest keeps everything."""
     streams_kept: int
@@ -181,7 +180,6 @@ def _stage(
     names = set().union(*counted.names[slice(*sites)])
     values = sum(counted.sizes[name] for name in names)
     cast = sum(counted.sizes[name] for name in names & counted.cast)
-    tables = [t for t in counted.tables if sites[0] <= t.site < sites[1]]
     forward = sum(total((*w.branch.forward, w.forward), flops, bandwidth) for w in works)
     backward = sum(total((*w.branch.input, w.backward), flops, bandwidth) for w in works)
     weight = sum(total(w.branch.weight, flops, bandwidth) for w in works)
@@ -208,8 +206,7 @@ def _stage(
         first=works[0].name,
         sites=len(works),
         parameters=values,
-        rows=sum(t.rows for t in tables),
-        table_values=sum(t.rows * t.width for t in tables),
+        tables=tuple(t for t in counted.tables if t.look_ups(sites)),
         blocks=tuple(size for sizes in blocks.sizes for size in sizes),
         streams_kept=int(blocks.kept * scale),
         branches_kept=int(branches * scale),
@@ -230,7 +227,7 @@ def _stage(
 def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate]) -> RankMemory:
     """Return the memory of a rank with these stages, without activations."""
     values = sum(s.parameters for s in stages)
-    tables = sum(s.table_values for s in stages)
+    tables = {t.name: t.rows * t.width for s in stages for t in s.tables}
     sharded = parallel.mode == "fsdp" and parallel.replicas > 1
     shard = -(-values // parallel.replicas) if sharded else 0
     return RankMemory(
@@ -238,7 +235,7 @@ def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate
         gradients=FLOAT32 * (values + shard),
         moments=2 * FLOAT32 * (shard if sharded else values),
         casts=sum(s.casts for s in stages),
-        tables=ROW * -(-tables // parallel.engram),
+        tables=ROW * -(-sum(tables.values()) // parallel.engram),
         activations=0,
         transient=max(s.transient for s in stages),
     )
@@ -246,5 +243,5 @@ def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate
 
 def _row_bytes(counted: Counted, sites: tuple[int, int]) -> int:
     """Return the bytes of rows that one microbatch looks up in a stage's tables, in one direction."""
-    values = sum(t.width * t.hashes for t in counted.tables if sites[0] <= t.site < sites[1])
+    values = sum(t.width * t.reads * t.look_ups(sites) for t in counted.tables)
     return values * FLOAT32 * counted.tokens

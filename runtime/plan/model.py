@@ -15,6 +15,8 @@ from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.tables import TOKENIZER
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import StreamForm, form_of
+from mhc_compile.kernels.memory.ultramem_settings import TABLE as ULTRAMEM_TABLE
+from mhc_compile.kernels.memory.ultramem_settings import last_sites
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
 from mhc_compile.passes.cost import Plan, choose_blocks
@@ -32,12 +34,16 @@ class Table:
     """The table of a memory."""
 
     name: str
-    site: int
-    """The site whose stage holds it."""
+    sites: tuple[int, ...]
+    """Those in which its rows are read; every stage with one of them holds it."""
     rows: int
     width: int
-    hashes: int
-    """Rows that a token reads."""
+    reads: int
+    """Rows that a token reads in each of them."""
+
+    def look_ups(self, sites: tuple[int, int]) -> int:
+        """Return how many of the sites from the first of `sites` to before the second read rows."""
+        return sum(sites[0] <= site < sites[1] for site in self.sites)
 
 
 @dataclass(frozen=True)
@@ -132,10 +138,18 @@ def count(recipe: Recipe) -> Counted:
 
 
 def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
-    """Return the tables with the sites before which their memories are added."""
+    """Return the tables with the sites before which memories are added, or whose branch has values added to it."""
     tables = []
+    numbers = {w.name: i for i, w in enumerate(works)}
+    last = last_sites(list(numbers))
     for owner, parameters in owners(program.model).items():
-        for name, spec in parameters.memories.tables.items():
-            site = next((i for i, w in enumerate(works) if w.name.partition("#")[0] == name), 0)
-            tables.append(Table(f"{owner}.{name}".strip("."), site, spec.rows, spec.width, spec.reads))
+        m = parameters.memories
+        read_at: dict[str, tuple[int, ...]] = {}
+        read_at |= {layer.layer: (numbers[layer.site],) for layer in (m.engram.layers if m.engram else ())}
+        if m.ultramem is not None:
+            read_at[ULTRAMEM_TABLE] = tuple(numbers[last[later]] for _, later in m.ultramem.layers)
+        for name, spec in m.tables.items():
+            sites = read_at.get(name, (0,))
+            table = Table(f"{owner}.{name}".strip("."), sites, spec.rows, spec.width, spec.reads // len(sites))
+            tables.append(table)
     return tuple(tables)

@@ -144,14 +144,11 @@ def _tables(plan: Compared) -> Table:
     more = f"; one rank exchanges {exchanged} of rows a step" if parallel.engram > 1 else ""
     columns = ("table", "stage", "ranks", "rows", "width", "a rank holds")
     table = _table(f"tables, each spread over {parallel.engram} ranks{more}", columns, left=("table",))
-    first = 0
     for s in plan.chosen.stages:
-        for t in plan.counted.tables:
-            if first <= t.site < first + s.sites:
-                ranks = f"{s.rank * parallel.replicas} to {(s.rank + 1) * parallel.replicas - 1}"
-                share = bytes_text(ROW * -(-t.rows * t.width // parallel.engram))
-                table.add_row(t.name, str(s.index), ranks, f"{t.rows:,}", str(t.width), share)
-        first += s.sites
+        for t in s.tables:
+            ranks = f"{s.rank * parallel.replicas} to {(s.rank + 1) * parallel.replicas - 1}"
+            share = bytes_text(ROW * -(-t.rows * t.width // parallel.engram))
+            table.add_row(t.name, str(s.index), ranks, f"{t.rows:,}", str(t.width), share)
     return table
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhc_compile.diagnostics import MHCWarning
-from mhc_compile.kernels.memory import gather
+from mhc_compile.kernels.memory import gather, row_gradients_cpp
 from mhc_compile.memory.gradient import PATIENCE, PendingGradient, RowGradient, coalesce, merge
 from mhc_compile.memory.tables import MemoryTable
 
@@ -272,13 +272,25 @@ def test_gradients_add_up(calls: list[list[tuple[int, int]]]) -> None:
     wanted = torch.zeros(10, 2)
     for call in calls:
         rows, values = torch.tensor([r for r, _ in call]), torch.tensor([[v, -v] for _, v in call])
-        pending.add(rows, values)
+        pending.add(coalesce(rows, values))
         wanted.index_add_(0, rows, values.float())
     for found in (pending.peek(), pending.take()):
         assert found is not None
         assert found.rows.tolist() == sorted({r for call in calls for r, _ in call})
         assert torch.equal(found.values, wanted[found.rows])  # small integers: exact in any order
     assert pending.take() is None
+
+
+@pytest.mark.parametrize("width", [5, 16, 40])
+def test_sums_are_those_of_plain_pytorch(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, values = torch.randint(0, 9000, (5000,)), torch.randn(5000, width)
+    results = []
+    for in_cpp in (True, False):
+        monkeypatch.setattr(row_gradients_cpp.build, "no_compiler", lambda in_cpp=in_cpp: not in_cpp)
+        results.append([coalesce(rows, values), coalesce(rows[:0], values[:0])])
+    for ours, plain in zip(*results, strict=True):
+        assert torch.equal(ours.rows, plain.rows)
+        assert torch.equal(ours.values, plain.values)
 
 
 def test_gradients_are_equal_bit_by_bit() -> None:
@@ -288,7 +300,7 @@ def test_gradients_are_equal_bit_by_bit() -> None:
         torch.set_num_threads(threads)
         pending = PendingGradient()
         for r, v in zip(rows, values, strict=True):
-            pending.add(r, v)
+            pending.add(coalesce(r, v))
         found.append(pending.take())
     assert all(torch.equal(f.values, found[0].values) and torch.equal(f.rows, found[0].rows) for f in found)
     # And the order is that of the duplicates.

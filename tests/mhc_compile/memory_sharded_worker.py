@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.spec import ContentSpec
 from mhc_compile.memory.gradient import RowGradient, merge
 from mhc_compile.memory.optimizer import TableAdamW, table_groups
 from mhc_compile.memory.prefetch import desk
@@ -176,7 +177,8 @@ class Rank:
         return outs
 
     def compiled(self) -> None:
-        """Two tables, ahead and not, recomputed: what a graph looks up, and leaves."""
+        """Two tables, ahead and not, recomputed, and values found by content: what a graph looks up, and leaves."""
+        spec = ContentSpec(top=2, multiplier=1, reach=30, offset=0, rows=30, groups=1, input=0, eps=1e-5)
         tables = [self.table(30), self.table(30, storage="host")]
         wholes = [MemoryTable(30, WIDTH).start(3, 1.0) for _ in tables]
 
@@ -184,6 +186,11 @@ class Rank:
             def forward(asked: Tensor) -> Tensor:
                 ticket = ops.prefetch(asked, b.handle)
                 x = ops.gather(asked, a.anchor, a.handle, WIDTH).tanh()
+                scores = x[:, :2, None].double()  # for which there is no kernel in C++
+                values = ops.sum_rows(
+                    asked, torch.zeros_like(asked), scores, None, a.anchor, a.handle, WIDTH, str(spec)
+                )
+                x = x * values.repeat(1, 2)
                 return (x * ops.collect(ticket, asked, b.anchor, b.handle, WIDTH)).square().sum()
 
             return forward
@@ -234,10 +241,12 @@ class Rank:
         first = model[0]
         look_up_early(model)
         assert first.early
+        first.ratio = 4.0
         shard_tables(model, self.group)
         assert isinstance(model[0], ShardedTable)
         assert torch.equal(model[0].weight, first.weight[model[0].begin : model[0].end])
         assert model[1].weight.is_meta
+        assert [t.ratio for t in model] == [4.0, None]
         made = table_factory(self.group)(20, WIDTH, torch.bfloat16, "host")
         assert isinstance(made, ShardedTable)
         assert (made.weight.is_meta, made.storage, made.dtype) == (True, "host", torch.bfloat16)

@@ -16,7 +16,7 @@ from rich.console import Console
 from tiny_models import ids, llama
 from torch import Tensor
 
-from mhc_compile.bench import boundary, engram, engram_step, passes
+from mhc_compile.bench import boundary, engram, engram_step, passes, ultramem
 from mhc_compile.bench.gpu_contenders import PACKAGES, Package, Work, select
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
@@ -298,3 +298,25 @@ def test_a_sampled_step_is_measured_with_equal_results(tmp_path: Path) -> None:
     (rows,) = figures["groups"].values()
     assert [(row["name"], row["error"]) for row in rows] == [("plain step", 0), ("sampled step", 0)]
     assert figures["overhead"] == pytest.approx((49 + figures["ratio"]) / 50 - 1)
+
+
+def test_look_ups_by_content_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)  # what is compared is ours
+    for backward in (False, True):
+        _, rows = ultramem.sums_contest(quiet(), CPU, backward=backward, quick=True)
+        assert [r.name for r in rows] == [ultramem.OURS, "Inductor", "Inductor, rows by our op", "eager"]
+        assert all(r.error is not None and r.error < 1e-5 for r in rows)
+    right = ultramem.expand
+    monkeypatch.setattr(ultramem, "expand", lambda *a: right(*a) * 1.01)
+    with pytest.raises(MHCError, match=f"MHC110.*{ultramem.OURS}"):
+        ultramem.sums_contest(quiet(), CPU, backward=False, quick=True)
+
+
+@pytest.mark.slow
+def test_what_is_found_by_content_is_measured_in_a_step(tmp_path: Path) -> None:
+    assert main(["bench", "ultramem", "--quick", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    *_, steps = figures["groups"].values()
+    assert [row["name"] for row in steps] == ["without a memory", "v1", "v1, sums given", "v2", "v2, sums given"]
+    assert [row["error"] is None for row in steps] == [False, False, True, False, True]
+    assert set(figures["added_share"]) == {f"{v}, {what}" for v in ("v1", "v2") for what in ("memory", "look-ups")}

@@ -15,11 +15,14 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+import mhc_compile.kernels.memory.ultramem  # noqa: F401  (registers the ops)
 from mhc_compile.checkpoint import table_files as files
 from mhc_compile.checkpoint.table_files import open_table, read_info, write_files
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.spec import ContentSpec
 from mhc_compile.memory.quantise import FP8, dequantise, quantise
 from mhc_compile.memory.tables import MemoryTable
 
@@ -228,12 +231,30 @@ def test_changed_rows_are_seen_when_asked(tmp_path: Path) -> None:
 SERVE = """
 import os, resource, sys
 import torch
+from safetensors.torch import load_file
+import mhc_compile.kernels.memory.ultramem
 from mhc_compile.checkpoint.table_files import open_table
 from mhc_compile.memory.tables import MemoryTable
 
 torch.set_num_threads(1)
-folder, rows, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+folder, rows, width, spec = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+calls = load_file(folder + "/calls")
 open_table(folder, hot_rows=100)(torch.zeros(1, 1, dtype=torch.int64))  # everything imported, every thread started
+
+def served(table, number):
+    ids = calls["ids"][number]
+    if spec:
+        operands = [calls[name] for name in ("query_gain", "keys", "key_gain", "cores")]
+        ids, groups, scores = torch.ops.engram.retrieve(calls["query"][number], *operands, spec)
+    ticket = torch.ops.engram_kernels.prefetch(ids, table.handle)
+    found = torch.ops.engram_kernels.collect(ticket, ids, table.anchor, table.handle, width)
+    assert torch.equal(found.view(*ids.shape, width)[..., 0], ids.float() + 1), "wrong rows"
+    if spec:
+        sums = torch.ops.engram.expand(found, groups, scores, None, spec)
+        exact = ((ids + 1) * scores[..., 0].double()).sum(-1)
+        assert (sums[:, 0] - exact).abs().max() < 1e-5 * exact.abs().max(), "wrong sums"
+
+served(open_table(folder, hot_rows=100), 0)
 used = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmData"))
 limit = used + (64 << 20)
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -245,19 +266,30 @@ except (MemoryError, RuntimeError):
 else:
     raise SystemExit("a table four times as large as the limit was loaded")
 table = open_table(folder, hot_rows=10_000)
-generator = torch.Generator().manual_seed(0)
-for _ in range(20):
-    ids = torch.randint(0, rows // 1000, (64, 8), generator=generator) * 1000
-    ticket = torch.ops.engram_kernels.prefetch(ids, table.handle)
-    found = torch.ops.engram_kernels.collect(ticket, ids, table.anchor, table.handle, width)
-    assert torch.equal(found.view(64, 8, width)[..., 0], ids.float() + 1), "wrong rows"
+for number in range(len(calls["ids"])):
+    served(table, number)
 print("served", limit >> 20)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts mappings on Linux alone")
-def test_a_table_larger_than_memory_is_served(tmp_path: Path) -> None:
-    rows, width = 18_000_000, 64  # 4.6 GB, nearly all of it a hole of the file
+@pytest.mark.parametrize("by", ["hashes", "content"])
+def test_a_table_larger_than_memory_is_served(tmp_path: Path, by: str) -> None:
+    keys, width = 4090, 80  # rows are exact in float32
+    rows = keys**2  # 5.4 GB, nearly all of it a hole of the file
+    calls = {"ids": torch.randint(0, rows, (20, 64, 8))}
+    spec = ""
+    if by == "content":
+        reach = {"reach": rows, "rows": rows, "offset": 0, "groups": 1}
+        spec = str(ContentSpec(top=8, multiplier=7919, input=0, eps=1e-5, **reach))
+        calls |= {
+            "query": torch.randn(20, 64, 16), "query_gain": torch.ones(8), "keys": torch.randn(1, 2, keys, 8, 2),
+            "key_gain": torch.ones(8), "cores": torch.rand(2, 1, 2, 2),
+        }  # fmt: skip
+        operands = [calls[name] for name in ("query_gain", "keys", "key_gain", "cores")]
+        calls["ids"] = torch.stack([torch.ops.engram.retrieve(q, *operands, spec)[0] for q in calls["query"]])
+    read = [0, *calls["ids"].unique().tolist()]
+    save_file(calls, tmp_path / "calls")
     path = tmp_path / "table-00001-of-00001.safetensors"
     said = {
         "format": files.FORMAT, "rows": str(rows), "width": str(width), "hash": "", "writing": "0", "first": "0",
@@ -272,10 +304,10 @@ def test_a_table_larger_than_memory_is_served(tmp_path: Path) -> None:
         out.write(struct.pack("<Q", len(header)) + header)
         begin = out.tell()
         out.truncate(begin + size)
-        for row in range(0, rows, 1000):
+        for row in read:
             out.seek(begin + row * width * 4)
             out.write(struct.pack("<f", row + 1))
-    script = [sys.executable, "-c", SERVE, str(tmp_path), str(rows), str(width)]
+    script = [sys.executable, "-c", SERVE, str(tmp_path), str(rows), str(width), spec]
     done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("served")

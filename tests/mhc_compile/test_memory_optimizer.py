@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.diagnostics import MHCError, MHCWarning
+from mhc_compile.kernels.memory import row_gradients_cpp
 from mhc_compile.memory.gradient import PATIENCE
 from mhc_compile.memory.optimizer import TableAdamW, table_groups
 from mhc_compile.memory.quantise import FP8
@@ -46,8 +47,11 @@ def step(model: Model, chosen: torch.optim.Optimizer, rows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("storage", ["device", "host"])
-@pytest.mark.parametrize("maximize", [False, True])
-def test_it_is_adam_where_every_row_is_touched(storage: str, maximize: bool) -> None:
+@pytest.mark.parametrize(("maximize", "in_cpp"), [(False, True), (True, True), (True, False)])
+def test_it_is_adam_where_every_row_is_touched(
+    storage: str, maximize: bool, in_cpp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_gradients_cpp.build, "no_compiler", lambda: not in_cpp)
     model = Model(storage)
     weight = nn.Parameter(model.table.weight.detach().clone())
     out = copy.deepcopy(model.out)
@@ -64,6 +68,47 @@ def test_it_is_adam_where_every_row_is_touched(storage: str, maximize: bool) -> 
             o.step()
         torch.testing.assert_close(model.table.weight.data, weight.data, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(model.out.weight, out.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [16, 37])
+def test_rows_move_alike_with_and_without_a_compiler(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for in_cpp in (True, False):
+        monkeypatch.setattr(row_gradients_cpp.build, "no_compiler", lambda in_cpp=in_cpp: not in_cpp)
+        rng, table = torch.Generator().manual_seed(0), MemoryTable(3000, width).start(0, 1.0)
+        chosen = TableAdamW([{"params": [table.weight], "lr": 0.1, "table": True}])
+        for _ in range(5):
+            before = table.weight.detach().clone()
+            rows, version = torch.randint(0, 3000, (2000,), generator=rng), table.weight._version
+            table.accumulate(rows, torch.randn(2000, width, generator=rng))
+            chosen.step()
+            assert table.weight._version > version, "look-ups that began before are not used"
+            still = torch.ones(3000, dtype=torch.bool).index_fill(0, rows, False)
+            assert torch.equal(table.weight[still], before[still])
+        results.append([table.weight.detach(), *(chosen.state[table.weight][k] for k in ("exp_avg_sq", "row_step"))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rate_that_falls_to_the_models() -> None:
+    """From 4 x to once, on top of a schedule; afterwards it stays."""
+    model = Model()
+    model.table.ratio = 4.0
+    weight = nn.Parameter(model.table.weight.detach().clone())
+    ours = TableAdamW([{"params": list(model.out.parameters())}, *table_groups(model, 0.01, steps=6)], lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 1 / (step + 1))
+    adam = torch.optim.Adam([weight], lr=1.0)
+    for number in range(9):
+        rows = torch.stack([torch.randperm(ROWS) for _ in range(3)], 1)
+        adam.param_groups[0]["lr"] = 0.01 / (number + 1) * (4 - 3 * min(number, 6) / 6)
+        adam.zero_grad()
+        copy.deepcopy(model.out)(weight[rows].flatten(-2)).square().sum().backward()
+        step(model, ours, rows)
+        adam.step()
+        schedule.step()
+        torch.testing.assert_close(model.table.weight.data, weight.data, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MHCError, match=r"MHC204.*steps=-1"):
+        table_groups(model, 0.01, steps=-1)
 
 
 def test_rows_that_are_not_touched_stay() -> None:

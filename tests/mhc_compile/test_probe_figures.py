@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.nn import functional as F
 
-from mhc_compile import convert
+from mhc_compile import UltraMemSettings, convert
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.gates import gate_values
 from mhc_compile.kernels import measures, reference
@@ -25,6 +25,7 @@ from mhc_compile.kernels.probe_ops import BINS
 from mhc_compile.kernels.spec import FORM_NAMES, StreamSpec
 from mhc_compile.kernels.start import Start
 from mhc_compile.measure import measure_streams
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.pipeline import WIDENING
@@ -159,6 +160,38 @@ def test_gates_of_memories(preset: str, kernels: str) -> None:
         # A gate at the edge of two bins may fall into either.
         assert (counts - wanted).abs().sum() <= 2
         assert counts.sum() == wanted.sum()
+
+
+@pytest.mark.parametrize(
+    "kernels", [("none",), pytest.param(("none", "all"), marks=[pytest.mark.slow, needs_compiler])]
+)
+def test_rows_that_look_ups_read(kernels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tables see them, over both microbatches of a step, and alike where one kernel reads rows and adds up."""
+    asked: dict[int, list[Tensor]] = {}
+    gather = MemoryTable.gather
+
+    def watched(table: MemoryTable, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        asked.setdefault(table.handle, []).append(rows.flatten())
+        return gather(table, rows, dtype)
+
+    values = UltraMemSettings(layers=(0,), skip=1, side=8, key_width=8, value_width=8, top=4)
+    samples = []
+    for kind in kernels:
+        torch.manual_seed(0)
+        model = converted(streams=3, engram=small("paper"), ultramem=values, inner="aot_eager", kernels=kind)
+        with monkeypatch.context() as patched:
+            if kind == "none":
+                patched.setattr(MemoryTable, "gather", watched)
+            samples += sampled(model, lambda m=model: (m(ids()), m(ids() // 2)))
+    plain, fused = samples[0], samples[-1]
+    assert plain.look_ups == fused.look_ups == ("layers.0", "layers.1", "ultra-mem.layers.0")
+    assert len(asked) == 3
+    for i, rows in enumerate(asked.values()):
+        shares = torch.bincount(torch.cat(rows)) / len(torch.cat(rows))
+        assert plain.values["rows_used"][i] == int((shares > 0).sum())
+        assert plain.values["rows_entropy"][i] == pytest.approx(float(torch.special.entr(shares).sum()), rel=1e-5)
+    for name in ("rows_used", "rows_entropy"):
+        assert torch.equal(plain.values[name], fused.values[name])
 
 
 def test_an_owner_called_twice() -> None:

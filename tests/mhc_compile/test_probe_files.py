@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_a_file_has_every_sample(probes: Probes, tmp_path: Path) -> None:
 def test_a_value_that_is_not_finite_is_null(probes: Probes, tmp_path: Path) -> None:
     (sample, _) = probes.samples
     values = {**sample.values, "separation": torch.tensor([1.0, torch.nan, torch.inf])}
-    line = type(sample)(sample.step, sample.owner, sample.tokens, sample.sites, sample.layers, values).line()
+    line = replace(sample, values=values).line()
     assert json.loads(line)["values"]["separation"] == [1.0, None, None]
     (tmp_path / "one.jsonl").write_text(line)
     (found,) = read_samples(tmp_path / "one.jsonl")
@@ -81,6 +82,7 @@ def test_files_that_are_refused(probes: Probes, tmp_path: Path) -> None:
         "", "{", "[1]", "[" * 100_000, json.dumps({**good, "format": 2}), json.dumps({**good, "values": {}}),
         json.dumps({**good, "sites": [1, 2, 3]}), json.dumps({**good, "step": 1e400}), json.dumps(cut),
         json.dumps(ragged), json.dumps({**good, "values": [1]}), json.dumps({**good, "layers": ["one"]}),
+        json.dumps({**good, "look_ups": ["one"]}),
         json.dumps({**good, "values": {**good["values"], "more": [1.0]}}),
     ):  # fmt: skip
         path.write_text(line)
@@ -94,7 +96,8 @@ def test_files_that_are_refused(probes: Probes, tmp_path: Path) -> None:
 def test_pictures(probes: Probes, tmp_path: Path) -> None:
     drawn = probes.plot(tmp_path / "new" / "folder")
     names = [path.name for path in drawn]
-    assert names == ["model-mix.png", "model-gain.png", "model-streams.png", "model-gates.png", "model-history.png"]
+    pictures = ("mix", "gain", "streams", "gates", "history", "rows")
+    assert names == [f"model-{picture}.png" for picture in pictures]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     (tmp_path / "file").touch()
     with pytest.raises(MHCError, match="MHC413"):
@@ -131,6 +134,8 @@ def test_tensorboard(probes: Probes, tmp_path: Path) -> None:
     ]
     assert {"streams/layers.2#0/2", "branch_gradient/layers.0#0"} <= set(tags["scalars"])
     assert "gates/layers.0/1" in tags["histograms"]
+    used = events.Scalars("rows_used/layers.1")
+    assert [e.value for e in used] == [float(s.values["rows_used"][1]) for s in (first, last)]
     assert events.Histograms("gates/layers.0/1")[0].histogram_value.num == 16
 
 
@@ -143,6 +148,7 @@ def test_the_command(probes: Probes, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "layers.2#0" in out
     separation = float(probes.samples[-1].values["separation"][2])
     assert (f"{separation:.4g}" if separation >= 0.1 else f"{separation:.1e}") in out
+    assert f"{probes.samples[-1].values['rows_entropy'][1]:.4g}" in out
     assert (tmp_path / "plots" / "model-gates.png").exists()
     path.write_text("nothing")
     assert main(["probe", str(path)]) == 1

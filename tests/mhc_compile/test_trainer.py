@@ -18,7 +18,16 @@ from tiny_models import ids, llama, t5, variants
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from mhc_compile import MHCError, convert, convert_folder, emit_folder, from_pretrained
+from mhc_compile import (
+    MHCError,
+    TableAdamW,
+    UltraMemSettings,
+    convert,
+    convert_folder,
+    emit_folder,
+    from_pretrained,
+    parameter_groups,
+)
 from mhc_compile.integrations.trainer import ProbeCallback
 
 DATA: Any = [{"input_ids": ids(1, seed=i)[0], "labels": ids(1, seed=i)[0]} for i in range(8)]
@@ -202,6 +211,17 @@ def test_a_model_with_tables_is_not_resumed(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
         trainer(model, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_tables_are_trained_by_an_optimizer_that_knows_them(tmp_path: Path) -> None:
+    values = UltraMemSettings.preset("v2", side=6, key_width=8, value_width=8, input_width=4, top=3)
+    model: Any = convert(small(), ultramem=values, inner="eager")
+    table = model.model.mhc.table("ultra-mem")
+    before = table.weight.detach().clone()
+    adamw = TableAdamW(parameter_groups(model, lr=1e-2, steps=4))
+    trainer(model, tmp_path, optimizers=(adamw, None), save_strategy="no").train()
+    assert adamw.state[table.weight]["step"] == adamw.param_groups[-1]["falls_over"] == 4
+    assert 0 < int((table.weight != before).any(1).sum()) < len(before)
 
 
 def test_a_probed_run(tmp_path: Path) -> None:

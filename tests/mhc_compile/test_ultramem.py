@@ -95,6 +95,8 @@ def test_decay_and_rates() -> None:
     rows = of[id(held.table("ultra-mem").weight)]
     assert rows["table"]
     assert rows["lr"] == 4e-2
+    assert rows["falls_over"] == 0
+    assert parameter_groups(model, lr=1e-2, steps=100)[-1]["falls_over"] == 100
     held.table("ultra-mem").trainable = False
     assert not any(group.get("table") for group in parameter_groups(model, lr=1e-2))
 

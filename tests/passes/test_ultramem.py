@@ -127,7 +127,8 @@ def test_the_kernel_takes_the_place_of_the_look_up_and_its_sums() -> None:
     model, ids = toy(Recipe())
     out = inserted(model, ids, V2)
     before = run(out.graph, out.inputs)
-    assert fuse_memories(out.graph.graph) == ["2 x look-up by content and its sums, in one kernel"]
+    notes = ["choice of the largest scores in a kernel", "look-up by content and its sums, in one kernel"]
+    assert fuse_memories(out.graph.graph) == [f"2 x {note}" for note in notes]
     assert not [n for n in call_nodes(out.graph) if op_name(n) in ("gather", "expand") and "engram" in str(n.target)]
     for a, b in zip(run(out.graph, out.inputs), before, strict=True):
         assert float((a - b).abs().max()) < 1e-12

@@ -1,6 +1,7 @@
 """One rank of two, of which the second is lost in the way that the command line names; run by path."""
 
 import os
+import signal
 import sys
 import time
 
@@ -19,7 +20,12 @@ def main(how: str, timeout: float) -> None:
         if world.pipe == 1:
             if how == "dies":
                 os._exit(0)
+            if how == "stops":
+                os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(60)
+        if how == "stops":
+            with world.patience("compiling"):
+                time.sleep(60)  # waits for nobody
         try:
             with world.doing("forward and backward passes", 7):
                 if how == "blocks":

@@ -21,9 +21,15 @@ def ids(batch: int = 2, length: int = 8, *, seed: int = 0) -> Tensor:
 
 
 def llama(
-    *, memory: bool = False, streams: int = 4, inner: str = "eager", form: str = "mhc", **config: Any
+    *,
+    memory: bool = False,
+    ultramem: bool = False,
+    streams: int = 4,
+    inner: str = "eager",
+    form: str = "mhc",
+    **config: Any,
 ) -> nn.Module:
-    """A converted Llama of three layers with a tied head; its memory reads random rows and gives something."""
+    """A converted Llama of three layers with a tied head; its memories read random rows and give something."""
     torch.manual_seed(0)
     fields = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -34,8 +40,16 @@ def llama(
     if memory:
         settings = mhc_compile.MemorySettings.preset("v41", layers=(1,), rows_per_head=50, row_width=4, compress=False)
         extra = {"engram": settings, "engram_start": "paper"}
+    if ultramem:
+        extra["ultramem"] = mhc_compile.UltraMemSettings.preset(
+            "v2", side=6, key_width=8, value_width=8, input_width=4, top=3
+        )
     model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
-    return mhc_compile.convert(model, streams=streams, scratch=True, start="paper", inner=inner, form=form, **extra)
+    mhc_compile.convert(model, streams=streams, scratch=True, start="paper", inner=inner, form=form, **extra)
+    for name, p in mhc_compile.stream_parameters(model).items():
+        if name.endswith(".projection"):
+            nn.init.normal_(p, std=0.3)
+    return model
 
 
 def stages_of(program: Program, starts: Sequence[int], options: Options | None = None, **how: Any) -> list[Stage]:

@@ -12,7 +12,7 @@ from training import model_folder
 
 from mhc_compile.cli import main
 from mhc_compile.runtime.data.prepare import prepare
-from mhc_compile.runtime.recipe import describe_fields
+from mhc_compile.runtime.recipe import TABLES, describe_fields
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_every_field_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     for d in describe_fields():
         assert f" {d.name}: {d.values}; " in said
         assert d.text in said
-    for section in ("model", "mhc", "memory", "data", "train", "parallel", "recompute", "checkpoint", "metrics"):
+    for section in TABLES:
         assert f"[{section}] " in said
 
 

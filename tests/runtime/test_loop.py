@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from training import model_folder
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import mhc_compile
 from mhc_compile.diagnostics import MHCError, MHCWarning
@@ -132,6 +132,52 @@ def test_a_run_that_goes_on_is_an_unbroken_one(material: Path, tmp_path: Path, m
     one, other = weights(broken, 6), weights(whole, 6)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+ULTRAMEM = {"preset": "v2", "side": 6, "key_width": 8, "value_width": 8, "input_width": 4, "top": 3}
+
+
+def residual(material: Path, folder: Path) -> Path:
+    """The same material with a residual model that drops nothing."""
+    copied = without_dropout(material, folder)
+    config = LlamaConfig(**json.loads((copied / "model" / "config.json").read_text()))
+    shutil.rmtree(copied / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(copied / "model")
+    make_tokenizer(copied / "model")
+    return copied
+
+
+@pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_ultramem_of_a_recipe_goes_on_bit_by_bit(material: Path, tmp_path: Path, streams: int) -> None:
+    given = recipe(residual(material, tmp_path), tmp_path, ultramem=ULTRAMEM, mhc={"streams": streams})
+    train(given)
+    wanted = weights(tmp_path, 6)
+    shutil.rmtree(tmp_path / "run" / "step-00000006")
+    train(given)
+    assert all(torch.equal(t, wanted[name]) for name, t in weights(tmp_path, 6).items())
+    (table,) = (name for name in wanted if name.startswith("tables/"))
+    moved = (wanted[table] != weights(tmp_path, 4)[table]).any(1)
+    assert 0 < int(moved.sum()) < 2 * 36  # of two layers' values those that were found
+
+
+@pytest.mark.slow
+def test_ultramem_on_two_stages(material: Path, tmp_path: Path) -> None:
+    """Both layers read one pool of values, which lies in both stages."""
+    copied, two = residual(material, tmp_path), tmp_path / "two"
+    tables = {"ultramem": ULTRAMEM, "train": {"microbatch": 1}}
+    train(recipe(copied, tmp_path / "one", **tables))
+    given = recipe(copied, two, **tables, parallel={"stages": 2})
+    on_ranks(given, two)
+    wanted, found = lines(tmp_path / "one"), lines(two)
+    assert list(found) == list(wanted)
+    for step in wanted:
+        for name in wanted[step]:
+            assert found[step][name] == pytest.approx(wanted[step][name], rel=2e-5), (step, name)
+    whole = weights(two, 6)
+    shutil.rmtree(two / "run" / "step-00000006")
+    on_ranks(given, two)
+    assert all(torch.equal(t, whole[name]) for name, t in weights(two, 6).items())
 
 
 def test_another_course_is_asked_for(material: Path, tmp_path: Path) -> None:

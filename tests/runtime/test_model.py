@@ -121,7 +121,7 @@ def test_a_converted_folder_keeps_its_streams(folders: dict[str, Path], tmp_path
     assert owners(made)["model"].spec.streams == 3
     wanted = LlamaForCausalLM.from_pretrained(folders["llama"]).model.rotary_emb.inv_freq
     assert torch.equal(made.model.rotary_emb.inv_freq, wanted)
-    for table in ({"mhc": {"streams": 2}}, {"memory": {"layers": [0]}}):
+    for table in ({"mhc": {"streams": 2}}, {"memory": {"layers": [0]}}, {"ultramem": {"layers": [0]}}):
         with pytest.raises(MHCError, match="MHC602"):
             hollow_model(recipe(tmp_path / "converted", **table))
 

@@ -30,10 +30,19 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("parity") / "llama")
 
 
-@pytest.fixture(scope="module")
-def engram(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = mhc_compile.MemorySettings.preset("v41", layers=(0, 2), rows_per_head=50, row_width=4, compress=False)
-    return model_folder(tmp_path_factory.mktemp("parity") / "engram", engram=settings)
+@pytest.fixture(scope="module", params=["engram", "ultramem"])
+def tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with tables. That of UltraMem is one for layers that lie in several stages."""
+    memories: dict[str, Any] = {
+        "engram": mhc_compile.MemorySettings.preset(
+            "v41", layers=(0, 2), rows_per_head=50, row_width=4, compress=False
+        ),
+        "ultramem": mhc_compile.UltraMemSettings.preset(
+            "v2", side=6, key_width=8, value_width=8, input_width=4, top=3, heads=2
+        ),
+    }
+    memory = {request.param: memories[request.param]}
+    return model_folder(tmp_path_factory.mktemp("parity") / request.param, **memory)
 
 
 def check(recipes: dict[str, Recipe], answers: Path, wanted: Result | None = None, still: tuple[str, ...] = ()) -> None:
@@ -69,17 +78,48 @@ def test_a_few_ways(llama: Path, tmp_path: Path) -> None:
     )
 
 
-def test_spread_tables(engram: Path, tmp_path: Path) -> None:
+def test_spread_tables(tables: Path, tmp_path: Path) -> None:
     eager = {"model": {"inner": "eager"}}
     check(
         {
-            "one": recipe(engram, **eager),
-            "replicas": recipe(engram, parallel={"data": 2}, **eager),
-            "shards-and-replicas": recipe(engram, parallel={"data": 2, "engram": 2}, **eager),
-            "stages-and-shards": recipe(engram, parallel={"stages": 2, "engram": 2, **WAYS["zbv"]}, **eager),
+            "one": recipe(tables, **eager),
+            "replicas": recipe(tables, parallel={"data": 2}, **eager),
+            "shards-and-replicas": recipe(tables, parallel={"data": 2, "engram": 2}, **eager),
+            "stages-and-shards": recipe(tables, parallel={"stages": 2, "engram": 2, **WAYS["zbv"]}, **eager),
         },
         tmp_path,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tables", ["ultramem"], indirect=True)
+def test_spread_tables_in_kernels(tables: Path, tmp_path: Path) -> None:
+    kernels = {"model": {"kernels": "all"}}
+    zbv = {"stages": 2, "timeout": 600, **WAYS["zbv"]}
+    check(
+        {
+            "one": recipe(tables, **kernels),
+            "stages": recipe(tables, parallel=zbv, **kernels),
+            "stages-fsdp": recipe(tables, parallel={"stages": 2, "data": 2, "mode": "fsdp", "timeout": 600}, **kernels),
+            "inductor": recipe(tables, parallel=zbv, model={"inner": "inductor"}),
+        },
+        tmp_path,
+    )
+
+
+def test_the_auxiliary_loss_of_experts(tmp_path: Path) -> None:
+    folder = model_folder(
+        tmp_path / "mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=5.0
+    )
+    eager = {"model": {"inner": "eager"}}
+    one = recipe(folder, train={"microbatch": 4}, **eager)
+    stages = {"two": {"stages": 2, "mode": "fsdp", "data": 2}, "zbv": {"stages": 2, **WAYS["zbv"]}}
+    spread_over = {name: recipe(folder, train={"microbatch": 2}, parallel=p, **eager) for name, p in stages.items()}
+    wanted = plain(one)
+    check({"one": one}, tmp_path, wanted)
+    check(spread_over, tmp_path)
+    free = model_folder(tmp_path / "free", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.0)
+    assert wanted[0][0] > plain(recipe(free, steps=1, **eager))[0][0] + 1  # which is much of the loss
 
 
 def test_bfloat16_weights_are_those_of_the_step(llama: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Moe
 
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.measure_step import check_losses, measure
 from mhc_compile.runtime.plan.compare import compare
@@ -124,8 +125,8 @@ def test_memory_of_ranks_adds_up(counted: Counted, recipe: Recipe) -> None:
     for m, s in zip(found.memory, found.stages, strict=True):
         assert (m.weights, m.gradients, m.moments) == (4 * s.parameters, 4 * s.parameters, 8 * s.parameters)
         assert m.activations == s.cost.kept * found.simulated.live[s.index]
-        assert m.tables == 12 * s.table_values // 2
-    assert sum(s.rows for s in found.stages) == counted.tables[0].rows
+        assert m.tables == 12 * sum(t.rows * t.width for t in s.tables) // 2
+    assert [t for s in found.stages for t in s.tables] == list(counted.tables)
     wide = 2 * 2 * LENGTH * 4 * HIDDEN
     assert [s.cost.sent for s in found.stages] == [wide, 0]
     assert (found.stream_bytes, found.residual_bytes) == (wide * 4, wide)
@@ -261,6 +262,22 @@ def test_a_recipe_or_a_budget(path: Path, capsys: pytest.CaptureFixture[str]) ->
     for words in ([], [str(path), "--budget", "1B"]):
         assert main(["plan", *words]) == 1
         assert "MHC600" in capsys.readouterr().err
+
+
+def test_a_table_that_several_stages_hold(recipe: Recipe) -> None:
+    """Values of one pool lie once on a rank, and in as many of its stages as read them."""
+    values = UltraMemSettings.preset("v2", side=6, key_width=8, value_width=8, input_width=4, top=3, layers=(0, 3))
+    parallel = replace(recipe.parallel, engram=1, schedule="zbv", stages_per_rank=2)
+    recipe = replace(recipe, memory=None, ultramem=values, parallel=parallel)
+    counted = count(recipe)
+    (table,) = counted.tables
+    assert (table.rows, table.width, table.reads, table.sites) == (2 * 36, 12, 3, (1, 7))
+    found = estimate(counted, hardware(None, **RATES), recipe)
+    assert [len(s.tables) for s in found.stages] == [1, 0, 0, 1]
+    assert [m.tables for m in found.memory] == [12 * 72 * 12, 0]
+    projections = 2 * 2 * LENGTH * HIDDEN * (2 * 8 + 4 + 8)
+    plain, with_values = (sum(o.flops for o in counted.works[i].branch.forward) for i in (3, 1))
+    assert projections < with_values - plain < 1.5 * projections
 
 
 # --- measured --------------------------------------------------------------------------------------------------------

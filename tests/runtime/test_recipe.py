@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
 from mhc_compile.runtime.recipe import describe_fields, parse_recipe, read_recipe
 
 RECIPE = """
@@ -86,8 +87,21 @@ def test_a_memory_starts_from_a_preset(recipe: Path) -> None:
     assert read.memory.row_width == 160
 
 
+def test_ultramem_starts_from_a_version(recipe: Path) -> None:
+    read = read_recipe(recipe, ["ultramem.preset=v2", "ultramem.side=64", "ultramem.layers=[1]"])
+    assert read.ultramem == UltraMemSettings.preset("v2", side=64, layers=(1,))
+    assert read_recipe(recipe, ["ultramem.side=64"]).ultramem == UltraMemSettings.preset("v1", side=64)
+    with pytest.raises(MHCError, match="MHC220"):
+        read_recipe(recipe, ["ultramem.preset=v3"])
+
+
 @pytest.mark.parametrize(
-    "changes", [[], ["memory.layers=[0]", "parallel.balance=[4]", "mhc.streams=2", "metrics.folder=/m"]]
+    "changes",
+    [
+        [],
+        ["ultramem.preset=v2", "ultramem.top=4"],
+        ["memory.layers=[0]", "parallel.balance=[4]", "mhc.streams=2", "metrics.folder=/m"],
+    ],
 )
 def test_plain_values_are_the_recipe_again(recipe: Path, changes: list[str]) -> None:
     read = read_recipe(recipe, changes)
@@ -106,6 +120,7 @@ def test_plain_values_are_the_recipe_again(recipe: Path, changes: list[str]) -> 
         ("paralel.stages=1", "did you mean parallel?"),
         ("memory.rows=1", "memory.rows_per_head?"),
         ("memory.name=x", "memory.name"),
+        ("ultramem.sides=1", "did you mean ultramem.side?"),
         ("steps.x=1", "did you mean train.steps?"),
     ],
 )

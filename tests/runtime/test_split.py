@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.split_backward import Part, split_backward
 from mhc_compile.runtime.split import SplitFunction, compile_split
 from mhc_compile.runtime.stage import Stage
+from mhc_compile.runtime.unit import Owned, Unit
 
 AOT = Options(inner="aot_eager", kernels="none", recompute=1)
 
@@ -222,6 +224,17 @@ def test_memories_leave_their_gradients_once() -> None:
     (function,) = functions(split)
     assert function.parts is not None
     assert operations(function.parts.split.weights)["engram_kernels.gather_backward.default"] == 1
+
+
+def test_deferred_gradients_are_laid_out_as_their_parameters() -> None:
+    """A fused optimizer reads both in the order of their memory."""
+    linear, gradient = nn.Linear(3, 4), torch.randn(3, 4)
+    unit: Any = SimpleNamespace(sources=(Owned(linear, "weight", torch.float32),))
+    for count in (1, 2):
+        Unit._accumulate(unit, 0, gradient.T)
+        assert linear.weight.grad is not None
+        assert linear.weight.grad.stride() == linear.weight.stride()
+        assert torch.equal(linear.weight.grad, count * gradient.T)
 
 
 def test_no_backward_graph_to_split() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import by_name, ids, llama, program_of, stages_of, through
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
@@ -13,7 +14,7 @@ import mhc_compile
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import owners
-from mhc_compile.passes.stages import site_nodes
+from mhc_compile.passes.stages import site_nodes, split_graph
 from mhc_compile.runtime.balance import cuts, site_costs
 from mhc_compile.runtime.program import capture_program
 from mhc_compile.runtime.stage import build_stages, tied
@@ -95,6 +96,25 @@ def test_stages_are_the_model(inner: str, starts: list[int], units: str) -> None
     theirs = model.model.mhc.table("layers.1").take_gradient()
     assert ours is not None
     assert theirs is not None
+    assert torch.equal(ours.rows, theirs.rows)
+    torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-8)
+
+
+def test_layers_in_several_stages_share_a_table() -> None:
+    """Here one rank holds all stages, and so one table."""
+    model, tokens = llama(ultramem=True), ids()
+    program = program_of(model, tokens)
+    stages = stages_of(program, [2, 4])
+    name = "model.mhc.ultramem.table"
+    assert all(s.tables == {name: stages[0].tables[name]} for s in stages)
+    assert stages[0].tables[name].ratio == 4.0
+    stages[0].tables[name].fill(0, model.get_submodule(name).weight.detach())
+    assert tied(program, split_graph(program.graph, [2, 4]))[name] == (0, 1, 2)
+    logits = through(stages, tokens)
+    torch.testing.assert_close(logits, model(input_ids=tokens).logits, rtol=1e-5, atol=1e-5)
+    loss_of(logits, tokens).backward()
+    gradients(model, model(input_ids=tokens).logits, tokens)
+    ours, theirs = stages[0].tables[name].take_gradient(), model.model.mhc.table("ultra-mem").take_gradient()
     assert torch.equal(ours.rows, theirs.rows)
     torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-8)
 
@@ -251,3 +271,21 @@ def test_units_are_recompute_blocks(recompute: str | int, units: int) -> None:
 def test_a_model_that_is_not_converted() -> None:
     with pytest.raises(MHCError, match="MHC501"):
         capture_program(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16)), {"input_ids": ids()})
+
+
+def test_a_restart_finds_what_was_compiled() -> None:
+    """The same stage again comes from Inductor's caches, with and without blocks that are computed again."""
+    model, tokens = llama(num_hidden_layers=1, tie_word_embeddings=False), ids()
+    program = program_of(model, tokens)
+    found, first = [], {}
+    for blocks in ("off", "off", 1, 1):
+        torch._dynamo.reset()
+        counters["inductor"].clear()
+        (stage,) = stages_of(program, [], Options(inner="inductor", kernels="none", recompute=blocks))
+        through([stage], tokens).sum().backward()
+        found.append([counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "bypass")])
+        first = first or summed([stage])
+        for name, gradient in summed([stage]).items():
+            torch.testing.assert_close(gradient, first[name], rtol=1e-5, atol=1e-6)
+    assert found[1] == found[3] == [2, 0]
+    assert all(bypassed == 0 for _, bypassed in found)

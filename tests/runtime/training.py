@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mhc_compile
 from mhc_compile.runtime import optimizer
@@ -28,17 +28,26 @@ Result = tuple[list[float], list[float], dict[str, Tensor]]
 
 
 def model_folder(folder: Path, **config: Any) -> Path:
-    """A converted Llama with random streams and a tied head, on the disk."""
+    """A converted Llama, or a Mixtral, with random streams and a tied head, on the disk."""
     torch.manual_seed(0)
     fields = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0,
         "initializer_range": 0.1, "tie_word_embeddings": True,
     }  # fmt: skip
-    extra = {name: config.pop(name) for name in ("engram", "streams", "form") if name in config}
+    extra = {name: config.pop(name) for name in ("engram", "ultramem", "streams", "form") if name in config}
     start = {"engram_start": "paper"} if "engram" in extra else {}
-    model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
-    mhc_compile.convert(model, scratch=True, start="paper", inner="eager", **extra, **start).save_pretrained(folder)
+    experts = "num_local_experts" in config
+    model = (
+        MixtralForCausalLM(MixtralConfig(**(fields | config)))
+        if experts
+        else LlamaForCausalLM(LlamaConfig(**(fields | config)))
+    )
+    mhc_compile.convert(model, scratch=True, start="paper", inner="eager", **extra, **start)
+    for name, p in mhc_compile.stream_parameters(model).items():
+        if name.endswith(".projection"):  # the values found make a difference from the first step on
+            nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -66,17 +75,20 @@ def plain(recipe: Recipe) -> Result:
     """The same training by a loop of a few lines in this process, eagerly, without pipeline, ranks or microbatches."""
     model = mhc_compile.from_pretrained(recipe.model.folder, inner="eager").train()
     t = recipe.train
-    groups = mhc_compile.parameter_groups(model, weight_decay=t.weight_decay, lr=t.lr)
+    groups = mhc_compile.parameter_groups(model, weight_decay=t.weight_decay, lr=t.lr, steps=t.steps)
     adamw = mhc_compile.TableAdamW(groups, betas=t.betas)
     losses, norms = [], []
     for step in range(1, t.steps + 1):
         given = batch(step, t.batch)
         logits = model(given["input_ids"]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), given["labels"].flatten())
+        if weight := getattr(model.config, "router_aux_loss_coef", 0.0):
+            parts = given["input_ids"].split(t.microbatch)
+            loss = loss + weight * torch.stack([model(part).aux_loss for part in parts]).mean()
         loss.backward()
         norms.append(float(clip(model, t.clip)))
         for group in adamw.param_groups:
-            group["lr"] = (5 if group["table"] else 1) * optimizer.learning_rate(step, t)
+            group["lr"] = group["ratio"] * optimizer.learning_rate(step, t)
         adamw.step()
         adamw.zero_grad()
         losses.append(loss.item())
