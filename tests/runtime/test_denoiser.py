@@ -17,11 +17,13 @@ from training import VOCAB, batch, clip, model_folder, recipe, spread
 import mhc_compile
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diffusion import attend, denoising_loss
+from mhc_compile.parameters import attention_of
 from mhc_compile.runtime import optimizer
 from mhc_compile.runtime.data.loader import Loader
 from mhc_compile.runtime.data.prepare import prepare
 from mhc_compile.runtime.denoiser import Denoiser
 from mhc_compile.runtime.loop import check_data, train
+from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.weights import seed_of
 
@@ -147,3 +149,15 @@ def test_what_is_rejected(material: Path, tmp_path: Path) -> None:
         with pytest.raises(MHCError, match=code) as caught:
             check_data(whole(material, tmp_path, **tables))
         assert said in str(caught.value)
+
+
+def test_blocks_in_a_folder_and_in_the_recipe(material: Path, tmp_path: Path) -> None:
+    model = attend(mhc_compile.from_pretrained(material / "model", inner="eager"), "block:4", inner="eager")
+    mhc_compile.save_pretrained(model, tmp_path / "blocks")
+    given: dict[str, Any] = {"model": {"folder": str(tmp_path / "blocks")}}
+    trained = hollow_model(whole(material, tmp_path, **given))
+    assert attention_of(trained.modules()) == "block:4"
+    with pytest.raises(MHCError, match="MHC304"):
+        hollow_model(whole(material, tmp_path, **given, diffusion={"attention": "block:8"}))
+    with pytest.raises(MHCError, match=r"MHC602.*next tokens are among what it sees"):
+        hollow_model(recipe(tmp_path / "blocks"))
