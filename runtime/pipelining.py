@@ -112,24 +112,50 @@ def forward_passes(
     """Run microbatches forward through the stages of a pipeline, without gradients.
 
     `stages`: this rank's. `places`: the rank in `group` of every stage of the pipeline; without a group, all 0.
-    `run(stage, what crosses into it, number of the microbatch)` returns what crosses out of the stage. All microbatches
-    pass a rank's first stage, then its second one, and so on: every message has been sent before a rank waits for a
-    later one.
+    `run(stage, what crosses into it, number of the microbatch)` returns what crosses out of the stage.
+
+    Stage s runs microbatch m in round s + m. Between two rounds every rank posts all its messages as one batch: each of
+    them is sent in one round and received before the next, so that no two ranks wait for each other, also where a send
+    is over only when it is received, as with NCCL.
     """
     rank = 0 if group is None else dist.get_rank(group)
-    crossing: list[tuple[Tensor, ...]] = [()] * microbatches
-    sent: list[dist.Work | None] = []
-    for stage in sorted(stages, key=lambda stage: stage.index):
-        for number in range(microbatches):
-            if stage.index and places[stage.index - 1] != rank:
-                crossing[number] = tuple(torch.empty_like(t, device=stage.device) for t in stage.example_inputs)
-                for t in crossing[number]:
-                    dist.recv(t, group=group, group_src=places[stage.index - 1])
-            crossing[number] = run(stage, crossing[number], number)
-            if stage.index + 1 < stage.count and places[stage.index + 1] != rank:
-                for t in crossing[number]:
-                    sent.append(dist.isend(t.contiguous(), group=group, group_dst=places[stage.index + 1]))
-                crossing[number] = ()
-    for work in sent:
-        assert work is not None
-        work.wait()
+    held = sorted(stages, key=lambda stage: stage.index)
+    crossing: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    """What is to be taken by a stage, the first number, for a microbatch."""
+    for number in range(len(places) + microbatches - 1):
+        for stage in held:
+            microbatch = number - stage.index
+            if 0 <= microbatch < microbatches:
+                out = run(stage, crossing.pop((stage.index, microbatch), ()), microbatch)
+                if stage.index + 1 < len(places):
+                    crossing[stage.index + 1, microbatch] = out
+        _exchange(held, places, rank, group, crossing, number, microbatches)
+
+
+def _exchange(
+    stages: Sequence[Stage],
+    places: Sequence[int],
+    rank: int,
+    group: dist.ProcessGroup | None,
+    crossing: dict[tuple[int, int], tuple[Tensor, ...]],
+    number: int,
+    microbatches: int,
+) -> None:
+    """Send what this rank's stages have made in a round to others, and receive what its stages take in the next one."""
+    by_index = {stage.index: stage for stage in stages}
+    messages = []
+    for index in range(1, len(places)):
+        microbatch, (sender, receiver) = number - (index - 1), places[index - 1 : index + 1]
+        if not 0 <= microbatch < microbatches or sender == receiver:
+            continue
+        if sender == rank:
+            tensors = [t.contiguous() for t in crossing.pop((index, microbatch))]
+            messages += [dist.P2POp(dist.isend, t, group=group, group_peer=receiver) for t in tensors]
+        elif receiver == rank:
+            stage = by_index[index]
+            room = tuple(torch.empty_like(t, device=stage.device) for t in stage.example_inputs)
+            crossing[index, microbatch] = room
+            messages += [dist.P2POp(dist.irecv, t, group=group, group_peer=sender) for t in room]
+    if messages:
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
