@@ -126,11 +126,13 @@ def _print_plan(recipe: Any) -> None:
     """Check what a run checks before its first step, without the other ranks, and print what it would do."""
     import torch
 
+    from mhc_compile.passes.stages import split_graph
     from mhc_compile.runtime.balance import cuts
     from mhc_compile.runtime.engine import capture
     from mhc_compile.runtime.launch import check_world
     from mhc_compile.runtime.loop import check_data, verify_data
     from mhc_compile.runtime.metrics import summary_writer
+    from mhc_compile.runtime.stage import tagged
     from mhc_compile.runtime.summary import summary
 
     if "WORLD_SIZE" in os.environ:
@@ -141,7 +143,18 @@ def _print_plan(recipe: Any) -> None:
         summary_writer()  # raises where it is not installed
     program = capture(recipe, torch.device("cpu"))
     starts = cuts(program, recipe.parallel.stage_count, recipe.parallel.balance)
+    for piece in split_graph(program.graph, starts):
+        tagged(piece.graph, recipe.options)
+    for folder in (recipe.checkpoint.folder, recipe.metrics_folder):
+        _check_writable(Path(folder))
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(summary(recipe, program, starts)))
         if recipe.parallel.world > 1 and "WORLD_SIZE" not in os.environ:
             print(f"start it with: torchrun --nproc-per-node {recipe.parallel.world} -m mhc_compile train ...")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise MHC619 where a folder, or the nearest one above it that is there, cannot be written; nothing is made."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise MHCError("MHC619", f"{folder}: {there} cannot be written")

@@ -18,6 +18,7 @@ from mhc_compile.parameters import owners
 from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
 from mhc_compile.runtime.data.loader import Loader, check_tokenizer
 from mhc_compile.runtime.data.shards import open_data
+from mhc_compile.runtime.data.tokenizer import model_positions
 from mhc_compile.runtime.denoiser import Denoiser
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
@@ -101,10 +102,16 @@ def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | No
 def check_data(recipe: Recipe) -> None:
     """Raise MHC611 to 614 where the data are damaged, too few, or made with another tokenizer than the model's.
 
+    Raises MHC602 for sequences longer than the model's positions.
+
     With `[diffusion]` also what `Denoiser` raises.
     """
     if recipe.diffusion is not None:
         Denoiser(recipe, 0)
+    longest = model_positions(recipe.model.folder)
+    if longest is not None and recipe.data.sequence > longest:
+        detail = f"data.sequence = {recipe.data.sequence}; wanted: at most {longest}, the positions of the model"
+        raise MHCError("MHC602", detail, way_out="change max_position_embeddings in config.json if it may read more")
     for folder in (recipe.data.folder, recipe.data.validation):
         if folder is not None:
             check_tokenizer(folder, recipe.model.folder)

@@ -70,8 +70,8 @@ class Stage(nn.Module):
         self._blocked = units == "blocks"
         pieces = [piece]
         if self._blocked:
-            tagged = _tagged(piece.graph, options)
-            pieces = split_graph(tagged, _unit_starts(tagged), piece.crosses_in)
+            marked = tagged(piece.graph, options)
+            pieces = split_graph(marked, _unit_starts(marked), piece.crosses_in)
             options = replace(options, recompute="off")  # the tags say it already
         users = Counter(name for p in pieces for name in _placeholders(p))
         self._sources: dict[str, Source] = {}
@@ -294,8 +294,8 @@ def plain_table(rows: int, width: int, dtype: torch.dtype, storage: str) -> Memo
     return MemoryTable(rows, width, dtype=dtype, storage=storage, device="meta")  # type: ignore[arg-type]
 
 
-def _tagged(graph: GraphModule, options: Options) -> GraphModule:
-    """Return a copy of a stage's graph with its recompute blocks chosen."""
+def tagged(graph: GraphModule, options: Options) -> GraphModule:
+    """Return a copy of a stage's graph with its recompute blocks chosen. Raises MHC626 for bytes that nothing fits."""
     passes = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
     return Pipeline(passes).run(copy_graph(graph), Context(), debug=options.debug, provided=("dialect",))
 

@@ -102,9 +102,18 @@ def _numbered_eos(folder: Path, size: int) -> int | None:
 
 def model_vocabulary(folder: str | Path) -> int | None:
     """Return how many ids the model in `folder` has embeddings for: `vocab_size` of config.json, or None."""
+    return _configured(folder, "vocab_size")
+
+
+def model_positions(folder: str | Path) -> int | None:
+    """Return the longest text of the model in `folder`: `max_position_embeddings` of config.json, or None."""
+    return _configured(folder, "max_position_embeddings")
+
+
+def _configured(folder: str | Path, name: str) -> int | None:
     config = _json(Path(folder) / "config.json")
     inner = config.get("text_config")
-    size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+    size = config.get(name, inner.get(name) if isinstance(inner, dict) else None)
     return size if type(size) is int else None
 
 

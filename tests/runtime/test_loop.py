@@ -273,7 +273,7 @@ def test_from_scratch(material: Path, tmp_path: Path) -> None:
     assert lines(tmp_path)[1]["loss"] == pytest.approx(math.log(300), rel=0.1)
 
 
-@pytest.mark.parametrize("damage", ["shard", "tokenizer", "few", "world", "data", "byte"])
+@pytest.mark.parametrize("damage", ["shard", "tokenizer", "few", "long", "world", "data", "byte"])
 def test_mistakes_are_found_before_the_first_step(
     material: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,8 +287,11 @@ def test_mistakes_are_found_before_the_first_step(
             make_tokenizer(copied / "model", vocabulary=280)
             code = "MHC612"
         case "few":
-            tables["data"] = {"sequence": 4096}
+            tables["train"] = {"batch": 40_000}
             code = "MHC613"
+        case "long":
+            tables["data"] = {"sequence": 65}
+            code = "MHC602"
         case "world":
             tables["parallel"] = {"data": 2}
             code = "MHC603"
