@@ -23,11 +23,13 @@ def evaluate(engine: Engine, loader: Loader, batches: int, step: int) -> float:
 
     A collective. Stages are in eval mode meanwhile; random states stay as they are. Raises MHC605.
     """
-    total = torch.zeros((), dtype=torch.float64, device=engine.world.device)
+    device = engine.world.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    forked = [device] if device.type == "cuda" else []  # the state of every other GPU is none of this rank's
     for stage in engine.stages:
         stage.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(), engine.world.doing("evaluation", step):
+        with torch.no_grad(), torch.random.fork_rng(devices=forked), engine.world.doing("evaluation", step):
             for number in range(batches):
                 for batch in engine.inputs(loader.batch(number), number, evaluates=True):
                     total += _forward(engine.pipeline, batch)
