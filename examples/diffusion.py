@@ -3,7 +3,8 @@
 A small Llama learns next tokens on the sources of Python's standard library. Its copies then learn to restore corrupted
 text, each block beside clean ones. Printed are their held-out denoising losses before and after; what they sample, for
 held-out prompts, beside greedy decoding of the checkpoint, as another model of next tokens judges it; and bodies of
-held-out functions that they fill in.
+held-out functions that they fill in. A last training is on what the checkpoint itself writes (arXiv 1606.07947): its
+greedy text leaves less to choose than people's, so that the tokens of one call fit each other.
 
 Run: python examples/diffusion.py [--quick]
 """
@@ -28,7 +29,7 @@ from mhc_compile.demo.settings import QUICK, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, divided, held_out_batches, source_texts, training_batches
 from mhc_compile.diffusion import attend, denoising_loss, sample
 from mhc_compile.diffusion.objective import EDITS_FROM
-from mhc_compile.integrations.diffusion import add_mask_token, beside_clean
+from mhc_compile.integrations.diffusion import CachedCalls, add_mask_token, beside_clean
 from mhc_compile.trial.training import Contender, adamw, even_windows, learning_rate, train
 
 BLOCK = 4
@@ -42,7 +43,9 @@ LOWER = 0.5
 the network reads twice: clean and corrupted."""
 PROMPTS = 64
 FUNCTIONS = 48
-SPEEDS = ((1, 2.0), (1, 0.3), (2, 2.0), (4, 2.0))
+WRITTEN, ROUNDS = 64, 3
+"""How many prompts, times a fifth of the steps, the checkpoint continues, and how often its copies see the result."""
+SPEEDS = ((1, 2.0), (1, 0.5), (2, 2.0), (4, 2.0))
 """How many positions a call accepts at least, and from which probability on all; 2 is above every one."""
 
 
@@ -59,29 +62,47 @@ def learn(settings: Settings, corpus: Corpus) -> Any:
     return model
 
 
-def loss_of(model: nn.Module, ids: Tensor, progress: float, mask_token: int, generator: torch.Generator) -> Tensor:
-    """Return the denoising loss of a batch in which every block sees clean ones before it."""
+def loss_of(
+    model: nn.Module, ids: Tensor, progress: float, mask_token: int, generator: torch.Generator, prompt: int = 0
+) -> Tensor:
+    """Return the denoising loss behind the prompts of a batch, in which every block sees clean ones before it."""
     network = beside_clean(model, ids, BLOCK, shift=True)
+    valid = (torch.arange(ids.shape[1]) >= prompt).expand(ids.shape)
     how: dict[str, Any] = {"mask_token": mask_token, "vocabulary": mask_token + 1}
-    return denoising_loss(network, ids, progress, **how, generator=generator)
+    return denoising_loss(network, ids, progress, **how, valid=valid, generator=generator)
 
 
-def denoise(model: nn.Module, batches: Sequence[Tensor], peak: float, mask_token: int) -> Iterator[str]:
-    """Train on `batches` by the two-stage curriculum; yield the name of each stage when it is done."""
+def denoise(
+    model: nn.Module, batches: Sequence[Tensor], peak: float, mask_token: int, *, edits: bool = True, prompt: int = 0
+) -> Iterator[str]:
+    """Train on `batches` by the two-stage curriculum, or without edits; yield each stage's name when it is done."""
     optimizer = adamw(model)
     generator = torch.Generator().manual_seed(1)
     for step, ids in enumerate(batches):
-        progress = step / len(batches)
+        progress = step / len(batches) if edits else 0.0
         if progress >= EDITS_FROM > (step - 1) / len(batches):
             yield "masks"
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(batches), peak)
-        loss_of(model, ids, progress, mask_token, generator).backward()
+        loss_of(model, ids, progress, mask_token, generator, prompt).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    yield "masks and edits"
+    yield "masks and edits" if edits else "masks, then own text"
+
+
+def stages(
+    model: nn.Module, texts: Sequence[Tensor], own: Sequence[Tensor], peak: float, mask_token: int, prompt: int
+) -> Iterator[tuple[str, nn.Module]]:
+    """Train `model` by the curriculum, and from its first stage on a copy on what the checkpoint wrote, `own`."""
+    masked = model
+    for name in denoise(model, texts, peak, mask_token):
+        yield name, model
+        if masked is model:
+            masked = copy.deepcopy(model)
+    for name in denoise(masked, own, peak, mask_token, edits=False, prompt=prompt):
+        yield name, masked
 
 
 @torch.no_grad()
@@ -95,10 +116,18 @@ def held_out_loss(model: nn.Module, batches: Sequence[Tensor], mask_token: int) 
 @torch.no_grad()
 def decode_greedily(model: Any, prompt: Tensor, new: int) -> Tensor:
     """Return the prompt continued, a token at a time."""
-    ids = prompt
+    ids, given, logits_of = prompt, prompt, CachedCalls(model)
     for _ in range(new):
-        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        given = logits_of(given)[:, -1:].argmax(-1)
+        ids = torch.cat([ids, given], 1)
     return ids
+
+
+def written(model: Any, corpus: Corpus, settings: Settings, prompt: int) -> list[Tensor]:
+    """Return batches of training texts that `model` has continued greedily behind their first tokens."""
+    asked = training_batches(corpus, replace(settings, steps=max(settings.steps // 5, 1), batch=WRITTEN), stream=2)
+    texts = [decode_greedily(model, ids[:, :prompt], settings.length - prompt) for ids in asked]
+    return [batch for ids in texts for batch in ids.split(settings.batch // 2)] * ROUNDS
 
 
 @dataclass(frozen=True)
@@ -189,17 +218,16 @@ def run(settings: Settings, corpus: Corpus, kernels: str) -> None:
         judged("greedy decoding of the checkpoint", 1.0, judge, greedy, text, prompt),
     ]
     shares = [f"greedy decoding of the checkpoint: {greedily_filled(checkpoint, bodies):.1%} of the tokens right"]
-    half = replace(settings, batch=settings.batch // 2)
+    texts = training_batches(corpus, replace(settings, batch=settings.batch // 2), stream=1)
+    own = written(checkpoint, corpus, settings, prompt)
     for name in ("residual", f"{settings.streams} streams"):
         trained = copy.deepcopy(checkpoint)
         if name != "residual":
             mhc_compile.convert(trained, streams=settings.streams, inner="eager", kernels=kernels)
         losses = [held_out_loss(trained, held_out, mask_token)]
-        for stage in denoise(
-            trained, training_batches(corpus, half, stream=1), settings.learning_rate * LOWER, mask_token
-        ):
-            losses.append(held_out_loss(trained, held_out, mask_token))
-            model = attend(copy.deepcopy(trained), f"block:{BLOCK}", inner="eager", kernels=kernels).eval()
+        for stage, network in stages(trained, texts, own, settings.learning_rate * LOWER, mask_token, prompt):
+            losses.append(held_out_loss(network, held_out, mask_token))
+            model = attend(copy.deepcopy(network), f"block:{BLOCK}", inner="eager", kernels=kernels).eval()
             for least, threshold in SPEEDS:
                 made = sample(
                     model, text[:, :prompt], new, mask_token=mask_token, least=least, threshold=threshold,

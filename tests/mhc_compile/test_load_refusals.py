@@ -14,6 +14,7 @@ from tiny_models import llama
 
 import mhc_compile
 from mhc_compile import MHCError, from_pretrained
+from mhc_compile.checkpoint.manifest import FORMAT
 from mhc_compile.parameters import owners
 
 
@@ -81,7 +82,7 @@ DAMAGE: dict[str, tuple[Any, str, str]] = {
     "iterations without end": (
         lambda f: edit(f, owners=owner(spec={"iterations": 10_000_000})), "MHC414", "iterations=10000000",
     ),
-    "a later format": (lambda f: edit(f, format=3), "MHC414", "format 3"),
+    "a later format": (lambda f: edit(f, format=FORMAT + 1), "MHC414", f"format {FORMAT + 1}"),
     "no owners": (lambda f: edit(f, owners={}), "MHC414", "no owners"),
     "no sites": (lambda f: edit(f, owners=owner(sites={})), "MHC414", "without sites"),
     "a site without a name": (lambda f: edit(f, owners=owner(sites={"": 32})), "MHC414", "not a site's name"),
