@@ -138,7 +138,7 @@ class Judged:
     speed: float
     """Tokens a call."""
     loss: float
-    """Of the sampled tokens, under the judge."""
+    """The judge's mean `-log p` of the sampled tokens, in nats."""
     distinct: float
     """The share of pairs of tokens that a row has for the first time: low where it repeats itself."""
     right: float

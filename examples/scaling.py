@@ -35,7 +35,7 @@ BALANCE = 0.01
 """Weight of the auxiliary loss that spreads tokens over experts, which is not part of the losses reported."""
 NO_MEMORY = "none"
 KINDS = {NO_MEMORY: (None, None), "Engram": (1.0, None), "UltraMem": (None, 1.0), "both": (0.5, 0.5)}
-"""What of the memory's share Engram and UltraMem get."""
+"""The parts of the memories' parameters that Engram and UltraMem get."""
 LEAST = "least"
 """All experts, and the smallest tables that a memory can have: a token uses as much as with larger ones."""
 
@@ -46,7 +46,7 @@ class Recipe:
 
     settings: Settings
     values: mhc_compile.UltraMemSettings
-    """What `--kinds` compares with `settings.memory`."""
+    """The UltraMem that `--kinds` compares with the Engram in `settings`."""
     expert: int
     """Width of an expert's hidden layer."""
     spare: int

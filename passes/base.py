@@ -30,7 +30,7 @@ class Mark:
     inputs: dict[Input, Node] = field(default_factory=dict)
     """Name the inputs of an owner's call, besides parameters, that its look-ups read."""
     memories: Memories = NONE
-    """What the owner looks up."""
+    """The owner's memories."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
     probe: Node | None = None

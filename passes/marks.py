@@ -111,7 +111,7 @@ class Signature:
     sites: tuple[str, ...]
     """In the order of the stream, by which their parameters start."""
     memories: Memories = NONE
-    """What the owner looks up."""
+    """The owner's memories."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
 

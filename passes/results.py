@@ -148,6 +148,6 @@ class Probed:
     figures: list[Node] = field(default_factory=list)
     counts: list[Node] = field(default_factory=list)
     look_ups: list[str] = field(default_factory=list)
-    """What looks rows of tables up, in the order of the graph."""
+    """The names of the look-ups in tables, in the order of the graph."""
     found: list[Node] = field(default_factory=list)
     """The numbers of the rows of every look-up, int64."""

@@ -121,7 +121,7 @@ def forward_passes(
     rank = 0 if group is None else dist.get_rank(group)
     held = sorted(stages, key=lambda stage: stage.index)
     crossing: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-    """What is to be taken by a stage, the first number, for a microbatch."""
+    """The inputs of passes that have not run yet, by stage and microbatch."""
     for number in range(len(places) + microbatches - 1):
         for stage in held:
             microbatch = number - stage.index

@@ -26,7 +26,7 @@ class LayerMemory:
     """Its first site, before which the memory is added to the streams."""
     hash: HashSpec
     rows: int
-    """Of the table, padding included."""
+    """The number of rows of its table, padding included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Memory:
     vocab: int
     """V, ids of the model; ids at or above it are refused."""
     compression: Mapping[str, Any] | None = None
-    """Of the tokenizer's projection V -> V' that ids go through first: V' (`size`), and what tells the tokenizer."""
+    """Describes the projection V -> V' that ids go through first: V' (`size`), and what identifies its tokenizer."""
     layers: tuple[LayerMemory, ...]
 
     @property

@@ -184,7 +184,7 @@ class TableSpec:
     width: int
     """Channels of a row."""
     found_by: str
-    """What says which row is found: the text of a specification."""
+    """The text of the specification by which rows are found, which files are compared with."""
     reads: int
     """Rows that a token reads."""
     shown: str

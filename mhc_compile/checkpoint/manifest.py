@@ -30,13 +30,13 @@ class Owner:
     sites: dict[str, int]
     """The sites' names, in the order of the stream, with C."""
     memories: Memories = NONE
-    """What the owner looks up."""
+    """The owner's memories."""
     readers: tuple[str, ...] = ()
     """`StreamParameters.own_readers`."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that graphs in one mode, training or evaluation, have."""
     attention: str | None = None
-    """What calls see instead of what comes before them: `Options.attention`, which changes the function."""
+    """`Options.attention`: blocks or everything, where positions do not see only what comes before them."""
 
     @classmethod
     def of(cls, parameters: StreamParameters) -> Owner:

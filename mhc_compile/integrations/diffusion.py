@@ -1,4 +1,4 @@
-"""What diffusion needs to know of transformers: the mask token, a mask for training, how a call is given its cache."""
+"""Adapt transformers' models to diffusion: add a mask token, mask in training, and call with a cache."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _DIGITS = 6
 MATRICES = ("mix", "weights")
 """Means over tokens that are for files and plots."""
 ROWS = ("rows_used", "rows_entropy")
-"""Of look-ups: for each of a sample's tables."""
+"""The names of values that a sample has for each of its look-ups."""
 _SQUARED = ("streams", "branch", "read", "newest", "output")
 """Figures recorded as mean squares; a sample holds their roots."""
 
