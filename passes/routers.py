@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.base import gradient_modes, is_tensor, op_name, value
+from mhc_compile.passes.base import is_tensor, op_name, value
 from mhc_compile.passes.graphs import VIEWS, Writer, after, reachable, readers
 from mhc_compile.passes.stages import COUNTER
 
@@ -24,8 +24,8 @@ _SHAPED = {*VIEWS, "flatten", "unflatten", "contiguous", "to", "float", "type"}
 _ADDS = ("add", "iadd", "add_")
 _RISING = {*_SHAPED, *_ADDS, "masked_fill", "masked_fill_", "where", "topk", "sum", "max", "amax"}
 """What does not fall where a score rises."""
-_CONSTANT = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full", "detach")
-"""What gives its operand no gradient."""
+_CONSTANT = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full")
+"""What reads the shape of its operand alone."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,15 @@ class Router:
     """The numbers of the experts chosen, int64 `[..., k]` or `[...]`."""
     experts: int
     biases: tuple[Node, ...]
-    """Placeholders with a value an expert that only the choice depends on."""
-    unclear: tuple[Node, ...]
-    """Those of them that are not simply added to the scores."""
+    """Placeholders with a value an expert that are added to the scores, and that only the choice depends on."""
 
 
-def find_routers(graph: Graph, inputs: Collection[Node], logits: Node, others: Collection[Node] = ()) -> list[Router]:
-    """Return the routers that `logits` depend on, in the order of the graph.
+def find_routers(graph: Graph, inputs: Collection[Node], outputs: Sequence[Node]) -> list[Router]:
+    """Return the routers that the first of `outputs`, the logits, depends on, in the order of the graph.
 
-    `inputs`: the placeholders that are not the model's own. `others`: further outputs from which gradients come.
+    `inputs`: the placeholders that are not the model's own.
     """
     given = reachable(inputs, readers)
-    modes = gradient_modes(graph)
-
-    def with_gradient(node: Node) -> list[Node]:
-        return [n for n in readers(node) if modes[n] is not False and _passes_on(n)]
-
     choices = {n: indices for n in graph.nodes if (indices := _chosen(n)) is not None}
     routers = []
     for choice, indices in choices.items():
@@ -59,16 +52,23 @@ def find_routers(graph: Graph, inputs: Collection[Node], logits: Node, others: C
         experts = int(value(scores).shape[-1])
         inside = reachable([scores], lambda n: () if op_name(n) in _PRODUCTS else n.all_input_nodes)
         products = [n for n in inside if op_name(n) in _PRODUCTS and int(value(n).shape[-1]) == experts]
-        scored = any(not given.issuperset(n.all_input_nodes) for n in products)
-        if not scored or logits not in reachable([indices], lambda n: () if n in choices else readers(n)):
+        weights = [m for n in products for m in n.all_input_nodes if m not in given]
+        scored = any(experts in value(m).shape for m in weights)
+        if not scored or outputs[0] not in reachable(readers(indices), lambda n: () if n in choices else readers(n)):
             continue
-        per_expert = [
-            n for n in inside - given if n.op == "placeholder" and _floats(n) and value(n).numel() == experts > 1
-        ]
-        biases = tuple(n for n in per_expert if not {logits, *others} & reachable([n], with_gradient))
-        unclear = tuple(n for n in biases if not _is_added(n, inside | {choice}))
-        routers.append(Router(indices, experts, biases, unclear))
+        own = [n for n in sorted(inside - given) if n.op == "placeholder" and value(n).numel() == experts]
+        biases = [n for n in own if only_chooses(n, outputs) and _is_added(n, inside | {choice})]
+        routers.append(Router(indices, experts, tuple(biases)))
     return routers
+
+
+def only_chooses(node: Node, outputs: Collection[Node]) -> bool:
+    """Return whether `outputs` depend on the floating-point vector `node` through integers and booleans alone."""
+    fake = value(node)
+    if not fake.is_floating_point() or not 1 < fake.numel() == max(fake.shape):
+        return False
+    values = reachable([node], lambda n: filter(_has_values, readers(n)))
+    return values.isdisjoint(outputs) and not reachable([node], readers).isdisjoint(outputs)
 
 
 def count_loads(graph: Graph, routers: Sequence[Router], names: Sequence[str]) -> list[Node]:
@@ -105,14 +105,9 @@ def _chosen(node: Node) -> Node | None:
     return next((u for u in node.users if op_name(u) == "getitem" and u.args[1] == 1), None)
 
 
-def _floats(node: Node) -> bool:
-    """Return whether a node may have a gradient: its value is of floating point, or no single tensor."""
-    return not is_tensor(node) or value(node).is_floating_point()
-
-
-def _passes_on(node: Node) -> bool:
-    """Return whether a node may give its operands a gradient."""
-    return _floats(node) and op_name(node) not in _CONSTANT
+def _has_values(node: Node) -> bool:
+    """Return whether a node may have floating-point values that depend on its operands'."""
+    return (not is_tensor(node) or value(node).is_floating_point()) and op_name(node) not in _CONSTANT
 
 
 def _is_added(bias: Node, inside: Collection[Node]) -> bool:
@@ -125,5 +120,5 @@ def _is_added(bias: Node, inside: Collection[Node]) -> bool:
             elif op_name(user) not in _ADDS or user.kwargs:
                 return False
             else:
-                below |= reachable([user], lambda n: [m for m in n.users if m in inside and _passes_on(m)])
-    return all(op_name(n) in _RISING for n in below)
+                below |= reachable([user], lambda n: [m for m in n.users if m in inside and _has_values(m)])
+    return all(op_name(n) in _RISING and n.kwargs.get("largest", True) for n in below)

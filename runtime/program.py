@@ -20,7 +20,7 @@ from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import attention_of
 from mhc_compile.passes.base import Context, is_tensor, module_path, op_name, value
 from mhc_compile.passes.pipeline import WIDENING, Pipeline
-from mhc_compile.passes.routers import count_loads, find_routers
+from mhc_compile.passes.routers import count_loads, find_routers, only_chooses
 from mhc_compile.passes.stages import outputs_of, site_nodes
 
 
@@ -45,7 +45,7 @@ class Program:
     biases: dict[str, tuple[str, ...]]
     """Parameter or buffer that balances the loads of experts, and has no gradient -> the counters of these loads."""
     unclear: tuple[str, ...]
-    """Parameters and buffers that only the choice of experts depends on, in a way that is not known to balance."""
+    """Vectors without gradient that the model reads for choices alone, in a way that is not known to balance."""
     model: nn.Module
 
     @property
@@ -98,18 +98,24 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
     _keep_logits(graph, getattr(getattr(model, "config", None), "vocab_size", None), auxiliary)
     inputs = {node: name for node, name in inputs.items() if name != LABELS}
     tables = {m.handle: name for name, m in model.named_modules() if isinstance(m, MemoryTable)}
-    biases, unclear = _count_loads(graph, names, inputs)
+    biases = _count_loads(graph, names, inputs)
+    outputs = outputs_of(graph.graph)
+    unclear = tuple(
+        name
+        for node in graph.graph.find_nodes(op="placeholder")
+        if (name := names.get(node.name, "")) not in biases
+        and (name in buffers or (name in parameters and not parameters[name].requires_grad))
+        and only_chooses(node, outputs)
+    )
     return Program(graph, names, inputs, parameters, buffers, tables, biases, unclear, model)
 
 
-def _count_loads(
-    graph: GraphModule, names: Mapping[str, str], inputs: Collection[str]
-) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Add a counter for each router, named by its module; return the biases with their counters, and the unclear."""
+def _count_loads(graph: GraphModule, names: Mapping[str, str], inputs: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Add a counter for each router, named by its module; return the biases with their counters."""
     output = graph.graph.output_node()
-    logits, *others = outputs = output.all_input_nodes
+    outputs = output.all_input_nodes
     given = [n for n in graph.graph.find_nodes(op="placeholder") if n.name in inputs]
-    routers = find_routers(graph.graph, given, logits, others)
+    routers = find_routers(graph.graph, given, outputs)
     counters: list[str] = []
     biases: dict[str, tuple[str, ...]] = {}
     for router in routers:
@@ -119,8 +125,7 @@ def _count_loads(
         for bias in router.biases:
             biases[names[bias.name]] = (*biases.get(names[bias.name], ()), counters[-1])
     output.args = ((*outputs, *count_loads(graph.graph, routers, counters)),)
-    unclear = {names[n.name]: None for router in routers for n in router.unclear}
-    return {name: of for name, of in biases.items() if name not in unclear}, tuple(unclear)
+    return biases
 
 
 def _scalars(graph: GraphModule) -> list[Node]:
