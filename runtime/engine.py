@@ -21,7 +21,7 @@ from mhc_compile.passes.base import value
 from mhc_compile.passes.stages import counters_of, split_graph
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.denoiser import Denoiser
-from mhc_compile.runtime.experts import balance
+from mhc_compile.runtime.experts import balance, check_biases
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.optimizer import RunAdamW
@@ -214,8 +214,7 @@ def capture(recipe: Recipe, device: torch.device) -> Program:
     if recipe.parallel.engram > 1:
         look_up_early(model)
     program = capture_program(model, example_batch(recipe, device))
-    if program.unclear and recipe.train.balance_rate:
-        raise MHCError("MHC623", f"{', '.join(program.unclear)}; train.balance_rate = {recipe.train.balance_rate}")
+    check_biases(program, recipe.train.balance_rate)
     return program
 
 

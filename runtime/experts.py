@@ -7,6 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.runtime.program import Program
+
+
+def check_biases(program: Program, rate: float) -> None:
+    """Raise MHC623 where `rate` would move biases, and what of the model balances its experts is not clear."""
+    if rate and program.unclear:
+        raise MHCError("MHC623", f"{', '.join(program.unclear)}; train.balance_rate = {rate}")
+
 
 @torch.no_grad()
 def balance(bias: Tensor, load: Tensor, rate: float) -> None:
