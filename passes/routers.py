@@ -106,8 +106,9 @@ def _chosen(node: Node) -> Node | None:
 
 
 def _has_values(node: Node) -> bool:
-    """Return whether a node may have floating-point values that depend on its operands'."""
-    return (not is_tensor(node) or value(node).is_floating_point()) and op_name(node) not in _CONSTANT
+    """Return whether a node may have floating-point or complex values that depend on its operands'."""
+    exact = is_tensor(node) and not value(node).is_floating_point() and not value(node).is_complex()
+    return not exact and op_name(node) not in _CONSTANT
 
 
 def _is_added(bias: Node, inside: Collection[Node]) -> bool:
