@@ -58,6 +58,16 @@ def base_of(node: object) -> Node | None:
     return node if isinstance(node, Node) else None
 
 
+def readers(node: Node) -> list[Node]:
+    """Return the nodes that read `node`, or where it writes into a value, that value, directly or through views."""
+    base = base_of(node.args[0]) if writes(node) else None
+    written = [] if base is None else list(base.users)
+    for user in written:  # grows
+        if op_name(user) in VIEWS:
+            written += user.users
+    return [*node.users, *written]
+
+
 class Writer:
     """Inserts nodes at the graph's insertion point, with the provenance of `like`: module path, source line, tags."""
 

@@ -22,11 +22,14 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.form import ENTRY
 from mhc_compile.kernels.forms import COEFFICIENTS, READS
 from mhc_compile.passes.base import is_tensor, op_name, refuse, switches_gradients, value
-from mhc_compile.passes.graphs import VIEWS, base_of, reachable, writes
+from mhc_compile.passes.graphs import ancestors, base_of, reachable, readers, writes
 
 DIALECT = torch.ops.mhc
 SITE = "mhc_site"
 """Key in the `meta` of the name of the site that begins with a node, or of the one after which a node is the state."""
+COUNTER = "mhc_counter"
+"""Key in the `meta` of the name of a counter: a small tensor without gradient, counted for every microbatch. Counters
+are the last outputs of a graph, and of the piece that computes what they count."""
 _RANDOM = ("rand", "randn", "rand_like", "randn_like", "bernoulli", "multinomial", "normal_", "uniform_", "bernoulli_")
 
 
@@ -49,6 +52,16 @@ def site_nodes(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.target in COEFFICIENTS or (n.target in READS and SITE in n.meta)]
 
 
+def outputs_of(graph: Graph) -> list[Node]:
+    """Return the outputs of a graph without its counters."""
+    return [n for n in graph.output_node().all_input_nodes if COUNTER not in n.meta]
+
+
+def counters_of(graph: Graph) -> dict[str, Node]:
+    """Return the counters of a graph by name, in the order in which they follow its other outputs."""
+    return {n.meta[COUNTER]: n for n in graph.output_node().all_input_nodes if COUNTER in n.meta}
+
+
 def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = ()) -> list[Piece]:
     """Cut the dialect graph `gm` before the sites numbered `starts` (ascending, from 1 up); `gm` is not changed.
 
@@ -65,12 +78,13 @@ def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = (
     for node in {n for nodes in crossing for n in nodes}:
         if not is_tensor(node) or not value(node).is_floating_point():
             raise refuse("MHC621", f"{op_name(node)} gives no floating-point tensor", node)
-    ends = [*crossing, gm.graph.output_node().all_input_nodes]
+    ends = [*crossing, outputs_of(gm.graph)]
+    counters = counters_of(gm.graph).values()
     pieces = []
     for k, (inside, out) in enumerate(zip([[], *crossing], ends, strict=True)):
         pieces.append(
             Piece(
-                graph=_slice(gm, inside, out),
+                graph=_slice(gm, inside, [*out, *(n for n in counters if place.get(n, 0) == k)]),
                 sites=tuple(range(bounds[k], bounds[k + 1])),
                 crosses_in=tuple(n.name for n in inside),
                 crosses_out=tuple(n.name for n in out) if k < len(starts) else (),
@@ -123,10 +137,13 @@ def places(graph: Graph, starts: Sequence[int], given: Sequence[str] = ()) -> di
             place[node] = len(starts)
         elif node in depends:
             # A write into a value belongs to the pieces that read it afterwards; a write that nothing reads, to none.
-            readers = [*node.users, *(_readers(node) if writes(node) else ())]
-            later = [place[u] for u in readers if u in place]
+            later = [place[u] for u in readers(node) if u in place and not (COUNTER in node.meta and u.op == "output")]
             if node in anchored or later:
                 place[node] = anchored.get(node, min(later, default=0))
+    counted = ancestors(counters_of(graph).values())
+    for node in graph.nodes:  # what only counters read is computed with the last value that it reads
+        if node in depends and node in counted and node not in place:
+            place[node] = max((place[n] for n in node.all_input_nodes if n in place), default=0)
     return place
 
 
@@ -159,7 +176,7 @@ def dropout_of(node: Node) -> float:
 
 def _crossing(place: dict[Node, int], k: int) -> list[Node]:
     """Return what is computed before cut k and read after it, in the order of the graph."""
-    inner = (n for n in place if n.op not in ("placeholder", "output"))
+    inner = (n for n in place if n.op not in ("placeholder", "output") and COUNTER not in n.meta)
     return sorted(n for n in inner if place[n] < k and any(place.get(u, 0) >= k for u in n.users))
 
 
@@ -191,16 +208,6 @@ def _needed(graph: Graph, inside: Sequence[Node], outputs: Sequence[Node]) -> se
     while new := [w for w in writers if w not in needed and base_of(w.args[0]) in needed]:
         need(new)
     return needed
-
-
-def _readers(writer: Node) -> list[Node]:
-    """Return the nodes that read, directly or through views, the value that `writer` changes."""
-    base = base_of(writer.args[0])
-    readers = [] if base is None else list(base.users)
-    for node in readers:  # grows
-        if op_name(node) in VIEWS:
-            readers += node.users
-    return readers
 
 
 def _is_region(node: Node) -> bool:

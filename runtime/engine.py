@@ -17,9 +17,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import IDS, POSITIONS
-from mhc_compile.passes.stages import split_graph
+from mhc_compile.passes.base import value
+from mhc_compile.passes.stages import counters_of, split_graph
 from mhc_compile.runtime.balance import cuts
 from mhc_compile.runtime.denoiser import Denoiser
+from mhc_compile.runtime.experts import balance, check_biases
 from mhc_compile.runtime.launch import World
 from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.optimizer import RunAdamW
@@ -43,6 +45,8 @@ class Step:
     """Of all gradients, before clipping."""
     stop: bool
     """Whether a rank wants to stop after it."""
+    loads: Mapping[str, Tensor]
+    """How many tokens each expert of each router got in it, float64 `[experts]` by the router's name."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,32 @@ class Engine:
             self.optimizer.reduce()
             norm = self.optimizer.norm()
             (total, auxiliary), norm, stops = over_ranks(loss, norm, stop)
+            loads = self._counted()
         replicas = self.world.parallel.replicas
-        return Step(total / replicas, auxiliary / replicas, norm, stops)
+        return Step(total / replicas, auxiliary / replicas, norm, stops, loads)
+
+    def update(self, step: int, done: Step) -> float:
+        """Update the weights after `gradients`, and the biases that balance experts; return the learning rate."""
+        rate = self.optimizer.update(step, done.norm)
+        for stage in self.stages:
+            for name, bias in stage.biases.items():
+                load = torch.stack([done.loads[counter] for counter in self.program.biases[name]]).sum(0)
+                balance(bias, load, self.recipe.train.balance_rate)
+            stage.forget_casts()
+        return rate
+
+    def _counted(self) -> dict[str, Tensor]:
+        """Return the sums of all counters over the microbatches of a step and all ranks, by name. A collective."""
+        shapes = {name: value(node).shape for name, node in counters_of(self.program.graph.graph).items()}
+        if not shapes:
+            return {}
+        sums = {name: torch.zeros(s, dtype=torch.float64, device=self.world.device) for name, s in shapes.items()}
+        for stage in self.stages:
+            sums |= stage.take_counted()
+        flat = torch.cat([t.flatten() for t in sums.values()])
+        dist.all_reduce(flat)
+        parts = flat.split([s.numel() for s in shapes.values()])
+        return {name: t.view(shape) for (name, shape), t in zip(shapes.items(), parts, strict=True)}
 
 
 def over_ranks(losses: Tensor, norm: float, stop: bool) -> tuple[list[float], float, bool]:
@@ -185,7 +213,9 @@ def capture(recipe: Recipe, device: torch.device) -> Program:
         raise MHCError("MHC602", detail, way_out="leave data.documents out")
     if recipe.parallel.engram > 1:
         look_up_early(model)
-    return capture_program(model, example_batch(recipe, device))
+    program = capture_program(model, example_batch(recipe, device))
+    check_biases(program, recipe.train.balance_rate)
+    return program
 
 
 def example_batch(recipe: Recipe, device: torch.device) -> dict[str, Tensor]:
@@ -207,8 +237,8 @@ def splits(recipe: Recipe) -> bool:
 
 
 def _shard(stage: Stage, world: World) -> None:
-    """Spread every parameter of a stage over the replicas, one message a unit; rows of tables stay as they are."""
-    rows = {p for t in stage.tables.values() for p in t.parameters()}
+    """Spread every parameter of a stage over the replicas, one message a unit; tables and biases stay as they are."""
+    rows = {p for t in stage.tables.values() for p in t.parameters()} | set(stage.biases.values())
     # Whole from a step's first use to its end: between a forward and its backward other microbatches use them, too.
     how: dict[str, Any] = {"mesh": world.replica_mesh, "reshard_after_forward": False, "ignored_params": rows}
     for unit in stage.units:

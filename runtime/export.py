@@ -131,30 +131,35 @@ def _refuse_another(stored: Stored, model: nn.Module) -> None:
     weights = {
         # A run keeps floating-point parameters as float32 masters, whatever the graph computes in.
         f"model/{name}": form_of(p.shape, torch.float32 if p.is_floating_point() else p.dtype)
-        for name, p in _parameters(model).items()
+        for name, p in _weights(model, stored).items()
     }
     weights |= {f"tables/{name}.weight": form_of((t.rows, t.width), t.dtype) for name, t in tables_of(model).items()}
     if differences := stored.description.differences(weights):
         raise MHCError("MHC617", f"{stored.folder}: {'; '.join(differences)}")
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are not of tables; a tied one by its first name."""
+def _weights(model: nn.Module, stored: Stored) -> dict[str, Tensor]:
+    """Return the parameters that are not of tables, a tied one by its first name, and the buffers that a run moves."""
     of_tables = {id(p) for t in tables_of(model).values() for p in t.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) not in of_tables}
+    weights = {name: p for name, p in model.named_parameters() if id(p) not in of_tables}
+    moved = {name: b for name, b in model.named_buffers() if f"model/{name}" in stored.description.tensors}
+    return weights | moved
 
 
 def _fill(model: nn.Module, stored: Stored, near: Path) -> None:
     """Put the checkpoint's values, mapped from files, into the place of the model's parameters and tables."""
+    values = {p: stored.tensor(f"model/{name}", near) for name, p in _weights(model, stored).items()}
     mapped = {  # a tied weight stays tied
-        p: nn.Parameter(stored.tensor(f"model/{name}", near), requires_grad=p.requires_grad)
-        for name, p in _parameters(model).items()
+        p: nn.Parameter(value, requires_grad=p.requires_grad)
+        for p, value in values.items()
+        if isinstance(p, nn.Parameter)
     }
     for name in tables_of(model):
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent).add_module(attribute, stored.table(f"tables/{name}.weight"))
     for module in model.modules():
         module._parameters |= {name: mapped[p] for name, p in module._parameters.items() if p in mapped}
+        module._buffers |= {name: values[b] for name, b in module._buffers.items() if b in values}
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from mhc_compile.runtime.data.tokenizer import model_positions
 from mhc_compile.runtime.denoiser import Denoiser
 from mhc_compile.runtime.engine import Engine, build_engine
 from mhc_compile.runtime.evaluate import evaluate
+from mhc_compile.runtime.experts import imbalance
 from mhc_compile.runtime.guard import Guard
 from mhc_compile.runtime.launch import World, launch
 from mhc_compile.runtime.metrics import Metrics, summary_writer
@@ -171,11 +172,11 @@ class _Run:
             if self.engine.program.auxiliary:
                 figures["auxiliary_loss"] = result.auxiliary
             if verdict == "ok":
-                figures["lr"] = optimizer.update(step, result.norm)
+                figures["lr"] = self.engine.update(step, result)
             else:
                 optimizer.skip()
             metrics.progress(step, result.loss, recipe.train.batch * recipe.data.sequence)
-            self._measure(step, batch, figures, metrics)
+            self._measure(step, batch, figures, metrics, result.loads)
             last = result.stop or step == recipe.train.steps
             if last or self.checkpoints.due(step):
                 state = training_state(self.engine.stages, optimizer, self._progress(step))
@@ -189,7 +190,14 @@ class _Run:
             self.checkpoints.wait()
         return Result(step, result.loss, ended)
 
-    def _measure(self, step: int, batch: dict[str, Tensor], figures: dict[str, float], metrics: Metrics) -> None:
+    def _measure(
+        self,
+        step: int,
+        batch: dict[str, Tensor],
+        figures: dict[str, float],
+        metrics: Metrics,
+        loads: Mapping[str, Tensor],
+    ) -> None:
         """Evaluate, measure and log where the recipe says so."""
         recipe = self.recipe
         last = step == recipe.train.steps
@@ -203,7 +211,8 @@ class _Run:
                 figures |= stream_figures(self.engine.stages, rows, self.world.pipe_group)
             due = True
         if due:
-            metrics.log(step, figures)
+            lists = {f"expert_load/{name}": load.tolist() for name, load in loads.items()}
+            metrics.log(step, figures | imbalance(loads), lists)
 
     def _progress(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint says besides tensors, see `training_state`."""

@@ -12,13 +12,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -107,12 +108,13 @@ class Metrics(AbstractContextManager["Metrics"]):
                 self._drawn = now
                 self._bar.refresh()
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float], lists: Mapping[str, Sequence[float]] | None = None) -> None:
         """Write one line for `step` and show it; a step is logged once.
 
         To `values` (`loss`, `lr`, `grad_norm`, `evaluation_loss`, probes) are added `tokens_per_second` and `seconds`,
         a step's mean since the last line. Between `progress` and `log` of one step the clock stands still: evaluate and
-        probe there. A figure that is not finite is null in the file.
+        probe there. A figure that is not finite is null in the file. `lists`: counts, such as the load of each expert,
+        which are lists in the file and histograms in TensorBoard.
         """
         if not self.shows:
             return
@@ -122,9 +124,10 @@ class Metrics(AbstractContextManager["Metrics"]):
             values = {"tokens_per_second": self._tokens / seconds, "seconds": seconds / self._steps, **values}
         ordered = {name: float(values[name]) for name in (*_FIRST, *values) if name in values}
         line = {name: value if math.isfinite(value) else None for name, value in ordered.items()}
-        text = json.dumps({"step": step, **line}, allow_nan=False) + "\n"
+        counts = {name: [int(n) for n in numbers] for name, numbers in (lists or {}).items()}
+        text = json.dumps({"step": step, **line, **counts}, allow_nan=False) + "\n"
         self._write(text.encode())
-        self._write_events(step, ordered)
+        self._write_events(step, ordered, counts)
         self._logged = step
         self.say(self._text(step, ordered))
         self._tokens = self._steps = 0
@@ -146,13 +149,15 @@ class Metrics(AbstractContextManager["Metrics"]):
         else:
             self._left_out = False
 
-    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
-        """Write TensorBoard's scalars; it takes none after an error, which is a warning, MHC607."""
+    def _write_events(self, step: int, values: Mapping[str, float], counts: Mapping[str, Sequence[int]]) -> None:
+        """Write TensorBoard's scalars and histograms; it takes none after an error, which is a warning, MHC607."""
         if self._events is None:
             return
         try:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+            for name, numbers in counts.items():
+                self._events.add_histogram(name, np.array(numbers), step)
             self._events.flush()
         except OSError as error:
             warn("MHC607", f"{self._path.parent / EVENTS}: {error}; no more events are written")

@@ -21,7 +21,7 @@ from mhc_compile.config import Options
 from mhc_compile.conversion.memory import convert_streams
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.start import start_of
-from mhc_compile.loading import open_converted, read_streams
+from mhc_compile.loading import load_by_transformers, open_converted, read_streams
 from mhc_compile.memory.request import requested
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.owner import convert_owners
@@ -147,14 +147,22 @@ def _fill_buffers(model: Any, path: str, module: nn.Module) -> None:
 
 
 def _read_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Set the buffers that checkpoints hold. Raises MHC402 where the folder lacks one."""
+    """Set the buffers that checkpoints hold, also under names of old. Raises MHC402 where the folder lacks one."""
     kept = {name: t for name, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
     files = {name: shard.path for shard in checkpoint.shards for name in shard.tensors}
+    renamed: dict[str, Tensor] = {}
+    if not kept.keys() <= files.keys():
+        with quiet(transformers_module()):
+            loaded, report = load_by_transformers(checkpoint, model_class(checkpoint.config), {})
+        renamed = {name: t for name, t in loaded.named_buffers() if name not in report["missing_keys"]}
     for name, buffer in kept.items():
-        if name not in files:
+        if name in files:
+            with safe_open(files[name], framework="pt") as file:
+                buffer.copy_(file.get_tensor(name))
+        elif name in renamed:
+            buffer.copy_(renamed[name])
+        else:
             raise MHCError("MHC402", f"{checkpoint.folder} holds no {name}")
-        with safe_open(files[name], framework="pt") as file:
-            buffer.copy_(file.get_tensor(name))
 
 
 def _hollow(model: nn.Module, device: torch.device | str) -> nn.Module:

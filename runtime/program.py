@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import IDS, LABELS, without_cache
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import attention_of
-from mhc_compile.passes.base import Context, is_tensor, op_name, value
+from mhc_compile.passes.base import Context, is_tensor, module_path, op_name, value
 from mhc_compile.passes.pipeline import WIDENING, Pipeline
-from mhc_compile.passes.stages import site_nodes
+from mhc_compile.passes.routers import count_loads, find_routers, only_chooses
+from mhc_compile.passes.stages import outputs_of, site_nodes
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Program:
 
     graph: GraphModule
     """Its inputs are placeholders; its output is a tuple of the logits and, where the model's loss has terms beside
-    that of the tokens, their sum: a scalar, weighted as the model weights it."""
+    that of the tokens, their sum: a scalar, weighted as the model weights it. Counters follow: the load of every
+    router's experts."""
     names: dict[str, str]
     """Placeholder -> the parameter's or buffer's name in the model; user inputs are not among them."""
     inputs: dict[str, str]
@@ -40,12 +42,16 @@ class Program:
     """With the model's own values: rotary frequencies, the compression of a memory's ids."""
     tables: dict[int, str]
     """The name of each memory's table by the handle that the graph holds."""
+    biases: dict[str, tuple[str, ...]]
+    """Parameter or buffer that balances the loads of experts, and has no gradient -> the counters of these loads."""
+    unclear: tuple[str, ...]
+    """Vectors without gradient that the model reads for choices alone, in a way that is not known to balance."""
     model: nn.Module
 
     @property
     def auxiliary(self) -> bool:
         """Whether the model's loss has terms beside that of the tokens."""
-        return len(self.graph.graph.output_node().all_input_nodes) > 1
+        return len(outputs_of(self.graph.graph)) > 1
 
     @property
     def sites(self) -> int:
@@ -92,7 +98,34 @@ def capture_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
     _keep_logits(graph, getattr(getattr(model, "config", None), "vocab_size", None), auxiliary)
     inputs = {node: name for node, name in inputs.items() if name != LABELS}
     tables = {m.handle: name for name, m in model.named_modules() if isinstance(m, MemoryTable)}
-    return Program(graph, names, inputs, parameters, buffers, tables, model)
+    biases = _count_loads(graph, names, inputs)
+    outputs = outputs_of(graph.graph)
+    unclear = tuple(
+        name
+        for node in graph.graph.find_nodes(op="placeholder")
+        if (name := names.get(node.name, "")) not in biases
+        and (name in buffers or (name in parameters and not parameters[name].requires_grad))
+        and only_chooses(node, outputs)
+    )
+    return Program(graph, names, inputs, parameters, buffers, tables, biases, unclear, model)
+
+
+def _count_loads(graph: GraphModule, names: Mapping[str, str], inputs: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Add a counter for each router, named by its module; return the biases with their counters."""
+    output = graph.graph.output_node()
+    outputs = output.all_input_nodes
+    given = [n for n in graph.graph.find_nodes(op="placeholder") if n.name in inputs]
+    routers = find_routers(graph.graph, given, outputs)
+    counters: list[str] = []
+    biases: dict[str, tuple[str, ...]] = {}
+    for router in routers:
+        path = module_path(router.indices)
+        again = sum(name.partition("#")[0] == path for name in counters)
+        counters.append(f"{path}#{again}" if again else path)
+        for bias in router.biases:
+            biases[names[bias.name]] = (*biases.get(names[bias.name], ()), counters[-1])
+    output.args = ((*outputs, *count_loads(graph.graph, routers, counters)),)
+    return biases
 
 
 def _scalars(graph: GraphModule) -> list[Node]:

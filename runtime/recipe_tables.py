@@ -112,6 +112,8 @@ class TrainTable:
     """Of AdamW's moments."""
     clip: float = 1.0
     """The largest norm of all gradients together, tables included; 0: no clipping."""
+    balance_rate: float = 0.001
+    """How far a step moves the biases that balance experts, where the model has such (DeepSeek-V3); 0: they stay."""
     seed: int = 0
     """Of random weights and dropout."""
     evaluate_every: int = 0
@@ -125,6 +127,7 @@ class TrainTable:
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, batch=1, microbatch=1, warmup=0, clip=0, seed=0, weight_decay=0)
+        require(self.balance_rate >= 0, "train.balance_rate", self.balance_rate, "at least 0")
         _at_least("train", self, evaluate_every=0, evaluate_batches=1)
         require(self.lr > 0, "train.lr", self.lr, "greater than 0")
         require(self.warmup <= self.steps, "train.warmup", self.warmup, f"at most train.steps = {self.steps}")

@@ -19,7 +19,7 @@ from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.base import Context, value
 from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.recompute import Recompute
-from mhc_compile.passes.stages import Piece, site_nodes, split_graph
+from mhc_compile.passes.stages import Piece, outputs_of, site_nodes, split_graph
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit, copy_graph
 
@@ -94,6 +94,11 @@ class Stage(nn.Module):
         )
 
     @property
+    def biases(self) -> dict[str, nn.Parameter]:
+        """What balances its experts, by name: parameters without gradient, which the training loop moves."""
+        return {name: p for name, p in self.named_parameters() if name in self._program.biases}
+
+    @property
     def example_inputs(self) -> tuple[Tensor, ...]:
         """Tensors like its positional arguments, on the meta device."""
         if self.index == 0:
@@ -104,7 +109,7 @@ class Stage(nn.Module):
     @property
     def example_outputs(self) -> tuple[Tensor, ...]:
         """Tensors like its results, on the meta device."""
-        return tuple(_meta(value(n)) for n in self.piece.graph.graph.output_node().all_input_nodes)
+        return tuple(_meta(value(n)) for n in outputs_of(self.piece.graph.graph))
 
     def forward(self, *crossing: Tensor, **inputs: Tensor) -> Any:
         """Run the stage, see the class."""
@@ -172,6 +177,13 @@ class Stage(nn.Module):
 
         return run
 
+    def take_counted(self) -> dict[str, Tensor]:
+        """Return the sums of the stage's counters over the microbatches since the last call, float64, by name."""
+        counted = {name: t for unit in self.units for name, t in unit.counted.items()}
+        for unit in self.units:
+            unit.counted.clear()
+        return counted
+
     def begin_recompute(self) -> None:
         """Recompute what the next backward needs first, before the gradient of its output is there."""
         for unit in self.units:
@@ -212,11 +224,13 @@ class Stage(nn.Module):
         if table in self.tables:
             return Owned(self.tables[table], attribute, value(node).dtype)
         parent = _parent(root, name)
-        if name in self._program.parameters:
-            like = self._program.parameters[name]
+        balances = name in self._program.biases
+        if balances or name in self._program.parameters:
+            like = self._program.buffers[name] if name in self._program.buffers else self._program.parameters[name]
             dtype = torch.float32 if like.is_floating_point() else like.dtype
             empty = torch.empty(like.shape, dtype=dtype, device="meta")
-            parent.register_parameter(attribute, nn.Parameter(empty, requires_grad=like.requires_grad))
+            learns = like.requires_grad and not balances
+            parent.register_parameter(attribute, nn.Parameter(empty, requires_grad=learns))
         else:
             buffer = self._program.buffers[name].to(self.device, copy=True)
             parent.register_buffer(attribute, buffer, persistent=False)

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from mhc_compile.backend import compile_inner
 from mhc_compile.config import Options, lowering
 from mhc_compile.passes.base import Context, op_name, value
-from mhc_compile.passes.stages import Piece, dropout_of, is_random
+from mhc_compile.passes.stages import Piece, counters_of, dropout_of, is_random
 from mhc_compile.runtime.split import SplitFunction, compile_split
 
 Compiled = Callable[..., Any]
@@ -108,11 +108,21 @@ class Unit(nn.Module):
         self._random = any(_drops(n) for n in piece.graph.graph.nodes)
         self.functions: list[SplitFunction] = []
         """The compiled functions whose weights' gradients can be deferred."""
+        self.counted: dict[str, Tensor] = {}
+        """The sums of its counters over the training forward passes since they were last taken, float64."""
 
     def forward(self, crossing: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Return what crosses out of the piece, in its order, or the model's outputs, each contiguous."""
+        """Return what crosses out of the piece, in its order, or the model's outputs, each contiguous.
+
+        Counters stay here. Only a forward pass counts: what a backward pass recomputes is no output.
+        """
         arguments = self.arguments(crossing, inputs)
-        return tuple(t.contiguous() for t in self.compiled(arguments)(*arguments))
+        out = self.compiled(arguments)(*arguments)
+        counters = counters_of(self.piece.graph.graph)
+        if self.training:
+            for name, count in zip(counters, out[len(out) - len(counters) :], strict=True):
+                self.counted[name] = self.counted.get(name, 0) + count.double()
+        return tuple(t.contiguous() for t in out[: len(out) - len(counters)])
 
     def arguments(self, crossing: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the values of the graph's placeholders, each in the dtype in which the graph takes it."""

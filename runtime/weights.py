@@ -118,7 +118,7 @@ def _start_of_module(program: Program, path: str, seed: int) -> dict[str, Tensor
             draw(module)
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
-    values = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    values = {name: t.detach() for name, t in (module._parameters | module._buffers).items() if t is not None}
     if unset := [name for name, value in values.items() if value.isnan().any()]:
         way_out = "save a checkpoint with transformers' own start, and train with model.start = 'checkpoint'"
         raise MHCError("MHC622", f"nothing starts {path}.{unset[0]}", module=path, way_out=way_out)
@@ -157,7 +157,7 @@ def _load_renamed(missing: Sequence[tuple[str, nn.Parameter]], checkpoint: Check
     """Let transformers load the whole model, for a folder whose tensors it renames or merges (experts)."""
     with quiet(transformers_module()):
         model, report = load_by_transformers(checkpoint, model_class(checkpoint.config), {})
-    loaded = dict(model.named_parameters())
+    loaded = dict(model.named_parameters()) | dict(model.named_buffers())
     absent = {*report["missing_keys"], *(name for name, _ in missing if name not in loaded)}
     if lost := sorted(name for name, _ in missing if name in absent):
         raise MHCError("MHC622", f"{checkpoint.folder} has no {names(lost)}")

@@ -56,6 +56,9 @@ MHC621 a value would cross between stages that cannot be sent
     choose other cuts (parallel.balance names the sites of every stage), or fewer stages
 MHC622 weights of this stage are missing
     copy or download the folder again; every tensor of the model must be in it, as transformers saves it
+MHC623 what balances the experts is not clear
+    train.balance_rate = 0 leaves these buffers as they are; a bias is balanced that is added to the scores of experts,
+    [experts] values, for their choice alone
 MHC625 the inner compiler `eager` cannot recompute
     choose inner="inductor" or inner="aot_eager", or recompute="off"
 MHC626 the stream part does not fit into the bytes given for it

@@ -57,7 +57,7 @@ def stages_of(program: Program, starts: Sequence[int], options: Options | None =
     options = options or Options(inner="eager")
     stages = build_stages(program, starts, indices=range(len(starts) + 1), options=options, **how)
     materialise_all(stages)
-    own = dict(program.model.named_parameters())
+    own = dict(program.model.named_parameters()) | dict(program.model.named_buffers())
     for name, p in by_name(stages).items():
         assign(p, own[name].detach())
     return stages

@@ -161,6 +161,17 @@ def test_tensorboard_has_every_figure(tmp_path: Path) -> None:
     assert len(found.Scalars("loss")) == 6
 
 
+def test_lists_are_lists_in_the_file_and_histograms_in_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(tmp_path, total_steps=1, tensorboard=True, console=console()) as metrics:
+        metrics.log(1, {"loss": 1.0}, {"expert_load/gate": [3.0, 0.0, 5.0]})
+    assert json.loads((tmp_path / FILE).read_text()) == {"step": 1, "loss": 1.0, "expert_load/gate": [3, 0, 5]}
+    (event,) = EventAccumulator(str(tmp_path / EVENTS)).Reload().Histograms("expert_load/gate")
+    assert (event.step, event.histogram_value.num, event.histogram_value.sum) == (1, 3.0, 8.0)
+
+
 @pytest.mark.parametrize("shows", [True, False])
 def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shows: bool) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)

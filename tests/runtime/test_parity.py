@@ -48,7 +48,8 @@ def tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def check(recipes: dict[str, Recipe], answers: Path, wanted: Result | None = None, still: tuple[str, ...] = ()) -> None:
     first = next(iter(recipes.values()))
     losses, norms, weights = wanted or plain(first)
-    start = dict(mhc_compile.from_pretrained(first.model.folder, inner="eager").named_parameters())
+    model = mhc_compile.from_pretrained(first.model.folder, inner="eager")
+    start = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, found in spread(recipes, answers).items():
         torch.testing.assert_close(found[0], losses, rtol=2e-6, atol=0, msg=lambda m, n=name: f"{n}, losses: {m}")
         torch.testing.assert_close(found[1], norms, rtol=2e-5, atol=0, msg=lambda m, n=name: f"{n}, norms: {m}")
@@ -122,6 +123,25 @@ def test_the_auxiliary_loss_of_experts(tmp_path: Path) -> None:
     assert (
         wanted[0][0] > plain(recipe(free, train={"warmup": 0}, steps=1, **eager))[0][0] + 1
     )  # which is much of the loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_biases_that_balance_experts(inner: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "deepseek", n_routed_experts=8)
+    train = {"balance_rate": 0.02, "microbatch": 2}
+    model = {"inner": inner}
+    ways: dict[str, dict[str, Any]] = {
+        "1f1b": {"stages": 2, "data": 2},
+        "interleaved-fsdp": {"stages": 2, "data": 2, "mode": "fsdp", **WAYS["interleaved1f1b"]},
+        "zbv": {"stages": 2, **WAYS["zbv"]},
+        "dualpipev": {"stages": 2, **WAYS["dualpipev"]},
+    }
+    one = recipe(folder, train=train, model=model, recompute={"blocks": "auto"})
+    spread_over = {
+        name: recipe(folder, train=train, model=model, parallel={"timeout": 600, **way}) for name, way in ways.items()
+    }
+    check({"one": one, **spread_over}, tmp_path)
 
 
 def test_bfloat16_weights_are_those_of_the_step(llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,14 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import mhc_compile
 from mhc_compile.runtime import optimizer
@@ -23,12 +30,18 @@ from mhc_compile.runtime.launch import launch
 from mhc_compile.runtime.recipe import Recipe, parse_recipe
 
 VOCAB, LENGTH = 64, 8
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+"""A small DeepSeek-V3's attention and experts."""
 Result = tuple[list[float], list[float], dict[str, Tensor]]
 """The losses and the gradients' norms of all steps, and the trained parameters."""
 
 
 def model_folder(folder: Path, **config: Any) -> Path:
-    """A converted Llama, or a Mixtral, with random streams and a tied head, on the disk."""
+    """A converted Llama, or a Mixtral or DeepSeek-V3, with random streams and a tied head, on the disk."""
     torch.manual_seed(0)
     fields = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -37,12 +50,12 @@ def model_folder(folder: Path, **config: Any) -> Path:
     }  # fmt: skip
     extra = {name: config.pop(name) for name in ("engram", "ultramem", "streams", "form") if name in config}
     start = {"engram_start": "paper"} if "engram" in extra else {}
-    experts = "num_local_experts" in config
-    model = (
-        MixtralForCausalLM(MixtralConfig(**(fields | config)))
-        if experts
-        else LlamaForCausalLM(LlamaConfig(**(fields | config)))
-    )
+    if "num_local_experts" in config:
+        model: Any = MixtralForCausalLM(MixtralConfig(**(fields | config)))
+    elif "n_routed_experts" in config:
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**(fields | LATENT | config)))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
     mhc_compile.convert(model, scratch=True, start="paper", inner="eager", **extra, **start)
     for name, p in mhc_compile.stream_parameters(model).items():
         if name.endswith(".projection"):  # the values found make a difference from the first step on
@@ -77,6 +90,7 @@ def plain(recipe: Recipe) -> Result:
     t = recipe.train
     groups = mhc_compile.parameter_groups(model, weight_decay=t.weight_decay, lr=t.lr, steps=t.steps)
     adamw = mhc_compile.TableAdamW(groups, betas=t.betas)
+    gates = counted_gates(model)
     losses, norms = [], []
     for step in range(1, t.steps + 1):
         given = batch(step, t.batch)
@@ -91,8 +105,26 @@ def plain(recipe: Recipe) -> Result:
             group["lr"] = group["ratio"] * optimizer.learning_rate(step, t)
         adamw.step()
         adamw.zero_grad()
+        for gate in gates:
+            gate.e_score_correction_bias += t.balance_rate * torch.sign(gate.load.mean() - gate.load)
+            gate.load.zero_()
         losses.append(loss.item())
-    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
+    biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return losses, norms, {name: p.detach() for name, p in model.named_parameters()} | biases
+
+
+def counted_gates(model: nn.Module) -> list[Any]:
+    """DeepSeek-V3's routers, which from now on add the tokens of each expert to their buffer `load`."""
+    gates: list[Any] = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    for gate in gates:
+        gate.register_buffer("load", torch.zeros_like(gate.e_score_correction_bias), persistent=False)
+        gate.register_forward_hook(_count)
+    return gates
+
+
+def _count(gate: Any, _: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        gate.load += F.one_hot(out[2], len(gate.load)).sum((0, 1))
 
 
 def clip(model: nn.Module, most: float) -> Tensor:
@@ -153,7 +185,7 @@ def _train(recipe: Recipe) -> Result:
         for step in range(1, recipe.train.steps + 1):
             rows = slice(world.replica * share, (world.replica + 1) * share)
             found = engine.gradients({k: v[rows] for k, v in batch(step, recipe.train.batch).items()}, step)
-            engine.optimizer.update(step, found.norm)
+            engine.update(step, found)
             losses.append(found.loss)
             norms.append(found.norm)
             assert not kept(engine), "messages of a step that is over"
