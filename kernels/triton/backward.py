@@ -31,8 +31,6 @@ def pairs(x):
 def backward_source(chain: Chain) -> Source:
     """Return the whole Python file of the chain's backward: `backward`, `phi_gradient` and what they call."""
     parts = [text.header(chain, "backward")]
-    if chain.projects and chain.streams_dtype == torch.bfloat16:
-        parts.append(text.DOT_STREAMS)
     if _adds_pairs(chain):
         parts.append(PAIRS)
     if functions := site_functions(chain, backward=True):
@@ -83,7 +81,7 @@ def _weigh(chain: Chain) -> list[str]:
     lines = [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
     body = [*text.stream_lines(chain), f"dh = {text.load('d_h + at_y')}"]
     body += [f"dw_{i} += tl.sum(dh * x_{i}, 1)" for i in range(n)]
-    return lines + text.loop(chain, body)
+    return lines + text.loop(chain, body, tiles=4)
 
 
 def _inverse_rms(chain: Chain) -> list[str]:

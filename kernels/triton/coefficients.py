@@ -17,7 +17,7 @@ from mhc_compile.kernels.reference import LOGIT_FLOOR, sinkhorn_axes, vanishing
 from mhc_compile.kernels.spec import StreamSpec
 
 # Values per token that the backward of Sinkhorn keeps in registers, besides the matrix and the gradient it works on.
-KEPT_VALUES = 32
+KEPT_VALUES = 64
 SUMS = {-2: "Columns sum to 1 afterwards.", -1: "Rows sum to 1 afterwards."}
 
 

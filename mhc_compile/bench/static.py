@@ -10,6 +10,7 @@ and what two units cannot do at once, come on top.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from collections import Counter
@@ -276,11 +277,7 @@ def turns_of(ttgir: str, dynamic: float) -> list[tuple[int, float]]:
 def stages_of(compiled: Compiled, dynamic: float, share: float) -> list[Stage]:
     """Return the stages of a kernel; `share` is the number of warps per token."""
     instructions, loops = parse(compiled.disassembly())
-    turns = turns_of(compiled.texts["ttgir"], dynamic)
-    # Short loops that wait for a part of the GPU are not in Triton's text.
-    longest = sorted(loops, key=lambda loop: loop[0] - loop[1])[: len(turns)]
-    loops = sorted(longest, key=lambda loop: (loop[0], -loop[1]))
-    assert len(loops) == len(turns), f"{len(turns)} loops are {len(loops)} in the machine code"
+    loops, turns = matched(loops, turns_of(compiled.texts["ttgir"], dynamic))
     every: dict[str, tuple[Counter[str], Counter[int]]] = {}
     for at, (name, text) in enumerate(instructions):
         around = [i for i, (first, last) in enumerate(loops) if first <= at <= last]
@@ -298,6 +295,29 @@ def stages_of(compiled: Compiled, dynamic: float, share: float) -> list[Stage]:
             size = _BYTES[width[1]] if width else 4
             widths[size] += weight * size * _WARP
     return [Stage(name, dict(kinds), dict(widths)) for name, (kinds, widths) in every.items()]
+
+
+def matched(
+    loops: list[tuple[int, int]], turns: list[tuple[int, float]]
+) -> tuple[list[tuple[int, int]], list[tuple[int, float]]]:
+    """Return the loops of the machine code with those of Triton's text, one for one.
+
+    Left out are short loops that wait for a part of the GPU, which Triton's text does not have, and loops of few turns
+    that the compiler has written out, whose instructions count as they stand.
+    """
+    longest = sorted(loops, key=lambda loop: loop[0] - loop[1])[: len(turns)]
+    loops = sorted(longest, key=lambda loop: (loop[0], -loop[1]))
+    depths = [sum(a <= first and last <= b for a, b in loops) - 1 for first, last in loops]
+    least = sorted(range(len(turns)), key=lambda i: turns[i][1])[:12]
+    for gone in itertools.combinations(least, len(turns) - len(loops)):
+        left = []
+        for i, (depth, count) in enumerate(turns):
+            above = [max(j for j in range(i) if turns[j][0] == d) for d in range(depth)]
+            if i not in gone:
+                left.append((depth - len(set(above) & set(gone)), count))
+        if [depth for depth, _ in left] == depths:
+            return loops, left
+    raise AssertionError(f"the loops {loops} of the machine code are not those of Triton's text, {turns}")
 
 
 def products_of(compiled: Compiled, dynamic: float) -> dict[str, float]:
