@@ -165,16 +165,20 @@ def load(pointer: str, policy: str = "") -> str:
     return f"tl.load({pointer}, inside, other=0.0{hint}).to(tl.float32)"
 
 
+def input_lines(chain: Chain, policy: str = "") -> list[str]:
+    """Emit `in_j` and `branch` where the chain mixes, otherwise `x_i`, as they are read, in float32."""
+    name = "in" if chain.mixes else "x"
+    streams = range(chain.stream.streams)
+    lines = [f"{name}_{j} = {load(f'X + at_X + {j * chain.width}', policy)}" for j in streams]
+    return [*lines, f"branch = {load('y + at_y', policy)}"] if chain.mixes else lines
+
+
 def stream_lines(chain: Chain, policy: str = "") -> list[str]:
     """Emit `x_i`, mixed from `in_j` and `branch` where the chain mixes, in float32 with the values that are stored."""
-    n, width = chain.stream.streams, chain.width
-    name = "in" if chain.mixes else "x"
-    lines = [f"{name}_{j} = {load(f'X + at_X + {j * width}', policy)}" for j in range(n)]
-    if chain.mixes:
-        lines.append(f"branch = {load('y + at_y', policy)}")
-        for i in range(n):
-            terms = [f"post_{i}[:, None] * branch", *(f"H_{i}{j}[:, None] * in_{j}" for j in range(n))]
-            lines.append(f"x_{i} = {rounded(chain, ' + '.join(terms))}")
+    n, lines = chain.stream.streams, input_lines(chain, policy)
+    for i in range(n if chain.mixes else 0):
+        terms = [f"post_{i}[:, None] * branch", *(f"H_{i}{j}[:, None] * in_{j}" for j in range(n))]
+        lines.append(f"x_{i} = {rounded(chain, ' + '.join(terms))}")
     return lines
 
 

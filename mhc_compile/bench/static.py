@@ -324,7 +324,7 @@ def products_of(compiled: Compiled, dynamic: float) -> dict[str, float]:
     """Return the products of a program on tensor cores, by the dtype of the factors."""
     products: Counter[str] = Counter()
     for weight, line in _weighted(compiled.texts["ttgir"], dynamic):
-        if re.search(r"warp_group_dot %|tt\.dot %|tc_gen5_mma %", line) and "#blocked}>> *" not in line:
+        if re.search(r"warp_group_dot %|tt\.dot %|tc_gen5_mma %", line) and "parent = #blocked" not in line:
             shapes = re.findall(r"(?:tensor|memdesc)<(\d+)x(\d+)x(\w+),", line)
             (m, k, dtype), (_, n, _) = shapes[0], shapes[1]
             products[dtype] += weight * int(m) * int(k) * int(n)
