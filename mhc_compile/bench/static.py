@@ -2,9 +2,9 @@
 
 A kernel is compiled for an architecture and disassembled. Its loops are those of Triton's own intermediate text, whose
 bounds are known, so that every instruction counts as often as a program executes it. A launch's grid is recorded by
-launching with tensors that have no storage. From both follow, per token, the work of every unit of a multiprocessor and
-the time that the unit needs for it alone; the largest is the bound. Nothing waits for anything in this model: latencies,
-and what two units cannot do at once, come on top.
+launching with tensors that have no storage. From both follow, per token, the work of every unit of a multiprocessor
+and the time that the unit needs for it alone; the largest is the bound. Nothing waits for anything in this model:
+latencies, and what two units cannot do at once, come on top.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def launches(spec: KernelSpec, direction: Direction, tokens: int, tile: TileConf
     """Return the launches of one direction by kernel, recorded with tensors without storage."""
     launcher, calls = copy.copy(launcher_of(spec)), {}
 
-    def record(spec: KernelSpec, direction: Direction, kernel: str, device: torch.device, call: Any) -> Call:
+    def record(spec: KernelSpec, _: Direction, kernel: str, device: torch.device, call: Any) -> Call:  # noqa: ARG001
         calls[kernel] = call(tile or launcher.tiles(spec, kernel, 90)[0])
         return calls[kernel]
 
@@ -253,8 +253,8 @@ def parse(text: str) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
 def turns_of(ttgir: str, dynamic: float) -> list[tuple[int, float]]:
     """Return the depth and the number of turns of every loop, in the order of the text.
 
-    A bound that is not a number is that of a loop over tokens, with `dynamic` turns; inside another loop it grows by one
-    each turn, as where Sinkhorn's steps are walked back.
+    A bound that is not a number is that of a loop over tokens, with `dynamic` turns; inside another loop it grows by
+    one each turn, as where Sinkhorn's steps are walked back.
     """
     loops: list[tuple[int, float]] = []
     outer: list[tuple[int, float]] = []  # indentation, turns
