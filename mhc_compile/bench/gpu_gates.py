@@ -19,7 +19,8 @@ from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.target import Reference
 
-_HALF = {"streams_dtype": torch.bfloat16, "branch_dtype": torch.bfloat16}
+_HALF: dict[str, Any] = {"streams_dtype": torch.bfloat16, "branch_dtype": torch.bfloat16}
+_FULL: dict[str, Any] = {}
 _NORMS: tuple[Norm, ...] = get_args(Norm)
 LARGE = 4096.0
 """The scale of large gradients: a sum of squares of them still has to fit into float32."""
@@ -46,8 +47,8 @@ def gates(*, small: bool) -> Iterator[Gate]:
     streams = (4,) if small else (4, 2, 8)
     for n, width, norm, half in itertools.product(streams, widths, _NORMS[:1] if small else _NORMS, (True, False)):
         eps = 0.0 if norm == "none" else 1e-6
-        dtypes: dict[str, Any] = _HALF if half else {}
-        chain = Chain(kind="boundary", stream=StreamSpec(streams=n), width=width, norm=norm, norm_eps=eps, **dtypes)
+        dtypes, stream = _HALF if half else _FULL, StreamSpec(streams=n)
+        chain = Chain(kind="boundary", stream=stream, width=width, norm=norm, norm_eps=eps, **dtypes)
         yield Gate(chain, (tokens,))
         if width == widths[0] and n == 4:
             yield Gate(chain, (tokens,), LARGE)

@@ -200,7 +200,7 @@ def decoding(s: Setting) -> Iterator[Finding]:
     for tokens in (1, 4) if s.small else (1, 4, 16, 64):
         inputs = boundary.random_inputs(chain, tokens, s.device)
         with torch.no_grad():
-            called = lambda inputs=inputs: boundary.ours(chain)(*inputs)  # type: ignore[misc]  # noqa: E731
+            called = lambda inputs=inputs: boundary.ours(chain)(*inputs)  # noqa: E731
             figures = {"called": _median(called, s), "replayed": _median(_replayed(called, s.device)[0], s)}
         figure = ", ".join(f"{name} {1e6 * t:.1f} us" for name, t in figures.items())
         yield Finding(f"boundary forward, {tokens} tokens, C={chain.width}", figure, figures)
@@ -300,7 +300,7 @@ def one_rank(s: Setting) -> Iterator[Finding]:
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     alone = gradients(compiled)
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         together = gradients(DistributedDataParallel(compiled, device_ids=[0] if s.device.type == "cuda" else None))
         total = torch.ones(1 << (10 if s.small else 26), device=s.device)

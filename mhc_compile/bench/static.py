@@ -13,24 +13,28 @@ import copy
 import itertools
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from mhc_compile.kernels.attend import Attend
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.in_triton import launcher_of
 from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec
+from mhc_compile.kernels.memory.spec import FusionSpec
+from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.triton.build import Compiled
 from mhc_compile.kernels.triton.launch import Call
 from mhc_compile.kernels.triton.tiles import TileConfig
 
 TOKENS = 16384
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -146,12 +150,21 @@ def subjects(*, quick: bool) -> list[KernelSpec]:
     """Return the kernels' specifications."""
     if quick:
         return [Chain(kind="distribute", stream=StreamSpec(), width=128)]
-    half = {"streams_dtype": torch.bfloat16, "branch_dtype": torch.bfloat16}
-    chains = [Chain(kind="boundary", stream=StreamSpec(), width=width, **half) for width in (4096, 7168)]
-    chains.append(Chain(kind="boundary", stream=StreamSpec(), width=4096, norm="rms", norm_eps=1e-6, **half))
-    chains.append(Chain(kind="boundary", stream=StreamSpec(), width=4096))
-    chains += [Chain(kind=kind, stream=StreamSpec(), width=4096, **half) for kind in ("read", "distribute", "leave")]
-    return chains
+    half: dict[str, Any] = {"streams_dtype": torch.bfloat16, "branch_dtype": torch.bfloat16}
+    specs: list[KernelSpec] = [
+        Chain(kind="boundary", stream=StreamSpec(), width=4096, **half),
+        Chain(kind="boundary", stream=StreamSpec(), width=7168, **half),
+        Chain(kind="boundary", stream=StreamSpec(), width=4096, norm="rms", norm_eps=1e-6, **half),
+        Chain(kind="boundary", stream=StreamSpec(), width=4096),
+        Chain(kind="read", stream=StreamSpec(), width=4096, **half),
+        Chain(kind="distribute", stream=StreamSpec(), width=4096, **half),
+        Attend(sources=5, width=4096, sources_dtype=torch.bfloat16),
+    ]
+    steps: tuple[tuple[Literal["gate", "remember", "add", "inject"], int], ...] = (("remember", 0), ("inject", 3))
+    dtypes: dict[str, Any] = dict.fromkeys(("streams_dtype", "keys_dtype", "value_dtype"), torch.bfloat16)
+    for kind, dilation in steps:
+        specs.append(MemoryStep(kind=kind, streams=4, width=4096, spec=FusionSpec(dilation=dilation), **dtypes))
+    return specs
 
 
 def kernels_of(spec: KernelSpec, arch: int, tokens: int = TOKENS, tile: TileConfig | None = None) -> list[Model]:
@@ -173,9 +186,10 @@ def launches(spec: KernelSpec, direction: Direction, tokens: int, tile: TileConf
         calls[kernel] = call(tile or launcher.tiles(spec, kernel, 90)[0])
         return calls[kernel]
 
-    launcher.launch = record  # type: ignore[method-assign]
+    launcher.launch = record  # type: ignore[method-assign, assignment]
+    sizes = (tokens,) if len(spec.one_token) == 1 else (1, tokens, 0)
     values = {
-        name: torch.empty(spec.shape(name, (tokens,)), dtype=spec.dtype(name), device="meta")
+        name: torch.empty(spec.shape(name, sizes), dtype=spec.dtype(name), device="meta")
         for name in spec.inputs(direction)
     }
     launcher.run(spec, direction, values)
@@ -192,7 +206,7 @@ def model_of(
     # Of a loop over tokens, whose bounds come with the launch, the number of turns.
     turns = call.numbers.get("per_split", 0) // tile.tokens or call.numbers.get("per_program", 1)
     stages = stages_of(compiled, turns, warps * math.prod(call.grid) / tokens)
-    least, most = _bytes(spec, direction, kernel)
+    least, most = _bytes(spec, direction, kernel) or (sum(_total(s.loads for s in stages).values()),) * 2
     held = programs * gpu.multiprocessors * tokens / math.prod(call.grid) * (most - least)
     memory = least + (most - least) * max(0.0, 1 - gpu.cache / max(held, 1))
     products = {dtype: n * math.prod(call.grid) / tokens for dtype, n in products_of(compiled, turns).items()}
@@ -203,13 +217,16 @@ def model_of(
     )  # fmt: skip
 
 
-def _bytes(spec: KernelSpec, direction: Direction, kernel: str) -> tuple[float, float]:
-    """Return what a kernel moves per token: each value once, and every pass of it.
+def _bytes(spec: KernelSpec, direction: Direction, kernel: str) -> tuple[float, float] | None:
+    """Return what a kernel moves per token, each value once, and with every pass of it.
 
-    Of the backward of a chain, phi's gradient is a kernel of its own, which reads streams and branch.
+    Of the backward of a chain, phi's gradient is a kernel of its own, which reads streams and branch. Return None for
+    one of several kernels of a memory, which move what they access.
     """
+    if len(launcher_of(spec).kernels(spec, direction)) > 1 and not isinstance(spec, Chain):
+        return None
     passes = dict(launcher_of(spec).source(spec, direction).passes)
-    sizes = {name: math.prod(spec.shape(name, (1,))) * spec.dtype(name).itemsize for name in passes}
+    sizes = {name: math.prod(spec.shape(name, spec.one_token)) * spec.dtype(name).itemsize for name in passes}
     inputs = [name for name in passes if name in ("X", "y")]
     if kernel == "phi_gradient":
         return (float(sum(sizes[name] for name in inputs)),) * 2
@@ -278,12 +295,12 @@ def stages_of(compiled: Compiled, dynamic: float, share: float) -> list[Stage]:
     """Return the stages of a kernel; `share` is the number of warps per token."""
     instructions, loops = parse(compiled.disassembly())
     loops, turns = matched(loops, turns_of(compiled.texts["ttgir"], dynamic))
-    every: dict[str, tuple[Counter[str], Counter[int]]] = {}
+    every: dict[str, tuple[dict[str, float], dict[int, float]]] = {}
     for at, (name, text) in enumerate(instructions):
         around = [i for i, (first, last) in enumerate(loops) if first <= at <= last]
         top = [i for i in around if turns[i][0] == 0]
         stage = f"loop {1 + [i for i, t in enumerate(turns) if t[0] == 0].index(top[0])}" if top else "outside"
-        kinds, widths = every.setdefault(stage, (Counter(), Counter()))
+        kinds, widths = every.setdefault(stage, (defaultdict(float), defaultdict(float)))
         weight = share * math.prod(turns[i][1] for i in around)
         kind = kind_of(name)
         kinds[kind] += weight
@@ -322,7 +339,7 @@ def matched(
 
 def products_of(compiled: Compiled, dynamic: float) -> dict[str, float]:
     """Return the products of a program on tensor cores, by the dtype of the factors."""
-    products: Counter[str] = Counter()
+    products: dict[str, float] = defaultdict(float)
     for weight, line in _weighted(compiled.texts["ttgir"], dynamic):
         if re.search(r"warp_group_dot %|tt\.dot %|tc_gen5_mma %", line) and "parent = #blocked" not in line:
             shapes = re.findall(r"(?:tensor|memdesc)<(\d+)x(\d+)x(\w+),", line)
@@ -345,10 +362,7 @@ def _weighted(ttgir: str, dynamic: float) -> Iterator[tuple[float, str]]:
 
 def times_of(stages: list[Stage], products: Mapping[str, float], gpu: Gpu) -> dict[str, float]:
     """Return nanoseconds per token of every unit, were it alone."""
-    kinds, widths = Counter[str](), Counter[int]()
-    for stage in stages:
-        kinds.update(stage.instructions)
-        widths.update(stage.loads)
+    kinds, widths = _total(s.instructions for s in stages), _total(s.loads for s in stages)
     loads = sum(kinds[kind] for kind in ("shared", "global", "shuffle"))
     clocks = {
         "issue": sum(kinds.values()) / _QUARTERS,
@@ -362,10 +376,16 @@ def times_of(stages: list[Stage], products: Mapping[str, float], gpu: Gpu) -> di
     return {unit: 1e9 * c / (gpu.clock * gpu.multiprocessors) for unit, c in clocks.items()}
 
 
+def _total(parts: Iterable[Mapping[K, float]]) -> dict[K, float]:
+    total: dict[K, float] = defaultdict(float)
+    for part in parts:
+        for key, value in part.items():
+            total[key] += value
+    return total
+
+
 def _row(m: Model) -> list[str]:
-    widths: Counter[int] = Counter()
-    for stage in m.stages:
-        widths.update(stage.loads)
+    widths = _total(s.loads for s in m.stages)
     others = {unit: t for unit, t in m.times.items() if unit not in ("memory", "issue")}
     worst = max(others, key=lambda unit: others[unit])
     stages = ", ".join(f"{s.name} {sum(s.instructions.values()):.0f}" for s in m.stages)
