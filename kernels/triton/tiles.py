@@ -58,7 +58,8 @@ _CUTS = {
 def default(chain: Chain, kernel: str, arch: int | str) -> TileConfig:
     """Return the choice without measuring, for an architecture (80, 90, ... for NVIDIA, "gfx942", ... for AMD)."""
     if kernel == "phi_gradient":
-        return _cut(16, 64, 4)
+        cuts = {"sm_90": _cut(32, 64, 4), "sm_100": _cut(32, 32, 4)} if chain.streams_dtype == torch.bfloat16 else {}
+        return cuts.get(_family(arch), _cut(16, 64, 4))
     if not chain.projects:  # tokens alone are shared out: small blocks fill the GPU
         return _cut(4, 128 if kernel == "backward" else 256, 4)
     of_float32, of_half = _CUTS[kernel, _family(arch)]

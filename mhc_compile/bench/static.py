@@ -60,11 +60,11 @@ GPUS = {
     100: Gpu("B200", 148, 1.86e9, 8.0e12, 126 << 20, 128, {"bf16": 4096, "f16": 4096, "f32": 2048}),
 }
 _WARP, _QUARTERS = 32, 4
-_FLOATS, _SPECIAL, _LOADS = 128, 16, 32
+_FLOATS, _SPECIAL = 128, 16
 """Threads that a multiprocessor serves in a clock: float32 arithmetic; special functions and single conversions
-(assumed, as no document has it for F2F); instructions of the load-store unit."""
-_SHARED_BYTES, _CACHE_BYTES = 128, 64
-"""Bytes in a clock between a multiprocessor and its shared memory, and the level-2 cache (assumed)."""
+(assumed, as no document has it for F2F)."""
+_NEAR_BYTES, _CACHE_BYTES = 128, 64
+"""Bytes in a clock between a multiprocessor and its shared memory or first cache, and the level-2 cache (assumed)."""
 _REGISTERS, _SHARED, _THREADS, _PROGRAMS = 65536, 233472, 2048, 32
 """What a multiprocessor holds: registers, bytes of shared memory, threads, programs."""
 
@@ -74,17 +74,18 @@ _KINDS = (
     ("float32", ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2")),
     ("special", ("MUFU", "F2F.", "I2F", "F2I", "POPC", "FLO", "BREV", "I2FP")),
     ("shuffle", ("SHFL",)),
-    ("shared", ("LDS", "STS", "LDSM", "STSM", "ATOMS", "LDTM", "STTM", "MOVM")),
-    ("global", ("LDG", "STG", "ATOMG", "RED", "LDL", "STL", "UTMA", "UBLK")),
     ("sync", ("BAR", "MEMBAR", "FENCE", "WARPGROUP", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "SYNCS", "UTCBAR", "NOP", "BRA",
               "EXIT", "CALL", "BSSY", "BSYNC", "ERRBAR", "CCTL", "NANOSLEEP")),
+    ("shared", ("LDS", "STS", "LDSM", "STSM", "ATOMS", "LDTM", "STTM", "MOVM")),
+    ("global", ("LDG", "STG", "ATOMG", "RED.", "LDL", "STL", "UTMA", "UBLK")),
     ("uniform", ("U", "R2UR", "S2UR", "REDUX", "VOTEU")),
     ("move", ("MOV", "IMAD.MOV", "CS2R", "S2R", "LDC")),
     ("multiply", ("IMAD", "IMUL")),
 )  # fmt: skip
 KINDS = (*(kind for kind, _ in _KINDS), "integer")
-_WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8)\b")
-_BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+_WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8|4|2)\b")
+_BYTES = {"128": 16, "4": 16, "64": 8, "2": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+"""Of a thread's access; .4 and .2 are the matrices that one instruction moves."""
 
 
 def kind_of(name: str) -> str:
@@ -101,6 +102,8 @@ class Stage:
     """Of a warp, by kind."""
     loads: dict[int, float]
     """Bytes of global memory read and written, by the bytes of a thread's access."""
+    clocks: float
+    """Of the load-store unit: for global and shared memory, and shuffles."""
 
 
 @dataclass(frozen=True)
@@ -295,23 +298,22 @@ def stages_of(compiled: Compiled, dynamic: float, share: float) -> list[Stage]:
     """Return the stages of a kernel; `share` is the number of warps per token."""
     instructions, loops = parse(compiled.disassembly())
     loops, turns = matched(loops, turns_of(compiled.texts["ttgir"], dynamic))
-    every: dict[str, tuple[dict[str, float], dict[int, float]]] = {}
+    every: dict[str, tuple[dict[str, float], dict[int, float], list[float]]] = {}
     for at, (name, text) in enumerate(instructions):
         around = [i for i, (first, last) in enumerate(loops) if first <= at <= last]
         top = [i for i in around if turns[i][0] == 0]
         stage = f"loop {1 + [i for i, t in enumerate(turns) if t[0] == 0].index(top[0])}" if top else "outside"
-        kinds, widths = every.setdefault(stage, (defaultdict(float), defaultdict(float)))
+        kinds, widths, clocks = every.setdefault(stage, (defaultdict(float), defaultdict(float), []))
         weight = share * math.prod(turns[i][1] for i in around)
-        kind = kind_of(name)
+        kind = "sync" if text.startswith("@!PT") else kind_of(name)
         kinds[kind] += weight
-        if text.startswith("@!PT"):
-            kinds[kind] -= weight
-            kinds["sync"] += weight
-        elif kind == "global":
+        if kind in ("global", "shared", "shuffle"):
             width = _WIDTH.search(name)
             size = _BYTES[width[1]] if width else 4
-            widths[size] += weight * size * _WARP
-    return [Stage(name, dict(kinds), dict(widths)) for name, (kinds, widths) in every.items()]
+            clocks.append(weight * max(1.0, size * _WARP / _NEAR_BYTES))
+            if kind == "global":
+                widths[size] += weight * size * _WARP
+    return [Stage(name, dict(kinds), dict(widths), sum(clocks)) for name, (kinds, widths, clocks) in every.items()]
 
 
 def matched(
@@ -363,13 +365,12 @@ def _weighted(ttgir: str, dynamic: float) -> Iterator[tuple[float, str]]:
 def times_of(stages: list[Stage], products: Mapping[str, float], gpu: Gpu) -> dict[str, float]:
     """Return nanoseconds per token of every unit, were it alone."""
     kinds, widths = _total(s.instructions for s in stages), _total(s.loads for s in stages)
-    loads = sum(kinds[kind] for kind in ("shared", "global", "shuffle"))
     clocks = {
         "issue": sum(kinds.values()) / _QUARTERS,
         "float32": (kinds["float32"] + kinds["multiply"]) * _WARP / _FLOATS,
         "integer": (kinds["integer"] + kinds["multiply"] * (gpu.integer == 64)) * _WARP / gpu.integer,
         "special": kinds["special"] * _WARP / _SPECIAL,
-        "load-store": loads * _WARP / _LOADS,
+        "load-store": sum(s.clocks for s in stages),
         "level 2": sum(widths.values()) / _CACHE_BYTES,
         "tensor": sum(n / gpu.tensor[dtype] for dtype, n in products.items()),
     }
