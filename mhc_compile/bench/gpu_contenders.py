@@ -244,7 +244,7 @@ class _TileKernels2(torch.autograd.Function):
 
 
 def _tile2(api: SimpleNamespace, v: Values) -> Values:
-    X, h, post, mix = _TileKernels2.apply(api, v["X"], v["y"], v["post"], v["mix"], v["phi"], v["alpha"], v["bias"])  # type: ignore[no-untyped-call]
+    X, h, post, mix = _TileKernels2.apply(api, v["X"], v["y"], v["post"], v["mix"], v["phi"], v["alpha"], v["bias"])
     return {"next_X": X, "h": h, "next_post": post, "next_mix": mix}
 
 
