@@ -31,8 +31,6 @@ def pairs(x):
 def backward_source(chain: Chain) -> Source:
     """Return the whole Python file of the chain's backward: `backward`, `phi_gradient` and what they call."""
     parts = [text.header(chain, "backward")]
-    if chain.projects and chain.streams_dtype == torch.bfloat16:
-        parts.append(text.DOT_STREAMS)
     if _adds_pairs(chain):
         parts.append(PAIRS)
     if functions := site_functions(chain, backward=True):
@@ -78,12 +76,20 @@ def backward_pointers(chain: Chain) -> tuple[str, ...]:
 
 
 def _weigh(chain: Chain) -> list[str]:
-    """Emit the gradients `dw_i` of the weights."""
-    n = chain.stream.streams
-    lines = [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
-    body = [*text.stream_lines(chain), f"dh = {text.load('d_h + at_y')}"]
-    body += [f"dw_{i} += tl.sum(dh * x_{i}, 1)" for i in range(n)]
-    return lines + text.loop(chain, body)
+    """Emit the gradients `dw_i` of the weights, <dh, x_i>.
+
+    Where the chain mixes they are sums of <dh, branch> and <dh, in_j>, which are a quarter of the work.
+    """
+    n, mixes = chain.stream.streams, chain.mixes
+    names = ["branch", *(f"in_{j}" for j in range(n))] if mixes else [f"x_{i}" for i in range(n)]
+    lines = [f"along_{name} = tl.zeros([BT], tl.float32)" for name in names]
+    body = [*text.input_lines(chain), f"dh = {text.load('d_h + at_y')}"]
+    body += [f"along_{name} += tl.sum(dh * {name}, 1)" for name in names]
+    lines += text.loop(chain, body, tiles=4)
+    for i in range(n):
+        terms = [f"post_{i} * along_branch", *(f"H_{i}{j} * along_in_{j}" for j in range(n))]
+        lines.append(f"dw_{i} = {' + '.join(terms) if mixes else f'along_x_{i}'}")
+    return lines
 
 
 def _inverse_rms(chain: Chain) -> list[str]:

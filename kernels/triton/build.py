@@ -40,16 +40,24 @@ class Compiled:
 
     def registers(self) -> tuple[int, int]:
         """Return the registers per thread and bytes of its stack (spilled registers) of a kernel for NVIDIA GPUs."""
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", self._read_by("cuobjdump", "-res-usage"))
+        assert usage
+        return int(usage[1]), int(usage[2])
+
+    def disassembly(self) -> str:
+        """Return the machine code of a kernel for NVIDIA GPUs as text, an instruction or a label per line."""
+        return self._read_by("nvdisasm", "-c")
+
+    def _read_by(self, tool: str, option: str) -> str:
+        """Return what a tool that Triton ships prints about the cubin."""
         import triton
 
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.texts["cubin"])
             file.flush()
-            printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", printed.stdout + printed.stderr)
-        assert usage, printed
-        return int(usage[1]), int(usage[2])
+            printed = subprocess.run([path, option, file.name], capture_output=True, text=True, check=True)
+        return printed.stdout + printed.stderr
 
 
 def compile_kernel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,10 +84,9 @@ class ChainLauncher(Launcher):
         """Add up what each block of tokens adds to the parameters' gradients, in one order."""
         values, numbers = launched.values, launched.numbers
         biases, per_row = values["sums"].sum(0)
-        # Each row's entry of the bias, in which mHC has rows in the order of the bias.
-        order = [bias_row(spec, at) for at in range(spec.biases)] if spec.is_hyper_connection else range(spec.biases)
-        out["d_bias"][torch.tensor(order, device=biases.device)] = biases
-        out["d_alpha"].copy_(torch.stack([per_row[rows].sum() for rows in _rows_of_alpha(spec)]))
+        order, of_alpha = _places(spec, per_row.device)
+        out["d_bias"].copy_(biases[order] if spec.is_hyper_connection else biases)
+        torch.sum(torch.where(of_alpha, per_row, 0.0), -1, out=out["d_alpha"])
         if spec.norm != "none":
             for name, gradient in zip(("d_norm_weight", "d_norm_bias"), values["norm_sums"].sum(0), strict=False):
                 out[name].copy_(gradient)
@@ -106,13 +106,21 @@ class ChainLauncher(Launcher):
         torch.sum(partial, 0, out=out["d_phi"])
 
 
-def _rows_of_alpha(chain: Chain) -> list[list[int]]:
-    """Return for each value of alpha the projections that it scales."""
+@cache
+def _places(chain: Chain, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return, on the device, where each entry of the bias lies among the projections, and which each alpha scales.
+
+    They are kept, because copying them to a GPU for every backward would wait for it.
+    """
     n, every = chain.n, range(chain.groups * chain.rows)
     if chain.is_hyper_connection:
-        return [[at for at in every if (at % chain.rows == 1) == post] for post in (False, True)]
-    bounds = [0, chain.rows] if chain.weights == "head" else [0, n, 2 * n, chain.rows]
-    return [[*every[a:b]] for a, b in itertools.pairwise(bounds)]
+        scaled = [[(at % chain.rows == 1) == post for at in every] for post in (False, True)]
+        order = sorted(every, key=lambda at: bias_row(chain, at))
+    else:
+        bounds = [0, chain.rows] if chain.weights == "head" else [0, n, 2 * n, chain.rows]
+        scaled = [[first <= at < last for at in every] for first, last in itertools.pairwise(bounds)]
+        order = [*every]
+    return torch.tensor(order, device=device), torch.tensor(scaled, device=device)
 
 
 def _sums(chain: Chain, like: Tensor, programs: int) -> dict[str, Tensor]:

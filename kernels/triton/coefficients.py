@@ -16,8 +16,9 @@ from mhc_compile.kernels.mixtures import group_size
 from mhc_compile.kernels.reference import LOGIT_FLOOR, sinkhorn_axes, vanishing
 from mhc_compile.kernels.spec import StreamSpec
 
-# Values per token that the backward of Sinkhorn keeps in registers, besides the matrix and the gradient it works on.
-KEPT_VALUES = 32
+# Values per token that the backward of Sinkhorn keeps in registers, besides the matrix and the gradient it works on. In
+# float32 streams wait for memory: a second program on a multiprocessor is worth more than fewer steps.
+KEPT_VALUES = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 SUMS = {-2: "Columns sum to 1 afterwards.", -1: "Rows sum to 1 afterwards."}
 
 
@@ -65,7 +66,7 @@ def inverse_rms(chain: Chain) -> str:
     )  # fmt: skip
 
 
-def sinkhorn_source(spec: StreamSpec, *, backward: bool) -> str:
+def sinkhorn_source(spec: StreamSpec, *, backward: bool, kept_values: int) -> str:
     """Return the text of `sinkhorn(m)` or `sinkhorn_backward(logits, flow)`, in the published orientation."""
     n, axes = spec.streams, sinkhorn_axes(spec)
     m = matrix(n, "m")
@@ -87,16 +88,16 @@ def sinkhorn_source(spec: StreamSpec, *, backward: bool) -> str:
         function("first_step_backward", both, list(_step_backward(spec, first)), f),
         function("second_step_backward", both, list(_step_backward(spec, second)), f),
         function("start_backward", both, list(_start_backward(spec)), f),
-        function("sinkhorn_backward", both, list(_walk_back(spec, pairs, odd)), f),
+        function("sinkhorn_backward", both, list(_walk_back(spec, pairs, odd, kept_values)), f),
     ]
     return "\n\n".join(parts)
 
 
-def _walk_back(spec: StreamSpec, pairs: int, odd: int) -> Iterator[str]:
+def _walk_back(spec: StreamSpec, pairs: int, odd: int, kept_values: int) -> Iterator[str]:
     """Emit the steps from the last iterate to the logits `m`; `f` is the gradient of H, in the end of the logits."""
     n = spec.streams
     m, f, both, logits = matrix(n, "m"), matrix(n, "f"), matrix(n, "m", "f"), matrix(n, "logit")
-    segments = min(pairs, max(1, KEPT_VALUES // (n * n)))
+    segments = min(pairs, max(1, kept_values // (n * n)))
     starts = [pairs * k // segments for k in range(segments)] if pairs else [0]
     ends = [*starts[1:], pairs]
     kept = [matrix(n, f"kept{k}") for k in range(len(starts))]
@@ -229,7 +230,8 @@ def site_functions(chain: Chain, *, backward: bool) -> str:
     if chain.is_hyper_connection:
         return "\n\n".join([*parts, function("tanh", "x", [], "2.0 * tl.sigmoid(2.0 * x) - 1.0")])
     if chain.uses_sinkhorn:
-        parts.append(sinkhorn_source(chain.stream, backward=backward))
+        kept = KEPT_VALUES[chain.streams_dtype]
+        parts.append(sinkhorn_source(chain.stream, backward=backward, kept_values=kept))
     return "\n\n".join(parts)
 
 

@@ -7,8 +7,6 @@ Where the branch begins with a norm, one more loop (of LayerNorm two) goes over 
 
 from __future__ import annotations
 
-import torch
-
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.mixtures import entries_of, entry_text
 from mhc_compile.kernels.target import Source
@@ -20,8 +18,6 @@ from mhc_compile.kernels.triton.transportation import fill
 def forward_source(chain: Chain) -> Source:
     """Return the whole Python file of the chain's forward: the kernel `forward` and what it calls."""
     parts = [text.header(chain, "forward")]
-    if chain.projects and chain.streams_dtype == torch.bfloat16:
-        parts.append(text.DOT_STREAMS)
     if functions := site_functions(chain, backward=False):
         parts.append(functions)
     body = [*text.token_lines(), *text.site_lines(chain), *_weights_known_before(chain)]
@@ -72,9 +68,11 @@ def _with_coefficients(chain: Chain) -> list[str]:
     # What is read again goes last from the caches, what is read once first.
     again = not chain.keeps_streams and chain.weighs_itself
     project = [*text.stream_lines(chain, "" if again else "evict_first"), *_write_streams(chain)]
+    for g in range(groups):
+        squares = " + ".join(f"x_{i} * x_{i}" for i in range(g, n, groups))
+        project.append(f"squares_{g} += tl.sum({squares}, 1)")
     for i in range(n):
         g = i % groups
-        project.append(f"squares_{g} += tl.sum(x_{i} * x_{i}, 1)")
         if i % groups == 0 or groups == 1:
             project.append(f"p = {text.phi_tile(chain, i, rows_first=False)}")
         project.append(text.add_dot(chain, f"x_{i}", "p", f"u_{g}"))

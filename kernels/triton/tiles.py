@@ -10,6 +10,8 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,8 @@ from mhc_compile.kernels.chain import Chain
 
 # Partial sums of phi's gradient: more fill a GPU better, each costs the size of phi in memory.
 MAX_SPLITS = 16
+SHIPPED = Path(__file__).with_name("tiles.json")
+"""Written by `mhc-compile bench gpu`. A key names a kernel's text and a GPU: for others it says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +46,11 @@ def _cut(tokens: int, columns: int, warps: int) -> TileConfig:
 _CUTS = {
     ("forward", "sm_80"): (_cut(32, 32, 8), _cut(32, 32, 8)),
     ("forward", "sm_90"): (_cut(64, 32, 8), _cut(64, 32, 8)),
+    ("forward", "sm_100"): (_cut(64, 32, 8), _cut(64, 32, 8)),
     ("forward", "gfx"): (_cut(64, 32, 8), _cut(64, 32, 8)),
     ("backward", "sm_80"): (_cut(16, 16, 8), _cut(16, 32, 8)),
-    ("backward", "sm_90"): (_cut(16, 16, 8), _cut(16, 32, 8)),
+    ("backward", "sm_90"): (_cut(16, 16, 8), _cut(16, 64, 8)),
+    ("backward", "sm_100"): (_cut(16, 16, 8), _cut(16, 32, 8)),
     ("backward", "gfx"): (_cut(16, 16, 4), _cut(16, 16, 4)),
 }
 
@@ -52,7 +58,8 @@ _CUTS = {
 def default(chain: Chain, kernel: str, arch: int | str) -> TileConfig:
     """Return the choice without measuring, for an architecture (80, 90, ... for NVIDIA, "gfx942", ... for AMD)."""
     if kernel == "phi_gradient":
-        return _cut(16, 64, 4)
+        cuts = {"sm_90": _cut(32, 64, 4), "sm_100": _cut(32, 32, 4)} if chain.streams_dtype == torch.bfloat16 else {}
+        return cuts.get(_family(arch), _cut(16, 64, 4))
     if not chain.projects:  # tokens alone are shared out: small blocks fill the GPU
         return _cut(4, 128 if kernel == "backward" else 256, 4)
     of_float32, of_half = _CUTS[kernel, _family(arch)]
@@ -67,7 +74,7 @@ def _family(arch: int | str) -> str:
     if isinstance(arch, str):
         return "gfx"
     # From 9.0 on matrix instructions take their operands from shared memory, but not on consumers' GPUs.
-    return "sm_90" if 90 <= arch < 120 else "sm_80"
+    return "sm_100" if 100 <= arch < 120 else "sm_90" if 90 <= arch < 100 else "sm_80"
 
 
 def candidates(chain: Chain, kernel: str, arch: int | str) -> list[TileConfig]:
@@ -95,6 +102,12 @@ def tried_with(
 def autotunes() -> bool:
     """Return whether `MHC_COMPILE_AUTOTUNE=1` asks for measuring."""
     return os.environ.get("MHC_COMPILE_AUTOTUNE", "0") == "1"
+
+
+@cache
+def shipped() -> dict[str, TileConfig]:
+    """Return the choices that were measured before and come with the package, by the keys of `fastest`."""
+    return {key: TileConfig(**tile) for key, tile in json.loads(SHIPPED.read_text(encoding="utf-8")).items()}
 
 
 def fastest(key: str, choices: list[TileConfig], seconds: Callable[[TileConfig], float]) -> TileConfig:

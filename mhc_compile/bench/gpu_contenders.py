@@ -5,6 +5,8 @@ convention that has its equations:
 
     Liger-Kernel       `liger`; phi in the streams' dtype, as it recommends, and the reference takes that phi
     TileKernels 1      `deepseek_v4`; bfloat16 and n = 4, from compute capability 9.0 on
+    TileKernels 2      the same; its functions write into given tensors, and PyTorch computes the projection, which it
+                       has not, and calls the gradients' functions
     TransformerEngine  `paper`, its matrix transposed (rows first of the one are columns first of the other), but for
                        the eps under the root, 1.2e-7 instead of 1e-6; n = 4, products in TF32 as by default
 
@@ -19,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,6 +193,61 @@ def _tile(api: SimpleNamespace, v: Values) -> Values:
     return {"next_X": X, "h": h, "next_post": post, "next_mix": mix}
 
 
+class _TileKernels2(torch.autograd.Function):
+    """The functions of TileKernels 2 in their order, and those of their gradients; all of one batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, api: SimpleNamespace, X: Tensor, y: Tensor, post: Tensor, mix: Tensor, phi: Tensor, alpha: Tensor,
+        bias: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Return X', h, and the next post and mix."""
+        next_X = api.mhc_post_fwd(y, X, post, mix)
+        streams = next_X[0]
+        (T, n, C), rows = streams.shape, len(phi)
+        flat = streams.flatten(1).to(phi.dtype)
+        partial, squares = (flat @ phi.t())[None, :, None], flat.square().sum(-1)[None, :, None]
+        product, total, mixes = phi.new_empty(T, 1, rows), phi.new_empty(T, 1), phi.new_empty(T, rows)
+        sizes = {"rms_group_size": n * C, "rms_eps": 1e-6}
+        api.mhc_reduce_partials_and_rmsnorm_fwd(partial, squares, product, total, mixes, **sizes, n_splits=1)
+        pre, next_post, logits = (phi.new_empty(T, size) for size in (n, n, n * n))
+        api.mhc_pre_split_mixes_fwd(mixes, alpha, bias, pre, next_post, logits, 2.0, 1e-6)
+        next_mix, h = phi.new_empty(T, n, n), streams.new_empty(T, C)
+        api.mhc_sinkhorn_fwd(logits.view(T, n, n), next_mix, 20, 1e-6)
+        api.mhc_pre_apply_mix_fwd(streams, pre, h)
+        ctx.api, ctx.sizes = api, sizes
+        ctx.save_for_backward(
+            X, y, post, mix, phi, alpha, bias, streams, product, total, mixes, pre, next_post, logits
+        )  # fmt: skip
+        return next_X, h[None], next_post[None, ..., None], next_mix[None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all inputs but the functions."""
+        X, y, post, mix, phi, alpha, bias, streams, product, total, mixes, pre, next_post, logits = ctx.saved_tensors
+        d_next, d_h, d_post, d_mix = (g[0].contiguous() for g in gradients)
+        T, n, _ = streams.shape
+        d_streams = d_next.clone()
+        d_pre = ctx.api.mhc_pre_apply_mix_bwd(d_h, streams, pre, d_streams)  # adds to d_streams
+        d_logits, d_mixes, d_alpha, d_bias = (torch.empty_like(t) for t in (d_mix, mixes, alpha, bias))
+        ctx.api.mhc_sinkhorn_bwd(d_mix, logits.view(T, n, n), d_logits, 20, 1e-6)
+        ctx.api.mhc_pre_split_mixes_bwd(
+            d_pre, d_post[..., 0], d_logits.flatten(1), mixes, next_post, alpha, bias, d_mixes, d_alpha, d_bias,
+            mhc_post_mult_value=2.0,
+        )  # fmt: skip
+        d_product, d_total = torch.empty_like(product), torch.empty_like(total)
+        ctx.api.mhc_reduce_partials_and_rmsnorm_bwd(d_mixes, product, total, d_product, d_total, **ctx.sizes)
+        flat = streams.flatten(1).to(phi.dtype)
+        d_streams += (d_product[:, 0] @ phi + 2 * d_total * flat).view_as(streams)
+        d_y, d_X, d_old_post, d_old_mix = ctx.api.mhc_post_bwd(y, X, post, mix, d_streams[None])
+        return None, d_X, d_y, d_old_post, d_old_mix, d_product[:, 0].t() @ flat, d_alpha, d_bias
+
+
+def _tile2(api: SimpleNamespace, v: Values) -> Values:
+    X, h, post, mix = _TileKernels2.apply(api, v["X"], v["y"], v["post"], v["mix"], v["phi"], v["alpha"], v["bias"])
+    return {"next_X": X, "h": h, "next_post": post, "next_mix": mix}
+
+
 # TransformerEngine: streams [T, 1, C, n] with the n values of a channel together, as in phi's columns, bias [1, rows],
 # X'[j] = sum of mix[i, j] X[i].
 
@@ -242,10 +300,23 @@ PACKAGES = (
         convention=Convention.LIGER, theirs=_to_liger, ours=_from_liger, boundary=_liger,
     ),
     Package(
-        name="TileKernels", distribution="tile-kernels", versions="1.0; 2 has neither the projection nor gradients",
+        name="TileKernels 1", distribution="tile-kernels", versions="1",
         functions=(_TILE + "mhc_pre", _TILE + "ops.mhc_post"),
         convention=Convention.DEEPSEEK_V4, theirs=_TILE_LAYOUTS[0], ours=_TILE_LAYOUTS[1], boundary=_tile,
         capability=(9, 0), gradient_attribute="grad_from_mhc_post",
+    ),
+    Package(
+        name="TileKernels 2, projection by PyTorch", distribution="tile-kernels", versions="2",
+        functions=tuple(
+            f"tile_kernels.mhc.{module}_kernel.{name}_{way}"
+            for module, name in (
+                ("norm_fn", "mhc_reduce_partials_and_rmsnorm"), ("post", "mhc_post"), ("sinkhorn", "mhc_sinkhorn"),
+                ("pre_split_mixes", "mhc_pre_split_mixes"), ("pre_apply_mix", "mhc_pre_apply_mix"),
+            )
+            for way in ("fwd", "bwd")
+        ),
+        convention=Convention.DEEPSEEK_V4, theirs=_TILE_LAYOUTS[0], ours=_TILE_LAYOUTS[1], boundary=_tile2,
+        capability=(9, 0),
     ),
     Package(
         name="TransformerEngine", distribution="transformer-engine", versions="2.19",

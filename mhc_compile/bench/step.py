@@ -52,9 +52,9 @@ def run(console: Console, *, quick: bool) -> dict[str, Any]:
     return {"groups": groups, "overhead": overhead, "parameters": sum(p.numel() for p in base.parameters())}
 
 
-def subject(*, quick: bool) -> tuple[Any, Tensor, str]:
+def subject(*, quick: bool, device: torch.device | None = None) -> tuple[Any, Tensor, str]:
     """Return a Llama of the size that this machine measures, ids for it, and both in words."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers, width, batch, length = (2, 64, 2, 16) if quick else (12, 768, 4, 512)
     dtype = torch.float32
     if device.type == "cuda" and not quick:

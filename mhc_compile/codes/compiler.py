@@ -215,4 +215,6 @@ MHC527 no report to compare
     write one: mhc-compile inspect MODEL --json FILE, with a version of this format
 MHC528 nothing to train on
     name a UTF-8 text file of a few thousand tokens, and a model whose vocabulary is that of the tokenizer in its folder
+MHC529 no GPU to measure
+    run the command where PyTorch finds a GPU; with --device cpu --small it computes everything once on this machine
 """)

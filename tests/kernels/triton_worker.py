@@ -126,7 +126,7 @@ split = launcher_of(HALVES).load(HALVES, "forward").parts
 
 @tt.jit
 def add_parts(x, out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    high, middle, low = split(tl.load(x + tl.arange(0, COUNT)))
+    high, middle, low = split(tl.load(x + tl.arange(0, COUNT)), "ieee")
     tl.store(out + tl.arange(0, COUNT), high.to(tl.float32) + (middle.to(tl.float32) + low.to(tl.float32)))
 
 

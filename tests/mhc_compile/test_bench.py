@@ -72,7 +72,7 @@ def test_unknown_benchmark_is_wrong_usage() -> None:
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # what is refused before the GPU is asked is refused without one
-LIGER, TILE, ENGINE = PACKAGES
+LIGER, TILE, TILE2, ENGINE = PACKAGES
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_package_that_loads_is_selected_with_its_functions(installed: Path) ->
 def test_without_a_gpu_every_package_is_named_in_a_line() -> None:
     found, left_out = select(CPU)
     assert found == []
-    assert [line.partition(":")[0] for line in left_out] == ["Liger-Kernel", "TileKernels", "TransformerEngine"]
+    assert [line.partition(":")[0] for line in left_out] == [package.name for package in PACKAGES]
 
 
 # What the packages' documentation says that their functions compute, here for tensors of any dtype: not their kernels.
@@ -167,6 +167,62 @@ def engine_post(f: Tensor, bias: None, post: Tensor, x: Tensor, res: Tensor, n: 
     return f[..., None] @ post[..., None, :] + x @ res
 
 
+# TileKernels 2: outputs, and gradients, are written into given tensors.
+
+
+def gradients_of(function: Any, inputs: tuple[Tensor, ...], flows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, flows)
+
+
+def write(to: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
+    for tensor, value in zip(to, values, strict=True):
+        tensor.copy_(value.view_as(tensor))
+
+
+def tile_norm(size: int, eps: float) -> Any:
+    return lambda product, total: (product * (total / size + eps).rsqrt()[..., None]).sum(1)
+
+
+def tile_split(mixes: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, ...]:
+    n = round((mixes.shape[-1] + 1) ** 0.5) - 1
+    pre, post, comb = (mixes * scale.repeat_interleave(torch.tensor([n, n, n * n])) + base).split([n, n, n * n], -1)
+    return pre.sigmoid() + 1e-6, 2 * post.sigmoid(), comb
+
+
+def tile_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    return torch.einsum("abmn,abmc->abnc", comb, x) + post * y[..., None, :]
+
+
+def tile_norm_fwd(
+    partial: Tensor, squares: Tensor, product: Tensor, total: Tensor, mixes: Tensor, *, rms_group_size: int,
+    rms_eps: float, n_splits: int,
+) -> None:  # fmt: skip
+    assert n_splits == len(partial) == 1
+    write((product, total), (partial[0], squares[0]))
+    write((mixes,), (tile_norm(rms_group_size, rms_eps)(product, total),))
+
+
+def tile_apply_bwd(flow: Tensor, x: Tensor, mix: Tensor, d_x: Tensor) -> Tensor:
+    d_x += mix[..., None] * flow[:, None]
+    return (flow[:, None] * x).sum(-1)
+
+
+TILE2_DOCUMENTED = SimpleNamespace(
+    mhc_post_fwd=tile_post,
+    mhc_post_bwd=lambda *v: gradients_of(tile_post, v[:4], v[4:]),
+    mhc_reduce_partials_and_rmsnorm_fwd=tile_norm_fwd,
+    mhc_reduce_partials_and_rmsnorm_bwd=lambda flow, *v, rms_group_size, rms_eps: write(
+        v[2:], gradients_of(tile_norm(rms_group_size, rms_eps), v[:2], (flow,))
+    ),
+    mhc_pre_split_mixes_fwd=lambda *v: write(v[3:6], tile_split(*v[:3])),
+    mhc_pre_split_mixes_bwd=lambda *v, **_: write(v[7:], gradients_of(tile_split, (v[3], *v[5:7]), v[:3])),
+    mhc_sinkhorn_fwd=lambda x, out, *_: write((out,), (sinkhorn(x),)),
+    mhc_sinkhorn_bwd=lambda flow, x, out, *_: write((out,), gradients_of(sinkhorn, (x,), (flow,))),
+    mhc_pre_apply_mix_fwd=lambda x, mix, out: write((out,), ((mix[..., None] * x).sum(-2),)),
+    mhc_pre_apply_mix_bwd=tile_apply_bwd,
+)
 DOCUMENTED = {
     LIGER.name: SimpleNamespace(
         liger_mhc_coeffs=liger_coeffs,
@@ -175,8 +231,9 @@ DOCUMENTED = {
     ),
     TILE.name: SimpleNamespace(
         mhc_pre=tile_pre,
-        mhc_post=lambda y, x, post, comb: torch.einsum("abmn,abmc->abnc", comb, x) + post * y[..., None, :],
+        mhc_post=tile_post,
     ),
+    TILE2.name: TILE2_DOCUMENTED,
     ENGINE.name: SimpleNamespace(mhc_fused_expand_combine=engine_post, mhc_generate_mix_and_aggregate=engine_pre),
 }
 
