@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +223,7 @@ class Stage(nn.Module):
         return Owned(parent, attribute, value(node).dtype)
 
 
+S = TypeVar("S", bound=Stage)
 _HANDLE = {
     torch.ops.engram_kernels.gather.default: 2,
     torch.ops.engram_kernels.prefetch.default: 1,
@@ -241,17 +242,18 @@ def build_stages(
     units: Units = "stage",
     split: bool = False,
     make_table: TableFactory | None = None,
-) -> list[Stage]:
+    kind: type[S] = Stage,  # type: ignore[assignment]
+) -> list[S]:
     """Return the stages numbered `indices` of the program cut before the sites `starts`, on the meta device.
 
     A table that several of these stages hold is one, and parameters are one and the same once `materialise_all` has
-    run. Raises MHC620 and MHC621 as `mhc_compile.passes.stages.split_graph`.
+    run. `kind`: a subclass for them. Raises MHC620 and MHC621 as `mhc_compile.passes.stages.split_graph`.
     """
     pieces = split_graph(program.graph, starts)
     shared = tied(program, pieces)
     made: dict[str, MemoryTable] = {}
     return [
-        Stage(
+        kind(
             program, pieces[i], index=i, count=len(pieces), options=options,
             tied=frozenset(name for name, holders in shared.items() if i in holders),
             device=device, units=units, split=split, make_table=make_table or plain_table, made=made,
