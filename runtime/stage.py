@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -223,7 +223,6 @@ class Stage(nn.Module):
         return Owned(parent, attribute, value(node).dtype)
 
 
-S = TypeVar("S", bound=Stage)
 _HANDLE = {
     torch.ops.engram_kernels.gather.default: 2,
     torch.ops.engram_kernels.prefetch.default: 1,
@@ -242,8 +241,8 @@ def build_stages(
     units: Units = "stage",
     split: bool = False,
     make_table: TableFactory | None = None,
-    kind: type[S] = Stage,  # type: ignore[assignment]
-) -> list[S]:
+    kind: type[Stage] = Stage,
+) -> list[Stage]:
     """Return the stages numbered `indices` of the program cut before the sites `starts`, on the meta device.
 
     A table that several of these stages hold is one, and parameters are one and the same once `materialise_all` has

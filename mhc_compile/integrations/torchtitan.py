@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def train(recipe: Recipe, *, accept_changes: bool = False) -> None:
     init_logger()
     if rank:
         logger.setLevel("WARNING")
+    logging.getLogger("mhc_compile").setLevel("WARNING")  # which tells of every pass where the root logger informs
     trainer = None
     try:
         trainer = config.build()
@@ -67,31 +69,19 @@ def trainer_config(recipe: Recipe, *, accept_changes: bool = False) -> Any:
     Raises MHC650 where torchtitan cannot be used here, and MHC651 for a field that it does not carry; the trainer
     itself raises MHC651 for a setting that our stages do not.
     """
-    require()
-    for name, reason in _not_carried(recipe):
-        raise MHCError("MHC651", f"{name}: {reason}")
-    from torchtitan.components.checkpoint import CheckpointManager
+    check(recipe)
     from torchtitan.config import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
-    from torchtitan.protocols.model_spec import ModelSpec
     from torchtitan.trainer import Trainer
 
     from mhc_compile.integrations import torchtitan_parts as parts
     from mhc_compile.integrations import torchtitan_stages as stages
 
-    p, t, saves = recipe.parallel, recipe.train, recipe.checkpoint
+    p, t = recipe.parallel, recipe.train
     sharded = p.mode == "fsdp"
     return Trainer.Config(
-        model_spec=ModelSpec(
-            name="mhc",
-            flavor=Path(recipe.model.folder).name,
-            model=stages.HollowModel.Config(recipe=recipe),
-            parallelize_fn=stages.parallelize,
-            pipelining_fn=stages.pipeline,
-            post_optimizer_build_fn=None,
-            state_dict_adapter=None,
-        ),
+        model_spec=stages.model_spec(recipe),
         hf_assets_path=recipe.model.folder,
-        dump_folder=saves.folder,
+        dump_folder=recipe.checkpoint.folder,
         tokenizer=parts.NoTokenizer.Config(),
         loss=stages.TokenLoss.Config(),
         dataloader=parts.Batches.Config(recipe=recipe, accept_changes=accept_changes),
@@ -114,14 +104,7 @@ def trainer_config(recipe: Recipe, *, accept_changes: bool = False) -> Any:
             pipeline_parallel_schedule=stages.schedule_of(p),
             pipeline_parallel_microbatch_size=t.microbatch,
         ),
-        checkpoint=CheckpointManager.Config(
-            enable=True,
-            folder=CHECKPOINTS,
-            interval=saves.every or t.steps,
-            keep_latest_k=saves.keep,
-            async_mode="async" if saves.asynchronous else "disabled",
-            last_save_model_only=False,
-        ),
+        checkpoint=_checkpoints(recipe),
         activation_checkpoint=None,  # [recompute] is in the stages
         metrics=parts.Figures.Config(
             recipe=recipe,
@@ -133,6 +116,31 @@ def trainer_config(recipe: Recipe, *, accept_changes: bool = False) -> Any:
         comm=CommConfig(init_timeout_seconds=math.ceil(p.patience), train_timeout_seconds=math.ceil(p.timeout)),
         debug=DebugConfig(seed=t.seed),
     )
+
+
+def _checkpoints(recipe: Recipe) -> Any:
+    from torchtitan.components.checkpoint import CheckpointManager
+
+    saves = recipe.checkpoint
+    return CheckpointManager.Config(
+        enable=True,
+        folder=CHECKPOINTS,
+        interval=saves.every or recipe.train.steps,
+        keep_latest_k=saves.keep,
+        async_mode="async" if saves.asynchronous else "disabled",
+        initial_load_model_only=False,
+        last_save_model_only=False,
+    )
+
+
+def check(recipe: Recipe, *, exports: bool = False) -> None:
+    """Raise MHC651 for a field that torchtitan does not carry, or an export, and MHC650 where it cannot be used."""
+    for name, reason in _not_carried(recipe):
+        raise MHCError("MHC651", f"{name}: {reason}")
+    if exports:
+        way_out = "read its checkpoint into the model: docs/train.md, torchtitan"
+        raise MHCError("MHC651", "--export: checkpoints of torchtitan are not read", way_out=way_out)
+    require()
 
 
 def require() -> None:

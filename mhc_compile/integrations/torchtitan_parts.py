@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ class Optimizers(OptimizersContainer):
         """The gradients' norm before clipping, and the learning rate, of the last step."""
         torch.optim.Optimizer.__init__(self, [p for group in self.adamw.param_groups for p in group["params"]], {})
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+    def step(self, closure: None = None) -> None:  # noqa: ARG002
         """Update the weights. Raises MHC618 on all ranks for a norm that is not finite."""
         self.adamw.reduce()
         self.norm = self.adamw.norm()
@@ -175,7 +174,7 @@ class Figures(MetricsProcessor):
         recipe = self.config.recipe
         return step % recipe.metrics.every == 0 or step == recipe.train.steps
 
-    def log(self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, **more: Any) -> None:
+    def log(self, step: int, global_avg_loss: float, global_max_loss: float, *_: float, **more: Any) -> None:
         """Log a step. A collective of a pipeline's ranks."""
         world = self.model_parts[0].run.world
         losses = torch.tensor([global_avg_loss, global_max_loss], dtype=torch.float64, device=world.device)
@@ -191,7 +190,7 @@ class Figures(MetricsProcessor):
         self._write(step, {"evaluation_loss": loss})
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line; before the first, drop those of steps that a run which ended had taken beyond its checkpoint."""
+        """Append a line; before the first, drop those of steps that are taken once more."""
         if dist.get_rank():
             return
         path = self.config.recipe.metrics_folder / FILE

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.protocols import BaseModel
+from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.utils import get_local_device
 
 from mhc_compile.diagnostics import MHCError
@@ -105,7 +106,7 @@ class TitanStage(Stage):
         names = [name for name, _ in nn.Module.named_parameters(self)]
         return dict(zip((name for name, _ in self.named_parameters()), names, strict=True))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return parameters and rows of tables as any module does, under the names of the model that is not split."""
         tensors = super().state_dict(*args, **kwargs)
         return {name: tensors[full] for name, full in self._full_names().items()}
@@ -132,10 +133,22 @@ class TokenLoss(CrossEntropyLoss):
         return loss, figures
 
 
+def model_spec(recipe: Recipe) -> ModelSpec:
+    """Return the recipe's model as torchtitan takes one."""
+    return ModelSpec(
+        name="mhc",
+        flavor=Path(recipe.model.folder).name,
+        model=HollowModel.Config(recipe=recipe),
+        parallelize_fn=parallelize,
+        pipelining_fn=pipeline,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=None,
+    )
+
+
 def parallelize(model: HollowModel, *, parallel_dims: Any, parallelism: Any, **_: Any) -> TitanStage:
     """Return the one stage of a model that is not split."""
-    _, (stage,) = _build(model, parallel_dims, parallelism, None)
-    return stage
+    return _build(model, parallel_dims, parallelism, None)[1][0]
 
 
 def pipeline(
@@ -157,7 +170,7 @@ def _build(model: HollowModel, parallel_dims: Any, parallelism: Any, loss: Any) 
     first: list[Any] = [cuts(program, p.stage_count, p.balance) if world.rank == 0 else None]
     dist.broadcast_object_list(first, src=0, group=world.patient)
     starts: list[int] = first[0]
-    stages = build_stages(
+    stages: list[Any] = build_stages(
         program,
         starts,
         indices=p.local_stages(world.pipe),

@@ -1,0 +1,219 @@
+"""torchtitan as the engine: on CPUs it trains our stages as our own loop does, and what it does not carry is refused.
+
+Most of it needs torch 2.14 and torchtitan, which CI has in the lane of the newest versions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+
+import mhc_compile
+from mhc_compile.cli import main
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.integrations import torchtitan
+from mhc_compile.runtime.loop import train
+from mhc_compile.runtime.recipe import Recipe, parse_recipe
+
+sys.path.append(str(Path(__file__).parents[1] / "runtime"))
+from data_folders import documents, make_tokenizer, write_lines
+from titan_ranks import on_ranks
+from training import model_folder
+
+from mhc_compile.runtime.data.prepare import prepare
+
+HAS_TITAN = Version(torch.__version__) >= Version("2.14") and importlib.util.find_spec("torchtitan") is not None
+with_titan = pytest.mark.skipif(not HAS_TITAN, reason="needs torch 2.14 or newer and torchtitan")
+WAYS: dict[str, dict[str, Any]] = {
+    "1f1b": {"schedule": "1f1b"},
+    "interleaved1f1b": {"schedule": "interleaved1f1b", "stages_per_rank": 2},
+    "zbv": {"schedule": "zbv", "stages_per_rank": 2},
+    "dualpipev": {"schedule": "dualpipev", "stages_per_rank": 2},
+}
+MEMORIES: dict[str, Any] = {
+    "engram": mhc_compile.MemorySettings.preset("v41", layers=(0, 1), rows_per_head=50, row_width=4, compress=False),
+    "ultramem": mhc_compile.UltraMemSettings.preset(
+        "v2", side=6, key_width=8, value_width=8, input_width=4, top=3, heads=2
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model with a tied head, its tokenizer, and data."""
+    folder = tmp_path_factory.mktemp("material")
+    model_folder(folder / "model", vocab_size=300, num_hidden_layers=2)
+    make_tokenizer(folder / "model")
+    for name, seed in (("tokens", 0), ("held-out", 1)):
+        lines = write_lines(folder / f"{name}.jsonl", documents(150, seed))
+        prepare([str(lines)], folder / name, tokenizer=folder / "model")
+    return folder
+
+
+def recipe(material: Path, folder: Path, *, steps: int = 3, **tables: dict[str, Any]) -> Recipe:
+    content: dict[str, Any] = {
+        "model": {"folder": str(material / "model"), "inner": "eager"},
+        "data": {"folder": str(material / "tokens"), "sequence": 16},
+        "train": {"steps": steps, "batch": 8, "microbatch": 1, "lr": 1e-2, "warmup": 2, "clip": 0.5},
+        "parallel": {"timeout": 200, "patience": 400},
+        "checkpoint": {"folder": str(folder), "every": 0, "asynchronous": False},
+        "metrics": {"every": 1},
+    }
+    for name, fields in tables.items():
+        content[name] = content.get(name, {}) | fields
+    return parse_recipe(content, folder)
+
+
+def figures(folder: Path) -> dict[int, dict[str, float]]:
+    """What either engine has logged, by step, without times."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        kept = {k: v for k, v in values.items() if k not in ("step", "seconds", "tokens_per_second")}
+        found.setdefault(values["step"], {}).update(kept)
+    return found
+
+
+def check(recipes: dict[str, Recipe], own: Recipe) -> None:
+    """Train by `own` with our engine in this process, by `recipes` with torchtitan; they log the same."""
+    train(own)
+    on_ranks(recipes)
+    wanted = figures(Path(own.checkpoint.folder))
+    for name, r in recipes.items():
+        found = figures(Path(r.checkpoint.folder))
+        assert found.keys() == wanted.keys(), name
+        for step, values in wanted.items():
+            assert found[step] == pytest.approx(values, rel=3e-5), f"{name}, step {step}"
+
+
+@with_titan
+@pytest.mark.compat
+def test_a_few_ways(material: Path, tmp_path: Path) -> None:
+    """The head is tied: its gradients are sums over stages, and count once."""
+    held_out = {"data": {"validation": str(material / "held-out")}, "train": {"evaluate_every": 2}}
+    fsdp = {"data": 2, "mode": "fsdp"}
+    ways = {"stages": {"stages": 2, **fsdp}, "zbv": {"stages": 2, **WAYS["zbv"]}, "replicas": {"data": 2}}
+    check(
+        {name: recipe(material, tmp_path / name, parallel=way, **held_out) for name, way in ways.items()},
+        recipe(material, tmp_path / "own", **held_out),
+    )
+
+
+@with_titan
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [1, 2])
+def test_every_schedule_for_twenty_steps(material: Path, tmp_path: Path, data: int) -> None:
+    how = {"model": {"inner": "aot_eager"}, "recompute": {"blocks": "auto"}, "steps": 20}
+    fsdp = {"data": data, "mode": "fsdp"}
+    recipes = {"fsdp": recipe(material, tmp_path / "fsdp", parallel={"data": 2 * data, "mode": "fsdp"}, **how)}
+    for name, way in WAYS.items():
+        recipes[name] = recipe(material, tmp_path / name, parallel={"stages": 2, **fsdp, **way}, **how)
+    check(recipes, recipe(material, tmp_path / "own", **how))
+
+
+@with_titan
+@pytest.mark.compat
+@pytest.mark.parametrize("memory", [pytest.param("engram", marks=pytest.mark.slow), "ultramem"])
+def test_tables(material: Path, tmp_path: Path, memory: str) -> None:
+    """Rows are trained, also those of a table that layers of several stages share."""
+    folder = model_folder(tmp_path / "model", vocab_size=300, num_hidden_layers=2, **{memory: MEMORIES[memory]})
+    make_tokenizer(folder)
+    model = {"model": {"folder": str(folder)}}
+    ways = {"stages": {"stages": 2, "data": 2, "mode": "fsdp"}}
+    check(
+        {name: recipe(material, tmp_path / name, parallel=way, **model) for name, way in ways.items()},
+        recipe(material, tmp_path / "own", **model),
+    )
+
+
+@with_titan
+@pytest.mark.compat
+def test_a_run_goes_on_in_another_shape(material: Path, tmp_path: Path) -> None:
+    model = {"model": {"folder": str(tmp_path / "model")}}
+    make_tokenizer(model_folder(tmp_path / "model", vocab_size=300, num_hidden_layers=2, engram=MEMORIES["engram"]))
+
+    def part(steps: int, **parallel: Any) -> Recipe:
+        # The course of a longer run: rates depend on all of its steps.
+        train = {"steps": 4, "schedule": "constant"} | {"steps": steps}
+        return recipe(material, tmp_path / "run", train=train, parallel=parallel, **model)
+
+    on_ranks({"sharded": part(2, data=2, mode="fsdp")})
+    on_ranks({"stages": part(3, stages=2, **WAYS["zbv"])})
+    on_ranks({"one": part(4)})
+    own = recipe(material, tmp_path / "own", steps=4, train={"schedule": "constant"}, **model)
+    train(own)
+    wanted = figures(tmp_path / "own")
+    for step, values in figures(tmp_path / "run").items():
+        assert values == pytest.approx(wanted[step], rel=3e-5), step
+    # Names are the model's: torch reads the last checkpoint into it.
+    trained = mhc_compile.from_pretrained(tmp_path / "model", inner="eager")
+    before = {name: t.clone() for name, t in trained.state_dict().items()}
+    torch.distributed.checkpoint.load(trained.state_dict(), checkpoint_id=tmp_path / "run" / "checkpoint" / "step-4")
+    assert all((t != before[name]).any() for name, t in trained.state_dict().items() if "layernorm" in name)
+
+
+@with_titan
+def test_settings_that_stages_do_not_carry(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchtitan.tools import utils
+
+    monkeypatch.setattr(utils, "device_type", "cpu")
+    r = recipe(material, tmp_path)
+    config = torchtitan.trainer_config(r)
+    config.model_spec.model.update_from_config(config=config)
+    for section, name, value in (
+        ("parallelism", "tensor_parallel_degree", 2),
+        ("parallelism", "context_parallel_degree", 2),
+        ("parallelism", "expert_parallel_degree", 2),
+        ("parallelism", "spmd_backend", "full_dtensor"),
+        ("training", "max_norm", 1.0),
+        ("compile", "enable", True),
+    ):
+        config = torchtitan.trainer_config(r)
+        setattr(getattr(config, section), name, value)
+        with pytest.raises(MHCError, match=rf"MHC651.*{section}\.{name}"):
+            config.model_spec.model.update_from_config(config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [
+        (r"\[diffusion\]", {"diffusion": {"attention": "bidirectional"}}),
+        ("parallel.engram = 2", {"parallel": {"engram": 2}}),
+        ("parallel.stages_per_rank = 2", {"parallel": WAYS["zbv"]}),
+        ("train.on_nonfinite", {"train": {"on_nonfinite": "skip"}}),
+        ("train.explode", {"train": {"explode": 3.0}}),
+        ("checkpoint.keep", {"checkpoint": {"keep": 1}}),
+        ("metrics.probes_every = 5", {"metrics": {"probes_every": 5}}),
+    ],
+)
+def test_fields_that_it_does_not_carry(material: Path, tmp_path: Path, name: str, tables: dict[str, Any]) -> None:
+    with pytest.raises(MHCError, match=f"MHC651.*{name}"):
+        torchtitan.check(recipe(material, tmp_path, **tables))
+
+
+def test_checkpoints_of_the_other_engine_are_not_overlooked(material: Path, tmp_path: Path) -> None:
+    (tmp_path / "step-00000002").mkdir()
+    with pytest.raises(MHCError, match=r"MHC651.*checkpoint\.folder"):
+        torchtitan.check(recipe(material, tmp_path))
+
+
+def test_the_command_says_what_is_missing(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    r = recipe(material, tmp_path)
+    text = "\n".join(
+        f"[{section}]\n" + "\n".join(f"{name} = {json.dumps(value)}" for name, value in fields.items())
+        for section, fields in r.plain().items()
+    )
+    (tmp_path / "recipe.toml").write_text(text)
+    command = ["train", str(tmp_path / "recipe.toml"), "--engine", "torchtitan"]
+    assert main([*command, "--export", str(tmp_path / "out")]) == 1
+    assert "MHC651" in capsys.readouterr().err
+    if not HAS_TITAN or not torch.cuda.is_available():
+        assert main(command) == 1
+        assert "MHC650" in capsys.readouterr().err
