@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mhc_compile.runtime.recipe import Recipe, parse_recipe
 
 sys.path.append(str(Path(__file__).parents[1] / "runtime"))
 from data_folders import documents, make_tokenizer, write_lines
-from titan_ranks import on_ranks
+from titan_ranks import Runs, Train, ranks
 from training import model_folder
 
 from mhc_compile.runtime.data.prepare import prepare
@@ -57,6 +58,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def on_ranks() -> Iterator[Train]:
+    with ranks() as train:
+        yield train
+
+
 def recipe(material: Path, folder: Path, *, steps: int = 3, **tables: dict[str, Any]) -> Recipe:
     content: dict[str, Any] = {
         "model": {"folder": str(material / "model"), "inner": "eager"},
@@ -81,7 +88,7 @@ def figures(folder: Path) -> dict[int, dict[str, float]]:
     return found
 
 
-def check(recipes: dict[str, Recipe], own: Recipe) -> None:
+def check(on_ranks: Train, recipes: Runs, own: Recipe) -> None:
     """Train by `own` with our engine in this process, by `recipes` with torchtitan; they log the same."""
     train(own)
     on_ranks(recipes)
@@ -95,12 +102,13 @@ def check(recipes: dict[str, Recipe], own: Recipe) -> None:
 
 @with_titan
 @pytest.mark.compat
-def test_a_few_ways(material: Path, tmp_path: Path) -> None:
+def test_a_few_ways(on_ranks: Train, material: Path, tmp_path: Path) -> None:
     """The head is tied: its gradients are sums over stages, and count once."""
     held_out = {"data": {"validation": str(material / "held-out")}, "train": {"evaluate_every": 2}}
     fsdp = {"data": 2, "mode": "fsdp"}
     ways = {"stages": {"stages": 2, **fsdp}, "zbv": {"stages": 2, **WAYS["zbv"]}, "replicas": {"data": 2}}
     check(
+        on_ranks,
         {name: recipe(material, tmp_path / name, parallel=way, **held_out) for name, way in ways.items()},
         recipe(material, tmp_path / "own", **held_out),
     )
@@ -109,25 +117,26 @@ def test_a_few_ways(material: Path, tmp_path: Path) -> None:
 @with_titan
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [1, 2])
-def test_every_schedule_for_twenty_steps(material: Path, tmp_path: Path, data: int) -> None:
+def test_every_schedule_for_twenty_steps(on_ranks: Train, material: Path, tmp_path: Path, data: int) -> None:
     how = {"model": {"inner": "aot_eager"}, "recompute": {"blocks": "auto"}, "steps": 20}
     fsdp = {"data": data, "mode": "fsdp"}
     recipes = {"fsdp": recipe(material, tmp_path / "fsdp", parallel={"data": 2 * data, "mode": "fsdp"}, **how)}
     for name, way in WAYS.items():
         recipes[name] = recipe(material, tmp_path / name, parallel={"stages": 2, **fsdp, **way}, **how)
-    check(recipes, recipe(material, tmp_path / "own", **how))
+    check(on_ranks, recipes, recipe(material, tmp_path / "own", **how))
 
 
 @with_titan
 @pytest.mark.compat
 @pytest.mark.parametrize("memory", [pytest.param("engram", marks=pytest.mark.slow), "ultramem"])
-def test_tables(material: Path, tmp_path: Path, memory: str) -> None:
+def test_tables(on_ranks: Train, material: Path, tmp_path: Path, memory: str) -> None:
     """Rows are trained, also those of a table that layers of several stages share."""
     folder = model_folder(tmp_path / "model", vocab_size=300, num_hidden_layers=2, **{memory: MEMORIES[memory]})
     make_tokenizer(folder)
     model = {"model": {"folder": str(folder)}}
     ways = {"stages": {"stages": 2, "data": 2, "mode": "fsdp"}}
     check(
+        on_ranks,
         {name: recipe(material, tmp_path / name, parallel=way, **model) for name, way in ways.items()},
         recipe(material, tmp_path / "own", **model),
     )
@@ -135,18 +144,16 @@ def test_tables(material: Path, tmp_path: Path, memory: str) -> None:
 
 @with_titan
 @pytest.mark.compat
-def test_a_run_goes_on_in_another_shape(material: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_in_another_shape(on_ranks: Train, material: Path, tmp_path: Path) -> None:
     model = {"model": {"folder": str(tmp_path / "model")}}
     make_tokenizer(model_folder(tmp_path / "model", vocab_size=300, num_hidden_layers=2, engram=MEMORIES["engram"]))
 
     def part(steps: int, **parallel: Any) -> Recipe:
-        # The course of a longer run: rates depend on all of its steps.
-        train = {"steps": 4, "schedule": "constant"} | {"steps": steps}
-        return recipe(material, tmp_path / "run", train=train, parallel=parallel, **model)
+        train = {"schedule": "constant"}  # for any number of steps
+        return recipe(material, tmp_path / "run", steps=steps, train=train, parallel=parallel, **model)
 
-    on_ranks({"sharded": part(2, data=2, mode="fsdp")})
-    on_ranks({"stages": part(3, stages=2, **WAYS["zbv"])})
-    on_ranks({"one": part(4)})
+    parts = {"sharded": part(2, data=2, mode="fsdp"), "stages": part(3, stages=2, **WAYS["zbv"]), "one": part(4)}
+    on_ranks(parts)
     own = recipe(material, tmp_path / "own", steps=4, train={"schedule": "constant"}, **model)
     train(own)
     wanted = figures(tmp_path / "own")

@@ -1,18 +1,23 @@
-"""torchtitan on CPUs: what it lacks there, and runs of it in several processes; started by file path."""
+"""torchtitan on CPUs: what it lacks there, and runs of it in several processes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mhc_compile.runtime.recipe import Recipe
+
+Runs = dict[str, Recipe]
+Train = Callable[[Runs], None]
 
 
 def patch() -> None:
@@ -27,37 +32,61 @@ def patch() -> None:
     torch.cpu.current_device = lambda: 0
 
 
-def on_ranks(runs: dict[str, Recipe]) -> None:
-    """Train by every recipe with torchtitan, one after the other, in as many processes as the largest needs."""
-    world = max(r.parallel.world for r in runs.values())
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs]
-    mp.start_processes(_rank, (runs, [store.port for store in stores]), nprocs=world, start_method="spawn")
+@contextmanager
+def ranks() -> Iterator[Train]:
+    """A function that trains by every recipe with torchtitan, one after the other, on as many ranks as each wants.
+
+    They are forked from one process, which imports everything once.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_fork, args=(there,), daemon=False)
+    process.start()
+
+    def train(runs: Runs) -> None:
+        here.send(runs)
+        while not here.poll(1):
+            assert process.is_alive()
+        failed = here.recv()
+        assert not failed, f"{failed} failed: standard error says why"
+
+    try:
+        yield train
+    finally:
+        here.send(None)
+        process.join()
 
 
-def _rank(rank: int, runs: dict[str, Recipe], ports: list[int]) -> None:
+def _fork(pipe: Any) -> None:
     torch.set_num_threads(1)
     patch()
-    import torchtitan.trainer  # noqa: F401  (once for all runs)
+    import torchtitan.trainer  # noqa: F401
 
+    while (runs := pipe.recv()) is not None:
+        failed = []
+        for name, recipe in runs.items():
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            children = [os.fork() or _rank(rank, name, recipe, store.port) for rank in range(recipe.parallel.world)]
+            codes = [os.waitpid(child, 0)[1] for child in children]
+            if any(codes):
+                failed.append(name)
+                break
+        pipe.send(failed)
+
+
+def _rank(rank: int, name: str, recipe: Recipe, port: int) -> int:
     from mhc_compile.integrations.torchtitan import train
 
-    for port, (name, recipe) in zip(ports, runs.items(), strict=True):
-        if rank >= recipe.parallel.world:
-            continue
-        if pid := os.fork():  # a trainer has its process to itself
-            if os.waitpid(pid, 0)[1]:
-                raise RuntimeError(f"{name} failed on rank {rank}")
-            continue
-        where: dict[str, Any] = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": recipe.parallel.world,
-        }  # fmt: skip
-        os.environ |= {k: str(v) for k, v in where.items()}
-        failed = 0
-        try:
-            train(recipe)
-        except BaseException:  # whatever it was: the parent cannot see it
-            print(f"{name}, rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            failed = 1
-        sys.stdout.flush()
-        os._exit(failed)
+    where: dict[str, Any] = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": recipe.parallel.world,
+    }  # fmt: skip
+    os.environ |= {k: str(v) for k, v in where.items()}
+    failed = 0
+    try:
+        train(recipe)
+    except BaseException:  # whatever it was: the process that forked cannot see it
+        print(f"{name}, rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        failed = 1
+    sys.stdout.flush()
+    os._exit(failed)
