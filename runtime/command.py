@@ -33,6 +33,8 @@ examples:
       2 pipeline stages, 2 replicas of them
   torchrun --nproc-per-node 4 --max-restarts 20 -m mhc_compile train recipe.toml
       start all ranks again from the last checkpoint when one is lost
+  torchrun --nproc-per-node 8 -m mhc_compile train recipe.toml --engine torchtitan
+      with torchtitan's trainer around the same stages
   mhc-compile train recipe.toml --export ./trained
       the model of the newest checkpoint, for mhc_compile.from_pretrained
 
