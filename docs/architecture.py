@@ -61,10 +61,13 @@ ARROWS = {module: {module_of(name) for name in imports(path)} - {module} for mod
 
 
 def unit_of(module: str) -> str:
-    """Return the folder or file directly below the package that holds a module; commands are a unit of their own."""
+    """Return the folder or file directly below the package that holds a module; commands are a unit of their own,
+    and so is the engine above the runtime."""
     parts = module.split(".")[1:]
     if parts[1:] == ["command"] and parts[0] != "runtime":
         return "commands"
+    if parts[0:1] == ["integrations"] and parts[-1].startswith("torchtitan"):
+        return "torchtitan"
     return parts[0] if parts else "(package)"
 
 

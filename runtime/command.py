@@ -33,6 +33,8 @@ examples:
       2 pipeline stages, 2 replicas of them
   torchrun --nproc-per-node 4 --max-restarts 20 -m mhc_compile train recipe.toml
       start all ranks again from the last checkpoint when one is lost
+  torchrun --nproc-per-node 8 -m mhc_compile train recipe.toml --engine torchtitan
+      with torchtitan's trainer around the same stages
   mhc-compile train recipe.toml --export ./trained
       the model of the newest checkpoint, for mhc_compile.from_pretrained
 
@@ -63,6 +65,11 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--engine",
+        choices=["torchtitan"],
+        help="train with torchtitan's trainer instead of this package's: its checkpoints, logs and data parallelism",
+    )
     parser.add_argument("--fields", action="store_true", help="explain every field of a recipe and end")
     parser.add_argument(
         "--accept-changes",
@@ -89,8 +96,15 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise MHCError("MHC600", "no file is named")
     recipe = read_recipe(args.recipe, args.overrides)
+    if args.engine is not None:
+        from importlib import import_module  # by its name: it stands above this room
+
+        engine = import_module(f"mhc_compile.integrations.{args.engine}")
+        engine.check(recipe, exports=args.export is not None)
     if args.dry_run:
         _print_plan(recipe)
+    elif args.engine is not None:
+        engine.train(recipe, accept_changes=args.accept_changes)
     elif args.export is not None:
         from mhc_compile.runtime.export import export_checkpoint
 

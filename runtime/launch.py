@@ -115,7 +115,7 @@ def launch(parallel: ParallelTable) -> Iterator[World]:
         raise MHCError("MHC605", detail) from error
     watch = Watch(rank, world_size, None if alone else store, parallel.timeout)
     try:
-        yield _world(parallel, rank, device, watch)
+        yield world_of(parallel, rank, device, watch)
     finally:
         watch.close()
         # Leaving waits for nobody: a rank that failed must not wait for those that have not.
@@ -143,7 +143,8 @@ def is_lost(error: BaseException | None) -> bool:
     return False
 
 
-def _world(parallel: ParallelTable, rank: int, device: torch.device, watch: Watch) -> World:
+def world_of(parallel: ParallelTable, rank: int, device: torch.device, watch: Watch) -> World:
+    """Return this process's place among those that have joined. A collective."""
     shape = (parallel.stages, parallel.data, parallel.engram)
     ranks = torch.arange(parallel.world, dtype=torch.int).view(shape)
     at = (ranks == rank).nonzero()[0].tolist()

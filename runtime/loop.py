@@ -62,10 +62,10 @@ def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | No
         check_data(recipe)
         if recipe.metrics.tensorboard:
             summary_writer()  # raises where it is not installed
-        loader = stack.enter_context(_loader(recipe, world.replica, recipe.data.folder, recipe.data.workers))
+        loader = stack.enter_context(open_loader(recipe, world.replica, recipe.data.folder, recipe.data.workers))
         held_out = None
         if recipe.train.evaluate_every and recipe.data.validation is not None:
-            held_out = stack.enter_context(_loader(recipe, world.replica, recipe.data.validation, 0))
+            held_out = stack.enter_context(open_loader(recipe, world.replica, recipe.data.validation, 0))
         console = console or Console(highlight=False, soft_wrap=True)
         console.quiet |= world.rank > 0
         checkpoints = Checkpoints(
@@ -116,7 +116,7 @@ def check_data(recipe: Recipe) -> None:
     for folder in (recipe.data.folder, recipe.data.validation):
         if folder is not None:
             check_tokenizer(folder, recipe.model.folder)
-            _loader(recipe, 0, folder, 0).close()
+            open_loader(recipe, 0, folder, 0).close()
 
 
 def verify_data(recipe: Recipe, rank: int = 0, ranks: int = 1) -> None:
@@ -246,7 +246,8 @@ def _closing(checkpoints: Checkpoints, world: World) -> Callable[[Any, BaseExcep
     return end
 
 
-def _loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Loader:
+def open_loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Loader:
+    """Return the batches of one replica from a folder of the recipe."""
     return Loader(
         Path(folder),
         sequence=recipe.data.sequence,

@@ -114,6 +114,15 @@ class RunAdamW(TableAdamW):
     @torch.no_grad()
     def update(self, step: int, norm: float) -> float:
         """Clip to `train.clip`, update the weights with the learning rate of `step`, and clear; return that rate."""
+        rate = learning_rate(step, self.train)
+        for group in self.param_groups:
+            group["lr"] = group["ratio"] * rate
+        self.apply(norm)
+        return rate
+
+    @torch.no_grad()
+    def apply(self, norm: float) -> None:
+        """Do what `update` does with the learning rates that the groups have."""
         clip = self.train.clip
         scale = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         if scale < 1.0:
@@ -121,14 +130,10 @@ class RunAdamW(TableAdamW):
                 torch._foreach_mul_(gradients, scale)
             assert self._taken is not None
             self._taken = {n: g and RowGradient(g.rows, g.values * scale) for n, g in self._taken.items()}
-        rate = learning_rate(step, self.train)
-        for group in self.param_groups:
-            group["lr"] = group["ratio"] * rate
         self.step()
         self.skip()
         for stage in self.stages:
             stage.forget_casts()
-        return rate
 
     def skip(self) -> None:
         """Clear all gradients and leave the weights as they are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,13 @@ class Pipeline:
     """This rank's stages under the recipe's schedule.
 
     `step` runs the forward and backward passes of one optimizer step and leaves gradients; they are the sum over the
-    microbatches, of a loss that is a mean over all tokens of this replica.
+    microbatches, of a loss that is a mean over all tokens of this replica. With another `loss` (outputs, target and
+    `loss_kwargs` to a scalar) call `schedule.step` in its place.
     """
 
-    def __init__(self, stages: Sequence[Stage], world: World, microbatches: int) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], world: World, microbatches: int, loss: Callable[..., Tensor] | None = None
+    ) -> None:
         self.stages, self.world, self.microbatches = list(stages), world, microbatches
         self.has_first = stages[0].index == 0
         self.has_last = any(s.index == s.count - 1 for s in stages)
@@ -52,10 +55,10 @@ class Pipeline:
         self.schedule = CLASSES[name](
             run_stages[0] if name == "1f1b" else run_stages,
             n_microbatches=microbatches,
-            loss_fn=self._loss,
+            loss_fn=loss or self._loss,
             scale_grads=False,
         )
-        if name != "1f1b":
+        if name != "1f1b" and loss is None:  # what is registered passes on no `loss_kwargs`
             register(self.schedule)
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:

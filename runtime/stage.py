@@ -255,17 +255,18 @@ def build_stages(
     units: Units = "stage",
     split: bool = False,
     make_table: TableFactory | None = None,
+    kind: type[Stage] = Stage,
 ) -> list[Stage]:
     """Return the stages numbered `indices` of the program cut before the sites `starts`, on the meta device.
 
     A table that several of these stages hold is one, and parameters are one and the same once `materialise_all` has
-    run. Raises MHC620 and MHC621 as `mhc_compile.passes.stages.split_graph`.
+    run. `kind`: a subclass for them. Raises MHC620 and MHC621 as `mhc_compile.passes.stages.split_graph`.
     """
     pieces = split_graph(program.graph, starts)
     shared = tied(program, pieces)
     made: dict[str, MemoryTable] = {}
     return [
-        Stage(
+        kind(
             program, pieces[i], index=i, count=len(pieces), options=options,
             tied=frozenset(name for name, holders in shared.items() if i in holders),
             device=device, units=units, split=split, make_table=make_table or plain_table, made=made,

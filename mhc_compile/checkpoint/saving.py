@@ -59,7 +59,8 @@ def save_pretrained(
     The same as the model's own `save_pretrained`, whose arguments it takes, except that weights keep the names that
     they have in memory (else pass `save_original_format=True`): transformers' Trainer resumes by them. A folder with
     other files in it (a trainer's) is added to; an earlier save there is replaced. Load it with
-    `mhc_compile.from_pretrained`. The tables of memories are written in `table_dtype` where it is given: bfloat16, or
+    `mhc_compile.from_pretrained`. A model of `mhc_compile.integrations.trainer.shard` is gathered: all ranks call this,
+    and the first one writes. The tables of memories are written in `table_dtype` where it is given: bfloat16, or
     float8_e4m3fn for inference.
 
     Raises `MHCError`: MHC204 for an argument that would lose the streams, MHC405 for a model that is not from
@@ -80,9 +81,13 @@ def save_pretrained(
             raise MHCError("MHC204", f"{name}=True", way_out=instead)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise MHCError("MHC204", "adapters are loaded, and they alone would be saved", way_out="merge or unload them")
+    tensors = model.state_dict() if state_dict is None else state_dict
+    if getattr(model, "is_distributed_loading_by_transformers", False):  # all ranks are here
+        is_main_process &= torch.distributed.get_rank() == 0
+        tensors = _gathered(tensors, is_main_process)
     if not is_main_process:
         return
-    base, streams = _split(model, parameters, state_dict)
+    base, streams = _split(model, parameters, tensors)
     kwargs = {"save_original_format": False, **kwargs}
     # Rows of tables are in files that Trainer does not read: it would go on with others.
     for_trainer = not (kwargs["save_original_format"] or any(p.memories.kinds for p in parameters.values()))
@@ -117,7 +122,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, table_dtype: torch
     parameters = distinct_owners(model)
     if not parameters:
         raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
-    base, streams = _split(model, parameters, None)
+    base, streams = _split(model, parameters, model.state_dict())
     if foreign := [name for name, t in base.items() if not isinstance(t, Tensor)]:
         way_out = "give such values to the module's constructor: only tensors are saved"
         raise MHCError("MHC204", f"the state dict holds {names(foreign)}, no tensors", way_out=way_out)
@@ -134,10 +139,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, table_dtype: torch
 
 
 def _split(
-    model: nn.Module, parameters: Mapping[str, StreamParameters], state_dict: Mapping[str, Tensor] | None
+    model: nn.Module, parameters: Mapping[str, StreamParameters], state_dict: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split a state dict into the residual model's weights and the streams' parameters."""
-    everything = dict(model.state_dict() if state_dict is None else state_dict)
+    everything = dict(state_dict)
     of_streams = [f"{prefix(owner)}{name}" for owner, p in parameters.items() for name in p.kept()]
     if lost := [name for name in of_streams if name not in everything]:
         raise MHCError("MHC404", f"the state dict lacks stream parameters: {names(lost)}")
@@ -146,6 +151,16 @@ def _split(
         everything = {name: t for name, t in everything.items() if not name.startswith(prefix(owner))}
     _refuse_sharded(streams.values())
     return everything, streams
+
+
+def _gathered(tensors: Mapping[str, Any], keeps: bool) -> dict[str, Any]:
+    """Return a state dict with sharded tensors as whole ones on the CPU, where this rank `keeps` them. A collective."""
+    wholes: dict[str, Any] = {}
+    for name, t in tensors.items():  # one after the other: a device need not hold the whole model
+        whole = t.full_tensor() if hasattr(t, "full_tensor") else t
+        if keeps:
+            wholes[name] = whole if whole is t else whole.cpu()
+    return wholes
 
 
 def _refuse_sharded(tensors: Iterable[Tensor]) -> None:

@@ -81,4 +81,8 @@ MHC643 two schedules compute different losses
     please report the model: gradients of at least one of them are wrong
 MHC644 the recipe cannot be measured here
     measure a small model with parallel.data = 1, parallel.engram = 1 and a rank for each processor at most
+MHC650 torchtitan cannot be used here
+    pip install 'torch>=2.14' 'mhc-compile[titan]' on a machine with an accelerator, or leave --engine out
+MHC651 torchtitan does not carry this setting with our stages
+    change it, or train with the engine of this package (without --engine)
 """)

@@ -1,13 +1,34 @@
-"""Trainer of transformers: log what the streams do while it trains. Nothing of this package imports this file."""
+"""Trainer of transformers: log what the streams do while it trains, and train sharded models. Nothing of this package
+imports this file."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from mhc_compile.diagnostics import MHCError
+from mhc_compile.parameters import owners
 from mhc_compile.probes import Probes
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+    """Shard a converted model by FSDP2, in place, for a `Trainer` on the ranks of `mesh`.
+
+        shard(model, init_device_mesh("cuda", (torch.distributed.get_world_size(),)))
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+
+    Trainer then wraps it no more, and all ranks save it together. Leave `fsdp` out of the arguments, and set
+    `save_only_model=True`: Trainer does not resume such models. Raises MHC501 for a model that is not converted.
+    """
+    if not owners(model):
+        raise MHCError("MHC501", f"{type(model).__name__} holds no stream parameters")
+    fully_shard(model, mesh=mesh)
+    model._is_distributed_loading_by_transformers = True  # so that Trainer knows: it is sharded already
+    return model
 
 
 class ProbeCallback(TrainerCallback):

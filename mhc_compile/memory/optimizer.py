@@ -130,18 +130,23 @@ class TableAdamW(torch.optim.AdamW):
             return gradient
         return average_gradient(gradient, table.width, table.anchor.device, self.process_group)
 
-    def _step_table(self, table: MemoryTable, group: dict[str, Any]) -> None:
-        taken = self.take_gradient(table)
-        if taken is None:
-            return
-        weight = table.weight
-        state = self.state[weight]
+    def table_state(self, weight: Tensor) -> dict[str, Any]:
+        """Return the state of a table's weight, which is made if there is none yet."""
+        state: dict[str, Any] = self.state[weight]
         if not state:
             like: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros(weight.shape, **like)
             state["exp_avg_sq"] = torch.zeros(weight.shape, **like)
             state["row_step"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        return state
+
+    def _step_table(self, table: MemoryTable, group: dict[str, Any]) -> None:
+        taken = self.take_gradient(table)
+        if taken is None:
+            return
+        weight = table.weight
+        state = self.table_state(weight)
         state["step"] += 1
         rows, gradient = taken.rows.to(weight.device), taken.values.to(weight.device)
         lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]

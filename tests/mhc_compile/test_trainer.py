@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_trainer
 import torch
 from memories import tokenizer, with_memory
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,7 +30,7 @@ from mhc_compile import (
     from_pretrained,
     parameter_groups,
 )
-from mhc_compile.integrations.trainer import ProbeCallback
+from mhc_compile.integrations.trainer import ProbeCallback, shard
 
 DATA: Any = [{"input_ids": ids(1, seed=i)[0], "labels": ids(1, seed=i)[0]} for i in range(8)]
 
@@ -328,3 +330,20 @@ def test_an_emitted_model_is_resumed_without_this_package(tmp_path: Path) -> Non
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_sharded_model_is_saved_whole(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = Path(sharded_trainer.__file__)
+    done = subprocess.run(
+        [*torchrun, str(program), str(tmp_path / "two")], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = from_pretrained(tmp_path / "two" / "saved", inner="eager").state_dict()
+    wanted = sharded_trainer.trained(tmp_path / "one", batch=4, sharded=False).state_dict()
+    assert saved.keys() == wanted.keys()
+    for name, t in wanted.items():
+        torch.testing.assert_close(saved[name], t, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(MHCError, match="MHC501"):
+        shard(nn.Linear(2, 2), None)  # type: ignore[arg-type]
