@@ -96,20 +96,22 @@ def split_graph(gm: GraphModule, starts: Sequence[int], given: Sequence[str] = (
 def balanced(costs: Sequence[float], count: int) -> list[int]:
     """Cut `costs` (one per site) into `count` runs so that the most expensive run is as cheap as possible.
 
-    Returns the first site of every run but the first. Raises MHC620 for more runs than sites.
+    Of such cuts, those with evener runs (by their squares) are taken. Returns the first site of every run but the
+    first. Raises MHC620 for more runs than sites.
     """
     if count > len(costs):
         raise MHCError("MHC620", f"{count} stages for {len(costs)} sites")
     total = [0.0, *accumulate(costs)]
-    best = [[float("inf")] * (len(costs) + 1) for _ in range(count + 1)]
+    never = float("inf")
+    best = [[(never, never)] * (len(costs) + 1) for _ in range(count + 1)]
     cut_at = [[0] * (len(costs) + 1) for _ in range(count + 1)]
-    best[0][0] = 0.0
+    best[0][0] = (0.0, 0.0)
     for k in range(1, count + 1):
         for end in range(k, len(costs) + 1):
             for begin in range(k - 1, end):
-                dearest = max(best[k - 1][begin], total[end] - total[begin])
-                if dearest < best[k][end]:
-                    best[k][end], cut_at[k][end] = dearest, begin
+                (dearest, squares), run = best[k - 1][begin], total[end] - total[begin]
+                if (better := (max(dearest, run), squares + run * run)) < best[k][end]:
+                    best[k][end], cut_at[k][end] = better, begin
     starts, end = [], len(costs)
     for k in range(count, 0, -1):
         end = cut_at[k][end]

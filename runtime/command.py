@@ -156,7 +156,8 @@ def _print_plan(recipe: Any) -> None:
     if recipe.metrics.tensorboard:
         summary_writer()  # raises where it is not installed
     program = capture(recipe, torch.device("cpu"))
-    starts = cuts(program, recipe.parallel.stage_count, recipe.parallel.balance)
+    p, accelerated = recipe.parallel, torch.cuda.is_available()
+    starts = cuts(program, p.stage_count, p.balance, accelerated=accelerated)
     for piece in split_graph(program.graph, starts):
         tagged(piece.graph, recipe.options)
     for folder in (recipe.checkpoint.folder, recipe.metrics_folder):

@@ -205,9 +205,9 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
     )  # fmt: skip
 
 
-def capture(recipe: Recipe, device: torch.device) -> Program:
-    """Return the recipe's model as a graph for one microbatch; its weights are not read."""
-    model = hollow_model(recipe, device)
+def capture(recipe: Recipe, device: torch.device, change: Callable[[torch.nn.Module], None] | None = None) -> Program:
+    """Return the recipe's model as a graph for one microbatch; its weights are not read. `change`: `hollow_model`."""
+    model = hollow_model(recipe, device, change)
     if recipe.data.documents and POSITIONS not in inspect.signature(model.forward).parameters:
         detail = f"data.documents = true, but {type(model).__name__} takes no positions"
         raise MHCError("MHC602", detail, way_out="leave data.documents out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.recipe_tables import StreamsTable
 
 
-def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Module:
+def hollow_model(
+    recipe: Recipe, device: torch.device | str = "cpu", change: Callable[[nn.Module], None] | None = None
+) -> nn.Module:
     """Return the converted model of `recipe.model.folder`, to be captured on `device` and never run.
 
     Its parameters are fake tensors, in `recipe.model.dtype` but for those of the streams, which are float32; rows of
-    tables are on the meta device. Buffers have their values, of the model's code or of the folder.
+    tables are on the meta device. Buffers have their values, of the model's code or of the folder. `change` is called
+    with a residual model before its streams are added.
 
     Raises MHC401 to 407 and 414 for a folder that cannot be read, MHC404 for weights that do not fit, MHC602 for
     tables of the recipe that a converted folder has settled or that need a memory where there is none, MHC222 for a
@@ -53,6 +57,8 @@ def hollow_model(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Modul
             skeleton(checkpoint)  # refuses weights that do not fit
             model = _build(checkpoint.config, folder, dtype)
             _read_buffers(model, checkpoint)
+        if change is not None:
+            change(model)
         _hollow(model, device)
         streams = recipe.mhc or StreamsTable()
         start = start_of(streams.start, scratch=scratch)

@@ -169,7 +169,8 @@ class ParallelTable:
     mode: Literal["replicate", "fsdp"] = "replicate"
     """Whether replicas hold whole parameters or a shard of each."""
     balance: Literal["model", "measure"] | tuple[int, ...] = "model"
-    """Where stages are cut: by the cost model, by a measurement, or by the number of sites of every stage."""
+    """Where stages are cut: by the cost model (operations; on accelerators the time of what is computed and moved), by
+    a measurement, or by the number of sites of every stage."""
     timeout: float = 600.0
     """Seconds after which a peer is lost that does not answer in a step, or gives no sign of life at any time."""
     patience: float = 3600.0

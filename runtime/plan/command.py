@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ _EXAMPLES = """\
 examples:
   mhc-compile plan examples/recipes/671b.toml
   mhc-compile plan recipe.toml parallel.stages=8 recompute.blocks=auto --hardware h200 --json plan.json
-  mhc-compile plan recipe.toml --flops 989e12 --bandwidth 3.35e12 --link 50e9 --memory 80e9
+  mhc-compile plan recipe.toml --flops 989e12 --bandwidth 3.35e12 --link 450e9 --network 50e9 --memory 80e9
   mhc-compile plan recipe.toml --measure
   mhc-compile plan --budget 26B --engram paper --hidden 2560
   mhc-compile plan --budget 1.5B --engram v41 --hidden 1024 --layers 2 --share 0.2
@@ -52,7 +53,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--hardware", metavar="NAME", help="of every rank: a100, h100, ... (default: b200)")
     parser.add_argument("--flops", metavar="F", type=float, help="operations a second, instead of the hardware's")
     parser.add_argument("--bandwidth", metavar="B", type=float, help="of its memory, bytes a second")
-    parser.add_argument("--link", metavar="L", type=float, help="to another rank, bytes a second each way")
+    parser.add_argument("--link", metavar="L", type=float, help="to a rank of the same node, bytes a second each way")
+    parser.add_argument("--network", metavar="L", type=float, help="to a rank of another node")
+    parser.add_argument("--node", metavar="N", type=int, help="ranks a node (default: 8)")
     parser.add_argument("--memory", metavar="M", type=float, help="bytes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that is printed, and more, as JSON")
     parser.add_argument("--measure", action="store_true", help="measure on this machine instead, and compare")
@@ -81,14 +84,18 @@ def run(args: argparse.Namespace) -> int:
     from mhc_compile.runtime.plan.model import count
     from mhc_compile.runtime.plan.report import plain, show
 
-    rates = (args.flops, args.bandwidth, args.link, args.memory)
-    named = args.hardware or (None if None not in rates else "b200")
-    device = hardware(named, flops=args.flops, bandwidth=args.bandwidth, link=args.link, memory=args.memory)
+    rates = {name: getattr(args, name) for name in ("flops", "bandwidth", "link", "memory")}
+    named = args.hardware or (None if None not in rates.values() else "b200")
+    device = hardware(named, **rates, network=args.network, node=args.node)
     console = Console()
     with console.status("capturing the model"):
         counted = count(recipe)
     with console.status("simulating schedules"):
-        compared = compare(recipe, counted, device)
+        gc.disable()  # millions of tuples without cycles: looking for some takes a third of the time
+        try:
+            compared = compare(recipe, counted, device)
+        finally:
+            gc.enable()
     show(compared, console)
     _write(args.json, plain(compared))
     if not compared.fits:

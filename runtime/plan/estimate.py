@@ -3,9 +3,11 @@
 Times are the rates' bound (`runtime.plan.hardware`); nothing waits for a host, a compiler or a kernel's launch.
 What ranks hold follows this package's own runtime:
 
-    weights, gradients    float32, whole on every replica; under FSDP shards, gathered whole while a step runs
+    weights, gradients    float32, whole on every replica; under FSDP shards, and gathered whole while a step runs
     moments               two float32 values a weight, sharded under FSDP
     casts                 weights in the graph's dtype where that is narrower, cast once a step
+    buffers               what FSDP gathers into and reduces from: the two largest units' values in float32; of whole
+                          replicas the bucket in which gradients are summed
     tables                rows and two moments in float32, spread over parallel.engram
     activations           what the schedule keeps at its fullest: branches, streams in recompute blocks, stage outputs
     transient             a block that is recomputed, the largest branch's gradients, those of the logits
@@ -15,9 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, pairwise
 
+from mhc_compile.kernels.memory.engram import layers_of
 from mhc_compile.runtime.engine import splits
+from mhc_compile.runtime.optimizer import BUCKET
 from mhc_compile.runtime.plan.count import total
 from mhc_compile.runtime.plan.hardware import Hardware
 from mhc_compile.runtime.plan.model import Counted, Table
@@ -55,6 +60,10 @@ class StageEstimate:
     casts: int
     """Bytes of weights in the graph's dtype."""
     transient: int
+    units: int
+    """Parameters of its two largest recompute blocks, or layers: FSDP exchanges one while it still holds another."""
+    flops: float
+    """Operations of one microbatch's passes, without recomputation."""
     cost: StageCost
 
 
@@ -66,14 +75,16 @@ class RankMemory:
     gradients: int
     moments: int
     casts: int
+    buffers: int
     tables: int
     activations: int
     transient: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(astuple(self))
+        """All of it: buffers are needed before the first pass and after the last one, when nothing is kept."""
+        passes = self.activations + self.transient
+        return sum(astuple(self)) - min(passes, self.buffers)
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,21 @@ class Estimate:
     """The same for a residual model: C values per token instead of n*C."""
     table_bytes: int
     """The most that one rank exchanges of rows in a step."""
+    mfu: float
+    """The operations of the passes, without recomputation, over those that the devices could do in a step."""
+
+    @property
+    def limit(self) -> int:
+        """The rank of a pipeline that computes longest, for which the others wait."""
+        return self.simulated.busy.index(max(self.simulated.busy))
+
+    @property
+    def host(self) -> int:
+        """The most bytes of host memory that one rank's copies for a checkpoint take; 0 where saves are synchronous."""
+        replicas = self.recipe.parallel.replicas if self.recipe.parallel.mode == "fsdp" else 1
+        parameters = [sum(s.parameters for s in self.stages if s.rank == r) for r in range(len(self.memory))]
+        copies = [3 * FLOAT32 * -(-n // replicas) + m.tables for n, m in zip(parameters, self.memory, strict=True)]
+        return max(copies) if self.recipe.checkpoint.asynchronous else 0
 
     @property
     def seconds(self) -> float:
@@ -116,8 +142,8 @@ def estimate(counted: Counted, hardware: Hardware, recipe: Recipe) -> Estimate:
     p = recipe.parallel
     stages = cut_stages(counted, hardware, recipe)
     planned = schedule(p.schedule, ranks=p.stages, stages_per_rank=p.stages_per_rank, microbatches=recipe.microbatches)
-    link = Link(latency=hardware.latency, bandwidth=hardware.link)
-    simulated = simulate(planned, [s.cost for s in stages], link)
+    links = cache(lambda a, b: Link(latency=hardware.latency, bandwidth=hardware.between(a, b, p.replicas)))
+    simulated = simulate(planned, [s.cost for s in stages], links)
     scale = _scale(counted, recipe)
     parameters, row_bytes = [0] * p.stages, [0.0] * p.stages
     first = 0
@@ -129,6 +155,13 @@ def estimate(counted: Counted, hardware: Hardware, recipe: Recipe) -> Estimate:
     share = (p.replicas - 1) / p.replicas
     spared = (counted.streams - 1) * counted.hidden * counted.itemsize * int(counted.tokens * scale)
     updated = max(parameters) / (p.replicas if p.mode == "fsdp" else 1)
+    reduction = max(
+        count * FLOAT32 * 2 * share / hardware.among(rank * p.replicas, p.replicas)
+        for rank, count in enumerate(parameters)
+    )
+    optimizer = updated * 7 * FLOAT32 / hardware.bandwidth
+    rate = hardware.rate(recipe.model.dtype) * p.stages
+    flops = recipe.microbatches * sum(s.flops for s in stages)
     return Estimate(
         recipe=recipe,
         stages=stages,
@@ -137,8 +170,9 @@ def estimate(counted: Counted, hardware: Hardware, recipe: Recipe) -> Estimate:
             for rank in range(p.stages)
         ),
         simulated=simulated,
-        reduction=max(parameters) * FLOAT32 * 2 * share / hardware.link,
-        optimizer=updated * 7 * FLOAT32 / hardware.bandwidth,
+        reduction=reduction,
+        optimizer=optimizer,
+        mfu=flops / rate / (simulated.seconds + reduction + optimizer),
         stream_bytes=max(simulated.sent),
         residual_bytes=max(b - spared * n for b, n in zip(simulated.sent, simulated.messages, strict=True)),
         table_bytes=int(max(row_bytes) * 2 * recipe.microbatches * (p.engram - 1) / p.engram),
@@ -152,7 +186,7 @@ def cut_stages(counted: Counted, hardware: Hardware, recipe: Recipe) -> tuple[St
         starts = tuple(accumulate(p.balance[:-1]))
     else:
         starts = counted.starts(p.stage_count)
-    crossing, bounds = (*counted.crossing(starts), 0), (0, *starts, len(counted.works))
+    crossing, bounds = (*(counted.crossing[s - 1] for s in starts), 0), (0, *starts, len(counted.works))
     return tuple(
         _stage(counted, hardware, recipe, k, (bounds[k], bounds[k + 1]), crossing[k]) for k in range(p.stage_count)
     )
@@ -178,6 +212,7 @@ def _stage(
     flops, bandwidth = hardware.rate(recipe.model.dtype), hardware.bandwidth
     blocks = counted.blocks(*sites, recipe.recompute.blocks)
     names = set().union(*counted.names[slice(*sites)])
+    sizes = [size for run in blocks.sizes for size in run]
     values = sum(counted.sizes[name] for name in names)
     cast = sum(counted.sizes[name] for name in names & counted.cast)
     forward = sum(total((*w.branch.forward, w.forward), flops, bandwidth) for w in works)
@@ -191,7 +226,8 @@ def _stage(
     branches = sum(w.branch.kept for w in works)
     deferred = sum(w.branch.deferred for w in works)
     transient = max(w.branch.kept for w in works) + blocks.transient
-    exchanged = _row_bytes(counted, sites) * (parallel.engram - 1) / parallel.engram / hardware.link
+    rows_by = hardware.link if hardware.node % parallel.engram == 0 else hardware.network
+    exchanged = _row_bytes(counted, sites) * (parallel.engram - 1) / parallel.engram / rows_by
     kept = branches + blocks.kept + sent
     if sites[1] == len(counted.works):  # the loss, in float32 outside the graph: logits, their logarithms, gradients
         logits, logit_bytes = counted.logits
@@ -207,12 +243,14 @@ def _stage(
         sites=len(works),
         parameters=values,
         tables=tuple(t for t in counted.tables if t.look_ups(sites)),
-        blocks=tuple(size for sizes in blocks.sizes for size in sizes),
+        blocks=tuple(sizes),
         streams_kept=int(blocks.kept * scale),
         branches_kept=int(branches * scale),
         recompute=again * scale,
         casts=cast * narrow,
         transient=int(transient * scale),
+        units=_largest_units(counted, sites, sizes),
+        flops=sum(o.flops for w in works for o in w.operations) * scale,
         cost=StageCost(
             forward=(forward + exchanged) * scale + casting,
             input=first if split else first + second,
@@ -235,10 +273,30 @@ def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate
         gradients=FLOAT32 * (values + shard),
         moments=2 * FLOAT32 * (shard if sharded else values),
         casts=sum(s.casts for s in stages),
+        buffers=_buffers(parallel, stages),
         tables=ROW * -(-sum(tables.values()) // parallel.engram),
         activations=0,
         transient=max(s.transient for s in stages),
     )
+
+
+def _buffers(parallel: ParallelTable, stages: Sequence[StageEstimate]) -> int:
+    """Return the bytes in which weights are gathered and gradients are reduced."""
+    if parallel.replicas == 1:
+        return 0
+    if parallel.mode == "fsdp":
+        return FLOAT32 * max(s.units for s in stages)
+    return min(BUCKET, FLOAT32 * sum(s.parameters for s in stages))
+
+
+def _largest_units(counted: Counted, sites: tuple[int, int], blocks: Sequence[int]) -> int:
+    """Return the parameters of a stage's two largest blocks, or where it recomputes nothing, of its layers."""
+    names = [counted.works[i].name for i in range(*sites)]
+    first = set(layers_of(names).values())
+    begins = accumulate(blocks) if blocks else (i for i, name in enumerate(names) if name in first)
+    bounds = dict.fromkeys((0, *begins, len(names)))
+    units = [set().union(*counted.names[sites[0] + a : sites[0] + b]) for a, b in pairwise(bounds)]
+    return sum(sorted(sum(counted.sizes[name] for name in unit) for unit in units)[-2:])
 
 
 def _row_bytes(counted: Counted, sites: tuple[int, int]) -> int:

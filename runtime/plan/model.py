@@ -23,7 +23,8 @@ from mhc_compile.passes.cost import Plan, choose_blocks
 from mhc_compile.passes.stages import balanced, site_nodes
 from mhc_compile.runtime.balance import site_costs
 from mhc_compile.runtime.engine import capture
-from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, parameters_of_sites, site_works
+from mhc_compile.runtime.plan.repeats import Repeats, leave_out
+from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, kinds, parameters_of_sites, site_works
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.tables import tables_of
@@ -51,6 +52,7 @@ class Counted:
     """A captured model, without weights."""
 
     program: Program
+    """Of a long run of equal layers it has a few (`runtime.plan.repeats`); all else here is of the whole model."""
     works: list[SiteWork]
     names: list[set[str]]
     """The parameters that each site's part of the graph reads."""
@@ -69,16 +71,15 @@ class Counted:
     """C."""
     itemsize: int
     """Bytes of one value of a stream."""
+    costs: list[float]
+    """What `parallel.balance = "model"` weighs sites by, as a run on accelerators does."""
+    crossing: list[int]
+    """Bytes of one microbatch that cross a cut before each site but the first."""
 
     @cached_property
     def starts(self) -> Callable[[int], tuple[int, ...]]:
         """The first site of every stage but the first, of so many balanced ones. Raises MHC620."""
         return cache(lambda stages: tuple(balanced(self.costs, stages)))
-
-    @cached_property
-    def crossing(self) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
-        """Bytes of one microbatch that cross each cut before the given sites."""
-        return cache(lambda starts: tuple(crossing_bytes(self.program, starts)))
 
     @cached_property
     def blocks(self) -> Callable[[int, int, str | int], Plan]:
@@ -88,11 +89,6 @@ class Counted:
     def _blocks(self, begin: int, end: int, blocks: str | int) -> Plan:
         first, *others = self.works[begin:end]
         return choose_blocks(((first.streams, *(w.joined for w in others)),), blocks)
-
-    @cached_property
-    def costs(self) -> list[float]:
-        """What `parallel.balance = "model"` weighs sites by, as the run itself does."""
-        return site_costs(self.program)
 
     @property
     def logits(self) -> tuple[int, int]:
@@ -106,11 +102,12 @@ class Counted:
         return sum(self.sizes.values())
 
 
-def count(recipe: Recipe) -> Counted:
+def count(recipe: Recipe, *, whole: bool = False) -> Counted:
     """Capture the recipe's model on one microbatch and count it; of a residual folder only config.json is read.
 
-    Without a tokenizer in the folder, a memory takes ids as they are; its tables have the same sizes. Raises what
-    `hollow_model` and `capture_program` raise.
+    Of a long run of equal layers a few are captured; with `whole`, or with memories, all. Without a tokenizer in the
+    folder, a memory takes ids as they are; its tables have the same sizes. Raises what `hollow_model` and
+    `capture_program` raise.
     """
     folder = Path(recipe.model.folder)
     if not is_converted(folder):
@@ -119,21 +116,38 @@ def count(recipe: Recipe) -> Counted:
         recipe = replace(recipe, memory=replace(recipe.memory, compress=False))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Dynamo says of transformers' own caches
-        program = capture(recipe, torch.device("cpu"))
+        shortened: list[Repeats | None] = []
+        whole = whole or recipe.memory is not None or recipe.ultramem is not None
+        shorten = None if whole else lambda model: shortened.append(leave_out(model))
+        program = capture(recipe, torch.device("cpu"), shorten)
     for parameters in owners(program.model).values():
         if not isinstance(form_of(parameters.spec), StreamForm):
             detail = f"a plan counts n streams, which form={parameters.spec.form!r} does not have"
             raise MHCError("MHC602", detail, way_out="measure it: mhc-compile plan --measure, or train a few steps")
-    works = site_works(program)
+    repeats, numbers = next(iter(shortened), None), kinds(program)
+    captured = [str(n.meta["mhc_site"]) for n in site_nodes(program.graph.graph)]
+    if repeats is not None and not repeats.holds(captured, numbers):
+        return count(recipe, whole=True)
+    works = site_works(program, numbers)
     rows = {f"{path}.{name}" for path, t in tables_of(program.model).items() for name, _ in t.named_parameters()}
     sizes = {name: p.numel() for name, p in program.parameters.items() if name not in rows}
     names = [names & sizes.keys() for names in parameters_of_sites(program)]
     cast = {name for name, p in program.parameters.items() if p.is_floating_point() and p.dtype != torch.float32}
+    costs, crossing = site_costs(program, accelerated=True), [0, *crossing_bytes(program, range(1, len(works)))]
+    if repeats is not None:
+        order = list(repeats.order(captured))
+        works = [
+            replace(works[i], name=repeats.renamed(works[i].name, k) if k >= 0 else works[i].name) for i, k in order
+        ]
+        names = [{repeats.renamed(n, k) for n in names[i]} if k >= 0 else names[i] for i, k in order]
+        costs, crossing = [costs[i] for i, _ in order], [crossing[i] for i, _ in order]
+        sizes, cast = repeats.expanded(sizes), set(repeats.expanded(dict.fromkeys(cast)))
     streams = value(site_nodes(program.graph.graph)[0].args[0])  # type: ignore[arg-type]
     *batch, length, n, hidden = streams.shape
     return Counted(
         program, works, names, sizes, frozenset(cast), _tables(program, works),
         tokens=math.prod(batch) * length, length=length, streams=n, hidden=hidden, itemsize=streams.dtype.itemsize,
+        costs=costs, crossing=crossing[1:],
     )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from rich.console import Console
@@ -17,9 +17,13 @@ from mhc_compile.runtime.plan.estimate import ROW, Estimate, StageEstimate
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _PARTS = {
-    "weights": "weights", "gradients": "grads", "moments": "moments", "casts": "casts", "tables": "tables",
+    "weights": "weights", "gradients": "grads", "moments": "moments", "casts": "casts", "buffers": "buffers",
+    "tables": "tables",
     "activations": "kept", "transient": "passing",
 }  # fmt: skip
+Row = tuple[tuple[str, ...], object, tuple[float, ...]]
+_ALIKE = 0.02
+"""By which figures of folded rows may differ, relative to the first row's."""
 
 
 def show(plan: Compared, console: Console) -> None:
@@ -34,12 +38,16 @@ def show(plan: Compared, console: Console) -> None:
         f"{tokens:,} tokens a step, {recipe.microbatches} microbatches on each of {recipe.parallel.world} ranks"
     )
     console.print(f"times at the peak rates of `{plan.hardware.name}`: bounds, not forecasts")
+    console.print(_links_text(plan))
     for table in (_stages(plan.chosen), _memory(plan), _schedules(plan), *([_tables(plan)] if counted.tables else [])):
         console.print()
         console.print(table)
+    console.print()
     for name, e in plan.others.items():
-        if isinstance(e, MHCError):
-            console.print(f"{name}: {str(e).splitlines()[0]}")
+        console.print(f"{name}: {str(e).splitlines()[0] if isinstance(e, MHCError) else _limit_text(e)}")
+    if plan.chosen.host:
+        size = bytes_text(plan.chosen.host)
+        console.print(f"copies for a checkpoint: {size} of host memory a rank while it is written")
     if plan.nearest is not None:
         text = changes_text(recipe, plan.nearest.recipe)
         console.print(f"fits with {text}: {bytes_text(plan.nearest.fullest)} a rank")
@@ -77,6 +85,9 @@ def _plain(e: Estimate) -> dict[str, Any]:
         "pipeline_seconds": s.seconds,
         "reduction_seconds": e.reduction,
         "optimizer_seconds": e.optimizer,
+        "mfu": e.mfu,
+        "limiting_rank": e.limit,
+        "host_bytes": e.host,
         "bubbles": s.bubbles,
         "stream_bytes": s.sent,
         "residual_bytes": e.residual_bytes,
@@ -92,15 +103,41 @@ def _stages(e: Estimate) -> Table:
     microbatch = e.recipe.train.microbatch
     sequences = "1 sequence" if microbatch == 1 else f"{microbatch} sequences"
     title = f"stages of {e.recipe.parallel.schedule}; a microbatch is {sequences}; times in ms, sizes in {unit}"
-    columns = ("stage", "rank", "from", "sites", "blocks", "weights", "forward", "back", "keeps", "live")
+    columns = ("stage", "rank", "from", "sites", "blocks", "weights", "fwd", "back", "keeps", "live")
     table = _table(title, columns, left=("from", "blocks"))
+    rows: list[Row] = []
     for s in e.stages:
-        c = s.cost
-        table.add_row(
+        c, back = s.cost, s.cost.seconds("backward")
+        cells = (
             str(s.index), str(s.rank), s.first, str(s.sites), _blocks_text(s), f"{s.parameters / 1e6:,.0f} M",
-            _ms(c.forward), _ms(c.seconds("backward")), size(c.kept), str(e.simulated.live[s.index]),
+            _ms(c.forward), _ms(back), size(c.kept), str(e.simulated.live[s.index]),
         )  # fmt: skip
+        rows.append((cells, (s.sites, s.blocks), (s.parameters, c.forward, back, c.kept)))
+    for folded, _ in _folded(rows, ranging=(0, 1, 9)):
+        table.add_row(*folded)
     return table
+
+
+def _folded(rows: Iterable[Row], ranging: Collection[int]) -> Iterator[tuple[Sequence[str], object]]:
+    """Yield cells, and what rows share, of rows of which three or more that follow each other may be folded into one.
+
+    A row is its cells, what must be equal, and figures that may differ by `_ALIKE`. Folded cells are those of the first
+    row; the `ranging` ones go to those of the last.
+    """
+    runs: list[list[Row]] = []
+    for row in rows:
+        first = runs[-1][0] if runs else row
+        near = all(abs(a - b) <= _ALIKE * abs(b) for a, b in zip(row[2], first[2], strict=True))
+        if runs and row[1] == first[1] and near:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    for run in runs:
+        if len(run) < 3:
+            yield from (row[:2] for row in run)
+        else:
+            pairs = enumerate(zip(run[0][0], run[-1][0], strict=True))
+            yield [f"{a}-{b}" if i in ranging and a != b else a for i, (a, b) in pairs], run[0][1]
 
 
 def _blocks_text(stage: StageEstimate) -> str:
@@ -114,25 +151,56 @@ def _blocks_text(stage: StageEstimate) -> str:
 def _memory(plan: Compared) -> Table:
     unit, size = _unit(m.total for m in plan.chosen.memory)
     shown = {part: name for part, name in _PARTS.items() if any(getattr(m, part) for m in plan.chosen.memory)}
-    title = f"memory of each rank of a pipeline, in {unit}; there are {size(plan.hardware.memory)}"
+    there = size(plan.hardware.memory)
+    title = f"memory of each rank of a pipeline, in {unit}; there are {there}; buffers when nothing is kept"
     table = _table(title, ("rank", *shown.values(), "total"))
+    rows: list[Row] = []
     for rank, m in enumerate(plan.chosen.memory):
-        style = "red" if m.total > plan.hardware.memory else ""
-        table.add_row(str(rank), *(size(getattr(m, p)) for p in shown), size(m.total), style=style)
+        cells = (str(rank), *(size(getattr(m, p)) for p in shown), size(m.total))
+        constant = tuple(getattr(m, p) for p in shown if p != "activations")
+        rows.append((cells, m.total > plan.hardware.memory, constant))
+    kept = [*shown].index("activations") + 1
+    for folded, is_too_much in _folded(rows, ranging=(0, kept, len(shown) + 1)):
+        table.add_row(*folded, style="red" if is_too_much else "")
     return table
+
+
+def _links_text(plan: Compared) -> str:
+    """Return over which links ranks exchange what."""
+    p, hardware = plan.recipe.parallel, plan.hardware
+    owners = [p.place_of(index) for index in range(p.stage_count)]
+    hops = [hardware.between(a, b, p.replicas) for a, b in pairwise(owners) if a != b]
+    parts = []
+    for name, speed in (("within a node", hardware.link), ("between nodes", hardware.network)):
+        if count := hops.count(speed):
+            parts.append(f"streams {name} at {speed / 1e9:,.0f} GB/s over {count} of {len(hops)} cuts")
+        if hardware.link == hardware.network:
+            break
+    if p.replicas > 1:
+        speeds = sorted({hardware.among(rank * p.replicas, p.replicas) for rank in range(p.stages)})
+        parts.append(f"gradients at {' or '.join(f'{speed / 1e9:,.0f}' for speed in speeds)} GB/s")
+    return f"nodes of {hardware.node} ranks: {'; '.join(parts) or 'one rank sends nothing'}"
+
+
+def _limit_text(e: Estimate) -> str:
+    """Return for which rank the others wait, and which of its stages takes longest."""
+    busy, mine = e.simulated.busy, [s for s in e.stages if s.rank == e.limit]
+    longest = max(mine, key=lambda s: s.cost.forward + s.cost.seconds("backward"))
+    text = f"limited by stage {longest.index} (from {longest.first})"
+    return f"{text}: rank {e.limit} computes for {_ms(max(busy))} ms, the mean rank for {_ms(sum(busy) / len(busy))}"
 
 
 def _schedules(plan: Compared) -> Table:
     estimates = {name: e for name, e in plan.others.items() if not isinstance(e, MHCError)}
     unit, size = _unit(e.fullest for e in estimates.values())
     title = f"schedules with as many ranks; step in ms, sizes in {unit}; sent: the most by one rank in a step"
-    columns = ("schedule", "stages", "step", "to 1f1b", "bubbles", "kept", "memory", "sent", "residual")
+    columns = ("schedule", "stages", "step", "to 1f1b", "MFU", "bubbles", "memory", "sent", "residual")
     table = _table(title, columns, left=("schedule",))
     for name, e in estimates.items():
         ratio = f"{e.seconds / estimates['1f1b'].seconds:.3f}" if "1f1b" in estimates else ""
         table.add_row(
-            name, str(len(e.stages)), _ms(e.seconds), ratio, f"{e.simulated.bubble:.1%}",
-            size(max(e.simulated.kept)), size(e.fullest), size(e.stream_bytes), size(e.residual_bytes),
+            name, str(len(e.stages)), _ms(e.seconds), ratio, f"{e.mfu:.1%}", f"{e.simulated.bubble:.1%}",
+            size(e.fullest), size(e.stream_bytes), size(e.residual_bytes),
             style="bold" if name == plan.recipe.parallel.schedule else "",
         )  # fmt: skip
     return table

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from torch.distributed.pipelining.schedules import _add_send_recv
 
 from mhc_compile.runtime.recipe_tables import ScheduleName
 from mhc_compile.runtime.schedules import CLASSES
@@ -23,8 +25,7 @@ Pass = Literal["forward", "backward", "input", "weight"]
 """`backward` is `input` (gradients of what came in) and `weight` (gradients of parameters) in one."""
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One pass of one stage over one microbatch."""
 
     kind: Pass
@@ -32,8 +33,7 @@ class Work:
     microbatch: int
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """The streams of one microbatch from `stage` to the next stage, or their gradients to the one before."""
 
     backward: bool
@@ -93,10 +93,22 @@ def schedule(name: ScheduleName, *, ranks: int, stages_per_rank: int, microbatch
     count = ranks * stages_per_rank
     # The classes read these numbers of their stages and nothing else until a step runs.
     stage = SimpleNamespace(group_rank=0, group_size=ranks, num_stages=count, submod=None)
-    planned: Any = CLASSES[name]([stage] * stages_per_rank, microbatches)
+    planned: Any = _without_gathers(CLASSES[name])([stage] * stages_per_rank, microbatches)
     owner = tuple(int(planned.stage_index_to_group_rank[s]) for s in range(count))
     lists = [tuple(_with_transfers(planned.pipeline_order_with_comms[r], owner, r)) for r in range(ranks)]
     return Schedule(tuple(lists), owner)
+
+
+def _without_gathers(schedule: Any) -> Any:
+    """Return torch's class without the search for what FSDP gathers ahead, which takes most of the time."""
+
+    def prepare(self: Any, actions: dict[int, list[Any]], format: str = "compute_only") -> None:  # noqa: ARG001
+        self._validate_and_set_stage_mapping(actions)
+        passes = {rank: [a for a in mine if a is not None] for rank, mine in actions.items()}
+        rank_of = self.stage_index_to_group_rank.__getitem__
+        self.pipeline_order_with_comms = _add_send_recv(passes, rank_of, self._num_stages)
+
+    return type(schedule.__name__, (schedule,), {"_prepare_schedule_with_comms": prepare})
 
 
 def _one_forward_one_backward(rank: int, ranks: int, microbatches: int) -> Iterator[Action]:

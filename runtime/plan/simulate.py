@@ -8,10 +8,11 @@ takes `latency + bytes / bandwidth` and costs no computing.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, get_args
 
-from mhc_compile.runtime.plan.schedules import Post, Schedule, Transfer, Wait, Work
+from mhc_compile.runtime.plan.schedules import Pass, Post, Schedule, Transfer, Wait, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,11 @@ class Link:
     """Bytes a second, each way."""
 
 
-@dataclass(frozen=True)
-class Timed:
+Links = Callable[[int, int], Link]
+"""The link from one rank of a pipeline to another."""
+
+
+class Timed(NamedTuple):
     """One pass with the rank that ran it, and when, in seconds from the step's beginning."""
 
     work: Work
@@ -94,7 +98,7 @@ class _Transfers:
     """What has been posted, and when what both sides have posted arrives."""
 
     costs: Sequence[StageCost]
-    link: Link
+    links: Links
     owner: Sequence[int]
     posted: dict[tuple[Transfer, int], float] = field(default_factory=dict)
     arrived: dict[Transfer, float] = field(default_factory=dict)
@@ -111,7 +115,8 @@ class _Transfers:
         while queue and (queue[0], ends[1]) in self.posted:
             first = queue.popleft()
             ready = max(self.posted[first, ends[0]], self.posted[first, ends[1]], self.free.get(ends, 0.0))
-            self.arrived[first] = ready + self.link.latency + self.size(first) / self.link.bandwidth
+            link = self.links(*ends)
+            self.arrived[first] = ready + link.latency + self.size(first) / link.bandwidth
             self.free[ends] = self.arrived[first]
 
     def size(self, transfer: Transfer) -> int:
@@ -119,14 +124,15 @@ class _Transfers:
         return self.costs[transfer.target if transfer.backward else transfer.stage].sent
 
 
-def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link) -> Simulated:
-    """Run one step of `schedule`, whose stages cost `costs`, over `link`.
+def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link | Links) -> Simulated:
+    """Run one step of `schedule`, whose stages cost `costs`, over one `link` or those of each two ranks.
 
     A forward and a backward that are one action take as long as one after the other.
     """
     assert len(costs) == len(schedule.owner)
     count = len(schedule.ranks)
-    transfers = _Transfers(costs, link, schedule.owner)
+    transfers = _Transfers(costs, (lambda *_: link) if isinstance(link, Link) else link, schedule.owner)
+    seconds_of = [{kind: cost.seconds(kind) for kind in get_args(Pass)} for cost in costs]
     now, at, busy = [0.0] * count, [0] * count, [0.0] * count
     timed: list[list[Timed]] = [[] for _ in range(count)]
     moving = True
@@ -144,7 +150,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link) -> Simu
                         transfers.post(t, rank, now[rank])
                 else:
                     for i, work in enumerate(action.works):
-                        seconds = costs[work.stage].seconds(work.kind)
+                        seconds = seconds_of[work.stage][work.kind]
                         timed[rank].append(Timed(work, rank, now[rank], now[rank] + seconds))
                         now[rank] += seconds
                         busy[rank] += seconds
@@ -175,6 +181,7 @@ def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Map
         cost = costs[work.stage]
         if work.kind == "forward":
             live[work.stage] += 1
+            most_live[work.stage] = max(most_live[work.stage], live[work.stage])
             kept += cost.kept
         elif work.kind == "input":  # what the gradients of parameters need is there before the rest is freed
             most_kept = max(most_kept, kept + cost.deferred)
@@ -183,5 +190,4 @@ def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Map
             live[work.stage] -= 1
             kept -= cost.deferred if work.kind == "weight" else cost.kept
         most_kept = max(most_kept, kept)
-        most_live |= live
     return most_kept, most_live

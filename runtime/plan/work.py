@@ -59,10 +59,14 @@ class SiteWork:
     """Of the stream part: the boundary before the branch."""
     backward: Operation
 
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """All of them, in both passes."""
+        return (*self.branch.forward, *self.branch.input, *self.branch.weight, self.forward, self.backward)
 
-def site_works(program: Program) -> list[SiteWork]:
-    """Return the work of every site, in order."""
-    kinds = _kinds(program)
+
+def site_works(program: Program, kinds: Sequence[int]) -> list[SiteWork]:
+    """Return the work of every site, in order; `kinds` as the function of this name gives them."""
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
     starts = sorted({k for i in first.values() for k in (i, i + 1) if 0 < k < len(kinds)})
     pieces = {p.sites[0]: p for p in split_graph(program.graph, starts)}
@@ -80,7 +84,7 @@ def _whole(cost: SiteCost) -> SiteCost:
     return SiteCost(int(cost.state), int(cost.made), int(cost.branch), int(cost.parameters), cost.joined)
 
 
-def _kinds(program: Program) -> list[int]:
+def kinds(program: Program) -> list[int]:
     """Return a number for each site, equal for sites whose nodes compute the same from the same shapes."""
     graph, count = program.graph.graph, program.sites
     place = places(graph, range(1, count))

@@ -22,12 +22,13 @@ from mhc_compile.runtime.plan.compare import compare
 from mhc_compile.runtime.plan.estimate import estimate
 from mhc_compile.runtime.plan.hardware import hardware
 from mhc_compile.runtime.plan.model import Counted, count
-from mhc_compile.runtime.plan.report import show
+from mhc_compile.runtime.plan.repeats import leave_out
+from mhc_compile.runtime.plan.report import _folded, show
 from mhc_compile.runtime.recipe import Recipe, read_recipe
 from mhc_compile.runtime.recipe_tables import RecomputeTable, StreamsTable
 
 GOLDEN = Path(__file__).parent / "golden" / "plan.txt"
-RATES = {"flops": 1e12, "bandwidth": 1e11, "link": 1e9, "memory": 1e9}
+RATES: dict[str, Any] = {"flops": 1e12, "bandwidth": 1e11, "link": 1e9, "memory": 1e9}
 HIDDEN, WIDE, VOCAB, LENGTH = 64, 160, 96, 32
 RECIPE = """
 [model]
@@ -121,7 +122,8 @@ def test_memory_of_ranks_adds_up(counted: Counted, recipe: Recipe) -> None:
     own = sum(s.parameters for s in found.stages)
     embedding = VOCAB * HIDDEN
     assert own == counted.parameters + embedding  # tied: both ends hold it
-    assert [s.sites for s in found.stages] == [len(counted.works) - (b := cuts(counted.program, 2)[0]), b][::-1]
+    begin = cuts(counted.program, 2, accelerated=True)[0]
+    assert [s.sites for s in found.stages] == [begin, len(counted.works) - begin]
     for m, s in zip(found.memory, found.stages, strict=True):
         assert (m.weights, m.gradients, m.moments) == (4 * s.parameters, 4 * s.parameters, 8 * s.parameters)
         assert m.activations == s.cost.kept * found.simulated.live[s.index]
@@ -134,6 +136,71 @@ def test_memory_of_ranks_adds_up(counted: Counted, recipe: Recipe) -> None:
     assert found.table_bytes == 2 * 4 * rows // 2
 
 
+def test_a_few_of_equal_layers_stand_for_all(path: Path, tmp_path: Path) -> None:
+    """What is captured of a long run of layers, or of all of them, gives the same figures."""
+    config = LlamaConfig.from_pretrained(path.parent / "model", num_hidden_layers=8)
+    config.save_pretrained(tmp_path / "model")
+    text = RECIPE[: RECIPE.index("[memory]")] + RECIPE[RECIPE.index("[data]") :]
+    (tmp_path / "recipe.toml").write_text(text.replace("engram = 2", ""), encoding="utf-8")
+    recipe = read_recipe(tmp_path / "recipe.toml")
+    few, all_ = count(recipe), count(recipe, whole=True)
+    assert (few.program.sites, all_.program.sites) == (8, 16)
+    for name in ("works", "names", "sizes", "cast", "costs", "crossing", "logits", "tables"):
+        assert getattr(few, name) == getattr(all_, name), name
+
+
+def test_layers_that_differ_are_all_captured() -> None:
+    def model(*widths: int) -> torch.nn.Module:
+        layers = [torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Linear(width, 4)) for width in widths]
+        return torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
+
+    assert leave_out(model(4, 5, 4, 5, 4, 5, 4, 5)) is None
+    short = model(5, *[4] * 8)
+    repeats = leave_out(short)
+    assert repeats is not None
+    assert (repeats.places, repeats.left_out) == ((0, 1, 2, 3, 8), (4, 5, 6, 7))
+    assert list(dict(short.named_parameters())) == [
+        f"layers.{i}.{k}.{name}" for i in (0, 1, 2, 3, 8) for k in (0, 1) for name in ("weight", "bias")
+    ]
+    sites = [f"layers.{i}#0" for i in repeats.places]
+    assert repeats.holds(sites, [0, 1, 2, 2, 3])
+    assert not repeats.holds(sites, [0, 1, 2, 3, 3])
+    assert [place for _, place in repeats.order(sites)] == [-1, -1, -1, -1, 4, 5, 6, 7, -1]
+
+
+def test_links_in_a_node_and_between_nodes(counted: Counted, recipe: Recipe) -> None:
+    rates = {**RATES, "link": 8e9, "network": 1e9}
+    inside, across = (estimate(counted, hardware(None, **rates, node=node), recipe) for node in (4, 2))
+    assert inside.seconds < across.seconds
+    assert inside.reduction == across.reduction  # two ranks of one stage, in one node either way
+    apart = estimate(counted, hardware(None, **rates, node=1), recipe)
+    assert apart.reduction == pytest.approx(8 * inside.reduction)
+    device = hardware(None, **rates, node=4)
+    assert [device.among(first, count) for first, count in ((0, 4), (0, 8), (2, 4))] == [8e9, 4e9, 2e9]
+    console = Console(width=200, record=True, file=StringIO())
+    show(compare(recipe, counted, hardware(None, **rates, node=2)), console)
+    assert "streams between nodes at 1 GB/s over 1 of 1 cuts; gradients at 8 GB/s" in console.export_text()
+
+
+def test_the_longest_rank_limits(counted: Counted, recipe: Recipe) -> None:
+    found = estimate(
+        counted, hardware(None, **RATES), replace(recipe, parallel=replace(recipe.parallel, balance=(1, 7)))
+    )
+    assert found.limit == 1
+    per_microbatch = sum(o.flops for w in counted.works for o in w.operations)
+    assert found.mfu == pytest.approx(4 * per_microbatch / (2 * RATES["flops"]) / found.seconds)
+    assert 0 < found.mfu < 1
+    console = Console(width=200, record=True, file=StringIO())
+    show(compare(found.recipe, counted, hardware(None, **RATES)), console)
+    assert "1f1b: limited by stage 1 (from layers.0#1): rank 1 computes for" in console.export_text()
+
+
+def test_rows_that_are_almost_equal_are_folded() -> None:
+    rows = [((str(i), f"{size}"), "same", (float(size),)) for i, size in enumerate((50, 100, 101, 101, 99, 50, 50))]
+    folded = [tuple(cells) for cells, _ in _folded(rows, ranging=(0,))]
+    assert folded == [("0", "50"), ("1-4", "100"), ("5", "50"), ("6", "50")]
+
+
 def test_fsdp_shards_what_it_shards(counted: Counted, recipe: Recipe) -> None:
     device = hardware(None, **RATES)
     whole = estimate(counted, device, recipe)
@@ -141,6 +208,15 @@ def test_fsdp_shards_what_it_shards(counted: Counted, recipe: Recipe) -> None:
     for a, b in zip(whole.memory, shards.memory, strict=True):
         assert b.moments == pytest.approx(a.moments / 2, abs=8)
         assert b.weights == pytest.approx(a.weights * 1.5, abs=8)
+        assert b.buffers <= b.weights
+    assert [m.buffers for m in whole.memory] == [4 * s.parameters for s in whole.stages]  # less than a bucket
+    assert (
+        shards.host
+        < whole.host
+        == max(12 * s.parameters + m.tables for s, m in zip(whole.stages, whole.memory, strict=True))
+    )
+    saving = replace(recipe.checkpoint, asynchronous=False)
+    assert estimate(counted, device, replace(recipe, checkpoint=saving)).host == 0
 
 
 def test_smaller_microbatches_keep_less(counted: Counted, recipe: Recipe) -> None:
@@ -156,7 +232,8 @@ def test_recompute_keeps_less_and_takes_longer(counted: Counted, recipe: Recipe)
     device = hardware(None, **RATES)
     tables = (RecomputeTable(blocks=blocks) for blocks in ("off", "auto"))
     off, auto = (estimate(counted, device, replace(recipe, recompute=table)) for table in tables)
-    assert auto.fullest < off.fullest
+    passes = [max(m.activations + m.transient for m in e.memory) for e in (off, auto)]
+    assert passes[1] < passes[0]
     assert auto.seconds > off.seconds
     assert [s.blocks for s in off.stages] == [()] * 2
 
@@ -241,9 +318,9 @@ def test_the_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     written = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert written["fits"] is True
     assert set(written["schedules"]) == {"1f1b", "interleaved1f1b", "zbv", "dualpipev"}
-    assert written["chosen"]["memory"][0]["total"] == sum(
-        v for k, v in written["chosen"]["memory"][0].items() if k != "total"
-    )
+    memory = written["chosen"]["memory"][0]
+    parts = sum(v for k, v in memory.items() if k != "total")
+    assert memory["total"] == parts - min(memory["buffers"], memory["activations"] + memory["transient"])
 
 
 @pytest.mark.usefixtures("once")

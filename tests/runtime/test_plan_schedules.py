@@ -160,7 +160,8 @@ def test_hardware_by_name_and_by_rates() -> None:
     assert hardware("h100") == KNOWN["h100"]
     assert hardware("h100", memory=1e9).memory == 10**9
     assert hardware("h100", flops=1e12).rate("float32") == 1e12
-    assert hardware(None, flops=1, bandwidth=2, link=3, memory=4).link == 3
+    assert hardware(None, flops=1, bandwidth=2, link=3, memory=4).network == 3
+    assert hardware("h100", network=2, node=4).between(3, 4, 1) == 2
     with pytest.raises(MHCError, match=r"MHC640.*nearest: h100"):
         hardware("h10")
     with pytest.raises(MHCError, match=r"MHC640.*--memory is missing"):
