@@ -236,14 +236,14 @@ def test_a_file_that_inspect_wrote(folder: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_the_command(folder: Path, report: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--a", "inner=eager", "--b", "inner=eager"]
+    words = ["--a.inner", "eager", "--b.inner", "eager"]
     assert main(["diff", str(folder), str(folder), *words, "--no-run"]) == 0
     assert "no difference" in capsys.readouterr().out
-    assert main(["diff", str(folder), str(folder), *words, "--b", "streams=2", "--no-run"]) == 1
+    assert main(["diff", str(folder), str(folder), *words, "--b.streams", "2", "--no-run"]) == 1
     out = capsys.readouterr().out
     assert "the forms differ" in out
     assert "was not run" in out
-    assert main(["diff", str(report), str(folder), "--b", "inner=eager"]) == 0
+    assert main(["diff", str(report), str(folder), "--b.inner", "eager"]) == 0
     capsys.readouterr()
-    assert main(["diff", str(folder), str(folder), "--a", "wrong=1"]) == 2
+    assert main(["diff", str(folder), str(folder), "--a.wrong", "1"]) == 2
     assert capsys.readouterr().err.startswith("MHC204")

@@ -71,8 +71,8 @@ def test_a_folder_with_weights_starts_from_them(model: Path) -> None:
         (("--forms", "mhc:start=never"), "MHC204", 2),
         (("--forms", "mhc:streams=99"), "MHC201", 2),
         (("--forms", "mhc,mhc"), "MHC204", 2),
-        (("--length", "4000"), "MHC528", 1),
-        (("--data", "nowhere.txt"), "MHC528", 1),
+        (("--length", "4000"), "MHC528", 3),
+        (("--data", "nowhere.txt"), "MHC528", 3),
     ],
 )
 def test_what_is_refused(
@@ -111,15 +111,13 @@ def test_a_model_without_a_loss_of_its_own(model: Path, capsys: pytest.CaptureFi
     config = LlamaConfig.from_pretrained(model)
     config.architectures = ["LlamaModel"]
     config.save_pretrained(model.parent / "bare")
-    assert trial(model.parent / "bare") == 1
+    assert trial(model.parent / "bare") == 3
     assert capsys.readouterr().err.startswith("MHC528")
 
 
 @pytest.mark.parametrize("option", ["--steps", "--seeds", "--batch", "--length"])
 def test_numbers_that_are_too_small_are_wrong_arguments(model: Path, option: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        trial(model, option, "0")
-    assert caught.value.code == 2
+    assert trial(model, option, "0") == 2
 
 
 def test_an_arm_without_options_is_the_residual_model() -> None:
