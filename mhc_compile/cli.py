@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -18,14 +19,13 @@ from mhc_compile.commands.inspect import inspect
 from mhc_compile.commands.probe import probe
 from mhc_compile.commands.trial import trial
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.runtime.command import train
-from mhc_compile.runtime.data.command import data
-from mhc_compile.runtime.plan.command import plan
 from mhc_compile.versions import VERSION
 
+_RUNTIME = {"data": "runtime.data.command", "train": "runtime.command", "plan": "runtime.plan.command"}
+# By the names of their modules, as nothing outside of the runtime imports it.
 COMMANDS: dict[str, Callable[..., int]] = {
-    command.__name__: command
-    for command in (convert, emit, inspect, diff, bisect, probe, trial, demo, bench, doctor, data, train, plan)
+    **{c.__name__: c for c in (convert, emit, inspect, diff, bisect, probe, trial, demo, bench, doctor)},
+    **{name: getattr(import_module(f"mhc_compile.{module}"), name) for name, module in _RUNTIME.items()},
 }
 """Commands by name: the signature is the flags, the docstring is the help."""
 ARGUMENTS = {"MHC201", "MHC202", "MHC203", "MHC204", "MHC220", "MHC240", "MHC241", "MHC520"}
