@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,19 +13,29 @@ from cyclopts import Parameter
 from mhc_compile.diagnostics import MHCError
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of `train`."""
+
+    fields: bool = False
+    """Explain every field of a recipe and end."""
+    accept_changes: bool = False
+    """Go on from the checkpoint of a recipe with other data, steps, batch or rates."""
+    dry_run: bool = False
+    """Check everything, print the plan and end."""
+    export: Path | None = None
+    """Train nothing: write the model of the newest checkpoint as a Hugging Face folder and end."""
+
+
+_DEFAULT = Flags()
+
+
 def train(
     recipe: Annotated[Path | None, Parameter(help="A TOML file.")] = None,
     /,
     *overrides: Annotated[str, Parameter(name="SECTION.FIELD=VALUE", help="Fields that differ from the recipe's.")],
-    fields: Annotated[bool, Parameter(help="Explain every field of a recipe and end.")] = False,
-    accept_changes: Annotated[
-        bool, Parameter(help="Go on from the checkpoint of a recipe with other data, steps, batch or rates.")
-    ] = False,
-    dry_run: Annotated[bool, Parameter(help="Check everything, print the plan and end.")] = False,
-    export: Annotated[
-        Path | None,
-        Parameter(help="Train nothing: write the model of the newest checkpoint as a Hugging Face folder and end."),
-    ] = None,
+    flags: Flags = _DEFAULT,
 ) -> int:
     """Train by a recipe, in one process or many.
 
@@ -68,30 +79,30 @@ def train(
     every = 200
     ```
     """
-    if fields:
+    if flags.fields:
         _print_fields()
-        return 0
-    _run(recipe, overrides, accept_changes=accept_changes, dry_run=dry_run, out=export)
+    else:
+        _run(recipe, overrides, flags)
     return 0
 
 
-def _run(path: Path | None, overrides: Sequence[str], *, accept_changes: bool, dry_run: bool, out: Path | None) -> None:
+def _run(path: Path | None, overrides: Sequence[str], flags: Flags) -> None:
     """Train, export or print. Raises `MHCError` as `read_recipe` and `train` do."""
     from mhc_compile.runtime.recipe import read_recipe
 
     if path is None:
         raise MHCError("MHC600", "no file is named")
     recipe = read_recipe(path, overrides)
-    if dry_run:
+    if flags.dry_run:
         _print_plan(recipe)
-    elif out is not None:
+    elif flags.export is not None:
         from mhc_compile.runtime.export import export_checkpoint
 
-        print(export_checkpoint(recipe, out))
+        print(export_checkpoint(recipe, flags.export))
     else:
         from mhc_compile.runtime.loop import train
 
-        train(recipe, accept_changes=accept_changes)
+        train(recipe, accept_changes=flags.accept_changes)
 
 
 def _print_fields() -> None:
