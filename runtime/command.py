@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ class Flags:
 
     fields: bool = False
     """Explain every field of a recipe and end."""
+    schema: bool = False
+    """Print the JSON schema of recipes, for editors, and end."""
     accept_changes: bool = False
     """Go on from the checkpoint of a recipe with other data, steps, batch or rates."""
     dry_run: bool = False
@@ -81,6 +84,10 @@ def train(
     """
     if flags.fields:
         _print_fields()
+    elif flags.schema:
+        from mhc_compile.runtime.recipe import recipe_schema
+
+        print(json.dumps(recipe_schema(), indent=2))
     else:
         _run(recipe, overrides, flags)
     return 0
