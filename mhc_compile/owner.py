@@ -13,6 +13,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -251,7 +252,8 @@ def _compile(owner: Any, traced: Callable[..., Any]) -> Callable[..., Any]:
     own = types.FunctionType(
         traced.__code__.replace(), traced.__globals__, traced.__name__, traced.__defaults__, traced.__closure__
     )
-    # By the name under which it registers itself: the backend converts models at their first call, and so imports this
-    # module. The entry point `mhc` is there only where the package is installed.
+    # By the name under which it registers itself when it is imported, here: the backend converts models at their first
+    # call, and so imports this module. The entry point `mhc` is there only where the package is installed.
+    import_module("mhc_compile.backend")
     options = dict(vars(active_parameters(owner.mhc).options))
     return torch.compile(own, backend=BACKEND, options=options, fullgraph=True)

@@ -63,9 +63,8 @@ def _called(h: Node, call: Node) -> BranchNorm | None:
         return None
     layer = op_name(call) == "layer_norm"
     eps = arguments.get("eps")
+    eps = _constant((1e-5 if layer else torch.finfo(value(h).dtype).eps) if eps is None else eps)
     if eps is None:
-        eps = 1e-5 if layer else torch.finfo(value(h).dtype).eps
-    if not isinstance(eps, float):  # a number that varies from call to call
         return None
     if layer:
         return BranchNorm("layer", eps, weight, bias, (call,)) if isinstance(bias, Node) else None
@@ -86,7 +85,7 @@ def _written_out(h: Node, readers: list[Node]) -> BranchNorm | None:
     scaled = _only(root, "mul")
     if square is None or mean is None or add is None or root is None or scaled is None:
         return None
-    eps = next((a for a in add.args if isinstance(a, float)), None)
+    eps = next((number for a in add.args if (number := _constant(a)) is not None), None)
     if eps is None or not _over_the_last(mean) or set(scaled.args) != {wide, root} or set(readers) != {square, scaled}:
         return None
     nodes += [square, mean, add, root, scaled]
@@ -104,6 +103,17 @@ def _written_out(h: Node, readers: list[Node]) -> BranchNorm | None:
     if value(product).dtype != value(h).dtype and (cast := _only(product)) is not None and op_name(cast) in _CASTS:
         nodes.append(cast)
     return BranchNorm("rms", eps, weight, None, tuple(nodes))
+
+
+def _constant(argument: Any) -> float | None:
+    """Return an argument that is one number for this graph; None for any other.
+
+    Dynamo makes attributes variables that differed between two models of a class, an eps among them. Reading the number
+    guards it, so that another one is compiled anew: what a norm is must not depend on what else a process compiled.
+    """
+    if isinstance(argument, Node):
+        argument = value(argument)
+    return float(argument) if isinstance(argument, float | torch.SymFloat) else None
 
 
 def _only(node: Node | None, name: str | None = None) -> Node | None:

@@ -182,6 +182,26 @@ def test_a_copy_has_its_own_rows(trained: Any) -> None:
         assert torch.equal(trained(ids()).logits, wanted)
 
 
+def test_models_of_another_eps_before_it_change_nothing() -> None:
+    def model(eps: float, **how: Any) -> Any:
+        return convert(llama(num_hidden_layers=1, rms_norm_eps=eps), streams=1, inner="eager", **how)
+
+    with torch.no_grad():
+        torch._dynamo.reset()
+        alone = shake_values(model(1e-6, ultramem=V2))
+        wanted = alone(ids()).logits
+        torch._dynamo.reset()
+        for eps in (1e-1, 1e-2):  # the second time Dynamo makes a variable of it
+            model(eps)(ids())
+        third = shake_values(model(1e-6, ultramem=V2))
+        third.load_state_dict(alone.state_dict())
+        assert close(third(ids()).logits, wanted)
+        for module in third.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = 1.0
+        assert float((third(ids()).logits - wanted).abs().max()) > 1e-3
+
+
 def test_exported_programs_read_the_table_as_a_parameter(trained: Any) -> None:
     program = export(trained, ids(), example_kwargs={"use_cache": False})
     with torch.no_grad():
