@@ -61,11 +61,8 @@ ARROWS = {module: {module_of(name) for name in imports(path)} - {module} for mod
 
 
 def unit_of(module: str) -> str:
-    """Return the folder or file directly below the package that holds a module; commands are a unit of their own,
-    and so is the engine above the runtime."""
+    """Return the folder or file directly below the package that holds a module; the engine above the runtime is one."""
     parts = module.split(".")[1:]
-    if parts[1:] == ["command"] and parts[0] != "runtime":
-        return "commands"
     if parts[0:1] == ["integrations"] and parts[-1].startswith("torchtitan"):
         return "torchtitan"
     return parts[0] if parts else "(package)"
@@ -75,7 +72,7 @@ def picture(units: Iterable[tuple[str, str]]) -> str:
     """Return a Mermaid flowchart of arrows between units, without those that others imply."""
     graph = nx.DiGraph(sorted({(a, b) for a, b in units if a != b}))
     reduced = nx.transitive_reduction(graph)
-    folders = {unit for unit in graph if (ROOT / "mhc_compile" / unit).is_dir()} | {"commands"}
+    folders = {unit for unit in graph if (ROOT / "mhc_compile" / unit).is_dir()}
     lines = [f"    {unit}[{unit}/]" if unit in folders else f"    {unit}({unit})" for unit in sorted(graph)]
     return "\n".join(["flowchart BT", *lines, *(f"    {a} --> {b}" for a, b in sorted(reduced.edges))])
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, get_args
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.spec import Convention, Exit, Manifold, StreamSpec
+from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.overrides import CompileOverrides, Inner
 from mhc_compile.passes.blockmask import BlockMask
 from mhc_compile.passes.cost import parse_blocks
 from mhc_compile.passes.fuse import KERNELS, Fuse, Fused
@@ -16,7 +17,6 @@ from mhc_compile.passes.observer import Debug
 from mhc_compile.passes.pipeline import NATIVE, WIDENING, Pipeline
 from mhc_compile.passes.recompute import Recompute
 
-Inner = Literal["inductor", "aot_eager", "eager"]
 OPTIONAL = ("recompute", "fuse")
 """Passes without which a graph computes the same."""
 
@@ -145,29 +145,10 @@ def _chosen(default: Pipeline, options: Options) -> Pipeline:
     return Pipeline(tuple(step for step in chosen if step.name not in options.disabled))
 
 
-class StreamOverrides(TypedDict, total=False):
-    """The fields of `StreamSpec` as keywords."""
-
-    streams: int
-    convention: Convention | str
-    manifold: Manifold
-    iterations: int
-    exit: Exit
-    form: str
-
-
-class Overrides(StreamOverrides, TypedDict, total=False):
+class Overrides(CompileOverrides, total=False):
     """The fields of `StreamSpec` and of `Options` as keywords."""
 
-    inner: Inner
-    mode: str | None
-    kernels: str
-    recompute: str | int
-    attention: str | None
-    strict: bool
-    debug: Debug
     pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None
-    disable: str
 
 
 STREAM_FIELDS = {f.name for f in fields(StreamSpec)}

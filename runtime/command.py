@@ -2,118 +2,125 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.runtime.arguments import add_recipe_arguments
-
-NAME = "train"
-_DESCRIPTION = """\
-Train a model as a recipe says: a TOML file with the sections [model], [mhc], [memory], [data],
-[train], [diffusion], [parallel], [recompute], [checkpoint] and [metrics]. `--fields` explains every
-field.
-
-Alone the command is one process. torchrun starts it in several, parallel.stages x parallel.data x
-parallel.engram of them. A run that was stopped or killed goes on from its last checkpoint when the
-same command is given again, on as many processes as you like. `--export` turns its newest checkpoint
-into a model folder, in one process.
-"""
-_EXAMPLES = """\
-examples:
-  mhc-compile data ./books ./tokens --tokenizer ./Qwen3-0.6B
-      the tokens that [data] folder names
-  mhc-compile train recipe.toml --dry-run
-      check the recipe, the data, the tokenizer and the model, and print what would be done
-  mhc-compile train recipe.toml train.steps=20 parallel.schedule=1f1b
-      with two fields changed
-  torchrun --nproc-per-node 4 -m mhc_compile train recipe.toml parallel.stages=2 parallel.data=2
-      2 pipeline stages, 2 replicas of them
-  torchrun --nproc-per-node 4 --max-restarts 20 -m mhc_compile train recipe.toml
-      start all ranks again from the last checkpoint when one is lost
-  torchrun --nproc-per-node 8 -m mhc_compile train recipe.toml --engine torchtitan
-      with torchtitan's trainer around the same stages
-  mhc-compile train recipe.toml --export ./trained
-      the model of the newest checkpoint, for mhc_compile.from_pretrained
-
-a recipe:
-  [model]
-  folder = "Qwen3-0.6B"         # relative paths begin at the recipe's folder
-  [data]
-  folder = "tokens"
-  sequence = 1024
-  [train]
-  steps = 2000
-  batch = 64                    # sequences a step, over all ranks
-  microbatch = 4                # sequences that a stage computes at a time
-  lr = 3e-4
-  [checkpoint]
-  folder = "runs/first"
-  every = 200
-"""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register the command with argparse."""
-    parser = subparsers.add_parser(
-        NAME,
-        help="train by a recipe, in one process or many",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_recipe_arguments(parser)
-    parser.add_argument(
-        "--engine",
-        choices=["torchtitan"],
-        help="train with torchtitan's trainer instead of this package's: its checkpoints, logs and data parallelism",
-    )
-    parser.add_argument("--fields", action="store_true", help="explain every field of a recipe and end")
-    parser.add_argument(
-        "--accept-changes",
-        action="store_true",
-        help="go on from the checkpoint of a recipe with other data, steps, batch or rates",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and end")
-    parser.add_argument(
-        "--export",
-        metavar="OUT_DIR",
-        type=Path,
-        help="train nothing: write the model of the newest checkpoint as a Hugging Face folder and end",
-    )
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of `train`."""
+
+    engine: Literal["torchtitan"] | None = None
+    """Train with torchtitan's trainer instead of this package's: its checkpoints, logs and data parallelism."""
+    fields: bool = False
+    """Explain every field of a recipe and end."""
+    schema: bool = False
+    """Print the JSON schema of recipes, for editors, and end."""
+    accept_changes: bool = False
+    """Go on from the checkpoint of a recipe with other data, steps, batch or rates."""
+    dry_run: bool = False
+    """Check everything, print the plan and end."""
+    export: Path | None = None
+    """Train nothing: write the model of the newest checkpoint as a Hugging Face folder and end."""
 
 
-def run(args: argparse.Namespace) -> int:
+_DEFAULT = Flags()
+
+
+def train(
+    recipe: Annotated[Path | None, Parameter(help="A TOML file.")] = None,
+    /,
+    *overrides: Annotated[str, Parameter(name="SECTION.FIELD=VALUE", help="Fields that differ from the recipe's.")],
+    flags: Flags = _DEFAULT,
+) -> int:
+    """Train by a recipe, in one process or many.
+
+    Train a model as a recipe says: a TOML file with the sections [model], [mhc], [memory], [data], [train],
+    [diffusion], [parallel], [recompute], [checkpoint] and [metrics]. `--fields` explains every field.
+
+    Alone the command is one process. torchrun starts it in several, parallel.stages x parallel.data x parallel.engram
+    of them. A run that was stopped or killed goes on from its last checkpoint when the same command is given again, on
+    as many processes as you like. `--export` turns its newest checkpoint into a model folder, in one process.
+
+    ```sh
+    # the tokens that [data] folder names
+    mhc-compile data ./books ./tokens --tokenizer ./Qwen3-0.6B
+    # check the recipe, the data, the tokenizer and the model, and print what would be done
+    mhc-compile train recipe.toml --dry-run
+    # with two fields changed
+    mhc-compile train recipe.toml train.steps=20 parallel.schedule=1f1b
+    # 2 pipeline stages, 2 replicas of them
+    torchrun --nproc-per-node 4 -m mhc_compile train recipe.toml parallel.stages=2 parallel.data=2
+    # start all ranks again from the last checkpoint when one is lost
+    torchrun --nproc-per-node 4 --max-restarts 20 -m mhc_compile train recipe.toml
+    # with torchtitan's trainer around the same stages
+    torchrun --nproc-per-node 8 -m mhc_compile train recipe.toml --engine torchtitan
+    # the model of the newest checkpoint, for mhc_compile.from_pretrained
+    mhc-compile train recipe.toml --export ./trained
+    ```
+
+    A recipe:
+
+    ```toml
+    [model]
+    folder = "Qwen3-0.6B"         # relative paths begin at the recipe's folder
+    [data]
+    folder = "tokens"
+    sequence = 1024
+    [train]
+    steps = 2000
+    batch = 64                    # sequences a step, over all ranks
+    microbatch = 4                # sequences that a stage computes at a time
+    lr = 3e-4
+    [checkpoint]
+    folder = "runs/first"
+    every = 200
+    ```
+    """
+    if flags.fields:
+        _print_fields()
+    elif flags.schema:
+        from mhc_compile.runtime.recipe import recipe_schema
+
+        print(json.dumps(recipe_schema(), indent=2))
+    else:
+        _run(recipe, overrides, flags)
+    return 0
+
+
+def _run(path: Path | None, overrides: Sequence[str], flags: Flags) -> None:
     """Train, export or print. Raises `MHCError` as `read_recipe` and `train` do."""
-    # Here, because every command is registered when any of them runs.
     from mhc_compile.runtime.recipe import read_recipe
 
-    if args.fields:
-        _print_fields()
-        return 0
-    if args.recipe is None:
+    if path is None:
         raise MHCError("MHC600", "no file is named")
-    recipe = read_recipe(args.recipe, args.overrides)
-    if args.engine is not None:
-        from importlib import import_module  # by its name: it stands above this room
-
-        engine = import_module(f"mhc_compile.integrations.{args.engine}")
-        engine.check(recipe, exports=args.export is not None)
-    if args.dry_run:
+    recipe = read_recipe(path, overrides)
+    engine: Any = None
+    if flags.engine is not None:
+        engine = import_module(f"mhc_compile.integrations.{flags.engine}")  # by its name: it stands above this room
+        engine.check(recipe, exports=flags.export is not None)
+    if flags.dry_run:
         _print_plan(recipe)
-    elif args.engine is not None:
-        engine.train(recipe, accept_changes=args.accept_changes)
-    elif args.export is not None:
+    elif engine is not None:
+        engine.train(recipe, accept_changes=flags.accept_changes)
+    elif flags.export is not None:
         from mhc_compile.runtime.export import export_checkpoint
 
-        print(export_checkpoint(recipe, args.export))
+        print(export_checkpoint(recipe, flags.export))
     else:
         from mhc_compile.runtime.loop import train
 
-        train(recipe, accept_changes=args.accept_changes)
-    return 0
+        train(recipe, accept_changes=flags.accept_changes)
 
 
 def _print_fields() -> None:

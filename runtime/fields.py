@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
-import itertools
 import json
-import textwrap
-import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, get_type_hints
+
+from docstring_parser import parse_from_object
+from pydantic import TypeAdapter, ValidationError
 
 from mhc_compile.diagnostics import MHCError
 
@@ -39,15 +37,26 @@ def build(cls: type[T], section: str, values: Mapping[str, Any], *, aside: Seque
     `section.field`, which a misspelt name is compared with, too. Raises MHC601 for an unknown field and MHC602 for a
     missing one or one of another type.
     """
-    hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
             raise unknown(f"{section}.{name}", [*(f"{section}.{k}" for k in known), *aside])
-    for f in fields(cls):  # type: ignore[arg-type]
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
-            raise MHCError("MHC602", f"{section}.{f.name} is missing", way_out=f"write it under [{section}]")
-    return cls(**{name: typed(f"{section}.{name}", value, hints[name]) for name, value in values.items()})
+    return checked(cls, section, values)
+
+
+def checked(kind: Any, name: str, value: Any) -> Any:
+    """Return `value`, as TOML gives it, as the type `kind`. Raises MHC602, naming the field, where it is of another."""
+    try:
+        # In JSON a list may become a tuple, and nothing else changes its type.
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        raise MHCError("MHC602", f"{name}.{first['loc'][0]} is missing", way_out=f"write it under [{name}]")
+    if isinstance(value, Mapping):
+        field = str(first["loc"][0])
+        name, value, kind = f"{name}.{field}", value[field], get_type_hints(kind)[field]
+    raise MHCError("MHC602", f"{name} = {_spell(value)}; wanted: {_words(TypeAdapter(kind).json_schema())}")
 
 
 def unknown(name: str, known: Sequence[str]) -> MHCError:
@@ -63,85 +72,43 @@ def unknown(name: str, known: Sequence[str]) -> MHCError:
     return MHCError("MHC601", f"{name}{hint}")
 
 
-def typed(name: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`. Raises MHC602, naming the field, where it is of another type."""
-    for option in _options(hint):
-        converted = _as(value, option)
-        if converted is not None:
-            return converted[0]
-    raise MHCError("MHC602", f"{name} = {_spell(value)}; wanted: {_words(hint)}")
-
-
 def describe(cls: type[Any], section: str, *, leave_out: Iterable[str] = ()) -> list[Described]:
     """Return every field of the dataclass `cls` but those in `leave_out`, in order."""
-    hints, texts = get_type_hints(cls), docstrings(cls)
     described = []
-    for f in fields(cls):
-        if f.name not in leave_out:
-            default = "" if f.default is MISSING else "-" if f.default is None else _spell(f.default)
-            described.append(Described(section, f.name, _words(hints[f.name]), default, texts.get(f.name, "")))
+    for name, field in schema(cls, leave_out=leave_out)["properties"].items():
+        default = "" if "default" not in field else "-" if field["default"] is None else _spell(field["default"])
+        described.append(Described(section, name, _words(field), default, field["description"]))
     return described
 
 
-def docstrings(cls: type[Any]) -> dict[str, str]:
-    """Return the text under each field of a class, its lines joined."""
-    texts: dict[str, str] = {}
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    for pair in itertools.pairwise(definition.body):  # type: ignore[attr-defined]
-        match pair:
-            case (ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text)))):
-                texts[name] = " ".join(text.split())
-    return texts
+def schema(cls: type[Any], *, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the JSON schema of the dataclass `cls` without the fields in `leave_out`, docstrings as descriptions."""
+    made = TypeAdapter(cls).json_schema()
+    texts = {p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(cls).params}
+    kept = {name: field for name, field in made["properties"].items() if name not in leave_out}
+    properties = {
+        name: {k: v for k, v in field.items() if k != "title"} | {"description": texts.get(name, "")}
+        for name, field in kept.items()
+    }
+    required = {"required": made["required"]} if "required" in made else {}
+    text = " ".join(made["description"].split("\n\n")[0].split())
+    return {"type": "object", "description": text, "properties": properties, "additionalProperties": False} | required
 
 
-def _options(hint: Any) -> list[Any]:
-    """Return the members of a union, nested ones flattened, without None; a plain type alone."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return [option for part in get_args(hint) if part is not type(None) for option in _options(part)]
-    return [hint]
+_KINDS = {"integer": "a whole number", "number": "a number", "string": "a text", "boolean": "true or false"}
 
 
-def _as(value: Any, hint: Any) -> tuple[Any] | None:
-    """Return `value` as the plain type `hint`, in a tuple of one; None where it is not of that type."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        # True == 1: the type counts.
-        return (value,) if any(value == w and type(value) is type(w) for w in get_args(hint)) else None
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return None
-        parts = get_args(hint)
-        parts = (parts[0],) * len(value) if len(parts) == 2 and parts[1] is ... else parts
-        if len(parts) != len(value):
-            return None
-        converted = [
-            next(filter(None, (_as(v, o) for o in _options(p))), None) for v, p in zip(value, parts, strict=True)
-        ]
-        return None if None in converted else (tuple(c[0] for c in converted if c is not None),)
-    if isinstance(value, bool):
-        return (value,) if hint is bool else None
-    if hint is float and isinstance(value, int | float):
-        return (float(value),)
-    return (value,) if isinstance(hint, type) and isinstance(value, hint) else None
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-def _words(hint: Any) -> str:
-    """Return what may be written for a type, in words."""
-    words = []
-    for option in _options(hint):
-        if get_origin(option) is Literal:
-            words += [_spell(w) for w in get_args(option)]
-        elif get_origin(option) is tuple:
-            parts = get_args(option)
-            many = len(parts) == 2 and parts[1] is ...
-            inner = " or ".join(_WORDS[p].removeprefix("a ") for p in _options(parts[0]))
-            words.append(f"a list of {inner}s" if many else f"{len(parts)} {inner}s in a list")
-        else:
-            words.append(_WORDS[option])
-    return " | ".join(words)
+def _words(field: Mapping[str, Any]) -> str:
+    """Return what may be written for a field of a JSON schema, in words."""
+    if "anyOf" in field:
+        return " | ".join(_words(option) for option in field["anyOf"] if option != {"type": "null"})
+    if "enum" in field or "const" in field:
+        return " | ".join(map(_spell, field.get("enum", [field.get("const")])))
+    if field["type"] == "array":
+        items = field.get("prefixItems") or [field["items"]]
+        inner = _words(items[0]).replace("a ", "", 1).replace(" | a ", " or ")
+        return f"{len(items)} {inner}s in a list" if "prefixItems" in field else f"a list of {inner}s"
+    return _KINDS[field["type"]]
 
 
 def _spell(value: Any) -> str:

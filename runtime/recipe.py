@@ -13,7 +13,7 @@ from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
-from mhc_compile.runtime.fields import Described, build, describe, typed, unknown
+from mhc_compile.runtime.fields import Described, build, checked, describe, schema, unknown
 from mhc_compile.runtime.recipe_tables import (
     CheckpointTable,
     DataTable,
@@ -126,6 +126,8 @@ _FREE = {
     *("data.folder", "data.validation", "data.workers"),
 }
 """What may change on the way: the model and the data are compared by what they hold."""
+_HIDDEN = {"memory": ("name",)}
+"""Fields that `preset` names instead."""
 _PATHS = {"model": ("folder",), "data": ("folder", "validation"), "checkpoint": ("folder",), "metrics": ("folder",)}
 
 
@@ -174,19 +176,37 @@ def describe_fields() -> list[Described]:
     described: list[Described] = []
     for section, cls in TABLES.items():
         described += [_PRESETS[section]] if section in _PRESETS else []
-        described += describe(cls, section, leave_out=("name",) if section == "memory" else ())
+        described += describe(cls, section, leave_out=_HIDDEN.get(section, ()))
     return described
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe, by which editors complete and check its TOML."""
+    sections = {section: schema(cls, leave_out=_HIDDEN.get(section, ())) for section, cls in TABLES.items()}
+    for section, preset in _PRESETS.items():
+        sections[section]["properties"] = {
+            "preset": {"type": "string", "default": json.loads(preset.default), "description": preset.text},
+            **sections[section]["properties"],
+        }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A recipe of mhc-compile",
+        "type": "object",
+        "properties": sections,
+        "required": ["model", "data", "train", "checkpoint"],
+        "additionalProperties": False,
+    }
 
 
 def _memory(section: str, values: dict[str, Any], names: Sequence[str]) -> Any:
     """Return the settings of a section of `_PRESETS`: those of its preset, with `values`."""
     settings, default = TABLES[section], json.loads(_PRESETS[section].default)
-    preset = typed(f"{section}.preset", values.pop("preset", default), str)
+    preset = checked(str, f"{section}.preset", values.pop("preset", default))
     hints = get_type_hints(settings)
     for name in values:
         if f"{section}.{name}" not in names:
             raise unknown(f"{section}.{name}", names)
-    return settings.preset(preset, **{k: typed(f"{section}.{k}", v, hints[k]) for k, v in values.items()})
+    return settings.preset(preset, **{k: checked(hints[k], f"{section}.{k}", v) for k, v in values.items()})
 
 
 def _override(content: dict[str, Any], text: str) -> None:

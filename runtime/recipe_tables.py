@@ -6,10 +6,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from mhc_compile.config import Inner, Options, stream_spec
+from mhc_compile.config import Options, stream_spec
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import Exit, Manifold, StreamSpec
 from mhc_compile.kernels.start import StartName, start_of
+from mhc_compile.overrides import Inner
 from mhc_compile.passes.cost import parse_blocks
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]

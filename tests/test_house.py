@@ -43,13 +43,13 @@ def test_imports_point_one_way(path: Path) -> None:
             assert not name.startswith("mhc_compile.runtime"), f"{path} imports {name}"
 
 
-# Inside mhc_compile/: each line may import those above it, and nothing below or beside it. A folder is one unit, but
-# for its command.py, which only `cli` imports. `(package)` is mhc_compile/__init__.py.
+# Inside mhc_compile/: each line may import those above it, and nothing below or beside it. A folder is one unit.
+# `(package)` is mhc_compile/__init__.py.
 LAYERS = """
     codes
     diagnostics
     kernels frame rich_text atomic_write versions modes sharded tracing
-    conventions passes
+    conventions passes overrides
     config identity guard memory
     pipeline parameters
     checkpoint probes

@@ -41,7 +41,7 @@ from mhc_compile.checkpoint.source import (
 )
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.checkpoint.tables import read_tokenizer, write_tables
-from mhc_compile.config import STREAM_FIELDS, Options, StreamOverrides, overridden, split_options
+from mhc_compile.config import STREAM_FIELDS, Options, overridden, split_options
 from mhc_compile.conversion.memory import convert_streams, refuse_attention, refuse_trained
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
@@ -52,6 +52,7 @@ from mhc_compile.kernels.start import Start, StartName, start_of
 from mhc_compile.loading import open_converted, read_streams, streams_shard
 from mhc_compile.memory.parameters import tables as tables_of
 from mhc_compile.memory.request import requested
+from mhc_compile.overrides import StreamOverrides
 from mhc_compile.parameters import owners
 
 Form = Literal["mhc", "residual"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mhc_compile.config import Inner
 from mhc_compile.kernels.memory.settings import MemorySettings
+from mhc_compile.overrides import Inner
 
 
 class DemoError(Exception):

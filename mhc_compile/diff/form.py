@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mhc_compile.checkpoint.hub import local_folder
-from mhc_compile.config import parse_options
+from mhc_compile.config import split_options
 from mhc_compile.configured import configured, refuse_stream_options, weighted
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff.outputs import outputs_of
+from mhc_compile.overrides import CompileOverrides
 from mhc_compile.report import Report, inspect
 
 
@@ -46,26 +47,30 @@ class Form:
         return sum(calls * size for calls, size in self.kernels.values())
 
 
-def read_form(source: str | os.PathLike[str], options: Sequence[str] = (), *, seed: int = 0, run: bool = True) -> Form:
-    """Return the form of a checkpoint folder or a config.json with `options` (`streams=2`), or of a report's JSON.
+def read_form(
+    source: str | os.PathLike[str], options: CompileOverrides | None = None, *, seed: int = 0, run: bool = True
+) -> Form:
+    """Return the form of a checkpoint folder or a config.json with `options` (`streams`, ...), or of a report's JSON.
 
     `run`: also compute outputs, with the folder's weights or, without any, random ones from `seed`. Raises `MHCError`:
     MHC204 for options, also of a report, which has been made; MHC304 for streams of a converted folder; MHC527 for a
     file that is not a report; what `weighted` raises for a model.
     """
     path = local_folder(source, weights=run)
-    label = " ".join([str(source), *options])
-    parsed = parse_options(options)
+    values: dict[str, Any] = {**(options or {})}
+    shown = (f"{name}={value.value if isinstance(value, Enum) else value}" for name, value in values.items())
+    label = " ".join([str(source), *shown])
+    split_options(values)
     report = None if path.is_dir() else _report(path)
     if report is not None:
-        if parsed:
-            raise MHCError("MHC204", f"{path} is a report, made with options of its own: {', '.join(parsed)}")
+        if values:
+            raise MHCError("MHC204", f"{path} is a report, made with options of its own: {', '.join(values)}")
         return Form(label, report, f"{path} has no outputs (inspect --json FILE --outputs)")
     # Without weights nothing is computed, and none are read.
     model, converted = configured(path) if not run else weighted(path, seed=seed)[:2]
     if converted:
-        refuse_stream_options(path, parsed)
-    return form_of(model, label, seed=seed, run=run, **parsed)
+        refuse_stream_options(path, values)
+    return form_of(model, label, seed=seed, run=run, **values)
 
 
 def form_of(model: nn.Module, label: str, *, seed: int = 0, run: bool = True, **options: Any) -> Form:

@@ -15,7 +15,7 @@ from torch import nn
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.attach import refuse_wrapped
 from mhc_compile.capture import capture
-from mhc_compile.config import StreamOverrides, overridden
+from mhc_compile.config import overridden
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.events import read_events
@@ -27,6 +27,7 @@ from mhc_compile.emitting.roles import find_edits
 from mhc_compile.emitting.traced import Traced
 from mhc_compile.emitting.training import runs_in_training_alone
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.overrides import StreamOverrides
 from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import StreamParameters, attention_of, owners, unwrapped
 

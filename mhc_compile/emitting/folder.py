@@ -17,7 +17,7 @@ from mhc_compile.checkpoint.shards import copy_file, read_shard, write_text
 from mhc_compile.checkpoint.skeleton import auto_classes
 from mhc_compile.checkpoint.source import CONFIG, companions, open_checkpoint, refuse_links_out
 from mhc_compile.checkpoint.staging import check_target, staged
-from mhc_compile.config import StreamOverrides, overridden
+from mhc_compile.config import overridden
 from mhc_compile.configured import refuse_stream_options, weighted
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
@@ -26,6 +26,7 @@ from mhc_compile.emitting.file import Source, load_text
 from mhc_compile.emitting.places import Key
 from mhc_compile.emitting.vendor import refuse_others, vendored
 from mhc_compile.kernels.spec import StreamSpec
+from mhc_compile.overrides import StreamOverrides
 from mhc_compile.owner import restore_owners
 from mhc_compile.parameters import names, owners
 from mhc_compile.versions import VERSION

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.config import Inner, parse_options, stream_spec
+from mhc_compile.config import parse_options, stream_spec
 from mhc_compile.configured import weighted
 from mhc_compile.conversion import convert
 from mhc_compile.diagnostics import MHCError
@@ -20,6 +20,7 @@ from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.kernels.spec import StreamSpec, form_names
 from mhc_compile.kernels.start import start_of
 from mhc_compile.measure import measure_streams
+from mhc_compile.overrides import Inner
 from mhc_compile.trial.training import Contender, contender, even_windows, random_windows, train
 
 RESIDUAL = "residual"

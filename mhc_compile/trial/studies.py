@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+WARM_UP_STEPS = 2
+"""The first steps compile; they are not timed."""
+LEAST_STEPS = WARM_UP_STEPS + 3
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -43,17 +47,6 @@ def parser(description: str, folder: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a size that shows that it runs")
     parser.add_argument("--out", type=Path, default=Path(folder), help="folder of the results (%(default)s)")
     return parser
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a type of command line arguments: a whole number, not below `least`."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is too few: at least {least}")
-        return int(text)
-
-    return number
 
 
 def in_processes(run: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> list[Result]:

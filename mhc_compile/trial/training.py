@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.config import Inner
 from mhc_compile.memory.optimizer import TableAdamW
+from mhc_compile.overrides import Inner
 from mhc_compile.parameters import parameter_groups
+from mhc_compile.trial.studies import WARM_UP_STEPS
 
-WARM_UP_STEPS = 2
-"""The first steps compile; they are not timed."""
-LEAST_STEPS = WARM_UP_STEPS + 3
 _WARM_UP_SHARE = 0.1
 _LAST_SHARE = 0.05
 _CLIP = 1.0

@@ -2,75 +2,74 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from mhc_compile.diagnostics import MHCError
 
 if TYPE_CHECKING:
     from mhc_compile.runtime.data.prepare import Prepared
 
-NAME = "data"
 _REFRESH = 0.1
-_DESCRIPTION = """\
-Tokenise text once, for `mhc-compile train`: an end-of-text token after every document, packed into
-shards of plain numbers that training maps into memory.
-
-SOURCE is a text file (one document), a .jsonl file (one document a line), a folder of such files, or
-hf:NAME[:SPLIT]: a folder saved by the library datasets, a file or folder that it reads, or a name on
-its hub (pip install "mhc-compile[data]"). OUT appears when it is complete or not at all, and does
-not depend on --workers.
-"""
-_EXAMPLES = """\
-examples:
-  mhc-compile data ./books notes.jsonl ./tokens --tokenizer ./Qwen3-0.6B
-      all text below ./books and the field "text" of every line of notes.jsonl
-  mhc-compile data ./books ./tokens-split --tokenizer ./Qwen3-0.6B --validation 0.01 --workers 2
-      about every hundredth document to ./tokens-split/validation, the others to ./tokens-split/train
-  mhc-compile data hf:./saved:train ./tokens-rows --tokenizer ./Qwen3-0.6B --field content
-      the column "content" of a dataset that save_to_disk wrote
-
-OUT then has
-  data.json            format, dtype, counts, sha256 of every file, fingerprint of the tokenizer
-  tokens-00000.bin     uint16 or, with more than 65,536 ids, uint32; little endian
-  documents-00000.bin  where documents begin in it, uint64
-"""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register the command with argparse."""
-    parser = subparsers.add_parser(
-        NAME,
-        help="tokenise text into shards to train on",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="a file, a folder, or hf:NAME[:SPLIT]")
-    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet, or is empty")
-    parser.add_argument("--tokenizer", metavar="DIR", required=True, help="the folder of the model to be trained")
-    parser.add_argument("--field", metavar="NAME", default="text", help="of rows that holds the text (default: text)")
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=_workers,
-        default=0,
-        help="processes that tokenise (default: threads of this one)",
-    )
-    parser.add_argument(
-        "--validation",
-        metavar="FRACTION",
-        type=_fraction,
-        default=0.0,
-        help="of the documents, chosen by a hash of their text: OUT/train and OUT/validation",
-    )
+def data(
+    *paths: Annotated[
+        str, Parameter(name="SOURCE", help="Files, folders or hf:NAME[:SPLIT]; last OUT, which is new or empty.")
+    ],
+    tokenizer: Annotated[Path, Parameter(help="The folder of the model to be trained.")],
+    field: Annotated[str, Parameter(help="Of rows that holds the text.")] = "text",
+    workers: Annotated[
+        int, Parameter(validator=Number(gte=0), help="Processes that tokenise; 0: threads of this one.")
+    ] = 0,
+    validation: Annotated[
+        float,
+        Parameter(
+            validator=Number(gte=0, lt=1),
+            help="Fraction of the documents, chosen by a hash of their text, for OUT/validation beside OUT/train.",
+        ),
+    ] = 0.0,
+) -> int:
+    """Tokenise text into shards to train on.
+
+    Tokenise text once, for `mhc-compile train`: an end-of-text token after every document, packed into shards of plain
+    numbers that training maps into memory. A source is a text file (one document), a .jsonl file (one document per
+    line), a folder of such files, or hf:NAME[:SPLIT]: a folder saved by the library datasets, a file or folder that it
+    reads, or a name on its hub (pip install "mhc-compile[data]"). OUT appears when it is complete or not at all, and
+    does not depend on `--workers`.
+
+    ```sh
+    # all text below ./books and the field "text" of every line of notes.jsonl
+    mhc-compile data ./books notes.jsonl ./tokens --tokenizer ./Qwen3-0.6B
+    # about every hundredth document to ./tokens-split/validation, the others to ./tokens-split/train
+    mhc-compile data ./books ./tokens-split --tokenizer ./Qwen3-0.6B --validation 0.01 --workers 2
+    # the column "content" of a dataset that save_to_disk wrote
+    mhc-compile data hf:./saved:train ./tokens-rows --tokenizer ./Qwen3-0.6B --field content
+    ```
+
+    OUT then has data.json (format, dtype, counts, sha256 of every file, fingerprint of the tokenizer),
+    tokens-00000.bin (uint16 or, with more than 65,536 ids, uint32; little endian) and documents-00000.bin (where
+    documents begin in it, uint64).
+    """
+    if len(paths) < 2:
+        raise MHCError("MHC520", "data takes a source and OUT", way_out="name a source, then the folder to write")
+    *sources, out = paths
+    done, seconds = _prepare(sources, out, tokenizer=tokenizer, field=field, workers=workers, validation=validation)
+    print(_summary(done, seconds))
+    if done.left_out:
+        print(f"left out, not text: {', '.join(map(str, done.left_out))}", file=sys.stderr)
+    return 0
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prepare as the arguments say. Raises `MHCError` as `prepare` does."""
-    # Here, because every command is registered when any of them runs.
+def _prepare(sources: list[str], out: str, **how: Any) -> tuple[Prepared, float]:
+    """Prepare under a progress bar; return the seconds, too. Raises `MHCError` as `prepare` does."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     from mhc_compile.runtime.data.prepare import prepare
 
     columns = (
@@ -90,34 +89,7 @@ def run(args: argparse.Namespace) -> int:
                 rate = tokens / (now - began)
                 bar.update(task, completed=done, total=total or None, description=name, tokens=tokens, rate=rate)
 
-        done = prepare(
-            args.sources,
-            args.out,
-            tokenizer=args.tokenizer,
-            field=args.field,
-            workers=args.workers,
-            validation=args.validation,
-            progress=progress,
-        )
-        seconds = bar.get_time() - began
-    print(_summary(done, seconds))
-    if done.left_out:
-        print(f"left out, not text: {', '.join(map(str, done.left_out))}", file=sys.stderr)
-    return 0
-
-
-def _workers(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return number
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0.0 <= number < 1.0:
-        raise argparse.ArgumentTypeError("must be at least 0 and less than 1")
-    return number
+        return prepare(sources, out, progress=progress, **how), bar.get_time() - began
 
 
 def _summary(done: Prepared, seconds: float) -> str:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import socket
@@ -12,7 +11,8 @@ import pytest
 import torch
 
 import mhc_compile
-from mhc_compile.demo import command
+from mhc_compile.cli import main
+from mhc_compile.demo import run
 from mhc_compile.demo.memory import LEAST_SEEN
 from mhc_compile.demo.output import ENTRIES, RESULTS, OutputFolder
 from mhc_compile.demo.settings import QUICK, settings_for
@@ -24,10 +24,8 @@ from mhc_compile.trial.training import difference, learning_rate, spread
 STEPS = 60
 
 
-def arguments(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    return parser.parse_args(["demo", *words])
+def demo(out: Path, *words: str) -> int:
+    return main(["demo", "--out", str(out), *words])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", _no_network)
         patch.setattr(socket, "getaddrinfo", _no_network)
-        assert command.run(arguments("--quick", "--steps", str(STEPS), "--out", str(out))) == 0
+        assert demo(out, "--quick", "--steps", str(STEPS)) == 0
     yield out, json.loads((out / RESULTS).read_text())
     torch._dynamo.reset()
 
@@ -150,7 +148,7 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     for out in (tmp_path, tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "out"):
         with pytest.raises(MHCError, match="--out") as error:
-            command.run(arguments("--quick", "--out", str(out)))
+            run.run(settings_for(quick=True, steps=None, seed=0), out)
         assert error.value.code == "MHC412"
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / RESULTS).write_text('{"made_by": "something else", "files": ["thesis.tex"]}')
@@ -176,24 +174,20 @@ def test_a_list_that_names_other_files_removes_nothing(tmp_path: Path) -> None:
 
 
 def test_too_few_steps_and_the_default_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        arguments("--steps", "4")
-    assert "at least 5" in capsys.readouterr().err
-    args = arguments("--steps", "7", "--seed", "3")
-    assert (args.out, args.quick) == (Path("mhc-demo"), False)
-    chosen = settings_for(quick=args.quick, steps=args.steps, seed=args.seed)
+    assert main(["demo", "--steps", "4"]) == 2
+    assert "Must be >= 5" in capsys.readouterr().err
+    chosen = settings_for(quick=False, steps=7, seed=3)
     assert (chosen.steps, chosen.seed, chosen.inner) == (7, 3, "inductor")
     assert (chosen.memory_steps, chosen.seeds) == (7, 3)
     assert settings_for(quick=True, steps=None, seed=0, seeds=2).seeds == 2
-    with pytest.raises(SystemExit):
-        arguments("--seeds", "0")
+    assert main(["demo", "--seeds", "0"]) == 2
 
 
 def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "_NEEDED", ("torch", "a_package_that_nobody_has"))
-    assert command.run(arguments("--out", str(tmp_path / "out"))) == 1
+    monkeypatch.setattr(run, "_NEEDED", ("torch", "a_package_that_nobody_has"))
+    assert demo(tmp_path / "out") == 3
     message = capsys.readouterr().err
     assert "needs a_package_that_nobody_has: pip install 'mhc-compile[demo]'" in message
     assert not (tmp_path / "out").exists()

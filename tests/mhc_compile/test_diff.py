@@ -18,8 +18,9 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.diff import Form, compare, form_of, read_form
 from mhc_compile.diff.outputs import SAMPLES, compare_outputs
 from mhc_compile.kernels.cpp import build
+from mhc_compile.overrides import CompileOverrides
 
-EAGER = ["inner=eager"]
+EAGER: CompileOverrides = {"inner": "eager"}
 needs_compiler = pytest.mark.skipif(bool(build.compiler_problem()), reason="no C++ compiler: nothing is fused")
 
 
@@ -62,7 +63,7 @@ def test_a_form_is_the_same_as_itself(folder: Path, usual: Form) -> None:
 
 
 def test_another_number_of_streams(folder: Path, usual: Form) -> None:
-    found = compare(usual, read_form(folder, [*EAGER, "streams=2"]))
+    found = compare(usual, read_form(folder, {**EAGER, "streams": 2}))
     assert not found.same
     assert [s.kind for s in found.sites] == ["specification, parameters"] * 4
     start, moved = found.numerics
@@ -77,7 +78,7 @@ def test_another_number_of_streams(folder: Path, usual: Form) -> None:
 
 
 def test_another_convention_computes_something_else(folder: Path, usual: Form) -> None:
-    found = compare(usual, read_form(folder, [*EAGER, "convention=deepseek_v4", "exit=mean"]))
+    found = compare(usual, read_form(folder, {**EAGER, "convention": "deepseek_v4", "exit": "mean"}))
     assert [s.kind for s in found.sites] == ["specification"] * 4
     start, moved = found.numerics
     assert start.relative is not None
@@ -88,7 +89,7 @@ def test_another_convention_computes_something_else(folder: Path, usual: Form) -
 
 @needs_compiler
 def test_kernels_and_the_bytes_that_they_move(folder: Path, usual: Form) -> None:
-    found = compare(usual, read_form(folder, [*EAGER, "kernels=all"]))
+    found = compare(usual, read_form(folder, {**EAGER, "kernels": "all"}))
     assert usual.bytes_token == 0
     calls = {name.split("_n4")[0]: b for name, a, b in found.kernels if a is None}
     assert {name: count for name, (count, _) in calls.items()} == {"read_rms": 1, "boundary_rms": 3, "leave": 1}
@@ -205,14 +206,14 @@ def test_outputs() -> None:
 def test_refusals(folder: Path, report: Path, tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("no JSON", encoding="utf-8")
     mhc_compile.convert_folder(folder, tmp_path / "converted")
-    cases: list[tuple[str, Path, list[str]]] = [
-        ("MHC204", folder, ["stream=2"]),
-        ("MHC204", report, ["streams=2"]),
-        ("MHC201", folder, ["streams=9"]),
-        ("MHC304", tmp_path / "converted", ["streams=2"]),
-        ("MHC508", tmp_path, []),
-        ("MHC527", tmp_path / "nothing.json", []),
-        ("MHC527", tmp_path / "text.json", []),
+    cases: list[tuple[str, Path, Any]] = [
+        ("MHC204", folder, {"stream": 2}),
+        ("MHC204", report, {"streams": 2}),
+        ("MHC201", folder, {"streams": 9}),
+        ("MHC304", tmp_path / "converted", {"streams": 2}),
+        ("MHC508", tmp_path, {}),
+        ("MHC527", tmp_path / "nothing.json", {}),
+        ("MHC527", tmp_path / "text.json", {}),
     ]
     for code, path, options in cases:
         with pytest.raises(MHCError) as caught:
@@ -236,14 +237,14 @@ def test_a_file_that_inspect_wrote(folder: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_the_command(folder: Path, report: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--a", "inner=eager", "--b", "inner=eager"]
+    words = ["--a.inner", "eager", "--b.inner", "eager"]
     assert main(["diff", str(folder), str(folder), *words, "--no-run"]) == 0
     assert "no difference" in capsys.readouterr().out
-    assert main(["diff", str(folder), str(folder), *words, "--b", "streams=2", "--no-run"]) == 1
+    assert main(["diff", str(folder), str(folder), *words, "--b.streams", "2", "--no-run"]) == 1
     out = capsys.readouterr().out
     assert "the forms differ" in out
     assert "was not run" in out
-    assert main(["diff", str(report), str(folder), "--b", "inner=eager"]) == 0
+    assert main(["diff", str(report), str(folder), "--b.inner", "eager"]) == 0
     capsys.readouterr()
-    assert main(["diff", str(folder), str(folder), "--a", "wrong=1"]) == 2
+    assert main(["diff", str(folder), str(folder), "--a.wrong", "1"]) == 2
     assert capsys.readouterr().err.startswith("MHC204")

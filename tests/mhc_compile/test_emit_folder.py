@@ -140,13 +140,13 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureF
     words = ["convert", str(tmp_path / "residual"), str(tmp_path / "out"), "--standalone"]
     assert main([*words, "--to", "residual"]) == 2
     assert main(["convert", str(tmp_path / "residual"), str(tmp_path / "out"), "--vendor"]) == 2
-    assert main([*words, "--convention", "deepseek_v4"]) == 1
+    assert main([*words, "--convention", "deepseek_v4"]) == 3
     assert "MHC708" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*words, "--streams", "2"]) == 0
     assert "trust_remote_code=True" in capsys.readouterr().out
     assert (tmp_path / "out" / "modeling_mhc.py").exists()
-    assert main(words) == 1
+    assert main(words) == 3
 
 
 def test_weights_that_are_missing(tmp_path: Path) -> None:

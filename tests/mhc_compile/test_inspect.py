@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from tiny_models import HIDDEN, VOCAB, Block, Late, chain, code_of, gpt2, ids, l
 from torch import Tensor, nn
 
 import mhc_compile
+from mhc_compile.cli import app
 from mhc_compile.diagnostics import TABLE
-from mhc_compile.report import command
 from mhc_compile.report.fold import fold, ranges
 
 SIZES = {
@@ -268,9 +267,7 @@ def test_folding() -> None:
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    return command.run(parser.parse_args(["inspect", *arguments]))
+    return app()(["inspect", *arguments], exit_on_error=False, result_action="return_value")
 
 
 def config(folder: Path, **more: Any) -> None:
@@ -320,7 +317,7 @@ def test_command_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     made.architectures = ["ResNetForImageClassification"]
     made.image_size = 32
     made.save_pretrained(tmp_path / "resnet")
-    assert run(str(tmp_path / "resnet")) == 1
+    assert run(str(tmp_path / "resnet")) == 3
     assert "refused: MHC10" in capsys.readouterr().out
 
 

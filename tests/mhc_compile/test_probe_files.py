@@ -151,7 +151,7 @@ def test_the_command(probes: Probes, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"{probes.samples[-1].values['rows_entropy'][1]:.4g}" in out
     assert (tmp_path / "plots" / "model-gates.png").exists()
     path.write_text("nothing")
-    assert main(["probe", str(path)]) == 1
+    assert main(["probe", str(path)]) == 3
     assert "MHC232" in capsys.readouterr().err
 
 

@@ -74,13 +74,13 @@ def test_a_dry_run_prints_the_plan_and_makes_no_step(recipe: Path, capsys: pytes
     ],
 )
 def test_mistakes_are_refused(recipe: Path, changes: list[str], code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(recipe), *changes]) == 1
+    assert main(["train", str(recipe), *changes]) == 3
     assert capsys.readouterr().err.startswith(code)
 
 
 def test_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["train"]) == 1
-    assert main(["train", str(tmp_path / "none.toml")]) == 1
+    assert main(["train"]) == 3
+    assert main(["train", str(tmp_path / "none.toml")]) == 3
     assert capsys.readouterr().err.count("MHC600") == 2
 
 

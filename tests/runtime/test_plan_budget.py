@@ -98,5 +98,4 @@ def test_the_command_prints_both_ends_of_the_law(capsys: pytest.CaptureFixture[s
     assert "MHC220" in capsys.readouterr().err
     assert main(["plan", "--budget", "1e3", "--share", "0.5"]) == 2
     assert "MHC220" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["plan", "--budget", "many"])
+    assert main(["plan", "--budget", "many"]) == 2

@@ -9,7 +9,7 @@ import pytest
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.ultramem_settings import UltraMemSettings
-from mhc_compile.runtime.recipe import describe_fields, parse_recipe, read_recipe
+from mhc_compile.runtime.recipe import describe_fields, parse_recipe, read_recipe, recipe_schema
 
 RECIPE = """
 [model]
@@ -242,3 +242,15 @@ def test_every_field_is_described() -> None:
     assert by_name["train.clip"].default == "1.0"
     assert by_name["mhc.exit"].default == "-"
     assert by_name["parallel.balance"].values == '"model" | "measure" | a list of whole numbers'
+
+
+def test_the_schema_takes_what_a_recipe_takes(recipe: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = recipe_schema()
+    whole = read_recipe(recipe, ["memory.layers=[0]", "ultramem.preset=v2", "parallel.balance=[4]", "mhc.streams=2"])
+    jsonschema.validate(whole.plain(), schema)
+    named = {f"{section}.{name}" for section, table in schema["properties"].items() for name in table["properties"]}
+    assert named == {f"{d.section}.{d.name}" for d in describe_fields()}
+    for wrong in ({"steps": "ten"}, {"stepz": 1}, {"schedule": "step"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(whole.plain() | {"train": whole.plain()["train"] | wrong}, schema)

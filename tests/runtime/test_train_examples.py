@@ -87,6 +87,6 @@ def test_tensorboard_that_is_missing_is_said_before_anything_is_compiled(
         monkeypatch.delitem(sys.modules, name)
     overrides = ["metrics.tensorboard=true", "checkpoint.folder=work/never"]
     for flags in (["--dry-run"], []):
-        assert main(["train", str(prepared / "demo.toml"), *overrides, *flags]) == 1
+        assert main(["train", str(prepared / "demo.toml"), *overrides, *flags]) == 3
         assert "MHC606" in capsys.readouterr().err
     assert not (prepared / "work" / "never").exists()

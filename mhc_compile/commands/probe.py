@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from cyclopts import Parameter
 
-from mhc_compile.probes.plots import draw
-from mhc_compile.probes.sample import ROWS, Sample, read_samples
+if TYPE_CHECKING:
+    from rich.table import Table
 
-
-def add_parser(subparsers: Any) -> None:
-    """Add `probe` to the command line."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "probe",
-        help="show what the streams did in the steps that probes sampled",
-        description="Prints the last sample of every stream owner in a file that `Probes.write` made, a line a site: "
-        "the largest gain over tokens, forward or backward, of the site's H and of all sites up to it (composite), how "
-        "far off doubly stochastic H is, how far the streams are apart, the entropies of pre and post in nats, and the "
-        "gradient of the branch's output. Of a depth form: root mean squares of what the site reads, of the newest "
-        "output before it and of its own, the entropy of the weights, and the gradient of the output. Of look-ups: how "
-        "many different rows they read, and the entropy of how often, in nats.",
-    )
-    parser.add_argument("file", type=Path, metavar="FILE", help="one line of JSON a sample")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw all samples into PNG files in DIR")
+    from mhc_compile.probes.sample import Sample
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the tables, and draw."""
+def probe(
+    file: Annotated[Path, Parameter(help="One line of JSON per sample, as `Probes.write` writes it.")],
+    /,
+    *,
+    plots: Annotated[Path | None, Parameter(help="Draw all samples into PNG files in this folder.")] = None,
+) -> int:
+    """Show what the streams did in the steps that probes sampled.
+
+    Print the last sample of every stream owner, a line per site: the largest gain over tokens, forward or backward, of
+    the site's H and of all sites up to it (composite), how far off doubly stochastic H is, how far the streams are
+    apart, the entropies of pre and post in nats, and the gradient of the branch's output. Of a depth form: root mean
+    squares of what the site reads, of the newest output before it and of its own, the entropy of the weights, and the
+    gradient of the output. Of look-ups: how many different rows they read, and the entropy of how often, in nats.
+    """
+    from rich.console import Console
+
+    from mhc_compile.probes.plots import draw
+    from mhc_compile.probes.sample import read_samples
+
     console = Console()
-    samples = read_samples(args.file)
+    samples = read_samples(file)
     for sample in {sample.owner: sample for sample in samples}.values():
         console.print(_table(sample))
         if sample.look_ups:
             console.print(_rows(sample))
     console.print(f"{len(samples)} samples from step {samples[0].step} to {samples[-1].step}")
-    if args.plots is not None:
-        for path in draw(samples, args.plots):
-            console.print(f"drawn: {path}", soft_wrap=True, highlight=False, markup=False)
+    for path in () if plots is None else draw(samples, plots):
+        console.print(f"drawn: {path}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
@@ -62,6 +60,10 @@ _COLUMNS = {
 
 
 def _table(sample: Sample) -> Table:
+    import torch
+    from rich import box
+    from rich.table import Table
+
     title = f"{sample.owner or 'model'}, step {sample.step}, {sample.tokens} tokens"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("site", no_wrap=True)
@@ -77,6 +79,11 @@ def _table(sample: Sample) -> Table:
 
 
 def _rows(sample: Sample) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from mhc_compile.probes.sample import ROWS
+
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("look-up", no_wrap=True)
     for title in ("rows used", "entropy"):
