@@ -27,7 +27,7 @@ def test_without_a_gpu_it_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "gpu", "--out", str(tmp_path)]) == 1
+    assert main(["bench", "gpu", "--out", str(tmp_path)]) == 3
     assert "MHC529" in (said := capsys.readouterr().err)
     assert "--device cpu --small" in said
     assert not list(tmp_path.iterdir())
