@@ -131,7 +131,6 @@ class Engine:
             for name, bias in stage.biases.items():
                 load = torch.stack([done.loads[counter] for counter in self.program.biases[name]]).sum(0)
                 balance(bias, load, self.recipe.train.balance_rate)
-            stage.forget_casts()
         return rate
 
     def _counted(self) -> dict[str, Tensor]:
@@ -238,9 +237,9 @@ def splits(recipe: Recipe) -> bool:
 
 def _shard(stage: Stage, world: World) -> None:
     """Spread every parameter of a stage over the replicas, one message a unit; tables and biases stay as they are."""
-    rows = {p for t in stage.tables.values() for p in t.parameters()} | set(stage.biases.values())
+    whole = {p for t in stage.tables.values() for p in t.parameters()} | set(stage.biases.values())
     # Whole from a step's first use to its end: between a forward and its backward other microbatches use them, too.
-    how: dict[str, Any] = {"mesh": world.replica_mesh, "reshard_after_forward": False, "ignored_params": rows}
+    how: dict[str, Any] = {"mesh": world.replica_mesh, "reshard_after_forward": False, "ignored_params": whole}
     for unit in stage.units:
         fully_shard(unit, **how)
     fully_shard(stage, **how)

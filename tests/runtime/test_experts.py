@@ -44,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"inner": "eager"}, {"units": "blocks"}),
         ({"inner": "aot_eager", "recompute": "auto"}, {"split": True}),
+        pytest.param({"inner": "inductor", "recompute": "auto"}, {"split": True}, marks=pytest.mark.slow),
     ],
 )
 def test_stages_count_their_own_forward_passes(folder: Path, options: dict[str, Any], how: dict[str, Any]) -> None:
