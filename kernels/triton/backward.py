@@ -23,8 +23,10 @@ PARAMETERS = ("phi", "alpha", "bias", "norm_weight", "norm_bias")
 # A matrix instruction leaves two neighbours of a row to a thread: their sum halves the registers without an exchange.
 PAIRS = """\
 @triton.jit
-def pairs(x):
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), 2)
+def pairs(x, WIDTH: tl.constexpr):
+    if WIDTH < x.shape[1]:
+        x = tl.sum(tl.reshape(x, [x.shape[0], WIDTH, 2]), 2)
+    return x
 """
 
 
@@ -233,7 +235,11 @@ def _gradients(chain: Chain) -> list[str]:
     lines: list[str] = []
     if weighs:
         lines += [f"dw_{i} = tl.zeros([BT], tl.float32)" for i in range(n)]
-    sums, add = ("BK // 2", "pairs({})") if _adds_pairs(chain) else ("BK", "{}")
+    sums, add = ("WIDTH", "pairs({}, WIDTH)") if _adds_pairs(chain) else ("BK", "{}")
+    if _adds_pairs(chain):
+        # Without matrix instructions a thread has no neighbours.
+        width = "BK // 2" if chain.streams_dtype != torch.float32 else 'BK // 2 if PRECISION == "tf32x3" else BK'
+        lines.append(f"WIDTH: tl.constexpr = {width}")
     if chain.mixes:
         lines += [f"dpost_{i} = tl.zeros([BT, {sums}], tl.float32)" for i in range(n)]
         lines += [f"{name} = tl.zeros([BT, {sums}], tl.float32)" for name in entries(n, "dH")]
@@ -272,7 +278,7 @@ def _gradients(chain: Chain) -> list[str]:
 
 def _adds_pairs(chain: Chain) -> bool:
     """Return whether the gradients of post and H are summed by `pairs`, as a matrix instruction's layout is large."""
-    return chain.mixes and chain.projects and chain.streams_dtype != torch.float32
+    return chain.mixes and chain.projects
 
 
 def _gradient_of_stream(chain: Chain, i: int) -> str:

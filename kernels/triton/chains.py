@@ -17,7 +17,7 @@ from mhc_compile.kernels.triton.backward import backward_pointers, backward_sour
 from mhc_compile.kernels.triton.coefficients import bias_row
 from mhc_compile.kernels.triton.forward import forward_source
 from mhc_compile.kernels.triton.launch import Call, Launcher, arch_of
-from mhc_compile.kernels.triton.tiles import MAX_SPLITS, TileConfig, candidates
+from mhc_compile.kernels.triton.tiles import MAX_SPLITS, NARROW, TileConfig, candidates
 
 
 class ChainLauncher(Launcher):
@@ -49,12 +49,13 @@ class ChainLauncher(Launcher):
         """Return the sizes of a tile, and how float32 products are formed on tensor cores.
 
         That is as three TF32 products on NVIDIA, in float32 elsewhere. What the backward adds to a gradient that is
-        rounded to half precision is one TF32 product; to a float32 gradient it is added without tensor cores, whose
-        layout would leave too few registers.
+        rounded to half precision is one TF32 product; to a float32 gradient it is added without tensor cores where the
+        tile is too narrow for their layout.
         """
         backward = kernel == "backward"
-        exact = backend != "cuda" or (backward and spec.streams_dtype == torch.float32)
-        precision = "ieee" if exact else "tf32" if backward else "tf32x3"
+        float32 = spec.streams_dtype == torch.float32
+        exact = backend != "cuda" or (backward and float32 and tile.columns < NARROW)
+        precision = "ieee" if exact else "tf32" if backward and not float32 else "tf32x3"
         return {"BT": tile.tokens, "BK": tile.columns, "PRECISION": precision}
 
     def run(self, spec: Chain, direction: Direction, values: Values) -> dict[str, Tensor]:

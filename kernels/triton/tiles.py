@@ -20,6 +20,8 @@ from mhc_compile.kernels.chain import Chain
 
 # Partial sums of phi's gradient: more fill a GPU better, each costs the size of phi in memory.
 MAX_SPLITS = 16
+NARROW = 32
+"""The columns from which on a float32 backward uses tensor cores."""
 SHIPPED = Path(__file__).with_name("tiles.json")
 """Written by `mhc-compile bench gpu`. A key names a kernel's text and a GPU: for others it says nothing."""
 
@@ -65,6 +67,8 @@ def default(chain: Chain, kernel: str, arch: int | str) -> TileConfig:
     of_float32, of_half = _CUTS[kernel, _family(arch)]
     if chain.streams_dtype != torch.float32:
         return of_half
+    if (kernel, chain.kind, chain.norm, _family(arch)) == ("backward", "boundary", "none", "sm_90"):
+        return _cut(16, 32, 8)  # one program on a multiprocessor, but shared memory would bound narrow ones
     # With a pipeline, NVIDIA's compiler takes 128 registers of 255 for this kernel and leaves two values in memory.
     alone = kernel == "backward" and chain.kind == "deferred" and chain.norm != "none"
     return replace(of_float32, stages=1) if alone else of_float32
