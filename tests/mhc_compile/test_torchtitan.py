@@ -195,13 +195,10 @@ def test_a_run_goes_on_in_another_shape(on_ranks: Train, material: Path, tmp_pat
 
 @with_titan
 @pytest.mark.slow
-def test_gradients_that_are_not_finite(
-    on_ranks: Train, material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_gradients_that_are_not_finite(on_ranks: Train, material: Path, tmp_path: Path) -> None:
     huge = {"lr": 1e30, "warmup": 0}
-    with pytest.raises(AssertionError, match="huge"):
+    with pytest.raises(AssertionError, match="MHC618"):
         on_ranks({"huge": recipe(material, tmp_path, train=huge, parallel={"stages": 2}, metrics={"every": 10})})
-    assert "MHC618" in capfd.readouterr().err
 
 
 @with_titan

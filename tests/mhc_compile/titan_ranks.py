@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from mhc_compile.runtime.recipe import Recipe
 
 Runs = dict[str, Recipe]
+REASON = "rank-{}.txt"
 Train = Callable[[Runs], None]
 
 
@@ -48,7 +50,7 @@ def ranks() -> Iterator[Train]:
         while not here.poll(1):
             assert process.is_alive()
         failed = here.recv()
-        assert not failed, f"{failed} failed: standard error says why"
+        assert not failed, failed
 
     try:
         yield train
@@ -63,18 +65,18 @@ def _fork(pipe: Any) -> None:
     import torchtitan.trainer  # noqa: F401
 
     while (runs := pipe.recv()) is not None:
-        failed = []
+        failed = ""
         for name, recipe in runs.items():
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            children = [os.fork() or _rank(rank, name, recipe, store.port) for rank in range(recipe.parallel.world)]
-            codes = [os.waitpid(child, 0)[1] for child in children]
-            if any(codes):
-                failed.append(name)
+            children = [os.fork() or _rank(rank, recipe, store.port) for rank in range(recipe.parallel.world)]
+            if any([os.waitpid(child, 0)[1] for child in children]):  # noqa: C419  (all of them)
+                reasons = sorted(Path(recipe.checkpoint.folder).glob(REASON.format("*")))
+                failed = "\n".join([name, *(path.read_text() for path in reasons)])
                 break
         pipe.send(failed)
 
 
-def _rank(rank: int, name: str, recipe: Recipe, port: int) -> int:
+def _rank(rank: int, recipe: Recipe, port: int) -> int:
     from mhc_compile.integrations.torchtitan import train
 
     where: dict[str, Any] = {
@@ -86,7 +88,9 @@ def _rank(rank: int, name: str, recipe: Recipe, port: int) -> int:
     try:
         train(recipe)
     except BaseException:  # whatever it was: the process that forked cannot see it
-        print(f"{name}, rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        path = Path(recipe.checkpoint.folder) / REASON.format(rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc())
         failed = 1
     sys.stdout.flush()
     os._exit(failed)
