@@ -31,11 +31,14 @@ examples:
       about every hundredth document to ./tokens-split/validation, the others to ./tokens-split/train
   mhc-compile data hf:./saved:train ./tokens-rows --tokenizer ./Qwen3-0.6B --field content
       the column "content" of a dataset that save_to_disk wrote
+  mhc-compile data pairs.jsonl ./tokens-pairs --tokenizer ./Qwen3-0.6B --prompt question --field answer
+      for fine-tuning: documents of a question and its answer, whose loss counts the answers alone
 
 OUT then has
   data.json            format, dtype, counts, sha256 of every file, fingerprint of the tokenizer
   tokens-00000.bin     uint16 or, with more than 65,536 ids, uint32; little endian
   documents-00000.bin  where documents begin in it, uint64
+  masks-00000.bin      with --prompt: a byte a token, 1 where the loss counts it
 """
 
 
@@ -52,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet, or is empty")
     parser.add_argument("--tokenizer", metavar="DIR", required=True, help="the folder of the model to be trained")
     parser.add_argument("--field", metavar="NAME", default="text", help="of rows that holds the text (default: text)")
+    parser.add_argument("--prompt", metavar="NAME", help="of rows that are pairs: a text before it, not in the loss")
     parser.add_argument(
         "--workers",
         metavar="N",
@@ -95,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             tokenizer=args.tokenizer,
             field=args.field,
+            prompt=args.prompt,
             workers=args.workers,
             validation=args.validation,
             progress=progress,

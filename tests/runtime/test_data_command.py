@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -33,7 +34,9 @@ def test_the_examples_of_the_help_are_right(place: Path, capsys: pytest.CaptureF
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"content": documents(9)})}).save_to_disk("saved")
     capsys.readouterr()
     lines = [ln.strip() for ln in command._EXAMPLES.splitlines() if ln.strip().startswith("mhc-compile")]
-    assert len(lines) == 3
+    pairs = [json.dumps({"question": text, "answer": text}) for text in documents(9)]
+    Path("pairs.jsonl").write_text("\n".join(pairs))
+    assert len(lines) == 4
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0
     told = capsys.readouterr()
@@ -44,7 +47,7 @@ def test_the_examples_of_the_help_are_right(place: Path, capsys: pytest.CaptureF
     assert open_data("tokens").documents == 305
     assert open_data("tokens-split/train").documents > open_data("tokens-split/validation").documents > 0
     assert open_data("tokens-rows").documents == 9
-    for name in tree(place / "tokens"):
+    for name in {**tree(place / "tokens"), **tree(place / "tokens-pairs")}:
         assert name in command._EXAMPLES
 
 

@@ -23,6 +23,8 @@ from mhc_compile.runtime.launch import launch
 from mhc_compile.runtime.recipe import Recipe, parse_recipe
 
 VOCAB, LENGTH = 64, 8
+TIMES = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory")
+"""Figures of a run that differ from one time to the next."""
 Result = tuple[list[float], list[float], dict[str, Tensor]]
 """The losses and the gradients' norms of all steps, and the trained parameters."""
 
