@@ -152,7 +152,7 @@ def _print_plan(recipe: Any) -> None:
     from mhc_compile.runtime.engine import capture
     from mhc_compile.runtime.launch import check_world
     from mhc_compile.runtime.loop import check_data, verify_data
-    from mhc_compile.runtime.metrics import summary_writer
+    from mhc_compile.runtime.metrics import check_writers
     from mhc_compile.runtime.stage import tagged
     from mhc_compile.runtime.summary import summary
 
@@ -160,8 +160,7 @@ def _print_plan(recipe: Any) -> None:
         check_world(recipe.parallel, int(os.environ["WORLD_SIZE"]))
     check_data(recipe)
     verify_data(recipe)
-    if recipe.metrics.tensorboard:
-        summary_writer()  # raises where it is not installed
+    check_writers(recipe.metrics)
     program = capture(recipe, torch.device("cpu"))
     p, accelerated = recipe.parallel, torch.cuda.is_available()
     starts = cuts(program, p.stage_count, p.balance, accelerated=accelerated)

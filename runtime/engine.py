@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.integrations.transformers import IDS, POSITIONS
@@ -111,15 +111,16 @@ class Engine:
         """
         torch.manual_seed(seed_of(self.recipe.train.seed, step, self.world.rank))
         with self.world.doing("forward and backward passes", step):
-            losses = [
-                self.pipeline.step({name: t.to(self.world.device) for name, t in given.items()})
-                for given in self.inputs(batch, step)
-            ]
+            given = self.inputs(batch, step)
+            losses = []
+            for i, inputs in enumerate(given):
+                on_device = {name: t.to(self.world.device, non_blocking=True) for name, t in inputs.items()}
+                done = self.optimizer.begin if i == len(given) - 1 else None
+                losses.append(self.pipeline.step(on_device, done))
             loss = torch.stack(losses).sum(0)
         with self.world.doing("gradients over ranks", step):
             self.optimizer.reduce()
-            norm = self.optimizer.norm()
-            (total, auxiliary), norm, stops = over_ranks(loss, norm, stop)
+            (total, auxiliary), norm, stops = over_ranks(loss, self.optimizer.norm(), stop)
             loads = self._counted()
         replicas = self.world.parallel.replicas
         return Step(total / replicas, auxiliary / replicas, norm, stops, loads)
@@ -147,16 +148,17 @@ class Engine:
         return {name: t.view(shape) for (name, shape), t in zip(shapes.items(), parts, strict=True)}
 
 
-def over_ranks(losses: Tensor, norm: float, stop: bool) -> tuple[list[float], float, bool]:
+def over_ranks(losses: Tensor, norm: Tensor, stop: bool) -> tuple[list[float], float, bool]:
     """Return the sums of all ranks' losses, the norm (NaN if any rank's is not finite), and whether any rank stops.
 
-    A collective. Afterwards all ranks treat the step alike: a rank that alone skipped a step would diverge.
+    A collective. Afterwards all ranks treat the step alike: a rank that alone skipped a step would diverge. Nowhere
+    else does a step wait for its device.
     """
-    flags = torch.tensor([stop, not math.isfinite(norm)], dtype=losses.dtype, device=losses.device)
-    sums = torch.cat([losses, flags])
+    stops = torch.full((), float(stop), dtype=losses.dtype, device=losses.device)
+    sums = torch.cat([losses, torch.stack([stops, (~norm.isfinite()).to(losses)])])
     dist.all_reduce(sums)
-    *totals, stops, bad = sums.tolist()
-    return totals, math.nan if bad else norm, stops > 0
+    *totals, stopped, bad, own = torch.cat([sums.double(), norm.double().reshape(1)]).tolist()
+    return totals, math.nan if bad else own, stopped > 0
 
 
 def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engine:
@@ -187,7 +189,7 @@ def build_engine(recipe: Recipe, world: World, *, weights: bool = True) -> Engin
     )
     if sharded:
         for stage in stages:
-            _shard(stage, world)
+            _shard(stage, world, torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32)
             stage.materialise()
     else:
         materialise_all(stages)
@@ -235,11 +237,15 @@ def splits(recipe: Recipe) -> bool:
     return p.is_v_shaped and p.mode == "replicate" and recipe.model.inner != "eager"
 
 
-def _shard(stage: Stage, world: World) -> None:
-    """Spread every parameter of a stage over the replicas, one message a unit; tables and biases stay as they are."""
+def _shard(stage: Stage, world: World, dtype: torch.dtype) -> None:
+    """Spread every parameter of a stage over the replicas, one message a unit; tables and biases stay as they are.
+
+    Units gather their parameters in `dtype`, in which their graphs take them, and sum gradients in float32.
+    """
     whole = {p for t in stage.tables.values() for p in t.parameters()} | set(stage.biases.values())
     # Whole from a step's first use to its end: between a forward and its backward other microbatches use them, too.
     how: dict[str, Any] = {"mesh": world.replica_mesh, "reshard_after_forward": False, "ignored_params": whole}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in stage.units:
-        fully_shard(unit, **how)
+        fully_shard(unit, mp_policy=policy, **how)
     fully_shard(stage, **how)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -25,11 +25,13 @@ from mhc_compile.runtime.evaluate import evaluate
 from mhc_compile.runtime.experts import imbalance
 from mhc_compile.runtime.guard import Guard
 from mhc_compile.runtime.launch import World, launch
-from mhc_compile.runtime.metrics import Metrics, summary_writer
+from mhc_compile.runtime.metrics import Metrics, check_writers
 from mhc_compile.runtime.probes import stream_figures
 from mhc_compile.runtime.recipe import Recipe
+from mhc_compile.runtime.schedules import TARGETS
 from mhc_compile.runtime.state import restore, training_state
 from mhc_compile.runtime.summary import summary
+from mhc_compile.runtime.usage import Profiler, flops_per_token, peak_flops, peak_memory
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,11 @@ def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | No
         stop = stack.enter_context(_stop_signal())
         world = stack.enter_context(launch(recipe.parallel))
         check_data(recipe)
-        if recipe.metrics.tensorboard:
-            summary_writer()  # raises where it is not installed
-        loader = stack.enter_context(open_loader(recipe, world.replica, recipe.data.folder, recipe.data.workers))
+        check_writers(recipe.metrics)
+        loader = stack.enter_context(open_loader(recipe, world.replica, recipe.data.folders, recipe.data.workers))
         held_out = None
         if recipe.train.evaluate_every and recipe.data.validation is not None:
-            held_out = stack.enter_context(open_loader(recipe, world.replica, recipe.data.validation, 0))
+            held_out = stack.enter_context(open_loader(recipe, world.replica, (recipe.data.validation,), 0))
         console = console or Console(highlight=False, soft_wrap=True)
         console.quiet |= world.rank > 0
         checkpoints = Checkpoints(
@@ -95,8 +96,14 @@ def train(recipe: Recipe, *, accept_changes: bool = False, console: Console | No
             start=start,
             shows=world.rank == 0,
             tensorboard=recipe.metrics.tensorboard,
+            wandb=recipe.metrics.wandb,
+            recipe=recipe.plain(),
+            devices=world.parallel.world,
             console=console,
         )
+        if metrics.shows:
+            metrics.flops = flops_per_token(engine.program, recipe)
+            metrics.peak = peak_flops(world.device, recipe.model.dtype) * world.parallel.world
         return run.steps(start, stack.enter_context(metrics))
 
 
@@ -113,15 +120,22 @@ def check_data(recipe: Recipe) -> None:
     if longest is not None and recipe.data.sequence > longest:
         detail = f"data.sequence = {recipe.data.sequence}; wanted: at most {longest}, the positions of the model"
         raise MHCError("MHC602", detail, way_out="change max_position_embeddings in config.json if it may read more")
-    for folder in (recipe.data.folder, recipe.data.validation):
-        if folder is not None:
-            check_tokenizer(folder, recipe.model.folder)
-            open_loader(recipe, 0, folder, 0).close()
+    d = recipe.data
+    folders = (*d.folders, *([d.validation] if d.validation is not None else []))
+    for folder in folders:
+        check_tokenizer(folder, recipe.model.folder)
+    if len({open_data(folder).tokenizer for folder in folders}) > 1:
+        raise MHCError("MHC612", f"{', '.join(folders)}: not all of one tokenizer")
+    for together in (d.folders, *((one,) for one in folders[len(d.folders) :])):
+        loader = open_loader(recipe, 0, together, 0)
+        loader.close()
+        if recipe.diffusion is not None and loader.weighs:
+            raise MHCError("MHC602", f"[diffusion] with the masks of {', '.join(together)}", way_out="leave one out")
 
 
 def verify_data(recipe: Recipe, rank: int = 0, ranks: int = 1) -> None:
     """Read all data, or a rank's share of them, once. Raises MHC611 where their bytes are not those written."""
-    for folder in (recipe.data.folder, recipe.data.validation):
+    for folder in (*recipe.data.folders, recipe.data.validation):
         if folder is not None:
             open_data(folder).verify(rank, ranks)
 
@@ -158,7 +172,9 @@ class _Run:
         """Run the steps after `start`, to the last one or to a signal."""
         recipe, optimizer = self.recipe, self.engine.optimizer
         ended: Literal["done", "stopped"] = "done"
+        profiler = Profiler(recipe, self.world.rank, start)
         for step in range(start + 1, recipe.train.steps + 1):
+            profiler.begin(step)
             batch = self.loader.batch(step - 1)
             result = self.engine.gradients(batch, step, stop=self.stop.is_set())
             verdict = self.guard.check(
@@ -178,6 +194,8 @@ class _Run:
             metrics.progress(step, result.loss, recipe.train.batch * recipe.data.sequence)
             self._measure(step, batch, figures, metrics, result.loads)
             last = result.stop or step == recipe.train.steps
+            if path := profiler.end(step, ends=last):
+                metrics.say(f"the profiler's trace is {path}")
             if last or self.checkpoints.due(step):
                 state = training_state(self.engine.stages, optimizer, self._progress(step))
                 with self.world.patience(f"saving after step {step}"):
@@ -206,11 +224,13 @@ class _Run:
             figures["evaluation_loss"] = evaluate(self.engine, self.held_out, recipe.train.evaluate_batches, step)
             due = True
         if recipe.metrics.probes_every and step % recipe.metrics.probes_every == 0:
-            rows = {name: t[: recipe.train.microbatch] for name, t in batch.items() if name != "labels"}
+            rows = {name: t[: recipe.train.microbatch] for name, t in batch.items() if name not in TARGETS}
             with self.world.patience(f"measuring the streams after step {step}"):
                 figures |= stream_figures(self.engine.stages, rows, self.world.pipe_group)
             due = True
         if due:
+            with self.world.doing("figures of all ranks", step):
+                figures["peak_memory"] = peak_memory(self.world.device)
             lists = {f"expert_load/{name}": load.tolist() for name, load in loads.items()}
             metrics.log(step, figures | imbalance(loads), lists)
 
@@ -246,10 +266,11 @@ def _closing(checkpoints: Checkpoints, world: World) -> Callable[[Any, BaseExcep
     return end
 
 
-def open_loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Loader:
-    """Return the batches of one replica from a folder of the recipe."""
+def open_loader(recipe: Recipe, replica: int, folders: Sequence[str], workers: int) -> Loader:
+    """Return the batches of one replica from folders of the recipe, mixed."""
     return Loader(
-        Path(folder),
+        folders,
+        weights=recipe.data.weights if len(folders) > 1 else (),
         sequence=recipe.data.sequence,
         batch=recipe.train.batch,
         seed=recipe.data.seed,
@@ -257,6 +278,7 @@ def open_loader(recipe: Recipe, replica: int, folder: str, workers: int) -> Load
         replica=replica,
         workers=workers,
         documents=recipe.data.documents,
+        pin=torch.cuda.is_available(),
     )
 
 

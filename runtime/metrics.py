@@ -8,16 +8,18 @@ every step once.
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.diagnostics import MHCError, warn
+from mhc_compile.runtime.recipe_tables import MetricsTable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,9 +35,13 @@ if TYPE_CHECKING:
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
 """The folder of TensorBoard's event files, beside the file of lines."""
-_FIRST = ("step", "loss", "auxiliary_loss", "evaluation_loss", "lr", "grad_norm", "tokens_per_second", "seconds")
+WANDB = "wandb-id.txt"
+"""The file with the identity of the run at Weights & Biases."""
+_FIRST = ("step", "loss", "auxiliary_loss", "evaluation_loss", "lr", "grad_norm", "tokens_per_second",
+          "tokens_per_second_per_device", "mfu", "peak_memory", "seconds")  # fmt: skip
 _SHOWN = {"loss": "loss {:.4f}", "auxiliary_loss": "auxiliary {:.4f}", "evaluation_loss": "evaluation {:.4f}",
-          "lr": "lr {:.2e}", "grad_norm": "gradient {:.3g}", "tokens_per_second": "{:,.0f} tokens/s"}  # fmt: skip
+          "lr": "lr {:.2e}", "grad_norm": "gradient {:.3g}", "tokens_per_second": "{:,.0f} tokens/s",
+          "mfu": "MFU {:.1%}"}  # fmt: skip
 _REFRESH = 0.1
 """Seconds between two drawings of the bar, at least."""
 
@@ -47,9 +54,13 @@ class Metrics(AbstractContextManager["Metrics"]):
     dropped. `shows`: whether this rank writes and shows; on any other all methods do nothing. `console`: where to show,
     standard output by default: a bar on a terminal, a plain line for every step logged elsewhere.
 
-    Raises MHC606 on every rank if `tensorboard` is asked for and not installed, and MHC413 where the folder cannot be
-    written. Later, what cannot be written (a full disk) is left out with a warning, MHC607: a run is worth more than
-    its figures.
+    `wandb`: the project at Weights & Biases that gets the same, with `recipe` as its configuration; a run that goes on
+    stays the same one there. `devices`: of all ranks. With `flops`, operations for a token, and `peak`, those of all
+    devices a second, a line has the part of them that is used.
+
+    Raises MHC606 on every rank if `tensorboard` or `wandb` is asked for and not installed, and on this one if `wandb`
+    begins no run; MHC413 where the folder cannot be written. Later, what cannot be written (a full disk) is left out
+    with a warning, MHC607: a run is worth more than its figures.
     """
 
     def __init__(
@@ -60,11 +71,17 @@ class Metrics(AbstractContextManager["Metrics"]):
         start: int = 0,
         shows: bool = True,
         tensorboard: bool = False,
+        wandb: str | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        devices: int = 1,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         writer = summary_writer() if tensorboard else None
+        tracker = wandb_library() if wandb else None
         self.shows = shows
+        self.devices, self.flops, self.peak = devices, 0.0, 0.0
+        self._wandb: Any = None
         self._events: SummaryWriter | None = None
         self._bar: Progress | None = None
         self._total = total_steps
@@ -83,6 +100,8 @@ class Metrics(AbstractContextManager["Metrics"]):
             self._lines: RawIOBase = path.open("ab", buffering=0)
             if writer is not None:
                 self._events = writer(str(folder / EVENTS), purge_step=start + 1)
+            if tracker is not None:
+                self._wandb = _wandb_run(tracker, str(wandb), folder, recipe or {}, resumes=start > 0)
         except OSError as error:
             raise MHCError("MHC413", f"{path}: {error}") from error
         if self._console.is_terminal:
@@ -121,13 +140,21 @@ class Metrics(AbstractContextManager["Metrics"]):
         assert step > self._logged, f"step {step} after {self._logged}"
         if self._steps:
             seconds = max(self._seconds, 1e-9)
-            values = {"tokens_per_second": self._tokens / seconds, "seconds": seconds / self._steps, **values}
+            rate = self._tokens / seconds
+            speed = {"tokens_per_second": rate, "seconds": seconds / self._steps}
+            if self.devices > 1:
+                speed["tokens_per_second_per_device"] = rate / self.devices
+            if self.peak:
+                speed["mfu"] = rate * self.flops / self.peak
+            values = {**speed, **values}
         ordered = {name: float(values[name]) for name in (*_FIRST, *values) if name in values}
         line = {name: value if math.isfinite(value) else None for name, value in ordered.items()}
         counts = {name: [int(n) for n in numbers] for name, numbers in (lists or {}).items()}
         text = json.dumps({"step": step, **line, **counts}, allow_nan=False) + "\n"
         self._write(text.encode())
         self._write_events(step, ordered, counts)
+        if self._wandb is not None:
+            self._wandb.log(ordered, step=step)
         self._logged = step
         self.say(self._text(step, ordered))
         self._tokens = self._steps = 0
@@ -178,6 +205,8 @@ class Metrics(AbstractContextManager["Metrics"]):
             if self._events is not None:
                 with suppress(OSError):
                     self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
             self._lines.close()
 
     def __exit__(self, *_: object) -> None:
@@ -220,6 +249,35 @@ def summary_writer() -> type[SummaryWriter]:
     except ImportError as error:
         raise MHCError("MHC606", str(error)) from error
     return SummaryWriter
+
+
+def wandb_library() -> Any:
+    """Return Weights & Biases' library. Raises MHC606 where it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise MHCError("MHC606", str(error), way_out="pip install 'mhc-compile[wandb]'") from error
+
+
+def check_writers(table: MetricsTable) -> None:
+    """Raise MHC606 where a library is missing that a recipe writes figures with."""
+    if table.tensorboard:
+        summary_writer()
+    if table.wandb:
+        wandb_library()
+
+
+def _wandb_run(library: Any, project: str, folder: Path, recipe: Mapping[str, Any], *, resumes: bool) -> Any:
+    """Return the run at Weights & Biases; one that goes on is the same by the id beside its figures. Raises MHC606."""
+    name = folder / WANDB
+    if not (resumes and name.is_file()):
+        name.write_text(secrets.token_hex(4), encoding="utf-8")
+    identity = name.read_text(encoding="utf-8")
+    try:
+        return library.init(project=project, id=identity, resume="allow", dir=str(folder), config=dict(recipe))
+    except library.Error as error:
+        way_out = "log in with `wandb login`, or set WANDB_MODE=offline"
+        raise MHCError("MHC606", f"wandb begins no run: {error}", way_out=way_out) from error
 
 
 def _bar(console: Console, total: int, start: int) -> tuple[Progress, TaskID]:

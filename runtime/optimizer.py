@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
+from torch._utils import _take_tensors
 from torch.distributed.tensor import DTensor
 
 from mhc_compile.memory.gradient import RowGradient
@@ -28,13 +28,15 @@ BUCKET = 100 * 2**20
 def learning_rate(step: int, train: TrainTable) -> float:
     """Return the learning rate of the optimizer step numbered `step`, from 1 on.
 
-    It rises linearly over `warmup` steps, of which the last has `lr`, and falls until the last step has `final * lr`.
+    It rises linearly over `warmup` steps, of which the last has `lr`, and falls until the last step has `final * lr`;
+    `wsd` begins to fall before the last `decay * steps` steps.
     """
     if step <= train.warmup:
         return train.lr * step / train.warmup
     if train.schedule == "constant":
         return train.lr
-    progress = (step - train.warmup) / max(train.steps - train.warmup, 1)
+    begin = train.warmup if train.schedule != "wsd" else train.steps - round(train.decay * train.steps)
+    progress = max(step - begin, 0) / max(train.steps - begin, 1)
     fall = (1 + math.cos(math.pi * progress)) / 2 if train.schedule == "cosine" else 1 - progress
     return train.lr * (train.final + (1 - train.final) * fall)
 
@@ -65,6 +67,9 @@ class RunAdamW(TableAdamW):
                 if p.requires_grad and id(p) not in rows and all(p is not q for q in self.parameters.get(name, [])):
                     self.parameters.setdefault(name, []).append(p)
         self._taken: dict[str, RowGradient | None] | None = None
+        self._replicas = world.replica_mesh.get_group()
+        self._begun: list[tuple[list[Tensor], dist.Work]] = []
+        """Gradients whose sums are on their way, with what waits for them."""
         self._tied = _ties(tied, world)
         super().__init__(
             _groups(self.parameters, self.tables, train),
@@ -77,10 +82,32 @@ class RunAdamW(TableAdamW):
             t.has_optimizer = True
 
     @torch.no_grad()
+    def begin(self, stage: Stage) -> None:
+        """Begin to average the gradients of a stage whose backward passes are all done, while others' go on.
+
+        Those that another stage shares wait for `reduce`. All replicas finish their stages in one order.
+        """
+        if self.world.parallel.mode == "replicate":
+            own = [p for name, p in stage.named_parameters() if name not in stage.tied and name in self.parameters]
+            self._begin([p.grad for p in own if p.grad is not None])
+
+    def _begin(self, gradients: Sequence[Tensor]) -> None:
+        """Send gradients, a message for every `BUCKET` of a dtype."""
+        if self._replicas.size() > 1:
+            for bucket in _take_tensors(gradients, BUCKET):
+                sums = self._replicas.allreduce_coalesced(list(bucket), dist.AllreduceCoalescedOptions())
+                self._begun.append((list(bucket), sums))
+
+    @torch.no_grad()
     def reduce(self) -> None:
         """Average gradients over replicas, and add those of tied parameters over the stages that hold them."""
         if self.world.parallel.mode == "replicate":  # FSDP has averaged its own
-            _average(self._gradients(), self.world.replica_mesh.get_group())
+            begun = {id(g) for bucket, _ in self._begun for g in bucket}
+            self._begin([g for g in self._gradients() if id(g) not in begun])
+            for bucket, work in self._begun:
+                work.wait()
+                torch._foreach_div_(bucket, self._replicas.size())
+            self._begun.clear()
         self._taken = {name: super(RunAdamW, self).take_gradient(t) for name, t in self.tables.items()}
         for name, (_, group) in self._tied.items():
             if name in self.tables:
@@ -89,8 +116,8 @@ class RunAdamW(TableAdamW):
                 self._add_up(name, group)
 
     @torch.no_grad()
-    def norm(self) -> float:
-        """Return the norm of all gradients of the model, those of tables included; the same on all ranks."""
+    def norm(self) -> Tensor:
+        """Return the norm of all gradients of the model, those of tables included; float64, the same on all ranks."""
         assert self._taken is not None, "reduce() first"
         shards: list[Tensor] = []
         wholes: list[Tensor] = []
@@ -109,7 +136,7 @@ class RunAdamW(TableAdamW):
             dist.all_reduce(squares[2:3], group=self.world.engram_group)
         total = squares.sum()
         dist.all_reduce(total, group=self.world.pipe_group)
-        return math.sqrt(float(total))
+        return total.sqrt()
 
     @torch.no_grad()
     def update(self, step: int, norm: float) -> float:
@@ -215,17 +242,6 @@ def _ties(
         if world.pipe in places:
             ties[name] = (places, world.pipe_ranks(places) if len(places) > 1 else None)
     return ties
-
-
-def _average(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace gradients by their means over the ranks of `group`, with one message for every `BUCKET` of a dtype."""
-    if group.size() == 1:
-        return
-    for bucket in _take_tensors(gradients, BUCKET):
-        flat = _flatten_dense_tensors(bucket)
-        dist.all_reduce(flat, group=group)
-        flat /= group.size()
-        torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))
 
 
 def _local(tensor: Tensor | None) -> Tensor:

@@ -43,6 +43,8 @@ class RunStage(PipelineStage):
         )
         self._watch = world.watch
         self._nothing = torch.empty(0, device=world.device)
+        self.done: Callable[[Stage], None] | None = None
+        """Called with the stage after the last backward pass of a step."""
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """Run torch's forward pass, and tell the watch."""
@@ -55,6 +57,16 @@ class RunStage(PipelineStage):
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._clear([self.args_recv_info[bwd_chunk_id], self.grad_recv_info.get(bwd_chunk_id, ())])
         self._watch.beat()
+        self._end(kwargs.get("last_backward", False))
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Run torch's backward pass of weights."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        self._end(last_backward)
+
+    def _end(self, last_backward: bool) -> None:
+        if last_backward and self.done is not None:
+            self.done(self.submod)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Return torch's receive operations, with buffers allocated for them."""

@@ -123,12 +123,17 @@ _PRESETS = {
 _FREE = {
     *("model.folder", "model.start", "model.inner", "model.kernels"),
     *("train.microbatch", "train.evaluate_every", "train.evaluate_batches", "train.on_nonfinite", "train.explode"),
-    *("data.folder", "data.validation", "data.workers"),
+    *("train.profile", "data.folder", "data.mixture", "data.validation", "data.workers"),
 }
 """What may change on the way: the model and the data are compared by what they hold."""
 _HIDDEN = {"memory": ("name",)}
 """Fields that `preset` names instead."""
-_PATHS = {"model": ("folder",), "data": ("folder", "validation"), "checkpoint": ("folder",), "metrics": ("folder",)}
+_PATHS = {
+    "model": ("folder",),
+    "data": ("folder", "mixture", "validation"),
+    "checkpoint": ("folder",),
+    "metrics": ("folder",),
+}
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -158,8 +163,7 @@ def parse_recipe(content: Mapping[str, Any], folder: Path) -> Recipe:
             raise unknown(section, [*TABLES, *(name for name in names if name.endswith(f".{section}"))])
         if not isinstance(table, dict):
             raise MHCError("MHC602", f"{section} is no table", way_out=f"write [{section}] and its fields below it")
-        paths = {name: table[name] for name in _PATHS.get(section, ()) if isinstance(table.get(name), str)}
-        values = table | {name: str(folder / Path(path).expanduser()) for name, path in paths.items()}
+        values = table | {name: _absolute(table[name], folder) for name in _PATHS.get(section, ()) if name in table}
         tables[section] = (
             _memory(section, values, names)
             if section in _PRESETS
@@ -169,6 +173,13 @@ def parse_recipe(content: Mapping[str, Any], folder: Path) -> Recipe:
         if section not in tables:
             build(TABLES[section], section, {})  # names the first field that is missing
     return Recipe(**tables)
+
+
+def _absolute(path: Any, folder: Path) -> Any:
+    """Return a path, or a list of paths, from `folder` on; anything else is left to the field's own check."""
+    if isinstance(path, list | tuple):
+        return [_absolute(one, folder) for one in path]
+    return str(folder / Path(path).expanduser()) if isinstance(path, str) else path
 
 
 def describe_fields() -> list[Described]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -73,13 +74,18 @@ class DataTable:
 
     folder: str
     """Tokens to train on."""
+    mixture: tuple[str, ...] = ()
+    """Further folders, whose samples are mixed among those of `folder`."""
+    weights: tuple[float, ...] = ()
+    """The parts of `folder` and of every folder of `mixture` in the samples, in proportion; left out, all alike."""
     validation: str | None = None
     """Tokens to evaluate on."""
     sequence: int
     """S: tokens a sequence."""
     documents: bool = False
     """Whether positions begin again with every document of a sequence: transformers' models attend, and memories look
-    n-grams up, within documents alone then. False: a sequence is read as one text."""
+    n-grams up, within documents alone then, and a document's first token does not count in the loss. False: a sequence
+    is read as one text."""
     seed: int = 0
     """Of the order of sequences."""
     workers: int = 0
@@ -87,6 +93,15 @@ class DataTable:
 
     def __post_init__(self) -> None:
         _at_least("data", self, sequence=1, seed=0, workers=0)
+        total, count = sum(self.weights), len(self.folders)
+        fits = not self.weights or (len(self.weights) == count and min(self.weights) >= total / 1000 > 0)
+        what = f"{count} numbers above 0, one a folder, none below a thousandth of all"
+        require(fits, "data.weights", list(self.weights), what)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """All folders to train on."""
+        return (self.folder, *self.mixture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +116,14 @@ class TrainTable:
     """Sequences that a stage computes at a time; gradients of a step's microbatches add up."""
     lr: float
     """The highest learning rate. Tables of memories have 5 times it; those of UltraMem 4 times, falling to once."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate falls after the warm-up; `wsd` (warm-up, stable, decay) falls at the end alone."""
+    decay: float = 0.1
+    """The part of all steps in which `wsd` falls, linearly."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly from 0 to `lr`."""
     final: float = 0.1
-    """Where cosine and linear end, as a part of `lr`."""
+    """Where cosine, linear and wsd end, as a part of `lr`."""
     weight_decay: float = 0.1
     """Of matrices; vectors, coefficients of streams and tables have none."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -125,6 +142,8 @@ class TrainTable:
     """What a NaN, an infinity or an exploding loss does: stop with the step's data saved, or skip the step."""
     explode: float = 0.0
     """A loss above this multiple of its running median explodes; 0: none does."""
+    profile: str = ""
+    """Steps that torch's profiler records, `"10-12"`: a Chrome trace a rank in the folder `profile` of metrics."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, batch=1, microbatch=1, warmup=0, clip=0, seed=0, weight_decay=0)
@@ -135,6 +154,19 @@ class TrainTable:
         require(0 <= self.final <= 1, "train.final", self.final, "from 0 to 1")
         require(all(0 <= b < 1 for b in self.betas), "train.betas", list(self.betas), "from 0, below 1")
         require(self.explode == 0 or self.explode > 1, "train.explode", self.explode, "0, or greater than 1")
+        require(0 < self.decay <= 1, "train.decay", self.decay, "above 0, at most 1")
+        if self.schedule == "wsd":
+            most = 1 - self.warmup / self.steps
+            require(self.decay <= most, "train.decay", self.decay, f"at most {most:.3g}, the steps after the warm-up")
+        first, last = self.profiled
+        window = f'steps as "10-12", from 1 to train.steps = {self.steps}'
+        require(not self.profile or 1 <= first <= last <= self.steps, "train.profile", self.profile, window)
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step that the profiler records; (0, 0) for none, or where `profile` is no window."""
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.profile)
+        return (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +286,8 @@ class MetricsTable:
     """Steps between measurements of stream separation and composite gain, by layer; 0: none."""
     tensorboard: bool = False
     """Whether the same goes to TensorBoard's files."""
+    wandb: str | None = None
+    """The project at Weights & Biases that the same goes to; `WANDB_MODE=offline` keeps it in files of `folder`."""
     folder: str | None = None
     """Left out: checkpoint.folder."""
 

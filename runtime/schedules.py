@@ -50,7 +50,7 @@ class Pipeline:
         self.has_first = stages[0].index == 0
         self.has_last = any(s.index == s.count - 1 for s in stages)
         self._auxiliary = torch.zeros((), device=world.device)
-        run_stages = [RunStage(s, world, defers=world.parallel.is_v_shaped) for s in stages]
+        self._run_stages = run_stages = [RunStage(s, world, defers=world.parallel.is_v_shaped) for s in stages]
         name = world.parallel.schedule
         self.schedule = CLASSES[name](
             run_stages[0] if name == "1f1b" else run_stages,
@@ -61,15 +61,18 @@ class Pipeline:
         if name != "1f1b" and loss is None:  # what is registered passes on no `loss_kwargs`
             register(self.schedule)
 
-    def step(self, batch: dict[str, Tensor]) -> Tensor:
+    def step(self, batch: dict[str, Tensor], done: Callable[[Stage], None] | None = None) -> Tensor:
         """Run one step on this replica's share: `input_ids` and `labels` `[b, S]`, and other inputs of the model.
 
-        With `weights` `[b, S]` these multiply the tokens' losses. Gradients add to those that are there.
+        `done` is called with every stage whose last backward pass has run, before the others' have. With `weights`
+        `[b, S]` these multiply the tokens' losses. Gradients add to those that are there.
 
         Returns the share's mean loss and, as a part of it, the model's auxiliary loss, float32 `[2]`, on the ranks with
         the last stage, and 0 on the others.
         """
         self._auxiliary = torch.zeros((), device=self.world.device)
+        for stage in self._run_stages:
+            stage.done = done
         losses: list[Tensor] = []
         inputs = {name: t for name, t in batch.items() if name not in TARGETS}
         first = (inputs[IDS],) if self.has_first else ()

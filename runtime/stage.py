@@ -74,6 +74,13 @@ class Stage(nn.Module):
             pieces = split_graph(marked, _unit_starts(marked), piece.crosses_in)
             options = replace(options, recompute="off")  # the tags say it already
         users = Counter(name for p in pieces for name in _placeholders(p))
+        takes = {
+            n.name: value(n).dtype
+            for p in pieces
+            for n in p.graph.graph.find_nodes(op="placeholder")
+            if program.names.get(n.name) in program.parameters
+        }
+        narrow = min(takes.values(), key=lambda dtype: dtype.itemsize, default=None)
         self._sources: dict[str, Source] = {}
         """Where each placeholder comes from, by its name."""
         shared: dict[str, Compiled] = {}
@@ -82,6 +89,7 @@ class Stage(nn.Module):
             unit = Unit(self._with_own_tables(p), options, split=split, shared=shared)
             for name in _placeholders(p):
                 alone = self._blocked and users[name] == 1 and program.names.get(name) not in tied
+                alone = alone and takes.get(name, narrow) == narrow  # a unit gathers all it holds in one dtype
                 if name not in self._sources:
                     self._sources[name] = self._source(name, _node(p.graph, name), unit if alone else self)
             unit.sources = tuple(

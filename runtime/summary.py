@@ -22,15 +22,17 @@ def summary(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str
     rows = sum(t.rows * t.width for t in tables)
     more = f" and {_short(rows)} in {len(tables)} table{'s' * (len(tables) > 1)}" if tables else ""
     tokens = t.batch * recipe.data.sequence
-    data = open_data(recipe.data.folder)
-    epochs = t.steps * tokens / max(data.tokens, 1)
+    mixed = [open_data(folder).tokens for folder in recipe.data.folders]
+    parts = recipe.data.weights or [1.0] * len(mixed)
+    epochs = [t.steps * tokens * part / sum(parts) / max(count, 1) for part, count in zip(parts, mixed, strict=True)]
+    read = ", ".join(f"{count:.2g} epochs of {f}" for count, f in zip(epochs, recipe.data.folders, strict=True))
     return [
         f"model     {recipe.model.folder}: {_short(trained)} parameters{more}, {program.sites} sites",
         *_stages(recipe, program, starts),
         f"ranks     {p.world} = {p.stages} stages x {p.data} replicas x {p.engram} shards of tables, {p.mode}",
         f"step      {t.batch} sequences of {recipe.data.sequence:,} ({_short(tokens)} tokens), {recipe.microbatches} "
         f"microbatches of {t.microbatch} a replica, {p.schedule}",
-        f"run       {t.steps:,} steps, {_short(t.steps * tokens)} tokens, {epochs:.2g} epochs of {recipe.data.folder}",
+        f"run       {t.steps:,} steps, {_short(t.steps * tokens)} tokens, {read}",
         f"recompute {recipe.recompute.blocks}, {recipe.model.dtype}, {recipe.model.inner}",
         f"saves     {recipe.checkpoint.folder}, "
         + (f"every {recipe.checkpoint.every} steps" if recipe.checkpoint.every else "at the end"),

@@ -167,6 +167,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         llama().save_pretrained("CKPT_DIR")
         tokenizer().save("CKPT_DIR/tokenizer.json")
         Path("TEXT_DIR").mkdir()
+        pairs = (f'{{"question": "aAbB {i}", "answer": "aA"}}\n' for i in range(64))
+        Path("pairs.jsonl").write_text("".join(pairs))
         Path("TEXT_DIR", "lines.jsonl").write_text("".join(f'{{"text": "aAbB {i:07b}"}}\n' for i in range(128)))
     return given
 

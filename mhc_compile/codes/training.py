@@ -17,7 +17,7 @@ MHC604 the schedule does not fit these sizes
 MHC605 another rank is lost
     read that rank's last output; torchrun --max-restarts N starts all of them again from the last checkpoint. Where
     ranks are slow and not lost, raise parallel.timeout
-MHC606 tensorboard is not installed
+MHC606 figures cannot be written as the recipe says
     pip install 'mhc-compile[train]'
 MHC607 figures of the run are not written
     make room where [metrics].folder lies: training goes on, and later lines are written when there is room

@@ -83,7 +83,7 @@ def trainer_config(recipe: Recipe, *, accept_changes: bool = False) -> Any:
         hf_assets_path=recipe.model.folder,
         dump_folder=recipe.checkpoint.folder,
         tokenizer=parts.NoTokenizer.Config(),
-        loss=stages.TokenLoss.Config(),
+        loss=stages.TokenLoss.Config(tokens=t.batch * recipe.data.sequence),
         dataloader=parts.Batches.Config(recipe=recipe, accept_changes=accept_changes),
         optimizer=parts.Optimizers.Config(),
         lr_scheduler=parts.Rates.Config(train=t, warmup_steps=t.warmup),
@@ -174,6 +174,10 @@ def _not_carried(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield f"train.explode = {t.explode}", "it compares no losses"
     if recipe.checkpoint.keep < 2:
         yield "checkpoint.keep = 1", "it keeps two at least"
+    if t.profile:
+        yield f'train.profile = "{t.profile}"', "it has a profiler of its own"
+    if recipe.metrics.wandb is not None:
+        yield f'metrics.wandb = "{recipe.metrics.wandb}"', "it has a logger of its own"
     if recipe.metrics.probes_every:
         yield f"metrics.probes_every = {recipe.metrics.probes_every}", "it measures no streams"
     if RunFolder(Path(recipe.checkpoint.folder)).steps():

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 from torchtitan.components.optimizer.utils import get_flat_optim_state_dict, load_flat_optim_state_dict
@@ -45,7 +46,7 @@ class Batches(BaseDataLoader):
 
     def __init__(self, config: Config, *, dp_rank: int, local_batch_size: int, **_: Any) -> None:
         data = config.recipe.data
-        self._loader = open_loader(config.recipe, dp_rank, data.folder, data.workers)
+        self._loader = open_loader(config.recipe, dp_rank, data.folders, data.workers)
         self._rows, self._accepts, self._step = local_batch_size, config.accept_changes, 0
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -56,6 +57,8 @@ class Batches(BaseDataLoader):
             for i in range(0, len(batch[IDS]), self._rows):
                 part = {name: t[i : i + self._rows] for name, t in batch.items()}
                 labels = part.pop("labels")
+                if (weights := part.pop("weights", None)) is not None:
+                    labels = labels.masked_fill(weights == 0, IGNORE_INDEX)
                 yield {"input": part[IDS], **part}, labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +93,7 @@ class TitanAdamW(RunAdamW):
         replicas = self.world.parallel.replicas
         self._taken = {name: g and RowGradient(g.rows, g.values * replicas) for name, g in self._taken.items()}
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Make the state of parameters that have none: a checkpoint holds that of all of them."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -121,7 +124,7 @@ class Optimizers(OptimizersContainer):
     def step(self, closure: None = None) -> None:  # noqa: ARG002
         """Update the weights. Raises MHC618 on all ranks for a norm that is not finite."""
         self.adamw.reduce()
-        self.norm = self.adamw.norm()
+        self.norm = float(self.adamw.norm())
         if not math.isfinite(self.norm):
             raise MHCError("MHC618", f"the norm of the gradients is {self.norm}; the newest checkpoint is from before")
         group = self.adamw.param_groups[0]
@@ -130,13 +133,13 @@ class Optimizers(OptimizersContainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state by names, as torchtitan's checkpoints have it."""
-        self.adamw.begin()
+        self.adamw.start()
         flat: dict[str, Any] = get_flat_optim_state_dict(self.adamw)
         return flat
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returns."""
-        self.adamw.begin()
+        self.adamw.start()
         load_flat_optim_state_dict(self.adamw, state_dict)
         for first, *others in self.adamw.parameters.values():  # two stages of a rank that hold one parameter
             for other in others:
@@ -216,7 +219,7 @@ class HeldOut(BaseValidator):
         super().__init__(config)
         assert config.recipe.data.validation is not None
         self._figures = metrics_processor
-        self._loader = open_loader(config.recipe, dp_rank, config.recipe.data.validation, 0)
+        self._loader = open_loader(config.recipe, dp_rank, (config.recipe.data.validation,), 0)
 
     def should_validate(self, step: int) -> bool:
         """Return whether to evaluate after a step: every so many, and the last."""

@@ -122,14 +122,20 @@ class TokenLoss(CrossEntropyLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):
-        """As its base."""
+        """Of steps with so many `tokens` over all ranks, those that do not count included."""
+
+        tokens: int
+
+    def __init__(self, config: Config, **how: Any) -> None:
+        super().__init__(config, **how)
+        self._tokens = config.tokens
 
     def __call__(self, pred: Any, labels: Tensor, global_valid_tokens: Any = None, **_: Any) -> tuple[Tensor, Any]:
         """Return the loss of a microbatch, to be summed, and no figures."""
         logits, *auxiliary = pred if isinstance(pred, tuple) else (pred,)
         loss, figures = super().__call__(logits, labels, global_valid_tokens)
         for other in auxiliary if global_valid_tokens is not None else ():
-            loss = loss + other.float() * labels.numel() / global_valid_tokens
+            loss = loss + other.float() * labels.numel() / self._tokens
         return loss, figures
 
 
@@ -162,6 +168,9 @@ def pipeline(
 def _build(model: HollowModel, parallel_dims: Any, parallelism: Any, loss: Any) -> tuple[Run, list[TitanStage]]:
     """Return this rank's stages, without values. A collective."""
     recipe, program = model.recipe, model.program
+    if program.biases and recipe.train.balance_rate:
+        detail = f"train.balance_rate = {recipe.train.balance_rate}: it moves no biases"
+        raise MHCError("MHC651", detail, way_out="set it to 0, or train without --engine torchtitan")
     check_world(recipe.parallel, dist.get_world_size())
     device = next(iter(program.parameters.values())).device
     p = replace(recipe.parallel, mode="fsdp")  # torchtitan has one way for both: replicas are a mesh of more dimensions
@@ -192,7 +201,7 @@ def _build(model: HollowModel, parallel_dims: Any, parallelism: Any, loss: Any) 
 def _shard(stage: TitanStage, parallel_dims: Any, reshards: bool) -> None:
     """Spread the parameters of every unit; rows of tables stay as they are. Gradients are sums: the loss is divided."""
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-    rows = {p for t in stage.tables.values() for p in t.parameters()}
+    rows = {p for t in stage.tables.values() for p in t.parameters()} | set(stage.biases.values())
     how: dict[str, Any] = {"mesh": parallel_dims.get_mesh(names), "ignored_params": rows}
     for module in (*stage.units, stage):
         fully_shard(module, reshard_after_forward=reshards, **how)

@@ -74,7 +74,7 @@ class Checkpoints:
         if step == self._saved:
             return
         self._failed = None
-        pieces: dict[str, Any] = _pieces(state)
+        pieces: dict[str, Any] = self._own(_pieces(state))
         if self.rank == 0:
             self.folder.discard(step)
         writer = Writer(
@@ -97,6 +97,19 @@ class Checkpoints:
             self._pending = (step, _in_background(lambda: save(copies, **options)))
         else:
             self._finish(step, lambda: save(pieces, **options))
+
+    def _own(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+        """Return the pieces that this rank writes; of the holders of one, that with the least to write does."""
+        mine = {name: (p.offsets, tuple(p.tensor.shape), p.tensor.nbytes) for name, p in pieces.items()}
+        holders: dict[Any, list[int]] = {}
+        for rank, boxes in enumerate(self.gather(mine)):
+            for name, box in boxes.items():
+                holders.setdefault((name, *box), []).append(rank)
+        load, writers = [0] * self.world, {}
+        for box, ranks in sorted(holders.items(), key=lambda item: (-item[0][-1], item[0])):
+            writers[box] = min(ranks, key=lambda rank: load[rank])
+            load[writers[box]] += box[-1]
+        return {name: p for name, p in pieces.items() if writers[(name, *mine[name])] == self.rank}
 
     def wait(self) -> None:
         """Wait until the present save is done."""

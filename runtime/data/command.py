@@ -23,6 +23,7 @@ def data(
     ],
     tokenizer: Annotated[Path, Parameter(help="The folder of the model to be trained.")],
     field: Annotated[str, Parameter(help="Of rows that holds the text.")] = "text",
+    prompt: Annotated[str | None, Parameter(help="Of rows that are pairs: a text before it, not in the loss.")] = None,
     workers: Annotated[
         int, Parameter(validator=Number(gte=0), help="Processes that tokenise; 0: threads of this one.")
     ] = 0,
@@ -49,16 +50,19 @@ def data(
     mhc-compile data ./books ./tokens-split --tokenizer ./Qwen3-0.6B --validation 0.01 --workers 2
     # the column "content" of a dataset that save_to_disk wrote
     mhc-compile data hf:./saved:train ./tokens-rows --tokenizer ./Qwen3-0.6B --field content
+    # for fine-tuning: documents of a question and its answer, whose loss counts the answers alone
+    mhc-compile data pairs.jsonl ./tokens-pairs --tokenizer ./Qwen3-0.6B --prompt question --field answer
     ```
 
     OUT then has data.json (format, dtype, counts, sha256 of every file, fingerprint of the tokenizer),
-    tokens-00000.bin (uint16 or, with more than 65,536 ids, uint32; little endian) and documents-00000.bin (where
-    documents begin in it, uint64).
+    tokens-00000.bin (uint16 or, with more than 65,536 ids, uint32; little endian), documents-00000.bin (where documents
+    begin in it, uint64), and with `--prompt` masks-00000.bin (a byte per token, 1 where the loss counts it).
     """
     if len(paths) < 2:
         raise MHCError("MHC520", "data takes a source and OUT", way_out="name a source, then the folder to write")
     *sources, out = paths
-    done, seconds = _prepare(sources, out, tokenizer=tokenizer, field=field, workers=workers, validation=validation)
+    how: dict[str, Any] = {"field": field, "prompt": prompt, "workers": workers, "validation": validation}
+    done, seconds = _prepare(sources, out, tokenizer=tokenizer, **how)
     print(_summary(done, seconds))
     if done.left_out:
         print(f"left out, not text: {', '.join(map(str, done.left_out))}", file=sys.stderr)

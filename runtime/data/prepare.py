@@ -23,6 +23,7 @@ from mhc_compile.runtime.data.shards import (
     STARTS,
     DataFolder,
     Shard,
+    masks_name,
     open_data,
     starts_name,
     tokens_name,
@@ -54,6 +55,7 @@ def prepare(
     *,
     tokenizer: str | Path,
     field: str = "text",
+    prompt: str | None = None,
     workers: int = 0,
     validation: float = 0.0,
     progress: Progress | None = None,
@@ -64,7 +66,8 @@ def prepare(
     What is written does not depend on `workers`, the number of processes that tokenise. With `validation` > 0, that
     fraction of the documents, chosen by a hash of their text so that equal documents stay together, goes to
     OUT/validation and the rest to OUT/train. `out` appears when all of it is on the disk, or not at all. Texts are
-    read in pieces (`PIECE`): memory does not depend on their size.
+    read in pieces (`PIECE`): memory does not depend on their size. With `prompt` rows are pairs: a document is the text
+    under `prompt` and that under `field`, of which the loss counts the second and the end of the document.
 
     Raises MHC610 for sources that cannot be read or hold no text, MHC614 for a tokenizer that cannot be used, MHC412
     and MHC413 for the output folder.
@@ -76,13 +79,14 @@ def prepare(
     if folder_tokenizer.eos is None:
         raise MHCError("MHC614", f"{tokenizer} names no end-of-text token")
     left_out: list[Path] = []
-    opened = [open_source(name, field=field, left_out=left_out.append) for name in sources]
+    opened = [open_source(name, field=field, prompt=prompt, left_out=left_out.append) for name in sources]
     for name in sources:
         if Path(name).is_dir():
             check_target(target, Path(name))
     parts = (TRAIN, VALIDATION) if validation else ("",)
     with staged(target) as staging, ExitStack() as stack:
-        writers = [stack.enter_context(_Writer(staging, part, folder_tokenizer, shard_tokens)) for part in parts]
+        how: dict[str, Any] = {"shard_tokens": shard_tokens, "masks": prompt is not None}
+        writers = [stack.enter_context(_Writer(staging, part, folder_tokenizer, **how)) for part in parts]
         for source in opened:
             _fill(writers, source, folder_tokenizer, workers, validation, progress)
         for writer in writers:
@@ -105,7 +109,7 @@ def _fill(
         for piece, ids in encoded:
             if piece.first and validation:
                 writer = writers[_share(piece.text) < validation]
-            writer.write(ids, last=piece.last)
+            writer.write(ids, last=piece.last, counts=piece.counts)
             done += piece.read
             if progress is not None:
                 progress(done, source.size, sum(w.tokens for w in writers), source.name)
@@ -120,31 +124,31 @@ def _share(text: str) -> float:
 class _Writer(AbstractContextManager["_Writer"]):
     """Writes one folder of data; as a context it closes its files however the block ends."""
 
-    def __init__(self, folder: Path, part: str, tokenizer: FolderTokenizer, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, part: str, tokenizer: FolderTokenizer, *, shard_tokens: int, masks: bool) -> None:
         self.folder = folder / part
         self.folder.mkdir(exist_ok=True)
         self._part = part
         self.tokens = 0
         self._tokenizer = tokenizer
         self._dtype = "uint16" if tokenizer.vocabulary <= 1 << 16 else "uint32"
-        self._limit = shard_tokens
+        self._limit, self._masks = shard_tokens, masks
         self._largest = 0
         self._shards: list[Shard] = []
-        self._open: tuple[_Hashed, _Hashed] | None = None
+        self._open: list[_Hashed] | None = None
         self._in_document = False
 
     def __exit__(self, *_: object) -> None:
         for file in self._open or ():
             file.close()
 
-    def write(self, ids: np.ndarray[Any, Any], *, last: bool) -> None:
+    def write(self, ids: np.ndarray[Any, Any], *, last: bool, counts: bool) -> None:
         """Write a piece of a document; `last` ends it. A document without tokens is left out."""
         if len(ids):
             self._largest = max(self._largest, int(ids.max()))
-            self._append(ids)
+            self._append(ids, counts)
         if last and self._in_document:
             assert self._tokenizer.eos is not None
-            self._append(np.array([self._tokenizer.eos]))
+            self._append(np.array([self._tokenizer.eos]), counts=True)
             self._in_document = False
             assert self._open is not None
             if self._open[0].count >= self._limit:
@@ -161,7 +165,7 @@ class _Writer(AbstractContextManager["_Writer"]):
         t = self._tokenizer
         assert t.eos is not None
         manifest = {
-            "format": FORMAT,
+            "format": FORMAT if self._masks else 1,
             "dtype": self._dtype,
             "tokens": self.tokens,  # the totals are for people
             "documents": sum(shard.documents for shard in self._shards),
@@ -169,28 +173,32 @@ class _Writer(AbstractContextManager["_Writer"]):
             "vocabulary": t.vocabulary,
             "largest": max(self._largest, t.eos),
             "tokenizer": t.sha256,
-            "shards": [vars(shard) for shard in self._shards],
+            "shards": [{name: v for name, v in vars(shard).items() if v != ""} for shard in self._shards],
         }
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
-    def _append(self, ids: np.ndarray[Any, Any]) -> None:
+    def _append(self, ids: np.ndarray[Any, Any], counts: bool) -> None:
         if self._open is None:
             number = len(self._shards)
-            self._open = (
+            self._open = [
                 _Hashed(self.folder / tokens_name(number), DTYPES[self._dtype]),
                 _Hashed(self.folder / starts_name(number), STARTS),
-            )
-        tokens, starts = self._open
+            ]
+            if self._masks:
+                self._open.append(_Hashed(self.folder / masks_name(number), np.dtype(np.uint8)))
+        tokens, starts, *masks = self._open
         if not self._in_document:
             starts.write(np.array([tokens.count]))
             self._in_document = True
         tokens.write(ids)
+        for mask in masks:
+            mask.write(np.full(len(ids), counts))
         self.tokens += len(ids)
 
     def _end_shard(self) -> None:
         assert self._open is not None
-        tokens, starts = self._open
-        self._shards.append(Shard(tokens.count, starts.count, tokens.finish(), starts.finish()))
+        tokens, starts, *_ = self._open
+        self._shards.append(Shard(tokens.count, starts.count, *(file.finish() for file in self._open)))
         self._open = None
 
 

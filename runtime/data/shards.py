@@ -16,7 +16,8 @@ from mhc_compile.checkpoint.shards import sha256
 from mhc_compile.diagnostics import MHCError
 
 MANIFEST = "data.json"
-FORMAT = 1
+FORMAT = 2
+"""Written where there are masks, which a reader of format 1 would pass over; 1 otherwise."""
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 STARTS: np.dtype[Any] = np.dtype("<u8")
 
@@ -34,6 +35,11 @@ def starts_name(shard: int) -> str:
     return f"documents-{shard:05}.bin"
 
 
+def masks_name(shard: int) -> str:
+    """Return the name of a shard's file of masks, a byte a token: 1 where the loss counts it, 0 where it does not."""
+    return f"masks-{shard:05}.bin"
+
+
 @dataclass(frozen=True)
 class Shard:
     """What the manifest says of one shard, whose documents are whole."""
@@ -42,6 +48,13 @@ class Shard:
     documents: int
     tokens_sha256: str
     documents_sha256: str
+    masks_sha256: str = ""
+    """Empty where all tokens count."""
+
+    def files(self, number: int) -> dict[str, str]:
+        """Return the sha256 of each of its files, by name."""
+        files = {tokens_name(number): self.tokens_sha256, starts_name(number): self.documents_sha256}
+        return files | ({masks_name(number): self.masks_sha256} if self.masks_sha256 else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +92,17 @@ class DataFolder:
         parts = [self._tokens[shard][low:high] for shard, low, high in self._overlaps(start, count)]
         return np.concatenate(parts) if parts else np.empty(0, DTYPES[self.dtype])
 
+    @property
+    def masked(self) -> bool:
+        """Whether the loss leaves tokens out."""
+        return bool(self.shards[0].masks_sha256)
+
+    def counted(self, start: int, count: int) -> Tokens:
+        """Return 1 for tokens [count] from `start` on that the loss counts, 0 for the others, uint8."""
+        if not self.masked:
+            return np.ones(count, np.uint8)
+        return np.concatenate([self._masks[shard][low:high] for shard, low, high in self._overlaps(start, count)])
+
     def starts(self, start: int, count: int) -> Index:
         """Return the places from `start` to `start + count`, that one excluded, where documents begin, int64."""
         places = [np.empty(0, np.int64)]
@@ -91,7 +115,7 @@ class DataFolder:
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
         """Read everything, or a rank's share of it. Raises MHC611 where a file's bytes are not those written."""
         for i, shard in list(enumerate(self.shards))[rank::ranks]:
-            for name, expected in ((tokens_name(i), shard.tokens_sha256), (starts_name(i), shard.documents_sha256)):
+            for name, expected in shard.files(i).items():
                 if sha256(self.folder / name) != expected:
                     raise MHCError("MHC611", f"{self.folder / name} is not what was written: its sha256 differs")
 
@@ -114,6 +138,10 @@ class DataFolder:
     def _tokens(self) -> list[np.memmap[Any, Any]]:
         dtype = DTYPES[self.dtype]
         return [np.memmap(self.folder / tokens_name(i), dtype, mode="r") for i in range(len(self.shards))]
+
+    @cached_property
+    def _masks(self) -> list[np.memmap[Any, Any]]:
+        return [np.memmap(self.folder / masks_name(i), np.uint8, mode="r") for i in range(len(self.shards))]
 
     @cached_property
     def _starts(self) -> list[np.memmap[Any, Any]]:
@@ -143,11 +171,14 @@ def open_data(folder: str | Path) -> DataFolder:
     for i, shard in enumerate(data.shards):
         expected[tokens_name(i)] = shard.tokens * DTYPES[data.dtype].itemsize
         expected[starts_name(i)] = shard.documents * STARTS.itemsize
+        if data.masked:
+            expected[masks_name(i)] = shard.tokens
     try:
         for name, size in expected.items():
             if (present := (folder / name).stat().st_size) != size:
                 raise MHCError("MHC611", f"{folder / name} has {present:,} bytes instead of {size:,}")
-        assert len(data._tokens) == len(data._starts)  # maps the files, so that none can vanish later
+        maps = (data._tokens, data._starts, data._masks if data.masked else data._starts)
+        assert all(len(files) == len(data.shards) for files in maps)  # maps the files, so that none can vanish later
     except OSError as error:
         raise MHCError("MHC611", str(error)) from error
     return data
@@ -155,19 +186,22 @@ def open_data(folder: str | Path) -> DataFolder:
 
 def _parse(folder: Path, text: bytes) -> DataFolder:
     content = json.loads(text)
-    if content["format"] != FORMAT:
-        raise MHCError("MHC611", f"{folder / MANIFEST}: format {content['format']!r}, this version reads {FORMAT}")
+    if content["format"] not in (1, FORMAT):
+        detail = f"{folder / MANIFEST}: format {content['format']!r}, this version reads formats up to {FORMAT}"
+        raise MHCError("MHC611", detail)
     shards = tuple(
         Shard(
             _count(shard, "tokens"),
             _count(shard, "documents"),
             str(shard["tokens_sha256"]),
             str(shard["documents_sha256"]),
+            str(shard.get("masks_sha256", "")),
         )
         for shard in content["shards"]
     )
-    if content["dtype"] not in DTYPES or not shards:
-        raise ValueError(f"dtype {content['dtype']!r}, {len(shards)} shards")
+    masked = {bool(shard.masks_sha256) for shard in shards}
+    if content["dtype"] not in DTYPES or len(masked) != 1:
+        raise ValueError(f"dtype {content['dtype']!r}, {len(shards)} shards, with masks: {sorted(masked)}")
     return DataFolder(
         folder=folder,
         dtype=content["dtype"],

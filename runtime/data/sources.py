@@ -32,6 +32,8 @@ class Piece:
     last: bool
     read: int
     """How much of the source was read for it: bytes of a file, rows of a dataset."""
+    counts: bool = True
+    """Whether the loss counts its tokens: those of a prompt it does not."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,18 @@ class Source:
     pieces: Callable[[], Iterator[Piece]]
 
 
-def open_source(name: str, *, field: str, left_out: LeftOut) -> Source:
+def open_source(name: str, *, field: str, left_out: LeftOut, prompt: str | None = None) -> Source:
     """Return the source that `name` means; `left_out` is called with files of a folder that are not text.
 
     A text file is one document. A `.jsonl` file has one a line: an object with a string under `field`. A folder is its
     files, sorted by path, those below included and those whose names begin with a dot left out. `hf:NAME[:SPLIT]` is a
-    folder saved by the library datasets, a local file or folder that it reads, or a name on its hub.
+    folder saved by the library datasets, a local file or folder that it reads, or a name on its hub. With `prompt` rows
+    have a text under that name, too, which begins their documents and does not count in the loss.
 
     Raises MHC610 for what is missing or not text, here or while it is read.
     """
     if name.startswith(DATASET):
-        return _dataset(name, field)
+        return _dataset(name, field, prompt)
     path = Path(name)
     try:
         files = list(_files(path, left_out)) if path.is_dir() else [path]
@@ -63,7 +66,7 @@ def open_source(name: str, *, field: str, left_out: LeftOut) -> Source:
         raise MHCError("MHC610", str(error)) from error
     if not files:
         raise MHCError("MHC610", f"{path} has no text file in it")
-    return Source(name, size, lambda: (piece for file in files for piece in _file(file, field)))
+    return Source(name, size, lambda: (piece for file in files for piece in _file(file, field, prompt)))
 
 
 def _files(folder: Path, left_out: LeftOut) -> Iterator[Path]:
@@ -92,10 +95,12 @@ def _is_text(path: Path) -> bool:
     return b"\0" not in head
 
 
-def _file(path: Path, field: str) -> Iterator[Piece]:
+def _file(path: Path, field: str, prompt: str | None) -> Iterator[Piece]:
     try:
         if path.suffix == ".jsonl":
-            yield from _lines(path, field)
+            yield from _lines(path, field, prompt)
+        elif prompt is not None:
+            raise MHCError("MHC610", f"{path} has no rows with prompts", way_out="name .jsonl files or a dataset")
         elif not _is_text(path):
             raise MHCError("MHC610", f"{path} is not UTF-8 text")
         else:
@@ -112,7 +117,7 @@ def _file(path: Path, field: str) -> Iterator[Piece]:
         raise MHCError("MHC610", f"{path} is not UTF-8 text: {error}") from error
 
 
-def _lines(path: Path, field: str) -> Iterator[Piece]:
+def _lines(path: Path, field: str, prompt: str | None) -> Iterator[Piece]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -124,7 +129,7 @@ def _lines(path: Path, field: str) -> Iterator[Piece]:
                 raise MHCError("MHC610", f"{place} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise MHCError("MHC610", f"{place} is not a JSON object")
-            yield from _document(_text(row, field, place), len(line))
+            yield from _document(row, field, prompt, place, len(line))
 
 
 def _text(row: dict[str, Any], field: str, place: str) -> str:
@@ -133,12 +138,20 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
         # Halves of surrogate pairs, which JSON can spell, are no text to any tokenizer.
         return text.encode("utf-8", "replace").decode()
     known = ", ".join(name for name, value in row.items() if isinstance(value, str)) or "none"
-    raise MHCError("MHC610", f"{place} has no text under {field!r}; fields with text: {known}", way_out="name --field")
+    raise MHCError(
+        "MHC610",
+        f"{place} has no text under {field!r}; fields with text: {known}",
+        way_out="name --field (and --prompt)",
+    )
 
 
-def _document(text: str, read: int) -> Iterator[Piece]:
+def _document(row: dict[str, Any], field: str, prompt: str | None, place: str, read: int) -> Iterator[Piece]:
+    text = _text(row, field, place)
+    if prompt is not None:
+        for part, first, _ in cut(io.StringIO(_text(row, prompt, place), newline="")):
+            yield Piece(part, first, False, 0, counts=False)
     for part, first, last in cut(io.StringIO(text, newline="")):
-        yield Piece(part, first, last, read if first else 0)
+        yield Piece(part, first and prompt is None, last, read if first else 0)
 
 
 def cut(file: TextIO, size: int = PIECE) -> Iterator[tuple[str, bool, bool]]:
@@ -169,7 +182,7 @@ def _place(text: str) -> int:
     return text.rfind("\n") + 1 or len(text)
 
 
-def _dataset(name: str, field: str) -> Source:
+def _dataset(name: str, field: str, prompt: str | None) -> Source:
     """Return a dataset of Hugging Face as a source, whose rows are documents."""
     try:
         import datasets
@@ -177,14 +190,15 @@ def _dataset(name: str, field: str) -> Source:
         raise MHCError("MHC610", f"{name}: {error}", way_out="pip install 'mhc-compile[data]'") from error
     with _coded(name):
         rows = _rows(datasets, name.removeprefix(DATASET))
-        if rows.column_names is not None and field in rows.column_names:
-            rows = rows.select_columns([field])
+        wanted = [field] if prompt is None else [prompt, field]
+        if rows.column_names is not None and {*wanted} <= {*rows.column_names}:
+            rows = rows.select_columns(wanted)
         size = len(rows) if isinstance(rows, datasets.Dataset) else 0
 
     def pieces() -> Iterator[Piece]:
         with _coded(name):  # files of a dataset are only read now
             for number, row in enumerate(rows):
-                yield from _document(_text(row, field, f"{name}, row {number}"), 1)
+                yield from _document(row, field, prompt, f"{name}, row {number}", 1)
 
     return Source(name, size, pieces)
 

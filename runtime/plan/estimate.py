@@ -3,11 +3,11 @@
 Times are the rates' bound (`runtime.plan.hardware`); nothing waits for a host, a compiler or a kernel's launch.
 What ranks hold follows this package's own runtime:
 
-    weights, gradients    float32, whole on every replica; under FSDP shards, and gathered whole while a step runs
+    weights, gradients    float32, whole on every replica; under FSDP shards, and whole ones while a step runs, of which
+                          weights have the graph's dtype
     moments               two float32 values a weight, sharded under FSDP
-    casts                 weights in the graph's dtype where that is narrower, cast once a step
-    buffers               what FSDP gathers into and reduces from: the two largest units' values in float32; of whole
-                          replicas the bucket in which gradients are summed
+    casts                 of whole replicas weights in the graph's dtype where that is narrower, cast once a step
+    buffers               what FSDP gathers into and reduces from: the two largest units' values in float32
     tables                rows and two moments in float32, spread over parallel.engram
     activations           what the schedule keeps at its fullest: branches, streams in recompute blocks, stage outputs
     transient             a block that is recomputed, the largest branch's gradients, those of the logits
@@ -22,7 +22,6 @@ from itertools import accumulate, pairwise
 
 from mhc_compile.kernels.memory.engram import layers_of
 from mhc_compile.runtime.engine import splits
-from mhc_compile.runtime.optimizer import BUCKET
 from mhc_compile.runtime.plan.count import total
 from mhc_compile.runtime.plan.hardware import Hardware
 from mhc_compile.runtime.plan.model import Counted, Table
@@ -117,7 +116,7 @@ class Estimate:
     @property
     def host(self) -> int:
         """The most bytes of host memory that one rank's copies for a checkpoint take; 0 where saves are synchronous."""
-        replicas = self.recipe.parallel.replicas if self.recipe.parallel.mode == "fsdp" else 1
+        replicas = self.recipe.parallel.replicas  # what several hold one of them copies
         parameters = [sum(s.parameters for s in self.stages if s.rank == r) for r in range(len(self.memory))]
         copies = [3 * FLOAT32 * -(-n // replicas) + m.tables for n, m in zip(parameters, self.memory, strict=True)]
         return max(copies) if self.recipe.checkpoint.asynchronous else 0
@@ -155,8 +154,9 @@ def estimate(counted: Counted, hardware: Hardware, recipe: Recipe) -> Estimate:
     share = (p.replicas - 1) / p.replicas
     spared = (counted.streams - 1) * counted.hidden * counted.itemsize * int(counted.tokens * scale)
     updated = max(parameters) / (p.replicas if p.mode == "fsdp" else 1)
+    there_and_back = FLOAT32 + (2 if p.mode == "fsdp" and recipe.model.dtype == "bfloat16" else FLOAT32)
     reduction = max(
-        count * FLOAT32 * 2 * share / hardware.among(rank * p.replicas, p.replicas)
+        count * there_and_back * share / hardware.among(rank * p.replicas, p.replicas)
         for rank, count in enumerate(parameters)
     )
     optimizer = updated * 7 * FLOAT32 / hardware.bandwidth
@@ -268,11 +268,12 @@ def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate
     tables = {t.name: t.rows * t.width for s in stages for t in s.tables}
     sharded = parallel.mode == "fsdp" and parallel.replicas > 1
     shard = -(-values // parallel.replicas) if sharded else 0
+    casts = sum(s.casts for s in stages)  # 2 bytes a value: what one spares that is gathered in 2 bytes, not in 4
     return RankMemory(
-        weights=FLOAT32 * (values + shard),
+        weights=FLOAT32 * (values + shard) - (casts if sharded else 0),  # gathered as the graph takes them
         gradients=FLOAT32 * (values + shard),
         moments=2 * FLOAT32 * (shard if sharded else values),
-        casts=sum(s.casts for s in stages),
+        casts=0 if sharded else casts,
         buffers=_buffers(parallel, stages),
         tables=ROW * -(-sum(tables.values()) // parallel.engram),
         activations=0,
@@ -282,11 +283,8 @@ def _without_activations(parallel: ParallelTable, stages: Sequence[StageEstimate
 
 def _buffers(parallel: ParallelTable, stages: Sequence[StageEstimate]) -> int:
     """Return the bytes in which weights are gathered and gradients are reduced."""
-    if parallel.replicas == 1:
-        return 0
-    if parallel.mode == "fsdp":
-        return FLOAT32 * max(s.units for s in stages)
-    return min(BUCKET, FLOAT32 * sum(s.parameters for s in stages))
+    sharded = parallel.replicas > 1 and parallel.mode == "fsdp"
+    return FLOAT32 * max(s.units for s in stages) if sharded else 0
 
 
 def _largest_units(counted: Counted, sites: tuple[int, int], blocks: Sequence[int]) -> int:

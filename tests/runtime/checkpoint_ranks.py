@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from mhc_compile import MHCError, TableAdamW
 from mhc_compile.memory.sharded import ShardedTable
 from mhc_compile.memory.tables import MemoryTable
-from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints
+from mhc_compile.runtime.checkpoint.checkpoints import Checkpoints, _pieces
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.pieces import piece_of
 from mhc_compile.runtime.state import _piece, restore, training_state
@@ -110,16 +110,18 @@ def wrong(part: Part, optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def save(cut: Cut, folder: str, asynchronous: bool) -> list[str]:
-    """Save step 7 on these ranks; what is written is what was held when `save` was called."""
+    """Save step 7 on these ranks, what they held when `save` was called; return what this one copies and writes."""
     part, optimizer = build(cut)
     fill(part, optimizer)
     checkpoints = Checkpoints(folder, asynchronous=asynchronous, timeout=60)
-    checkpoints.save(7, training_state([part], optimizer, {"data": {"seed": 1}}))
+    state = training_state([part], optimizer, {"data": {"seed": 1}})
+    own = [f"{name}{piece.offsets}" for name, piece in checkpoints._own(_pieces(state)).items() if piece.tensor.numel()]
+    checkpoints.save(7, state)
     with torch.no_grad():
         for _, p in part.named_parameters():
             p.zero_()
     checkpoints.close()
-    return []
+    return own
 
 
 def load(cut: Cut, folder: str) -> list[str]:

@@ -22,7 +22,7 @@ def steps(policy: str, folder: str) -> list[str]:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for step, (loss, norm) in enumerate(((2.0, 1.0), (math.nan, 1.0), (2.0, 1.0), (2.0, math.inf))):
-            own = (torch.tensor([loss]), norm) if last else (torch.zeros(1), 1.0)
+            own = (torch.tensor([loss]), torch.tensor(norm)) if last else (torch.zeros(1), torch.tensor(1.0))
             (total,), agreed, _ = over_ranks(*own, stop=False)
             try:
                 said.append(guard.check(step, total, agreed, batch, {"step": step}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shlex
 import subprocess
@@ -35,7 +36,9 @@ def test_the_examples_of_the_help_are_right(place: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     text = inspect.getdoc(data) or ""
     lines = [line for line in text.splitlines() if line.startswith("mhc-compile")]
-    assert len(lines) == 3
+    pairs = [json.dumps({"question": text, "answer": text}) for text in documents(9)]
+    Path("pairs.jsonl").write_text("\n".join(pairs))
+    assert len(lines) == 4
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0
     told = capsys.readouterr()
@@ -46,7 +49,7 @@ def test_the_examples_of_the_help_are_right(place: Path, capsys: pytest.CaptureF
     assert open_data("tokens").documents == 305
     assert open_data("tokens-split/train").documents > open_data("tokens-split/validation").documents > 0
     assert open_data("tokens-rows").documents == 9
-    for name in tree(place / "tokens"):
+    for name in {**tree(place / "tokens"), **tree(place / "tokens-pairs")}:
         assert name in text
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.runtime.data.loader import Loader, check_tokenizer
-from mhc_compile.runtime.data.order import Order
+from mhc_compile.runtime.data.order import BLOCK, Mixture, Order
 from mhc_compile.runtime.data.prepare import prepare
 from mhc_compile.runtime.data.shards import MANIFEST, open_data
 
@@ -65,7 +66,7 @@ def test_batches_are_windows_of_the_packed_tokens(folder: Path, known: tuple[lis
         batch = loader.batch(step)
         assert {name: (v.dtype, v.shape) for name, v in batch.items()} == dict.fromkeys(
             ("input_ids", "labels", "position_ids"), (torch.int64, (6, 50))
-        )
+        ) | {"weights": (torch.float32, (6, 50))}
         samples = Order(loader.samples, 3)(step * 6, 6).tolist()
         seen += samples
         for row, sample in enumerate(samples):
@@ -73,9 +74,71 @@ def test_batches_are_windows_of_the_packed_tokens(folder: Path, known: tuple[lis
             assert batch["input_ids"][row].tolist() == tokens[begin : begin + 50]
             assert batch["labels"][row].tolist() == tokens[begin + 1 : begin + 51]
             assert batch["position_ids"][row].tolist() == positions(starts, begin, 50)
+            first = [place in starts for place in range(begin + 1, begin + 51)]
+            assert (batch["weights"][row] == 0).tolist() == first  # not predicted from the document before
+        assert float(batch["weights"].mean()) == pytest.approx(1)
     assert sorted(seen[: loader.samples]) == sorted(seen[loader.samples : 2 * loader.samples])
     assert len(set(seen[: loader.samples])) == loader.samples
-    assert "position_ids" not in Loader(folder, sequence=50, batch=6).batch(0)
+    assert set(Loader(folder, sequence=50, batch=6).batch(0)) == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prompts_do_not_count(model: Path, tmp_path: Path, workers: int) -> None:
+    pairs = [{"question": text, "answer": f" {text[::-1]}"} for text in documents(60, seed=5)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    how: dict[str, Any] = {"tokenizer": model, "field": "answer", "prompt": "question", "shard_tokens": 500}
+    prepare([str(tmp_path / "pairs.jsonl")], tmp_path / "data", workers=workers, **how)
+    bpe = Tokenizer.from_file(str(model / "tokenizer.json"))
+    bpe.no_truncation()
+    bpe.no_padding()
+    tokens, mask = [], []
+    for pair in pairs:
+        question, answer = (bpe.encode(pair[name], add_special_tokens=False).ids for name in ("question", "answer"))
+        tokens += [*question, *answer, bpe.token_to_id("<|end|>")]
+        mask += [0] * len(question) + [1] * (len(answer) + 1)
+    data = open_data(tmp_path / "data")
+    assert json.loads((tmp_path / "data" / MANIFEST).read_text())["format"] == 2
+    assert data.read(0, data.tokens).tolist() == tokens
+    assert data.counted(0, data.tokens).tolist() == mask
+    batch = Loader(tmp_path / "data", sequence=20, batch=6, seed=3).batch(1)
+    for row, sample in enumerate(Order((len(tokens) - 1) // 20, 3)(6, 6).tolist()):
+        labels = slice(sample * 20 + 1, sample * 20 + 21)
+        assert batch["labels"][row].tolist() == tokens[labels]
+        assert (batch["weights"][row] > 0).tolist() == [bool(m) for m in mask[labels]]
+    assert float(batch["weights"].mean()) == pytest.approx(1)
+    file = tmp_path / "data" / "masks-00001.bin"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with pytest.raises(MHCError, match=r"MHC611.*masks-00001"):
+        data.verify()
+    with pytest.raises(MHCError, match=r"MHC610.*prompts"):
+        prepare([__file__], tmp_path / "other", **how)
+
+
+@pytest.mark.parametrize(("first", "count", "weights"), [(0, 7, [1, 1, 1]), (1234, 40, [6, 3, 1])])
+def test_a_mixture_has_exact_parts(first: int, count: int, weights: list[int]) -> None:
+    mixture = Mixture([70, 100, 3000], weights, seed=4)
+    assert mixture.places.sum() == BLOCK
+    assert all(abs(n - BLOCK * w / sum(weights)) <= 1 for n, w in zip(mixture.places, weights, strict=True))
+    everything = mixture(0, first + count)
+    assert mixture(first, count) == everything[first:]
+    block = mixture(2 * BLOCK, BLOCK)
+    assert [sum(k == folder for k, _ in block) for folder in range(3)] == mixture.places.tolist()
+    for folder, samples in enumerate((70, 100, 3000)):
+        own, places = [sample for k, sample in block if k == folder], int(mixture.places[folder])
+        assert sorted(own) == sorted(Order(samples, 4)(2 * places, places).tolist())  # the next ones of its own order
+
+
+def test_a_mixture_of_folders(folder: Path, model: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "lines.jsonl", documents(40, seed=9))
+    prepare([str(source)], tmp_path / "other", tokenizer=model)
+    both = Loader([folder, tmp_path / "other"], weights=(3, 1), sequence=20, batch=4, seed=1)
+    whole = [both.batch(step)["input_ids"] for step in range(8)]
+    again = Loader([folder, tmp_path / "other"], weights=(3, 1), sequence=20, batch=4, seed=1)
+    assert torch.equal(again.batch(7)["input_ids"], whole[7])
+    for place, row in enumerate(torch.cat(whole).tolist()):
+        k, sample = Mixture([data.tokens // 20 for data in both.folders], (3, 1), 1)(place, 1)[0]
+        assert row == both.folders[k].read(sample * 20, 20).tolist()
+    assert both.describe() != Loader([folder, tmp_path / "other"], sequence=20, batch=4, seed=1).describe()
 
 
 @given(
@@ -86,11 +149,9 @@ def test_batches_are_windows_of_the_packed_tokens(folder: Path, known: tuple[lis
 )
 @settings(max_examples=25, deadline=None)
 def test_replicas_cut_the_same_batch(folder: Path, step: int, replicas: int, seed: int, sequence: int) -> None:
-    whole = Loader(folder, sequence=sequence, batch=12, seed=seed).batch(step)
-    parts = [
-        Loader(folder, sequence=sequence, batch=12, seed=seed, replicas=replicas, replica=r).batch(step)
-        for r in range(replicas)
-    ]
+    how: dict[str, Any] = {"sequence": sequence, "batch": 12, "seed": seed, "documents": True}
+    whole = Loader(folder, **how).batch(step)
+    parts = [Loader(folder, **how, replicas=replicas, replica=r).batch(step) for r in range(replicas)]
     for name, values in whole.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), values)
 
@@ -152,7 +213,7 @@ def test_damage_is_found_before_the_first_step(folder: Path, tmp_path: Path) -> 
         **{
             f"{change}": lambda f, change=change: (f / MANIFEST).write_text(json.dumps({**held, **change}))
             for change in (
-                {"format": 2}, {"dtype": "float32"}, {"dtype": "uint32"}, {"shards": []}, {"shards": 3}, {"eos": -1},
+                {"format": 3}, {"dtype": "float32"}, {"dtype": "uint32"}, {"shards": []}, {"shards": 3}, {"eos": -1},
                 {"shards": [{**first, "tokens": 0}]}, {"shards": [{**first, "tokens": "1"}]}, {"largest": None},
                 {"shards": [{"tokens": 5}]}, {"dtype": ["uint16"]},
             )
@@ -182,7 +243,7 @@ def test_changed_bytes_are_found_by_reading_them(folder: Path, tmp_path: Path) -
     held[5] = 60_000
     held.tofile(copy / "tokens-00000.bin")
     loader = Loader(copy, sequence=10, batch=4)
-    step = loader._order(0, loader.samples).tolist().index(0) // 4
+    step = loader._order(0, loader.samples).index((0, 0)) // 4
     with pytest.raises(MHCError, match="token 60000"):
         loader.batch(step)
 

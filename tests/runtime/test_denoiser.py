@@ -12,7 +12,7 @@ import torch
 from data_folders import documents, make_tokenizer, write_lines
 from safetensors.torch import load_file
 from torch import Tensor
-from training import VOCAB, batch, clip, model_folder, recipe, spread
+from training import TIMES, VOCAB, batch, clip, model_folder, recipe, spread
 
 import mhc_compile
 from mhc_compile.diagnostics import MHCError
@@ -99,7 +99,7 @@ def whole(material: Path, folder: Path, **tables: dict[str, Any]) -> Recipe:
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     found = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in found]
+    return [{k: v for k, v in m.items() if k not in TIMES} for m in found]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from data_folders import documents, make_tokenizer, write_lines
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from training import model_folder
+from training import TIMES, model_folder
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import mhc_compile
@@ -60,7 +60,7 @@ def recipe(material: Path, folder: Path, **tables: dict[str, Any]) -> Recipe:
 def lines(folder: Path) -> dict[int, dict[str, float]]:
     """The metrics by step, without those of time."""
     found = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-    return {m["step"]: {k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in found}
+    return {m["step"]: {k: v for k, v in m.items() if k not in TIMES} for m in found}
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -98,6 +98,32 @@ def test_a_run_writes_what_it_was_asked_for(material: Path, tmp_path: Path) -> N
     assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == ["step-00000004", "step-00000006"]
     # Nothing is left to do.
     assert train(recipe(material, tmp_path)) == Result(6, None, "done")
+
+
+def test_prompts_are_not_learnt_and_a_window_is_profiled(material: Path, tmp_path: Path) -> None:
+    """The loss is the mean over the answers' tokens; the profiler leaves a trace of the second step."""
+    pairs = [{"prompt": text[::-1], "text": text} for text in documents(150, 4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    prepare([str(tmp_path / "pairs.jsonl")], tmp_path / "pairs", tokenizer=material / "model", prompt="prompt")
+    data = {"folder": str(tmp_path / "pairs"), "mixture": [str(material / "tokens")], "weights": [1, 1]}
+    steps = {"steps": 2, "lr": 1e-9, "profile": "2", "evaluate_every": 0}
+    model = mhc_compile.from_pretrained(material / "model", inner="eager")
+    config = json.loads((material / "model" / "config.json").read_text()) | {"attention_dropout": 0.0}
+    shutil.copytree(material / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    train(recipe(material, tmp_path, data=data, train=steps, model={"folder": str(tmp_path / "model")}))
+    with Loader([tmp_path / "pairs", material / "tokens"], weights=(1, 1), sequence=16, batch=4) as loader:
+        batch = loader.batch(1)
+    counts = batch["weights"] > 0
+    assert 0 < int(counts.sum()) < counts.numel()
+    with torch.no_grad():
+        wanted = F.cross_entropy(model(batch["input_ids"]).logits[counts], batch["labels"][counts])
+    assert lines(tmp_path)[2]["loss"] == pytest.approx(float(wanted), rel=1e-5)
+    figures = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < figures["mfu"] < 1
+    assert figures["peak_memory"] > 1e6
+    trace = json.loads((tmp_path / "run" / "profile" / "rank-00000.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
 
 
 def test_an_evaluation_is_the_loss_on_held_out_data(material: Path, tmp_path: Path) -> None:

@@ -172,6 +172,37 @@ def test_lists_are_lists_in_the_file_and_histograms_in_tensorboard(tmp_path: Pat
     assert (event.step, event.histogram_value.num, event.histogram_value.sum) == (1, 3.0, 8.0)
 
 
+def test_the_part_of_the_devices_that_is_used(tmp_path: Path) -> None:
+    clock = Clock()
+    with Metrics(tmp_path, total_steps=1, devices=4, console=console(), clock=clock) as metrics:
+        metrics.flops, metrics.peak = 5.0, 1000.0
+        clock.now += 0.5
+        metrics.progress(1, 4.0, tokens=20)
+        metrics.log(1, {"loss": 4.0})
+    found = json.loads((tmp_path / FILE).read_text())
+    assert (found["tokens_per_second_per_device"], found["mfu"]) == (10.0, 0.2)
+    assert "40 tokens/s  MFU 20.0%" in shown(metrics)
+
+
+def test_weights_and_biases_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for steps in (range(1, 3), range(3, 5)):
+        run(tmp_path, steps, wandb="project", recipe={"train": {"steps": 4}})
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all(path.name.endswith((tmp_path / "wandb-id.txt").read_text()) for path in runs)
+    assert all(list(path.glob("*.wandb")) for path in runs)
+
+
+def test_weights_and_biases_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MHCError, match=r"(?s)MHC606.*mhc-compile\[wandb\]"):
+        Metrics(tmp_path / "new", total_steps=1, wandb="project")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("shows", [True, False])
 def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shows: bool) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)

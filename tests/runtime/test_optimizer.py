@@ -32,6 +32,8 @@ def test_rates_rise_and_fall() -> None:
     assert cosine[-1] == pytest.approx(0.2)
     assert cosine[4] == pytest.approx(2 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
     assert cosine == sorted(cosine, reverse=True)
+    stable = rates(schedule="wsd", warmup=2, decay=0.4, final=0.0)
+    assert stable == pytest.approx([1.0, *[2.0] * 5, 1.5, 1.0, 0.5, 0.0])
     assert rates(warmup=10) == pytest.approx([0.2 * step for step in range(1, 11)])
 
 

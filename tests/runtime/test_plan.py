@@ -207,14 +207,12 @@ def test_fsdp_shards_what_it_shards(counted: Counted, recipe: Recipe) -> None:
     shards = estimate(counted, device, replace(recipe, parallel=replace(recipe.parallel, mode="fsdp")))
     for a, b in zip(whole.memory, shards.memory, strict=True):
         assert b.moments == pytest.approx(a.moments / 2, abs=8)
-        assert b.weights == pytest.approx(a.weights * 1.5, abs=8)
+        assert b.weights == pytest.approx(a.weights * 1.5 - a.casts, abs=8)  # gathered in bfloat16
+        assert b.casts == 0 < a.casts
         assert b.buffers <= b.weights
-    assert [m.buffers for m in whole.memory] == [4 * s.parameters for s in whole.stages]  # less than a bucket
-    assert (
-        shards.host
-        < whole.host
-        == max(12 * s.parameters + m.tables for s, m in zip(whole.stages, whole.memory, strict=True))
-    )
+        assert a.buffers == 0
+    copies = [6 * e.parameters + m.tables for e, m in zip(whole.stages, whole.memory, strict=True)]
+    assert shards.host == whole.host == max(copies)  # what both replicas hold one of them copies
     saving = replace(recipe.checkpoint, asynchronous=False)
     assert estimate(counted, device, replace(recipe, checkpoint=saving)).host == 0
 

@@ -36,6 +36,8 @@ LATENT = {
     "first_k_dense_replace": 1,
 }  # fmt: skip
 """A small DeepSeek-V3's attention and experts."""
+TIMES = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory")
+"""Figures of a run that differ from one time to the next."""
 Result = tuple[list[float], list[float], dict[str, Tensor]]
 """The losses and the gradients' norms of all steps, and the trained parameters."""
 

@@ -1,0 +1,90 @@
+"""How well a run uses its devices: the part of their operations, their memory, and torch's profiler."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from mhc_compile.diagnostics import warn
+from mhc_compile.passes.flops import node_flops
+from mhc_compile.runtime.plan.hardware import KNOWN
+from mhc_compile.runtime.program import Program
+from mhc_compile.runtime.recipe import Recipe
+
+FOLDER = "profile"
+"""Of the profiler's traces, beside `metrics.jsonl`."""
+
+
+def flops_per_token(program: Program, recipe: Recipe) -> float:
+    """Return the operations of a training step for each token: the backward pass takes two forward passes.
+
+    Recomputation is not counted, matrix products are.
+    """
+    return 3 * sum(node_flops(program.graph).values()) / (recipe.train.microbatch * recipe.data.sequence)
+
+
+def peak_flops(device: torch.device, dtype: str) -> float:
+    """Return the operations a second of a device: the published peak, or of an unknown one, measured on matrices."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).lower()
+        if known := next((hardware for key, hardware in KNOWN.items() if key in name), None):
+            return known.rate(dtype)
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes that a rank's device, or on a CPU its process, has had in use so far. A collective."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device)
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    most = torch.tensor(float(used), dtype=torch.float64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return float(most)
+
+
+class Profiler:
+    """torch's profiler over the steps from `first` to `last`, where there are any; one trace a rank.
+
+    What cannot be written is left out with a warning, MHC607.
+    """
+
+    def __init__(self, recipe: Recipe, rank: int, start: int) -> None:
+        self.first, self.last = recipe.train.profiled
+        self.first = max(self.first, start + 1)
+        self._path = recipe.metrics_folder / FOLDER / f"rank-{rank:05}.json"
+        self._running: Any = None
+
+    def begin(self, step: int) -> None:
+        """Start where the step is the first one."""
+        if step == self.first <= self.last:
+            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._running = profile(activities=[ProfilerActivity.CPU, *cuda])
+            self._running.start()
+
+    def end(self, step: int, *, ends: bool) -> Path | None:
+        """Stop after the last step, or where the run `ends`; return the path of the trace written then."""
+        if self._running is None or not (ends or step == self.last):
+            return None
+        running, self._running = self._running, None
+        running.stop()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            running.export_chrome_trace(str(self._path))
+        except OSError as error:
+            warn("MHC607", f"{self._path}: {error}")
+            return None
+        return self._path
