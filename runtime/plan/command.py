@@ -104,7 +104,7 @@ def _plan(path: Path, overrides: Sequence[str], rates: Rates, out: Path | None, 
     from mhc_compile.runtime.plan.report import plain, show
 
     numbers = {name: getattr(rates, name) for name in ("flops", "bandwidth", "link", "memory")}
-    named = rates.hardware or (None if any(v is not None for v in numbers.values()) else "b200")
+    named = rates.hardware or (None if None not in numbers.values() else "b200")
     device = hardware(named, **numbers, network=rates.network, node=rates.node)
     console = Console()
     with console.status("capturing the model"):
