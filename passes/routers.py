@@ -49,12 +49,16 @@ def find_routers(graph: Graph, inputs: Collection[Node], outputs: Sequence[Node]
     routers = []
     for choice, indices in choices.items():
         scores = choice.all_input_nodes[0]
-        experts = int(value(scores).shape[-1])
+        experts = _width(scores)
         inside = reachable([scores], lambda n: () if op_name(n) in _PRODUCTS else n.all_input_nodes)
-        products = [n for n in inside if op_name(n) in _PRODUCTS and int(value(n).shape[-1]) == experts]
-        weights = [m for n in products for m in n.all_input_nodes if m not in given]
-        scored = any(experts in value(m).shape for m in weights)
-        if not scored or outputs[0] not in reachable(readers(indices), lambda n: () if n in choices else readers(n)):
+        # Scores may be the first of more: those of experts that every token goes to follow.
+        cut = [
+            m for n in inside if op_name(n) in ("getitem", "narrow") and _width(n) == experts for m in n.all_input_nodes
+        ]
+        widths = {experts, *map(_width, cut)} - {0}
+        products = [n for n in inside if op_name(n) in _PRODUCTS and _width(n) in widths]
+        weighted = any(_width(n) in value(m).shape for n in products for m in n.all_input_nodes if m not in given)
+        if not weighted or outputs[0] not in reachable(readers(indices), lambda n: () if n in choices else readers(n)):
             continue
         own = [n for n in sorted(inside - given) if n.op == "placeholder" and value(n).numel() == experts]
         biases = [n for n in own if only_chooses(n, outputs) and _is_added(n, inside | {choice})]
@@ -103,6 +107,11 @@ def _chosen(node: Node) -> Node | None:
     if op_name(node) == "argmax":
         return node
     return next((u for u in node.users if op_name(u) == "getitem" and u.args[1] == 1), None)
+
+
+def _width(node: Node) -> int:
+    """Return the last dimension of a tensor; 0 of a scalar, and of what is no tensor."""
+    return int(value(node).shape[-1]) if is_tensor(node) and value(node).ndim else 0
 
 
 def _has_values(node: Node) -> bool:

@@ -140,6 +140,23 @@ class Selecting(nn.Module):
         return x + (scores + mask).softmax(-1) @ x
 
 
+def test_scores_may_be_the_first_of_more() -> None:
+    class Shared(Mixture):
+        def __init__(self) -> None:
+            super().__init__(biased)
+            self.more = nn.Parameter(torch.randn(EXPERTS + 1, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = F.linear(x, self.more).sigmoid()
+            indices, weights = self.choose(self, scores[..., :-1])
+            mixed = ((x[:, None, None] @ self.experts[indices]).squeeze(-2) * weights[..., None]).sum(1)
+            return x + mixed + scores[..., -1:] * x
+
+    (router,) = found(Shared(), torch.randn(TOKENS, WIDTH))[2]
+    assert router.experts == EXPERTS
+    assert len(router.biases) == 1
+
+
 def test_choices_of_keys_and_of_tokens_are_none() -> None:
     x = torch.randn(EXPERTS, WIDTH)
     assert found(Selecting(), x)[2] == []
