@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -163,10 +163,8 @@ def subjects(*, quick: bool) -> list[KernelSpec]:
         Chain(kind="distribute", stream=StreamSpec(), width=4096, **half),
         Attend(sources=5, width=4096, sources_dtype=torch.bfloat16),
     ]
-    steps: tuple[tuple[Literal["gate", "remember", "add", "inject"], int], ...] = (("remember", 0), ("inject", 3))
     dtypes: dict[str, Any] = dict.fromkeys(("streams_dtype", "keys_dtype", "value_dtype"), torch.bfloat16)
-    for kind, dilation in steps:
-        specs.append(MemoryStep(kind=kind, streams=4, width=4096, spec=FusionSpec(dilation=dilation), **dtypes))
+    specs.append(MemoryStep(kind="remember", streams=4, width=4096, spec=FusionSpec(), **dtypes))
     return specs
 
 
@@ -174,25 +172,26 @@ def kernels_of(spec: KernelSpec, arch: int, tokens: int = TOKENS, tile: TileConf
     """Return the models of a specification's kernels, with its default tiles or one for all."""
     models = []
     for direction in DIRECTIONS:
-        for kernel, call in launches(spec, direction, tokens, tile).items():
+        for kernel, call in launches(spec, direction, tokens, arch, tile).items():
             used = tile or launcher_of(spec).tiles(spec, kernel, arch)[0]
             compiled = launcher_of(spec).compile_for(spec, direction, kernel, "cuda", arch, used)
             models.append(model_of(spec, direction, kernel, compiled, used, call, GPUS[arch], tokens))
     return models
 
 
-def launches(spec: KernelSpec, direction: Direction, tokens: int, tile: TileConfig | None = None) -> dict[str, Call]:
+def launches(
+    spec: KernelSpec, direction: Direction, tokens: int, arch: int, tile: TileConfig | None = None
+) -> dict[str, Call]:
     """Return the launches of one direction by kernel, recorded with tensors without storage."""
     launcher, calls = copy.copy(launcher_of(spec)), {}
 
     def record(spec: KernelSpec, _: Direction, kernel: str, device: torch.device, call: Any) -> Call:  # noqa: ARG001
-        calls[kernel] = call(tile or launcher.tiles(spec, kernel, 90)[0])
+        calls[kernel] = call(tile or launcher.tiles(spec, kernel, arch)[0])
         return calls[kernel]
 
     launcher.launch = record  # type: ignore[method-assign, assignment]
-    sizes = (tokens,) if len(spec.one_token) == 1 else (1, tokens, 0)
     values = {
-        name: torch.empty(spec.shape(name, sizes), dtype=spec.dtype(name), device="meta")
+        name: torch.empty(spec.shape(name, (tokens,)), dtype=spec.dtype(name), device="meta")
         for name in spec.inputs(direction)
     }
     launcher.run(spec, direction, values)
@@ -209,7 +208,7 @@ def model_of(
     # Of a loop over tokens, whose bounds come with the launch, the number of turns.
     turns = call.numbers.get("per_split", 0) // tile.tokens or call.numbers.get("per_program", 1)
     stages = stages_of(compiled, turns, warps * math.prod(call.grid) / tokens)
-    least, most = _bytes(spec, direction, kernel) or (sum(_total(s.loads for s in stages).values()),) * 2
+    least, most = _bytes(spec, direction, kernel)
     held = programs * gpu.multiprocessors * tokens / math.prod(call.grid) * (most - least)
     memory = least + (most - least) * max(0.0, 1 - gpu.cache / max(held, 1))
     products = {dtype: n * math.prod(call.grid) / tokens for dtype, n in products_of(compiled, turns).items()}
@@ -220,14 +219,14 @@ def model_of(
     )  # fmt: skip
 
 
-def _bytes(spec: KernelSpec, direction: Direction, kernel: str) -> tuple[float, float] | None:
+def _bytes(spec: KernelSpec, direction: Direction, kernel: str) -> tuple[float, float]:
     """Return what a kernel moves per token, each value once, and with every pass of it.
 
-    Of the backward of a chain, phi's gradient is a kernel of its own, which reads streams and branch. Return None for
-    one of several kernels of a memory, which move what they access.
+    Of the backward of a chain, phi's gradient is a kernel of its own, which reads streams and branch. Raises ValueError
+    for a memory's convolution, whose kernels share the passes.
     """
     if len(launcher_of(spec).kernels(spec, direction)) > 1 and not isinstance(spec, Chain):
-        return None
+        raise ValueError(f"{spec.name}: what each of its kernels moves is not known")
     passes = dict(launcher_of(spec).source(spec, direction).passes)
     sizes = {name: math.prod(spec.shape(name, spec.one_token)) * spec.dtype(name).itemsize for name in passes}
     inputs = [name for name in passes if name in ("X", "y")]

@@ -75,7 +75,7 @@ def test_bytes_accessed_are_those_of_the_specification(monkeypatch: pytest.Monke
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chain = Chain(kind="boundary", stream=StreamSpec(), width=1024, **HALF)
-    (call,) = static.launches(chain, "forward", 4096).values()
+    (call,) = static.launches(chain, "forward", 4096, 90).values()
     tile = launcher_of(chain).tiles(chain, "forward", 90)[0]
     assert call.grid == (4096 // tile.tokens, 1)
     compiled = launcher_of(chain).compile_for(chain, "forward", "forward", "cuda", 90)
