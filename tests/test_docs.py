@@ -2,8 +2,8 @@
 
 Every Python block finds a `model` (a tiny Llama, converted unless the block converts it), the same one as `residual`
 (not converted), `my_module` (a residual module of 256 channels), `ids`, a `tokenizer`, `torch` and `mhc_compile`, all
-new, and whatever the page's blocks before it made. Commands find CKPT_DIR (that Llama and tokenizer, not converted) and
-TEXT_DIR (text to train on).
+new, and whatever the page's blocks before it made. Commands find CKPT_DIR (that Llama and tokenizer, not converted),
+TEXT_DIR (text to train on) and PAIRS_DIR (questions and answers).
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer().save("CKPT_DIR/tokenizer.json")
         Path("TEXT_DIR").mkdir()
         pairs = (f'{{"question": "aAbB {i}", "answer": "aA"}}\n' for i in range(64))
-        Path("pairs.jsonl").write_text("".join(pairs))
+        Path("PAIRS_DIR").mkdir()
+        Path("PAIRS_DIR", "pairs.jsonl").write_text("".join(pairs))
         Path("TEXT_DIR", "lines.jsonl").write_text("".join(f'{{"text": "aAbB {i:07b}"}}\n' for i in range(128)))
     return given
 
