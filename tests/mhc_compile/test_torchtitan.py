@@ -78,12 +78,16 @@ def recipe(material: Path, folder: Path, *, steps: int = 3, **tables: dict[str, 
     return parse_recipe(content, folder)
 
 
+TIMES = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory")
+"""Figures of a run that differ from one time to the next."""
+
+
 def figures(folder: Path) -> dict[int, dict[str, float]]:
     """What either engine has logged, by step, without times."""
     found: dict[int, dict[str, float]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        kept = {k: v for k, v in values.items() if k not in ("step", "seconds", "tokens_per_second")}
+        kept = {k: v for k, v in values.items() if k not in ("step", *TIMES)}
         found.setdefault(values["step"], {}).update(kept)
     return found
 
