@@ -48,6 +48,7 @@ class Place(nn.Module):
         self.own = nn.ParameterDict({f"weight{index}": torch.ones(2)})
         if tied:
             self.own["tied"] = torch.ones(2)
+        self.tied = {"own.tied"} if tied else set()
         self.tables: dict[str, Any] = {}
         self.biases: dict[str, Any] = {}
 
@@ -86,6 +87,8 @@ class Recorder:
                      "reduce_scatter_tensor", "broadcast"):  # fmt: skip
             if hasattr(dist, name):
                 patch.setattr(dist, name, self._collective(name))
+        bucket = self._collective("allreduce_coalesced")
+        patch.setattr(dist.ProcessGroup, "allreduce_coalesced", lambda g, ts, _: bucket(*ts, group=g, async_op=True))
 
     def _work(self, post: Post) -> Any:
         self.program.append(post)
@@ -136,7 +139,7 @@ def order_of(rank: int, table: ParallelTable, microbatches: int, patch: pytest.M
         with patch.context() as patched:
             patched.setattr(dist, "new_group", lambda ranks=None, **_: new_group(ranks, backend="fake"))
             watch: Any = SimpleNamespace(beat=lambda: None, over=lambda *_: nullcontext())
-            world = launch._world(table, rank, torch.device("cpu"), watch)
+            world = launch.world_of(table, rank, torch.device("cpu"), watch)
             made = _engine(world, microbatches)
         with patch.context() as patched:
             recorder = Recorder(patched)
@@ -157,7 +160,7 @@ def _engine(world: Any, microbatches: int) -> Engine:
     if table.mode == "fsdp":
         for stage in stages:
             stage.units = nn.ModuleList([])
-            _shard(stage, world)
+            _shard(stage, world, torch.float32)
     graph = Graph()
     counter = graph.placeholder("load")
     counter.meta = {COUNTER: "router", "example_value": torch.empty(4, device="meta")}
@@ -188,6 +191,7 @@ def test_replicas_meet(name: ScheduleName, mode: Any, monkeypatch: pytest.Monkey
     assert meets(copy.deepcopy(programs))
     collectives = {e.collective[0] for e in programs[0] if isinstance(e, Post) and e.collective}
     assert "all_reduce" in collectives
+    assert ("allreduce_coalesced" in collectives) == (mode == "replicate")
     assert any("reduce_scatter" in name for name in collectives) == (mode == "fsdp")
     # Where messages are posted one by one, the pair must agree on their order.
     posts = [i for i, e in enumerate(programs[0]) if isinstance(e, Post) and len(e.messages) == 1]
