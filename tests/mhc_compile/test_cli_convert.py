@@ -202,6 +202,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert not [name for name in ("torch", "numpy", "sympy", "networkx", "transformers") if f"'{name}'" in imported]
 
 
+def test_a_reader_that_has_read_enough() -> None:
+    code = "from mhc_compile.cli import main; raise SystemExit(main(['train', '--schema']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 0
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str) -> None:
     script = app().generate_completion(prog_name="mhc-compile", shell=shell)
