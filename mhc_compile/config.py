@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import StreamSpec
-from mhc_compile.overrides import CompileOverrides, Inner
+from mhc_compile.overrides import Inner
 from mhc_compile.passes.blockmask import BlockMask
 from mhc_compile.passes.cost import parse_blocks
 from mhc_compile.passes.fuse import KERNELS, Fuse, Fused
@@ -143,12 +143,6 @@ def _chosen(default: Pipeline, options: Options) -> Pipeline:
     if not isinstance(chosen, Pipeline):
         raise MHCError("MHC204", f"pipeline={option!r}; known: a Pipeline, its text, or a function that returns one")
     return Pipeline(tuple(step for step in chosen if step.name not in options.disabled))
-
-
-class Overrides(CompileOverrides, total=False):
-    """The fields of `StreamSpec` and of `Options` as keywords."""
-
-    pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None
 
 
 STREAM_FIELDS = {f.name for f in fields(StreamSpec)}

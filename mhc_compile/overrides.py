@@ -5,9 +5,13 @@ Without PyTorch, so that a command's help appears at once.
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from mhc_compile.kernels.spec import Convention, Exit, Manifold
+
+if TYPE_CHECKING:
+    from mhc_compile.passes.pipeline import Pipeline
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 
@@ -48,3 +52,10 @@ class CompileOverrides(StreamOverrides, total=False):
     """Verify the graph after each pass; numeric: also compare what it computes."""
     disable: str
     """Passes to leave out, separated by commas: recompute, fuse."""
+
+
+class Overrides(CompileOverrides, total=False):
+    """The fields of `StreamSpec` and of `Options` as keywords."""
+
+    pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None
+    """The passes in place of the usual ones."""

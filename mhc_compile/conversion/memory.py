@@ -11,7 +11,7 @@ from torch import nn
 
 from mhc_compile.attach import refuse_wrapped, report_coverage, rewrite_with_parameters
 from mhc_compile.capture import Captured, capture
-from mhc_compile.config import Options, Overrides, compile_pipeline, overridden
+from mhc_compile.config import Options, compile_pipeline, overridden
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.overencoding_settings import OverEncodingSettings
@@ -22,6 +22,7 @@ from mhc_compile.kernels.start import DEFAULT, Start, StartName, start_of
 from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.request import NOTHING, Request, requested
 from mhc_compile.modes import in_mode, reads_mode
+from mhc_compile.overrides import Overrides
 from mhc_compile.owner import convert_owners, restore_owners
 from mhc_compile.parameters import StreamParameters, at_start, owners, unwrapped
 from mhc_compile.passes.base import Context

@@ -8,8 +8,6 @@
 No process group is needed: the classes compute the order of all ranks from the numbers alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

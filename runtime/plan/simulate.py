@@ -5,8 +5,6 @@ transfer begins when both sides have posted it and the link between the two rank
 takes `latency + bytes / bandwidth` and costs no computing.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

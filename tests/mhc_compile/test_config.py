@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mhc_compile.config import OPTION_FIELDS, STREAM_FIELDS, Options, Overrides, overridden
+from mhc_compile.config import OPTION_FIELDS, STREAM_FIELDS, Options, overridden
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import Convention, StreamSpec
-from mhc_compile.overrides import StreamOverrides
+from mhc_compile.overrides import Overrides, StreamOverrides
 from mhc_compile.passes.fuse import KERNELS
 
 
