@@ -20,6 +20,7 @@ from chains import error
 from memory_steps import BF16, F16, STEPS, Values, errors, name_of, random_flow, random_inputs
 from torch import Tensor
 
+import mhc_compile.kernels.memory.ops  # noqa: F401  (registers the ops)
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.kernelspec import Sizes
 from mhc_compile.kernels.memory.spec import FusionSpec

@@ -111,8 +111,8 @@ def test_commands(folder: Path, hub: Hub) -> None:
     run(folder, hub, *command, "convert", "org/model", "converted", "--streams", "2")
     assert (folder / "converted" / "mhc.json").exists()
     assert not {"evil.py", "pytorch_model.bin"} & set(hub.downloaded)
-    assert "MHC417" in run(folder, hub, *command, "convert", "org/none", "out", code=1)
-    assert "MHC417" in run(folder, hub, *command, "inspect", "org/model@none", code=1)
+    assert "MHC417" in run(folder, hub, *command, "convert", "org/none", "out", code=3)
+    assert "MHC417" in run(folder, hub, *command, "inspect", "org/model@none", code=3)
     assert not (folder / "out").exists()
 
 
