@@ -24,7 +24,7 @@ class StreamOverrides(TypedDict, total=False):
     convention: Convention | str
     """Whose equations; default paper (arXiv 2512.24880)."""
     manifold: Manifold
-    """What the mixing matrices are; default the convention's."""
+    """The kind of mixing matrix; default the convention's."""
     iterations: int
     """Sinkhorn iterations; default 20."""
     exit: Exit

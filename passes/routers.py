@@ -20,12 +20,12 @@ from mhc_compile.passes.stages import COUNTER
 
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "einsum")
 _SHAPED = {*VIEWS, "flatten", "unflatten", "contiguous", "to", "float", "type"}
-"""What changes no value but in its last digits."""
+"""Ops that keep every value, up to rounding."""
 _ADDS = ("add", "iadd", "add_")
 _RISING = {*_SHAPED, *_ADDS, "masked_fill", "masked_fill_", "where", "topk", "sum", "max", "amax"}
-"""What does not fall where a score rises."""
+"""Ops whose result never falls when a score rises."""
 _CONSTANT = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full")
-"""What reads the shape of its operand alone."""
+"""Ops that read only the shape of their operand."""
 
 
 @dataclass(frozen=True)

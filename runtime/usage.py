@@ -18,7 +18,7 @@ from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
 
 FOLDER = "profile"
-"""Of the profiler's traces, beside `metrics.jsonl`."""
+"""The folder of the profiler's traces, beside `metrics.jsonl`."""
 
 
 def flops_per_token(program: Program, recipe: Recipe) -> float:

@@ -36,7 +36,7 @@ class Part:
     name: str
     run: Callable[[Setting], Iterator[Finding]]
     share: float
-    """Of the time, relative to the shares of the parts behind it."""
+    """The part of the time left that this part may take, relative to the shares of those after it."""
     kernels: bool = False
     """Whether it calls a target by name; the other parts run on the C++ target where there is no GPU."""
 

@@ -40,7 +40,7 @@ class Package:
     distribution: str
     """As it is installed."""
     functions: tuple[str, ...]
-    """What is called, by dotted names."""
+    """The functions that are called, by dotted names."""
     versions: str
     """Which have these functions."""
     convention: Convention

@@ -33,7 +33,7 @@ class Gate:
     spec: KernelSpec
     sizes: Sizes
     scale: float = 1.0
-    """Of the gradients."""
+    """The factor of the gradients."""
 
     def __str__(self) -> str:
         large = f", gradients times {self.scale:.0f}" if self.scale != 1 else ""

@@ -29,12 +29,12 @@ from mhc_compile.kernels.triton.launch import Call, arch_of
 from mhc_compile.kernels.triton.tiles import TileConfig
 
 TARGETS_MS = {(4096, 16384): (0.35, 0.53), (7168, 32768): (1.23, 1.84)}
-"""Of the boundary on an H200 in milliseconds, by width and tokens, forward and backward: 80 % of copying its bytes."""
+"""Target times of the boundary on an H200, in ms, by width and tokens: forward and backward."""
 
 
 @dataclass
 class Setting:
-    """What every part runs with."""
+    """The settings that all parts share."""
 
     console: Console
     device: torch.device

@@ -1,4 +1,4 @@
-"""What bounds each Triton kernel, from code compiled for GPUs that need not be here: a model, not a measurement.
+"""Estimate what bounds each Triton kernel from its machine code. No GPU is needed; nothing is measured.
 
 A kernel is compiled for an architecture and disassembled. Its loops are those of Triton's own intermediate text, whose
 bounds are known, so that every instruction counts as often as a program executes it. A launch's grid is recorded by
@@ -39,7 +39,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU does in a clock or a second: figures of the vendor's documents, and two marked as assumed."""
+    """The rates of a GPU, per clock or per second, from the vendor's documents; two are marked as assumed."""
 
     name: str
     multiprocessors: int
@@ -66,7 +66,7 @@ _FLOATS, _SPECIAL = 128, 16
 _NEAR_BYTES, _CACHE_BYTES = 128, 64
 """Bytes in a clock between a multiprocessor and its shared memory or first cache, and the level-2 cache (assumed)."""
 _REGISTERS, _SHARED, _THREADS, _PROGRAMS = 65536, 233472, 2048, 32
-"""What a multiprocessor holds: registers, bytes of shared memory, threads, programs."""
+"""The capacity of a multiprocessor: registers, bytes of shared memory, threads, programs."""
 
 # The first of these that an instruction's name begins with gives its kind.
 _KINDS = (
@@ -85,7 +85,7 @@ _KINDS = (
 KINDS = (*(kind for kind, _ in _KINDS), "integer")
 _WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8|4|2)\b")
 _BYTES = {"128": 16, "4": 16, "64": 8, "2": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-"""Of a thread's access; .4 and .2 are the matrices that one instruction moves."""
+"""Bytes that one thread accesses, by the suffix of the instruction; .4 and .2 count matrices."""
 
 
 def kind_of(name: str) -> str:
@@ -99,11 +99,11 @@ class Stage:
 
     name: str
     instructions: dict[str, float]
-    """Of a warp, by kind."""
+    """Instructions that a warp executes, by kind."""
     loads: dict[int, float]
     """Bytes of global memory read and written, by the bytes of a thread's access."""
     clocks: float
-    """Of the load-store unit: for global and shared memory, and shuffles."""
+    """Instructions for the load-store unit: accesses of global and shared memory, and shuffles."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def model_of(
     """Return the model of one compiled kernel and its launch."""
     registers, shared, warps = compiled.registers()[0], compiled.shared, tile.warps
     programs = resident(registers, shared, warps)
-    # Of a loop over tokens, whose bounds come with the launch, the number of turns.
+    # The number of iterations of a loop over tokens is known at launch, not from the code.
     turns = call.numbers.get("per_split", 0) // tile.tokens or call.numbers.get("per_program", 1)
     stages = stages_of(compiled, turns, warps * math.prod(call.grid) / tokens)
     least, most = _bytes(spec, direction, kernel)

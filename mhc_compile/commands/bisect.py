@@ -16,7 +16,7 @@ def bisect(
     *,
     options: Compiling = None,
     passes: Passes = None,
-    seed: Annotated[int, Parameter(help="Of random weights and token ids.")] = 0,
+    seed: Annotated[int, Parameter(help="The seed of random weights and token ids.")] = 0,
     reproducer: Annotated[Path | None, Parameter(help="Write a Python file that shows what is wrong.")] = None,
 ) -> int:
     """Find the pass and the site at which results go wrong.

@@ -20,7 +20,7 @@ def demo(
     quick: Annotated[bool, Parameter(help="A smaller model without Inductor: a minute and a half.")] = False,
     steps: Annotated[int | None, Parameter(validator=Number(gte=LEAST_STEPS), help=_STEPS)] = None,
     out: Annotated[Path, Parameter(help="The folder of the results.")] = Path("mhc-demo"),
-    seed: Annotated[int, Parameter(help="Of the weights, the batches and the samples.")] = 0,
+    seed: Annotated[int, Parameter(help="The seed of the weights, the batches and the samples.")] = 0,
     seeds: Annotated[Positive | None, Parameter(help=_SEEDS)] = None,
 ) -> int:
     """Train a small Llama, convert it, and train both forms side by side on real text.

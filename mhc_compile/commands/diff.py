@@ -18,7 +18,7 @@ def diff(
     *,
     of_a: Annotated[CompileOverrides | None, Parameter(name="--a")] = None,
     of_b: Annotated[CompileOverrides | None, Parameter(name="--b")] = None,
-    seed: Annotated[int, Parameter(help="Of random weights and inputs.")] = 0,
+    seed: Annotated[int, Parameter(help="The seed of random weights and inputs.")] = 0,
     no_run: Annotated[bool, Parameter(help="Compare graphs alone, without weights.")] = False,
 ) -> int:
     """Compare two compiled forms of a model.

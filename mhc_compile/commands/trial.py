@@ -29,7 +29,7 @@ class Flags:
     data: Path
     """A text file, UTF-8."""
     forms: str = "residual,hc,mhc,attnres,mudd"
-    """What to train with, separated by commas; each may have options of `convert` after colons."""
+    """The forms to train, separated by commas; options of `convert` follow a form after colons."""
     steps: Annotated[int, Parameter(validator=Number(gte=LEAST_STEPS))] = 200
     """Optimizer steps of every form."""
     seeds: Positive = 1
@@ -39,11 +39,11 @@ class Flags:
     length: Annotated[int, Parameter(validator=Number(gte=2))] = 128
     """Tokens in a sequence."""
     threads: Positive = 1
-    """Of torch."""
+    """The number of threads that torch uses."""
     lr: float = 1e-3
     """The highest learning rate, of all forms."""
     inner: Inner = "inductor"
-    """What compiles every form."""
+    """The compiler of every form."""
     out: Path = Path("trial")
     """The folder of the results."""
 

@@ -39,7 +39,7 @@ class Batches(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        """Of the data of `recipe`; `accept_changes`: a checkpoint of a run on other data will do."""
+        """Read the data of `recipe`; with `accept_changes` resume a checkpoint of a run on other data, too."""
 
         recipe: Recipe
         accept_changes: bool = False
@@ -151,7 +151,7 @@ class Rates(LRSchedulersContainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
-        """Of `train`."""
+        """Take the rates from `train`."""
 
         train: TrainTable
 
@@ -166,7 +166,7 @@ class Figures(MetricsProcessor):
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
-        """Of `recipe`."""
+        """Take the settings from `recipe`."""
 
         recipe: Recipe
 
@@ -210,7 +210,7 @@ class HeldOut(BaseValidator):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseValidator.Config):
-        """Of `recipe`."""
+        """Take the settings from `recipe`."""
 
         recipe: Recipe
         enable: bool = False

@@ -1,4 +1,4 @@
-"""What torchtitan trains: this rank's stages of a recipe's model, sharded by its meshes."""
+"""Build this rank's stages of a recipe's model for torchtitan's trainer, sharded by its meshes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from mhc_compile.runtime.weights import initialise, load_folder
 
 
 class HollowModel(BaseModel):
-    """What torchtitan builds on the meta device: no module. `parallelize` and `pipeline` put stages in its place."""
+    """An empty stand-in, built on the meta device; `parallelize` and `pipeline` replace it by stages."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
-        """Of the model of `recipe`."""
+        """Build the model of `recipe`."""
 
         recipe: Recipe
 
@@ -69,7 +69,7 @@ class HollowModel(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """What the parts of a run share on this rank."""
+    """The state that the parts of a run share on this rank."""
 
     recipe: Recipe
     world: World
@@ -122,7 +122,7 @@ class TokenLoss(CrossEntropyLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):
-        """Of steps with so many `tokens` over all ranks, those that do not count included."""
+        """Set `tokens`, the tokens per step over all ranks, including those that the loss ignores."""
 
         tokens: int
 

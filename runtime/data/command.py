@@ -22,8 +22,10 @@ def data(
         str, Parameter(name="SOURCE", help="Files, folders or hf:NAME[:SPLIT]; last OUT, which is new or empty.")
     ],
     tokenizer: Annotated[Path, Parameter(help="The folder of the model to be trained.")],
-    field: Annotated[str, Parameter(help="Of rows that holds the text.")] = "text",
-    prompt: Annotated[str | None, Parameter(help="Of rows that are pairs: a text before it, not in the loss.")] = None,
+    field: Annotated[str, Parameter(help="The column that holds the text.")] = "text",
+    prompt: Annotated[
+        str | None, Parameter(help="The column of prompts, which the loss ignores; --field then names completions.")
+    ] = None,
     workers: Annotated[
         int, Parameter(validator=Number(gte=0), help="Processes that tokenise; 0: threads of this one.")
     ] = 0,

@@ -45,8 +45,8 @@ class Budget:
     row_width: int | None = None
     """Values per row of Engram; default the preset's."""
     share: float | None = None
-    """Of the budget, for the memory; default both ends of the published range."""
+    """The fraction of the budget for the memory; default both ends of the published range."""
     ultramem_layers: int | None = None
     """Layers that read UltraMem; default the version's."""
     ultramem_share: float | None = None
-    """Of the budget, for UltraMem; default half."""
+    """The fraction of the budget for UltraMem; default half."""

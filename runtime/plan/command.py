@@ -18,22 +18,22 @@ from mhc_compile.runtime.plan.arguments import Budget
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What every rank is, by name or in numbers."""
+    """The hardware of every rank, by name or in numbers."""
 
     hardware: str | None = None
-    """Of every rank: a100, h100, ...; default b200."""
+    """The GPU of every rank: a100, h100, ...; default b200."""
     flops: float | None = None
     """Operations per second, instead of the hardware's."""
     bandwidth: float | None = None
-    """Of its memory, bytes per second."""
+    """The memory bandwidth, bytes per second."""
     link: float | None = None
-    """To a rank of the same node, bytes per second each way."""
+    """The bandwidth to a rank of the same node, bytes per second each way."""
     network: float | None = None
-    """To a rank of another node."""
+    """The bandwidth to a rank of another node, bytes per second each way."""
     node: int | None = None
     """Ranks per node; default 8."""
     memory: float | None = None
-    """Bytes."""
+    """The memory of a rank, bytes."""
 
 
 _DEFAULT = Rates()

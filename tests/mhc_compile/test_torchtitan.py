@@ -83,11 +83,11 @@ TIMES = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", 
 
 
 def figures(folder: Path) -> dict[int, dict[str, float]]:
-    """What either engine has logged, by step, without times."""
+    """What either engine has logged, by step, without times and loads of experts, which torchtitan does not log."""
     found: dict[int, dict[str, float]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        kept = {k: v for k, v in values.items() if k not in ("step", *TIMES)}
+        kept = {k: v for k, v in values.items() if k not in ("step", *TIMES) and not k.startswith("expert_")}
         found.setdefault(values["step"], {}).update(kept)
     return found
 
@@ -149,11 +149,13 @@ def test_tables(on_ranks: Train, material: Path, tmp_path: Path, memory: str) ->
 
 @with_titan
 @pytest.mark.slow
-def test_the_auxiliary_loss_of_experts(on_ranks: Train, material: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_auxiliary_loss_of_experts(on_ranks: Train, material: Path, tmp_path: Path, documents: bool) -> None:
+    """With `documents` the tokens that begin one do not count, and the auxiliary loss counts as ever."""
     experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 5.0}
     folder = model_folder(tmp_path / "model", vocab_size=300, num_hidden_layers=2, **experts)
     make_tokenizer(folder)
-    how = {"model": {"folder": str(folder)}, "train": {"microbatch": 2}}  # on which that loss depends
+    how = {"model": {"folder": str(folder)}, "train": {"microbatch": 2}, "data": {"documents": documents}}
     ways = {"fsdp": {"data": 2, "mode": "fsdp"}, "stages": {"stages": 2}}
     check(
         on_ranks,
@@ -206,6 +208,19 @@ def test_gradients_that_are_not_finite(on_ranks: Train, material: Path, tmp_path
 
 
 @with_titan
+@pytest.mark.slow
+def test_biases_that_balance_experts(on_ranks: Train, material: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", vocab_size=300, num_hidden_layers=2, n_routed_experts=4)
+    make_tokenizer(folder)
+    model = {"model": {"folder": str(folder)}}
+    with pytest.raises(AssertionError, match=r"MHC651.*train\.balance_rate"):
+        on_ranks({"moved": recipe(material, tmp_path / "moved", parallel={"stages": 2}, **model)})
+    still = {"train": {"balance_rate": 0.0}, **model}
+    fsdp = recipe(material, tmp_path / "fsdp", parallel={"data": 2, "mode": "fsdp"}, **still)
+    check(on_ranks, {"fsdp": fsdp}, recipe(material, tmp_path / "own", **still))
+
+
+@with_titan
 def test_other_data(material: Path, tmp_path: Path) -> None:
     from mhc_compile.integrations.torchtitan_parts import Batches
 
@@ -255,6 +270,8 @@ def test_settings_that_stages_do_not_carry(material: Path, tmp_path: Path, monke
         ("train.explode", {"train": {"explode": 3.0}}),
         ("checkpoint.keep", {"checkpoint": {"keep": 1}}),
         ("metrics.probes_every = 5", {"metrics": {"probes_every": 5}}),
+        ("train.profile", {"train": {"profile": "1-2"}}),
+        ("metrics.wandb", {"metrics": {"wandb": "project"}}),
     ],
 )
 def test_fields_that_it_does_not_carry(material: Path, tmp_path: Path, name: str, tables: dict[str, Any]) -> None:
