@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     from mhc_compile.kernels.spec import Convention, StreamSpec
     from mhc_compile.loading import from_pretrained, load
     from mhc_compile.memory.optimizer import TableAdamW, table_groups
-    from mhc_compile.parameters import parameter_groups, stream_modules, stream_parameters
+    from mhc_compile.parameters import (
+        freeze_backbone,
+        parameter_groups,
+        print_trainable_parameters,
+        stream_modules,
+        stream_parameters,
+    )
     from mhc_compile.probes import Probes
     from mhc_compile.report import Report, inspect
 
@@ -61,10 +67,12 @@ __all__ = [
     "emit",
     "emit_folder",
     "export",
+    "freeze_backbone",
     "from_pretrained",
     "inspect",
     "load",
     "parameter_groups",
+    "print_trainable_parameters",
     "save",
     "save_pretrained",
     "stream_modules",
@@ -88,7 +96,13 @@ _MODULES = {
     "kernels.spec": ("Convention", "StreamSpec"),
     "loading": ("from_pretrained", "load"),
     "memory.optimizer": ("TableAdamW", "table_groups"),
-    "parameters": ("parameter_groups", "stream_modules", "stream_parameters"),
+    "parameters": (
+        "freeze_backbone",
+        "parameter_groups",
+        "print_trainable_parameters",
+        "stream_modules",
+        "stream_parameters",
+    ),
     "probes": ("Probes",),
     "report": ("Report", "inspect"),
 }

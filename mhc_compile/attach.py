@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from mhc_compile import carry
 from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.guard import stream_readers
+from mhc_compile.kernels.form import DepthForm
 from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.start import DEFAULT, Start
@@ -30,6 +31,7 @@ from mhc_compile.passes.observer import log
 from mhc_compile.passes.ownership import OWNED
 from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.results import Coverage, ResidualStream
+from mhc_compile.selection import chosen_coverage, skipped_sites
 
 
 def rewrite_with_parameters(
@@ -58,18 +60,26 @@ def rewrite_with_parameters(
     joined, partial = joined_sites(sites_of_owners(streams, spec), sites_of_owners(others, spec))
     if not joined:
         raise MHCError("MHC204", f"form={spec.form!r} is written where there is a second attention, and none was found")
+    skipped = skipped_sites(root, joined, options)
+    if any(skipped.values()):
+        refuse_skipping(streams, spec, request, skipped)
     # An inference tensor could never be trained.
     with torch.inference_mode(False):
-        for path, sites in joined.items():
+        for path, every in joined.items():
+            sites = {name: hidden for name, hidden in every.items() if name not in skipped[path]}
+            if not sites:
+                continue
             refuse_unconvertible(_owner(root, path), path)
             stream = [s for s in (*others, *streams) if s.owner == path][-1]
             device = value(stream.exit).device
             lookups = request.of(stream.entry, list(sites)) if path == streams[-1].owner else {}
             readers = stream_readers(s for s in (*streams, *others) if s.owner == path)
             parameters[path] = StreamParameters(
-                spec, sites, options=options, start=start, device=device, partial=partial[path], readers=readers,
-                **lookups,
+                spec, sites, options=options, start=start, device=device, readers=readers,
+                partial=[names & sites.keys() for names in partial[path] if names & sites.keys() != sites.keys()],
+                skipped=skipped[path], **lookups,
             )  # fmt: skip
+    context.coverage = chosen_coverage(context.coverage, streams, skipped)
     present = sites_of_owners(streams, spec)
     context.marks = [append_parameters(gm, path, p) for path, p in parameters.items() if path in present]
     if options.debug == "numeric":
@@ -80,6 +90,19 @@ def rewrite_with_parameters(
     if "fuse" in rest.names:
         rest = rest.replace("fuse", Fuse(()))
     return parameters, rest.run(gm, context, debug=options.debug, provided=analysis.provides)
+
+
+def refuse_skipping(
+    streams: Sequence[ResidualStream], spec: StreamSpec, request: Request, skipped: Mapping[str, Collection[str]]
+) -> None:
+    """Raise MHC204 where not all adds are sites and the look-ups or the form need them."""
+    if request.engram or request.over_encoding or request.ultramem:
+        raise MHCError("MHC204", "a memory is added to streams that begin at the embedding", way_out="leave sites= out")
+    form = form_of(spec)
+    parts = [stream.without(skipped[stream.owner]) for stream in streams if stream.owner in skipped]
+    if isinstance(form, DepthForm) and not form.later_attentions and any(len(part) > 1 for part in parts):
+        detail = f"form={spec.form!r} weighs all earlier outputs, and the chosen sites do not follow one another"
+        raise MHCError("MHC204", detail, way_out="choose sites without a gap")
 
 
 def refuse_missing(passes: Pipeline, marks: Sequence[Mark]) -> None:
@@ -145,14 +168,22 @@ def graph_inputs(parameters: StreamParameters) -> dict[str | Described, Tensor]:
 
 
 def append_at_start(
-    gm: GraphModule, spec: StreamSpec, streams: Sequence[ResidualStream]
+    root: nn.Module, gm: GraphModule, spec: StreamSpec, options: Options, streams: Sequence[ResidualStream]
 ) -> tuple[list[Mark], list[Tensor]]:
-    """Append parameters at their start for the owners of `streams`; return their marks and the new inputs' values."""
+    """Append parameters at their start for the owners of `streams`; return their marks and the new inputs' values.
+
+    `gm` is the graph of `root`. Raises MHC204 where `options` choose no site.
+    """
     marks: list[Mark] = []
     values: list[Tensor] = []
     devices = {stream.owner: value(stream.exit).device for stream in streams}
-    for owner, sites in sites_of_owners(streams, spec).items():
-        parameters = StreamParameters(spec, sites, device=devices[owner])
+    of_owners = sites_of_owners(streams, spec)
+    skipped = skipped_sites(root, of_owners, options)
+    for owner, every in of_owners.items():
+        sites = {name: hidden for name, hidden in every.items() if name not in skipped[owner]}
+        if not sites:
+            continue
+        parameters = StreamParameters(spec, sites, device=devices[owner], skipped=skipped[owner])
         marks.append(append_parameters(gm, owner, parameters))
         values += [t.detach() for t in graph_inputs(parameters).values()]
     return marks, values
@@ -178,5 +209,6 @@ def append_parameters(gm: GraphModule, owner: str, parameters: StreamParameters)
         inputs=dict(zip(inputs_of(tables), (nodes[name] for name in tables), strict=True)),
         memories=parameters.memories,
         partial=parameters.partial,
+        skipped=parameters.skipped,
         sites=tuple(parameters.sites),
     )

@@ -71,6 +71,7 @@ def find_marks(gm: GraphModule) -> list[Mark]:
                     inputs=inputs,
                     memories=known.memories,
                     partial=known.partial,
+                    skipped=known.skipped,
                     sites=known.sites,
                     node=node,
                 )

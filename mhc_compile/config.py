@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
+from torch import nn
+
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.overrides import Inner
@@ -53,6 +55,11 @@ class Options:
     the pass `native` is for models that write their hyper-connections out by hand instead."""
     disable: str = ""
     """Passes to leave out, separated by commas: `recompute`, `fuse`."""
+    sites: str = ""
+    """Which residual adds of an unconverted model become sites, by name: patterns such as `model.layers.[4-7]`, `*.mlp`
+    or `*#1`, separated by commas. A module's path stands for all in it. The others stay residual adds. Default: all."""
+    filter_fn: Callable[[nn.Module, str], bool] | None = None
+    """As `sites`, by a function of the module that adds and the name of the site: `model.layers.4#0`."""
 
     def __post_init__(self) -> None:
         if self.inner not in get_args(Inner):

@@ -59,6 +59,7 @@ def configured(path: Path, *, device: str = "meta") -> tuple[nn.Module, bool]:
                 device=device,
                 memories=o.memories,
                 partial=o.partial,
+                skipped=o.skipped,
             )
             for p, o in owners.items()
         }

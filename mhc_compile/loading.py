@@ -155,6 +155,7 @@ def read_streams(checkpoint: Checkpoint, manifest: Manifest, options: Options) -
                 memories=owner.memories,
                 readers=owner.readers,
                 partial=owner.partial,
+                skipped=owner.skipped,
             )
     wanted = {f"{prefix(path)}{name}": p.shape for path, owned in streams.items() for name, p in owned.kept().items()}
     stored = {name: torch.Size(tensor.shape) for name, tensor in shard.tensors.items()}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 from mhc_compile.kernels.spec import Convention, Exit, Manifold
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mhc_compile.passes.pipeline import Pipeline
 
 Inner = Literal["inductor", "aot_eager", "eager"]
@@ -52,6 +54,8 @@ class CompileOverrides(StreamOverrides, total=False):
     """Verify the graph after each pass; numeric: also compare what it computes."""
     disable: str
     """Passes to leave out, separated by commas: recompute, fuse."""
+    sites: str
+    """Which adds become sites, by patterns of names: model.layers.[4-7],*.mlp; default all."""
 
 
 class Overrides(CompileOverrides, total=False):
@@ -59,3 +63,5 @@ class Overrides(CompileOverrides, total=False):
 
     pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None
     """The passes in place of the usual ones."""
+    filter_fn: Callable[[nn.Module, str], bool] | None
+    """Which adds become sites, by a function of the module that adds and the name of the site."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, get_args
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.marks import Signature
 
+Model = TypeVar("Model", bound=nn.Module)
 DECAYED = (".phi", ".key", ".value", ".projection", ".query", ".keys", ".input")
 """Ends of the names of parameters of ours to which weight decay applies."""
 _ADDED = {ENGRAM: (".value", ".conv"), OVER_ENCODING: (".projection",), ULTRAMEM: (".projection",)}
@@ -37,10 +41,32 @@ class Started(nn.Module):
     start: Callable[[], Mapping[str, Tensor]] | None = None
     """Returns those values by name."""
 
+    def __repr__(self) -> str:
+        """Return the tensors and the children; equal ones that follow one another in one line."""
+        tensors = {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+        own = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        return "\n".join([own] * bool(own) + _folded(self))
+
     def reset_parameters(self) -> None:
         """Set the module's own tensors to their initial values, as needed after `to_empty()`."""
         for name, values in (self.start() if self.start is not None else {}).items():
             _set(getattr(self, name), values)
+
+
+def _folded(module: nn.Module) -> list[str]:
+    """Return the lines of the children's `repr`; those of equal ones that follow one another once."""
+    lines = []
+    texts = [(name, repr(child)) for name, child in module.named_children()]
+    for text, group in groupby(texts, key=itemgetter(1)):
+        names = [name for name, _ in group]
+        name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        first, *rest = text.splitlines()
+        # A container's lines are indented below it.
+        holds = first.startswith("(")
+        count = f" {len(names)} x" if len(names) > 1 else ""
+        lines += [f"({name}):{count}" + ("" if holds else f" {first}")]
+        lines += [f"  {line}" for line in ([first, *rest] if holds else rest)]
+    return lines
 
 
 class StreamParameters(nn.Module):
@@ -56,7 +82,7 @@ class StreamParameters(nn.Module):
     layer that reads, and `ultramem` holds their table.
 
     `sites` maps each site's name, in the order of the stream, to C. `partial` has the smaller sets of them that the
-    model's graphs in one mode, training or evaluation, hold.
+    model's graphs in one mode, training or evaluation, hold; `skipped` names the adds that were not chosen as sites.
     """
 
     def __init__(
@@ -73,6 +99,7 @@ class StreamParameters(nn.Module):
         tables_on: torch.device | str | None = None,
         readers: Iterable[str] = (),
         partial: Iterable[Iterable[str]] = (),
+        skipped: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.own_readers = tuple(readers)
@@ -85,6 +112,7 @@ class StreamParameters(nn.Module):
         """Where every table lies, by what names it: its layer, `over-encoding` or `ultra-mem`."""
         self.sites = dict(sites)
         self.partial = tuple(frozenset(names) for names in partial)
+        self.skipped = tuple(skipped)
         self.options = options or Options()
         self.start = start
         for index, (name, hidden) in enumerate(self.sites.items()):
@@ -102,7 +130,7 @@ class StreamParameters(nn.Module):
             self._place_compression(memories.engram.vocab, compression, device)
         # What `mhc::mark` carries into a graph: static, so that Dynamo reads one string.
         names = tuple(self.in_graph())
-        self.signature = str(Signature(str(spec), names, tuple(self.sites), memories, self.partial))
+        self.signature = str(Signature(str(spec), names, tuple(self.sites), memories, self.partial, self.skipped))
 
     def _place(
         self, path: str, start: Callable[[], Mapping[str, Tensor]], device: torch.device | str | None
@@ -180,13 +208,19 @@ class StreamParameters(nn.Module):
         """Return `x`: an owner that calls its children in turn, as `nn.Sequential` does, calls this one too."""
         return x
 
+    def __repr__(self) -> str:
+        """Return what `extra_repr` does, and what every site and memory holds."""
+        lines = [self.extra_repr(), *_folded(self)]
+        return "\n".join(["StreamParameters(", *(f"  {line}" for line in lines), ")"])
+
     def extra_repr(self) -> str:
         """Return the specification, the number of sites, the layers with a memory, and other look-ups."""
         m = self.memories
         layers = "" if m.engram is None else f", memory at {', '.join(m.engram.paths)}"
         over = "" if m.over_encoding is None else f", over-encoding of n-grams up to {m.over_encoding.hash.order}"
         values = "" if m.ultramem is None else f", {m.ultramem.rows} values looked up by content"
-        return f"{self.spec}, {len(self.sites)} sites{layers}{over}{values}"
+        skipped = f" of {len(self.sites) + len(self.skipped)} adds" if self.skipped else ""
+        return f"{self.spec}, {len(self.sites)} sites{skipped}{layers}{over}{values}"
 
 
 def _set(tensor: Tensor, values: Tensor) -> None:
@@ -232,6 +266,35 @@ def stream_modules(model: nn.Module) -> list[str]:
     converted = [f"{name}.mhc".strip(".") for name in owners(model)]
     sites = ((name, site) for name, module in model.named_modules() for site in getattr(module, "mhc_sites", ()))
     return converted + [f"{name}.{site}".strip(".") for name, site in sites]
+
+
+def freeze_backbone(model: Model) -> Model:
+    """Freeze everything but the parameters of streams and memories, in place, and return the model.
+
+    `model.requires_grad_(True)` undoes it. Raises MHC410 for a model that is not converted.
+    """
+    converted = owners(model)
+    if not converted:
+        raise MHCError("MHC410", f"{type(model).__name__} holds no stream parameters")
+    ours = {id(p) for parameters in converted.values() for p in parameters.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in ours)
+    return model
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters of `model` are trained, and how many of those are streams', tables' and its own."""
+    converted = owners(model)
+    streams = {id(p) for parameters in converted.values() for p in parameters.in_graph().values()}
+    tables = {id(p) for parameters in converted.values() for p in parameters.parameters()} - streams
+    trained: Counter[str] = Counter()
+    for p in model.parameters():
+        kind = "streams" if id(p) in streams else "tables" if id(p) in tables else "backbone"
+        trained[kind] += p.numel() if p.requires_grad else 0
+    total, every = trained.total(), sum(p.numel() for p in model.parameters())
+    share = 100 * total / max(every, 1)
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in trained.items() if count)
+    print(f"trained: {total:,} of {every:,} parameters ({share:.2f} %){': ' if kinds else ''}{kinds}")
 
 
 def parameter_groups(

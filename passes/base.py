@@ -33,6 +33,8 @@ class Mark:
     """The owner's memories."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
+    skipped: tuple[str, ...] = ()
+    """Adds that could be sites and were not chosen: they stay residual."""
     probe: Node | None = None
     """The slot that a sampled step passes for gradients (`mhc_compile.passes.probe`); None in every other step."""
     sites: tuple[str, ...] = ()

@@ -114,6 +114,8 @@ class Signature:
     """The owner's memories."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that the owner's graphs in one mode, training or evaluation, hold."""
+    skipped: tuple[str, ...] = ()
+    """Adds that could be sites and were not chosen: they stay residual."""
 
     def __str__(self) -> str:
         """Return the text that the mark carries, which `parse` reads."""
@@ -123,6 +125,7 @@ class Signature:
             "sites": self.sites,
             "memories": self.memories.plain(),
             "partial": [sorted(names) for names in self.partial],
+            "skipped": self.skipped,
         }
         return json.dumps(fields)
 
@@ -136,4 +139,5 @@ class Signature:
             tuple(fields["sites"]),
             Memories.parse(fields["memories"]),
             tuple(frozenset(names) for names in fields["partial"]),
+            tuple(fields["skipped"]),
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mhc_compile.kernels.forms import form_of
+from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.attention import written
 from mhc_compile.passes.base import Mark, refuse
 from mhc_compile.passes.results import ResidualStream
@@ -12,14 +14,16 @@ from mhc_compile.passes.results import ResidualStream
 def pair_with_marks(streams: list[ResidualStream], marks: list[Mark]) -> list[tuple[ResidualStream, Mark]]:
     """Return each stream of a converted owner with its mark, its sites named relative to that owner.
 
-    Streams of modules that are not converted stay residual. Raises MHC206 where the sites found and the parameters
-    held differ, showing both lists; a graph may hold a smaller set that is the owner's in one mode.
+    Streams of modules that are not converted stay residual, and so do the adds that a mark skips. Raises MHC206 where
+    the sites found and the parameters held differ, showing both lists; a graph may hold a smaller set that is the
+    owner's in one mode.
     """
-    pairs = [(_named_below(s, mark), mark) for s in streams if (mark := _mark_for(s, marks)) is not None]
+    marked = [(stream, mark) for stream in streams if (mark := _mark_for(stream, marks)) is not None]
+    pairs = [(part, mark) for stream, mark in marked for part in _parts(_named_below(stream, mark), mark)]
     for mark in marks:
         expected = set(sites_of(mark))
         calls = [s for s, m in pairs if m is mark]
-        present = {site.name for stream in calls for site in written(stream, mark.spec)}
+        present = {site.name for s in calls for site in written(s, mark.spec)} - {*mark.skipped}
         if present != expected and present not in mark.partial:
             raise refuse(
                 "MHC206",
@@ -35,6 +39,12 @@ def sites_of(mark: Mark) -> list[str]:
     """Return the names of the sites that a mark has parameters for, in order."""
     named = dict.fromkeys(name.rpartition(".")[0] for name in mark.parameters if "#" in name)
     return [*(mark.sites or named)]
+
+
+def _parts(stream: ResidualStream, mark: Mark) -> list[ResidualStream]:
+    # Where attentions share values, the first one of the whole stream gives them; the sums are the model's own.
+    shares_values = form_of(StreamSpec.parse(mark.spec)).later_attentions
+    return [stream] if shares_values else stream.without(mark.skipped)
 
 
 def _mark_for(stream: ResidualStream, marks: list[Mark]) -> Mark | None:

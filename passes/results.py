@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from torch.fx import Node
 
@@ -60,6 +61,12 @@ class ResidualStream:
         """The last site's add."""
         return self.sites[-1].add
 
+    def without(self, skipped: Collection[str]) -> list[ResidualStream]:
+        """Return the streams that are left between the sites named in `skipped`, which stay residual adds."""
+        runs = groupby(self.sites, key=lambda site: site.name in skipped)
+        kept = [tuple(run) for is_skipped, run in runs if not is_skipped]
+        return [replace(self, entry=run[0].previous, sites=run) for run in kept]
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -74,9 +81,12 @@ class Coverage:
     """Whether the streams are several, and none has a site whose H gets a gradient."""
     alone: int = 0
     """Sites of a graph that is one short stream from its input to its output: a layer's, if not a tiny model's."""
+    skipped: int = 0
+    """The adds that could be sites and were not chosen (`Options.sites`)."""
 
     def __str__(self) -> str:
-        return f"{self.sites} of {self.sites + len(self.left)} adds"
+        adds = f"{self.sites} of {self.sites + self.skipped + len(self.left)} adds"
+        return f"{adds}, {self.skipped} not chosen" if self.skipped else adds
 
     @property
     def problem(self) -> str:

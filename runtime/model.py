@@ -67,7 +67,7 @@ def hollow_model(
         request = requested(
             model, recipe.memory, None, read, start=of_memory, ultramem=recipe.ultramem, tables_on="meta"
         )
-        convert_streams(model, (), {}, streams.spec, options, request, start=start)
+        convert_streams(model, (), {}, streams.spec, replace(options, sites=streams.sites), request, start=start)
     if recipe.parallel.engram > 1 and not any(isinstance(m, MemoryTable) for m in model.modules()):
         detail = f"parallel.engram = {recipe.parallel.engram} without a table whose rows it could spread"
         raise MHCError("MHC602", detail, way_out="use parallel.data, or add [memory] or [ultramem]")

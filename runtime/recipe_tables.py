@@ -57,6 +57,8 @@ class StreamsTable:
     """`mhc` or another form, which have no convention, manifold and iterations."""
     start: StartName = "default"
     """How the coefficients start, as in `convert`: `default`, or `paper` as published."""
+    sites: str = ""
+    """Which adds become sites, by patterns of names as in `convert`; left out, all."""
 
     def __post_init__(self) -> None:
         _ = self.spec
@@ -65,7 +67,8 @@ class StreamsTable:
     @property
     def spec(self) -> StreamSpec:
         """As the compiler takes it."""
-        return stream_spec({k: value for k, value in asdict(self).items() if value is not None and k != "start"})
+        own = {name: value for name, value in asdict(self).items() if name not in ("start", "sites")}
+        return stream_spec({name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

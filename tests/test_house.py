@@ -47,7 +47,7 @@ def test_imports_point_one_way(path: Path) -> None:
 # `(package)` is mhc_compile/__init__.py.
 LAYERS = """
     codes
-    diagnostics
+    diagnostics progress
     kernels frame rich_text atomic_write versions modes sharded tracing
     conventions passes overrides
     config identity guard memory
@@ -56,7 +56,8 @@ LAYERS = """
     integrations
     carry capture
     owner measure
-    attach loading gates
+    selection loading gates
+    attach
     backend configured
     diffusion
     conversion

@@ -137,7 +137,9 @@ def _applied(step: Pass, captured: Captured, spec: str | None) -> Captured:
     context, inputs = Context(), captured.inputs
     if spec is not None:
         ANALYSIS.run(captured.graph, context)
-        context.marks, values = append_at_start(captured.graph, StreamSpec.parse(spec), context.streams)
+        context.marks, values = append_at_start(
+            captured.graph, captured.graph, StreamSpec.parse(spec), Options(), context.streams
+        )
         inputs = [*inputs, *values]
         context.streams = []
         ANALYSIS.run(captured.graph, context)

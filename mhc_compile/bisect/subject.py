@@ -63,7 +63,7 @@ def subject_of(
     if owners(model):
         marks = find_marks(graph)
     else:
-        marks, values = append_at_start(graph, spec, context.streams)
+        marks, values = append_at_start(model, graph, spec, options, context.streams)
         inputs = [*inputs, *values]
     start = inputs_at_start(graph, marks, inputs)
     own, moved = inputs, all(_equal(a, b) for a, b in zip(inputs, start, strict=True))

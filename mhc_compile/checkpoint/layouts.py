@@ -253,6 +253,7 @@ def _refuse_inexpressible(layout: Layout, parameters: StreamParameters) -> None:
         f"{spec.convention.value} reads with the pre of the site before": spec.convention.fields.deferred,
         f"exit {spec.exit}, where the layout has {exit_}": spec.exit != exit_,
         "0 iterations": spec.iterations < 1,
+        f"no streams at {names(parameters.skipped)}": bool(parameters.skipped),
         f"look-ups: {', '.join(parameters.memories.kinds).replace('_', '-')}": bool(parameters.memories.kinds),
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):

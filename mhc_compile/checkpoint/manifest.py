@@ -18,8 +18,8 @@ from mhc_compile.parameters import StreamParameters
 from mhc_compile.versions import VERSION
 
 NAME = "mhc.json"
-FORMAT = 3
-"""Incremented when older versions cannot read the file: 2 has look-ups, 3 `attention`; others are written as 1."""
+FORMAT = 4
+"""Incremented when older versions cannot read the file: 2 has look-ups, 3 `attention`, 4 skipped adds; else 1."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Owner:
     """`StreamParameters.own_readers`."""
     partial: tuple[frozenset[str], ...] = ()
     """The smaller sets of sites that graphs in one mode, training or evaluation, have."""
+    skipped: tuple[str, ...] = ()
+    """Adds that could be sites and were not chosen: they stay residual."""
     attention: str | None = None
     """`Options.attention`: blocks or everything, where positions do not see only what comes before them."""
 
@@ -42,7 +44,7 @@ class Owner:
     def of(cls, parameters: StreamParameters) -> Owner:
         """Return the entry for an owner's parameters."""
         p = parameters
-        return cls(p.spec, p.sites, p.memories, p.own_readers, p.partial, p.options.attention)
+        return cls(p.spec, p.sites, p.memories, p.own_readers, p.partial, p.skipped, p.options.attention)
 
     def plain(self) -> dict[str, Any]:
         """Return the entry as JSON, without empty fields."""
@@ -52,6 +54,7 @@ class Owner:
         optional = {
             "readers": list(self.readers),
             "partial": [sorted(names) for names in self.partial],
+            "skipped": list(self.skipped),
             "attention": self.attention,
             **self.memories.plain(),
         }
@@ -76,8 +79,9 @@ class Manifest:
         """Write `mhc.json` in `folder`."""
         attends = any(o.attention for o in self.owners.values())
         looks_up = any(o.memories.kinds for o in self.owners.values())
+        skips = any(o.skipped for o in self.owners.values())
         content = {
-            "format": FORMAT if attends else 2 if looks_up else 1,
+            "format": FORMAT if skips else 3 if attends else 2 if looks_up else 1,
             "mhc_compile": VERSION,
             "architecture": self.architecture,
             "owners": {path: o.plain() for path, o in self.owners.items()},
@@ -136,13 +140,21 @@ def _owner(entry: Mapping[str, Any]) -> Owner:
     partial = tuple(frozenset(names) for names in entry.get("partial", ()))
     if any(not names < set(sites) for names in partial):
         raise TypeError("a mode with sites that the owner has not")
+    skipped = _names(entry, "skipped")
+    if set(skipped) & set(sites):
+        raise TypeError("a skipped add that is a site")
     # An unknown field is a TypeError of the dataclass.
-    readers = entry.get("readers", [])
-    if not isinstance(readers, list):
-        raise TypeError(f"{readers!r} is not a list of modules")
-    own_readers = tuple(_site(str(reader)) for reader in readers)
     attention = Options(attention=entry.get("attention")).attention
-    return Owner(StreamSpec(**_mapping(entry["spec"])), sites, memories, own_readers, partial, attention)
+    return Owner(
+        StreamSpec(**_mapping(entry["spec"])), sites, memories, _names(entry, "readers"), partial, skipped, attention
+    )
+
+
+def _names(entry: Mapping[str, Any], field_name: str) -> tuple[str, ...]:
+    names = entry.get(field_name, [])
+    if not isinstance(names, list):
+        raise TypeError(f"{names!r} is no list of names")
+    return tuple(_site(str(name)) for name in names)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

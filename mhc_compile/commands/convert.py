@@ -27,6 +27,8 @@ class Flags:
     """The form of OUT_DIR."""
     strict: bool = False
     """Reject a model if residual adds are left."""
+    sites: str | None = None
+    """Which adds become sites, by patterns of names: model.layers.[4-7],*.mlp; default all."""
     start: Literal["default", "paper"] | None = None
     """How fast the coefficients learn at first; paper: as published, slowly."""
     layout: str | None = None
@@ -92,12 +94,14 @@ def convert(
     ```
     """
     options: dict[str, Any] = {**(streams or {}), **_memories(flags)}
-    options |= {name: value for name in ("strict", "start", "layout") if (value := getattr(flags, name))}
+    options |= {name: value for name in ("strict", "sites", "start", "layout") if (value := getattr(flags, name))}
     if flags.standalone:
         return _standalone(ckpt_dir, out_dir, flags, options)
     if flags.vendor:
         raise MHCError("MHC520", "--vendor is for --standalone", way_out="add --standalone")
-    done = _convert(ckpt_dir, out_dir, to=flags.to, **options)
+    from mhc_compile.conversion import convert_folder
+
+    done = convert_folder(ckpt_dir, out_dir, to=flags.to, progress=True, **options)
     print(_summary(done, flags))
     if done.left_out:
         print(f"left out: {', '.join(map(str, done.left_out))}", file=sys.stderr)
@@ -114,26 +118,6 @@ def _standalone(source: str, target: Path, flags: Flags, options: dict[str, Any]
     folder = emit_folder(source, target, vendor=flags.vendor, **options)
     print(f'{folder}: load it with AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
     return 0
-
-
-def _convert(source: str, target: Path, **options: Any) -> Converted:
-    """Convert with a progress bar where somebody looks."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from mhc_compile.conversion import convert_folder
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("opening", total=None)
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        return convert_folder(source, target, progress=progress, **options)
 
 
 def _memories(flags: Flags) -> dict[str, Any]:

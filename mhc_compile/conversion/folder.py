@@ -54,10 +54,9 @@ from mhc_compile.memory.parameters import tables as tables_of
 from mhc_compile.memory.request import requested
 from mhc_compile.overrides import StreamOverrides
 from mhc_compile.parameters import owners
+from mhc_compile.progress import Progress, reported
 
 Form = Literal["mhc", "residual"]
-Progress = Callable[[int, int, str], None]
-"""Called with the bytes written, their total, and a description of the current step."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,11 @@ class Converted:
 
 
 class FolderOverrides(StreamOverrides, TypedDict, total=False):
-    """The options of a folder as keywords: the fields of `StreamSpec`, and `strict`."""
+    """The options of a folder as keywords: the fields of `StreamSpec`, `strict`, and what chooses sites."""
 
     strict: bool
+    sites: str
+    filter_fn: Callable[[nn.Module, str], bool] | None
 
 
 def convert_folder(
@@ -88,7 +89,7 @@ def convert_folder(
     target: str | os.PathLike[str],
     *,
     to: Form = "mhc",
-    progress: Progress | None = None,
+    progress: bool | Progress = False,
     spec: StreamSpec | None = None,
     start: StartName | None = None,
     engram: str | MemorySettings | None = None,
@@ -107,7 +108,10 @@ def convert_folder(
     `engram`, `over_encoding` and `ultramem` add look-ups as `convert` does, with the folder's own tokenizer where ids
     are to be compressed. Their tables are files of their own, written a block at a time.
 
-    `spec` describes the streams, `overrides` are its fields by name, and `strict`; `start` is that of `convert`. With
+    `progress=True` shows a bar; a function is called with the bytes written, their total, and the current step instead.
+
+    `spec` describes the streams; `overrides` are its fields by name, `strict`, `sites` and `filter_fn`; `start` is that
+    of `convert`. With
     `to="residual"` the folder of a converted model becomes the residual checkpoint again, bit by bit, as long as its
     stream parameters are at their start.
 
@@ -124,25 +128,30 @@ def convert_folder(
     """
     if to not in get_args(Form):
         raise MHCError("MHC204", f"to={to!r}; known: {', '.join(get_args(Form))}")
-    known = {*STREAM_FIELDS, "strict"}
-    if unknown := min(split_options(overrides)[1].keys() - known, default=None):
-        detail = f"{unknown} is chosen when the folder is loaded; known here: {', '.join(sorted(known))}"
-        raise MHCError("MHC204", detail)
+    _refuse_options_of_loading(overrides)
     stream, options = overridden(spec, None, overrides)
-    report: Progress = progress or (lambda *_: None)
     lookups = {"engram": engram, "over_encoding": over_encoding, "ultramem": ultramem}
     arguments = {"spec": spec, "start": start, **lookups, **overrides}
     source, target = local_folder(source), Path(target)
     try:
-        if layout is not None:
-            return _in_layout(source, target, layouts.find(layout), {"to": to, **arguments}, options, report)
-        if to == "mhc":
-            return _to_streams(source, target, stream, options, start_of(start or "default"), lookups, report)
-        if meaningless := [name for name, value in arguments.items() if value is not None]:
-            raise MHCError("MHC204", f"{meaningless[0]} has no meaning for to='residual'", way_out="leave it out")
-        return _to_residual(source, target, report)
+        with reported(progress, in_bytes=True) as report:
+            if layout is not None:
+                return _in_layout(source, target, layouts.find(layout), {"to": to, **arguments}, options, report)
+            if to == "mhc":
+                return _to_streams(source, target, stream, options, start_of(start or "default"), lookups, report)
+            if meaningless := [name for name, value in arguments.items() if value is not None]:
+                raise MHCError("MHC204", f"{meaningless[0]} has no meaning for to='residual'", way_out="leave it out")
+            return _to_residual(source, target, report)
     except OSError as error:
         raise MHCError("MHC413", str(error)) from error
+
+
+def _refuse_options_of_loading(overrides: Mapping[str, Any]) -> None:
+    """Raise MHC204 for options that are not those of a folder."""
+    known = {*STREAM_FIELDS, "strict", "sites", "filter_fn"}
+    if unknown := min(split_options(overrides)[1].keys() - known, default=None):
+        detail = f"{unknown} is chosen when the folder is loaded; known here: {', '.join(sorted(known))}"
+        raise MHCError("MHC204", detail)
 
 
 def _in_layout(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -24,11 +24,10 @@ from mhc_compile.memory.request import NOTHING, Request, requested
 from mhc_compile.modes import in_mode, reads_mode
 from mhc_compile.overrides import Overrides
 from mhc_compile.owner import convert_owners, restore_owners
-from mhc_compile.parameters import StreamParameters, at_start, owners, unwrapped
+from mhc_compile.parameters import Model, StreamParameters, at_start, owners, unwrapped
 from mhc_compile.passes.base import Context
 from mhc_compile.passes.results import Coverage, ResidualStream
-
-Model = TypeVar("Model", bound=nn.Module)
+from mhc_compile.progress import Progress, reported
 
 
 def convert(
@@ -44,6 +43,7 @@ def convert(
     engram_start: MemoryStart = "zero",
     over_encoding: str | OverEncodingSettings | None = None,
     ultramem: str | UltraMemSettings | None = None,
+    progress: bool | Progress = False,
     **overrides: Unpack[Overrides],
 ) -> Model:
     """Convert a residual model to its n-stream form in place, and return it.
@@ -58,6 +58,9 @@ def convert(
     none. `spec` describes the streams, `options` how the model is compiled; `overrides` are fields of either by name
     (`streams=2`, `inner="eager"`). Where residual adds are left, or a stream begins again at every layer, MHC109
     warns; with `strict=True` it is raised.
+
+    Only adds that `sites` (patterns such as `"model.layers.[4-7]"`) or `filter_fn` (of the adding module and the name
+    of the site) choose become sites; the others stay residual adds. `progress=True` shows a bar.
 
     With `engram`, a preset's name or `MemorySettings`, hashed n-gram memories are added at the entry of its layers
     (arXiv 2601.07372), in float32 tables on the model's device; of an encoder and a decoder the decoder gets them. Ids
@@ -78,18 +81,24 @@ def convert(
     already, MHC213 where training adds to a stream in a module that adds otherwise in evaluation, MHC303 for one that
     is compiled or wrapped. A rejected model is left unchanged.
     """
-    if not isinstance(model, nn.Module):  # a path, most often
-        way_out = (
-            "convert_folder(path, target) converts a checkpoint folder, from_pretrained(folder) loads a converted one"
-        )
-        raise MHCError("MHC204", f"convert takes a module, not {type(model).__name__} {model!r:.80}", way_out=way_out)
+    _refuse_path(model)
     stream, compiling = overridden(spec, options, overrides)
     if tokenizer is not None and engram is None:
         raise MHCError("MHC220", "a tokenizer without engram=", way_out="name a preset: engram='v41'")
     request = requested(model, engram, over_encoding, lambda: tokenizer, start=engram_start, ultramem=ultramem)
-    begin = start_of(start, scratch=scratch)
-    convert_streams(model, example_args, example_kwargs or {}, stream, compiling, request, start=begin)
+    begin, kwargs = start_of(start, scratch=scratch), example_kwargs or {}
+    with reported(progress) as report:
+        convert_streams(model, example_args, kwargs, stream, compiling, request, start=begin, progress=report)
     return model
+
+
+def _refuse_path(model: object) -> None:
+    """Raise MHC204 for what is no module: a path, most often."""
+    if not isinstance(model, nn.Module):
+        way_out = (
+            "convert_folder(path, target) converts a checkpoint folder, from_pretrained(folder) loads a converted one"
+        )
+        raise MHCError("MHC204", f"convert takes a module, not {type(model).__name__} {model!r:.80}", way_out=way_out)
 
 
 def convert_streams(
@@ -101,6 +110,7 @@ def convert_streams(
     request: Request = NOTHING,
     *,
     start: Start = DEFAULT,
+    progress: Progress = lambda *_: None,
 ) -> Coverage:
     """Convert `model` as `convert` does, and return how many of its residual adds are part of a stream."""
     refuse_wrapped(model)
@@ -109,8 +119,11 @@ def convert_streams(
         raise MHCError("MHC208", f"{type(root).__name__} holds stream parameters")
     if not args and not kwargs:
         kwargs = example_inputs(root)
+    progress(0, 3, "finding the streams")
     analysed = find_streams(root, args, kwargs, options)
+    progress(1, 3, "finding those of the other mode")
     others = streams_of_other_mode(root, args, kwargs, options)
+    progress(2, 3, "rewriting")
     parameters, _ = rewrite_with_parameters(
         root, analysed.graph, analysed.context, spec, options, analysed.inputs,
         start=start, request=request, others=others,

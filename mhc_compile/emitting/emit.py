@@ -15,7 +15,7 @@ from torch import nn
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.attach import refuse_wrapped
 from mhc_compile.capture import capture
-from mhc_compile.config import overridden
+from mhc_compile.config import overridden, split_options
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.emitting.events import read_events
@@ -29,7 +29,7 @@ from mhc_compile.emitting.training import runs_in_training_alone
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.overrides import StreamOverrides
 from mhc_compile.owner import restore_owners
-from mhc_compile.parameters import StreamParameters, attention_of, owners, unwrapped
+from mhc_compile.parameters import StreamParameters, attention_of, names, owners, unwrapped
 
 
 def emit(
@@ -60,7 +60,7 @@ def emit(
     if path.exists():
         raise MHCError("MHC412", f"{path} is there already", way_out="name another file, or remove this one")
     refuse_wrapped(model)
-    stream, _ = overridden(spec, None, overrides)
+    stream = stream_overridden(spec, overrides)
     residual = copy.deepcopy(unwrapped(model)).eval()
     if (attention := attention_of(residual.modules())) is not None:
         way_out = "convert without attention=, emit, and give the emitted model a mask of its own"
@@ -127,9 +127,18 @@ def source_of(
     return Writer(model, context.streams, edits).source(rewrite.spec)
 
 
+def stream_overridden(spec: StreamSpec | None, overrides: Mapping[str, Any]) -> StreamSpec:
+    """Return `spec` with the fields in `overrides` replaced. Raises MHC204 for options of compiling."""
+    if options := sorted(split_options(overrides)[1]):
+        raise MHCError("MHC204", f"{options[0]} has no meaning for a model's source", way_out="leave it out")
+    return overridden(spec, None, overrides)[0]
+
+
 def one_spec(converted: Mapping[str, StreamParameters]) -> StreamSpec:
     """Return the specification of a converted model's streams. Raises MHC708 where its source cannot be written."""
     specs = {parameters.spec for parameters in converted.values()}
     if len(specs) > 1 or any(parameters.memories.kinds for parameters in converted.values()):
         raise MHCError("MHC708", "memories and streams of several kinds have no source")
+    if skipped := [name for parameters in converted.values() for name in parameters.skipped]:
+        raise MHCError("MHC708", f"the source has streams at every add, and {names(skipped)} were not chosen as sites")
     return specs.pop()

@@ -17,11 +17,10 @@ from mhc_compile.checkpoint.shards import copy_file, read_shard, write_text
 from mhc_compile.checkpoint.skeleton import auto_classes
 from mhc_compile.checkpoint.source import CONFIG, companions, open_checkpoint, refuse_links_out
 from mhc_compile.checkpoint.staging import check_target, staged
-from mhc_compile.config import overridden
 from mhc_compile.configured import refuse_stream_options, weighted
 from mhc_compile.conversion.example_inputs import example_inputs
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.emitting.emit import checked_source, one_spec
+from mhc_compile.emitting.emit import checked_source, one_spec, stream_overridden
 from mhc_compile.emitting.file import Source, load_text
 from mhc_compile.emitting.places import Key
 from mhc_compile.emitting.vendor import refuse_others, vendored
@@ -103,7 +102,7 @@ def emit_folder(
     if converted:
         refuse_stream_options(folder, overrides)
     model: Any = weighted(folder)[0]
-    stream, _ = overridden(spec, None, overrides)
+    stream = stream_overridden(spec, overrides)
     values: Values = {}
     if parameters := owners(model):
         stream = one_spec(parameters)

@@ -40,7 +40,7 @@ def draw(watcher: Watcher) -> Drawing:
     if not watcher.streams:
         return watcher.native or Drawing()
     marks = [_mark_of(view.stream, watcher.marks) for view in watcher.streams]
-    drawing, numbers = _draw_streams(watcher.streams, [None if m is None else m.spec for m in marks])
+    drawing, numbers = _draw_streams(watcher.streams, marks)
     sites: Sites = {}
     for (k, i), number in numbers.items():
         mark = marks[k]
@@ -68,7 +68,7 @@ def _mark_of(stream: ResidualStream, marks: Sequence[Mark]) -> Mark | None:
 
 
 def _draw_streams(
-    views: Sequence[StreamView], specs: Sequence[str | None]
+    views: Sequence[StreamView], marks: Sequence[Mark | None]
 ) -> tuple[Drawing, dict[tuple[int, int], int]]:
     """Return the drawing of residual streams and the numbers of the sites by stream and site index.
 
@@ -79,10 +79,14 @@ def _draw_streams(
     drawn: dict[tuple[str, ...], list[int]] = {}
     numbers: dict[tuple[int, int], int] = {}
     branches: list[tuple[list[Node], int]] = []
-    for k, (view, spec, key) in enumerate(zip(views, specs, keys, strict=True)):
+    for k, (view, mark, key) in enumerate(zip(views, marks, keys, strict=True)):
         stream = view.stream
+        spec, skipped = (None, ()) if mark is None else (mark.spec, mark.skipped)
         if key not in drawn:
-            sites = [(s.name, module_path(s.add), t, spec) for s, t in zip(stream.sites, view.topologies, strict=True)]
+            sites = [
+                (s.name, module_path(s.add), t, None if s.name in skipped else spec)
+                for s, t in zip(stream.sites, view.topologies, strict=True)
+            ]
             drawn[key] = drawing.add_stream(stream.owner, spec, sites, calls=keys.count(key))
         whole, *each, leaves = drawn[key]
         drawing.entries[stream.entry], drawing.exits[stream.exit] = whole, leaves

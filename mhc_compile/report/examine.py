@@ -22,6 +22,7 @@ from mhc_compile.passes.results import NATIVE_CODES
 from mhc_compile.report.collect import collect
 from mhc_compile.report.report import Report
 from mhc_compile.report.watch import Watcher
+from mhc_compile.selection import chosen_coverage
 
 
 def inspect(
@@ -78,7 +79,7 @@ def _run(
     try:
         with torch.no_grad():
             captured = capture(model, args, kwargs)
-        marks = find_marks(captured.graph) if owners(model) else _append_marks(captured, spec, options, watcher)
+        marks = find_marks(captured.graph) if owners(model) else _append_marks(model, captured, spec, options, watcher)
         watcher.begin(marks)
         compile_pipeline(options).run(captured.graph, Context(marks=marks), watcher, debug=options.debug)
     except MHCError as error:
@@ -89,13 +90,17 @@ def _run(
             native_pipeline(options).run(captured.graph, Context(), watcher, debug=options.debug)
         return error
     built = StreamSpec.parse(marks[0].spec) if marks else spec
-    report_coverage(watcher.context.coverage, built, replace(options, strict=False), whole=True)
+    found = watcher.context
+    found.coverage = chosen_coverage(found.coverage, found.streams, {mark.owner: mark.skipped for mark in marks})
+    report_coverage(found.coverage, built, replace(options, strict=False), whole=True)
     return None
 
 
-def _append_marks(captured: Captured, spec: StreamSpec, options: Options, watcher: Watcher) -> list[Mark]:
+def _append_marks(
+    model: nn.Module, captured: Captured, spec: StreamSpec, options: Options, watcher: Watcher
+) -> list[Mark]:
     """Append the stream parameters of an unconverted model to its graph; return their marks."""
     context = Context()
     analysis, _ = compile_pipeline(options).split("residual")
     analysis.run(private_copy(captured.graph), context, watcher, debug=options.debug)
-    return append_at_start(captured.graph, spec, context.streams)[0]
+    return append_at_start(model, captured.graph, spec, options, context.streams)[0]

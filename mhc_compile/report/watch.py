@@ -85,8 +85,12 @@ class Watcher(Observer):
     @property
     def streams(self) -> list[StreamView]:
         """The residual streams, their sites named as their parameters where they were widened."""
-        named = {widened.stream.entry: widened.stream for widened in self.context.widened}
-        return [replace(view, stream=named.get(view.stream.entry, view.stream)) for view in self.views]
+        named = {site.add: site for widened in self.context.widened for site in widened.stream.sites}
+        views = []
+        for view in self.views:
+            sites = tuple(named.get(site.add, site) for site in view.stream.sites)
+            views.append(replace(view, stream=replace(view.stream, sites=sites)))
+        return views
 
     @property
     def nodes(self) -> list[Node]:
