@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.output import Output
 
 
 @Parameter(name="*")
@@ -30,6 +31,8 @@ class Flags:
     """Go on from the checkpoint of a recipe with other data, steps, batch or rates."""
     dry_run: bool = False
     """Check everything, print the plan and end."""
+    quiet: bool = False
+    """Print warnings and errors alone; the metrics are in the run's folder."""
     export: Path | None = None
     """Train nothing: write the model of the newest checkpoint as a Hugging Face folder and end."""
 
@@ -94,7 +97,8 @@ def train(
 
         print(json.dumps(recipe_schema(), indent=2))
     else:
-        _run(recipe, overrides, flags)
+        with Output(quiet=flags.quiet).printing():
+            _run(recipe, overrides, flags)
     return 0
 
 

@@ -49,7 +49,7 @@ LAYERS = """
     codes
     diagnostics progress
     kernels frame rich_text atomic_write versions modes sharded tracing
-    conventions passes overrides
+    conventions passes overrides output
     config identity guard memory
     pipeline parameters
     checkpoint probes

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from mhc_compile.output import PLAIN, Output
+
 Name = Literal[
     "boundary", "compile-time", "engram", "gpu", "native", "passes", "probes", "recompute", "static", "step", "ultramem"
 ]  # fmt: skip
@@ -18,13 +20,13 @@ def bench(
     /,
     *,
     quick: Annotated[bool, Parameter(name=("--quick", "--small"), help="Small sizes: check that it runs.")] = False,
-    json: Annotated[Path | None, Parameter(help="Write all figures to this file.")] = None,
     png: Annotated[Path | None, Parameter(help="Draw the contenders as bars in this file.")] = None,
     minutes: Annotated[float | None, Parameter(help="How long gpu may take; default 8.")] = None,
     out: Annotated[Path | None, Parameter(help="Where gpu writes each part as it ends; default bench_gpu.")] = None,
     device: Annotated[
         Literal["cuda", "cpu"] | None, Parameter(help="Where gpu runs; cpu: to see that it runs.")
     ] = None,
+    output: Output = PLAIN,
 ) -> int:
     """Measure on this machine what docs/figures.md states.
 
@@ -39,7 +41,6 @@ def bench(
     * `static`: what bounds each Triton kernel, by its machine code
     * `step`: a training step with streams against the residual one
     """
-    import json as json_module
     import platform
 
     import torch
@@ -48,9 +49,9 @@ def bench(
     from mhc_compile.bench.contest import chart
 
     console = Console()
-    console.print(
-        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    machine = platform.processor() or platform.machine()
+    with output.printing():
+        console.print(f"torch {torch.__version__}, {machine}, {torch.get_num_threads()} threads")
     if png is not None and name in ("gpu", "passes", "static"):
         console.print(f"{name} has no contenders to draw: leave out --png", style="red")
         return 2
@@ -59,9 +60,9 @@ def bench(
     if of_gpu and name != "gpu":
         console.print(f"{name} knows no {', '.join(f'--{flag}' for flag in of_gpu)}: they are of gpu", style="red")
         return 2
-    figures = import_module(f"mhc_compile.bench.{name.replace('-', '_')}").run(console, quick=quick, **of_gpu)
-    if json is not None:
-        json.write_text(json_module.dumps({"name": name, "torch": torch.__version__, **figures}, indent=2) + "\n")
+    with output.printing():
+        figures = import_module(f"mhc_compile.bench.{name.replace('-', '_')}").run(console, quick=quick, **of_gpu)
+    output.write({"name": name, "torch": torch.__version__, **figures})
     if png is not None:
         chart(png, figures["groups"])
         console.print(f"drawn in {png}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from mhc_compile.commands.arguments import Compiling, Model, Passes
+from mhc_compile.output import PLAIN, Output
 
 
 def bisect(
@@ -18,6 +19,7 @@ def bisect(
     passes: Passes = None,
     seed: Annotated[int, Parameter(help="The seed of random weights and token ids.")] = 0,
     reproducer: Annotated[Path | None, Parameter(help="Write a Python file that shows what is wrong.")] = None,
+    output: Output = PLAIN,
 ) -> int:
     """Find the pass and the site at which results go wrong.
 
@@ -45,5 +47,7 @@ def bisect(
     if converted:
         refuse_stream_options(folder, chosen)
     bisection = bisect(module, example_kwargs=seeded_inputs(module, seed), reproducer=reproducer, **chosen)
-    bisection.show()
+    with output.printing():
+        bisection.show()
+    output.write(bisection)
     return 1 if bisection.finding else 0

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from mhc_compile.commands.arguments import Streams
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.output import PLAIN, Output
 
 if TYPE_CHECKING:
     from mhc_compile.conversion.folder import Converted
@@ -59,6 +60,7 @@ def convert(
     *,
     streams: Streams = None,
     flags: Flags = _DEFAULT,
+    output: Output = PLAIN,
 ) -> int:
     """Convert a checkpoint folder to streams, or back.
 
@@ -96,19 +98,21 @@ def convert(
     options: dict[str, Any] = {**(streams or {}), **_memories(flags)}
     options |= {name: value for name in ("strict", "sites", "start", "layout") if (value := getattr(flags, name))}
     if flags.standalone:
-        return _standalone(ckpt_dir, out_dir, flags, options)
+        return _standalone(ckpt_dir, out_dir, flags, options, output)
     if flags.vendor:
         raise MHCError("MHC520", "--vendor is for --standalone", way_out="add --standalone")
     from mhc_compile.conversion import convert_folder
 
-    done = convert_folder(ckpt_dir, out_dir, to=flags.to, progress=True, **options)
-    print(_summary(done, flags))
+    done = convert_folder(ckpt_dir, out_dir, to=flags.to, progress=not output.quiet, **options)
+    with output.printing():
+        print(_summary(done, flags))
     if done.left_out:
         print(f"left out: {', '.join(map(str, done.left_out))}", file=sys.stderr)
+    output.write(done)
     return 0
 
 
-def _standalone(source: str, target: Path, flags: Flags, options: dict[str, Any]) -> int:
+def _standalone(source: str, target: Path, flags: Flags, options: dict[str, Any], output: Output) -> int:
     """Write a folder with the emitted source. Raises MHC520 for options that it has no place for."""
     if flags.to != "mhc" or options.keys() - {"streams", "convention", "manifold", "iterations", "exit"}:
         detail = "--standalone takes --streams, --convention, --manifold, --iterations, --exit and --vendor alone"
@@ -116,7 +120,9 @@ def _standalone(source: str, target: Path, flags: Flags, options: dict[str, Any]
     from mhc_compile.emitting import emit_folder
 
     folder = emit_folder(source, target, vendor=flags.vendor, **options)
-    print(f'{folder}: load it with AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
+    with output.printing():
+        print(f'{folder}: load it with AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
+    output.write({"folder": folder})
     return 0
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from mhc_compile.output import PLAIN, Output
 from mhc_compile.overrides import CompileOverrides
 
 Form = Annotated[str, Parameter(help="A checkpoint folder, a config.json, a Hub repository's id, or a report's JSON.")]
@@ -20,6 +21,7 @@ def diff(
     of_b: Annotated[CompileOverrides | None, Parameter(name="--b")] = None,
     seed: Annotated[int, Parameter(help="The seed of random weights and inputs.")] = 0,
     no_run: Annotated[bool, Parameter(help="Compare graphs alone, without weights.")] = False,
+    output: Output = PLAIN,
 ) -> int:
     """Compare two compiled forms of a model.
 
@@ -37,5 +39,7 @@ def diff(
 
     forms = (read_form(path, options, seed=seed, run=not no_run) for path, options in ((a, of_a), (b, of_b)))
     comparison = compare(*forms)
-    comparison.show()
+    with output.printing():
+        comparison.show()
+    output.write(comparison.to_json())
     return 0 if comparison.same else 1

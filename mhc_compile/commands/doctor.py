@@ -8,26 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mhc_compile.output import PLAIN, Output
 from mhc_compile.versions import VERSION
 
 if TYPE_CHECKING:
     from mhc_compile.doctor.machine import Check
 
 
-def doctor() -> int:
+def doctor(*, output: Output = PLAIN) -> int:
     """Check the installation and say what to do; bug reports need its output.
 
     Compare the installed versions with those that the tests ran with, try the compilers, list the devices, check who
     may write to the caches, and convert, train, generate with, save and load a tiny model. Print a line for each; exit
     with 1 if one says FAIL.
     """
-    print(f"mhc-compile {VERSION} on {platform.platform()}")
-    failed = []
-    for check in _checks():
-        print(check, flush=True)
-        if check.state == "FAIL":
-            failed.append(check.name)
-    print(f"failed: {', '.join(failed)}" if failed else "nothing failed")
+    checks = []
+    with output.printing():
+        print(f"mhc-compile {VERSION} on {platform.platform()}")
+        for check in _checks():
+            print(check, flush=True)
+            checks.append(check)
+        failed = [check.name for check in checks if check.state == "FAIL"]
+        print(f"failed: {', '.join(failed)}" if failed else "nothing failed")
+    output.write({"version": VERSION, "platform": platform.platform(), "checks": checks})
     return 1 if failed else 0
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from mhc_compile.commands.arguments import Model, Streams
+from mhc_compile.output import PLAIN, Output
 
 FILE = "modeling_mhc.py"
 
@@ -18,6 +19,7 @@ def emit(
     *,
     out: Annotated[Path, Parameter(help=f"The folder for {FILE}.")],
     streams: Streams = None,
+    output: Output = PLAIN,
 ) -> int:
     """Write a model's source with the streams in it.
 
@@ -48,5 +50,7 @@ def emit(
         refuse_stream_options(folder, options)
     file = out / FILE
     emit(module, file, **options)
-    print(f"{file}: {len(file.read_text(encoding='utf-8').splitlines())} lines")
+    with output.printing():
+        print(f"{file}: {len(file.read_text(encoding='utf-8').splitlines())} lines")
+    output.write({"file": file})
     return 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+
+from mhc_compile.output import PLAIN, Output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +21,7 @@ def probe(
     /,
     *,
     plots: Annotated[Path | None, Parameter(help="Draw all samples into PNG files in this folder.")] = None,
+    output: Output = PLAIN,
 ) -> int:
     """Show what the streams did in the steps that probes sampled.
 
@@ -34,13 +38,16 @@ def probe(
 
     console = Console()
     samples = read_samples(file)
-    for sample in {sample.owner: sample for sample in samples}.values():
-        console.print(_table(sample))
-        if sample.look_ups:
-            console.print(_rows(sample))
-    console.print(f"{len(samples)} samples from step {samples[0].step} to {samples[-1].step}")
-    for path in () if plots is None else draw(samples, plots):
-        console.print(f"drawn: {path}", soft_wrap=True, highlight=False, markup=False)
+    last = {sample.owner: sample for sample in samples}.values()
+    with output.printing():
+        for sample in last:
+            console.print(_table(sample))
+            if sample.look_ups:
+                console.print(_rows(sample))
+        console.print(f"{len(samples)} samples from step {samples[0].step} to {samples[-1].step}")
+        for path in () if plots is None else draw(samples, plots):
+            console.print(f"drawn: {path}", soft_wrap=True, highlight=False, markup=False)
+    output.write([json.loads(sample.line()) for sample in last])
     return 0
 
 

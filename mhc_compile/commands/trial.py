@@ -12,6 +12,7 @@ from cyclopts.validators import Number
 
 from mhc_compile.commands.arguments import Model, Positive
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.output import PLAIN, Output
 from mhc_compile.overrides import Inner
 from mhc_compile.trial.studies import LEAST_STEPS
 
@@ -48,7 +49,7 @@ class Flags:
     """The folder of the results."""
 
 
-def trial(model: Model, /, *, flags: Flags) -> int:
+def trial(model: Model, /, *, flags: Flags, output: Output = PLAIN) -> int:
     """Train a model with several residual connections and compare them.
 
     Train a causal language model with several residual connections from the same weights on the same batches, in turn,
@@ -78,9 +79,11 @@ def trial(model: Model, /, *, flags: Flags) -> int:
     )
     if importlib.util.find_spec("matplotlib") is None:  # said before anything is trained
         raise MHCError("MHC233", "trial draws its losses")
-    results = _train(settings, _tokens(path, flags.data), flags.threads)
-    text = outcome.table(settings, results)
-    print(text)
+    with output.printing():
+        results = _train(settings, _tokens(path, flags.data), flags.threads)
+        text = outcome.table(settings, results)
+        print(text)
+    output.write(results)
     studies.write(flags.out, "trial", text, {"results": [asdict(r) for r in results]}, outcome.draw(results))
     return 0
 

@@ -61,6 +61,18 @@ class Comparison(Printed):
             ]
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what differs, for JSON: the nodes and kernels by name, each with A's value and B's."""
+        return {
+            "same": self.same,
+            "a": self.a.label,
+            "b": self.b.label,
+            "sites": self.sites,
+            "nodes": {name: {"a": a, "b": b} for name, a, b in self.nodes},
+            "kernels": {name: {"a": a, "b": b} for name, a, b in self.kernels},
+            "numerics": self.numerics,
+        }
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from _render(self)
 

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.output import PLAIN, Output
 
 if TYPE_CHECKING:
     from mhc_compile.runtime.data.prepare import Prepared
@@ -36,6 +37,7 @@ def data(
             help="Fraction of the documents, chosen by a hash of their text, for OUT/validation beside OUT/train.",
         ),
     ] = 0.0,
+    output: Output = PLAIN,
 ) -> int:
     """Tokenise text into shards to train on.
 
@@ -65,9 +67,11 @@ def data(
     *sources, out = paths
     how: dict[str, Any] = {"field": field, "prompt": prompt, "workers": workers, "validation": validation}
     done, seconds = _prepare(sources, out, tokenizer=tokenizer, **how)
-    print(_summary(done, seconds))
+    with output.printing():
+        print(_summary(done, seconds))
     if done.left_out:
         print(f"left out, not text: {', '.join(map(str, done.left_out))}", file=sys.stderr)
+    output.write({"folders": [data.folder for data in done.folders], "seconds": seconds, "left_out": done.left_out})
     return 0
 
 

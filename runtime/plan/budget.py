@@ -13,13 +13,15 @@ from mhc_compile.runtime.plan.allocation import BEST_SHARES, ROW_BYTES, Allocati
 from mhc_compile.runtime.plan.arguments import Budget
 
 
-def show(args: Budget, total: int) -> None:
-    """Print how the budget is split. Raises `MHCError` as `allocate` does."""
+def show(args: Budget, total: int) -> dict[str, dict[str, Allocation]]:
+    """Print how the budget is split; return it by share and kind of memory. Raises `MHCError` as `allocate` does."""
     shares = BEST_SHARES if args.share is None else (args.share,)
     table = Table("", *(f"{share:.0%} memory" for share in shares), title=f"{total:,} sparse parameters")
-    for cells in zip(*(_rows(total, _allocations(args, total, share)) for share in shares), strict=True):
+    allocated = {f"{share:g}": _allocations(args, total, share) for share in shares}
+    for cells in zip(*(_rows(total, of_share) for of_share in allocated.values()), strict=True):
         table.add_row(cells[0][0], *(value for _, value in cells))
     Console().print(table)
+    return allocated
 
 
 def _allocations(args: Budget, total: int, share: float) -> dict[str, Allocation]:

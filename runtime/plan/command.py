@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
-import json as json_module
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.output import PLAIN, Output
 from mhc_compile.runtime.plan.arguments import Budget
 
 
@@ -45,9 +45,9 @@ def plan(
     /,
     *overrides: Annotated[str, Parameter(name="SECTION.FIELD=VALUE", help="Fields that differ from the recipe's.")],
     rates: Rates = _DEFAULT,
-    json: Annotated[Path | None, Parameter(help="Write everything that is printed, and more, as JSON.")] = None,
     measure: Annotated[bool, Parameter(help="Measure on this machine instead, and compare.")] = False,
     budget: Budget = _NO_BUDGET,
+    output: Output = PLAIN,
 ) -> int:
     """Say what a recipe takes: memory, time, traffic; or split a parameter budget.
 
@@ -76,15 +76,17 @@ def plan(
     if (recipe is None) == (budget.budget is None):
         raise MHCError("MHC600", "name either a recipe or --budget")
     if recipe is not None:
-        _plan(recipe, overrides, rates, json, measured=measure)
+        _plan(recipe, overrides, rates, output, measured=measure)
     elif budget.budget is not None:
         from mhc_compile.runtime.plan.budget import show
 
-        show(budget, budget.budget)
+        with output.printing():
+            allocated = show(budget, budget.budget)
+        output.write(allocated)
     return 0
 
 
-def _plan(path: Path, overrides: Sequence[str], rates: Rates, out: Path | None, *, measured: bool) -> None:
+def _plan(path: Path, overrides: Sequence[str], rates: Rates, output: Output, *, measured: bool) -> None:
     """Print the plan. Raises what `read_recipe`, `count` and `compare` raise, and MHC641 where it does not fit."""
     from rich.console import Console
 
@@ -96,8 +98,9 @@ def _plan(path: Path, overrides: Sequence[str], rates: Rates, out: Path | None, 
         from mhc_compile.runtime.measure_step import measure, show_measured
 
         figures = measure(recipe)
-        show_measured(figures, Console())
-        _write(out, figures)
+        with output.printing():
+            show_measured(figures, Console())
+        output.write(figures)
         return
     from mhc_compile.runtime.plan.compare import compare, does_not_fit
     from mhc_compile.runtime.plan.model import count
@@ -107,20 +110,16 @@ def _plan(path: Path, overrides: Sequence[str], rates: Rates, out: Path | None, 
     named = rates.hardware or (None if None not in numbers.values() else "b200")
     device = hardware(named, **numbers, network=rates.network, node=rates.node)
     console = Console()
-    with console.status("capturing the model"):
-        counted = count(recipe)
-    with console.status("simulating schedules"):
-        gc.disable()  # millions of tuples without cycles: looking for some takes a third of the time
-        try:
-            compared = compare(recipe, counted, device)
-        finally:
-            gc.enable()
-    show(compared, console)
-    _write(out, plain(compared))
+    with output.printing():
+        with console.status("capturing the model"):
+            counted = count(recipe)
+        with console.status("simulating schedules"):
+            gc.disable()  # millions of tuples without cycles: looking for some takes a third of the time
+            try:
+                compared = compare(recipe, counted, device)
+            finally:
+                gc.enable()
+        show(compared, console)
+    output.write(plain(compared))
     if not compared.fits:
         raise does_not_fit(compared)
-
-
-def _write(path: Path | None, content: Any) -> None:
-    if path is not None:
-        path.write_text(json_module.dumps(content, indent=2) + "\n", encoding="utf-8")
