@@ -18,6 +18,7 @@ from mhc_compile.checkpoint.shards import Shard, TensorInfo, copy_file, read_sha
 from mhc_compile.checkpoint.source import Checkpoint, companions
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.memory.parameters import tables
 from mhc_compile.memory.rows import FileRows, MappedRows
 from mhc_compile.memory.tables import MemoryTable, row_bytes
 from mhc_compile.runtime.checkpoint.folder import RunFolder
@@ -31,7 +32,6 @@ from mhc_compile.runtime.checkpoint.format import (
 )
 from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.recipe import Recipe
-from mhc_compile.runtime.tables import tables_of
 
 CONFIG = "config.json"
 
@@ -132,14 +132,14 @@ def _refuse_another(stored: Stored, model: nn.Module) -> None:
         f"model/{name}": form_of(p.shape, torch.float32 if p.is_floating_point() else p.dtype)
         for name, p in _weights(model, stored).items()
     }
-    weights |= {f"tables/{name}.weight": form_of((t.rows, t.width), t.dtype) for name, t in tables_of(model).items()}
+    weights |= {f"tables/{name}.weight": form_of((t.rows, t.width), t.dtype) for name, t in tables(model)}
     if differences := stored.description.differences(weights):
         raise MHCError("MHC617", f"{stored.folder}: {'; '.join(differences)}")
 
 
 def _weights(model: nn.Module, stored: Stored) -> dict[str, Tensor]:
     """Return the parameters that are not of tables, a tied one by its first name, and the buffers that a run moves."""
-    of_tables = {id(p) for t in tables_of(model).values() for p in t.parameters()}
+    of_tables = {id(p) for _, t in tables(model) for p in t.parameters()}
     weights = {name: p for name, p in model.named_parameters() if id(p) not in of_tables}
     moved = {name: b for name, b in model.named_buffers() if f"model/{name}" in stored.description.tensors}
     return weights | moved
@@ -153,7 +153,7 @@ def _fill(model: nn.Module, stored: Stored, near: Path) -> None:
         for p, value in values.items()
         if isinstance(p, nn.Parameter)
     }
-    for name in tables_of(model):
+    for name, _ in list(tables(model)):
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent).add_module(attribute, stored.table(f"tables/{name}.weight"))
     for module in model.modules():
