@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 
 from mhc_compile.config import Options, stream_spec
 from mhc_compile.diagnostics import MHCError
@@ -18,6 +18,7 @@ from mhc_compile.passes.cost import parse_blocks
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
+Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Part = Annotated[float, Field(ge=0, le=1)]
@@ -85,7 +86,7 @@ class DataTable:
     """The parts of `folder` and of every folder of `mixture` in the samples, in proportion; left out, all alike."""
     validation: str | None = None
     """Tokens to evaluate on."""
-    sequence: PositiveInt
+    sequence: Count
     """S: tokens a sequence."""
     documents: bool = False
     """Whether positions begin again with every document of a sequence: transformers' models attend, and memories look
@@ -112,11 +113,11 @@ class DataTable:
 class TrainTable:
     """`[train]`: How long, how much at a time, and how the weights move."""
 
-    steps: PositiveInt
+    steps: Count
     """Optimizer steps of the whole run."""
-    batch: PositiveInt
+    batch: Count
     """Sequences a step, over all ranks."""
-    microbatch: PositiveInt
+    microbatch: Count
     """Sequences that a stage computes at a time; gradients of a step's microbatches add up."""
     lr: Positive
     """The highest learning rate. Tables of memories have 5 times it; those of UltraMem 4 times, falling to once."""
@@ -140,7 +141,7 @@ class TrainTable:
     """Of random weights and dropout."""
     evaluate_every: NonNegativeInt = 0
     """Steps between evaluations; 0: none."""
-    evaluate_batches: PositiveInt = 8
+    evaluate_batches: Count = 8
     """Batches of the size of a step that an evaluation reads; every evaluation reads the same."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a NaN, an infinity or an exploding loss does: stop with the step's data saved, or skip the step."""
@@ -185,15 +186,15 @@ class DiffusionTable:
 class ParallelTable:
     """`[parallel]`: How the run is spread. There are stages x data x engram ranks."""
 
-    stages: PositiveInt = 1
+    stages: Count = 1
     """Ranks a pipeline."""
-    data: PositiveInt = 1
+    data: Count = 1
     """Replicas of the pipeline, each with its share of every batch."""
-    engram: PositiveInt = 1
+    engram: Count = 1
     """Ranks over which the rows of tables are spread; they are replicas for everything else."""
     schedule: ScheduleName = "1f1b"
     """The order of forward and backward passes; `zbv` and `dualpipev` have two stages a rank, in the shape of a V."""
-    stages_per_rank: PositiveInt = 1
+    stages_per_rank: Count = 1
     """Stages a rank: 1 for `1f1b`, 2 for `zbv` and `dualpipev`, 2 or more for `interleaved1f1b`."""
     mode: Literal["replicate", "fsdp"] = "replicate"
     """Whether replicas hold whole parameters or a shard of each."""
@@ -260,7 +261,7 @@ class CheckpointTable:
     """Written by this run; one that holds a checkpoint of the same run is gone on from."""
     every: NonNegativeInt
     """Steps between checkpoints; 0: one at the end."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """How many of the newest stay."""
     asynchronous: bool = True
     """Whether training goes on while a checkpoint is written."""
@@ -270,7 +271,7 @@ class CheckpointTable:
 class MetricsTable:
     """`[metrics]`: What is written down on the way."""
 
-    every: PositiveInt = 10
+    every: Count = 10
     """Steps between lines of metrics.jsonl."""
     probes_every: NonNegativeInt = 0
     """Steps between measurements of stream separation and composite gain, by layer; 0: none."""
