@@ -32,6 +32,10 @@ class Work(NamedTuple):
     microbatch: int
 
 
+Run = tuple[Work, ...]
+"""Passes that begin together, when all has arrived that they read: one, or a forward and a backward."""
+
+
 class Message(NamedTuple):
     """What a pass of `stage` reads of a neighbouring stage. As an action: begin to receive it, and go on."""
 
@@ -50,11 +54,11 @@ class Message(NamedTuple):
 class Schedule:
     """The actions of every rank in one step. What a pass computes is sent to another rank at once."""
 
-    ranks: tuple[tuple[Work | Message, ...], ...]
+    ranks: tuple[tuple[Run | Message, ...], ...]
     owner: tuple[int, ...]
     """The rank of every stage."""
     blocking: bool
-    """Whether a rank computes on only when what it has sent has arrived."""
+    """Whether a rank waits for what it has sent, before a pass of the other kind and before it sends again."""
 
 
 @lru_cache(maxsize=64)
@@ -95,12 +99,11 @@ def _one_forward_one_backward(rank: int, ranks: int, microbatches: int) -> list[
     return order
 
 
-def _actions(actions: Sequence[Any]) -> Iterator[Work | Message]:
+def _actions(actions: Sequence[Any]) -> Iterator[Run | Message]:
     """Yield passes and receives. What FSDP gathers and reduces is counted for the whole step."""
     for action in actions:
-        for part in action.sub_actions or (action,):  # a forward and a backward that run as one
-            name = part.computation_type.value
-            if name in _PASSES:
-                yield Work(_PASSES[name], part.stage_index, part.microbatch_index)
-            elif name in ("RECV_F", "RECV_B"):
-                yield Message(name == "RECV_B", part.stage_index, part.microbatch_index)
+        kind, parts = action.computation_type.value, action.sub_actions or (action,)
+        if kind in ("RECV_F", "RECV_B"):
+            yield Message(kind == "RECV_B", action.stage_index, action.microbatch_index)
+        elif parts[0].computation_type.value in _PASSES:
+            yield tuple(Work(_PASSES[a.computation_type.value], a.stage_index, a.microbatch_index) for a in parts)

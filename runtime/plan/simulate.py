@@ -119,23 +119,32 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link | Links)
         done.sent[ends[0]] += size
         done.messages[ends[0]] += 1
 
+    def wait(rank: int, message: Message | None) -> Iterator[None]:
+        while message is not None and message not in arrived:
+            yield
+        now[rank] = max(now[rank], arrived[message] if message is not None else 0.0)
+
     def run(rank: int) -> Iterator[None]:
         """Perform the actions of a rank, and yield while it waits."""
-        unread: Message | None = None
+        before: Work | None = None
         for action in schedule.ranks[rank]:
             if isinstance(action, Message):
                 post(action, costs[min(action.stage, action.source)].sent, now[rank])
                 continue
-            for message in (_read(action, owner), unread if schedule.blocking else None):
-                while message is not None and message not in arrived:
-                    yield
-                now[rank] = max(now[rank], arrived[message] if message is not None else 0.0)
-            seconds = seconds_of[action.stage][action.kind]
-            done.works.append(Timed(action, rank, now[rank], now[rank] + seconds))
-            now[rank] += seconds
-            done.busy[rank] += seconds
-            if (unread := _sent(action, owner)) is not None:
-                post(unread, costs[min(unread.stage, unread.source)].sent, now[rank])
+            for work in action:
+                yield from wait(rank, _read(work, owner))
+            unread = _sent(before, owner) if before is not None and schedule.blocking else None
+            if before is not None and before.kind != action[0].kind:
+                yield from wait(rank, unread)
+            for work in action:
+                seconds = seconds_of[work.stage][work.kind]
+                done.works.append(Timed(work, rank, now[rank], now[rank] + seconds))
+                now[rank] += seconds
+                done.busy[rank] += seconds
+                yield from wait(rank, unread)
+                if (sent := _sent(work, owner)) is not None:
+                    post(sent, costs[min(sent.stage, sent.source)].sent, now[rank])
+            before = action[-1]
 
     waiting = [run(rank) for rank in range(count)]
     while waiting:
