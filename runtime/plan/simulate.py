@@ -98,7 +98,6 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link | Links)
     A forward and a backward that are one action take as long as one after the other.
     """
     owner, count = schedule.owner, len(schedule.ranks)
-    assert len(costs) == len(owner)
     between = (lambda *_: link) if isinstance(link, Link) else link
     seconds_of = [{kind: cost.seconds(kind) for kind in get_args(Pass)} for cost in costs]
     done = Simulated([0.0] * count, [0.0] * count, [0] * count, [], [0] * count, [0] * count)
@@ -107,14 +106,14 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link | Links)
     arrived: dict[Message, float] = {}
     free: defaultdict[tuple[int, int], float] = defaultdict(float)
 
-    def post(message: Message, size: int, time: float) -> None:
+    def post(message: Message, rank: int) -> None:
         """Say that one side of a message is ready. Those between two ranks are sent and received in one order."""
         if message not in posted:
-            posted[message] = time
+            posted[message] = now[rank]
             return
         ends = owner[message.source], owner[message.stage]
-        used = between(*ends)
-        begin = max(time, posted[message], free[ends])
+        size, used = costs[min(message.source, message.stage)].sent, between(*ends)
+        begin = max(now[rank], posted[message], free[ends])
         free[ends] = arrived[message] = begin + used.latency + size / used.bandwidth
         done.sent[ends[0]] += size
         done.messages[ends[0]] += 1
@@ -129,7 +128,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link | Links)
         before: Work | None = None
         for action in schedule.ranks[rank]:
             if isinstance(action, Message):
-                post(action, costs[min(action.stage, action.source)].sent, now[rank])
+                post(action, rank)
                 continue
             for work in action:
                 yield from wait(rank, _read(work, owner))
@@ -143,7 +142,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link | Links)
                 done.busy[rank] += seconds
                 yield from wait(rank, unread)
                 if (sent := _sent(work, owner)) is not None:
-                    post(sent, costs[min(sent.stage, sent.source)].sent, now[rank])
+                    post(sent, rank)
             before = action[-1]
 
     waiting = [run(rank) for rank in range(count)]
