@@ -107,14 +107,14 @@ def _plan(path: Path, overrides: Sequence[str], rates: Rates, out: Path | None, 
     named = rates.hardware or (None if None not in numbers.values() else "b200")
     device = hardware(named, **numbers, network=rates.network, node=rates.node)
     console = Console()
-    with console.status("capturing the model"):
-        counted = count(recipe)
-    with console.status("simulating schedules"):
-        gc.disable()  # millions of tuples without cycles: looking for some takes a third of the time
-        try:
+    gc.disable()  # millions of objects with few cycles: looking for some takes a tenth of the time
+    try:
+        with console.status("capturing the model"):
+            counted = count(recipe)
+        with console.status("simulating schedules"):
             compared = compare(recipe, counted, device)
-        finally:
-            gc.enable()
+    finally:
+        gc.enable()
     show(compared, console)
     _write(out, plain(compared))
     if not compared.fits:
