@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from mhc_compile.checkpoint.manifest import NAME as MANIFEST
 from mhc_compile.checkpoint.saving import save_pretrained
@@ -19,20 +18,20 @@ from mhc_compile.checkpoint.shards import Shard, TensorInfo, copy_file, read_sha
 from mhc_compile.checkpoint.source import Checkpoint, companions
 from mhc_compile.checkpoint.staging import check_target, staged
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.memory.parameters import tables
 from mhc_compile.memory.rows import FileRows, MappedRows
 from mhc_compile.memory.tables import MemoryTable, row_bytes
 from mhc_compile.runtime.checkpoint.folder import RunFolder
 from mhc_compile.runtime.checkpoint.format import (
     Description,
+    StoredChunk,
     chunk_key,
-    file_of,
     form_of,
     read_description,
     verify_file,
 )
 from mhc_compile.runtime.model import hollow_model
 from mhc_compile.runtime.recipe import Recipe
-from mhc_compile.runtime.tables import tables_of
 
 CONFIG = "config.json"
 
@@ -85,12 +84,12 @@ class Stored:
         description = read_description(folder)
         for name in description.files:
             verify_file(folder, description, name)
-        files = {file_of(chunk) for t in description.tensors.values() for chunk in t.chunks}
+        files = {chunk.file for t in description.tensors.values() for chunk in t.chunks}
         return cls(folder, description, {name: read_shard(folder / name) for name in files})
 
-    def place(self, name: str, chunk: ChunkStorageMetadata) -> TensorInfo:
+    def place(self, name: str, chunk: StoredChunk) -> TensorInfo:
         """Return where the bytes of a part of tensor `name` lie in its file."""
-        return self.headers[file_of(chunk)].tensors[chunk_key(name, chunk.offsets)]
+        return self.headers[chunk.file].tensors[chunk_key(name, chunk.offsets)]
 
     def tensor(self, name: str, near: Path) -> Tensor:
         """Return a tensor whose memory is a file: the checkpoint's, or one in `near` that joins several parts."""
@@ -98,33 +97,33 @@ class Stored:
         parts = [self._part(name, chunk) for chunk in stored.chunks]
         if len(parts) == 1:
             return parts[0]
-        dtype = stored.properties.dtype
-        size = math.prod(stored.size) * dtype.itemsize
+        dtype = stored.torch_dtype
+        size = math.prod(stored.shape) * dtype.itemsize
         with tempfile.TemporaryFile(dir=near) as file:  # without a name: its room is free when the tensor is gone
             raw = np.memmap(file, np.uint8, "w+", shape=(size,))
-        whole = torch.from_numpy(raw).view(dtype).view(stored.size)
+        whole = torch.from_numpy(raw).view(dtype).view(stored.shape)
         for chunk, part in zip(stored.chunks, parts, strict=True):
-            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.shape, strict=True))] = part
         return whole
 
     def table(self, name: str) -> MemoryTable:
         """Return a table over the checkpoint's files, in which ranks have left runs of whole rows."""
         stored = self.description.tensors[name]
-        (rows, width), dtype = stored.size, stored.properties.dtype
+        (rows, width), dtype = stored.shape, stored.torch_dtype
         files = [
-            FileRows(self.folder / file_of(chunk), chunk.sizes[0], (self.place(name, chunk).start,))
+            FileRows(self.folder / chunk.file, chunk.shape[0], (self.place(name, chunk).start,))
             for chunk in sorted(stored.chunks, key=lambda c: c.offsets)
         ]
         mapped = MappedRows(files, row_bytes(width, dtype))
         return MemoryTable(rows, width, dtype=dtype, storage="mapped", files=mapped)
 
-    def _part(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        info, dtype = self.place(name, chunk), self.description.tensors[name].properties.dtype
+    def _part(self, name: str, chunk: StoredChunk) -> Tensor:
+        info, dtype = self.place(name, chunk), self.description.tensors[name].torch_dtype
         if info.end == info.start:  # nothing to map
-            return torch.empty(chunk.sizes, dtype=dtype)
+            return torch.empty(chunk.shape, dtype=dtype)
         # Each its own map, which copies what is written to: transformers takes tensors that share one for tied.
-        raw = np.memmap(self.folder / file_of(chunk), np.uint8, "c", offset=info.start, shape=(info.end - info.start,))
-        return torch.from_numpy(raw).view(dtype).view(chunk.sizes)
+        raw = np.memmap(self.folder / chunk.file, np.uint8, "c", offset=info.start, shape=(info.end - info.start,))
+        return torch.from_numpy(raw).view(dtype).view(chunk.shape)
 
 
 def _refuse_another(stored: Stored, model: nn.Module) -> None:
@@ -133,14 +132,14 @@ def _refuse_another(stored: Stored, model: nn.Module) -> None:
         f"model/{name}": form_of(p.shape, torch.float32 if p.is_floating_point() else p.dtype)
         for name, p in _weights(model, stored).items()
     }
-    weights |= {f"tables/{name}.weight": form_of((t.rows, t.width), t.dtype) for name, t in tables_of(model).items()}
+    weights |= {f"tables/{name}.weight": form_of((t.rows, t.width), t.dtype) for name, t in tables(model)}
     if differences := stored.description.differences(weights):
         raise MHCError("MHC617", f"{stored.folder}: {'; '.join(differences)}")
 
 
 def _weights(model: nn.Module, stored: Stored) -> dict[str, Tensor]:
     """Return the parameters that are not of tables, a tied one by its first name, and the buffers that a run moves."""
-    of_tables = {id(p) for t in tables_of(model).values() for p in t.parameters()}
+    of_tables = {id(p) for _, t in tables(model) for p in t.parameters()}
     weights = {name: p for name, p in model.named_parameters() if id(p) not in of_tables}
     moved = {name: b for name, b in model.named_buffers() if f"model/{name}" in stored.description.tensors}
     return weights | moved
@@ -154,7 +153,7 @@ def _fill(model: nn.Module, stored: Stored, near: Path) -> None:
         for p, value in values.items()
         if isinstance(p, nn.Parameter)
     }
-    for name in tables_of(model):
+    for name, _ in list(tables(model)):
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent).add_module(attribute, stored.table(f"tables/{name}.weight"))
     for module in model.modules():

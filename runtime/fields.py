@@ -55,8 +55,8 @@ def checked(kind: Any, name: str, value: Any) -> Any:
         raise MHCError("MHC602", f"{name}.{first['loc'][0]} is missing", way_out=f"write it under [{name}]")
     if isinstance(value, Mapping):
         field = str(first["loc"][0])
-        name, value, kind = f"{name}.{field}", value[field], get_type_hints(kind)[field]
-    raise MHCError("MHC602", f"{name} = {_spell(value)}; wanted: {_words(TypeAdapter(kind).json_schema())}")
+        name, value, kind = f"{name}.{field}", value[field], get_type_hints(kind, include_extras=True)[field]
+    raise MHCError("MHC602", f"{name} = {_spell(value)}; wanted: {_wanted(TypeAdapter(kind).json_schema())}")
 
 
 def unknown(name: str, known: Sequence[str]) -> MHCError:
@@ -77,7 +77,7 @@ def describe(cls: type[Any], section: str, *, leave_out: Iterable[str] = ()) -> 
     described = []
     for name, field in schema(cls, leave_out=leave_out)["properties"].items():
         default = "" if "default" not in field else "-" if field["default"] is None else _spell(field["default"])
-        described.append(Described(section, name, _words(field), default, field["description"]))
+        described.append(Described(section, name, _wanted(field), default, field["description"]))
     return described
 
 
@@ -95,11 +95,17 @@ def schema(cls: type[Any], *, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     return {"type": "object", "description": text, "properties": properties, "additionalProperties": False} | required
 
 
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
 _KINDS = {"integer": "a whole number", "number": "a number", "string": "a text", "boolean": "true or false"}
 
 
+def _wanted(field: Mapping[str, Any]) -> str:
+    """Return what may be written for a field of a JSON schema, in words, with its bounds."""
+    return ", ".join([_words(field), *(f"{words} {field[key]:g}" for key, words in _BOUNDS.items() if key in field)])
+
+
 def _words(field: Mapping[str, Any]) -> str:
-    """Return what may be written for a field of a JSON schema, in words."""
+    """Return what may be written for a field of a JSON schema, in words, without bounds."""
     if "anyOf" in field:
         return " | ".join(_words(option) for option in field["anyOf"] if option != {"type": "null"})
     if "enum" in field or "const" in field:

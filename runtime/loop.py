@@ -31,7 +31,7 @@ from mhc_compile.runtime.recipe import Recipe
 from mhc_compile.runtime.schedules import TARGETS
 from mhc_compile.runtime.state import restore, training_state
 from mhc_compile.runtime.summary import summary
-from mhc_compile.runtime.usage import Profiler, flops_per_token, peak_flops, peak_memory
+from mhc_compile.runtime.usage import flops_per_token, peak_flops, peak_memory, profiler
 
 
 @dataclass(frozen=True)
@@ -172,38 +172,35 @@ class _Run:
         """Run the steps after `start`, to the last one or to a signal."""
         recipe, optimizer = self.recipe, self.engine.optimizer
         ended: Literal["done", "stopped"] = "done"
-        profiler = Profiler(recipe, self.world.rank, start)
-        for step in range(start + 1, recipe.train.steps + 1):
-            profiler.begin(step)
-            batch = self.loader.batch(step - 1)
-            result = self.engine.gradients(batch, step, stop=self.stop.is_set())
-            verdict = self.guard.check(
-                step,
-                result.loss,
-                result.norm,
-                batch if self.world.pipe == 0 else None,
-                {"step": step, "replica": self.world.replica, **self.loader.describe()},
-            )
-            figures = {"loss": result.loss, "grad_norm": result.norm}
-            if self.engine.program.auxiliary:
-                figures["auxiliary_loss"] = result.auxiliary
-            if verdict == "ok":
-                figures["lr"] = self.engine.update(step, result)
-            else:
-                optimizer.skip()
-            metrics.progress(step, result.loss, recipe.train.batch * recipe.data.sequence)
-            self._measure(step, batch, figures, metrics, result.loads)
-            last = result.stop or step == recipe.train.steps
-            if path := profiler.end(step, ends=last):
-                metrics.say(f"the profiler's trace is {path}")
-            if last or self.checkpoints.due(step):
-                state = training_state(self.engine.stages, optimizer, self._progress(step))
-                with self.world.patience(f"saving after step {step}"):
-                    self.checkpoints.save(step, state)
-            if result.stop and step < recipe.train.steps:
-                metrics.say(f"stopped after step {step}; the same command resumes from there")
-                ended = "stopped"
-                break
+        with profiler(recipe, self.world.rank, start, metrics.say) as profiling:
+            for step in range(start + 1, recipe.train.steps + 1):
+                batch = self.loader.batch(step - 1)
+                result = self.engine.gradients(batch, step, stop=self.stop.is_set())
+                verdict = self.guard.check(
+                    step,
+                    result.loss,
+                    result.norm,
+                    batch if self.world.pipe == 0 else None,
+                    {"step": step, "replica": self.world.replica, **self.loader.describe()},
+                )
+                figures = {"loss": result.loss, "grad_norm": result.norm}
+                if self.engine.program.auxiliary:
+                    figures["auxiliary_loss"] = result.auxiliary
+                if verdict == "ok":
+                    figures["lr"] = self.engine.update(step, result)
+                else:
+                    optimizer.skip()
+                metrics.progress(step, result.loss, recipe.train.batch * recipe.data.sequence)
+                self._measure(step, batch, figures, metrics, result.loads)
+                profiling.step()
+                if result.stop or step == recipe.train.steps or self.checkpoints.due(step):
+                    state = training_state(self.engine.stages, optimizer, self._progress(step))
+                    with self.world.patience(f"saving after step {step}"):
+                        self.checkpoints.save(step, state)
+                if result.stop and step < recipe.train.steps:
+                    metrics.say(f"stopped after step {step}; the same command resumes from there")
+                    ended = "stopped"
+                    break
         with self.world.patience("writing the last checkpoint"):
             self.checkpoints.wait()
         return Result(step, result.loss, ended)

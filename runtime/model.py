@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,20 +155,27 @@ def _fill_buffers(model: Any, path: str, module: nn.Module) -> None:
 def _read_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Set the buffers that checkpoints hold, also under names of old. Raises MHC402 where the folder lacks one."""
     kept = {name: t for name, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
+    for name, values in stored_values(checkpoint, kept):
+        kept.pop(name).copy_(values)
+    if kept:
+        raise MHCError("MHC402", f"{checkpoint.folder} holds no {next(iter(kept))}")
+
+
+def stored_values(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a checkpoint's files that are called `names`, one at a time.
+
+    For those that transformers renames or merges (experts) it loads the whole model. What is nowhere is left out.
+    """
     files = {name: shard.path for shard in checkpoint.shards for name in shard.tensors}
-    renamed: dict[str, Tensor] = {}
-    if not kept.keys() <= files.keys():
+    renamed = [name for name in names if name not in files]
+    for name in [name for name in names if name in files]:
+        with safe_open(files[name], framework="pt") as file:
+            yield name, file.get_tensor(name)
+    if renamed:
         with quiet(transformers_module()):
             loaded, report = load_by_transformers(checkpoint, model_class(checkpoint.config), {})
-        renamed = {name: t for name, t in loaded.named_buffers() if name not in report["missing_keys"]}
-    for name, buffer in kept.items():
-        if name in files:
-            with safe_open(files[name], framework="pt") as file:
-                buffer.copy_(file.get_tensor(name))
-        elif name in renamed:
-            buffer.copy_(renamed[name])
-        else:
-            raise MHCError("MHC402", f"{checkpoint.folder} holds no {name}")
+        values = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+        yield from ((n, values[n].detach()) for n in renamed if n in values and n not in report["missing_keys"])
 
 
 def _hollow(model: nn.Module, device: torch.device | str) -> nn.Module:

@@ -1,20 +1,16 @@
 """Pipeline actions that use the time in which a gradient is on its way.
 
     a backward       the recomputation that it reads first begins before its gradient is waited for
-    an overlapped    (`OVERLAP_F_B` of DualPipeV, DeepSeek-V3, arXiv 2412.19437, 3.2.1) both halves at once: on a GPU on
-    forward and      two streams, on a CPU with cores to spare in two threads, else one after the other; the forward's
-    backward         result is sent as soon as it is there, not after the backward
+    an overlapped    (`OVERLAP_F_B` of DualPipeV, DeepSeek-V3, arXiv 2412.19437, 3.2.1) both halves at once, on two
+    forward and      streams, where there is a GPU; the forward's result is sent as soon as it is there, not after the
+    backward         backward
 
 Results equal those of torch's runtime bit by bit: the halves share no value, and each sum is made by one of them alone.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -64,13 +60,6 @@ def register(schedule: _PipelineScheduleRuntime) -> None:
     schedule.register_custom_function(OVERLAP_F_B, actions.overlap)
 
 
-def spare_cores() -> bool:
-    """Return whether every rank of this machine has two cores for each thread that it computes with."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores >= 2 * ranks * torch.get_num_threads()
-
-
 class Actions:
     """The actions of one rank's schedule, as torch's `_PipelineScheduleRuntime._step_microbatches` performs them."""
 
@@ -85,7 +74,6 @@ class Actions:
         self._aside: dict[Key, torch.cuda.Stream] = {}
         """The stream of each forward that did not run on the main one: there autograd runs its backward, too."""
         self._stream: torch.cuda.Stream | None = None
-        self._worker: Worker | None = None
 
     def take_sends(self) -> None:
         """Remove from this rank's list the sends of forwards right after their overlapped action, and their waits.
@@ -200,21 +188,13 @@ class Actions:
 
         stages = self.stages.values()
         # With FSDP both halves gather parameters, which must happen in one order on all ranks.
-        at_once = not any(isinstance(s.submod, FSDPModule) for s in stages)
-        if at_once and all(s.device.type == "cuda" for s in stages):
+        if all(s.device.type == "cuda" and not isinstance(s.submod, FSDPModule) for s in stages):
             self._on_streams(forwards, rest, forward, backward)
             return
-        worker = None
-        if at_once and spare_cores():
-            worker = self._worker = self._worker or Worker()
-        forwarding = worker.submit(forward) if worker is not None else None
         for a in rest:
             self._begin(a)
-        if forwarding is None:
-            forward()
+        forward()
         backward()
-        if forwarding is not None:
-            forwarding.result()
 
     def _on_streams(self, forwards: Sequence[_Action], rest: Sequence[_Action], forward: Half, backward: Half) -> None:
         """Run each half on a stream of its own: the backward on that of its forward, where autograd runs it anyway.
@@ -240,28 +220,3 @@ class Actions:
 
 def _key(action: _Action) -> Key:
     return action.stage_index, -1 if action.microbatch_index is None else action.microbatch_index
-
-
-class Worker:
-    """A thread that runs functions one after the other. It does not keep a failing process alive."""
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Half, bool, Future[None]]] = SimpleQueue()
-        threading.Thread(target=self._work, name="mhc-overlap", daemon=True).start()
-
-    def submit(self, half: Half) -> Future[None]:
-        """Run `half` with gradients on or off as they are here."""
-        future: Future[None] = Future()
-        self._queue.put((half, torch.is_grad_enabled(), future))
-        return future
-
-    def _work(self) -> None:
-        while True:
-            half, gradients, future = self._queue.get()
-            try:
-                with torch.set_grad_enabled(gradients):
-                    half()
-            except BaseException as error:  # raised again by whoever waits for the result
-                future.set_exception(error)
-            else:
-                future.set_result(None)

@@ -19,6 +19,7 @@ from mhc_compile.integrations.transformers import IDS, LABELS, without_cache
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import attention_of
 from mhc_compile.passes.base import Context, is_tensor, module_path, op_name, value
+from mhc_compile.passes.graphs import ancestors
 from mhc_compile.passes.pipeline import WIDENING, Pipeline
 from mhc_compile.passes.routers import count_loads, find_routers, only_chooses
 from mhc_compile.passes.stages import outputs_of, site_nodes
@@ -149,7 +150,7 @@ def _auxiliary_loss(graph: GraphModule, labels: str) -> Node | None:
         raise MHCError("MHC609", f"the forward returns {len(losses)} losses of its labels")
     terms = _terms(losses[0])
     free = [term for term in terms if term not in of_labels]
-    above = set().union(*(_above(term) for term in terms if term in of_labels))
+    above = ancestors(term for term in terms if term in of_labels)
     if mixed := [n for n in _scalars(graph) if n not in of_labels and n in above]:
         raise MHCError("MHC609", f"{losses[0].name} is no sum with a multiple of {mixed[0].name}")
     if not free:
@@ -167,18 +168,6 @@ def _terms(loss: Node) -> list[Node]:
     if op_name(loss) not in ("add", "iadd", "add_") or not all(isinstance(a, Node) for a in loss.args) or loss.kwargs:
         return [loss]
     return [term for operand in loss.all_input_nodes for term in _terms(operand)]
-
-
-def _above(node: Node) -> set[Node]:
-    """Return all that a node is computed from."""
-    found: set[Node] = set()
-    ahead = [node]
-    while ahead:
-        for n in ahead.pop().all_input_nodes:
-            if n not in found:
-                found.add(n)
-                ahead.append(n)
-    return found
 
 
 def _keep_logits(graph: GraphModule, vocabulary: int | None, auxiliary: Node | None) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, NonNegativeInt
 
 from mhc_compile.config import Options, stream_spec
 from mhc_compile.diagnostics import MHCError
@@ -16,6 +18,10 @@ from mhc_compile.passes.cost import parse_blocks
 
 ScheduleName = Literal["1f1b", "interleaved1f1b", "zbv", "dualpipev"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Part = Annotated[float, Field(ge=0, le=1)]
 ConventionName = Literal["paper", "deepseek_v4", "glm5_next", "megatron_main", "liger", "hy_v4", "deepseek_v41"]
 
 
@@ -83,19 +89,18 @@ class DataTable:
     """The parts of `folder` and of every folder of `mixture` in the samples, in proportion; left out, all alike."""
     validation: str | None = None
     """Tokens to evaluate on."""
-    sequence: int
+    sequence: Count
     """S: tokens a sequence."""
     documents: bool = False
     """Whether positions begin again with every document of a sequence: transformers' models attend, and memories look
     n-grams up, within documents alone then, and a document's first token does not count in the loss. False: a sequence
     is read as one text."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of the order of sequences."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Threads a rank that read ahead; 0: the rank itself reads."""
 
     def __post_init__(self) -> None:
-        _at_least("data", self, sequence=1, seed=0, workers=0)
         total, count = sum(self.weights), len(self.folders)
         fits = not self.weights or (len(self.weights) == count and min(self.weights) >= total / 1000 > 0)
         what = f"{count} numbers above 0, one a folder, none below a thousandth of all"
@@ -111,35 +116,35 @@ class DataTable:
 class TrainTable:
     """`[train]`: How long, how much at a time, and how the weights move."""
 
-    steps: int
+    steps: Count
     """Optimizer steps of the whole run."""
-    batch: int
+    batch: Count
     """Sequences a step, over all ranks."""
-    microbatch: int
+    microbatch: Count
     """Sequences that a stage computes at a time; gradients of a step's microbatches add up."""
-    lr: float
+    lr: Positive
     """The highest learning rate. Tables of memories have 5 times it; those of UltraMem 4 times, falling to once."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How the learning rate falls after the warm-up; `wsd` (warm-up, stable, decay) falls at the end alone."""
-    decay: float = 0.1
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The part of all steps in which `wsd` falls, linearly."""
-    warmup: int = 0
+    warmup: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly from 0 to `lr`."""
-    final: float = 0.1
+    final: Part = 0.1
     """Where cosine, linear and wsd end, as a part of `lr`."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Of matrices; vectors, coefficients of streams and tables have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW's moments."""
-    clip: float = 1.0
+    clip: NonNegative = 1.0
     """The largest norm of all gradients together, tables included; 0: no clipping."""
-    balance_rate: float = 0.001
+    balance_rate: NonNegative = 0.001
     """How far a step moves the biases that balance experts, where the model has such (DeepSeek-V3); 0: they stay."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of random weights and dropout."""
-    evaluate_every: int = 0
+    evaluate_every: NonNegativeInt = 0
     """Steps between evaluations; 0: none."""
-    evaluate_batches: int = 8
+    evaluate_batches: Count = 8
     """Batches of the size of a step that an evaluation reads; every evaluation reads the same."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a NaN, an infinity or an exploding loss does: stop with the step's data saved, or skip the step."""
@@ -149,15 +154,9 @@ class TrainTable:
     """Steps that torch's profiler records, `"10-12"`: a Chrome trace a rank in the folder `profile` of metrics."""
 
     def __post_init__(self) -> None:
-        _at_least("train", self, steps=1, batch=1, microbatch=1, warmup=0, clip=0, seed=0, weight_decay=0)
-        require(self.balance_rate >= 0, "train.balance_rate", self.balance_rate, "at least 0")
-        _at_least("train", self, evaluate_every=0, evaluate_batches=1)
-        require(self.lr > 0, "train.lr", self.lr, "greater than 0")
         require(self.warmup <= self.steps, "train.warmup", self.warmup, f"at most train.steps = {self.steps}")
-        require(0 <= self.final <= 1, "train.final", self.final, "from 0 to 1")
         require(all(0 <= b < 1 for b in self.betas), "train.betas", list(self.betas), "from 0, below 1")
         require(self.explode == 0 or self.explode > 1, "train.explode", self.explode, "0, or greater than 1")
-        require(0 < self.decay <= 1, "train.decay", self.decay, "above 0, at most 1")
         if self.schedule == "wsd":
             most = 1 - self.warmup / self.steps
             require(self.decay <= most, "train.decay", self.decay, f"at most {most:.3g}, the steps after the warm-up")
@@ -179,43 +178,38 @@ class DiffusionTable:
     attention: str
     """What positions see: with `block:16` their block of 16 and all blocks before it, with `bidirectional`
     everything."""
-    mask_token: int | None = None
+    mask_token: NonNegativeInt | None = None
     """The id of the mask token; left out, the one that the tokenizer names."""
 
     def __post_init__(self) -> None:
         Options(attention=self.attention)
-        if self.mask_token is not None:
-            _at_least("diffusion", self, mask_token=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelTable:
     """`[parallel]`: How the run is spread. There are stages x data x engram ranks."""
 
-    stages: int = 1
+    stages: Count = 1
     """Ranks a pipeline."""
-    data: int = 1
+    data: Count = 1
     """Replicas of the pipeline, each with its share of every batch."""
-    engram: int = 1
+    engram: Count = 1
     """Ranks over which the rows of tables are spread; they are replicas for everything else."""
     schedule: ScheduleName = "1f1b"
     """The order of forward and backward passes; `zbv` and `dualpipev` have two stages a rank, in the shape of a V."""
-    stages_per_rank: int = 1
+    stages_per_rank: Count = 1
     """Stages a rank: 1 for `1f1b`, 2 for `zbv` and `dualpipev`, 2 or more for `interleaved1f1b`."""
     mode: Literal["replicate", "fsdp"] = "replicate"
     """Whether replicas hold whole parameters or a shard of each."""
     balance: Literal["model", "measure"] | tuple[int, ...] = "model"
     """Where stages are cut: by the cost model (operations; on accelerators the time of what is computed and moved), by
     a measurement, or by the number of sites of every stage."""
-    timeout: float = 600.0
+    timeout: Positive = 600.0
     """Seconds after which a peer is lost that does not answer in a step, or gives no sign of life at any time."""
-    patience: float = 3600.0
+    patience: Positive = 3600.0
     """Seconds that ranks wait for one that compiles, or reads or writes weights, and gives signs of life."""
 
     def __post_init__(self) -> None:
-        _at_least("parallel", self, stages=1, data=1, engram=1, stages_per_rank=1)
-        require(self.timeout > 0, "parallel.timeout", self.timeout, "greater than 0")
-        require(self.patience > 0, "parallel.patience", self.patience, "greater than 0")
         if isinstance(self.balance, tuple):
             fits = len(self.balance) == self.stage_count and all(b >= 1 for b in self.balance)
             what = f"{self.stage_count} numbers of at least 1, one a stage"
@@ -268,24 +262,21 @@ class CheckpointTable:
 
     folder: str
     """Written by this run; one that holds a checkpoint of the same run is gone on from."""
-    every: int
+    every: NonNegativeInt
     """Steps between checkpoints; 0: one at the end."""
-    keep: int = 2
+    keep: Count = 2
     """How many of the newest stay."""
     asynchronous: bool = True
     """Whether training goes on while a checkpoint is written."""
-
-    def __post_init__(self) -> None:
-        _at_least("checkpoint", self, every=0, keep=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsTable:
     """`[metrics]`: What is written down on the way."""
 
-    every: int = 10
+    every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    probes_every: int = 0
+    probes_every: NonNegativeInt = 0
     """Steps between measurements of stream separation and composite gain, by layer; 0: none."""
     tensorboard: bool = False
     """Whether the same goes to TensorBoard's files."""
@@ -293,15 +284,6 @@ class MetricsTable:
     """The project at Weights & Biases that the same goes to; `WANDB_MODE=offline` keeps it in files of `folder`."""
     folder: str | None = None
     """Left out: checkpoint.folder."""
-
-    def __post_init__(self) -> None:
-        _at_least("metrics", self, every=1, probes_every=0)
-
-
-def _at_least(section: str, table: object, **least: int) -> None:
-    for name, bound in least.items():
-        value = getattr(table, name)
-        require(value >= bound, f"{section}.{name}", value, f"at least {bound}")
 
 
 def require(fits: bool, name: str, value: Any, wanted: str) -> None:

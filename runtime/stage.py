@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from mhc_compile.capture import private_copy
 from mhc_compile.config import Options
 from mhc_compile.integrations.transformers import IDS
 from mhc_compile.kernels.memory.engram import layers_of
@@ -21,7 +22,7 @@ from mhc_compile.passes.pipeline import Pipeline
 from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.stages import Piece, outputs_of, site_nodes, split_graph
 from mhc_compile.runtime.program import Program
-from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit, copy_graph
+from mhc_compile.runtime.unit import Compiled, FromPrevious, ModelInput, Owned, Source, Unit
 
 Units = Literal["stage", "blocks"]
 TableFactory = Callable[[int, int, torch.dtype, str], MemoryTable]
@@ -320,7 +321,7 @@ def plain_table(rows: int, width: int, dtype: torch.dtype, storage: str) -> Memo
 def tagged(graph: GraphModule, options: Options) -> GraphModule:
     """Return a copy of a stage's graph with its recompute blocks chosen. Raises MHC626 for bytes that nothing fits."""
     passes = () if options.recompute == "off" else (Recompute(options.recompute, options.kinds),)
-    return Pipeline(passes).run(copy_graph(graph), Context(), debug=options.debug, provided=("dialect",))
+    return Pipeline(passes).run(private_copy(graph), Context(), debug=options.debug, provided=("dialect",))
 
 
 def _unit_starts(graph: GraphModule) -> list[int]:

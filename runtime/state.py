@@ -83,7 +83,7 @@ def restore(
         name, _, key = moment.rpartition(".")
         if section == "optimizer" and name in weights:
             (p, *_), table = weights[name]
-            value = optimizer.state[p][key] = _like(p, table, stored.size, stored.properties.dtype)
+            value = optimizer.state[p][key] = _like(p, table, stored.shape, stored.torch_dtype)
             state["optimizer"][moment] = _piece(value, table)
     checkpoints.load(description, state)
     with torch.no_grad():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mhc_compile.memory.parameters import tables
 from mhc_compile.passes.stages import split_graph
 from mhc_compile.runtime.data.shards import open_data
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
-from mhc_compile.runtime.tables import tables_of
 
 
 def summary(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str]:
@@ -18,9 +18,8 @@ def summary(recipe: Recipe, program: Program, starts: Sequence[int]) -> list[str
     """
     p, t = recipe.parallel, recipe.train
     trained = sum(q.numel() for q in program.parameters.values() if q.requires_grad)
-    tables = tables_of(program.model).values()
-    rows = sum(t.rows * t.width for t in tables)
-    more = f" and {_short(rows)} in {len(tables)} table{'s' * (len(tables) > 1)}" if tables else ""
+    sizes = [table.rows * table.width for _, table in tables(program.model)]
+    more = f" and {_short(sum(sizes))} in {len(sizes)} table{'s' * (len(sizes) > 1)}" if sizes else ""
     tokens = t.batch * recipe.data.sequence
     mixed = [open_data(folder).tokens for folder in recipe.data.folders]
     parts = recipe.data.weights or [1.0] * len(mixed)

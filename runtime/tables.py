@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mhc_compile.memory.parameters import tables
 from mhc_compile.memory.sharded import ShardedTable
 from mhc_compile.memory.tables import MemoryTable, Storage
 from mhc_compile.runtime.stage import TableFactory, plain_table
@@ -28,17 +29,12 @@ def table_factory(group: dist.ProcessGroup | None) -> TableFactory:
     return make
 
 
-def tables_of(model: nn.Module) -> dict[str, MemoryTable]:
-    """Return the tables of `model` by their names."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, MemoryTable)}
-
-
 def look_up_early(model: nn.Module) -> None:
     """Let graphs that are captured from `model` from now on begin look-ups as soon as their rows are known.
 
     For tables on the compute device that will be sharded: rows are exchanged while the layers before the memory run.
     """
-    for table in tables_of(model).values():
+    for _, table in tables(model):
         table.early = True
 
 
@@ -48,7 +44,7 @@ def shard_tables(model: nn.Module, group: dist.ProcessGroup) -> None:
     The rows of tables on the meta device are not set. A collective; make optimizers, and compile, afterwards. Raises
     MHC630 where the ranks' models differ, and MHC228 for mapped tables.
     """
-    for path, table in tables_of(model).items():
+    for path, table in list(tables(model)):
         shard = ShardedTable(
             table.rows,
             table.width,

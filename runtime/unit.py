@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from mhc_compile.backend import compile_inner
+from mhc_compile.capture import private_copy
 from mhc_compile.config import Options, lowering
 from mhc_compile.passes.base import Context, op_name, value
 from mhc_compile.passes.stages import Piece, counters_of, dropout_of, is_random
@@ -143,7 +144,7 @@ class Unit(nn.Module):
         return self._compiled[trains]
 
     def _compile(self, arguments: Sequence[Tensor], trains: bool) -> Compiled:
-        gm = copy_graph(self.piece.graph) if trains else without_dropout(self.piece.graph)
+        gm = private_copy(self.piece.graph) if trains else without_dropout(self.piece.graph)
         text = "" if self.split else signature(gm)
         if text and text in self._shared:
             return self._shared[text]
@@ -189,16 +190,9 @@ def _drops(node: Node) -> bool:
     return float(node.kwargs.get("dropout_p") or 0.0) > 0 if attends else is_random(node)  # type: ignore[arg-type]
 
 
-def copy_graph(gm: GraphModule) -> GraphModule:
-    """Return a copy of `gm` with a graph of its own."""
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return GraphModule(gm, graph)
-
-
 def without_dropout(gm: GraphModule) -> GraphModule:
     """Return a copy of a training graph without its active dropouts."""
-    gm = copy_graph(gm)
+    gm = private_copy(gm)
     for node in list(gm.graph.nodes):
         if not _drops(node):
             continue

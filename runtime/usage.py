@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from mhc_compile.diagnostics import warn
 from mhc_compile.passes.flops import node_flops
@@ -56,35 +55,29 @@ def peak_memory(device: torch.device) -> float:
     return float(most)
 
 
-class Profiler:
-    """torch's profiler over the steps from `first` to `last`, where there are any; one trace a rank.
+def profiler(recipe: Recipe, rank: int, start: int, say: Callable[[str], None]) -> profile:
+    """Return torch's profiler over the steps of `train.profile` after `start`; one trace a rank.
 
-    What cannot be written is left out with a warning, MHC607.
+    It is stepped after every step. What cannot be written is left out with a warning, MHC607.
     """
+    first, last = recipe.train.profiled
+    first = max(first, start + 1)
+    path = recipe.metrics_folder / FOLDER / f"rank-{rank:05}.json"
 
-    def __init__(self, recipe: Recipe, rank: int, start: int) -> None:
-        self.first, self.last = recipe.train.profiled
-        self.first = max(self.first, start + 1)
-        self._path = recipe.metrics_folder / FOLDER / f"rank-{rank:05}.json"
-        self._running: Any = None
-
-    def begin(self, step: int) -> None:
-        """Start where the step is the first one."""
-        if step == self.first <= self.last:
-            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            self._running = profile(activities=[ProfilerActivity.CPU, *cuda])
-            self._running.start()
-
-    def end(self, step: int, *, ends: bool) -> Path | None:
-        """Stop after the last step, or where the run `ends`; return the path of the trace written then."""
-        if self._running is None or not (ends or step == self.last):
-            return None
-        running, self._running = self._running, None
-        running.stop()
+    def write(done: profile) -> None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            running.export_chrome_trace(str(self._path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            done.export_chrome_trace(str(path))
         except OSError as error:
-            warn("MHC607", f"{self._path}: {error}")
-            return None
-        return self._path
+            warn("MHC607", f"{path}: {error}")
+        else:
+            say(f"the profiler's trace is {path}")
+
+    def action(step: int) -> ProfilerAction:
+        number = start + 1 + step
+        if not first <= number <= last:
+            return ProfilerAction.NONE
+        return ProfilerAction.RECORD_AND_SAVE if number == last else ProfilerAction.RECORD
+
+    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return profile(activities=[ProfilerActivity.CPU, *cuda], schedule=action, on_trace_ready=write)

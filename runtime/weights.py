@@ -9,24 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mhc_compile.checkpoint.manifest import is_converted
 from mhc_compile.checkpoint.saving import prefix
-from mhc_compile.checkpoint.skeleton import model_class, quiet, transformers_module
-from mhc_compile.checkpoint.source import Checkpoint, open_checkpoint
+from mhc_compile.checkpoint.source import open_checkpoint
 from mhc_compile.checkpoint.table_files import fill_rows
 from mhc_compile.checkpoint.tables import table_name
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import head_values, start_values
 from mhc_compile.kernels.start import Start
-from mhc_compile.loading import load_by_transformers, open_converted
+from mhc_compile.loading import open_converted
 from mhc_compile.memory.parameters import DEVIATION, lookup_values
 from mhc_compile.memory.parameters import Start as MemoryStart
 from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.parameters import StreamParameters, names, owners
+from mhc_compile.runtime.model import stored_values
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.stage import Stage
 
@@ -64,22 +63,22 @@ def load_folder(stages: Sequence[Stage], program: Program, folder: Path, seed: i
     """
     converted = is_converted(folder)
     checkpoint = open_converted(folder)[0] if converted else open_checkpoint(folder)
-    files = {name: shard.path for shard in checkpoint.shards for name in shard.tensors}
-    missing = []
+    wanted: dict[str, list[nn.Parameter]] = {}
     for stage in stages:
         for path, parameters in _by_module(stage).items():
             start = None if converted else _start_of_streams(program, path, seed, scratch=False)
             for name, p in parameters.items():
-                full = f"{path}.{name}" if path else name
                 if start is not None:
                     assign(p, start[name])
-                elif full in files:
-                    with safe_open(files[full], framework="pt") as file:
-                        _assign_checked(p, file.get_tensor(full), full)
                 else:
-                    missing.append((full, p))
-    if missing:
-        _load_renamed(missing, checkpoint)
+                    wanted.setdefault(f"{path}.{name}" if path else name, []).append(p)
+    for name, value in stored_values(checkpoint, wanted):
+        for p in wanted.pop(name):
+            if value.shape != p.shape:
+                raise MHCError("MHC404", f"{name} is {list(value.shape)}, the configuration wants {list(p.shape)}")
+            assign(p, value)
+    if wanted:
+        raise MHCError("MHC622", f"{checkpoint.folder} has no {names(sorted(wanted))}")
     for stage in stages:
         for name, table in stage.tables.items():
             if converted:
@@ -145,24 +144,6 @@ def _stream_values(parameters: StreamParameters, place: str, start: Start) -> di
         return head_values(spec, len(parameters.sites), hidden, start)
     of_memory: MemoryStart = "paper" if start.scratch else "zero"
     return lookup_values(parameters.memories, spec.streams, hidden, start=of_memory)[place]()
-
-
-def _assign_checked(parameter: nn.Parameter, value: Tensor, name: str) -> None:
-    if value.shape != parameter.shape:
-        raise MHCError("MHC404", f"{name} is {list(value.shape)}, the configuration wants {list(parameter.shape)}")
-    assign(parameter, value)
-
-
-def _load_renamed(missing: Sequence[tuple[str, nn.Parameter]], checkpoint: Checkpoint) -> None:
-    """Let transformers load the whole model, for a folder whose tensors it renames or merges (experts)."""
-    with quiet(transformers_module()):
-        model, report = load_by_transformers(checkpoint, model_class(checkpoint.config), {})
-    loaded = dict(model.named_parameters()) | dict(model.named_buffers())
-    absent = {*report["missing_keys"], *(name for name, _ in missing if name not in loaded)}
-    if lost := sorted(name for name, _ in missing if name in absent):
-        raise MHCError("MHC622", f"{checkpoint.folder} has no {names(lost)}")
-    for name, p in missing:
-        _assign_checked(p, loaded[name].detach(), name)
 
 
 def _read_table(folder: Path, program: Program, name: str, table: MemoryTable) -> None:

@@ -107,8 +107,8 @@ def copy_shard(shard: Shard, target: Path, moved: Moved, *, refuse_nonfinite: bo
         # The format stores tensors without gaps, after the header.
         tensors = sorted(shard.tensors.items(), key=lambda item: item[1].start)
         if shard.partial:
-            digest.update(header := _header(tensors))
-            out.write(header)
+            digest.update(head := header(tensors))
+            out.write(head)
         else:
             tensors.insert(0, ("the header", TensorInfo("U8", (), 0, tensors[0][1].start if tensors else shard.size)))
         for name, tensor in tensors:
@@ -124,7 +124,7 @@ def copy_shard(shard: Shard, target: Path, moved: Moved, *, refuse_nonfinite: bo
     return digest.hexdigest()
 
 
-def _header(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
+def header(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
     """Return the beginning of a file that holds these tensors in this order, padded so that they are aligned."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0

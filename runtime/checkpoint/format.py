@@ -14,17 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, TypeAdapter
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
-from mhc_compile.checkpoint.shards import CHUNK, DTYPES, read_shard, sha256, sync
+from mhc_compile.checkpoint.shards import CHUNK, DTYPES, TensorInfo, header, read_shard, sha256, sync
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.parameters import names
 from mhc_compile.versions import VERSION
@@ -32,44 +32,83 @@ from mhc_compile.versions import VERSION
 NAME = "checkpoint.json"
 FORMAT = 1
 """Raised when an older reader could not make sense of the folder."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+Sizes = tuple[NonNegativeInt, ...]
 
 
 @dataclass(frozen=True)
 class StoredFile:
     """A file of the folder as it was written."""
 
-    name: str
-    size: int
-    """Bytes."""
+    bytes: NonNegativeInt
     sha256: str
 
 
-@dataclass
-class StoredChunk(ChunkStorageMetadata):
+@dataclass(frozen=True)
+class StoredChunk:
     """A box of a tensor, which lies in one file."""
 
+    offsets: Sizes
+    shape: Sizes
     file: str
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor, whose chunks cover it without an overlap."""
+
+    dtype: str
+    """As safetensors spells it."""
+    shape: Sizes
+    chunks: tuple[StoredChunk, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.dtype!r} is no dtype")
+        for c in self.chunks:
+            ends = [o + n for o, n in zip(c.offsets, c.shape, strict=True)]
+            if any(end > size for end, size in zip(ends, self.shape, strict=True)):
+                raise ValueError("a part of a tensor lies outside of it")
+        if sum(math.prod(c.shape) for c in self.chunks) != math.prod(self.shape) or not self.chunks:
+            raise ValueError("the parts of a tensor do not cover it")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype."""
+        return DTYPES[self.dtype]
+
+    @property
+    def metadata(self) -> TensorStorageMetadata:
+        """The tensor as torch's planner reads it."""
+        chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in self.chunks]
+        return TensorStorageMetadata(TensorProperties(dtype=self.torch_dtype), torch.Size(self.shape), chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """The contents of `checkpoint.json`."""
 
-    step: int
+    step: NonNegativeInt
     """Optimizer steps done."""
-    world: int
+    world: NonNegativeInt
     """Ranks that wrote it."""
     progress: dict[str, Any]
     """Plain JSON: the position in the data, the recipe, whatever the run needs to go on."""
     files: dict[str, StoredFile]
-    tensors: dict[str, TensorStorageMetadata]
-    """With `StoredChunk`s, which cover a tensor without an overlap."""
+    tensors: dict[str, StoredTensor]
+
+    def __post_init__(self) -> None:
+        if strange := [n for n in self.files if Path(n).name != n or Path(n).suffix != ".safetensors"]:
+            raise ValueError(f"{strange[0]!r} is not a file of a checkpoint")
+        if absent := {c.file for t in self.tensors.values() for c in t.chunks} - self.files.keys():
+            raise ValueError(f"{absent} are not listed")
 
     def differences(self, weights: Mapping[str, str]) -> list[str]:
         """Return how the stored weights differ from `weights`, whose values are `form_of` them."""
         stored = {
-            name: form_of(t.size, t.properties.dtype)
+            name: form_of(t.shape, t.torch_dtype)
             for name, t in self.tensors.items()
             if not name.startswith("optimizer/")
         }
@@ -83,28 +122,12 @@ class Description:
 
     def text(self) -> str:
         """Return the file's contents."""
-        tensors = {
-            name: {
-                "dtype": _NAMES[t.properties.dtype],
-                "shape": t.size,
-                "chunks": [{"offsets": c.offsets, "shape": c.sizes, "file": file_of(c)} for c in t.chunks],
-            }
-            for name, t in self.tensors.items()
-        }
-        files = {f.name: {"bytes": f.size, "sha256": f.sha256} for f in self.files.values()}
-        content = {"format": FORMAT, "mhc_compile": VERSION, "step": self.step, "world": self.world}
-        content |= {"progress": self.progress, "files": files, "tensors": tensors}
+        content = {"format": FORMAT, "mhc_compile": VERSION, **asdict(self)}
         return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
 
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_of(chunk: ChunkStorageMetadata) -> str:
-    """Return the file in which a stored box lies."""
-    assert isinstance(chunk, StoredChunk)
-    return chunk.file
 
 
 def form_of(shape: Sequence[int], dtype: torch.dtype) -> str:
@@ -122,14 +145,15 @@ def read_description(folder: Path) -> Description:
     """Read `checkpoint.json`. Raises MHC615 where it is missing or damaged, MHC619 where it is of another format."""
     path = folder / NAME
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        content = json.loads(text)
         if content["format"] != FORMAT:
             detail = f"{path}: format {content['format']!r}, this version reads {FORMAT}"
             raise MHCError("MHC619", detail, way_out="use the version of mhc-compile that wrote it, or a later one")
         digest = content.pop("sha256", None)  # folders of earlier versions have none
         if digest is not None and digest != _digest(content):
             raise ValueError("it is not what was written (sha256)")
-        return _parse(content)
+        return TypeAdapter(Description).validate_json(text, strict=True)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise MHCError("MHC615", f"{path}: {type(error).__name__} {error}") from error
 
@@ -141,8 +165,8 @@ def verify_file(folder: Path, description: Description, name: str) -> None:
     """
     said, path = description.files[name], folder / name
     try:
-        if (size := path.stat().st_size) != said.size:
-            raise MHCError("MHC615", f"{path} has {size:,} bytes, {said.size:,} were written")
+        if (size := path.stat().st_size) != said.bytes:
+            raise MHCError("MHC615", f"{path} has {size:,} bytes, {said.bytes:,} were written")
         if sha256(path) != said.sha256:
             raise MHCError("MHC615", f"{path} is not the file that was written (sha256)")
         tensors = read_shard(path).tensors
@@ -151,9 +175,9 @@ def verify_file(folder: Path, description: Description, name: str) -> None:
     except MHCError as error:
         raise error if error.code == "MHC615" else MHCError("MHC615", error.detail) from error
     for tensor_name, tensor in description.tensors.items():
-        for chunk in (c for c in tensor.chunks if file_of(c) == name):
+        for chunk in (c for c in tensor.chunks if c.file == name):
             info = tensors.get(chunk_key(tensor_name, chunk.offsets))
-            if info is None or (DTYPES.get(info.dtype), info.shape) != (tensor.properties.dtype, chunk.sizes):
+            if info is None or (info.dtype, info.shape) != (tensor.dtype, chunk.shape):
                 raise MHCError("MHC615", f"{path} does not hold the part of {tensor_name} that {NAME} names")
 
 
@@ -161,21 +185,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
     """Write a safetensors file to the disk itself, a piece of a tensor in memory at a time."""
     # Wider elements first: each tensor then begins at a multiple of its element size, as mapping it wants.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header: dict[str, Any] = {}
-    at = 0
-    for name, t in ordered:
-        header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
-        at += t.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    head = header([(name, TensorInfo(NAMES[t.dtype], tuple(t.shape), 0, t.nbytes)) for name, t in ordered])
     digest = hashlib.sha256()
     with path.open("xb") as out:
-        for piece in _pieces(struct.pack("<Q", len(text)) + text, (t for _, t in ordered)):
+        for piece in _pieces(head, (t for _, t in ordered)):
             out.write(piece)
             digest.update(piece)
         sync(out)
-        size = out.tell()
-    return StoredFile(path.name, size, digest.hexdigest())
+        return StoredFile(out.tell(), digest.hexdigest())
 
 
 def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterable[Any]:
@@ -186,45 +203,3 @@ def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterable[Any]:
         for begin in range(0, flat.numel(), step):
             raw: Any = flat[begin : begin + step].cpu().view(torch.uint8).numpy()
             yield memoryview(raw)
-
-
-def _parse(content: Mapping[str, Any]) -> Description:
-    files = {}
-    for name, f in content["files"].items():
-        if Path(name).name != name or Path(name).suffix != ".safetensors":
-            raise ValueError(f"{name!r} is not a file of a checkpoint")
-        files[name] = StoredFile(name, _count(f["bytes"]), str(f["sha256"]))
-    tensors = {}
-    for name, t in content["tensors"].items():
-        shape = _sizes(t["shape"])
-        chunks = [StoredChunk(_sizes(c["offsets"]), _sizes(c["shape"]), str(c["file"])) for c in t["chunks"]]
-        for c in chunks:
-            if c.file not in files:
-                raise ValueError(f"{name} lies in {c.file!r}, which is not listed")
-            ends = [o + s for o, s in zip(c.offsets, c.sizes, strict=True)]
-            if len(ends) != len(shape) or any(e > s for e, s in zip(ends, shape, strict=True)):
-                raise ValueError(f"a part of {name} lies outside of it")
-        if sum(math.prod(c.sizes) for c in chunks) != math.prod(shape) or not chunks:
-            raise ValueError(f"the parts of {name} do not cover it")
-        tensors[str(name)] = TensorStorageMetadata(TensorProperties(dtype=DTYPES[t["dtype"]]), shape, list(chunks))
-    if not isinstance(content["progress"], dict):
-        raise TypeError("progress is no object")
-    return Description(
-        step=_count(content["step"]),
-        world=_count(content["world"]),
-        progress=content["progress"],
-        files=files,
-        tensors=tensors,
-    )
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"{value!r} is not a count")
-    return value
-
-
-def _sizes(value: Any) -> torch.Size:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is not a list of sizes")
-    return torch.Size(_count(v) for v in value)

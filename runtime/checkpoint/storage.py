@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from torch.futures import Future
 from mhc_compile.checkpoint.shards import write_text
 from mhc_compile.runtime.checkpoint.format import (
     NAME,
+    NAMES,
     Description,
     StoredChunk,
     StoredFile,
+    StoredTensor,
     chunk_key,
-    file_of,
     write_tensors,
 )
 
@@ -67,26 +67,31 @@ class Writer(_Folder, StorageWriter):
         results: list[WriteResult] = []
         if plan.items:
             tensors: Any = {chunk_key(i.index.fqn, i.index.offset or ()): planner.resolve_data(i) for i in plan.items}
-            stored = write_tensors(self.folder / f"rank-{self.rank:05d}.safetensors", tensors)
-            results = [WriteResult(item.index, stored.size, stored) for item in plan.items]
+            name = f"rank-{self.rank:05d}.safetensors"
+            stored = name, write_tensors(self.folder / name, tensors)
+            results = [WriteResult(item.index, stored[1].bytes, stored) for item in plan.items]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Describe what all ranks wrote, and publish it."""
-        where: dict[MetadataIndex, StoredFile] = {r.index: r.storage_data for of_rank in results for r in of_rank}
+        where: dict[MetadataIndex, tuple[str, StoredFile]] = {
+            r.index: r.storage_data for of_rank in results for r in of_rank
+        }
         tensors = {}
         for name, t in metadata.state_dict_metadata.items():
             assert isinstance(t, TensorStorageMetadata)
-            files = [where[MetadataIndex(name, c.offsets)].name for c in t.chunks]
-            chunks = zip(t.chunks, files, strict=True)
-            tensors[name] = replace(t, chunks=[StoredChunk(c.offsets, c.sizes, file) for c, file in chunks])
+            chunks = (
+                StoredChunk(tuple(c.offsets), tuple(c.sizes), where[MetadataIndex(name, c.offsets)][0])
+                for c in t.chunks
+            )
+            tensors[name] = StoredTensor(NAMES[t.properties.dtype], tuple(t.size), tuple(chunks))
         description = Description(
             step=self.step,
             world=self.world,
             progress=self.progress,
-            files={f.name: f for f in where.values()},
+            files=dict(where.values()),
             tensors=tensors,
         )
         write_text(self.folder / NAME, description.text())
@@ -101,7 +106,7 @@ class Reader(_Folder, StorageReader):
 
     def read_metadata(self) -> Metadata:
         """Return the description as torch's planner reads it."""
-        return Metadata({**self.description.tensors})
+        return Metadata({name: t.metadata for name, t in self.description.tensors.items()})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
         """Do nothing: the files are opened as they are read."""
@@ -112,7 +117,7 @@ class Reader(_Folder, StorageReader):
         for item in plan.items:
             chunks = self.description.tensors[item.storage_index.fqn].chunks
             at = tuple(item.storage_index.offset or ())
-            by_file.setdefault(next(file_of(c) for c in chunks if c.offsets == at), []).append(item)
+            by_file.setdefault(next(c.file for c in chunks if c.offsets == at), []).append(item)
         for name, items in by_file.items():
             with safe_open(self.folder / name, framework="pt") as file:
                 for item in items:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from mhc_compile.checkpoint.shards import sha256
 from mhc_compile.diagnostics import MHCError
@@ -44,8 +44,8 @@ def masks_name(shard: int) -> str:
 class Shard:
     """What the manifest says of one shard, whose documents are whole."""
 
-    tokens: int
-    documents: int
+    tokens: PositiveInt
+    documents: PositiveInt
     tokens_sha256: str
     documents_sha256: str
     masks_sha256: str = ""
@@ -58,20 +58,26 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFolder:
-    """An opened folder: the tokens of its documents one after another, each document ended by `eos`."""
+class Manifest:
+    """What data.json says, beside totals for people."""
 
-    folder: Path
-    dtype: str
-    """`uint16` or `uint32`."""
-    eos: int
-    vocabulary: int
+    format: Literal[1, 2]
+    dtype: Literal["uint16", "uint32"]
+    eos: NonNegativeInt
+    vocabulary: NonNegativeInt
     """How many ids the tokenizer has."""
-    largest: int
+    largest: NonNegativeInt
     """The largest id that occurs."""
     tokenizer: str
     """The fingerprint of the tokenizer, see `FolderTokenizer.sha256`."""
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFolder(Manifest):
+    """An opened folder: the tokens of its documents one after another, each document ended by `eos`."""
+
+    folder: Path
     sha256: str
     """Of the manifest, and so of all contents."""
 
@@ -164,9 +170,14 @@ def open_data(folder: str | Path) -> DataFolder:
             raise MHCError("MHC611", detail, way_out=f"name {folder / 'train'}, the part to train on") from error
         raise MHCError("MHC611", detail) from error
     try:
-        data = _parse(folder, text)
-    except (ValueError, KeyError, TypeError) as error:
-        raise MHCError("MHC611", f"{path}: {error!r}") from error
+        manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise MHCError("MHC611", f"{path}: {place}: {first['msg']}") from error
+    data = DataFolder(folder=folder, sha256=hashlib.sha256(text).hexdigest(), **vars(manifest))
+    if any(bool(shard.masks_sha256) != data.masked for shard in data.shards):
+        raise MHCError("MHC611", f"{path}: masks of some shards alone")
     expected: dict[str, int] = {}
     for i, shard in enumerate(data.shards):
         expected[tokens_name(i)] = shard.tokens * DTYPES[data.dtype].itemsize
@@ -182,38 +193,3 @@ def open_data(folder: str | Path) -> DataFolder:
     except OSError as error:
         raise MHCError("MHC611", str(error)) from error
     return data
-
-
-def _parse(folder: Path, text: bytes) -> DataFolder:
-    content = json.loads(text)
-    if content["format"] not in (1, FORMAT):
-        detail = f"{folder / MANIFEST}: format {content['format']!r}, this version reads formats up to {FORMAT}"
-        raise MHCError("MHC611", detail)
-    shards = tuple(
-        Shard(
-            _count(shard, "tokens"),
-            _count(shard, "documents"),
-            str(shard["tokens_sha256"]),
-            str(shard["documents_sha256"]),
-            str(shard.get("masks_sha256", "")),
-        )
-        for shard in content["shards"]
-    )
-    masked = {bool(shard.masks_sha256) for shard in shards}
-    if content["dtype"] not in DTYPES or len(masked) != 1:
-        raise ValueError(f"dtype {content['dtype']!r}, {len(shards)} shards, with masks: {sorted(masked)}")
-    return DataFolder(
-        folder=folder,
-        dtype=content["dtype"],
-        tokenizer=str(content["tokenizer"]),
-        shards=shards,
-        sha256=hashlib.sha256(text).hexdigest(),
-        **{name: _count(content, name, least=0) for name in ("eos", "vocabulary", "largest")},
-    )
-
-
-def _count(entry: dict[str, Any], name: str, least: int = 1) -> int:
-    value = entry[name]
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is {value!r}")
-    return value

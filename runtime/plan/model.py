@@ -17,6 +17,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.forms import StreamForm, form_of
 from mhc_compile.kernels.memory.ultramem_settings import TABLE as ULTRAMEM_TABLE
 from mhc_compile.kernels.memory.ultramem_settings import last_sites
+from mhc_compile.memory.parameters import tables
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import value
 from mhc_compile.passes.cost import Plan, choose_blocks
@@ -27,7 +28,6 @@ from mhc_compile.runtime.plan.repeats import Repeats, leave_out
 from mhc_compile.runtime.plan.work import SiteWork, crossing_bytes, kinds, parameters_of_sites, site_works
 from mhc_compile.runtime.program import Program
 from mhc_compile.runtime.recipe import Recipe
-from mhc_compile.runtime.tables import tables_of
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def count(recipe: Recipe, *, whole: bool = False) -> Counted:
     if repeats is not None and not repeats.holds(captured, numbers):
         return count(recipe, whole=True)
     works = site_works(program, numbers)
-    rows = {f"{path}.{name}" for path, t in tables_of(program.model).items() for name, _ in t.named_parameters()}
+    rows = {f"{path}.{name}" for path, t in tables(program.model) for name, _ in t.named_parameters()}
     sizes = {name: p.numel() for name, p in program.parameters.items() if name not in rows}
     names = [names & sizes.keys() for names in parameters_of_sites(program)]
     cast = {name for name, p in program.parameters.items() if p.is_floating_point() and p.dtype != torch.float32}
@@ -153,7 +153,7 @@ def count(recipe: Recipe, *, whole: bool = False) -> Counted:
 
 def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
     """Return the tables with the sites before which memories are added, or whose branch has values added to it."""
-    tables = []
+    made = []
     numbers = {w.name: i for i, w in enumerate(works)}
     last = last_sites(list(numbers))
     for owner, parameters in owners(program.model).items():
@@ -165,5 +165,5 @@ def _tables(program: Program, works: list[SiteWork]) -> tuple[Table, ...]:
         for name, spec in m.tables.items():
             sites = read_at.get(name, (0,))
             table = Table(f"{owner}.{name}".strip("."), sites, spec.rows, spec.width, spec.reads // len(sites))
-            tables.append(table)
-    return tuple(tables)
+            made.append(table)
+    return tuple(made)

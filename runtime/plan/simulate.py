@@ -1,16 +1,16 @@
 """Run a schedule on paper: when every rank computes, waits and sends, and what it holds meanwhile.
 
 A discrete-event simulation over the actions of `runtime.plan.schedules`. A rank performs its actions in order. A
-transfer begins when both sides have posted it and the link between the two ranks, one for each direction, is free; it
-takes `latency + bytes / bandwidth` and costs no computing.
+message begins when one side has sent it, the other receives, and the link between the two ranks, one for each
+direction, is free; it takes `latency + bytes / bandwidth` and costs no computing.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
-from mhc_compile.runtime.plan.schedules import Pass, Post, Schedule, Transfer, Wait, Work
+from mhc_compile.runtime.plan.schedules import Message, Pass, Schedule, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,8 @@ class Timed(NamedTuple):
 
 @dataclass
 class Simulated:
-    """One step."""
+    """One step. Lists are by rank but for `works` and `live`."""
 
-    works: list[Timed]
     ends: list[float]
     """When each rank has done its last action."""
     busy: list[float]
@@ -73,7 +72,9 @@ class Simulated:
     sent: list[int]
     """Bytes that each rank sends."""
     messages: list[int]
-    """In how many transfers."""
+    """How many messages those are."""
+    works: list[Timed] = field(default_factory=list)
+    """Those of each rank in their order."""
 
     @property
     def seconds(self) -> float:
@@ -91,101 +92,102 @@ class Simulated:
         return sum(self.bubbles) / len(self.bubbles)
 
 
-@dataclass
-class _Transfers:
-    """What has been posted, and when what both sides have posted arrives."""
-
-    costs: Sequence[StageCost]
-    links: Links
-    owner: Sequence[int]
-    posted: dict[tuple[Transfer, int], float] = field(default_factory=dict)
-    arrived: dict[Transfer, float] = field(default_factory=dict)
-    queues: dict[tuple[int, int], deque[Transfer]] = field(default_factory=dict)
-    free: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    def post(self, transfer: Transfer, rank: int, now: float) -> None:
-        """Post that `rank`, one of its two sides, is ready. Transfers from one rank to another arrive in order."""
-        self.posted[transfer, rank] = now
-        ends = self.owner[transfer.stage], self.owner[transfer.target]
-        if rank == ends[0]:
-            self.queues.setdefault(ends, deque()).append(transfer)
-        queue = self.queues.get(ends, deque())
-        while queue and (queue[0], ends[1]) in self.posted:
-            first = queue.popleft()
-            ready = max(self.posted[first, ends[0]], self.posted[first, ends[1]], self.free.get(ends, 0.0))
-            link = self.links(*ends)
-            self.arrived[first] = ready + link.latency + self.size(first) / link.bandwidth
-            self.free[ends] = self.arrived[first]
-
-    def size(self, transfer: Transfer) -> int:
-        """Return the bytes: gradients are as large as the values that they belong to."""
-        return self.costs[transfer.target if transfer.backward else transfer.stage].sent
-
-
 def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link | Links) -> Simulated:
     """Run one step of `schedule`, whose stages cost `costs`, over one `link` or those of each two ranks.
 
     A forward and a backward that are one action take as long as one after the other.
     """
-    assert len(costs) == len(schedule.owner)
-    count = len(schedule.ranks)
-    transfers = _Transfers(costs, (lambda *_: link) if isinstance(link, Link) else link, schedule.owner)
+    owner, count = schedule.owner, len(schedule.ranks)
+    between = (lambda *_: link) if isinstance(link, Link) else link
     seconds_of = [{kind: cost.seconds(kind) for kind in get_args(Pass)} for cost in costs]
-    now, at, busy = [0.0] * count, [0] * count, [0.0] * count
-    timed: list[list[Timed]] = [[] for _ in range(count)]
-    moving = True
-    while moving:
-        moving = False
-        for rank, actions in enumerate(schedule.ranks):
-            while at[rank] < len(actions):
-                action = actions[at[rank]]
-                if isinstance(action, Wait):
-                    if any(t not in transfers.arrived for t in action.transfers):
-                        break
-                    now[rank] = max(now[rank], *(transfers.arrived[t] for t in action.transfers))
-                elif isinstance(action, Post):
-                    for t in action.transfers:
-                        transfers.post(t, rank, now[rank])
-                else:
-                    for i, work in enumerate(action.works):
-                        seconds = seconds_of[work.stage][work.kind]
-                        timed[rank].append(Timed(work, rank, now[rank], now[rank] + seconds))
-                        now[rank] += seconds
-                        busy[rank] += seconds
-                        for t in action.sends if i == 0 else ():
-                            transfers.post(t, rank, now[rank])
-                at[rank] += 1
-                moving = True
-    assert at == [len(actions) for actions in schedule.ranks], "ranks wait for one another"
-    watched = [_watch(works, costs) for works in timed]
-    live = {stage: most for _, by_stage in watched for stage, most in by_stage.items()}
-    return Simulated(
-        works=sorted((w for works in timed for w in works), key=lambda w: (w.begin, w.rank)),
-        ends=now,
-        busy=busy,
-        kept=[most for most, _ in watched],
-        live=[live[s] for s in range(len(costs))],
-        sent=[sum(transfers.size(t) for t in transfers.arrived if schedule.owner[t.stage] == r) for r in range(count)],
-        messages=[sum(schedule.owner[t.stage] == r for t in transfers.arrived) for r in range(count)],
-    )
+    done = Simulated([0.0] * count, [0.0] * count, [0] * count, [], [0] * count, [0] * count)
+    now = done.ends
+    posted: dict[Message, float] = {}
+    arrived: dict[Message, float] = {}
+    free: defaultdict[tuple[int, int], float] = defaultdict(float)
+
+    def post(message: Message, rank: int) -> None:
+        """Say that one side of a message is ready. Those between two ranks are sent and received in one order."""
+        if message not in posted:
+            posted[message] = now[rank]
+            return
+        ends = owner[message.source], owner[message.stage]
+        size, used = costs[min(message.source, message.stage)].sent, between(*ends)
+        begin = max(now[rank], posted[message], free[ends])
+        free[ends] = arrived[message] = begin + used.latency + size / used.bandwidth
+        done.sent[ends[0]] += size
+        done.messages[ends[0]] += 1
+
+    def wait(rank: int, message: Message | None) -> Iterator[None]:
+        while message is not None and message not in arrived:
+            yield
+        now[rank] = max(now[rank], arrived[message] if message is not None else 0.0)
+
+    def run(rank: int) -> Iterator[None]:
+        """Perform the actions of a rank, and yield while it waits."""
+        before: Work | None = None
+        for action in schedule.ranks[rank]:
+            if isinstance(action, Message):
+                post(action, rank)
+                continue
+            for work in action:
+                yield from wait(rank, _read(work, owner))
+            unread = _sent(before, owner) if before is not None and schedule.blocking else None
+            if before is not None and before.kind != action[0].kind:
+                yield from wait(rank, unread)
+            for work in action:
+                seconds = seconds_of[work.stage][work.kind]
+                done.works.append(Timed(work, rank, now[rank], now[rank] + seconds))
+                now[rank] += seconds
+                done.busy[rank] += seconds
+                yield from wait(rank, unread)
+                if (sent := _sent(work, owner)) is not None:
+                    post(sent, rank)
+            before = action[-1]
+
+    waiting = [run(rank) for rank in range(count)]
+    while waiting:
+        before = len(done.works) + len(posted)
+        waiting = [actions for actions in waiting if not next(actions, True)]
+        assert not waiting or before < len(done.works) + len(posted), "ranks wait for one another"
+    _watch(done, costs)
+    return done
 
 
-def _watch(works: Sequence[Timed], costs: Sequence[StageCost]) -> tuple[int, Mapping[int, int]]:
-    """Return the most bytes that a rank keeps, and the most microbatches of each of its stages, at a time."""
-    kept = most_kept = 0
+def _crosses(message: Message, owner: Sequence[int]) -> Message | None:
+    """Return a message if it goes from one rank to another."""
+    ends = message.source, message.stage
+    return message if min(ends) >= 0 and max(ends) < len(owner) and owner[ends[0]] != owner[ends[1]] else None
+
+
+def _read(work: Work, owner: Sequence[int]) -> Message | None:
+    """Return what must arrive from another rank before `work` can run."""
+    backward = work.kind != "forward"
+    return None if work.kind == "weight" else _crosses(Message(backward, work.stage, work.microbatch), owner)
+
+
+def _sent(work: Work, owner: Sequence[int]) -> Message | None:
+    """Return what `work` gives to another rank."""
+    backward = work.kind != "forward"
+    to = work.stage + (-1 if backward else 1)
+    return None if work.kind == "weight" else _crosses(Message(backward, to, work.microbatch), owner)
+
+
+def _watch(done: Simulated, costs: Sequence[StageCost]) -> None:
+    """Find the most bytes that each rank keeps, and the most microbatches of each stage, at a time."""
+    kept = [0] * len(done.kept)
     live: Counter[int] = Counter()
-    most_live: Counter[int] = Counter()
-    for work in (timed.work for timed in works):
-        cost = costs[work.stage]
+    done.live = [0] * len(costs)
+    for work, rank, *_ in done.works:
+        cost, stage = costs[work.stage], work.stage
+        deferred = cost.deferred if work.kind == "input" else 0
+        # What the gradients of parameters need is there before the rest is freed.
+        done.kept[rank] = max(done.kept[rank], kept[rank] + deferred)
         if work.kind == "forward":
-            live[work.stage] += 1
-            most_live[work.stage] = max(most_live[work.stage], live[work.stage])
-            kept += cost.kept
-        elif work.kind == "input":  # what the gradients of parameters need is there before the rest is freed
-            most_kept = max(most_kept, kept + cost.deferred)
-            kept += cost.deferred - cost.kept
+            live[stage] += 1
+            kept[rank] += cost.kept
         else:
-            live[work.stage] -= 1
-            kept -= cost.deferred if work.kind == "weight" else cost.kept
-        most_kept = max(most_kept, kept)
-    return most_kept, most_live
+            live[stage] -= work.kind != "input"
+            kept[rank] += deferred - (cost.deferred if work.kind == "weight" else cost.kept)
+        done.live[stage] = max(done.live[stage], live[stage])
+        done.kept[rank] = max(done.kept[rank], kept[rank])

@@ -24,6 +24,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.passes.base import is_tensor, op_name, value
 from mhc_compile.passes.cost import SiteCost
 from mhc_compile.passes.dialect_sites import StreamSite, stream_sites
+from mhc_compile.passes.graphs import ancestors
 from mhc_compile.passes.stages import places, split_graph
 from mhc_compile.runtime.plan.attention import ATTEND
 from mhc_compile.runtime.plan.count import Operation, operations, size_of, source
@@ -187,10 +188,7 @@ def _count(forward: GraphModule, backward: GraphModule, own_results: int, *, tra
     kept = sum(size_of(n) for n in saved if n.op != "placeholder" and n in depends)
     gradients = _outputs(backward)
     of_inputs = [g for g, is_trained in zip(gradients, trained, strict=False) if isinstance(g, Node) and not is_trained]
-    needed = set(of_inputs)
-    for node in reversed(backward.graph.nodes):
-        if node in needed:
-            needed |= {*node.all_input_nodes}
+    needed = ancestors(of_inputs)
     computed = _computed(backward)
     first = [n for n in computed if n in needed]
     second = [n for n in computed if n not in needed]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from pipelines import gradients, ids, loss_of, program_of, stages_of, tiny
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV, ScheduleZBVZeroBubble
-from torch.distributed.pipelining.schedules import OVERLAP_F_B
 
 from mhc_compile.config import Options
 from mhc_compile.runtime import overlap
@@ -61,7 +59,7 @@ def step(schedule: Any, tokens: Tensor) -> list[Tensor]:
 
 
 def train(folder: Path) -> None:
-    """Two steps of every schedule, by torch's own runtime and overlapped, with one thread and with two.
+    """Two steps of every schedule, by torch's own runtime and overlapped.
 
     Saves in `folder`, by schedule and how it ran, what the steps left and what happened in the second.
     """
@@ -70,15 +68,14 @@ def train(folder: Path) -> None:
     stages = stages_of(model, program_of(model), STARTS, [rank, 3 - rank], OPTIONS, split=True)
     found: dict[str, Any] = {}
     for name in SCHEDULES:
-        for how in ("torch", "in turn", "in threads"):
-            overlap.spare_cores = lambda how=how: how == "in threads"
+        for how in ("torch", "in turn"):
             for stage in stages:
                 stage.zero_grad()
             schedule = scheduled(name, stages)
             if how != "torch":
                 overlap.register(schedule)
             losses = step(schedule, ids(MICROBATCHES, 1))
-            with meeting(schedule, how == "in threads"), watching(schedule) as events:
+            with watching(schedule) as events:
                 losses += step(schedule, ids(MICROBATCHES, 2))
             found[f"{name} {how}"] = {"losses": losses, "gradients": gradients(stages), "events": events}
     torch.save(found, folder / f"{rank}.pt")
@@ -112,36 +109,3 @@ def watching(schedule: Any) -> Iterator[list[str]]:
             for function in (f for unit in stage.submod.units for f in unit.functions):
                 note(function, "_finish", f"weights{i}")
         yield events
-
-
-@contextmanager
-def meeting(schedule: Any, needed: bool) -> Iterator[None]:
-    """If `needed`, both halves of every overlapped action wait until the other has begun to compute."""
-    actions = schedule._comp_type_to_function_map
-    if not needed or OVERLAP_F_B not in actions:
-        yield
-        return
-    both = threading.Barrier(2, timeout=60)
-    overlapping = False
-    perform = actions[OVERLAP_F_B]
-
-    def overlapped(action: Any, ctx: Any) -> None:
-        nonlocal overlapping
-        overlapping = True
-        perform(action, ctx)
-        overlapping = False
-
-    def meet(call: Any) -> Any:
-        def met(*args: Any, **kwargs: Any) -> Any:
-            if overlapping:
-                both.wait()
-            return call(*args, **kwargs)
-
-        return met
-
-    with ExitStack() as patched:
-        patched.enter_context(mock.patch.dict(actions, {OVERLAP_F_B: overlapped}))
-        for stage in schedule._stages:
-            for method in ("forward_one_chunk", "backward_one_chunk"):
-                patched.enter_context(mock.patch.object(stage, method, meet(getattr(stage, method))))
-        yield

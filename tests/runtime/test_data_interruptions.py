@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
 
 import pytest
 from data_folders import documents, make_tokenizer, tree, write_lines
@@ -18,7 +18,8 @@ from mhc_compile.runtime.data import encoding
 from mhc_compile.runtime.data.prepare import prepare
 
 DRIVER = """
-import json, os, resource, signal, subprocess, sys
+import json, os, resource, signal, sys
+from multiprocessing.process import BaseProcess
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.runtime.data import encoding
 from mhc_compile.runtime.data.prepare import prepare
@@ -29,12 +30,12 @@ for point in points:
     pids = os.path.join(os.path.dirname(source), "pids")
     child = os.fork()
     if child == 0:
-        started = subprocess.Popen.__init__
-        def recorded(self, *args, **kwargs):
-            started(self, *args, **kwargs)
+        start = BaseProcess.start
+        def recorded(self):
+            start(self)
             with open(pids, "a") as file:
                 file.write(f"{self.pid}\\n")
-        subprocess.Popen.__init__ = recorded
+        BaseProcess.start = recorded
         if point.startswith("limit"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(point[5:]), int(point[5:])))
         def progress(done, total, tokens, name):
@@ -90,21 +91,14 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(encoding, "BATCH", 200)
     source = write_lines(tmp_path / "lines.jsonl", documents(300))
     make_tokenizer(tmp_path / "model")
-    processes: list[Any] = []
-
-    class Recorded(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            processes.append(self)
 
     def progress(done: int, total: int, tokens: int, name: str) -> None:
         if tokens > 1000:
-            processes[0].kill()  # unlike os.kill, nothing once the process has been waited for
+            next(iter(active_children())).kill()
 
-    monkeypatch.setattr(encoding.subprocess, "Popen", Recorded)
     with pytest.raises(MHCError, match="MHC614") as caught:
         prepare([str(source)], tmp_path / "out", tokenizer=tmp_path / "model", workers=2, progress=progress)
-    assert "exit code -9" in str(caught.value)
+    assert "terminated abruptly" in str(caught.value)
     assert "--workers" in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lines.jsonl", "model"]
-    assert all(process.returncode is not None for process in processes)
+    assert not active_children()

@@ -12,10 +12,9 @@ from ranks import run_ranks
 from torch import Tensor
 
 from mhc_compile.config import Options
-from mhc_compile.runtime.overlap import Worker
 
 Ran = dict[str, Any]
-CASES = list(itertools.product(overlap_ranks.SCHEDULES, ("torch", "in turn", "in threads")))
+CASES = list(itertools.product(overlap_ranks.SCHEDULES, ("torch", "in turn")))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_gradients(
 
 
 @pytest.mark.parametrize("schedule", overlap_ranks.SCHEDULES)
-@pytest.mark.parametrize("how", ["torch", "in turn", "in threads"])
+@pytest.mark.parametrize("how", ["torch", "in turn"])
 def test_weights_are_computed_in_their_own_actions(ranks: list[dict[str, Ran]], schedule: str, how: str) -> None:
     for rank in ranks:
         events = rank[f"{schedule} {how}"]["events"]
@@ -67,13 +66,10 @@ def test_weights_are_computed_in_their_own_actions(ranks: list[dict[str, Ran]], 
         assert apart == sum(e[0] == "W" and not e.endswith("done") for e in events) > 0
 
 
-@pytest.mark.parametrize("how", ["in turn", "in threads"])
 @pytest.mark.parametrize("schedule", overlap_ranks.SCHEDULES)
-def test_recomputation_begins_before_the_gradient_is_waited_for(
-    ranks: list[dict[str, Ran]], schedule: str, how: str
-) -> None:
+def test_recomputation_begins_before_the_gradient_is_waited_for(ranks: list[dict[str, Ran]], schedule: str) -> None:
     """Stage 0 gets its gradients from the other rank: every backward of it follows a recomputation, then a wait."""
-    events = [e for e in ranks[0][f"{schedule} {how}"]["events"] if e in ("R0", "R0 done", "B0") or "wait" in e]
+    events = [e for e in ranks[0][f"{schedule} in turn"]["events"] if e in ("R0", "R0 done", "B0") or "wait" in e]
     at = [i for i, e in enumerate(events) if e == "B0"]
     assert len(at) == MICROBATCHES
     assert events.count("R0") == MICROBATCHES
@@ -94,28 +90,3 @@ def test_overlapped_forwards_run_while_gradients_are_on_their_way(ranks: list[di
 
 def begins(events: list[str]) -> list[str]:
     return [e for e in events if not e.endswith("done")]
-
-
-def test_halves_of_an_action_run_at_once(ranks: list[dict[str, Ran]]) -> None:
-    """In threads, each waits for the other to begin, which has an end only if they run at once. In turn they do not."""
-    for rank in ranks:
-        computed = {
-            how: [e for e in rank[f"dualpipev {how}"]["events"] if e[0] in "FB"]
-            for how in ("torch", "in turn", "in threads")
-        }
-        assert at_once(computed["torch"]) == at_once(computed["in turn"]) == 0
-        assert at_once(computed["in threads"]) >= MICROBATCHES
-
-
-def at_once(events: list[str]) -> int:
-    """How often something began before what began before it was done."""
-    return sum(not b.endswith("done") and not a.endswith("done") for a, b in itertools.pairwise(events))
-
-
-def test_what_a_half_raises_is_raised_where_it_is_waited_for() -> None:
-    worker = Worker()
-    with torch.no_grad():
-        quiet = worker.submit(lambda: 1 / torch.is_grad_enabled())  # type: ignore[arg-type, return-value]
-    with pytest.raises(ZeroDivisionError):
-        quiet.result(10)
-    worker.submit(lambda: None).result(10)

@@ -13,7 +13,7 @@ from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.runtime.plan.hardware import KNOWN, hardware
-from mhc_compile.runtime.plan.schedules import Run, Schedule, Work, schedule
+from mhc_compile.runtime.plan.schedules import Message, Schedule, Work, schedule
 from mhc_compile.runtime.plan.simulate import Link, Simulated, StageCost, simulate
 from mhc_compile.runtime.recipe import parse_recipe
 from mhc_compile.runtime.recipe_tables import SCHEDULES, ScheduleName
@@ -82,7 +82,7 @@ def test_the_order_is_torch_s(name: ScheduleName, ranks: int) -> None:
 
 
 def works(plan: Schedule, rank: int) -> list[Work]:
-    return [work for action in plan.ranks[rank] if isinstance(action, Run) for work in action.works]
+    return [work for action in plan.ranks[rank] if not isinstance(action, Message) for work in action]
 
 
 costs = st.builds(
