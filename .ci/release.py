@@ -1,8 +1,8 @@
 """Build what is published, from a copy of the committed files: `python .ci/release.py [URL] [--out DIR]`.
 
 URL is the address of the repository, the one value that it does not know itself. It becomes `[project.urls]` and
-`repository-code`, and makes the README's links absolute, as PyPI shows the README without the files beside it. Without it
-links stay as they are. The sdist and the wheel go through `twine check --strict`, and both must hold what is promised.
+`repository-code`, and makes the README's links absolute, as PyPI shows the README without the files beside it. Without
+it links stay as they are. The sdist and the wheel pass `twine check --strict` and must hold what is promised.
 """
 
 from __future__ import annotations
@@ -17,8 +17,20 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-IN_SDIST = ("tests/conftest.py", "docs/choose.md", "passes/widen.py", "mhc_compile/passes/widen.py", "CHANGELOG.md", "mkdocs.yml")
-IN_WHEEL = ("mhc_compile/codes/graph.md", "mhc_compile/tested.json", "mhc_compile/kernels/forms.py", "mhc_compile/py.typed")
+IN_SDIST = (
+    "tests/conftest.py",
+    "docs/choose.md",
+    "passes/widen.py",
+    "mhc_compile/passes/widen.py",
+    "CHANGELOG.md",
+    "mkdocs.yml",
+)
+IN_WHEEL = (
+    "mhc_compile/codes/graph.md",
+    "mhc_compile/tested.json",
+    "mhc_compile/kernels/forms.py",
+    "mhc_compile/py.typed",
+)
 
 
 def absolute(markdown: str, url: str, tag: str) -> str:

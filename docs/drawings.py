@@ -21,14 +21,16 @@ ARROW = (
 
 
 def svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
-    """Return a figure of `parts` with an accessible title."""
+    """Return a figure of `parts` with an accessible title, without blank lines, as Markdown takes HTML."""
     head = f'<svg class="figure" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
     font = 'font-family="system-ui, sans-serif" font-size="14" fill="currentColor" stroke-width="1.6"'
     body = "\n".join(parts)
-    return f"{head} {font}>\n<title>{escape(title)}</title>\n{SYSTEM}\n<defs>{ARROW}</defs>\n{body}\n</svg>\n"
+    return f"{head} {font}>\n<title>{escape(title)}</title>\n<defs>{ARROW}</defs>\n{body}\n</svg>\n"
 
 
-def text(x: float, y: float, words: str, *, anchor: str = "middle", size: int = 14, colour: str = "currentColor") -> str:
+def text(
+    x: float, y: float, words: str, *, anchor: str = "middle", size: int = 14, colour: str = "currentColor"
+) -> str:
     """Return text whose baseline is at y."""
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(words)}</text>'
 
@@ -63,11 +65,14 @@ def streams() -> str:
     rows = [280, 310, 340, 370]
     for y in rows:
         parts += [line((60, y), (450, y)), line((530, y), (612, y)), plus(620, y), line((628, y), (690, y))]
-        parts += [line((110, y), (150, 245), colour=BLUE, arrow=False)]
-        parts += [line((590, 225), (606, y - 12), colour=GREEN)]
-    parts += [line((150, 245), (150, 210), (190, 210), colour=BLUE), text(128, 232, "pre", colour=BLUE)]
-    parts += [text(170, 202, "h", colour=BLUE), box(190, 192, 110, 36, "F", colour=ORANGE)]
-    parts += [line((300, 210), (590, 210), (590, 225), colour=GREEN, arrow=False), text(560, 202, "post", colour=GREEN)]
+        parts += [
+            f'<circle cx="130" cy="{y}" r="4" fill="{BLUE}"/>',
+            line((575, y - 17), (620, y - 17), (620, y - 9), colour=GREEN),
+        ]
+    parts += [line((130, rows[-1]), (130, 210), (190, 210), colour=BLUE), text(108, 246, "pre", colour=BLUE)]
+    parts += [text(160, 202, "h", colour=BLUE), box(190, 192, 110, 36, "F", colour=ORANGE)]
+    parts += [line((300, 210), (575, 210), (575, rows[-1] - 17), colour=GREEN, arrow=False)]
+    parts += [text(320, 202, "y", colour=GREEN), text(600, 246, "post", colour=GREEN)]
     parts += [box(450, 262, 80, 126, "H", size=18), text(40, 330, "X"), text(708, 330, "X'")]
     parts += [text(490, 408, "mixes the streams", size=12)]
     return svg(740, 425, "A residual add, and a site of four streams", parts)
@@ -77,16 +82,22 @@ def boundary() -> str:
     """Return what lies between two branches, which is one kernel."""
     parts = [box(20, 60, 90, 44, "F of site k", colour=ORANGE, size=13), line((110, 82), (190, 82), colour=GREEN)]
     parts += [text(150, 74, "y", colour=GREEN)]
-    parts += ['<rect x="160" y="24" width="430" height="196" rx="10" fill="none" stroke="currentColor" stroke-dasharray="6 4"/>']
+    frame = 'fill="none" stroke="currentColor" stroke-dasharray="6 4"'
+    parts += [f'<rect x="160" y="24" width="430" height="196" rx="10" {frame}/>']
     parts += [text(375, 44, "one kernel: a boundary", size=13)]
     parts += [box(190, 60, 110, 44, "distribute"), text(245, 122, "H X + post y", size=12)]
-    parts += [box(325, 150, 110, 44, "coefficients"), text(380, 211, "pre, post, H of site k + 1", size=12)]
+    parts += [box(325, 150, 110, 44, "coefficients"), text(380, 211, "the next pre, post, H", size=12)]
     parts += [box(460, 60, 100, 44, "aggregate"), text(510, 122, "pre X'", size=12)]
-    parts += [line((300, 82), (460, 82)), text(380, 74, "X'"), line((380, 82), (380, 150)), line((435, 172), (510, 172), (510, 128))]
+    parts += [
+        line((300, 82), (460, 82)),
+        text(380, 74, "X'"),
+        line((380, 82), (380, 150)),
+        line((435, 172), (510, 172), (510, 128)),
+    ]
     parts += [line((560, 82), (640, 82), colour=BLUE), text(612, 74, "h", colour=BLUE)]
     parts += [box(640, 60, 90, 44, "F of site k + 1", colour=ORANGE, size=12)]
     parts += [line((40, 250), (245, 250), (245, 128)), text(28, 255, "X")]
-    parts += [line((400, 82), (400, 140), (446, 140), (446, 250), (730, 250), arrow=True), text(716, 242, "X'")]
+    parts += [line((312, 82), (312, 250), (730, 250)), text(716, 242, "X'")]
     parts += [text(20, 290, "read once: X, y, the projection", anchor="start", size=13)]
     parts += [text(446, 290, "written once: X', h, the coefficients", anchor="start", size=13)]
     return svg(750, 305, "A boundary: the end of one site and the beginning of the next", parts)
@@ -123,7 +134,10 @@ def gains() -> str:
         return mixing_matrix(logits, spec)
 
     left, bottom, width, height, sites = 400, 240, 300, 190, 96
-    parts = [text(20, 28, "a doubly stochastic H", anchor="start"), *matrix(24, 50, matrices("sinkhorn", 1, 1)[0, 0].tolist())]
+    parts = [
+        text(20, 28, "a doubly stochastic H", anchor="start"),
+        *matrix(24, 50, matrices("sinkhorn", 1, 1)[0, 0].tolist()),
+    ]
     parts += [text(24, 260, "rows and columns sum to 1", anchor="start", size=12, colour=GREEN)]
     parts += [text(left - 30, 28, "largest gain of the product of k matrices", anchor="start")]
     parts += [line((left, bottom - height), (left, bottom), (left + width, bottom), arrow=False)]
@@ -138,7 +152,10 @@ def gains() -> str:
             product = step @ product
             gain = math.log10(float(product.abs().sum(-1).max()))
             points.append((left + width * k / sites, bottom - height * gain / 3))
-        parts += [line(*points, colour=colour, arrow=False), text(left + width, points[-1][1] - 8, name, anchor="end", colour=colour)]
+        parts += [
+            line(*points, colour=colour, arrow=False),
+            text(left + width, points[-1][1] - 8, name, anchor="end", colour=colour),
+        ]
     return svg(740, 285, "A doubly stochastic matrix, and what constraining H does to products of it", parts)
 
 
@@ -160,11 +177,11 @@ def layers(arrows: Sequence[tuple[str, str]]) -> str:
         middle = {n: sum(place[o][0] for o in below[n]) / max(len(below[n]), 1) for n in rows[level]}
         for i, name in enumerate(sorted(rows[level], key=lambda n: middle[n])):
             place[name] = (across * (i + 0.5) / len(rows[level]), 56 * (max(rows) - level) + 12)
-    parts = [
-        f'<path d="M{place[a][0]:g} {place[a][1] + 26:g} C{place[a][0]:g} {place[a][1] + 46:g} {place[b][0]:g} '
-        f'{place[b][1] - 22:g} {place[b][0]:g} {place[b][1]:g}" fill="none" stroke="currentColor" stroke-opacity=".35"/>'
-        for a, b in arrows
-    ]
+    parts = []
+    for a, b in arrows:
+        (x, y), (u, v) = place[a], place[b]
+        path = f"M{x:g} {y + 26:g} C{x:g} {y + 46:g} {u:g} {v - 22:g} {u:g} {v:g}"
+        parts.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-opacity=".35"/>')
     for name, (x, y) in place.items():
         parts.append(f'<rect x="{x - 50:g}" y="{y:g}" width="100" height="26" rx="5" class="paper"/>')
         parts.append(box(x - 50, y, 100, 26, name, size=12))
@@ -173,4 +190,4 @@ def layers(arrows: Sequence[tuple[str, str]]) -> str:
 
 if __name__ == "__main__":
     for name, draw in (("streams", streams), ("boundary", boundary), ("gains", gains)):
-        (IMAGES / f"concept-{name}.svg").write_text(draw(), encoding="utf-8")
+        (IMAGES / f"concept-{name}.svg").write_text(draw().replace("\n<defs>", f"\n{SYSTEM}\n<defs>"), encoding="utf-8")

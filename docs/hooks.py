@@ -1,9 +1,9 @@
 """What the site has beside docs/: a hook of mkdocs that adds pages which lie elsewhere, and turns their links.
 
-The README is the front page; CONTRIBUTING, CHANGELOG and SECURITY, the pages of codes, and docs/tour.ipynb, which is run, are
-pages as well. Every module of the table in docs/api.md, and each below it, gets a page of the reference. Links are written
-for a reader of the repository: those to pages lead to pages here, those to sources to the repository if MHC_COMPILE_URL
-names it, and are plain text otherwise.
+The README is the front page. CONTRIBUTING, CHANGELOG and SECURITY, the pages of codes, and docs/tour.ipynb, which is
+run, are pages as well. Every module of the table in docs/api.md, and each below it, has a page of the reference. Links
+are written for a reader of the repository: those to pages lead to pages here; those to sources lead to the repository if
+MHC_COMPILE_URL names it, and are plain text otherwise.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ PAGES = {
 }
 """Files of the repository that are pages, and what the pages are called."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:]+)\)")
+FIGURE = re.compile(r"!\[[^\]]*\]\((images/concept-\w+\.svg)\)")
 SOURCE = {page: file for file, page in PAGES.items()}
 
 
 @event_priority(100)  # before mkdocstrings reads its configuration
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Let the reference read a copy of the package in which each folder has `__init__.py`, as `kernels` must not have."""
+    """Let the reference read a copy of the package in which every folder, and so `kernels`, has an `__init__.py`."""
     copy = Path(tempfile.mkdtemp()) / "mhc_compile"
     shutil.copytree(ROOT / "mhc_compile", copy, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in copy.rglob("*/"):
@@ -70,13 +71,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if name.startswith("reference/"):
         return markdown
     source = Path(SOURCE.get(name, f"docs/{name}"))
+    markdown = FIGURE.sub(lambda link: inside(ROOT / "docs" / link[1]), markdown)
     markdown = LINK.sub(lambda link: turned(link, source, name), markdown)
+    if name.startswith("codes/"):
+        markdown = markdown.replace("\nFix: ", "\n**Fix:** ")
     if name == "api.md":
         markdown = re.sub(r"^\| (`mhc_compile[^|]*)", lambda row: f"| {linked(row[1])}", markdown, flags=re.MULTILINE)
         markdown += "\n## Every module\n\n" + "\n".join(f"* [`{m}`](reference/{m}.md)" for m in modules()) + "\n"
     if name == "architecture.md":
-        markdown = re.sub(r"^```mermaid\n(.*?)^```", lambda block: drawn(block[1]), markdown, flags=re.MULTILINE | re.DOTALL)
+        markdown = re.sub(
+            r"^```mermaid\n(.*?)^```", lambda block: drawn(block[1]), markdown, flags=re.MULTILINE | re.DOTALL
+        )
     return markdown
+
+
+def inside(figure: Path) -> str:
+    """Return the text of an SVG file for a page, whose light or dark it then has, in place of the system's."""
+    return re.sub(r"<style>.*?</style>\n", "", figure.read_text(encoding="utf-8"))
 
 
 def turned(link: re.Match[str], source: Path, name: str) -> str:
@@ -86,7 +97,9 @@ def turned(link: re.Match[str], source: Path, name: str) -> str:
     if not path:
         return link[0]
     file = os.path.normpath(source.parent / path)
-    there = PAGES.get(file) or (file.removeprefix("docs/") if file.startswith("docs/") and Path(file).suffix != ".py" else "")
+    there = PAGES.get(file) or (
+        file.removeprefix("docs/") if file.startswith("docs/") and Path(file).suffix != ".py" else ""
+    )
     if there:
         relative = os.path.relpath(there, Path(name).parent)
         return f"{image}[{text}]({relative}{'#' * bool(anchor)}{anchor})"
@@ -148,4 +161,5 @@ def drawn(flowchart: str) -> str:
     assert spec.loader is not None
     drawings = module_from_spec(spec)
     spec.loader.exec_module(drawings)
-    return str(drawings.layers(re.findall(r"(\w+) --> (\w+)", flowchart)))
+    arrows = re.findall(r"(\w+) --> (\w+)", flowchart)
+    return f"\n{drawings.layers(arrows)}\n"
