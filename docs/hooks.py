@@ -1,9 +1,9 @@
 """What the site has beside docs/: a hook of mkdocs that adds pages which lie elsewhere, and turns their links.
 
 The README is the front page. CONTRIBUTING, CHANGELOG and SECURITY, the pages of codes, and docs/tour.ipynb, which is
-run, are pages as well. Every module of the table in docs/api.md, and each below it, has a page of the reference. Links
-are written for a reader of the repository: those to pages lead to pages here; those to sources lead to the repository if
-MHC_COMPILE_URL names it, and are plain text otherwise.
+run, are pages as well. Every module of the table in docs/api.md, and each below it, has a page of the reference.
+Links are written for a reader of the repository: those to pages lead to pages here; those to sources lead to the
+repository if MHC_COMPILE_URL names it, and are plain text otherwise.
 """
 
 from __future__ import annotations

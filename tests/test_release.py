@@ -44,17 +44,7 @@ def test_an_unpacked_sdist_installs_and_its_tests_are_collected(dist: Path, tmp_
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (folder,) = tmp_path.iterdir()
-    install = [
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(tmp_path / "site"),
-        ".",
-    ]
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), "."]
     done = subprocess.run([sys.executable, *install], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site/mhc_compile/passes/widen.py").is_file()

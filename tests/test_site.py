@@ -36,16 +36,11 @@ def plain(markup: str) -> str:
 
 
 def test_every_public_name_is_there_with_its_docstring(site: Path) -> None:
-    pages = [(site / "reference" / f"{name}.html").read_text(encoding="utf-8") for name in _modules()]
-    shown = plain("\n".join(pages)).replace("`", "")
+    shown = plain((site / "reference/mhc_compile.html").read_text(encoding="utf-8"))
     for name in mhc_compile.__all__:
         sentence = " ".join((inspect.getdoc(getattr(mhc_compile, name)) or "").split("\n\n")[0].split())
         assert sentence
         assert sentence.replace("`", "") in shown, name
-
-
-def _modules() -> set[str]:
-    return {f"mhc_compile.{module}" for module in mhc_compile._MODULES}
 
 
 def test_every_module_of_the_table_has_a_page(site: Path) -> None:
@@ -73,7 +68,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
 def test_search_finds_codes_and_the_front_page_is_the_readme(site: Path) -> None:
     index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
     titles = {entry["title"] for entry in index["docs"]}
-    assert {f"{code} {row.title}" for code, row in TABLE.items()} <= {plain(title) for title in titles}
+    assert {f"{code} {row.title}".replace("`", "") for code, row in TABLE.items()} <= {plain(title) for title in titles}
     assert "the one residual stream becomes" in plain((site / "index.html").read_text(encoding="utf-8"))
 
 
