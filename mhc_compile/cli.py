@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
+from mhc_compile import commands
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.versions import VERSION
 
 _RUNTIME = {"data": "runtime.data.command", "train": "runtime.command", "plan": "runtime.plan.command"}
 _NAMES = ("convert", "emit", "inspect", "diff", "bisect", "probe", "trial", "demo", "bench", "doctor", "explain")
 COMMANDS = {
-    name: f"mhc_compile.{module}:{name}" for name, module in ({n: f"commands.{n}" for n in _NAMES} | _RUNTIME).items()
+    **{name: f"{commands.__name__}.{name}:{name}" for name in _NAMES},
+    **{name: f"mhc_compile.{module}:{name}" for name, module in _RUNTIME.items()},
 }
 """Where each command is, which is imported when it is used: the signature is the flags, the docstring is the help."""
 ARGUMENTS = {"MHC201", "MHC202", "MHC203", "MHC204", "MHC220", "MHC240", "MHC241", "MHC520"}
