@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from mhc_compile.commands.bench import bench
-from mhc_compile.commands.bisect import bisect
-from mhc_compile.commands.convert import convert
-from mhc_compile.commands.demo import demo
-from mhc_compile.commands.diff import diff
-from mhc_compile.commands.doctor import doctor
-from mhc_compile.commands.emit import emit
-from mhc_compile.commands.inspect import inspect
-from mhc_compile.commands.probe import probe
-from mhc_compile.commands.trial import trial
+from mhc_compile import commands
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.versions import VERSION
 
 _RUNTIME = {"data": "runtime.data.command", "train": "runtime.command", "plan": "runtime.plan.command"}
-# By the names of their modules, as nothing outside of the runtime imports it.
-COMMANDS: dict[str, Callable[..., int]] = {
-    **{c.__name__: c for c in (convert, emit, inspect, diff, bisect, probe, trial, demo, bench, doctor)},
-    **{name: getattr(import_module(f"mhc_compile.{module}"), name) for name, module in _RUNTIME.items()},
+_NAMES = ("convert", "emit", "inspect", "diff", "bisect", "probe", "trial", "demo", "bench", "doctor", "explain")
+COMMANDS = {
+    **{name: f"{commands.__name__}.{name}:{name}" for name in _NAMES},
+    **{name: f"mhc_compile.{module}:{name}" for name, module in _RUNTIME.items()},
 }
-"""Commands by name: the signature is the flags, the docstring is the help."""
+"""Where each command is, which is imported when it is used: the signature is the flags, the docstring is the help."""
 ARGUMENTS = {"MHC201", "MHC202", "MHC203", "MHC204", "MHC220", "MHC240", "MHC241", "MHC520"}
 """Codes of options whose values are not possible: wrong usage, as a misspelt flag is."""
 DIFFERS, USAGE, NOT_SUPPORTED, INTERRUPTED = 1, 2, 3, 130

@@ -8,12 +8,9 @@ from __future__ import annotations
 import warnings
 from functools import partial
 
-from mhc_compile.codes import Diagnostic
-from mhc_compile.codes.compiler import COMPILER
-from mhc_compile.codes.emitting import EMITTING
-from mhc_compile.codes.training import TRAINING
+from mhc_compile.codes import Diagnostic, read_codes
 
-TABLE: dict[str, Diagnostic] = {**COMPILER, **TRAINING, **EMITTING}
+TABLE: dict[str, Diagnostic] = read_codes()
 
 
 class MHCError(Exception):
@@ -41,7 +38,7 @@ class MHCError(Exception):
         places = [
             f"  {f'{name}:':<7} {place}" for name in ("node", "module", "source") if (place := getattr(self, name))
         ]
-        super().__init__("\n".join([_heading(code, detail), *places, f"  fix: {self.way_out}"]))
+        super().__init__("\n".join([_heading(code, detail), *places, _ending(code, self.way_out)]))
 
     def __reduce__(self) -> tuple[object, ...]:
         places = {name: getattr(self, name) for name in ("node", "module", "source", "way_out")}
@@ -56,11 +53,15 @@ class MHCWarning(UserWarning):
         self.code, self.detail = code, detail
 
     def __str__(self) -> str:
-        return f"{_heading(self.code, self.detail)}\n  fix: {TABLE[self.code].way_out}"
+        return f"{_heading(self.code, self.detail)}\n{_ending(self.code, TABLE[self.code].way_out)}"
 
 
 def _heading(code: str, detail: str) -> str:
     return f"{code} {TABLE[code].title}" + (f": {detail}" if detail else "")
+
+
+def _ending(code: str, way_out: str) -> str:
+    return f"  fix: {way_out}\n  more: mhc-compile explain {code}"
 
 
 def warn(code: str, detail: str = "", *, stacklevel: int = 2) -> None:

@@ -157,6 +157,8 @@ def test_top_level_holds_nothing_else() -> None:
     top = {name.split("/")[0] for name in tracked if name}
     folders = {*ROOMS, "docs", "examples", "tests"}
     files = {"pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore", ".ci", ".github"}
+    files |= {"CHANGELOG.md", "CITATION.cff", "RELEASING.md", "SECURITY.md", "MANIFEST.in", "mkdocs.yml"}
+    files |= {".pre-commit-config.yaml"}
     assert top == folders | files
 
 

@@ -246,6 +246,6 @@ def bias_row(chain: Chain, at: int) -> int:
 
 
 def mix_row(chain: Chain) -> Callable[[int, int], int]:
-    """Return the map from (i, j) to the row of phi that produces H[i][j] of `sinkhorn` and `unconstrained`."""
+    """Return the map from (i, j) to the row of phi that produces `H[i][j]` of `sinkhorn` and `unconstrained`."""
     n, transposed = chain.stream.streams, chain.stream.convention.fields.transposed
     return lambda i, j: 2 * n + (j * n + i if transposed else i * n + j)

@@ -81,7 +81,7 @@ def test_mistakes_are_refused(recipe: Path, changes: list[str], code: str, capsy
 def test_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["train"]) == 3
     assert main(["train", str(tmp_path / "none.toml")]) == 3
-    assert capsys.readouterr().err.count("MHC600") == 2
+    assert capsys.readouterr().err.count("MHC600 no recipe") == 2
 
 
 def test_the_module_trains(recipe: Path) -> None:
