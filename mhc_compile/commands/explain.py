@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from difflib import get_close_matches
 from typing import Annotated
 
@@ -11,13 +10,14 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from mhc_compile.diagnostics import TABLE, MHCError
+from mhc_compile.output import PLAIN, Output
 from mhc_compile.rich_text import new_table
 
 
 def explain(
     code: Annotated[str | None, Parameter(help="MHC207, or 207 alone. Without it all codes are listed.")] = None,
     *,
-    json: Annotated[bool, Parameter(help="Print JSON: code, title, fix, and the page in Markdown.")] = False,
+    output: Output = PLAIN,
 ) -> int:
     """Explain the code of an error or a warning: what happened, a smallest example, and the fix.
 
@@ -27,19 +27,18 @@ def explain(
     ```
     """
     codes = list(TABLE) if code is None else [_known(code)]
-    if json:
-        rows = [{"code": c, "title": TABLE[c].title, "fix": TABLE[c].way_out, "page": TABLE[c].page} for c in codes]
-        print(json_module.dumps(rows if code is None else rows[0], indent=2))
-        return 0
     console = Console()
     console.width = min(console.width, 80)
-    if code is None:
-        table = new_table("code", "what is wrong")
-        for name in codes:
-            table.add_row(name, TABLE[name].title)
-        console.print(table)
-    else:
-        console.print(Markdown(TABLE[codes[0]].page, code_theme="ansi_dark"))
+    with output.printing():
+        if code is None:
+            table = new_table("code", "what is wrong")
+            for name in codes:
+                table.add_row(name, TABLE[name].title)
+            console.print(table)
+        else:
+            console.print(Markdown(TABLE[codes[0]].page, code_theme="ansi_dark"))
+    rows = [{"code": c, "title": TABLE[c].title, "fix": TABLE[c].way_out, "page": TABLE[c].page} for c in codes]
+    output.write(rows if code is None else rows[0])
     return 0
 
 

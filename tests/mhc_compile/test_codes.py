@@ -155,7 +155,7 @@ def test_explain_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, page.splitlines())) <= 80
     assert "my_module.mhc = 1" in page
     assert " ".join(f"Fix: {TABLE['MHC207'].way_out}".split()) in " ".join(page.split())
-    assert main(["explain", "mhc207", "--json"]) == 0
+    assert main(["explain", "mhc207", "--json", "-"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row == {
         "code": "MHC207",
