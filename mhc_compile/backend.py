@@ -265,10 +265,10 @@ def compile_inner(
     for spec, device in kernels_in(gm):
         targets.prepare(spec, device)
     prepare_hashes(gm.graph)
-    if options.inner == "eager":
+    if options.inner == "eager" and not (options.kinds and is_tagged(gm.graph)):
         return gm.forward
     with functorch_config.patch({**(NOT_CACHED if is_tagged(gm.graph) else {}), **(OWN_BACKWARD if backward else {})}):
-        if options.inner == "aot_eager":
+        if options.compiler != "inductor":  # of eager, what is to be computed again, which AOTAutograd does
             from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
             own = partial(backward, compile=boxed_nop) if backward else None

@@ -255,5 +255,8 @@ def _compile(owner: Any, traced: Callable[..., Any]) -> Callable[..., Any]:
     # By the name under which it registers itself when it is imported, here: the backend converts models at their first
     # call, and so imports this module. The entry point `mhc` is there only where the package is installed.
     import_module("mhc_compile.backend")
-    options = dict(vars(active_parameters(owner.mhc).options))
-    return torch.compile(own, backend=BACKEND, options=options, fullgraph=True)
+    given = active_parameters(owner.mhc).options
+    options = given.for_calls()
+    # From the first trace on: the next prompt has another length, and its cache another one at every token.
+    dynamic = None if options is given else True
+    return torch.compile(own, backend=BACKEND, options=dict(vars(options)), fullgraph=True, dynamic=dynamic)
