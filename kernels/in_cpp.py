@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cache
 from typing import Any
@@ -15,15 +15,18 @@ from mhc_compile.kernels.attend import Attend
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp import attend, backward, build, forward
 from mhc_compile.kernels.cpp.memory import POOL
-from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec, Values, dtypes_against, laid_out
+from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values, dtypes_against, laid_out
 from mhc_compile.kernels.memory.cpp import convolution, tokens
 from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.mixtures import MAX_ROWS, MIXTURES
-from mhc_compile.kernels.target import Source, Target
+from mhc_compile.kernels.target import Reference, Source, Target
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A backward keeps every step's matrix of LANES tokens on a thread's stack.
 MAX_STEPS_BYTES = 1 << 20
+_REFERENCE = Reference()
+_WAITS: dict[tuple[KernelSpec, Direction], bool] = {}
+"""Whether calls wait for the compiler; those of kernels that nobody has prepared do."""
 
 
 class Cpp(Target):
@@ -47,13 +50,21 @@ class Cpp(Target):
         """Generate the C++ of one direction."""
         return _emitter(spec, direction)(spec, build.lanes())
 
-    def prepare(self, spec: KernelSpec) -> None:
-        """Begin to compile both directions, beside whatever else is compiled meanwhile."""
-        for direction in DIRECTIONS:
+    def prepare(self, spec: KernelSpec, directions: Sequence[Direction], *, wait: bool) -> None:
+        """Begin to compile `directions`, beside whatever else is compiled meanwhile."""
+        for direction in directions:
+            _WAITS[spec, direction] = wait or _WAITS.get((spec, direction), False)
             library(spec, direction)
 
     def run(self, spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Tensor]:
-        """Call the compiled function: from the cache, or as soon as it is compiled."""
+        """Call the compiled function: from the cache, or as soon as it is compiled.
+
+        Meanwhile plain PyTorch computes what need not `wait`, unless PyTorch is to be deterministic.
+        """
+        future = library(spec, direction)
+        waits = _WAITS.get((spec, direction), True) or torch.are_deterministic_algorithms_enabled()
+        if not waits and not future.done():
+            return _REFERENCE.run(spec, direction, values)
         sizes = spec.sizes(values)
         out = {name: POOL.empty(spec.shape(name, sizes), spec.dtype(name)) for name in spec.outputs(direction)}
         numbers = spec.numbers(sizes)
@@ -62,7 +73,7 @@ class Cpp(Target):
         arguments, stride = laid_out(spec, values)
         pointers = [t.data_ptr() for t in (*arguments.values(), *out.values())]
         counts = [*numbers.values(), stride]
-        getattr(library(spec, direction).result(), direction)(
+        getattr(future.result(), direction)(
             (ctypes.c_void_p * len(pointers))(*pointers),
             (ctypes.c_int64 * len(counts))(*counts),
             ctypes.c_int(torch.get_num_threads()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,8 +36,11 @@ class Target(ABC):
     def source(self, spec: KernelSpec, direction: Direction) -> Source:
         """Generate the code of one direction. Raises ValueError where the target generates none."""
 
-    def prepare(self, spec: KernelSpec) -> None:  # noqa: B027
-        """Begin to compile both directions, where that can be done before the first call."""
+    def prepare(self, spec: KernelSpec, directions: Sequence[Direction], *, wait: bool) -> None:  # noqa: B027
+        """Begin to compile `directions`, where that can be done before the first call.
+
+        Unless calls are to `wait`, plain PyTorch may compute them meanwhile.
+        """
 
     @abstractmethod
     def run(self, spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -12,7 +12,7 @@ from torch import Tensor
 from mhc_compile.kernels.cpp.build import no_compiler
 from mhc_compile.kernels.in_cpp import Cpp
 from mhc_compile.kernels.in_triton import Triton
-from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values
+from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec, Values
 from mhc_compile.kernels.target import Reference, Source, Target
 from mhc_compile.kernels.triton.launch import interprets
 
@@ -39,9 +39,14 @@ def look_for_compilers(device: str) -> None:
         no_compiler()
 
 
-def prepare(spec: KernelSpec, device: str) -> None:
-    """Begin to compile what will compute `spec`, so that its first call does not wait."""
-    TARGETS[choose(spec, device)[0]].prepare(spec)
+def prepare(
+    spec: KernelSpec, device: str, directions: Sequence[Direction] = DIRECTIONS, *, wait: bool = True
+) -> None:
+    """Begin to compile what will compute `spec`, so that its first call waits less.
+
+    Without `wait` it does not wait at all: plain PyTorch computes, equal to rounding, until the kernel is loaded.
+    """
+    TARGETS[choose(spec, device)[0]].prepare(spec, directions, wait=wait)
 
 
 def source(spec: KernelSpec, direction: Direction, device: str) -> Source:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from chains import CHAINS, LATER, backward_values, error, exactly, name_of, rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor import cpu_vec_isa
 
 from mhc_compile.kernels import in_cpp as cpp
 from mhc_compile.kernels import targets
@@ -170,6 +175,62 @@ def test_machines_with_shorter_vectors(lanes: int, monkeypatch: pytest.MonkeyPat
             check(chain, (13,), seed=0)
     finally:
         cpp.library.cache_clear()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_plain_pytorch_serves_until_the_kernel_is_loaded(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = replace(CHAINS[0], norm_eps=0.25)  # which no other test asks for
+    inputs = random_inputs(chain, (5,), 0)
+    compiling, compiled = Future[Any](), cpp.library(chain, "forward").result()
+    monkeypatch.setattr(cpp, "library", lambda *_: compiling)
+    monkeypatch.setattr(cpp, "_WAITS", {})
+    CPP.prepare(chain, ("forward",), wait=False)
+    plain = Reference().run(chain, "forward", inputs)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        if deterministic:  # it waits: the result is the kernel's
+            Timer(0.2, compiling.set_result, [compiled]).start()
+        first = forward(chain, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if not deterministic:
+        assert all(torch.equal(first[name], plain[name]) for name in plain)
+        compiling.set_result(compiled)
+    kernel = forward(chain, inputs)
+    assert any(not torch.equal(kernel[name], plain[name]) for name in plain)
+    assert all(torch.equal(first[name], kernel[name]) for name in plain) == deterministic
+
+
+def test_a_training_step_waits_for_kernels_that_inference_did_not_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = replace(CHAINS[0], norm_eps=0.25)
+    inputs = random_inputs(chain, (5,), 0)
+    compiled = cpp.library(chain, "forward").result()
+    for waits in ((False, True), (True, False)):
+        compiling = Future[Any]()
+        monkeypatch.setattr(cpp, "library", lambda *_, compiling=compiling: compiling)
+        monkeypatch.setattr(cpp, "_WAITS", {})
+        for wait in waits:
+            CPP.prepare(chain, ("forward",), wait=wait)
+        Timer(0.2, compiling.set_result, [compiled]).start()
+        first = forward(chain, inputs)
+        assert all(torch.equal(t, first[name]) for name, t in forward(chain, inputs).items())
+
+
+def test_the_vector_instructions_are_looked_up_once_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "cache_dir", lambda: tmp_path)
+    expected = build.vector_isa.__wrapped__()
+    if not list(tmp_path.iterdir()):
+        pytest.skip("this machine has no vector instructions that torch.compile would have to try out")
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: "asked again")
+    assert build.vector_isa.__wrapped__() is expected
+    (found,) = tmp_path.iterdir()
+    found.write_text("import os")  # no name of instructions: not believed
+    assert build.vector_isa.__wrapped__() == "asked again"
+    found.write_text(str(expected))
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert build.vector_isa.__wrapped__() == "asked again"
 
 
 def equal_bits(found: Tensor, exact: Tensor) -> bool:

@@ -10,6 +10,9 @@ from tiny_models import Block, Outer, chain, close, code_of, ids, llama, logits,
 from torch import Tensor, nn
 
 from mhc_compile import MHCError, convert, stream_parameters
+from mhc_compile.kernels import in_cpp
+from mhc_compile.kernels.cpp import build
+from mhc_compile.kernels.kernelspec import Direction, KernelSpec
 from mhc_compile.parameters import owners
 
 EAGER: dict[str, Any] = {"backend": "mhc", "options": {"inner": "eager", "streams": 2}}
@@ -189,6 +192,23 @@ def test_a_refused_model_runs_uncompiled() -> None:
         torch.compile(model, **EAGER)(ids())
     assert torch.equal(model(ids()), expected)
     assert not stream_parameters(model)
+
+
+def test_a_call_without_gradients_compiles_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: set[str] = set()
+    library = in_cpp.library
+
+    def noted(spec: KernelSpec, direction: Direction) -> Any:
+        begun.add(direction)
+        return library(spec, direction)
+
+    monkeypatch.setattr(in_cpp, "library", noted)
+    model = convert(chain(), ids())
+    with torch.no_grad():
+        model(ids())
+    assert begun == ({"forward"} if not build.compiler_problem() else set())
+    model(ids()).sum().backward()
+    assert begun == ({"forward", "backward"} if not build.compiler_problem() else set())
 
 
 def test_a_model_converted_at_its_first_call_cannot_be_converted_again() -> None:
