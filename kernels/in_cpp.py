@@ -15,11 +15,11 @@ from mhc_compile.kernels.attend import Attend
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp import attend, backward, build, forward
 from mhc_compile.kernels.cpp.memory import POOL
-from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values, dtypes_against, laid_out
+from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Sizes, Values, dtypes_against, laid_out
 from mhc_compile.kernels.memory.cpp import convolution, tokens
 from mhc_compile.kernels.memory.step import MemoryStep
 from mhc_compile.kernels.mixtures import MAX_ROWS, MIXTURES
-from mhc_compile.kernels.target import Reference, Source, Target
+from mhc_compile.kernels.target import Plan, Reference, Source, Target
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A backward keeps every step's matrix of LANES tokens on a thread's stack.
@@ -61,24 +61,43 @@ class Cpp(Target):
 
         Meanwhile plain PyTorch computes what need not `wait`, unless PyTorch is to be deterministic.
         """
-        future = library(spec, direction)
-        waits = _WAITS.get((spec, direction), True) or torch.are_deterministic_algorithms_enabled()
-        if not waits and not future.done():
+        if not self._ready(spec, direction):
             return _REFERENCE.run(spec, direction, values)
-        sizes = spec.sizes(values)
-        out = {name: POOL.empty(spec.shape(name, sizes), spec.dtype(name)) for name in spec.outputs(direction)}
-        numbers = spec.numbers(sizes)
-        if not numbers["tokens"]:
-            return {name: t.zero_() for name, t in out.items()}
+        names, sizes = spec.outputs(direction), spec.sizes(values)
+        if not spec.numbers(sizes)["tokens"]:
+            return {name: torch.zeros(spec.shape(name, sizes), dtype=spec.dtype(name)) for name in names}
         arguments, stride = laid_out(spec, values)
-        pointers = [t.data_ptr() for t in (*arguments.values(), *out.values())]
-        counts = [*numbers.values(), stride]
-        getattr(future.result(), direction)(
-            (ctypes.c_void_p * len(pointers))(*pointers),
-            (ctypes.c_int64 * len(counts))(*counts),
-            ctypes.c_int(torch.get_num_threads()),
-        )
+        return dict(zip(names, _call(spec, direction, sizes, stride)([*arguments.values()]), strict=True))
+
+    def plan(self, spec: KernelSpec, direction: Direction, values: Values) -> Plan | None:
+        """Return the compiled function with everything that depends on shapes and dtypes, once it is loaded."""
+        sizes = spec.sizes(values)
+        converted = any(t.dtype != spec.dtype(name) for name, t in values.items())
+        if converted or not spec.numbers(sizes)["tokens"] or not library(spec, direction).done():
+            return None
+        return _call(spec, direction, sizes, spec.n * spec.width)
+
+    @staticmethod
+    def _ready(spec: KernelSpec, direction: Direction) -> bool:
+        waits = _WAITS.get((spec, direction), True) or torch.are_deterministic_algorithms_enabled()
+        return waits or library(spec, direction).done()
+
+
+def _call(spec: KernelSpec, direction: Direction, sizes: Sizes, stride: int) -> Plan:
+    """Return the compiled function for inputs that are laid out."""
+    outputs = [(spec.shape(name, sizes), spec.dtype(name)) for name in spec.outputs(direction)]
+    counts = [*spec.numbers(sizes).values(), stride]
+    numbers = (ctypes.c_int64 * len(counts))(*counts)
+    function = getattr(library(spec, direction).result(), direction)
+    pointers = ctypes.c_void_p * (len(spec.inputs(direction)) + len(outputs))
+
+    def call(inputs: Sequence[Tensor]) -> list[Tensor]:
+        out = [POOL.empty(shape, dtype) for shape, dtype in outputs]
+        addresses = pointers(*[t.data_ptr() for t in inputs], *[t.data_ptr() for t in out])
+        function(addresses, numbers, ctypes.c_int(torch.get_num_threads()))
         return out
+
+    return call
 
 
 def _emitter(spec: KernelSpec, direction: Direction) -> Callable[[Any, int], Source]:

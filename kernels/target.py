@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,6 +21,10 @@ class Source:
     text: str
     passes: Mapping[str, int]
     """How often it goes over each wide value from end to end, whether or not a cache holds the value meanwhile."""
+
+
+Plan = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Computes one direction: from its inputs, in order, its outputs, in order."""
 
 
 class Target(ABC):
@@ -45,6 +49,10 @@ class Target(ABC):
     @abstractmethod
     def run(self, spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Tensor]:
         """Compute one direction from its inputs, in order; return its outputs by name."""
+
+    def plan(self, spec: KernelSpec, direction: Direction, values: Values) -> Plan | None:  # noqa: ARG002
+        """Return what computes contiguous inputs of the same shapes and dtypes from now on; None: `run` does."""
+        return None
 
 
 class Reference(Target):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from mhc_compile.kernels.cpp.build import no_compiler
 from mhc_compile.kernels.in_cpp import Cpp
 from mhc_compile.kernels.in_triton import Triton
 from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec, Values
-from mhc_compile.kernels.target import Reference, Source, Target
+from mhc_compile.kernels.target import Plan, Reference, Source, Target
 from mhc_compile.kernels.triton.launch import interprets
 
 TARGETS: dict[str, Target] = {target.name: target for target in (Triton(), Cpp(), Reference())}
@@ -62,6 +63,25 @@ def run(spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Ten
     arguments = spec.call(values, direction)
     name = _ONLY.get() or choose(spec, next(iter(arguments.values())).device.type)[0]
     return TARGETS[name].run(spec, direction, arguments)
+
+
+class Planned(NamedTuple):
+    """What computes calls of the same shapes and dtypes, and of which target it is."""
+
+    plan: Plan
+    target: Target
+
+
+def planned(spec: KernelSpec, direction: Direction, values: Values) -> Planned | None:
+    """Return what computes contiguous `values` of these shapes and dtypes from now on, if their target knows."""
+    target = TARGETS[choose(spec, next(iter(values.values())).device.type)[0]]
+    plan = target.plan(spec, direction, spec.call(values, direction))
+    return None if plan is None else Planned(plan, target)
+
+
+def may_run(found: Planned) -> bool:
+    """Return whether the target of a plan is the one that computes now."""
+    return not _ONLY.get() and TARGETS[found.target.name] is found.target
 
 
 @contextmanager

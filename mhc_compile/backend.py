@@ -25,6 +25,7 @@ from mhc_compile.identity import ModuleNames, identify
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.forms import width_of
 from mhc_compile.kernels.kernelspec import DIRECTIONS
+from mhc_compile.kernels.registration import call_directly
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.memory import prefetch
 from mhc_compile.owner import BACKEND, convert_owners
@@ -273,6 +274,9 @@ def compile_inner(
         )
     prepare_hashes(gm.graph)
     if options.inner == "eager" and not (options.kinds and is_tagged(gm.graph)):
+        if not recorded:
+            call_directly(gm.graph)
+            gm.recompile()
         return gm.forward
     with functorch_config.patch({**(NOT_CACHED if is_tagged(gm.graph) else {}), **(OWN_BACKWARD if backward else {})}):
         if options.compiler != "inductor":  # of eager, what is to be computed again, which AOTAutograd does
