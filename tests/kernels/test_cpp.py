@@ -16,11 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor import cpu_vec_isa
+from torch.fx import Graph, GraphModule
+from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_logs
 
+import mhc_compile.kernels.fused  # noqa: F401  (registers the ops)
 from mhc_compile.kernels import in_cpp as cpp
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp import build, memory
+from mhc_compile.kernels.registration import call_directly
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.target import Reference
 
@@ -231,6 +235,54 @@ def test_the_vector_instructions_are_looked_up_once_for_all_processes(
     found.write_text(str(expected))
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     assert build.vector_isa.__wrapped__() == "asked again"
+
+
+def test_a_plan_is_for_calls_of_its_shapes_layout_and_target_alone() -> None:
+    chain = Chain(kind="boundary", stream=StreamSpec(streams=2, iterations=3), width=24)
+    op = torch.ops.mhc_kernels.boundary.default
+    halved = replace(chain, streams_dtype=torch.bfloat16, branch_dtype=torch.bfloat16)
+
+    def agree(chain: Chain, lead: tuple[int, ...], *, strided: bool = False) -> None:
+        inputs = random_inputs(chain, lead, 0)
+        if strided:
+            inputs["post"] = torch.stack([inputs["post"], inputs["post"]], -1)[..., 0]
+        want = Reference().run(chain, "forward", inputs)
+        found = op(*inputs.values(), str(chain.stream))
+        tolerance = 1e-5 if chain.streams_dtype == torch.float32 else 3e-2
+        assert all(f.shape == w.shape and error(f, w.double()) < tolerance for f, w in zip(found, want.values()))
+
+    with torch.no_grad():
+        for _ in range(2):
+            for lead in ((1, 1), (2, 3), (6,), (0, 3)):
+                agree(chain, lead)
+            agree(chain, (2, 3), strided=True)
+            agree(halved, (2, 3))
+        inputs = random_inputs(chain, (2, 3), 0)
+        with targets.only("reference"):
+            found = op(*inputs.values(), str(chain.stream))
+    assert all(torch.equal(*pair) for pair in zip(found, Reference().run(chain, "forward", inputs).values()))
+
+
+def test_direct_calls_are_seen_by_modes_profilers_and_gradients() -> None:
+    chain = Chain(kind="distribute", stream=StreamSpec(streams=2), width=24)
+    inputs = random_inputs(chain, (3,), 0)
+    graph = Graph()
+    values = [graph.placeholder(name) for name in inputs]
+    graph.output(graph.call_function(torch.ops.mhc_kernels.distribute.default, (*values, str(chain.stream))))
+    want = Reference().run(chain, "forward", inputs)["next_X"]
+    call_directly(graph)
+    run = GraphModule({}, graph)
+    with torch.no_grad():
+        assert error(run(*inputs.values()), want.double()) < 1e-5
+        with torch.profiler.profile() as profile:
+            run(*inputs.values())
+        assert any(event.key == "mhc_kernels::distribute" for event in profile.key_averages())
+        with LoggingTensorMode(), capture_logs() as logs:
+            run(*inputs.values())
+        assert any("distribute" in line for line in logs)
+    inputs["y"].requires_grad_()
+    run(*inputs.values()).sum().backward()
+    assert inputs["y"].grad is not None
 
 
 def equal_bits(found: Tensor, exact: Tensor) -> bool:
