@@ -56,6 +56,11 @@ class Cpp(Target):
             _WAITS[spec, direction] = wait or _WAITS.get((spec, direction), False)
             library(spec, direction)
 
+    def wait(self) -> None:
+        """Wait until everything that was begun is compiled."""
+        for spec, direction in list(_WAITS):
+            library(spec, direction).result()
+
     def run(self, spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Tensor]:
         """Call the compiled function: from the cache, or as soon as it is compiled.
 

@@ -46,6 +46,9 @@ class Target(ABC):
         Unless calls are to `wait`, plain PyTorch may compute them meanwhile.
         """
 
+    def wait(self) -> None:  # noqa: B027
+        """Wait until everything that was begun is compiled."""
+
     @abstractmethod
     def run(self, spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Tensor]:
         """Compute one direction from its inputs, in order; return its outputs by name."""

@@ -50,6 +50,12 @@ def prepare(
     TARGETS[choose(spec, device)[0]].prepare(spec, directions, wait=wait)
 
 
+def wait() -> None:
+    """Wait until every kernel that is being compiled is loaded: for measurements, and before a process ends."""
+    for target in TARGETS.values():
+        target.wait()
+
+
 def source(spec: KernelSpec, direction: Direction, device: str) -> Source:
     """Generate the code of one direction. Raises ValueError where plain PyTorch computes it."""
     name, reason = choose(spec, device)

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 Name = Literal[
-    "boundary", "compile-time", "engram", "gpu", "native", "passes", "probes", "recompute", "static", "step", "ultramem"
+    "boundary", "compile-time", "decode", "engram", "gpu", "native", "passes", "probes", "recompute", "static", "step",
+    "ultramem",
 ]  # fmt: skip
 
 
@@ -30,6 +31,7 @@ def bench(
 
     * `boundary`: the kernel between two layers against Inductor and others
     * `compile-time`: what conversion adds to the time that a first step takes
+    * `decode`: the first token and those after it, with streams and without
     * `engram`, `ultramem`: look-ups in tables, and what they add to a step
     * `gpu`: everything worth knowing of a GPU, in minutes
     * `native`: models that write their hyper-connections out by hand
@@ -51,7 +53,7 @@ def bench(
     console.print(
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
-    if png is not None and name in ("gpu", "passes", "static"):
+    if png is not None and name in ("decode", "gpu", "passes", "static"):
         console.print(f"{name} has no contenders to draw: leave out --png", style="red")
         return 2
     of_gpu = {"minutes": minutes, "out": out, "device": device}
