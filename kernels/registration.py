@@ -104,7 +104,7 @@ def _direct(op: KernelOp, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def direct(*args: Any) -> Any:
         # A mode, a profiler or gradients, which a part of a graph may switch on, would miss it.
-        watched = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled()
         return dispatched(*args) if watched or torch.is_grad_enabled() else kernel(*args)
 
     direct.__name__ = direct.__qualname__ = f"{op.library.ns}_{op.name}"

@@ -40,9 +40,7 @@ def look_for_compilers(device: str) -> None:
         no_compiler()
 
 
-def prepare(
-    spec: KernelSpec, device: str, directions: Sequence[Direction] = DIRECTIONS, *, wait: bool = True
-) -> None:
+def prepare(spec: KernelSpec, device: str, directions: Sequence[Direction] = DIRECTIONS, *, wait: bool = True) -> None:
     """Begin to compile what will compute `spec`, so that its first call waits less.
 
     Without `wait` it does not wait at all: plain PyTorch computes, equal to rounding, until the kernel is loaded.

@@ -53,7 +53,7 @@ def tracing_patcher(*, dynamic: bool) -> Callable[[], Callable[[], None]]:
     of_dynamo = torch._dynamo.config._make_closure_patcher(**tracing_config(), **constants)
     if not dynamic:
         return of_dynamo
-    of_shapes = symbolic._make_closure_patcher(use_duck_shape=False)
+    of_shapes = symbolic._make_closure_patcher(use_duck_shape=False)  # type: ignore[attr-defined]
 
     def patch() -> Callable[[], None]:
         undo_dynamo, undo_shapes = of_dynamo(), of_shapes()

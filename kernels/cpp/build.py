@@ -36,7 +36,7 @@ def vector_isa() -> Any:
     from torch._inductor import config, cpu_vec_isa
 
     known = {str(isa): isa for isa in cpu_vec_isa.supported_vec_isa_list}
-    machine = getattr(torch.cpu, "get_capabilities", dict)()
+    machine: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     asked = [torch.__version__, str(config.cpp.cxx), config.cpp.simdlen, os.environ.get("ATEN_CPU_CAPABILITY"), machine]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = cache_dir() / f"vectors_{key}.txt"

@@ -249,7 +249,9 @@ def test_a_plan_is_for_calls_of_its_shapes_layout_and_target_alone() -> None:
         want = Reference().run(chain, "forward", inputs)
         found = op(*inputs.values(), str(chain.stream))
         tolerance = 1e-5 if chain.streams_dtype == torch.float32 else 3e-2
-        assert all(f.shape == w.shape and error(f, w.double()) < tolerance for f, w in zip(found, want.values()))
+        assert all(
+            f.shape == w.shape and error(f, w.double()) < tolerance for f, w in zip(found, want.values(), strict=True)
+        )
 
     with torch.no_grad():
         for _ in range(2):
@@ -260,7 +262,8 @@ def test_a_plan_is_for_calls_of_its_shapes_layout_and_target_alone() -> None:
         inputs = random_inputs(chain, (2, 3), 0)
         with targets.only("reference"):
             found = op(*inputs.values(), str(chain.stream))
-    assert all(torch.equal(*pair) for pair in zip(found, Reference().run(chain, "forward", inputs).values()))
+        want = Reference().run(chain, "forward", inputs)
+    assert all(torch.equal(*pair) for pair in zip(found, want.values(), strict=True))
 
 
 def test_direct_calls_are_seen_by_modes_profilers_and_gradients() -> None:
