@@ -15,12 +15,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
 
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values
 
 Specs = tuple[KernelSpec, ...]
 _OPS: dict[str, KernelOp] = {}
+_DIRECT: dict[str, Callable[..., Any]] = {}
+_PLANS = 256
+"""Shapes of which an op keeps what it computed from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,26 @@ def registered(target: object) -> KernelOp | None:
     return _OPS.get(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
 
 
+def call_directly(graph: Graph) -> None:
+    """Have a graph that records no gradients call what computes its ops without PyTorch's dispatcher."""
+    for node in graph.nodes:
+        op = registered(node.target)
+        if op is not None:
+            node.target = _DIRECT[f"{op.library.ns}::{op.name}"]
+
+
+def _direct(op: KernelOp, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    dispatched = getattr(getattr(torch.ops, op.library.ns), op.name)
+
+    def direct(*args: Any) -> Any:
+        # A mode, a profiler or gradients, which a part of a graph may switch on, would miss it.
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled()
+        return dispatched(*args) if watched or torch.is_grad_enabled() else kernel(*args)
+
+    direct.__name__ = direct.__qualname__ = f"{op.library.ns}_{op.name}"
+    return direct
+
+
 def forward_values(specs: Specs, values: Values) -> dict[str, Tensor]:
     """Compute the specifications in a row; return what was given and what they wrote."""
     every = dict(values)
@@ -115,7 +139,25 @@ def _kernel(op: KernelOp, direction: Direction) -> Callable[..., Any]:
         every = compute(specs, values)
         return _single([every[name] for name in op.results(direction)])
 
-    return kernel
+    (first, *more), names = op.prototypes, op.arguments(direction)
+    if more or op.optional or (names, op.results(direction)) != (first.inputs(direction), first.outputs(direction)):
+        return kernel
+    count, plans = len(names), dict[Any, targets.Planned]()
+
+    def planned(*args: Any) -> Any:
+        tensors = args[:count]
+        key = (args[count:], *[(t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors])
+        found = plans.get(key)
+        if found is not None and targets.may_run(found):
+            return _single(found.plan(tensors))
+        if len(plans) >= _PLANS:
+            plans.clear()
+        values, specs = op.parse(args, direction)
+        if all(t.is_contiguous() for t in tensors) and (new := targets.planned(specs[0], direction, values)):
+            plans[key] = new
+        return kernel(*args)
+
+    return planned
 
 
 def _fake(op: KernelOp, direction: Direction) -> Callable[..., Any]:
@@ -174,7 +216,10 @@ def register(op: KernelOp) -> None:
         results = f"({', '.join(['Tensor'] * count)})" if count > 1 else "Tensor"
         schema = f"{name}({', '.join([*tensors, *op.static])}) -> {results}"
         op.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        op.library.impl(name, _kernel(op, direction), "CompositeExplicitAutograd")
+        kernel = _kernel(op, direction)
+        op.library.impl(name, kernel, "CompositeExplicitAutograd")
+        if direction == "forward":
+            _DIRECT[f"{op.library.ns}::{name}"] = _direct(op, kernel)
         torch.library.register_fake(f"{op.library.ns}::{name}", _fake(op, direction), lib=op.library)
     forward, backward = (f"{op.library.ns}::{name}" for _, name in directions)
     torch.library.register_autograd(forward, _differentiate(op), setup_context=_save(op), lib=op.library)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,6 +23,10 @@ class Source:
     """How often it goes over each wide value from end to end, whether or not a cache holds the value meanwhile."""
 
 
+Plan = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Computes one direction: from its inputs, in order, its outputs, in order."""
+
+
 class Target(ABC):
     """Computes what specifications say."""
 
@@ -36,12 +40,22 @@ class Target(ABC):
     def source(self, spec: KernelSpec, direction: Direction) -> Source:
         """Generate the code of one direction. Raises ValueError where the target generates none."""
 
-    def prepare(self, spec: KernelSpec) -> None:  # noqa: B027
-        """Begin to compile both directions, where that can be done before the first call."""
+    def prepare(self, spec: KernelSpec, directions: Sequence[Direction], *, wait: bool) -> None:  # noqa: B027
+        """Begin to compile `directions`, where that can be done before the first call.
+
+        Unless calls are to `wait`, plain PyTorch may compute them meanwhile.
+        """
+
+    def wait(self) -> None:  # noqa: B027
+        """Wait until everything that was begun is compiled."""
 
     @abstractmethod
     def run(self, spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Tensor]:
         """Compute one direction from its inputs, in order; return its outputs by name."""
+
+    def plan(self, spec: KernelSpec, direction: Direction, values: Values) -> Plan | None:  # noqa: ARG002
+        """Return what computes contiguous inputs of the same shapes and dtypes from now on; None: `run` does."""
+        return None
 
 
 class Reference(Target):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mhc_compile.kernels.cpp.build import no_compiler
 from mhc_compile.kernels.in_cpp import Cpp
 from mhc_compile.kernels.in_triton import Triton
-from mhc_compile.kernels.kernelspec import Direction, KernelSpec, Values
-from mhc_compile.kernels.target import Reference, Source, Target
+from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec, Values
+from mhc_compile.kernels.target import Plan, Reference, Source, Target
 from mhc_compile.kernels.triton.launch import interprets
 
 TARGETS: dict[str, Target] = {target.name: target for target in (Triton(), Cpp(), Reference())}
@@ -39,9 +40,18 @@ def look_for_compilers(device: str) -> None:
         no_compiler()
 
 
-def prepare(spec: KernelSpec, device: str) -> None:
-    """Begin to compile what will compute `spec`, so that its first call does not wait."""
-    TARGETS[choose(spec, device)[0]].prepare(spec)
+def prepare(spec: KernelSpec, device: str, directions: Sequence[Direction] = DIRECTIONS, *, wait: bool = True) -> None:
+    """Begin to compile what will compute `spec`, so that its first call waits less.
+
+    Without `wait` it does not wait at all: plain PyTorch computes, equal to rounding, until the kernel is loaded.
+    """
+    TARGETS[choose(spec, device)[0]].prepare(spec, directions, wait=wait)
+
+
+def wait() -> None:
+    """Wait until every kernel that is being compiled is loaded: for measurements, and before a process ends."""
+    for target in TARGETS.values():
+        target.wait()
 
 
 def source(spec: KernelSpec, direction: Direction, device: str) -> Source:
@@ -57,6 +67,25 @@ def run(spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Ten
     arguments = spec.call(values, direction)
     name = _ONLY.get() or choose(spec, next(iter(arguments.values())).device.type)[0]
     return TARGETS[name].run(spec, direction, arguments)
+
+
+class Planned(NamedTuple):
+    """What computes calls of the same shapes and dtypes, and of which target it is."""
+
+    plan: Plan
+    target: Target
+
+
+def planned(spec: KernelSpec, direction: Direction, values: Values) -> Planned | None:
+    """Return what computes contiguous `values` of these shapes and dtypes from now on, if their target knows."""
+    target = TARGETS[choose(spec, next(iter(values.values())).device.type)[0]]
+    plan = target.plan(spec, direction, spec.call(values, direction))
+    return None if plan is None else Planned(plan, target)
+
+
+def may_run(found: Planned) -> bool:
+    """Return whether the target of a plan is the one that computes now."""
+    return not _ONLY.get() and TARGETS[found.target.name] is found.target
 
 
 @contextmanager

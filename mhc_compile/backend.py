@@ -24,6 +24,8 @@ from mhc_compile.diagnostics import MHCError, warn
 from mhc_compile.identity import ModuleNames, identify
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.forms import width_of
+from mhc_compile.kernels.kernelspec import DIRECTIONS
+from mhc_compile.kernels.registration import call_directly
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.memory import prefetch
 from mhc_compile.owner import BACKEND, convert_owners
@@ -259,16 +261,25 @@ def compile_inner(
 ) -> Compiled:
     """Hand the rewritten graph to the inner compiler; the kernels it calls are compiled meanwhile.
 
+    Calls that record gradients wait for their kernels, so that every step of a training run computes the same bits.
+    Without gradients and without a compiler nothing waits: plain PyTorch serves until the kernels are loaded.
+
     `backward(gm, example_inputs, compile)` compiles the backward graph instead, with the inner compiler's `compile`,
     at once rather than at the first backward.
     """
+    recorded = torch.is_grad_enabled()
     for spec, device in kernels_in(gm):
-        targets.prepare(spec, device)
+        targets.prepare(
+            spec, device, DIRECTIONS if recorded else ("forward",), wait=recorded or options.compiler != "eager"
+        )
     prepare_hashes(gm.graph)
-    if options.inner == "eager":
+    if options.inner == "eager" and not (options.kinds and is_tagged(gm.graph)):
+        if not recorded:
+            call_directly(gm.graph)
+            gm.recompile()
         return gm.forward
     with functorch_config.patch({**(NOT_CACHED if is_tagged(gm.graph) else {}), **(OWN_BACKWARD if backward else {})}):
-        if options.inner == "aot_eager":
+        if options.compiler != "inductor":  # of eager, what is to be computed again, which AOTAutograd does
             from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
             own = partial(backward, compile=boxed_nop) if backward else None

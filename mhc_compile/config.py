@@ -31,12 +31,13 @@ class Options:
     MHC240 and MHC241 for a `pipeline` that cannot run.
     """
 
-    inner: Inner = "inductor"
-    """The compiler of the rewritten graph."""
+    inner: Inner | None = None
+    """The compiler of the rewritten graph. None: Inductor under `torch.compile`; in plain calls of a converted model
+    no compiler (`for_calls`)."""
     mode: str | None = None
     """Inductor's mode: `default`, `reduce-overhead`, `max-autotune`, ..."""
     kernels: str = "auto"
-    """Which fused kernels may be used: `auto` (all under Inductor, none under the other inner compilers, which are for
+    """Which fused kernels may be used: `auto` (all, but none under an `inner` of `aot_eager` or `eager`, which are for
     debugging graphs), `all`, `none`, or kinds of chain and `engram` separated by commas (`boundary,read`); with a minus
     before each, all but those (`-leave`). Where no kernel exists, plain PyTorch is used."""
     recompute: str | int = "off"
@@ -62,7 +63,7 @@ class Options:
     """As `sites`, by a function of the module that adds and the name of the site: `model.layers.4#0`."""
 
     def __post_init__(self) -> None:
-        if self.inner not in get_args(Inner):
+        if self.inner not in (None, *get_args(Inner)):
             raise MHCError("MHC204", f"inner={self.inner!r}; known: {', '.join(get_args(Inner))}")
         if self.debug not in get_args(Debug):
             raise MHCError("MHC204", f"debug={self.debug!r}; known: False, True, 'numeric'")
@@ -81,14 +82,29 @@ class Options:
             known = list_mode_options()
             if self.mode not in known:
                 raise MHCError("MHC204", f"mode={self.mode!r}; known: {', '.join(known)}")
-            if self.inner != "inductor":
+            if self.compiler != "inductor":
                 raise MHCError("MHC204", f"mode={self.mode!r} is one of Inductor's, inner={self.inner!r} has none")
+
+    @property
+    def compiler(self) -> Inner:
+        """The compiler of the rewritten graph."""
+        return self.inner or "inductor"
+
+    def for_calls(self) -> Options:
+        """Return the options of calls outside of `torch.compile`, which are not to wait for a compiler.
+
+        The kernels run, and what is between them runs as PyTorch does without a compiler. Where `inner`, or what only a
+        compiler can do, was asked for, it is done.
+        """
+        if self.inner is not None or self.mode is not None or parse_blocks(self.recompute)[0] != "off":
+            return self
+        return replace(self, inner="eager", kernels="all" if self.kernels == "auto" else self.kernels)
 
     @property
     def kinds(self) -> tuple[Fused, ...]:
         """The kinds of chain that `kernels` allows, and `engram`, the kernels of memories."""
         if self.kernels in ("auto", "all", "none"):
-            every = self.kernels == "all" or (self.kernels == "auto" and self.inner == "inductor")
+            every = self.kernels == "all" or (self.kernels == "auto" and self.compiler == "inductor")
             return KERNELS if every else ()
         named = [name.strip() for name in self.kernels.split(",")]
         without = [name.startswith("-") for name in named]

@@ -39,7 +39,7 @@ class CompileOverrides(StreamOverrides, total=False):
     """The fields of `StreamSpec` and those of `Options` that are plain values."""
 
     inner: Inner
-    """The compiler of the rewritten graph; default inductor."""
+    """The compiler of the rewritten graph; default inductor in torch.compile, none in plain calls."""
     mode: str | None
     """Inductor's mode: default, reduce-overhead, max-autotune, ..."""
     kernels: str

@@ -29,7 +29,7 @@ from mhc_compile.integrations.attributes import replace_attribute, restore_attri
 from mhc_compile.parameters import StreamParameters, active_parameters, is_converted, owners
 from mhc_compile.passes.marks import Described, inputs_as_text
 from mhc_compile.sharded import gathered_layers
-from mhc_compile.tracing import RECOMPILE_LIMIT, graph_break_error, traced_error, tracing_config
+from mhc_compile.tracing import RECOMPILE_LIMIT, graph_break_error, traced_error, tracing_patcher
 
 _ON_CONVERT = (accelerate.on_convert, peft.on_convert, transformers.on_convert, saving.on_convert)
 _ON_RESTORE = (transformers.on_restore, peft.on_restore, accelerate.on_restore)
@@ -41,9 +41,8 @@ _OWN_FORWARD = "_mhc_forward"
 """
 
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
-_compiled: weakref.WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], Callable[[], Callable[[], None]]]] = (
-    weakref.WeakKeyDictionary()
-)
+_Runs = tuple[Callable[..., Any], Callable[[], Callable[[], None]]]
+_compiled: weakref.WeakKeyDictionary[nn.Module, _Runs] = weakref.WeakKeyDictionary()
 """For each owner what runs it, and what puts `tracing_config` into force and returns how to undo that."""
 
 
@@ -208,10 +207,7 @@ def _call_compiled(owner: Any, traced: Callable[..., Any], args: tuple[Any, ...]
         raise MHCError("MHC301", "torch.export has no backend")
     _refuse_transforms(owner)
     if owner not in _compiled:
-        _compiled[owner] = (
-            _compile(owner, traced),
-            torch._dynamo.config._make_closure_patcher(**tracing_config()),
-        )
+        _compiled[owner] = _compile(owner, traced)
     run, configure = _compiled[owner]
     restore = configure()
     try:
@@ -246,7 +242,7 @@ def _refuse_transforms(owner: nn.Module) -> None:
         raise MHCError("MHC311", "forward-mode differentiation is active", module=type(owner).__name__)
 
 
-def _compile(owner: Any, traced: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(owner: Any, traced: Callable[..., Any]) -> _Runs:
     # Dynamo keeps compiled code by code object: a copy for each owner keeps their recompile counts apart.
     assert isinstance(traced, types.FunctionType)
     own = types.FunctionType(
@@ -255,5 +251,9 @@ def _compile(owner: Any, traced: Callable[..., Any]) -> Callable[..., Any]:
     # By the name under which it registers itself when it is imported, here: the backend converts models at their first
     # call, and so imports this module. The entry point `mhc` is there only where the package is installed.
     import_module("mhc_compile.backend")
-    options = dict(vars(active_parameters(owner.mhc).options))
-    return torch.compile(own, backend=BACKEND, options=options, fullgraph=True)
+    given = active_parameters(owner.mhc).options
+    options = given.for_calls()
+    # From the first trace on: the next prompt has another length, and its cache another one at every token.
+    dynamic = None if options is given else True
+    run = torch.compile(own, backend=BACKEND, options=dict(vars(options)), fullgraph=True, dynamic=dynamic)
+    return run, tracing_patcher(dynamic=bool(dynamic))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as symbolic
 
 from mhc_compile.diagnostics import MHCError
 
@@ -39,6 +40,31 @@ def tracing_config() -> dict[str, Any]:
         # A model that logs (transformers warns once that checkpointing turns the cache off) is no reason to refuse it.
         _IGNORED: _Functions(set.union(getattr(torch._dynamo.config, _IGNORED), _log_methods())),
     }
+
+
+def tracing_patcher(*, dynamic: bool) -> Callable[[], Callable[[], None]]:
+    """Return what puts `tracing_config` into force, and returns how to undo that.
+
+    Traced for all sizes (`dynamic`), sizes that are equal now, such as a batch and the heads of a cache, stay apart:
+    PyTorch would give them one variable, and trace anew where they differ.
+    """
+    # Numbers of modules, an eps or a scale, stay constants; as variables each costs a guard in Python at every call.
+    constants = {"specialize_float": True} if dynamic else {}
+    of_dynamo = torch._dynamo.config._make_closure_patcher(**tracing_config(), **constants)
+    if not dynamic:
+        return of_dynamo
+    of_shapes = symbolic._make_closure_patcher(use_duck_shape=False)  # type: ignore[attr-defined]
+
+    def patch() -> Callable[[], None]:
+        undo_dynamo, undo_shapes = of_dynamo(), of_shapes()
+
+        def undo() -> None:
+            undo_shapes()
+            undo_dynamo()
+
+        return undo
+
+    return patch
 
 
 _IGNORED = next(k for k in ("ignore_logging_functions", "ignore_logger_methods") if hasattr(torch._dynamo.config, k))

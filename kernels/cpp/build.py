@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from concurrent.futures import Future
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import BoundedSemaphore, Thread
+from typing import Any
+
+import torch
 
 from mhc_compile.diagnostics import warn
 from mhc_compile.kernels.cache import cache_dir, write_once
@@ -23,11 +27,32 @@ _COMPILERS = BoundedSemaphore(os.cpu_count() or 1)
 
 
 @lru_cache(maxsize=1)
-def lanes() -> int:
-    """Return the floats in a vector register of this machine, as `torch.compile` detects it, or 4."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+def vector_isa() -> Any:
+    """Return the vector instructions of this machine as `torch.compile` detects them, false without any.
 
-    isa = pick_vec_isa()
+    That compiles and loads a file for each kind of instructions in every new process. The name of what was found is
+    kept for the next one, beside what it depends on; it is compared with names that torch knows, and never executed.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    known = {str(isa): isa for isa in cpu_vec_isa.supported_vec_isa_list}
+    machine: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    asked = [torch.__version__, str(config.cpp.cxx), config.cpp.simdlen, os.environ.get("ATEN_CPU_CAPABILITY"), machine]
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    path = cache_dir() / f"vectors_{key}.txt"
+    name = path.read_text() if machine and path.exists() else ""
+    if name in known:
+        return known[name]
+    isa = cpu_vec_isa.pick_vec_isa()
+    if machine and str(isa) in known:
+        write_once(path, str(isa))
+    return isa
+
+
+@lru_cache(maxsize=1)
+def lanes() -> int:
+    """Return the floats in a vector register of this machine, or 4."""
+    isa = vector_isa()
     return max(4, isa.nelements()) if isa else 4
 
 
@@ -71,9 +96,8 @@ def begin(name: str, code: Callable[[], str]) -> Future[ctypes.CDLL]:
 def compiled(name: str, code: str) -> Path:
     """Return the library of `code`, from the cache or compiled. Raises what the machinery of `torch.compile` raises."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    options = CppTorchOptions(vec_isa=pick_vec_isa(), include_pytorch=False, extra_flags=FLAGS)
+    options = CppTorchOptions(vec_isa=vector_isa(), include_pytorch=False, extra_flags=FLAGS)
     command = CppBuilder(name="o", sources="i", BuildOption=options).get_command_line()
     key = hashlib.sha256(f"{command}\n{code}".encode()).hexdigest()[:16]
     directory = cache_dir()

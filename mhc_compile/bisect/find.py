@@ -102,7 +102,7 @@ def _inner(search: Search, values: Values, options: Options) -> Wrong | None:
     if options.inner == "eager" or any(op_name(n) == "mark" for n in gm.graph.nodes):
         return None
     d, limit, dtype = inner.judge_outputs(gm, inputs, options, values)
-    search.checked.append(Checked(options.inner, True, None, d.error / max(limit, 1e-300) if d.error else 0.0))
+    search.checked.append(Checked(options.compiler, True, None, d.error / max(limit, 1e-300) if d.error else 0.0))
     if d.error <= limit:
         return None
     name = str(dtype).removeprefix("torch.")
@@ -116,7 +116,7 @@ def _inner(search: Search, values: Values, options: Options) -> Wrong | None:
         agreed = [
             Pair(s, s, p) for p, s in places_of(gm, []).of.items() if nodes_of(gm, s) and nodes_of(gm, s)[0] < node
         ]
-    finding = search.finding(options.inner, site, what, node, d, limit, name, added=False)
+    finding = search.finding(options.compiler, site, what, node, d, limit, name, added=False)
     return Wrong(finding, None, gm, gm, source, source, agreed, inputs, values, own_dtype=True)
 
 

@@ -157,7 +157,7 @@ def _call(wrong: Wrong, attempt: _Attempt, options: Options) -> str:
     if wrong.step is None:
         if wrong.finding.step == "kernels":
             return "replay.kernel(computes, INPUTS)"
-        compiler = {"inner": options.inner, "mode": options.mode}
+        compiler = {"inner": options.compiler, "mode": options.mode}
         return f"replay.compiled(computes, INPUTS, {compiler!r})"
     tolerance = None if wrong.own_dtype else wrong.tolerance
     ours = [n for n in attempt.before.graph.nodes if getattr(n.target, "namespace", "") in ("mhc", "mhc_kernels")]

@@ -11,7 +11,8 @@ from cyclopts import Parameter
 from mhc_compile.output import PLAIN, Output
 
 Name = Literal[
-    "boundary", "compile-time", "engram", "gpu", "native", "passes", "probes", "recompute", "static", "step", "ultramem"
+    "boundary", "compile-time", "decode", "engram", "gpu", "native", "passes", "probes", "recompute", "static", "step",
+    "ultramem",
 ]  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def bench(
 
     * `boundary`: the kernel between two layers against Inductor and others
     * `compile-time`: what conversion adds to the time that a first step takes
+    * `decode`: the first token and those after it, with streams and without
     * `engram`, `ultramem`: look-ups in tables, and what they add to a step
     * `gpu`: everything worth knowing of a GPU, in minutes
     * `native`: models that write their hyper-connections out by hand
@@ -52,7 +54,7 @@ def bench(
     machine = platform.processor() or platform.machine()
     with output.printing():
         console.print(f"torch {torch.__version__}, {machine}, {torch.get_num_threads()} threads")
-    if png is not None and name in ("gpu", "passes", "static"):
+    if png is not None and name in ("decode", "gpu", "passes", "static"):
         console.print(f"{name} has no contenders to draw: leave out --png", style="red")
         return 2
     of_gpu = {"minutes": minutes, "out": out, "device": device}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +15,16 @@ from chains import CHAINS, LATER, backward_values, error, exactly, name_of, rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor import cpu_vec_isa
+from torch.fx import Graph, GraphModule
+from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_logs
 
+import mhc_compile.kernels.fused  # noqa: F401  (registers the ops)
 from mhc_compile.kernels import in_cpp as cpp
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.chain import Chain
 from mhc_compile.kernels.cpp import build, memory
+from mhc_compile.kernels.registration import call_directly
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.target import Reference
 
@@ -170,6 +179,113 @@ def test_machines_with_shorter_vectors(lanes: int, monkeypatch: pytest.MonkeyPat
             check(chain, (13,), seed=0)
     finally:
         cpp.library.cache_clear()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_plain_pytorch_serves_until_the_kernel_is_loaded(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = replace(CHAINS[0], norm_eps=0.25)  # which no other test asks for
+    inputs = random_inputs(chain, (5,), 0)
+    compiling, compiled = Future[Any](), cpp.library(chain, "forward").result()
+    monkeypatch.setattr(cpp, "library", lambda *_: compiling)
+    monkeypatch.setattr(cpp, "_WAITS", {})
+    CPP.prepare(chain, ("forward",), wait=False)
+    plain = Reference().run(chain, "forward", inputs)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        if deterministic:  # it waits: the result is the kernel's
+            Timer(0.2, compiling.set_result, [compiled]).start()
+        first = forward(chain, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if not deterministic:
+        assert all(torch.equal(first[name], plain[name]) for name in plain)
+        compiling.set_result(compiled)
+    kernel = forward(chain, inputs)
+    assert any(not torch.equal(kernel[name], plain[name]) for name in plain)
+    assert all(torch.equal(first[name], kernel[name]) for name in plain) == deterministic
+
+
+def test_a_training_step_waits_for_kernels_that_inference_did_not_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = replace(CHAINS[0], norm_eps=0.25)
+    inputs = random_inputs(chain, (5,), 0)
+    compiled = cpp.library(chain, "forward").result()
+    for waits in ((False, True), (True, False)):
+        compiling = Future[Any]()
+        monkeypatch.setattr(cpp, "library", lambda *_, compiling=compiling: compiling)
+        monkeypatch.setattr(cpp, "_WAITS", {})
+        for wait in waits:
+            CPP.prepare(chain, ("forward",), wait=wait)
+        Timer(0.2, compiling.set_result, [compiled]).start()
+        first = forward(chain, inputs)
+        assert all(torch.equal(t, first[name]) for name, t in forward(chain, inputs).items())
+
+
+def test_the_vector_instructions_are_looked_up_once_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "cache_dir", lambda: tmp_path)
+    expected = build.vector_isa.__wrapped__()
+    if not list(tmp_path.iterdir()):
+        pytest.skip("this machine has no vector instructions that torch.compile would have to try out")
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: "asked again")
+    assert build.vector_isa.__wrapped__() is expected
+    (found,) = tmp_path.iterdir()
+    found.write_text("import os")  # no name of instructions: not believed
+    assert build.vector_isa.__wrapped__() == "asked again"
+    found.write_text(str(expected))
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert build.vector_isa.__wrapped__() == "asked again"
+
+
+def test_a_plan_is_for_calls_of_its_shapes_layout_and_target_alone() -> None:
+    chain = Chain(kind="boundary", stream=StreamSpec(streams=2, iterations=3), width=24)
+    op = torch.ops.mhc_kernels.boundary.default
+    halved = replace(chain, streams_dtype=torch.bfloat16, branch_dtype=torch.bfloat16)
+
+    def agree(chain: Chain, lead: tuple[int, ...], *, strided: bool = False) -> None:
+        inputs = random_inputs(chain, lead, 0)
+        if strided:
+            inputs["post"] = torch.stack([inputs["post"], inputs["post"]], -1)[..., 0]
+        want = Reference().run(chain, "forward", inputs)
+        found = op(*inputs.values(), str(chain.stream))
+        tolerance = 1e-5 if chain.streams_dtype == torch.float32 else 3e-2
+        assert all(
+            f.shape == w.shape and error(f, w.double()) < tolerance for f, w in zip(found, want.values(), strict=True)
+        )
+
+    with torch.no_grad():
+        for _ in range(2):
+            for lead in ((1, 1), (2, 3), (6,), (0, 3)):
+                agree(chain, lead)
+            agree(chain, (2, 3), strided=True)
+            agree(halved, (2, 3))
+        inputs = random_inputs(chain, (2, 3), 0)
+        with targets.only("reference"):
+            found = op(*inputs.values(), str(chain.stream))
+        want = Reference().run(chain, "forward", inputs)
+    assert all(torch.equal(*pair) for pair in zip(found, want.values(), strict=True))
+
+
+def test_direct_calls_are_seen_by_modes_profilers_and_gradients() -> None:
+    chain = Chain(kind="distribute", stream=StreamSpec(streams=2), width=24)
+    inputs = random_inputs(chain, (3,), 0)
+    graph = Graph()
+    values = [graph.placeholder(name) for name in inputs]
+    graph.output(graph.call_function(torch.ops.mhc_kernels.distribute.default, (*values, str(chain.stream))))
+    want = Reference().run(chain, "forward", inputs)["next_X"]
+    call_directly(graph)
+    run = GraphModule({}, graph)
+    with torch.no_grad():
+        assert error(run(*inputs.values()), want.double()) < 1e-5
+        with torch.profiler.profile() as profile:
+            run(*inputs.values())
+        assert any(event.key == "mhc_kernels::distribute" for event in profile.key_averages())
+        with LoggingTensorMode(), capture_logs() as logs:
+            run(*inputs.values())
+        assert any("distribute" in line for line in logs)
+    inputs["y"].requires_grad_()
+    run(*inputs.values()).sum().backward()
+    assert inputs["y"].grad is not None
 
 
 def equal_bits(found: Tensor, exact: Tensor) -> bool:

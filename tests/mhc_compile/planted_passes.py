@@ -144,6 +144,9 @@ def plant_kernel(result: str = "next_mix", kind: str = "boundary", change: float
                 results[result] = results[result] * (1 + change)
             return results
 
+        def plan(self, *_: Any) -> None:
+            return None
+
     def undo() -> None:
         targets.TARGETS["cpp"] = right
 

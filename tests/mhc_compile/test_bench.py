@@ -13,10 +13,11 @@ import pytest
 import torch
 from memories import with_memory
 from rich.console import Console
-from tiny_models import ids, llama
+from tiny_models import ids, llama, shake
 from torch import Tensor
 
-from mhc_compile.bench import boundary, engram, engram_step, passes, ultramem
+from mhc_compile import convert
+from mhc_compile.bench import boundary, decode, engram, engram_step, passes, ultramem
 from mhc_compile.bench.gpu_contenders import PACKAGES, Package, Work, select
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
@@ -47,6 +48,24 @@ def test_command_writes_all_figures(tmp_path: Path) -> None:
     assert [row["layers"] for row in figures["passes"]] == [2, 4, 8]
     assert 0 < figures["share"] < 1
     assert figures["compile"]["passes"] < figures["compile"]["total"]
+
+
+def test_no_figure_of_tokens_of_another_model() -> None:
+    model, prompt = llama(), ids()
+    streams = convert(llama(), inner="eager")
+    decode._check(model, streams, prompt)
+    shake(streams)
+    with pytest.raises(MHCError, match="MHC110"):
+        decode._check(model, streams, prompt)
+
+
+@pytest.mark.slow
+def test_decoding_is_measured_by_batch(tmp_path: Path) -> None:
+    assert main(["bench", "decode", "--quick", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["what"] for row in figures["first"]] == ["2 layers, cold", "2 layers, warm"]
+    assert [row["what"] for row in figures["decode"]] == ["batch 1", "batch 4", "batch 16"]
+    assert all(row["ratio"] > 0 for row in figures["decode"])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from tiny_models import Block, Outer, chain, close, code_of, ids, llama, logits,
 from torch import Tensor, nn
 
 from mhc_compile import MHCError, convert, stream_parameters
+from mhc_compile.kernels import in_cpp
+from mhc_compile.kernels.cpp import build
+from mhc_compile.kernels.kernelspec import Direction, KernelSpec
 from mhc_compile.parameters import owners
 
 EAGER: dict[str, Any] = {"backend": "mhc", "options": {"inner": "eager", "streams": 2}}
@@ -189,6 +193,59 @@ def test_a_refused_model_runs_uncompiled() -> None:
         torch.compile(model, **EAGER)(ids())
     assert torch.equal(model(ids()), expected)
     assert not stream_parameters(model)
+
+
+def test_a_call_without_gradients_compiles_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: set[str] = set()
+    library = in_cpp.library
+
+    def noted(spec: KernelSpec, direction: Direction) -> Any:
+        begun.add(direction)
+        return library(spec, direction)
+
+    monkeypatch.setattr(in_cpp, "library", noted)
+    model = convert(chain(), ids())
+    with torch.no_grad():
+        model(ids())
+    assert begun == ({"forward"} if not build.compiler_problem() else set())
+    model(ids()).sum().backward()
+    assert begun == ({"forward", "backward"} if not build.compiler_problem() else set())
+
+
+def test_plain_calls_see_what_changes_between_them() -> None:
+    model, plain = llama(attention_dropout=0.5), llama(attention_dropout=0.5)
+    convert(model)
+    shake(model)
+    convert(plain, inner="eager")
+    plain.load_state_dict(model.state_dict())
+
+    def agree(tolerance: float = 2e-6) -> Tensor:
+        results = []
+        for each in (model, plain):
+            torch.manual_seed(1)
+            results.append(each(ids()).logits)
+        assert close(*results, tolerance)
+        return results[0]
+
+    with torch.no_grad():
+        seen = [agree()]
+        hooks = [m.model.layers[1].mlp.register_forward_hook(lambda *call: 2 * call[-1]) for m in (model, plain)]
+        seen.append(agree())
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(agree(), seen[0])
+        for each in (model, plain):
+            each.train()
+        seen.append(agree())
+        for each in (model, plain):
+            each.eval()
+            projection = each.model.layers[0].mlp.up_proj
+            projection.weight = nn.Parameter(torch.ones_like(projection.weight))
+        seen.append(agree())
+        for each in (model, plain):
+            each.to(torch.bfloat16)
+        assert agree(3e-2).dtype == torch.bfloat16
+    assert not any(close(one, other, 1e-4) for one, other in itertools.combinations(seen, 2))
 
 
 def test_a_model_converted_at_its_first_call_cannot_be_converted_again() -> None:

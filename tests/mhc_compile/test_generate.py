@@ -38,6 +38,19 @@ def trained() -> Any:
     return model
 
 
+def test_two_graphs_serve_every_prompt() -> None:
+    model, plain = convert(llama()), convert(llama(), inner="eager")
+    shake(model, 0.5)
+    plain.load_state_dict(model.state_dict())
+    torch._dynamo.utils.counters.clear()
+    prompts = [ids(batch, length, seed=length) for batch, length in ((2, 8), (3, 5), (5, 5), (2, 11))]
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = [model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings) for prompt in prompts]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for prompt, tokens in zip(prompts[:2], found, strict=False):
+        assert torch.equal(tokens, plain.generate(prompt, attention_mask=torch.ones_like(prompt), **settings))
+
+
 def test_generation_at_the_start_is_that_of_the_residual_model() -> None:
     model = llama()
     expected = generated(model)
