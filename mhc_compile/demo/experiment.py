@@ -156,19 +156,26 @@ def free_streams(folder: Path, settings: Settings) -> nn.Module:
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     convert(model, streams=settings.streams, manifold="unconstrained", inner="eager")
-    with torch.no_grad():
-        for name, parameter in stream_parameters(model).items():
-            if name.endswith(".alpha"):
-                parameter.fill_(1.0)
+    set_alpha(model, 1.0)
     return model.train()
 
 
-def watched(model: nn.Module, example: dict[str, Any], gains: dict[int, float], steps: int) -> Callable[[int], None]:
-    """Return a function of the step that now and then notes the mean backward gain of all sites of `model`."""
+def set_alpha(model: nn.Module, value: float) -> None:
+    """Set alpha of all sites: how fast their coefficients learn. While phi is zero, the function is unchanged."""
+    with torch.no_grad():
+        for name, parameter in stream_parameters(model).items():
+            if name.endswith(".alpha"):
+                parameter.fill_(value)
+
+
+def watched(
+    model: nn.Module, example: dict[str, Any], gains: dict[int, float], steps: int, times: int = MEASURES
+) -> Callable[[int], None]:
+    """Return a function of the step that so many `times` notes the mean backward gain of all sites of `model`."""
     measure = measuring(model, example)
 
     def note(step: int) -> None:
-        if step % max(1, steps // MEASURES) == 0:
+        if step % max(1, steps // times) == 0:
             (measures,) = measure().values()
             gains[step] = measures.gain.backward_mean
 
