@@ -1,7 +1,7 @@
 """Train the checkpoint that `mhc-compile demo` starts from: a residual Llama of half a million parameters.
 
-The text is the Python standard library's own sources. The learning rate stays at its peak to the end: what goes on from
-the checkpoint may lower it.
+The text is the Python standard library's own sources. The learning rate stays at its peak in the first phase. The
+second phase starts from the folder that the first one wrote, and lowers it.
 
 Run: python examples/demo_checkpoint.py [--quick] [--out FOLDER]
 """
@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mhc_compile.demo.experiment import model_config
-from mhc_compile.demo.settings import SHORT, Settings
+from mhc_compile.demo.settings import SHORT
 from mhc_compile.demo.text import divided_by_name, encoded, named_sources, train_tokenizer
-from mhc_compile.trial.training import contender, even_windows, random_windows, threads
+from mhc_compile.overrides import Inner
+from mhc_compile.trial.training import contender, even_windows, random_windows, threads, train
 
 SEED = 0
+LENGTH = 128
 WARM_UP = 200
-"""Steps in which the learning rate rises."""
+"""Steps of the first phase in which the learning rate rises."""
 SHOWN_EVERY = 250
 
 
@@ -32,43 +35,41 @@ SHOWN_EVERY = 250
 class Recipe:
     """How long, and on what."""
 
-    steps: int
+    steps: tuple[int, int]
+    """Of both phases."""
     batch: int
     learning_rate: float
     text_bytes: int
-    inner: str
+    inner: Inner
 
 
-RECIPE = Recipe(steps=2500, batch=8, learning_rate=5e-3, text_bytes=20_000_000, inner="inductor")
-QUICK = Recipe(steps=6, batch=2, learning_rate=5e-3, text_bytes=400_000, inner="eager")
+RECIPE = Recipe(steps=(2500, 500), batch=8, learning_rate=5e-3, text_bytes=20_000_000, inner="inductor")
+QUICK = Recipe(steps=(5, 5), batch=2, learning_rate=5e-3, text_bytes=400_000, inner="eager")
 
 
-def train(recipe: Recipe, settings: Settings, folder: Path) -> None:
-    """Train the tokenizer and the model, and write both to `folder`."""
-    train_texts, held_out_texts = divided_by_name(named_sources(recipe.text_bytes))
-    tokenizer = train_tokenizer(train_texts, settings.vocabulary)
-    tokens, others = (encoded(tokenizer.backend_tokenizer, texts) for texts in (train_texts, held_out_texts))
-    print(f"{len(tokens):,} tokens to train on, {len(others):,} held out")
-
+def first_phase(recipe: Recipe, tokens: Tensor, tokenizer: Any, folder: Path) -> None:
+    """Train from random weights at a constant learning rate; write the folder."""
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(model_config(settings, tokenizer))
+    model = LlamaForCausalLM(model_config(replace(SHORT, length=LENGTH), tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     one = contender("residual", model, backend="residual", inner=recipe.inner)
-    begin = time.process_time()
-    for step, batch in enumerate(random_windows(tokens, recipe.steps, recipe.batch, settings.length, SEED), start=1):
+    for step, batch in enumerate(random_windows(tokens, recipe.steps[0], recipe.batch, LENGTH, SEED), start=1):
         one.step(batch, recipe.learning_rate * min(1.0, step / WARM_UP))
         if step % SHOWN_EVERY == 0:
-            loss = sum(one.losses[-SHOWN_EVERY:]) / SHOWN_EVERY
-            print(f"step {step}: training loss {loss:.3f}, {time.process_time() - begin:.0f} s", flush=True)
-    held_out = one.held_out(even_windows(others, 16, recipe.batch, settings.length))
-    print(f"held-out loss {sum(held_out) / len(held_out):.4f} in nats per token")
-    save(model, tokenizer, folder)
+            print(f"step {step}: training loss {sum(one.losses[-SHOWN_EVERY:]) / SHOWN_EVERY:.3f}", flush=True)
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def save(model: nn.Module, tokenizer: object, folder: Path) -> None:
-    """Write the folder of the checkpoint, weights in bfloat16."""
-    model.bfloat16().save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+def second_phase(recipe: Recipe, tokens: Tensor, held_out: Tensor, folder: Path) -> None:
+    """Train the folder's model while the learning rate falls; write the folder again."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).train()
+    one = contender("residual", model, backend="residual", inner=recipe.inner)
+    batches = random_windows(tokens, recipe.steps[1], recipe.batch, LENGTH, SEED + 1)
+    train([one], batches, recipe.learning_rate, lambda: None)
+    losses = one.held_out(even_windows(held_out, 16, recipe.batch, LENGTH))
+    print(f"held-out loss {sum(losses) / len(losses):.4f} in nats per token")
+    model.bfloat16().save_pretrained(folder)
 
 
 def main() -> None:
@@ -76,8 +77,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps: to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("demo-checkpoint"), help="the folder (%(default)s)")
     arguments = parser.parse_args()
+    recipe = QUICK if arguments.quick else RECIPE
+    texts = divided_by_name(named_sources(recipe.text_bytes))
+    tokenizer = train_tokenizer(texts[0], SHORT.vocabulary)
+    tokens, held_out = (encoded(tokenizer.backend_tokenizer, part) for part in texts)
+    print(f"{len(tokens):,} tokens to train on, {len(held_out):,} held out")
     with threads(1):
-        train(QUICK if arguments.quick else RECIPE, SHORT, arguments.out)
+        first_phase(recipe, tokens, tokenizer, arguments.out)
+        second_phase(recipe, tokens, held_out, arguments.out)
+    print(f"{time.process_time():.0f} s of the processor")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ QUICK = Settings(  # of the full demonstration: for tests, benchmarks and exampl
     memory_steps=100, seeds=1, initializer_range=96**-0.5, hot_rows=8192,
 )  # fmt: skip
 SHORT = Settings(  # of the checkpoint that ships with this package
-    layers=6, hidden=80, heads=4, vocabulary=1024, length=128, batch=8, steps=100, text_bytes=2_000_000,
-    held_out_batches=16, sampled_tokens=36, inner="eager", learning_rate=4e-3, memory=_memory(0),
+    layers=6, hidden=80, heads=4, vocabulary=1024, length=96, batch=8, steps=100, text_bytes=2_000_000,
+    held_out_batches=12, sampled_tokens=36, inner="eager", learning_rate=8e-3, memory=_memory(0),
     memory_steps=0, seeds=1, initializer_range=80**-0.5, hot_rows=8192,
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import sys
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from mhc_compile.conversion import convert, convert_folder
 from mhc_compile.demo.chart import Series, chart
-from mhc_compile.demo.experiment import set_alpha, stage, watched
+from mhc_compile.demo.experiment import residual_model, set_alpha, stage, watched
 from mhc_compile.demo.output import OutputFolder
 from mhc_compile.demo.settings import Settings
 from mhc_compile.demo.text import Corpus, divided_by_name, encoded, held_out_batches, named_sources, training_batches
@@ -57,22 +58,14 @@ def run_short(settings: Settings, out: OutputFolder, console: Console) -> dict[s
     residual, corpus = _given(settings, out, console)
     console.rule("1  Convert it", align="left")
     streams, conversion = _convert(residual, corpus, settings, out, console)
-    console.rule("2  Train on", align="left")
-    free = convert(_loaded(out / "residual"), streams=settings.streams, manifold="unconstrained", inner="eager").train()
-    for model in (streams, free):
-        set_alpha(model, 1.0)
-    contenders = [
-        contender(RESIDUAL, residual, backend="residual", inner=settings.inner),
-        *(contender(n, m, backend="mhc", inner=settings.inner) for n, m in ((MHC, streams), (FREE, free))),
-    ]
+    console.rule("2  Train three of them", align="left")
+    contenders = _contenders(settings, corpus, console)
     held_out = held_out_batches(corpus, settings)
     before = contenders[0].held_out(held_out)
     gains = _train(contenders, corpus, settings, held_out[0], console)
     after = {one.name: one.held_out(held_out) for one in contenders}
     console.print(_table(contenders, before, after, gains))
     console.print(_reading(after, gains, settings), highlight=False)
-    streams.save_pretrained(out / "mhc-trained")  # type: ignore[operator]
-    corpus.tokenizer.save_pretrained(out / "mhc-trained")
     console.rule("3  Look inside", align="left")
     _report(streams, out / "report.html", console)
     delta, error = difference(after[RESIDUAL], after[MHC])
@@ -140,7 +133,7 @@ def _convert(
         for text in others:
             console.print(Text(_indented(text), style="cyan"))
     console.print(f"Largest difference of a logit: {conversion.difference:.0e} of the largest logit.", highlight=False)
-    return streams.train(), conversion
+    return streams, conversion
 
 
 def greedy(model: nn.Module, corpus: Corpus, settings: Settings) -> tuple[list[str], Tensor]:
@@ -164,6 +157,22 @@ def greedy(model: nn.Module, corpus: Corpus, settings: Settings) -> tuple[list[s
 
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _contenders(settings: Settings, corpus: Corpus, console: Console) -> list[Contender]:
+    """Return three models with the same random weights: residual, mHC, and the equations of mHC with any H."""
+    torch.manual_seed(settings.seed)
+    models = [residual_model(settings, corpus)]
+    with stage(console, "The same random weights for the residual model, mHC, and mHC without its constraint"):
+        for manifold in (None, "unconstrained"):
+            streams: Any = {} if manifold is None else {"manifold": manifold}
+            models.append(convert(copy.deepcopy(models[0]), streams=settings.streams, inner=settings.inner, **streams))
+            set_alpha(models[-1], 1.0)
+    backends = (("residual", RESIDUAL), ("mhc", MHC), ("mhc", FREE))
+    return [
+        contender(name, model.train(), backend=backend, inner=settings.inner)
+        for (backend, name), model in zip(backends, models, strict=True)
+    ]
 
 
 def _train(
@@ -209,7 +218,7 @@ def _table(
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("", "held-out loss", "minus residual", "composite gain"):
         table.add_column(head, justify="right" if head else "left")
-    table.add_row("checkpoint", f"{statistics.fmean(before):.4f}", "", "1", end_section=True)
+    table.add_row("random weights", f"{statistics.fmean(before):.4f}", "", "1", end_section=True)
     for one in contenders:
         delta, error = difference(after[RESIDUAL], after[one.name])
         compared = "" if one.name == RESIDUAL else f"{delta:+.4f} ± {error:.4f}"
@@ -227,8 +236,8 @@ def _reading(after: dict[str, list[float]], gains: dict[str, dict[int, float]], 
         verdict = f"{abs(delta):.4f} nats {'below' if delta < 0 else 'above'} the residual model's"
     kept, free = (list(gains[name].values())[-1] for name in (MHC, FREE))
     return (
-        f"After {settings.steps} steps from the same weights, any H amplifies {free:,.3g} times, a doubly stochastic "
-        f"one {kept:.3f} times; the loss of mHC is {verdict} (one seed)."
+        f"After {settings.steps} steps from the same weights, any H amplifies a gradient {free:,.3g} times; a doubly "
+        f"stochastic H, {kept:.2f} times. The held-out loss of mHC is {verdict} (one seed)."
     )
 
 
@@ -245,7 +254,7 @@ def _report(model: nn.Module, file: Path, console: Console) -> None:
 def next_commands(out: OutputFolder) -> list[str]:
     """Return three commands to go on with."""
     return [
-        f"mhc-compile inspect {out / 'mhc-trained'} --layer model.layers.0",
+        f"mhc-compile inspect {out / 'mhc'} --layer model.layers.0",
         f"mhc-compile convert {out / 'mhc'} {out.path / 'back'} --to residual",
         "mhc-compile demo --full",
     ]

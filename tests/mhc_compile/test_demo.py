@@ -162,7 +162,7 @@ def test_the_shipped_checkpoint_converts_and_trains(short: tuple[Path, dict[str,
         assert losses[name][0] == pytest.approx(losses["residual"][0], rel=1e-5), "the same batch, the same weights"
         assert results["gains"][name]["0"] == pytest.approx(1, abs=1e-3)
     assert results["gains"]["mHC"]["6"] == pytest.approx(1, abs=0.05)
-    assert {p.name for p in out.iterdir()} == {"residual", "mhc", "mhc-trained", "report.html", RESULTS}
+    assert {p.name for p in out.iterdir()} == {"residual", "mhc", "report.html", RESULTS}
     assert "<html" in (out / "report.html").read_text()
     assert "\x1b" not in printed, "lines without control characters where there is no terminal"
     assert "step 6 of 6; training loss: residual" in printed
