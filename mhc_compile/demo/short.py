@@ -32,7 +32,7 @@ from mhc_compile.trial.training import Contender, contender, difference, train
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 """A trained residual Llama and its tokenizer; examples/demo_checkpoint.py made it."""
-PROMPTS = ("def __init__(self, name", "def read(self", "def __len__(self")
+PROMPTS = ("def __init__(self, name", "    if not isinstance(", "    for i in range(")
 RESIDUAL, MHC, FREE = "residual", "mHC", "free"
 LABELS = {RESIDUAL: "residual", MHC: "mHC: H doubly stochastic", FREE: "any H"}
 SIGNS = {MHC: ("o", "cyan"), FREE: ("x", "yellow")}
@@ -121,8 +121,12 @@ def _convert(
         streams = from_pretrained(out / "mhc", inner="eager", local_files_only=True)
     with stage(console, "Both wrote on from the same prompts"):
         residual.eval()
-        outputs = [greedy(model, corpus, settings) for model in (residual, streams)]
-    (texts, expected), (others, logits) = outputs
+        ids, other_ids = (greedy(model, corpus, settings) for model in (residual, streams))
+        with torch.no_grad():
+            expected, logits = (model(input_ids=ids).logits for model in (residual, streams))
+    texts, others = (
+        [corpus.tokenizer.decode(row, skip_special_tokens=True).rstrip() for row in rows] for rows in (ids, other_ids)
+    )
     conversion = Conversion(float((logits - expected).abs().max() / expected.abs().max()), (texts, others))
     for text in texts:
         console.print(Text(_indented(text), style="green"))
@@ -136,8 +140,8 @@ def _convert(
     return streams, conversion
 
 
-def greedy(model: nn.Module, corpus: Corpus, settings: Settings) -> tuple[list[str], Tensor]:
-    """Return the prompts continued by the likeliest tokens, and the logits `[prompts, S, vocabulary]` of these texts.
+def greedy(model: nn.Module, corpus: Corpus, settings: Settings) -> Tensor:
+    """Return the prompts continued by the likeliest tokens, as ids `[prompts, S]`.
 
     Texts grow in a window of one length, so that a converted model is compiled for one shape.
     """
@@ -151,8 +155,7 @@ def greedy(model: nn.Module, corpus: Corpus, settings: Settings) -> tuple[list[s
             for row, prompt, token in zip(ids, prompts, chosen, strict=True):
                 if at >= len(prompt):
                     row[at] = token
-        logits = model(input_ids=ids).logits
-    return [str(corpus.tokenizer.decode(row, skip_special_tokens=True)).rstrip() for row in ids], logits
+    return ids
 
 
 def _indented(text: str) -> str:
