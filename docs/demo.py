@@ -44,9 +44,8 @@ def recorded(folder: Path, seed: int) -> str:
     with chdir(work):
         assert run(settings_for(full=False, steps=None, seed=seed), Path("mhc-demo"), console=console) == 0
     (folder / f"{seed}.txt").write_text(console.export_text(clear=False), encoding="utf-8")
-    console.save_svg(
-        str(folder / f"{seed}.svg"), title=COMMAND, theme=MONOKAI, code_format=SVG_FORMAT, unique_id="demo"
-    )
+    svg = console.export_svg(title=COMMAND, theme=MONOKAI, code_format=SVG_FORMAT, unique_id="demo")
+    (folder / f"{seed}.svg").write_text(svg, encoding="utf-8")
     return ""
 
 
@@ -56,7 +55,7 @@ def picture(results: list[dict[str, Any]], ink: str) -> Figure:
     gain, loss = figure.subplots(1, 2)
     steps = results[0]["settings"]["steps"]
     ours, other = "#2a8fd8", "#e07b1a"
-    arms = (("free", other, "--", "any H"), ("mHC", ours, "-", "mHC: H doubly stochastic"))
+    arms = (("any H", other, "--", "any H"), ("mHC", ours, "-", "mHC: H doubly stochastic"))
     for i, result in enumerate(results):
         for name, color, line, text in arms:
             by_step = {int(step): value for step, value in result["gains"][name].items()}
@@ -74,31 +73,29 @@ def picture(results: list[dict[str, Any]], ink: str) -> Figure:
     return figure
 
 
-def main(processes: int) -> None:
-    """Run, draw and write everything."""
-    images = DOCS / "images"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        in_processes(partial(recorded, folder), SEEDS, processes)
-        results = [json.loads((folder / str(s) / "mhc-demo" / "results.json").read_text()) for s in SEEDS]
-        (images / "demo.svg").write_text((folder / "0.svg").read_text(encoding="utf-8"), encoding="utf-8")
-        transcript = (folder / "0.txt").read_text(encoding="utf-8")
+def publish(folder: Path) -> None:
+    """Write the pictures and the page from what was recorded in `folder`."""
+    images, page = DOCS / "images", DOCS / "demo.md"
+    results = [json.loads((folder / str(s) / "mhc-demo" / "results.json").read_text()) for s in SEEDS]
+    (images / "demo.svg").write_text((folder / "0.svg").read_text(encoding="utf-8"), encoding="utf-8")
     for name, ink in (("light", "#1f2328"), ("dark", "#e6edf3")):
-        style = {f"{part}.color": ink for part in ("axes.label", "text", "xtick", "ytick")}
-        with rc_context({**style, "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "font.size": 11}):
-            picture(results, ink).savefig(images / f"demo-{name}.svg", transparent=True)
-    page = DOCS / "demo.md"
-    text = page.read_text(encoding="utf-8")
-    block = "\n".join(line.rstrip() for line in transcript.splitlines())
-    written = re.sub(r"(?s)(<!-- transcript: begin -->\n).*(<!-- transcript: end -->)",
-                     lambda m: f"{m[1]}```text\n{block}\n```\n{m[2]}", text)  # fmt: skip
-    page.write_text(written, encoding="utf-8")
+        colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
+        with rc_context({**colors, "font.size": 11, "svg.hashsalt": "demo"}):
+            picture(results, ink).savefig(images / f"demo-{name}.svg", transparent=True, metadata={"Date": None})
+    lines = (folder / "0.txt").read_text(encoding="utf-8").splitlines()
+    block = "\n".join(["```text", *(line.rstrip() for line in lines), "```", ""])
+    begin, _, rest = page.read_text(encoding="utf-8").partition("<!-- transcript: begin -->\n")
+    _, _, end = rest.partition("<!-- transcript: end -->")
+    text = f"{begin}<!-- transcript: begin -->\n{block}<!-- transcript: end -->{end}"
+    page.write_text(text, encoding="utf-8")
     for result in results:
-        print(result["settings"]["seed"], result["seconds"], result["processor_seconds"], result["held_out"],
-              result["difference"], {name: list(g.values())[-1] for name, g in result["gains"].items()})  # fmt: skip
+        print(*(result[key] for key in ("seconds", "processor_seconds", "held_out", "difference")))
+        print({name: list(gains.values())[-1] for name, gains in result["gains"].items()})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=1, help="demos at a time; one gives honest times")
-    main(parser.parse_args().processes)
+    with tempfile.TemporaryDirectory() as scratch:
+        in_processes(partial(recorded, Path(scratch)), SEEDS, parser.parse_args().processes)
+        publish(Path(scratch))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -227,8 +227,8 @@ def _sample(model: nn.Module, corpus: Corpus, settings: Settings) -> str:
 
 @contextmanager
 def stage(console: Console, text: str) -> Iterator[None]:
-    """Show a spinner, then one line with the duration."""
+    """Show a spinner, then one line with the duration. A recording would keep every frame: it has none."""
     begin = time.perf_counter()
-    with console.status(text):
+    with nullcontext() if console.record else console.status(text):
         yield
     console.print(f"{text}: {time.perf_counter() - begin:.1f} s")

@@ -33,8 +33,8 @@ from mhc_compile.trial.training import Contender, contender, difference, train
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 """A trained residual Llama and its tokenizer; examples/demo_checkpoint.py made it."""
 PROMPTS = ("def __init__(self, name", "    if not isinstance(", "    for i in range(")
-RESIDUAL, MHC, FREE = "residual", "mHC", "free"
-LABELS = {RESIDUAL: "residual", MHC: "mHC: H doubly stochastic", FREE: "any H"}
+RESIDUAL, MHC, FREE = "residual", "mHC", "any H"
+LABELS = {RESIDUAL: "residual", MHC: "mHC: H doubly stochastic", FREE: "any H: no constraint"}
 SIGNS = {MHC: ("o", "cyan"), FREE: ("x", "yellow")}
 GAINS = 20
 """How often gains are measured."""
@@ -166,7 +166,7 @@ def _contenders(settings: Settings, corpus: Corpus, console: Console) -> list[Co
     """Return three models with the same random weights: residual, mHC, and the equations of mHC with any H."""
     torch.manual_seed(settings.seed)
     models = [residual_model(settings, corpus)]
-    with stage(console, "The same random weights for the residual model, mHC, and mHC without its constraint"):
+    with stage(console, "Three models with the same random weights"):
         for manifold in (None, "unconstrained"):
             streams: Any = {} if manifold is None else {"manifold": manifold}
             models.append(convert(copy.deepcopy(models[0]), streams=settings.streams, inner=settings.inner, **streams))
@@ -204,7 +204,7 @@ def _train(
 
         train(contenders, training_batches(corpus, settings, stream=0), settings.learning_rate, tick)
     if not live:
-        console.print(drawn())
+        console.print(chart(series, settings.steps))
     return gains
 
 

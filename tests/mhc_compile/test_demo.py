@@ -158,7 +158,7 @@ def test_the_shipped_checkpoint_converts_and_trains(short: tuple[Path, dict[str,
     assert all(text.splitlines()[0] in printed for text in results["texts"]["mHC"])
     losses = results["training_loss"]
     assert {len(v) for v in losses.values()} == {6}
-    for name in ("mHC", "free"):
+    for name in ("mHC", "any H"):
         assert losses[name][0] == pytest.approx(losses["residual"][0], rel=1e-5), "the same batch, the same weights"
         assert results["gains"][name]["0"] == pytest.approx(1, abs=1e-3)
     assert results["gains"]["mHC"]["6"] == pytest.approx(1, abs=0.05)
