@@ -29,8 +29,9 @@ from mhc_compile.parameters import at_start, owners
 from mhc_compile.trial.training import difference, learning_rate, spread
 
 TINY = replace(
-    QUICK, layers=2, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=16, text_bytes=400_000,
+    QUICK, layers=1, hidden=32, heads=2, vocabulary=512, length=32, batch=4, steps=16, text_bytes=400_000,
     held_out_batches=4, sampled_tokens=12, initializer_range=32**-0.5, memory_steps=16, hot_rows=512,
+    memory=replace(QUICK.memory, layers=(0,)),
 )  # fmt: skip
 MIDDLE = replace(QUICK, steps=60, memory_steps=60)
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -113,7 +114,7 @@ def test_the_memory_leaves_the_loss_alone_and_then_lowers_it(finished: Finished)
 
 def test_what_the_memory_holds_is_shown(finished: Finished) -> None:
     found, settings = finished[1]["memory"], finished[2]
-    assert list(found["gates"]) == [f"model.layers.{i}" for i in range(2)]
+    assert list(found["gates"]) == [f"model.layers.{i}" for i in range(settings.layers)]
     for rows in found["gates"].values():
         gates = [row["gate"] for row in rows]
         assert 1 > gates[0] > (0.6 if settings is MIDDLE else 0)
@@ -138,7 +139,7 @@ def test_what_is_in_the_folder(finished: Finished) -> None:
     assert f"{2 * settings.layers} sites" in (out / "inspection.txt").read_text()
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "samples.txt").read_text().count("def read(") == 2
-    assert "model.layers.1" in (out / "memory.txt").read_text()
+    assert f"model.layers.{settings.layers - 1}" in (out / "memory.txt").read_text()
     tokenizer = AutoTokenizer.from_pretrained(out / "residual", local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(out / "residual", local_files_only=True)
     assert model.config.vocab_size == len(tokenizer) == settings.vocabulary
