@@ -58,7 +58,7 @@ def run_short(settings: Settings, out: OutputFolder, console: Console) -> dict[s
     residual, corpus = _given(settings, out, console)
     console.rule("1  Convert it", align="left")
     streams, conversion = _convert(residual, corpus, settings, out, console)
-    console.rule("2  Train three of them", align="left")
+    console.rule("2  Train three models", align="left")
     contenders = _contenders(settings, corpus, console)
     held_out = held_out_batches(corpus, settings)
     before = contenders[0].held_out(held_out)
@@ -128,14 +128,12 @@ def _convert(
         [corpus.tokenizer.decode(row, skip_special_tokens=True).rstrip() for row in rows] for rows in (ids, other_ids)
     )
     conversion = Conversion(float((logits - expected).abs().max() / expected.abs().max()), (texts, others))
-    for text in texts:
-        console.print(Text(_indented(text), style="green"))
+    console.print(Text("\n\n".join(map(_indented, texts)), style="green"))
     if texts == others:
         console.print("The converted model wrote the same.")
     else:
         console.print("The converted model wrote, where two tokens are as likely as one another:")
-        for text in others:
-            console.print(Text(_indented(text), style="cyan"))
+        console.print(Text("\n\n".join(map(_indented, others)), style="cyan"))
     console.print(f"Largest difference of a logit: {conversion.difference:.0e} of the largest logit.", highlight=False)
     return streams, conversion
 
@@ -185,7 +183,7 @@ def _train(
     gains: dict[str, dict[int, float]] = {one.name: {} for one in contenders[1:]}
     inputs = {"input_ids": example, "use_cache": False}
     notes = [watched(one.model, inputs, gains[one.name], settings.steps, GAINS) for one in contenders[1:]]
-    series = [Series(f"{LABELS[name]}, gain", *SIGNS[name], values) for name, values in gains.items()]
+    series = [Series(f"gain of {name}", *SIGNS[name], values) for name, values in gains.items()]
     live = console.is_terminal and not console.record
 
     def drawn() -> Group:
