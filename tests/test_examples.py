@@ -9,7 +9,7 @@ import pytest
 
 # `test_claims.py` runs those that take minutes, at their quick size.
 LONG = ("payoff", "stability", "scaling")
-QUICK = ("diffusion",)
+QUICK = ("diffusion", "demo_checkpoint")
 """Those that are run at their quick size here."""
 EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if p.stem not in LONG)
 

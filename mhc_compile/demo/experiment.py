@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,19 +156,26 @@ def free_streams(folder: Path, settings: Settings) -> nn.Module:
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     convert(model, streams=settings.streams, manifold="unconstrained", inner="eager")
-    with torch.no_grad():
-        for name, parameter in stream_parameters(model).items():
-            if name.endswith(".alpha"):
-                parameter.fill_(1.0)
+    set_alpha(model, 1.0)
     return model.train()
 
 
-def watched(model: nn.Module, example: dict[str, Any], gains: dict[int, float], steps: int) -> Callable[[int], None]:
-    """Return a function of the step that now and then notes the mean backward gain of all sites of `model`."""
+def set_alpha(model: nn.Module, value: float) -> None:
+    """Set alpha of all sites: how fast their coefficients learn. While phi is zero, the function is unchanged."""
+    with torch.no_grad():
+        for name, parameter in stream_parameters(model).items():
+            if name.endswith(".alpha"):
+                parameter.fill_(value)
+
+
+def watched(
+    model: nn.Module, example: dict[str, Any], gains: dict[int, float], steps: int, times: int = MEASURES
+) -> Callable[[int], None]:
+    """Return a function of the step that so many `times` notes the mean backward gain of all sites of `model`."""
     measure = measuring(model, example)
 
     def note(step: int) -> None:
-        if step % max(1, steps // MEASURES) == 0:
+        if step % max(1, steps // times) == 0:
             (measures,) = measure().values()
             gains[step] = measures.gain.backward_mean
 
@@ -220,8 +227,8 @@ def _sample(model: nn.Module, corpus: Corpus, settings: Settings) -> str:
 
 @contextmanager
 def stage(console: Console, text: str) -> Iterator[None]:
-    """Show a spinner, then one line with the duration."""
+    """Show a spinner, then one line with the duration. A recording would keep every frame: it has none."""
     begin = time.perf_counter()
-    with console.status(text):
+    with nullcontext() if console.record else console.status(text):
         yield
     console.print(f"{text}: {time.perf_counter() - begin:.1f} s")

@@ -11,7 +11,7 @@ from mhc_compile.diagnostics import MHCError
 RESULTS = "results.json"
 _MADE_BY = "mhc-compile demo"
 CHECKPOINTS = ("residual", "mhc", "mhc-trained", "mhc-memory")
-ENTRIES = (*CHECKPOINTS, "curves.png", "samples.txt", "inspection.txt", "memory.txt", RESULTS)
+ENTRIES = (*CHECKPOINTS, "report.html", "curves.png", "samples.txt", "inspection.txt", "memory.txt", RESULTS)
 
 
 class OutputFolder:
@@ -59,6 +59,11 @@ class OutputFolder:
     def __truediv__(self, name: str) -> Path:
         assert name in ENTRIES
         return self.path / name
+
+    @property
+    def entries(self) -> list[str]:
+        """What has been written, in the order of `ENTRIES`."""
+        return [name for name in ENTRIES if (self.path / name).exists()]
 
     def record(self, results: dict[str, Any]) -> None:
         """Write the results with the list of files written so far."""

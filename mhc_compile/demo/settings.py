@@ -1,9 +1,10 @@
-"""The two sizes of the demonstration."""
+"""The sizes of the demonstration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from mhc_compile.diagnostics import MHCError
 from mhc_compile.kernels.memory.settings import MemorySettings
 from mhc_compile.overrides import Inner
 
@@ -59,16 +60,23 @@ FULL = Settings(
     held_out_batches=16, sampled_tokens=80, inner="inductor", learning_rate=4e-3, memory=_memory(0, 2),
     memory_steps=120, seeds=3, initializer_range=128**-0.5, hot_rows=8192,
 )  # fmt: skip
-QUICK = Settings(
+QUICK = Settings(  # of the full demonstration: for tests, benchmarks and examples
     layers=2, hidden=96, heads=3, vocabulary=1024, length=96, batch=8, steps=100, text_bytes=1_500_000,
     held_out_batches=8, sampled_tokens=40, inner="eager", learning_rate=5e-3, memory=_memory(0, 1),
     memory_steps=100, seeds=1, initializer_range=96**-0.5, hot_rows=8192,
 )  # fmt: skip
+SHORT = Settings(  # of the checkpoint that ships with this package
+    layers=6, hidden=80, heads=4, vocabulary=1024, length=96, batch=8, steps=100, text_bytes=2_000_000,
+    held_out_batches=12, sampled_tokens=36, inner="eager", learning_rate=8e-3, memory=_memory(0),
+    memory_steps=0, seeds=1, initializer_range=80**-0.5, hot_rows=8192,
+)  # fmt: skip
 
 
-def settings_for(*, quick: bool, steps: int | None, seed: int, seeds: int | None = None) -> Settings:
-    """Return the settings that the command's arguments ask for."""
-    chosen = QUICK if quick else FULL
+def settings_for(*, full: bool, steps: int | None, seed: int, seeds: int | None = None) -> Settings:
+    """Return the settings that the command's arguments ask for. Raises MHC204 for `seeds` of the short one."""
+    if seeds is not None and not full:
+        raise MHCError("MHC204", "--seeds repeats the training with a memory", way_out="add --full")
+    chosen = FULL if full else SHORT
     steps = chosen.steps if steps is None else steps
     memory_steps = min(chosen.memory_steps, steps)
     return replace(chosen, seed=seed, steps=steps, memory_steps=memory_steps, seeds=seeds or chosen.seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,18 @@ def build_corpus(settings: Settings) -> Corpus:
     tokenizer = train_tokenizer(train, settings.vocabulary)
     bpe = tokenizer.backend_tokenizer
     size = sum(len(text.encode()) for text in texts)
-    return Corpus(tokenizer, _encode(bpe, train), _encode(bpe, held_out), len(texts), size)
+    return Corpus(tokenizer, encoded(bpe, train), encoded(bpe, held_out), len(texts), size)
 
 
 def divided(texts: list[str]) -> tuple[list[str], list[str]]:
     """Return the texts to train on, and those held out."""
     return [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY], texts[::HELD_OUT_EVERY]
+
+
+def divided_by_name(texts: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return the texts to train on, and those held out: the same files with every version of Python."""
+    held_out = {name for name in texts if not zlib.crc32(name.encode()) % HELD_OUT_EVERY}
+    return [t for n, t in texts.items() if n not in held_out], [t for n, t in texts.items() if n in held_out]
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
@@ -68,11 +75,16 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
 
 def source_texts(limit: int) -> list[str]:
     """Return whole modules of the standard library in a fixed order spread over it, up to `limit` bytes."""
+    return list(named_sources(limit).values())
+
+
+def named_sources(limit: int) -> dict[str, str]:
+    """Return the same modules by their paths inside the library."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(p for p in root.rglob("*.py") if not _SKIPPED & set(p.relative_to(root).parts))
     # A stride through the sorted list mixes packages; a prefix would be `_pyrepl` and `asyncio` alone.
     stride = 7
-    texts: list[str] = []
+    texts: dict[str, str] = {}
     size = 0
     for path in (p for start in range(stride) for p in paths[start::stride]):
         try:
@@ -81,7 +93,7 @@ def source_texts(limit: int) -> list[str]:
             continue
         if size + len(text) > limit or not text.strip():
             continue
-        texts.append(text)
+        texts[path.relative_to(root).as_posix()] = text
         size += len(text)
     if size < _LEAST_BYTES:
         raise DemoError(
@@ -91,7 +103,8 @@ def source_texts(limit: int) -> list[str]:
     return texts
 
 
-def _encode(bpe: Any, texts: list[str]) -> Tensor:
+def encoded(bpe: Any, texts: list[str]) -> Tensor:
+    """Return the token ids of all texts `[N]`, each followed by the token of an end."""
     end = bpe.token_to_id(END)
     ids: list[int] = []
     for encoding in bpe.encode_batch(texts, add_special_tokens=False):
