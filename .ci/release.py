@@ -40,7 +40,8 @@ def absolute(markdown: str, url: str, tag: str) -> str:
         kind = "raw" if link[1] else "blob"
         return f"{link[1]}[{link[2]}]({url}/{kind}/{tag}/{link[3]})"
 
-    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", turn, markdown)
+    markdown = re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", turn, markdown)
+    return re.sub(r'((?:src|srcset)=")(?!https?:)', rf"\g<1>{url}/raw/{tag}/", markdown)
 
 
 def urls(url: str, tag: str) -> str:

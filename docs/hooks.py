@@ -73,6 +73,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = Path(SOURCE.get(name, f"docs/{name}"))
     markdown = FIGURE.sub(lambda link: inside(ROOT / "docs" / link[1]), markdown)
     markdown = LINK.sub(lambda link: turned(link, source, name), markdown)
+    if source.parent == Path():
+        markdown = re.sub(r'((?:src|srcset)=")docs/', r"\1", markdown)
     if name.startswith("codes/"):
         markdown = markdown.replace("\nFix: ", "\n**Fix:** ")
     if name == "api.md":

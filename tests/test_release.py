@@ -33,7 +33,9 @@ def test_one_value_makes_urls_and_absolute_links(dist: Path) -> None:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         about = message_from_bytes(archive.read(name))
     assert f"Repository, {URL}" in (about.get_all("Project-URL") or [])
-    links = re.findall(r"\]\(([^)]+)\)", str(about.get_payload()))
+    links = [
+        one or other for one, other in re.findall(r'\]\(([^)]+)\)|(?:src|srcset)="([^"]+)"', str(about.get_payload()))
+    ]
     assert len(links) > 20
     assert all(link.startswith(("https://", "#")) for link in links)
     assert any(link.startswith(f"{URL}/raw/v{VERSION}/docs/images/") for link in links)

@@ -69,7 +69,10 @@ def test_search_finds_codes_and_the_front_page_is_the_readme(site: Path) -> None
     index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
     titles = {entry["title"] for entry in index["docs"]}
     assert {f"{code} {row.title}".replace("`", "") for code, row in TABLE.items()} <= {plain(title) for title in titles}
-    assert "the one residual stream becomes" in plain((site / "index.html").read_text(encoding="utf-8"))
+    assert "Give a Transformer several residual streams" in plain((site / "index.html").read_text(encoding="utf-8"))
+    for figure in ("demo-light.svg", "demo-dark.svg"):
+        assert f'"images/{figure}"' in (site / "index.html").read_text(encoding="utf-8")
+        assert (site / "images" / figure).is_file()
 
 
 def test_the_tour_shows_what_its_cells_print(site: Path) -> None:
