@@ -21,6 +21,7 @@ _LOOKS: dict[str, tuple[str, Any, str]] = {
     "hc": (_ORDER[1], _DASHES[3], "^"),
     "engram": (_ORDER[3], _DASHES[1], "v"),
     "ultramem": (_ORDER[2], _DASHES[3], "+"),
+    "both": (_ORDER[7], _DASHES[4], "*"),
     "hc_static": (_ORDER[6], _DASHES[4], "*"),
     "attnres": (_ORDER[7], _DASHES[1], "v"),
     "attnres_block": (_ORDER[3], _DASHES[2], "D"),
