@@ -24,6 +24,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import mhc_compile
+from mhc_compile import palette
 from mhc_compile.demo.experiment import SECOND_PEAK, residual_model
 from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
@@ -39,6 +40,7 @@ BASE, RESIDUAL, LONGER, PAPER, MHC, FREE, SCRATCH = (
 OPTIONS: dict[str, dict[str, Any]] = {
     PAPER: {"start": "paper"}, MHC: {}, FREE: {"manifold": "unconstrained"}, SCRATCH: {"scratch": True}
 }  # fmt: skip
+LOOKS = {PAPER: "mhc from its published start", MHC: "mhc", FREE: "free", SCRATCH: "mhc"}
 ALPHA = {FREE: (1.0, 1.0)}
 """Values of alpha for pre and post, and for H, where they are neither the default nor the published ones."""
 STARTS: dict[str, tuple[dict[str, Any], tuple[float, float] | None]] = {
@@ -366,18 +368,16 @@ def draw(outcome: Outcome) -> Any:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     continued, scratch = figure.subplots(1, 2)
-    for axes, arms, base in (
-        (continued, ((PAPER, "C1"), (MHC, "C3"), (FREE, "C4")), RESIDUAL), (scratch, ((SCRATCH, "C3"),), BASE)
-    ):  # fmt: skip
-        for arm, color in arms:
+    for axes, arms, base in ((continued, (PAPER, MHC, FREE), RESIDUAL), (scratch, (SCRATCH,), BASE)):
+        for arm in arms:
             pairs = zip(outcome.seeds(arm), outcome.seeds(base), strict=True)
             apart = [[x - y for x, y in zip(a.losses, b.losses, strict=True)] for a, b in pairs]
-            axes.plot(studies.smooth(apart, 20), color=color, label=arm)
-        axes.axhline(0, color="0.4", linewidth=1)
+            axes.plot(studies.smooth(apart, 20), label=arm, **palette.look(LOOKS[arm]))
+        axes.axhline(0, color=palette.NEUTRAL, linewidth=1)
         axes.set(xlabel="step", ylabel="training loss minus residual, nats")
-        axes.legend(fontsize="small")
     continued.set(title="Continued from a trained residual model", ylim=(-0.12, 0.12))
     scratch.set(title="From scratch")
+    palette.finish(figure)
     return figure
 
 

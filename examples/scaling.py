@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import mhc_compile
+from mhc_compile import palette
 from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
 from mhc_compile.memory.tables import MemoryTable
@@ -36,6 +37,7 @@ BALANCE = 0.01
 NO_MEMORY = "none"
 KINDS = {NO_MEMORY: (None, None), "Engram": (1.0, None), "UltraMem": (None, 1.0), "both": (0.5, 0.5)}
 """The parts of the memories' parameters that Engram and UltraMem get."""
+LOOKS = dict(zip(KINDS, ("mhc", "engram", "ultramem", "both"), strict=True))
 LEAST = "least"
 """All experts, and the smallest tables that a memory can have: a token uses as much as with larger ones."""
 
@@ -348,9 +350,10 @@ def draw_kinds(outcome: Outcome) -> Any:
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     curves = {name: studies.smooth([t.losses for t in seeds], 20) for name, seeds in outcome.by_name.items()}
     for name, losses in curves.items():
-        axes.plot([a - b for a, b in zip(losses, curves[NO_MEMORY], strict=True)], label=name)
+        apart = [a - b for a, b in zip(losses, curves[NO_MEMORY], strict=True)]
+        axes.plot(apart, label=name, **palette.look(LOOKS[name]))
     axes.set(title="Training loss minus that without a memory", xlabel="step", ylabel="nats a token")
-    axes.legend(fontsize="small")
+    palette.finish(axes.figure)
     return axes.figure
 
 
@@ -364,21 +367,21 @@ def draw(outcome: Outcome) -> Any:
     names = [name for name in outcome.by_name if name != NO_MEMORY]
     shares = [100 * outcome.by_name[name][0].share for name in names]
     for seed in range(outcome.recipe.seeds):
-        color = f"C{seed}"
+        how = palette.series(seed, points=True)
         held_out = [outcome.by_name[name][seed].held_out for name in names]
-        loss.plot(shares, held_out, "o-", color=color, label=f"seed {seed}")
-        loss.axhline(plain[seed].held_out, color=color, linestyle=":", linewidth=1)
-        paired.plot(shares, [outcome.differences(name)[seed] for name in names], ".", color=color)
+        loss.plot(shares, held_out, label=f"seed {seed}", **how)
+        loss.axhline(plain[seed].held_out, color=how["color"], linestyle=":", linewidth=1)
+        paired.plot(shares, [outcome.differences(name)[seed] for name in names], **how | {"linestyle": "none"})
     means = [statistics.fmean(outcome.differences(name)) for name in names]
-    paired.plot(shares, means, "o-", color="0.2", label="mean")
-    paired.axhline(0, color="0.6", linewidth=1)
+    paired.plot(shares, means, label="mean", **palette.look("engram", points=True))
+    paired.axhline(0, color=palette.NEUTRAL, linewidth=1)
     low, high = (100 * share for share in BEST_SHARES)
     for axes in (loss, paired):
         axes.axvspan(low, high, color="0.9", label="published best")
         axes.set(xlabel="share of the sparse budget in memory, %")
-        axes.legend(fontsize="small")
     loss.set(title="Held-out loss (dotted: without a memory)", ylabel="nats a token")
     paired.set(title="Minus that without a memory")
+    palette.finish(figure)
     return figure
 
 

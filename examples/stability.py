@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import mhc_compile
+from mhc_compile import palette
 from mhc_compile.demo.experiment import residual_model
 from mhc_compile.demo.settings import FULL, Settings
 from mhc_compile.demo.text import Corpus, build_corpus, held_out_batches, training_batches
@@ -37,6 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     MHC: {},
     MEMORY: {},
 }
+LOOKS = dict(zip(FORMS, ("residual", "hc", "free", "mhc", "engram"), strict=True))
 LOGITS_STD = 1.0
 """Of the random logits that Sinkhorn is tried on."""
 NOISE = 1e-4
@@ -360,32 +362,31 @@ def draw(outcome: Outcome) -> Any:
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     (gain, counts), (loss, norm) = figure.subplots(2, 2)
-    widest = len(outcome.recipe.depths)
-    for form, color in ((HC, "C1"), (MHC, "C3")):
+    for form in (HC, MHC):
         for i, (layers, trained) in enumerate(outcome.deep(form).items()):
             values = [_larger(g) for g in trained.gains.values()]
-            label = f"{form}, {layers} layers"
-            gain.plot([*trained.gains], values, marker="o", color=color, alpha=(i + 1) / widest, label=label)
+            how = palette.look(LOOKS[form], points=True, nth=i)
+            gain.plot([*trained.gains], values, label=f"{form}, {layers} layers", **how)
     gain.set(title="Composite gain in training", xlabel="step", yscale="log")
-    for name, at in (
+    for i, (name, at) in enumerate((
         ("random logits", [random_gain(i, 2 * outcome.recipe.depths[0]) for i in outcome.counted]),
         ("from scratch", [t.last_gain for t in outcome.scratch]),
         ("trained", [t.last_gain for t in outcome.counted.values()]),
-    ):
-        counts.plot([str(i) for i in outcome.counted], [_distance(g) for g in at], marker="o", label=name)
+    )):  # fmt: skip
+        how = palette.series(i, points=True)
+        counts.plot([str(n) for n in outcome.counted], [_distance(g) for g in at], label=name, **how)
     counts.set(title="Distance of mHC's gain from 1", xlabel="Sinkhorn iterations", yscale="log")
     base = outcome.seeds(RESIDUAL)
-    for form, color in zip(FORMS, ("0.4", "C1", "C4", "C3", "C0"), strict=True):
-        seeds = outcome.seeds(form)
+    for form, name in LOOKS.items():
+        seeds, how = outcome.seeds(form), palette.look(name)
         if form != RESIDUAL:
             apart = [[a - b for a, b in zip(t.losses, r.losses, strict=True)] for t, r in zip(seeds, base, strict=True)]
-            loss.plot(studies.smooth(apart), color=color, label=form)
-        norm.plot(studies.smooth([t.norms for t in seeds]), color=color, label=form)
-    loss.axhline(0, color="0.4", linewidth=1)
-    loss.set(title="Training loss minus that of the residual model, mean of seeds", xlabel="step")
+            loss.plot(studies.smooth(apart), label=form, **how)
+        norm.plot(studies.smooth([t.norms for t in seeds]), label=form, **how)
+    loss.axhline(0, color=palette.NEUTRAL, linewidth=1)
+    loss.set(title="Training loss minus residual, mean of seeds", xlabel="step")
     norm.set(title="Gradient norm, mean of seeds", xlabel="step", yscale="log")
-    for axes in figure.axes:
-        axes.legend(fontsize="small")
+    palette.finish(figure)
     return figure
 
 

@@ -48,7 +48,7 @@ def test_imports_point_one_way(path: Path) -> None:
 LAYERS = """
     codes
     diagnostics progress
-    kernels frame rich_text atomic_write versions modes sharded tracing
+    kernels frame rich_text palette atomic_write versions modes sharded tracing
     conventions passes overrides output
     config identity guard memory
     pipeline parameters

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from mhc_compile import palette
 from mhc_compile.diagnostics import MHCError
 
 _AHEAD = 2_000_000
@@ -195,7 +196,10 @@ def chart(path: Path, groups: dict[str, Sequence[dict[str, Any]]]) -> None:
         names = [r["name"] for r in rows]
         medians = [1e3 * r["median"] for r in rows]
         spread = [[1e3 * (r["median"] - r["low"]) for r in rows], [1e3 * (r["high"] - r["median"]) for r in rows]]
-        axis.barh(names, medians, xerr=spread, color="#4878a8", ecolor="#888888")
+        colors = [palette.look("mhc")["color"] if r["ratio"] == 1 else palette.NEUTRAL for r in rows]  # ours is 1
+        bars = axis.barh(names, medians, xerr=spread, color=colors, ecolor="#888888")
+        axis.bar_label(bars, [f"{m:.3g} ms, {r['ratio']:.2f} x" for m, r in zip(medians, rows, strict=True)], padding=4)
+        axis.margins(x=0.2)
         axis.invert_yaxis()
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("ms")

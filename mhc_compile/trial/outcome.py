@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from mhc_compile import palette
 from mhc_compile.trial import studies
 from mhc_compile.trial.run import Result, Settings
 
@@ -41,11 +42,11 @@ def draw(results: Sequence[Result]) -> Any:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for result in results[1:]:
+    for result, how in zip(results[1:], palette.looks([r.form for r in results])[1:], strict=True):
         pairs = zip(result.losses, results[0].losses, strict=True)
-        axes.plot(studies.smooth([[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]), label=result.form)
-    axes.axhline(0, color="0.4", linewidth=1)
+        apart = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
+        axes.plot(studies.smooth(apart), label=result.form, **how)
+    axes.axhline(0, color=palette.NEUTRAL, linewidth=1)
     axes.set(xlabel="step", ylabel=f"training loss minus {results[0].form}, nats")
-    if results[1:]:
-        axes.legend()
+    palette.finish(figure)
     return figure
