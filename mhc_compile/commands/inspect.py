@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from mhc_compile.commands.arguments import Compiling, Model, Passes
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.output import PLAIN, Output
 
 
 @Parameter(name="*")
@@ -26,8 +27,6 @@ class Flags:
     """Print the generated code of the fused kernels, too."""
     html: Path | None = None
     """Write the report as a page."""
-    json: Path | None = None
-    """Write the report as data."""
     outputs: bool = False
     """With --json: also run the model, on its weights, for diff to compare."""
     mlir: Literal["torch", "linalg"] | None = None
@@ -39,7 +38,7 @@ class Flags:
 _DEFAULT = Flags()
 
 
-def inspect(model: Model, /, *, options: Compiling = None, flags: Flags = _DEFAULT) -> int:
+def inspect(model: Model, /, *, options: Compiling = None, flags: Flags = _DEFAULT, output: Output = PLAIN) -> int:
     """Show a model's residual streams.
 
     Show what mhc-compile sees in a Hugging Face model: its residual streams and sites, what each pass does, or where a
@@ -53,14 +52,14 @@ def inspect(model: Model, /, *, options: Compiling = None, flags: Flags = _DEFAU
     mhc-compile inspect ./Llama-3.2-1B --mlir linalg --out llama.mlir
     ```
     """
-    if flags.outputs and flags.json is None:
+    if flags.outputs and output.json is None:
         raise MHCError("MHC520", "--outputs go into the file that --json names")
     if flags.mlir is not None or flags.out is not None:
-        return _mlir(model, options or {}, flags)
-    return _report(model, {**(options or {})}, flags)
+        return _mlir(model, options or {}, flags, output)
+    return _report(model, {**(options or {})}, flags, output)
 
 
-def _report(source: str, options: dict[str, Any], flags: Flags) -> int:
+def _report(source: str, options: dict[str, Any], flags: Flags, output: Output) -> int:
     """Print the report and write its files; return 3 for a model that cannot be converted.
 
     Raises `MHCError`: MHC508 where there is no model, MHC405 for an architecture that transformers does not have,
@@ -80,21 +79,25 @@ def _report(source: str, options: dict[str, Any], flags: Flags) -> int:
     if flags.passes is not None:
         options["pipeline"] = flags.passes
     report = inspect(model, layer=flags.layer, stages=flags.stages, **options)
-    report.show()
-    for kernel in report.kernels if flags.source else ():
-        for direction, code in (("forward", kernel.forward), ("backward", kernel.backward)):
-            if code is not None:
-                print(f"\n===== {kernel.name}, {direction} =====\n{code}")
+    with output.printing():
+        report.show()
+        for kernel in report.kernels if flags.source else ():
+            for direction, code in (("forward", kernel.forward), ("backward", kernel.backward)):
+                if code is not None:
+                    print(f"\n===== {kernel.name}, {direction} =====\n{code}")
     if flags.outputs:
         report = replace(report, outputs=outputs_of(weighted(folder)[0], 0, **options))
-    for file, text in ((flags.html, report.html), (flags.json, report.json)):
-        if file is not None:
-            write_whole(file, text())
+    if flags.html is not None:
+        write_whole(flags.html, report.html())
+    with output.printing():
+        for file in filter(None, (flags.html, output.json)):
             print(f"\nwritten to {file}")
+    if output.json is not None:
+        output.write(report.json())
     return 3 if report.refusal else 0
 
 
-def _mlir(source: str, options: Any, flags: Flags) -> int:
+def _mlir(source: str, options: Any, flags: Flags, output: Output) -> int:
     """Print the model in MLIR, or write it to `--out`. Raises as `convert`, `export` and `to_mlir` do, and MHC520."""
     from mhc_compile.atomic_write import write_whole
     from mhc_compile.checkpoint.hub import local_folder
@@ -104,7 +107,8 @@ def _mlir(source: str, options: Any, flags: Flags) -> int:
 
     if flags.mlir is None:
         raise MHCError("MHC520", "--out is for --mlir; --html and --json name the report's files")
-    beside = {name: getattr(flags, name) for name in ("layer", "passes", "stages", "source", "html", "json", "outputs")}
+    beside = {name: getattr(flags, name) for name in ("layer", "passes", "stages", "source", "html", "outputs")}
+    beside["json"] = output.json
     others = [name for name, value in (*beside.items(), *options.items()) if value not in (None, False)]
     if others := [name for name in others if name != "streams"]:
         raise MHCError("MHC520", f"--mlir and --{others[0]}")

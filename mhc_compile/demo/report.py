@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mhc_compile import palette
 from mhc_compile.demo.experiment import Outcome
 from mhc_compile.measure import CompositeGain, StreamMeasures
 from mhc_compile.trial.studies import smooth
@@ -105,32 +106,33 @@ def draw(outcome: Outcome, path: Path) -> None:
     steps = outcome.settings.steps
     residual, streams = outcome.residual, outcome.streams
     later = range(steps, 2 * steps)
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(15, 3.8), layout="constrained")
     loss, deltas_axis, gain = figure.subplots(1, 3)
 
     def smoothed(losses: list[float]) -> list[float]:
         return smooth([losses], _SMOOTHED_OVER)
 
-    loss.plot(range(steps), smoothed(outcome.first), color="0.45", label="residual, before the conversion")
-    loss.plot(later, smoothed(outcome.first + residual.losses)[steps:], color="C0", label=residual.name)
-    together = smoothed(outcome.first + streams.losses)[steps:]
-    loss.plot(later, together, color="C3", linestyle="--", label=streams.name)
+    looks = {form: palette.look(form) for form in ("residual", "mhc", "free")}
+    loss.plot(range(steps), smoothed(outcome.first), color=palette.NEUTRAL, label="before the conversion")
+    loss.plot(later, smoothed(outcome.first + residual.losses)[steps:], label=residual.name, **looks["residual"])
+    loss.plot(later, smoothed(outcome.first + streams.losses)[steps:], label=streams.name, **looks["mhc"])
     for x, pair in ((steps, outcome.before), (2 * steps, outcome.after)):
-        for losses, color, marker in zip(pair, ("C0", "C3"), ("o", "x"), strict=True):
-            loss.plot(x, statistics.fmean(losses), color=color, marker=marker, linestyle="none")
-    loss.axvline(steps, color="0.8", linewidth=1)
-    loss.set(title="Training loss (held-out: markers)", xlabel="step", ylabel="loss in nats a token")
-    loss.legend()
+        for losses, form in zip(pair, ("residual", "mhc"), strict=True):
+            how = {**palette.look(form, points=True), "linestyle": "none"}
+            loss.plot(x, statistics.fmean(losses), **how)
+    loss.axvline(steps, color=palette.NEUTRAL, linewidth=1)
+    loss.set(title="Training loss (held-out: markers)", xlabel="step", ylabel="loss in nats per token")
     deltas = [b - a for a, b in zip(residual.losses, streams.losses, strict=True)]
-    deltas_axis.plot(later, deltas, color="0.8", linewidth=1)
-    deltas_axis.plot(later, smoothed(deltas), color="C3")
-    deltas_axis.axhline(0, color="0.5", linewidth=1)
+    deltas_axis.plot(later, deltas, color=palette.NEUTRAL, linewidth=1, alpha=0.4)
+    deltas_axis.plot(later, smoothed(deltas), **looks["mhc"])
+    deltas_axis.axhline(0, color=palette.NEUTRAL, linewidth=1)
     deltas_axis.set(title="Loss of mHC minus residual, same batch", xlabel="step")
-    for name, color, label in (("mhc", "C3", streams.name), ("free", "C4", "H free, alpha = 1")):
+    for name, label in (("mhc", streams.name), ("free", "H free, alpha = 1")):
         by_step = outcome.gains[name]
-        gain.plot([steps + step for step in by_step], list(by_step.values()), color=color, marker="o", label=label)
+        how = palette.look(name, points=True)
+        gain.plot([steps + step for step in by_step], list(by_step.values()), label=label, **how)
     gain.set(title="Composite gain of all sites, backward", xlabel="step", yscale="log")
-    gain.legend()
+    palette.finish(figure)
     figure.savefig(path, dpi=120)
 
 
