@@ -183,8 +183,8 @@ def test_kernels_show_their_source_and_traffic(report: Opened, data: Data) -> No
     number = data["elements"][number_of(data, NAMED)]["kernels"][0]
     kernel = data["kernels"][number]
     card = report.page.locator(f"[data-kernel='{number}']")
-    share = round(100 * kernel["limit_token"] / kernel["bytes_token"])
-    expect(card).to_contain_text(f"{kernel['bytes_token']:,} bytes per token, {share} % of the limit")
+    times = f"{kernel['bytes_token'] / kernel['limit_token']:.2f} x minimum traffic"
+    expect(card).to_contain_text(f"{kernel['bytes_token']:,} bytes per token, {times}")
     expect(card.locator("pre")).to_have_count(0)  # nothing is written before it is asked for
     for direction in ("forward", "backward"):
         card.locator("summary", has_text=direction).click()
