@@ -58,8 +58,6 @@ class Element:
     bytes_token_backward: int = 0
     limit_token: int = 0
     """The least traffic of any such kernels, forward and backward."""
-    probes: dict[str, float] = field(default_factory=dict)
-    """Figures of a sampled step: see `mhc_compile.report.overlay`."""
     calls: int = 1
     """Number of times that one forward pass runs it."""
 
