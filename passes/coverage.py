@@ -44,10 +44,28 @@ def coverage(flow: Dataflow, search: SiteSearch, streams: Sequence[ResidualStrea
     return Coverage(
         sites=sum(len(stream.sites) for stream in streams),
         left=tuple(map(_place, left)),
+        why=tuple(why_no_site(flow, node) for node in left),
         restarts=tuple(_restarts(flow, carried, streams)),
         short=len(streams) > 1 and all(len(stream.sites) <= ENDS for stream in streams),
         alone=_alone(flow, streams),
     )
+
+
+def why_no_site(flow: Dataflow, node: Node) -> str:
+    """Return what keeps a node that joins two values from being a site."""
+    operands = [a for a in node.args if isinstance(a, Node) and a in flow.hot]
+    if op_name(node) != "add" or len(operands) != 2:
+        return f"{op_name(node)} of {len(operands)} values that depend on the input: a site adds two"
+    left, right = operands
+    if flow.depends(left, right):
+        left, right = right, left
+    if shape(left) != shape(right):
+        return f"adds {list(shape(left))} to {list(shape(right))}"
+    if not flow.depends(right, left):
+        return "neither operand comes from the other"
+    if not flow.between(left, right) & flow.matmuls & ~flow.bit(left):
+        return "no layer with parameters between its operands"
+    return "its carry is no stream value"
 
 
 def _around(flow: Dataflow, streams: Sequence[ResidualStream]) -> int:

@@ -48,6 +48,8 @@ from mhc_compile.passes.norms import BranchNorm, match_norm
 
 DIALECT = torch.ops.mhc
 Fused = Literal[Kind, "attend", "engram"]
+UNFUSED = "mhc_unfused"
+"""Node metadata: why chains that begin with the node were not fused."""
 KERNELS: tuple[Fused, ...] = get_args(Fused)
 """Names that switch kernels off: kinds of chain, `attend` (Attention Residuals), and `engram` (memories)."""
 
@@ -187,11 +189,9 @@ class _Fusing(Writer):
         else:
             chain = Chain(stream=spec, **fields)
         if chain is None:
-            self.notes[f"{kind} {otherwise}: the form {spec.form} has no kernel"] += 1
-            return False
+            return self._left(first, f"{kind} {otherwise}: the form {spec.form} has no kernel")
         if reason := self._against(chain, parts, first, values):
-            self.notes[f"{kind} {otherwise}: {reason}"] += 1
-            return False
+            return self._left(first, f"{kind} {otherwise}: {reason}")
         op = getattr(torch.ops.mhc_kernels, op_of(chain)).default
         arguments = tuple(values[name] for name in chain.inputs())
         with self.graph.inserting_before(first):
@@ -209,6 +209,12 @@ class _Fusing(Writer):
         self._redirect(parts, items)
         self.notes[f"{op_of(chain)} in {chain.name}"] += 1
         return True
+
+    def _left(self, first: Node, note: str) -> bool:
+        """Note why a chain is left as it is, for the pass and for its site."""
+        self.notes[note] += 1
+        first.meta[UNFUSED] = (*first.meta.get(UNFUSED, ()), note)
+        return False
 
     def _values(self, parts: _Parts) -> tuple[Node, dict[str, Any]]:
         """Return the node before which the new op goes, and its arguments by name."""

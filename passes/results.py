@@ -75,6 +75,8 @@ class Coverage:
     sites: int = 0
     left: tuple[str, ...] = ()
     """The residual adds that are no sites: the operation, its module and source line."""
+    why: tuple[str, ...] = ()
+    """For each of them, what kept it from being a site."""
     restarts: tuple[str, ...] = ()
     """Where a stream ends and the next begins with nothing but an add that was left, or less, between them."""
     short: bool = False

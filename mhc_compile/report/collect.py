@@ -21,8 +21,8 @@ from mhc_compile.kernels.kernelspec import DIRECTIONS, Direction, KernelSpec
 from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.kernels.target import Source
 from mhc_compile.parameters import StreamParameters, names, owners
-from mhc_compile.passes.base import Pass, is_tensor, kernels_of, module_stack, shape, value
-from mhc_compile.passes.fuse import kernels_in
+from mhc_compile.passes.base import Pass, device_of, is_tensor, kernels_of, module_stack, shape, value
+from mhc_compile.passes.fuse import UNFUSED, kernels_in
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.results import Block
 from mhc_compile.passes.text import describe
@@ -112,6 +112,7 @@ class _Numbered:
                 self.drawing.elements[number].kernels.append(k)
         blocks, stages = self._blocks(self.watcher.context.blocks), self._stages(self.watcher.stages)
         self._show_values(last)
+        self._count_traffic(last)
         self._count_parameters(first)
         steps = zip(self.watcher.records, self.watcher.steps, code[1:], strict=True)
         return {
@@ -153,6 +154,23 @@ class _Numbered:
                 while number is not None:
                     self.drawing.elements[number].parameters += value(node).numel()
                     number = self.drawing.parent.get(number)
+
+    def _count_traffic(self, last: Sequence[Node]) -> None:
+        """Fill in why sites were not fused, and the bytes of those kernels that are a site's own or end at it."""
+        elements = self.drawing.elements
+        for node in self.watcher.nodes:
+            if reasons := node.meta.get(UNFUSED):
+                element = elements[self.place(node)]
+                element.unfused = tuple(dict.fromkeys((*element.unfused, *reasons)))
+        for node in last:
+            for spec in kernels_of(node):
+                element, device = elements[self.place(node)], device_of(node.all_input_nodes[0])
+                for direction, suffix in zip(DIRECTIONS, ("", "_backward"), strict=True):
+                    source = _source(spec, direction, device)
+                    moved = spec.bytes_token(direction, source.passes if source else None)
+                    name = f"bytes_token{suffix}"
+                    setattr(element, name, getattr(element, name) + moved)
+                    element.limit_token += spec.bytes_token(direction)
 
     def _kernels(self, last: Sequence[Node]) -> Iterator[KernelReport]:
         elements: dict[KernelSpec, dict[int, None]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import sysconfig
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.base import op_name, source_line, value
+from mhc_compile.passes.base import op_name, value
 from mhc_compile.passes.ownership import INPUT, OWNED, is_owned
 from mhc_compile.report.report import Source
 
 Labels = Mapping[Node, str]
 """Names of placeholders that have none of their own."""
-_SOURCE = re.compile(r"(.*):(\d+), in (.*?)(?:: (.*))?", re.DOTALL)
+CONTEXT = 3
+"""Lines shown before and after a source line."""
+# The text of a frame is missing where its file could not be read.
+_FRAME = re.compile(r'^ *File "(.*)", line (\d+), in (.*)\n?((?! *File ").*)', re.MULTILINE)
 
 
 class Line(NamedTuple):
@@ -115,17 +119,21 @@ class Sources:
         """By a node's recorded stack, which many nodes share."""
 
     def of(self, node: Node) -> int | None:
-        """Return the number of the source line of `node`, None where none was recorded."""
+        """Return the number of the source line of `node`, None where none was recorded; its callers get theirs."""
         stack = node.meta.get("stack_trace") or ""
         if stack not in self._known:
-            self._known[stack] = self._number(source_line(node))
+            number = None
+            for file, line, function, text in _FRAME.findall(stack):
+                number = self._number(file, int(line), function, text.strip(), number)
+            self._known[stack] = number
         return self._known[stack]
 
-    def _number(self, text: str | None) -> int | None:
-        match = _SOURCE.fullmatch(text or "")
-        if match is None:
-            return None
-        source = Source(short_path(match[1]), int(match[2]), match[3], match[4] or "")
+    def _number(self, file: str, line: int, function: str, text: str, caller: int | None) -> int:
+        # linecache reads the file as text: nothing of it is run.
+        first = max(1, line - CONTEXT)
+        around = [linecache.getline(file, i).rstrip() for i in range(first, line + CONTEXT + 1)]
+        context = tuple(around) if any(around) else ()
+        source = Source(short_path(file), line, function, text, file if context else "", first, context, caller)
         return self.numbers.setdefault(source, len(self.numbers))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from mhc_compile.passes.base import is_tensor, module_path, op_name, shape, source_line, value
+from mhc_compile.passes.base import is_tensor, module_path, op_name, source_line, value
+from mhc_compile.passes.coverage import why_no_site
 from mhc_compile.passes.dataflow import EMBEDDINGS, Dataflow
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.residual_sites import SiteSearch
@@ -75,16 +76,5 @@ def _dismissed(search: SiteSearch) -> tuple[tuple[str, str], ...]:
         operands = [a for a in node.args if isinstance(a, Node) and a in flow.hot]
         if op_name(node) != "add" or node in search.sites or len(operands) != 2 or not is_tensor(node):
             continue
-        left, right = operands
-        if flow.depends(left, right):
-            left, right = right, left
-        if shape(left) != shape(right):
-            reason = f"adds {list(shape(left))} to {list(shape(right))}"
-        elif not flow.depends(right, left):
-            reason = "neither operand comes from the other"
-        elif not flow.between(left, right) & flow.matmuls & ~flow.bit(left):
-            reason = "no layer with parameters between its operands"
-        else:
-            reason = "its carry is no stream value"
-        adds.append((short_path(source_line(node) or node.name), reason))
+        adds.append((short_path(source_line(node) or node.name), why_no_site(flow, node)))
     return tuple(dict.fromkeys(adds))[:MAX_ADDS]

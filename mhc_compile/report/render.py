@@ -40,12 +40,16 @@ def _sections(report: Report) -> Iterator[Iterator[RenderableType]]:
     if report.coverage is not None:
         for stream, leaves in zip(report.streams, report.of_kind("exit"), strict=True):
             yield _stream(report, stream, leaves)
+        if report.coverage.left:
+            yield _left(report)
     if report.memories:
         yield _memories(report)
     if report.passes:
         yield _passes(report)
     if report.kernels:
         yield _kernels(report)
+    if any(element.unfused for element in report.elements):
+        yield _unfused(report)
     if report.layer is not None:
         yield _layer(report.layer)
 
@@ -128,10 +132,29 @@ def _notes(step: PassReport) -> Iterator[RenderableType]:
 
 
 def _kernels(report: Report) -> Iterator[RenderableType]:
-    table = new_table("fused kernel", "calls", "device", "bytes per token", numbers=("calls", "bytes"))
+    heads = ("calls", "device", "bytes per token", "of the minimum", "backward", "of the minimum")
+    table = new_table("fused kernel", *heads, numbers=("calls", "bytes", "of", "backward"))
     for k in report.kernels:
-        table.add_row(*map(Text, (k.name, str(k.calls), k.device, f"{k.bytes_token:,}")))
+        forward, backward = k.traffic
+        row = (f"{k.bytes_token:,}", forward, f"{k.bytes_token_backward:,}", backward)
+        table.add_row(*map(Text, (k.name, str(k.calls), k.device, *row)))
     yield table
+
+
+def _unfused(report: Report) -> Iterator[RenderableType]:
+    held = [site for site in report.elements if site.unfused]
+    if held:
+        yield Text("not fused:", style="bold")
+    for label, same in fold(held, lambda e: e.name, lambda e: e.unfused):
+        for reason in same[0].unfused:
+            yield Text(f"  {label}: {reason}")
+
+
+def _left(report: Report) -> Iterator[RenderableType]:
+    assert report.coverage is not None
+    yield Text("adds that are no sites:", style="bold")
+    for where, why in zip(report.coverage.left, report.coverage.why, strict=True):
+        yield Text(f"  {where}\n    {why}")
 
 
 def _layer(view: LayerReport) -> Iterator[RenderableType]:

@@ -16,7 +16,7 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.results import Coverage
 from mhc_compile.rich_text import Printed
 
-FORMAT = 2
+FORMAT = 3
 """Changes with the fields of `Report` and with what they mean."""
 
 CodeLine = tuple[str, int, int | None, str]
@@ -51,6 +51,13 @@ class Element:
     stage: int | None = None
     kernels: list[int] = field(default_factory=list)
     """Numbers of the kernels that compute it."""
+    unfused: tuple[str, ...] = ()
+    """Why chains of its operations have no kernel of their own."""
+    bytes_token: int = 0
+    """What the fused kernels of a site, an exit or a memory move per token in one forward pass, and backward."""
+    bytes_token_backward: int = 0
+    limit_token: int = 0
+    """The least traffic of any such kernels, forward and backward."""
     calls: int = 1
     """Number of times that one forward pass runs it."""
 
@@ -86,6 +93,14 @@ class Source:
     line: int
     function: str
     text: str
+    path: str = ""
+    """The file's absolute path where its lines could be read."""
+    start: int = 0
+    """Number of the first line in `context`."""
+    context: tuple[str, ...] = ()
+    """The lines around, as they were when the model was inspected."""
+    caller: int | None = None
+    """Number of the source line that called this function; None for the outermost."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,13 @@ class KernelReport:
     limit_token_backward: int
     elements: tuple[int, ...]
     """The elements it computes: the sites before and after a boundary."""
+
+    @property
+    def traffic(self) -> tuple[str, str]:
+        """How many times the least traffic it moves, forward and backward: `1.29 x`."""
+        both = ((self.bytes_token, self.limit_token), (self.bytes_token_backward, self.limit_token_backward))
+        forward, backward = (f"{moved / least:.2f} x" if least else "" for moved, least in both)
+        return forward, backward
 
 
 @dataclass(frozen=True)

@@ -327,3 +327,13 @@ def test_an_over_encoding_is_shown() -> None:
             assert element["kind"] == "memory"
         if text.startswith("inputs_embeds = embedding("):
             assert element["name"] == "model.embed_tokens"
+
+
+def test_why_a_site_is_not_fused_and_an_add_is_no_site() -> None:
+    model = mhc_compile.convert(chain(), ids(), inner="eager")
+    found = mhc_compile.inspect(
+        model, ids(), kernels="none", pipeline="normalize,residual,widen,fuse{kinds=read},lower"
+    )
+    reasons = [reason for site in found.sites for reason in site.unfused]
+    assert "boundary not fused: switched off" in reasons
+    assert "boundary not fused: switched off" in str(found)

@@ -109,6 +109,22 @@ def test_facts_of_a_site(report: Opened, data: Data) -> None:
     assert f"{source['file']}:{source['line']}, in {source['function']}" in text
 
 
+def test_the_stack_of_a_site_and_its_traffic(report: Opened, data: Data) -> None:
+    choose(report, NAMED)
+    site = data["elements"][number_of(data, NAMED)]
+    source = data["sources"][site["source"]]
+    detail = report.page.locator("#detail")
+    assert source["text"] in source["context"][source["line"] - source["start"]]
+    assert source["caller"] is not None
+    link = detail.get_by_role("link", name="Open in the editor").first
+    expect(link).to_have_attribute("href", f"vscode://file{source['path']}:{source['line']}")
+    moved = site["bytes_token"] + site["bytes_token_backward"]
+    whole = sum(e["bytes_token"] + e["bytes_token_backward"] for e in data["elements"])
+    calls = sum(k["calls"] * (k["bytes_token"] + k["bytes_token_backward"]) for k in data["kernels"])
+    assert whole == calls
+    expect(detail).to_contain_text(f"{moved:,} bytes per token, forward and backward, {100 * moved / whole:.1f} %")
+
+
 @pytest.mark.parametrize("name", [NAMED, "layers.0#0", "model.layers.1"])
 def test_differences_of_every_pass(report: Opened, data: Data, name: str) -> None:
     choose(report, name)
@@ -183,8 +199,8 @@ def test_kernels_show_their_source_and_traffic(report: Opened, data: Data) -> No
     number = data["elements"][number_of(data, NAMED)]["kernels"][0]
     kernel = data["kernels"][number]
     card = report.page.locator(f"[data-kernel='{number}']")
-    share = round(100 * kernel["limit_token"] / kernel["bytes_token"])
-    expect(card).to_contain_text(f"{kernel['bytes_token']:,} bytes per token, {share} % of the limit")
+    times = f"{kernel['bytes_token'] / kernel['limit_token']:.2f} x minimum traffic"
+    expect(card).to_contain_text(f"{kernel['bytes_token']:,} bytes per token, {times}")
     expect(card.locator("pre")).to_have_count(0)  # nothing is written before it is asked for
     for direction in ("forward", "backward"):
         card.locator("summary", has_text=direction).click()

@@ -54,6 +54,8 @@ function partFacts(item) {
     ["topology", e.topology],
     ["streams", e.spec && specification(e.spec)],
     ["parameters", e.parameters ? count(e.parameters) : null],
+    ["not fused", e.unfused.length ? e.unfused.map((why) => make("p", {}, why)) : null],
+    ["traffic", traffic(e)],
     ["calls", e.calls > 1 ? several(e.calls, "time") : null],
     ["recompute block", blockText(e.block)],
     ["pipeline stage", stageText(e.stage)],
@@ -86,8 +88,37 @@ function stageText(index) {
   return `${index} of ${report.stages.length}${stage ? `, ${count(stage.parameters)} parameters` : ""}`;
 }
 
-/** The line of the user's code that the part came from. */
+/** What a part's kernels move per token, and which share of all kernels' bytes that is. */
+function traffic(e) {
+  const [moved, all] = [e, { bytes_token: 0, bytes_token_backward: 0 }];
+  for (const other of elements) {
+    all.bytes_token += other.bytes_token;
+    all.bytes_token_backward += other.bytes_token_backward;
+  }
+  const [own, whole] = [moved, all].map((of) => of.bytes_token + of.bytes_token_backward);
+  if (!own) return null;
+  const share = `${((100 * own) / whole).toFixed(1)} % of all kernels' bytes`;
+  return [gauge(own / whole), `${count(own)} bytes per token, forward and backward, ${share}`];
+}
+
+/** The lines of the user's code that the part came from, innermost first, each with the lines around it. */
 function sourceSection(item) {
-  const source = item.element?.source;
-  return source === null || source === undefined ? null : section("Source", sourceLine(sources[source]));
+  const frames = [];
+  for (let at = item.element?.source ?? null; at !== null; at = sources[at].caller) frames.push(sources[at]);
+  return frames.length ? section("Source", frames.map((source, depth) => frame(source, depth === 0))) : null;
+}
+
+function frame(source, open) {
+  if (!source.context.length) return sourceLine(source);
+  const rows = source.context.map((row, i) =>
+    make("span", { class: source.start + i === source.line ? "here" : null }, `${source.start + i}  ${row}\n`),
+  );
+  const path = source.path.split("/").map(encodeURIComponent).join("/");
+  return make(
+    "details",
+    { open: open || null },
+    make("summary", {}, sourceLine(source)),
+    make("pre", { tabindex: "0", role: "region", "aria-label": place(source) }, make("code", {}, rows)),
+    make("a", { href: `vscode://file${path}:${source.line}` }, "Open in the editor"),
+  );
 }

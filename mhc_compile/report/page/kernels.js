@@ -36,13 +36,17 @@ function kernelSource(kernel, direction, moved, least, wanted) {
   return details;
 }
 
-/** The bytes that must move as a share of those that do: 100 % is a kernel that moves nothing twice. */
+/** The bytes that move as a multiple of those that must: 1.00 x is a kernel that moves nothing twice. */
 function limit(moved, least) {
   if (!moved || !least) return [];
-  const share = Math.min(1, least / moved);
-  const bar = make("span", { class: "gauge", "aria-hidden": "true" }, make("span", { style: { "--share": share } }));
-  const percent = `${Math.round(100 * share)} % of the limit (${count(least)} must move)`;
-  return [bar, make("span", { class: "figures" }, `${count(moved)} bytes per token, ${percent}`)];
+  const times = `${(moved / least).toFixed(2)} x minimum traffic (${count(least)})`;
+  return [gauge(least / moved), make("span", { class: "figures" }, `${count(moved)} bytes per token, ${times}`)];
+}
+
+/** A bar that is full at 1. */
+function gauge(share) {
+  const full = make("span", { style: { "--share": Math.min(1, share) } });
+  return make("span", { class: "gauge", "aria-hidden": "true" }, full);
 }
 
 function numbered(text, wanted, label) {

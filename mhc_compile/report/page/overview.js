@@ -8,6 +8,7 @@ function overview({ line = null, kernel = null, code = line !== null }) {
     modelFacts(report),
     report.diagnostics.length ? section("Diagnostics", report.diagnostics.map(diagnostic)) : null,
     report.reach ? section("How far the stream was followed", reachFacts(report.reach)) : null,
+    leftAdds(report.coverage),
     passes.length ? section("Passes", passTable()) : null,
     kernelSection(everyKernel, kernel),
     blocksTable(),
@@ -48,6 +49,13 @@ function diagnostic(row, index) {
     row.way_out ? make("p", {}, make("b", {}, "What to do: "), row.way_out) : null,
     facts(["module", "source", "node"].map((name) => [name, code(row[name])])),
   );
+}
+
+/** The adds that did not become sites, and why. */
+function leftAdds(coverage) {
+  if (!coverage?.left.length) return null;
+  const rows = coverage.left.map((where, i) => [make("code", {}, where), coverage.why[i]]);
+  return section("Adds that are no sites", table(["where", "why"], rows));
 }
 
 /** The walk back from a refused model's output. */
