@@ -111,14 +111,19 @@ def _under(owner: str, name: str) -> str:
 def _passes(report: Report) -> Iterator[RenderableType]:
     numbers = ("nodes in", "nodes out", "added", "removed", "ms")
     table = new_table("pass", *numbers, numbers=numbers)
-    before = Counter(report.captured)
+    before, idle = Counter(report.captured), []
     for p in report.passes:
         after = Counter(p.code)
         added, removed = (after - before).total(), (before - after).total()
         row = (p.name, f"{p.nodes_before}", f"{p.nodes_after}", f"{added}", f"{removed}", f"{p.ms:.1f}")
-        table.add_row(*map(Text, row))
+        if added or removed or p.notes:
+            table.add_row(*map(Text, row))
+        else:
+            idle.append(p.name)
         before = after
     yield table
+    if idle:
+        yield Text(f"  nothing to do: {', '.join(idle)}", style="dim")
     for p in report.passes:
         yield from _notes(p)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import random
 import re
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from chromium import Opened
@@ -24,7 +26,8 @@ def test_opens_without_a_network(report: Opened, data: Data) -> None:
     expect(tree).to_be_visible()
     expect(report.page.get_by_role("heading", level=1)).to_have_text("LlamaForCausalLM")
     for step in data["passes"]:
-        expect(report.page.get_by_role("rowheader", name=step["name"], exact=True)).to_be_visible()
+        if step["notes"]:
+            expect(report.page.get_by_role("rowheader", name=step["name"], exact=True)).to_be_visible()
     report.check()
     # Its policy forbids the network, and scripts other than its own.
     blocked = "fetch('https://example.com').then(() => 'sent', (error) => error.name)"
@@ -62,6 +65,55 @@ def test_what_was_chosen_may_be_folded_away(report: Opened) -> None:
     report.page.locator(".item.stream > .row").click()
     expect(report.page.locator(".item[aria-selected=true]")).to_have_class(re.compile("stream"))
     expect(report.page.locator(".item[tabindex='0']")).to_have_count(1)
+
+
+def test_the_address_names_the_chosen_part(report: Opened) -> None:
+    chosen = report.page.locator(".item[aria-selected=true]")
+    choose(report, NAMED)
+    address = report.page.evaluate("location.hash")
+    assert address == "#site%2Flayers.1%231"
+    first = report.requests.pop()
+    report.page.reload()
+    assert [url.partition("#")[0] for url in report.requests] == [first]
+    expect(chosen).to_have_attribute("aria-label", re.compile("^site"))
+    expect(report.page.get_by_role("heading", level=2)).to_contain_text(NAMED)
+    for other in ("#exit%2Fexit of model", "#no such part", "#%"):  # the last two change nothing
+        report.page.evaluate("hash => { location.hash = hash }", other)
+        expect(chosen).to_have_class(re.compile("exit"))
+    report.page.locator(".item.model > .row").first.click()
+    assert report.page.evaluate("location.hash") == ""
+
+
+def test_the_drawing_is_saved_as_it_is_unfolded(report: Opened, tmp_path: Path) -> None:
+    choose(report, NAMED)
+    with report.page.expect_download() as download:
+        report.page.get_by_role("button", name="SVG").click()
+    assert download.value.suggested_filename == "LlamaForCausalLM.svg"
+    download.value.save_as(tmp_path / "drawing.svg")
+    drawing = ElementTree.parse(tmp_path / "drawing.svg").getroot()
+    names = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"model", "layers.0", "#1", "4 streams"} <= set(names)
+    shapes = report.page.locator("svg.piece path").count()
+    paths = list(drawing.iter("{http://www.w3.org/2000/svg}path"))
+    assert len(paths) == shapes
+    assert all(path.get("stroke", "none") != "none" or path.get("fill", "none") != "none" for path in paths)
+
+
+def test_passes_without_work_are_one_line_and_sites_have_bars(report: Opened, data: Data) -> None:
+    graphs = [data["captured"], *(step["code"] for step in data["passes"])]
+    steps = zip(data["passes"], graphs, strict=False)
+    idle = [step["name"] for step, before in steps if not step["notes"] and step["code"] == before]
+    assert "engram" in idle
+    expect(report.page.get_by_text(f"Nothing to do: {', '.join(idle)}", exact=True)).to_be_visible()
+    expect(report.page.get_by_role("rowheader", name="engram", exact=True)).to_have_count(0)
+    rows = report.page.locator("section", has=report.page.get_by_role("heading", name="Traffic of")).locator("tbody tr")
+    moved = [e["bytes_token"] + e["bytes_token_backward"] for e in data["elements"] if e["bytes_token"]]
+    assert [int(row.replace(",", "")) for row in rows.locator("td:nth-child(2)").all_inner_texts()] == moved
+    shares = report.page.eval_on_selector_all(
+        "section tbody .gauge > span", "bars => bars.map(b => Number(b.style.getPropertyValue('--share')))"
+    )
+    assert max(shares) == 1
+    assert shares == pytest.approx([m / max(moved) for m in moved])
 
 
 # --- the chosen part -------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ function partFacts(item) {
     ["module", e.module && make("code", {}, e.module)],
     ["value", e.dtype || e.shape ? make("code", {}, `${e.dtype ?? ""}${e.shape ?? ""}`) : null],
     ["topology", e.topology],
-    ["streams", e.spec && specification(e.spec)],
+    ["streams", streamsOf(item)],
     ["parameters", e.parameters ? count(e.parameters) : null],
     ["not fused", e.unfused.length ? e.unfused.map((why) => make("p", {}, why)) : null],
     ["traffic", traffic(e)],
@@ -64,6 +64,11 @@ function partFacts(item) {
 
 function equalFacts(e) {
   return [e.topology, `${e.dtype ?? ""}${e.shape ?? ""}`].filter(Boolean).join(", ");
+}
+
+function streamsOf({ kind, element, streams }) {
+  if (element.spec) return specification(element.spec);
+  return kind === "site" && streams > 1 ? "none: this add was not chosen as a site" : null;
 }
 
 /** `streams=4 convention=paper` as single words that may wrap. */
@@ -116,7 +121,7 @@ function frame(source, open) {
   const path = source.path.split("/").map(encodeURIComponent).join("/");
   return make(
     "details",
-    { open: open || null },
+    { class: "frame", open: open || null },
     make("summary", {}, sourceLine(source)),
     make("pre", { tabindex: "0", role: "region", "aria-label": place(source) }, make("code", {}, rows)),
     make("a", { href: `vscode://file${path}:${source.line}` }, "Open in the editor"),

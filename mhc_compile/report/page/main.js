@@ -48,9 +48,13 @@ function goBack(event) {
 byId("model-name").textContent = report.model;
 byId("model-state").textContent = report.state;
 byId("model-state").dataset.state = report.state;
+byId("save").addEventListener("click", saveDrawing);
 byId("theme").addEventListener("click", nextTheme);
 byId("help-button").addEventListener("click", () => byId("help").showModal());
 document.addEventListener("keydown", everywhere);
 wide.addEventListener("change", () => comparison.sideBySide && showDetail(chosen));
 setTheme(0);
-startTree((item) => showDetail(item));
+const asked = location.hash; // what is chosen first overwrites it
+startTree((item) => (showDetail(item), writeAddress(item)));
+readAddress(asked);
+addEventListener("hashchange", () => readAddress(location.hash));

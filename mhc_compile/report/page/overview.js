@@ -9,7 +9,8 @@ function overview({ line = null, kernel = null, code = line !== null }) {
     report.diagnostics.length ? section("Diagnostics", report.diagnostics.map(diagnostic)) : null,
     report.reach ? section("How far the stream was followed", reachFacts(report.reach)) : null,
     leftAdds(report.coverage),
-    passes.length ? section("Passes", passTable()) : null,
+    passes.length ? section("Passes", ...passTable()) : null,
+    siteTable(),
     kernelSection(everyKernel, kernel),
     blocksTable(),
     stagesTable(),
@@ -22,7 +23,9 @@ function overview({ line = null, kernel = null, code = line !== null }) {
 
 function modelFacts({ state, parameters, coverage }) {
   const added = elements.reduce((sum, element) => sum + element.added, 0);
-  const adds = coverage && `${coverage.sites} of ${coverage.sites + coverage.left.length} adds`;
+  const every = coverage && coverage.sites + coverage.skipped + coverage.left.length;
+  const skipped = coverage?.skipped ? `, ${coverage.skipped} not chosen` : "";
+  const adds = coverage && `${coverage.sites} of ${every} adds${skipped}`;
   const [streams, sites] = ["stream", "site"].map((kind) => elements.filter((element) => element.kind === kind).length);
   const share = ((100 * added) / Math.max(1, parameters)).toFixed(2);
   const versions = Object.entries(report.versions).map(([what, version]) => `${what} ${version}`);
@@ -72,7 +75,9 @@ function reachFacts(reach) {
 
 function passTable() {
   const heads = ["pass", "what it does", "#nodes", "#time", "#verified in"];
+  const idle = passes.filter(changesNothing).map((pass) => pass.name);
   const rows = passes.map(({ name, text, purpose, notes, ms, verify_ms, nodes_before, nodes_after }, i) => {
+    if (idle.includes(name)) return null;
     const options = text && text !== name ? make("span", { class: "note" }, make("code", {}, text)) : null;
     const said = notes.map((note) => make("span", { class: "note" }, note));
     const nodes = nodes_before === nodes_after ? "" : `${count(nodes_before)} → `;
@@ -80,7 +85,32 @@ function passTable() {
     const cells = [make("button", show, name), [purpose, said, options].flat(), nodes + count(nodes_after)];
     return [...cells, duration(ms), duration(verify_ms)];
   });
-  return table(heads, rows);
+  const rest = idle.length ? make("p", { class: "empty" }, `Nothing to do: ${idle.join(", ")}`) : null;
+  return [table(heads, rows.filter(Boolean)), rest];
+}
+
+/** Whether a pass left the graph as it was, and had nothing to say. */
+function changesNothing({ code, notes }, i) {
+  const before = snapshots[i].code;
+  return !notes.length && code.length === before.length && code.every((line, at) => line === before[at]);
+}
+
+/** What the kernels of every part move, with bars; what a boundary moves counts at one of its sites. */
+function siteTable() {
+  const parts = elements.map((element, id) => ({ element, id })).filter(({ element }) => element.bytes_token);
+  if (!parts.length) return null;
+  const most = Math.max(...parts.map(({ element }) => bytesOf(element)));
+  const rows = parts.map(({ element, id }) => {
+    const moved = bytesOf(element);
+    const least = element.limit_token ? `${(moved / element.limit_token).toFixed(2)} x` : "";
+    return [partButton(id), [gauge(moved / most), count(moved)], least, element.unfused.length ? "no" : "yes"];
+  });
+  const heads = ["part", "bytes per token, forward and backward", "#of the minimum", "all fused"];
+  return section("Traffic of the fused kernels", table(heads, rows));
+}
+
+function bytesOf({ bytes_token, bytes_token_backward }) {
+  return bytes_token + bytes_token_backward;
 }
 
 /** A page in a notebook may be without its code. */

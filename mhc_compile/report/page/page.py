@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 # Every file declares what the later ones use: they are one script in the page.
 SCRIPTS = (
-    "dom", "report", "items", "diff", "drawing", "tree", "code", "comparison", "kernels", "detail", "overview",
-    "search", "main",
+    "dom", "report", "items", "diff", "drawing", "tree", "link", "export", "code", "comparison", "kernels", "detail",
+    "overview", "search", "main",
 )  # fmt: skip
 
 
