@@ -10,19 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_compile import palette
 from mhc_compile.diagnostics import MHCError
 from mhc_compile.probes.sample import ROWS, Sample
 
 _PANELS = 12
 """Heat maps in a row."""
+_LEAST = 1e-7
+"""Differences of entries below this are shown as this."""
 
 
 def draw(samples: Sequence[Sample], folder: Path) -> list[Path]:
     """Draw PNG files of the samples of every owner in `folder`. Raises MHC233 without matplotlib, MHC413.
 
-    `OWNER-mix.png`: the mean H of every site; `-gain.png`: gains and distances along the depth; `-streams.png`: norms,
-    gradients, separation and entropies by site; `-gates.png`: histograms of memories' gates; all of the last sample.
-    `-history.png`: separation and composite gain of all samples; `-rows.png`: the rows that look-ups read in them.
+    `OWNER-mix.png`: how far the mean H of every site is from I; `-gain.png`: gains and distances along the depth;
+    `-streams.png`: norms, gradients, separation and entropies by site; `-gates.png`: histograms of memories' gates; all
+    of the last sample. `-history.png`: separation and composite gain of all samples; `-rows.png`: the rows that
+    look-ups read in them.
 
     In a depth form: `-weights.png`, the mean weights of every site's sources, and `-depth.png`, root mean squares and
     gradients along the depth and entropies, of the last sample; `-history.png`: outputs and gradients of all samples.
@@ -54,38 +58,40 @@ def draw(samples: Sequence[Sample], folder: Path) -> list[Path]:
 def _mixes(figure: Any, samples: Sequence[Sample]) -> bool:
     (sample,) = samples
     mixes = sample.values["mix"]
+    # H begins near I, from which its entries differ by less than the eye sees.
+    moved = (mixes - torch.eye(mixes.shape[-1])).abs().clamp(min=_LEAST).log10()
     columns = min(_PANELS, len(mixes))
     rows = math.ceil(len(mixes) / columns)
     figure.set_size_inches(1.1 * columns + 1.2, 1.3 * rows + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    low, high = min(0.0, float(mixes.min())), max(1.0, float(mixes.max()))
+    low, high = float(moved.min()), max(float(moved.max()), math.log10(_LEAST) + 1)
     image = None
-    for axis, name, mix in zip(axes, sample.sites, mixes, strict=False):
-        image = axis.imshow(mix, vmin=low, vmax=high, cmap="viridis")
+    for axis, name, of_site in zip(axes, sample.sites, moved, strict=False):
+        image = axis.imshow(of_site, vmin=low, vmax=high, cmap=palette.HEAT)
         axis.set_title(_short(name), fontsize=7)
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_frame_on(False)
-    figure.colorbar(image, ax=list(axes), shrink=0.8)
-    figure.suptitle(f"{_title(sample)}: mean H, rows are streams written, columns streams read", fontsize=9)
+    figure.colorbar(image, ax=list(axes), shrink=0.8, label="log10 of |H - I|")
+    title = f"{_title(sample)}: how far the mean H is from I; rows are streams written, columns streams read"
+    figure.suptitle(title, fontsize=9, wrap=True)
     return True
 
 
 def _gains(figure: Any, samples: Sequence[Sample]) -> bool:
     (sample,) = samples
-    figure.set_size_inches(12, 3.6)
+    figure.set_size_inches(17, 3.6)
     one, all_, off = figure.subplots(1, 3)
     for axis, which, title in ((one, "gain", "of each site's H"), (all_, "composite", "of all sites up to this one")):
-        for direction, color in (("forward", "C0"), ("backward", "C3")):
-            axis.plot(sample.values[f"{which}_{direction}_mean"], color=color, label=f"{direction}, mean over tokens")
-            axis.plot(sample.values[f"{which}_{direction}_max"], color=color, linestyle=":", label="maximum")
+        for i, direction in enumerate(("forward", "backward")):
+            for j, what in enumerate(("mean", "max")):
+                values = sample.values[f"{which}_{direction}_{what}"]
+                axis.plot(values, label=f"{direction}, {what}", **palette.series(i + 2 * j))
         axis.set_title(f"gain {title}", fontsize=9)
-        axis.legend(fontsize=7)
-    off.semilogy(sample.values["distance_mean"].clamp(min=1e-9), label="mean over tokens")
-    off.semilogy(sample.values["distance_max"].clamp(min=1e-9), linestyle=":", label="maximum")
+    for j, what in enumerate(("mean", "max")):
+        off.semilogy(sample.values[f"distance_{what}"].clamp(min=1e-9), label=what, **palette.series(j))
     off.set_title("distance of H from doubly stochastic", fontsize=9)
-    off.legend(fontsize=7)
     _along_depth(figure, (one, all_, off), sample)
     return True
 
@@ -102,21 +108,20 @@ def _streams(figure: Any, samples: Sequence[Sample]) -> bool:
     axes = []
     for row, (title, of_streams) in enumerate(maps.items()):
         axis = figure.add_subplot(grid[row, :])
-        image = axis.imshow(of_streams.T, aspect="auto", cmap="viridis", interpolation="nearest")
+        image = axis.imshow(of_streams.T, aspect="auto", cmap=palette.HEAT, interpolation="nearest")
         axis.set_title(title, fontsize=9)
         axis.set_ylabel("stream")
         axis.set_yticks(range(of_streams.shape[1]))
         figure.colorbar(image, ax=axis)
         axes.append(axis)
     apart, entropies = figure.add_subplot(grid[-1, 0]), figure.add_subplot(grid[-1, 1])
-    apart.plot(values["separation"], color="C3", marker=".")
+    apart.plot(values["separation"], **palette.look("mhc", points=True))
     apart.set_ylim(bottom=0)
     apart.set_title("separation of the streams after each site", fontsize=9)
-    for name in ("pre", "post"):
-        entropies.plot(values[f"{name}_entropy"], label=name)
-    entropies.axhline(math.log(values["streams"].shape[1]), color="0.7", linewidth=1, label="log n")
-    entropies.set_title("entropy in nats", fontsize=9)
-    entropies.legend(fontsize=7)
+    for i, name in enumerate(("pre", "post")):
+        entropies.plot(values[f"{name}_entropy"], label=name, **palette.series(i))
+    entropies.axhline(math.log(values["streams"].shape[1]), color=palette.NEUTRAL, linewidth=1)
+    entropies.set_title("entropy in nats; at most log n, the thin line", fontsize=9)
     _along_depth(figure, (*axes, apart, entropies), sample)
     return True
 
@@ -128,14 +133,14 @@ def _gates(figure: Any, samples: Sequence[Sample]) -> bool:
     counts = sample.values["gates"]
     shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     edges = torch.linspace(0, 1, counts.shape[-1] + 1)
-    figure.set_size_inches(1.5 + 3.2 * len(sample.layers), 3.2)
+    figure.set_size_inches(1.5 + 4.2 * len(sample.layers), 3.2)
     for axis, layer, streams in zip(
         figure.subplots(1, len(sample.layers), squeeze=False)[0], sample.layers, shares, strict=True
     ):
         for i, of_stream in enumerate(streams):
-            axis.stairs(of_stream, edges, label=f"stream {i}")
+            axis.plot((edges[1:] + edges[:-1]) / 2, of_stream, label=f"stream {i}", **palette.series(i))
         axis.set(title=layer, xlabel="gate", ylabel="share of tokens")
-        axis.legend(fontsize=7)
+    palette.finish(figure, values=False)
     figure.suptitle(f"{_title(sample)}: gates of memories", fontsize=9)
     return True
 
@@ -149,7 +154,7 @@ def _weights(figure: Any, samples: Sequence[Sample]) -> bool:
     axis = figure.subplots()
     largest = float(weights.abs().max())
     low = -largest if weights.min() < 0 else 0.0
-    image = axis.imshow(weights, vmin=low, vmax=largest, cmap="viridis", interpolation="nearest")
+    image = axis.imshow(weights, vmin=low, vmax=largest, cmap=palette.HEAT, interpolation="nearest")
     places = range(0, len(sample.sites), max(1, len(sample.sites) // 16))
     axis.set_yticks(list(places), [_short(sample.sites[i]) for i in places], fontsize=7)
     axis.set(xlabel="output: 0 the entry, k + 1 that of site k", ylabel="site")
@@ -167,14 +172,13 @@ def _depth(figure: Any, samples: Sequence[Sample]) -> bool:
         "entropy of the weights in nats": {"weights_entropy": "mean over tokens"},
     }
     shown = {title: lines for title, lines in panels.items() if all(name in values for name in lines)}
-    figure.set_size_inches(4 * len(shown), 3.6)
+    figure.set_size_inches(5.5 * len(shown), 3.6)
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, (title, lines) in zip(axes, shown.items(), strict=True):
-        for name, label in lines.items():
-            axis.plot(values[name], label=label, marker=".")
+        for i, (name, label) in enumerate(lines.items()):
+            axis.plot(values[name], label=label, **palette.series(i, points=True))
         axis.set_ylim(bottom=0)
         axis.set_title(title, fontsize=9)
-        axis.legend(fontsize=7)
     _along_depth(figure, axes, sample)
     return True
 
@@ -191,7 +195,7 @@ def _history(figure: Any, samples: Sequence[Sample]) -> bool:
     steps = [sample.step for sample in same]
     for axis, (name, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
         table: Tensor = torch.stack([sample.values[name] for sample in same], 1)
-        image = axis.pcolormesh(steps, range(len(table)), table, shading="nearest", cmap="viridis")
+        image = axis.pcolormesh(steps, range(len(table)), table, shading="nearest", cmap=palette.HEAT)
         axis.set(xlabel="step", ylabel="site")
         axis.set_title(title, fontsize=9)
         figure.colorbar(image, ax=axis)
@@ -202,15 +206,16 @@ def _rows(figure: Any, samples: Sequence[Sample]) -> bool:
     same = [sample for sample in samples if sample.look_ups == samples[-1].look_ups]
     if not same[-1].look_ups:
         return False
-    figure.set_size_inches(11, 3.6)
+    figure.set_size_inches(14, 3.6)
     steps = [sample.step for sample in same]
     titles = ("different rows that a step reads", "entropy of how often each is read, in nats")
     for axis, name, title in zip(figure.subplots(1, 2), ROWS, titles, strict=True):
-        for look_up, values in zip(same[-1].look_ups, torch.stack([s.values[name] for s in same], 1), strict=True):
-            axis.plot(steps, values, marker=".", label=look_up)
+        of_look_ups = torch.stack([s.values[name] for s in same], 1)
+        for i, (look_up, values) in enumerate(zip(same[-1].look_ups, of_look_ups, strict=True)):
+            axis.plot(steps, values, label=look_up, **palette.series(i, points=True))
         axis.set(title=title, xlabel="step")
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
+    palette.finish(figure)
     figure.suptitle(f"{same[-1].owner or 'model'}: rows of tables", fontsize=9)
     return True
 
@@ -219,6 +224,7 @@ def _along_depth(figure: Any, axes: Sequence[Any], sample: Sample) -> None:
     places = range(0, len(sample.sites), max(1, len(sample.sites) // 8))
     for axis in axes:
         axis.set_xticks(list(places), [_short(sample.sites[i]) for i in places], fontsize=7)
+    palette.finish(figure)
     figure.suptitle(_title(sample), fontsize=9)
 
 
