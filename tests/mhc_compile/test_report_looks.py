@@ -20,7 +20,7 @@ from report_pages import Data, browser, choose, color_of, data, report, written 
 
 def test_by_keys_alone(report: Opened) -> None:
     key, focused = report.page.keyboard.press, report.page.locator(":focus")
-    for _ in range(4):  # search, colours, help, the tree
+    for _ in range(5):  # search, SVG, colours, help, the tree
         key("Tab")
     expect(focused).to_have_attribute("role", "treeitem")
     expect(focused).to_have_class(re.compile("model"))
