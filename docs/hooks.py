@@ -1,4 +1,4 @@
-"""What the site has beside docs/: a hook of mkdocs that adds pages which lie elsewhere, and turns their links.
+"""Add pages that lie outside docs/ to the site, and rewrite their links: a hook of mkdocs.
 
 The README is the front page. CONTRIBUTING, CHANGELOG and SECURITY, the pages of codes, and docs/tour.ipynb, which is
 run, are pages as well. Every module of the table in docs/api.md, and each below it, has a page of the reference.

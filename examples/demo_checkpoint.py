@@ -36,7 +36,7 @@ class Recipe:
     """How long, and on what."""
 
     steps: tuple[int, int]
-    """Of both phases."""
+    """Settings of both training phases."""
     batch: int
     learning_rate: float
     text_bytes: int

@@ -70,7 +70,7 @@ def run(spec: KernelSpec, direction: Direction, values: Values) -> dict[str, Ten
 
 
 class Planned(NamedTuple):
-    """What computes calls of the same shapes and dtypes, and of which target it is."""
+    """The compiled call for one set of shapes and dtypes, and its target."""
 
     plan: Plan
     target: Target

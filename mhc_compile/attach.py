@@ -61,8 +61,7 @@ def rewrite_with_parameters(
     if not joined:
         raise MHCError("MHC204", f"form={spec.form!r} is written where there is a second attention, and none was found")
     skipped = skipped_sites(root, joined, options)
-    if any(skipped.values()):
-        refuse_skipping(streams, spec, request, skipped)
+    refuse_skipping(streams, spec, request, skipped)
     # An inference tensor could never be trained.
     with torch.inference_mode(False):
         for path, every in joined.items():
@@ -96,6 +95,8 @@ def refuse_skipping(
     streams: Sequence[ResidualStream], spec: StreamSpec, request: Request, skipped: Mapping[str, Collection[str]]
 ) -> None:
     """Raise MHC204 where not all adds are sites and the look-ups or the form need them."""
+    if not any(skipped.values()):
+        return
     if request.engram or request.over_encoding or request.ultramem:
         raise MHCError("MHC204", "a memory is added to streams that begin at the embedding", way_out="leave sites= out")
     form = form_of(spec)
@@ -172,13 +173,14 @@ def append_at_start(
 ) -> tuple[list[Mark], list[Tensor]]:
     """Append parameters at their start for the owners of `streams`; return their marks and the new inputs' values.
 
-    `gm` is the graph of `root`. Raises MHC204 where `options` choose no site.
+    `gm` is the graph of `root`. Raises MHC204 where `options` choose no site, or not those that the form needs.
     """
     marks: list[Mark] = []
     values: list[Tensor] = []
     devices = {stream.owner: value(stream.exit).device for stream in streams}
     of_owners = sites_of_owners(streams, spec)
     skipped = skipped_sites(root, of_owners, options)
+    refuse_skipping(streams, spec, NOTHING, skipped)
     for owner, every in of_owners.items():
         sites = {name: hidden for name, hidden in every.items() if name not in skipped[owner]}
         if not sites:

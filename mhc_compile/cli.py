@@ -18,7 +18,7 @@ COMMANDS = {
     **{name: f"{commands.__name__}.{name}:{name}" for name in _NAMES},
     **{name: f"mhc_compile.{module}:{name}" for name, module in _RUNTIME.items()},
 }
-"""Where each command is, which is imported when it is used: the signature is the flags, the docstring is the help."""
+"""The place of each command, imported when it is used. Its signature defines the flags, its docstring the help."""
 ARGUMENTS = {"MHC201", "MHC202", "MHC203", "MHC204", "MHC220", "MHC240", "MHC241", "MHC520"}
 """Codes of options whose values are not possible: wrong usage, as a misspelt flag is."""
 DIFFERS, USAGE, NOT_SUPPORTED, INTERRUPTED = 1, 2, 3, 130

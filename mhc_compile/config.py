@@ -57,10 +57,10 @@ class Options:
     disable: str = ""
     """Passes to leave out, separated by commas: `recompute`, `fuse`."""
     sites: str = ""
-    """Which residual adds of an unconverted model become sites, by name: patterns such as `model.layers.[4-7]`, `*.mlp`
-    or `*#1`, separated by commas. A module's path stands for all in it. The others stay residual adds. Default: all."""
+    """Choose which residual adds of an unconverted model become sites, by patterns of names separated by commas:
+    `model.layers.[4-7]`, `*.mlp`, `*#1`. A module's path stands for all in it. The others stay residual adds."""
     filter_fn: Callable[[nn.Module, str], bool] | None = None
-    """As `sites`, by a function of the module that adds and the name of the site: `model.layers.4#0`."""
+    """Choose sites as `sites` does, by a function of the adding module and the site's name: `model.layers.4#0`."""
 
     def __post_init__(self) -> None:
         if self.inner not in (None, *get_args(Inner)):

@@ -1,4 +1,4 @@
-"""What a command prints: its text, nothing, or its result as JSON."""
+"""Print the text of a command, nothing, or its result as JSON."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class CompileOverrides(StreamOverrides, total=False):
     disable: str
     """Passes to leave out, separated by commas: recompute, fuse."""
     sites: str
-    """Which adds become sites, by patterns of names: model.layers.[4-7],*.mlp; default all."""
+    """Choose which adds become sites, by patterns of names: model.layers.[4-7],*.mlp; default all."""
 
 
 class Overrides(CompileOverrides, total=False):
@@ -64,4 +64,4 @@ class Overrides(CompileOverrides, total=False):
     pipeline: Pipeline | str | Callable[[Pipeline], Pipeline] | None
     """The passes in place of the usual ones."""
     filter_fn: Callable[[nn.Module, str], bool] | None
-    """Which adds become sites, by a function of the module that adds and the name of the site."""
+    """Choose which adds become sites, by a function of the module that adds and the name of the site."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 NEUTRAL = "#6b7680"
-"""Of lines that are no form: zero, a conversion, a published range."""
+"""The colour of lines that stand for no form: zero, a conversion, a published range."""
 HEAT = "viridis"
 """The colour map: brightness grows with the value, in grey too."""
 _ORDER = ("#1d5c9c", "#d98200", "#2a8c66", "#7a3e9d", "#a1260d", "#4fa3c7", "#8a6d3b", "#c2558a")

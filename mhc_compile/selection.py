@@ -11,6 +11,7 @@ from torch import nn
 
 from mhc_compile.config import Options
 from mhc_compile.diagnostics import MHCError
+from mhc_compile.passes.match_marks import full_name
 from mhc_compile.passes.results import ENDS, Coverage, ResidualStream
 
 
@@ -38,11 +39,6 @@ def skipped_sites(root: nn.Module, sites: Mapping[str, Iterable[str]], options: 
     if not chosen:
         raise MHCError("MHC204", f"none of {len(names)} sites is chosen", way_out="leave sites= and filter_fn= out")
     return {owner: tuple(site for site in of_owner if (owner, site) not in chosen) for owner, of_owner in sites.items()}
-
-
-def full_name(owner: str, site: str) -> str:
-    """Return the name of a site from the model's root: `model.layers.3#0`, of `layers.3#0` of the owner `model`."""
-    return f"{owner}.{site}".replace(".#", "#").strip(".")
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -47,6 +47,11 @@ def _parts(stream: ResidualStream, mark: Mark) -> list[ResidualStream]:
     return [stream] if shares_values else stream.without(mark.skipped)
 
 
+def full_name(owner: str, site: str) -> str:
+    """Return the name of an owner's site from the module around it: `model.layers.3#0` of `model` and `layers.3#0`."""
+    return f"{owner}.{site}".replace(".#", "#").strip(".")
+
+
 def _mark_for(stream: ResidualStream, marks: list[Mark]) -> Mark | None:
     owner = stream.owner
     around = [m for m in marks if not m.owner or f"{owner}.".startswith(f"{m.owner}.")]
@@ -62,5 +67,5 @@ def _mark_for(stream: ResidualStream, marks: list[Mark]) -> Mark | None:
 
 def _named_below(stream: ResidualStream, mark: Mark) -> ResidualStream:
     below = stream.owner.removeprefix(mark.owner).strip(".")
-    names = (f"{below}.{site.name}".replace(".#", "#").strip(".") for site in stream.sites)
+    names = (full_name(below, site.name) for site in stream.sites)
     return replace(stream, sites=tuple(replace(s, name=n) for s, n in zip(stream.sites, names, strict=True)))

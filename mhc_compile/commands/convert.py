@@ -29,7 +29,7 @@ class Flags:
     strict: bool = False
     """Reject a model if residual adds are left."""
     sites: str | None = None
-    """Which adds become sites, by patterns of names: model.layers.[4-7],*.mlp; default all."""
+    """Choose which adds become sites, by patterns of names: model.layers.[4-7],*.mlp; default all."""
     start: Literal["default", "paper"] | None = None
     """How fast the coefficients learn at first; paper: as published, slowly."""
     layout: str | None = None

@@ -45,12 +45,12 @@ PLAIN_LINES = 5
 
 @dataclass(frozen=True)
 class Conversion:
-    """What the conversion changed."""
+    """The largest difference after the conversion, and the texts of both models."""
 
     difference: float
-    """The largest of a logit, relative to the largest logit."""
+    """The largest difference of a logit, relative to the largest logit."""
     texts: tuple[list[str], list[str]]
-    """What both models wrote, residual and converted, prompt by prompt."""
+    """The continuations of the residual and of the converted model, one per prompt."""
 
 
 def run_short(settings: Settings, out: OutputFolder, console: Console) -> dict[str, Any]:

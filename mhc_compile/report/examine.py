@@ -83,7 +83,7 @@ def _run(
         watcher.begin(marks)
         compile_pipeline(options).run(captured.graph, Context(marks=marks), watcher, debug=options.debug)
     except MHCError as error:
-        if error.code.startswith("MHC6"):  # what was asked for, not the model, is rejected
+        if error.code.startswith("MHC6") or error.code == "MHC204":  # what was asked for, not the model, is rejected
             raise
         if error.code in NATIVE_CODES and captured is not None:
             watcher.begin([])

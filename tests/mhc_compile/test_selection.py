@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import MHCError, MHCWarning
+from mhc_compile.bisect import bisect
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.spec import StreamSpec
 
@@ -117,6 +118,13 @@ def test_what_chooses_nothing_is_rejected(options: dict[str, Any], message: str)
         mhc_compile.convert(net, torch.randn(2, 5), **OWN, **options)
     assert message in str(error.value)
     assert not hasattr(net, "mhc")
+
+
+def test_inspecting_and_bisecting_reject_what_converting_does() -> None:
+    chosen = {"sites": "blocks.1,blocks.3", "form": "denseformer"}
+    for look in (mhc_compile.inspect, bisect):
+        with pytest.raises(MHCError, match="choose sites without a gap"):
+            look(Net(), torch.randn(2, 5), **chosen)
 
 
 def test_sites_of_which_no_mixing_learns_warn() -> None:
