@@ -313,14 +313,21 @@ from mhc_compile.memory.tables import MemoryTable
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-model = nn.ModuleList([MemoryTable(30, 4).start(0, 1.0)])
-chosen = TableAdamW(table_groups(model, 0.01), process_group=dist.group.WORLD)
-for step in range(4):
-    rows = torch.randint(0, 30, (2, 6, 3), generator=torch.Generator().manual_seed(step))
-    if not (rank and step == 1):
-        model[0](rows[rank]).square().sum().backward()
-    chosen.step()
-torch.save(model[0].weight.detach(), out)
+
+
+def trained():
+    model = nn.ModuleList([MemoryTable(30, 4).start(0, 1.0)])
+    chosen = TableAdamW(table_groups(model, 0.01), process_group=dist.group.WORLD)
+    for step in range(4):
+        rows = torch.randint(0, 30, (2, 6, 3), generator=torch.Generator().manual_seed(step))
+        if not (rank and step == 1):
+            model[0](rows[rank]).square().sum().backward()
+        chosen.step()
+    return model[0].weight.detach()
+
+
+# In a function: a group that an optimizer still holds keeps its threads when it is destroyed, until Python has ended.
+torch.save(trained(), out)
 dist.destroy_process_group()
 """
 
