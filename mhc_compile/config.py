@@ -69,6 +69,10 @@ class Options:
             raise MHCError("MHC204", f"debug={self.debug!r}; known: False, True, 'numeric'")
         if not isinstance(self.strict, bool):
             raise MHCError("MHC204", f"strict={self.strict!r}; known: False, True")
+        if not isinstance(self.sites, str):
+            raise MHCError("MHC204", f"sites={self.sites!r} is no text", way_out="separate patterns by commas")
+        if self.filter_fn is not None and not callable(self.filter_fn):
+            raise MHCError("MHC204", f"filter_fn={self.filter_fn!r} is no function of a module and a name")
         _ = self.kinds, self.masking
         if parse_blocks(self.recompute)[0] != "off" and self.inner == "eager":
             raise MHCError("MHC625", f"recompute={self.recompute!r}")

@@ -110,6 +110,8 @@ def test_at_the_first_call_of_a_compiled_model() -> None:
         ({"sites": "block.3"}, "the sites have names like 'blocks.3'"),
         ({"sites": "blocks.1", "filter_fn": lambda *_: False}, "none of 6 sites is chosen"),
         ({"sites": "blocks.1,blocks.3", "form": "denseformer"}, "choose sites without a gap"),
+        ({"sites": ["blocks.1"]}, "separate patterns by commas"),
+        ({"filter_fn": "blocks.1"}, "is no function of a module and a name"),
     ],
 )
 def test_what_chooses_nothing_is_rejected(options: dict[str, Any], message: str) -> None:
