@@ -81,7 +81,7 @@ def finish(figure: Any, *, values: bool = True) -> None:
             continue
         ends = [_end(handle) if values else math.nan for handle in handles]
         order = sorted(range(len(ends)), key=lambda i: math.inf if math.isnan(ends[i]) else -ends[i])
-        texts = [labels[i] if math.isnan(ends[i]) else f"{labels[i]}:  {ends[i]:.3g}" for i in order]
+        texts = [labels[i] if math.isnan(ends[i]) else f"{labels[i]}:  {ends[i]:.4g}" for i in order]
         axes.legend(
             [handles[i] for i in order], texts, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small",
             frameon=False, borderaxespad=0, handlelength=2.8,
