@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import Future
 from functools import cache, lru_cache
 from typing import Any
 
@@ -44,11 +45,6 @@ extern "C" void over_rows(const int64_t* ids, const int64_t* reach, const int64_
 _TOKENS_A_THREAD = 512
 
 
-def start() -> None:
-    """Begin to compile."""
-    _library()
-
-
 def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: OverEncodingSpec) -> Tensor:
     """Compute `overencoding.rows` of CPU tensors."""
     B, S = ids.shape
@@ -68,13 +64,14 @@ def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: OverEncodingSpe
 
 
 @cache
-def _library() -> Any:
+def library() -> Future[Any]:
+    """Return the library, which is being compiled; the future raises what goes wrong."""
     return begin("engram_over_rows", lambda: SOURCE)
 
 
 @cache
 def _function() -> Any:
-    return _library().result().over_rows
+    return library().result().over_rows
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ x is first reduced to `(x >> 32) * (2^32 mod p) + (x & (2^32 - 1))`: the same mo
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import Future
 from functools import cache, lru_cache
 from string import Template
 from typing import Any
@@ -110,9 +111,9 @@ def source(order: int, heads: int) -> str:
     return _SOURCE.substitute(lanes=lanes() // 2, order=order, heads=heads)
 
 
-def start(spec: HashSpec) -> None:
-    """Begin to compile the library that hashes like `spec`."""
-    _library(spec.order, spec.heads)
+def library(spec: HashSpec) -> Future[Any]:
+    """Return the library that hashes like `spec`, which is being compiled; the future raises what goes wrong."""
+    return _library(spec.order, spec.heads)
 
 
 def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Tensor:
@@ -124,7 +125,7 @@ def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Te
     inputs = [t.long().contiguous() if t is not None else None for t in (ids, reach, before)]
     constants, small = _constants(spec, lanes() // 2)
     threads = max(1, min(torch.get_num_threads(), B * S // _TOKENS_A_THREAD))
-    _function(spec.order, spec.heads)(
+    library(spec).result().rows(
         *(ctypes.c_void_p(t.data_ptr() if t is not None else 0) for t in (*inputs, constants, out)),
         ctypes.c_int64(B),
         ctypes.c_int64(S),
@@ -135,13 +136,8 @@ def run(ids: Tensor, reach: Tensor, before: Tensor | None, spec: HashSpec) -> Te
 
 
 @cache
-def _library(order: int, heads: int) -> Any:
+def _library(order: int, heads: int) -> Future[Any]:
     return begin(f"engram_rows_{order}_{heads}", lambda: source(order, heads))
-
-
-@cache
-def _function(order: int, heads: int) -> Any:
-    return _library(order, heads).result().rows
 
 
 @lru_cache(maxsize=64)

@@ -118,7 +118,6 @@ def test_every_token_is_written_by_any_number_of_threads(threads: int) -> None:
 def test_vectors_of_any_width_hash_alike(floats: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_cpp, "lanes", lambda: floats)
     rows_cpp._library.cache_clear()
-    rows_cpp._function.cache_clear()
     try:
         spec = HashSpec(multipliers=PUBLISHED.multipliers, moduli=(646403, 3, 8191, 2**40 + 15, 97, 646411), fill=2)
         ids, far, before = (
@@ -130,7 +129,6 @@ def test_vectors_of_any_width_hash_alike(floats: int, monkeypatch: pytest.Monkey
         assert torch.equal(rows_cpp.run(ids, far, before, spec), hashing.rows(ids, far, before, spec))
     finally:
         rows_cpp._library.cache_clear()
-        rows_cpp._function.cache_clear()
 
 
 def reach_by_hand(
@@ -234,6 +232,8 @@ def test_no_tokens_at_all() -> None:
 
 
 def test_ops_compute_the_reference() -> None:
+    if hash_ops.target("cpu") == "cpp":
+        rows_cpp.library(PUBLISHED).result()  # until then plain PyTorch serves
     ids, far, before = torch.randint(0, 9, (2, 5)), torch.randint(0, 3, (2, 5)), torch.randint(0, 9, (2, 2))
     want = hashing.rows(ids, far, before, PUBLISHED)
     for rows in (torch.ops.engram.rows, torch.ops.engram_kernels.rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mhc_compile.diagnostics import MHCError
-from mhc_compile.kernels.memory import hash_ops, hashing, overencoding
+from mhc_compile.kernels.memory import hash_ops, hashing, over_cpp, overencoding
 from mhc_compile.kernels.memory.overencoding import overencoding_spec
 from mhc_compile.kernels.memory.overencoding_settings import OverEncoding, OverEncodingSettings, over_encoding_of
 from mhc_compile.kernels.memory.spec import OverEncodingSpec
@@ -64,6 +65,13 @@ def test_earlier_tokens_tell_rows_apart_because_moduli_are_coprime() -> None:
 OPS = [torch.ops.engram.over_rows, torch.ops.engram_kernels.over_rows]
 
 
+@pytest.fixture(autouse=True)
+def _compiled() -> None:
+    """Wait for the C++, where there is a compiler: until then plain PyTorch serves."""
+    if hash_ops.target("cpu") == "cpp":
+        over_cpp.library().result()
+
+
 @pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize(("order", "heads", "rows"), [(2, 1, 3), (3, 2, 2**40), (5, 3, 101)], ids=str)
 def test_rows_of_one_table(op: Any, order: int, heads: int, rows: int) -> None:
@@ -104,6 +112,15 @@ def test_without_a_compiler_plain_pytorch_computes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(hash_ops.RUN_OVER, "reference", lambda *a: (calls.append(a), overencoding.rows(*a))[1])
     assert torch.equal(OPS[1](ids, reach, None, str(spec)), wanted)
     assert len(calls) == 1
+
+
+def test_no_call_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = overencoding_spec(11, 23, order=3)
+    ids = torch.randint(0, 11, (2, 5))
+    reach = hashing.reach(ids, None, None, None)
+    monkeypatch.setattr(hash_ops, "target", lambda _: "cpp")
+    monkeypatch.setattr(over_cpp, "library", lambda: Future())  # which nobody ever compiles
+    assert torch.equal(OPS[1](ids, reach, None, str(spec)), overencoding.rows(ids, reach, None, spec))
 
 
 def test_specifications_are_text_and_back() -> None:
