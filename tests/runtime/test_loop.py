@@ -353,11 +353,13 @@ def test_documents_of_a_sequence_do_not_see_each_other(material: Path, tmp_path:
         batch = loader.batch(0)
     assert (batch["position_ids"][:, 1:] == 0).any()
     model = mhc_compile.from_pretrained(tmp_path / "model", inner="eager")
-    labels = batch.pop("labels")
+    labels, weights = batch.pop("labels").flatten(), batch.pop("weights").flatten()
+    assert (weights == 0).any()  # what would be a document's first token, from the one before it
 
     def loss(**inputs: torch.Tensor) -> float:
         with torch.no_grad():
-            return float(F.cross_entropy(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten()))
+            losses = F.cross_entropy(model(**inputs, use_cache=False).logits.flatten(0, 1), labels, reduction="none")
+        return float((losses * weights).sum() / weights.sum())
 
     found = lines(tmp_path)[1]["loss"]
     assert found == pytest.approx(loss(**batch), rel=1e-5)
