@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -37,9 +39,15 @@ class Stage:
 class Watcher(Observer):
     """An observer that keeps every graph as lines, and the results of passes that later passes change."""
 
-    def __init__(self, stages: int | None = None) -> None:
+    def __init__(self, stages: int | None = None, *, runs: bool = False, trace: Path | None = None) -> None:
         super().__init__()
         self.count = stages
+        self.runs = runs
+        """Whether a step of the graph after the last pass is to be run."""
+        self.trace = trace
+        """Where the timeline of that step is written."""
+        self.inputs: list[Any] = []
+        """The values of the graph's inputs."""
         self.begin([])
 
     def begin(self, marks: Sequence[Mark]) -> None:
