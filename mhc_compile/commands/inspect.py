@@ -32,6 +32,8 @@ class Flags:
     """Run a step, forward and backward, and show what every part takes. Reads the weights if there are any."""
     trace: Path | None = None
     """Write that step as a timeline for ui.perfetto.dev; implies --time."""
+    probes: Path | None = None
+    """Show what probes sampled of this model, from the file that Probes.write wrote."""
     outputs: bool = False
     """With --json: also run the model, on its weights, for diff to compare."""
     mlir: Literal["torch", "linalg"] | None = None
@@ -41,7 +43,7 @@ class Flags:
 
 
 _DEFAULT = Flags()
-_BESIDE = ("layer", "passes", "stages", "source", "html", "time", "trace", "outputs")
+_BESIDE = ("layer", "passes", "stages", "source", "html", "time", "trace", "probes", "outputs")
 """Flags of the report, which has no MLIR."""
 
 
@@ -58,6 +60,7 @@ def inspect(model: Model, /, *, options: Compiling = None, flags: Flags = _DEFAU
     mhc-compile inspect ./Llama-3.2-1B --passes "normalize,residual,widen,fuse{kinds=boundary},lower"
     mhc-compile inspect ./config.json --recompute auto --stages 4 --html report.html
     mhc-compile inspect ./Llama-3.2-1B --time --trace step.json
+    mhc-compile inspect ./converted --probes probes.jsonl --html report.html
     mhc-compile inspect ./Llama-3.2-1B --mlir linalg --out llama.mlir
     ```
     """
@@ -91,7 +94,8 @@ def _report(source: str, options: dict[str, Any], flags: Flags, output: Output) 
         refuse_stream_options(folder, options)
     if flags.passes is not None:
         options["pipeline"] = flags.passes
-    report = inspect(model, layer=flags.layer, stages=flags.stages, time=runs, trace=flags.trace, **options)
+    more = {name: getattr(flags, name) for name in ("layer", "stages", "trace", "probes")}
+    report = inspect(model, time=runs, **more, **options)
     with output.printing():
         report.show()
         if report.step is not None and not all(own):

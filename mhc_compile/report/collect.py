@@ -28,6 +28,7 @@ from mhc_compile.passes.results import Block
 from mhc_compile.passes.text import describe
 from mhc_compile.report.draw import draw
 from mhc_compile.report.lines import Line, Sources, form, input_name, is_buffer, short_path
+from mhc_compile.report.overlay import overlay
 from mhc_compile.report.placement import Placement, in_order
 from mhc_compile.report.reach import reach
 from mhc_compile.report.report import (
@@ -128,6 +129,7 @@ class _Numbered:
                 for r, step, after in steps
             ),
             "blocks": blocks, "stages": stages, "step": self._step(),
+            "probes": overlay(self.watcher.samples, self.watcher.marks, self.drawing.elements),
         }  # fmt: skip
 
     def _code(self, lines: Sequence[Line]) -> tuple[int, ...]:

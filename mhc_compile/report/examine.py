@@ -20,6 +20,7 @@ from mhc_compile.kernels.spec import StreamSpec
 from mhc_compile.parameters import owners
 from mhc_compile.passes.base import Context, Mark
 from mhc_compile.passes.results import NATIVE_CODES
+from mhc_compile.probes.sample import read_samples
 from mhc_compile.report.collect import collect
 from mhc_compile.report.report import Report
 from mhc_compile.report.watch import Watcher
@@ -37,6 +38,7 @@ def inspect(
     stages: int | None = None,
     time: bool = False,
     trace: str | Path | None = None,
+    probes: str | Path | None = None,
     **options: Any,
 ) -> Report:
     """Return what the compiler sees in `model`, converted or not: streams, sites, what passes do, or why they cannot.
@@ -48,9 +50,10 @@ def inspect(
 
     With `time` the converted graph runs under torch's profiler, forward and backward, in the model's own mode:
     `Report.step` and `Element.time` have the milliseconds. `trace` writes the last run as a timeline that Perfetto
-    opens, and implies `time`.
+    opens, and implies `time`. `probes` is a file of samples (`Probes.write`), whose last ones fill `Element.probe`.
 
-    Raises `MHCError`: MHC204 for options, MHC209 without inputs, MHC507 for a layer that is not in the graph, MHC509
+    Raises `MHCError`: MHC204 for options, MHC413, MHC232 and MHC234 for samples that cannot be read or are of another
+    model, MHC209 without inputs, MHC507 for a layer that is not in the graph, MHC509
     where `trace` cannot be written, MHC525 where there are no weights to run, MHC620, 621, 626 or 627 for stages and
     blocks that cannot be. A model that cannot be converted raises nothing:
     `Report.refusal` and `.reach` say why, and `.sites` are the hyper-connections that a multi-stream model has of its
@@ -66,6 +69,7 @@ def inspect(
     runs = time or trace is not None
     if runs and any(p.is_meta for p in model.parameters()):
         raise MHCError("MHC525", f"the parameters of {type(model).__name__} are on the meta device")
+    samples = () if probes is None else read_samples(probes)
     kwargs = dict(example_kwargs or {})
     if not example_args and not kwargs:
         kwargs = example_inputs(model, LENGTH_OF_STEP if runs else LENGTH)
@@ -74,6 +78,7 @@ def inspect(
         warnings.simplefilter("always")
         refusal = _run(model, example_args, kwargs, watcher, settings, spec)
     watcher.runs &= refusal is None or watcher.native is not None
+    watcher.samples = samples if refusal is None else ()
     once = {(str(w.message), w.filename, w.lineno): w for w in caught}.values()
     for w in once:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)

@@ -54,6 +54,8 @@ def _sections(report: Report) -> Iterator[Iterator[RenderableType]]:
             yield _left(report)
     if report.step is not None:
         yield _step(report, report.step)
+    if report.probes:
+        yield iter([Text(f"probes: {report.probes}; the page and the JSON have the figures, `probe` prints them")])
     if report.memories:
         yield _memories(report)
     if report.passes:

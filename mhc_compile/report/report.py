@@ -76,6 +76,8 @@ class Element:
     """Number of times that one forward pass runs it."""
     time: Time | None = None
     """What its own operations take, without its children's; None where no step ran."""
+    probe: dict[str, float] = field(default_factory=dict)
+    """What probes sampled of a site (`Sample.figures`) or of a memory (its mean gate)."""
 
     @property
     def full_name(self) -> str:
@@ -288,6 +290,8 @@ class Report(Printed):
     layer: LayerReport | None = None
     step: StepReport | None = None
     """What a step takes, where one was run (`inspect(..., time=True)`)."""
+    probes: str = ""
+    """Which samples the figures in `Element.probe` are of; empty without any."""
     outputs: dict[str, Any] | None = None
     """What the model computes: see `mhc_compile.diff.outputs`."""
 

@@ -17,6 +17,7 @@ from mhc_compile.passes.observer import Debug, Observer
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.stages import balanced, site_nodes, split_graph
+from mhc_compile.probes.sample import Sample
 from mhc_compile.report.draw import StreamView
 from mhc_compile.report.elements import Drawing
 from mhc_compile.report.lines import Line, Snapshots, is_buffer
@@ -46,6 +47,8 @@ class Watcher(Observer):
         """Whether a step of the graph after the last pass is to be run."""
         self.trace = trace
         """Where the timeline of that step is written."""
+        self.samples: Sequence[Sample] = ()
+        """Samples of probes to be laid over the drawing."""
         self.inputs: list[Any] = []
         """The values of the graph's inputs."""
         self.begin([])

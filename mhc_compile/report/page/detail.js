@@ -59,6 +59,7 @@ function partFacts(item) {
     ["traffic", traffic(e)],
     ["time of a step", e.time ? stepTime([item.ids[0]]) : null],
     [e.time ? "with what is in it" : "time of a step", e.children.length ? stepTime(within(item.ids)) : null],
+    ["probes", probeFacts(e)],
     ["calls", e.calls > 1 ? several(e.calls, "time") : null],
     ["recompute block", blockText(e.block)],
     ["pipeline stage", stageText(e.stage)],

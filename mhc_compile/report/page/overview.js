@@ -10,6 +10,7 @@ function overview({ line = null, kernel = null, code = line !== null }) {
     report.reach ? section("How far the stream was followed", reachFacts(report.reach)) : null,
     leftAdds(report.coverage),
     passes.length ? section("Passes", ...passTable()) : null,
+    probeTable(),
     stepTable(),
     siteTable(),
     kernelSection(everyKernel, kernel),
