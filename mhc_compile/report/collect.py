@@ -270,7 +270,8 @@ def _error(error: MHCError) -> Diagnostic:
 
 def _diagnostic(problem: MHCError | MHCWarning, severity: Any, **places: str | None) -> Diagnostic:
     row = TABLE[problem.code]
-    return Diagnostic(problem.code, row.title, short_path(problem.detail), row.way_out, severity, **places)
+    way_out = problem.way_out if isinstance(problem, MHCError) else row.way_out
+    return Diagnostic(problem.code, row.title, short_path(problem.detail), way_out, severity, **places)
 
 
 def _layer(watcher: Watcher, path: str) -> LayerReport | None:

@@ -101,11 +101,12 @@ def _stream(report: Report, stream: Element, leaves: Element) -> Iterator[Render
 
     def shown(site: Element) -> tuple[str, ...]:
         source = "" if site.source is None else _brief(report.sources[site.source])
-        return site.topology or "", f"{site.dtype}{site.shape}", f"{site.added:,}", source
+        added = f"{site.added:,}" if site.spec or not stream.spec else "skipped"
+        return site.topology or "", f"{site.dtype}{site.shape}", added, source
 
     for label, sites in fold(tuple(report.sites_in(stream)), lambda s: s.name, shown):
         topology, form, each, source = shown(sites[0])
-        each = each if len(sites) == 1 else f"{len(sites)} x {each}"
+        each = each if len(sites) == 1 or each == "skipped" else f"{len(sites)} x {each}"
         table.add_row(*map(Text, (_under(stream.module, label), topology, form, each, source)))
     yield Padding(table, (0, 0, 0, 2))
 

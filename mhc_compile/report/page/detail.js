@@ -72,7 +72,7 @@ function equalFacts(e) {
 
 function streamsOf({ kind, element, streams }) {
   if (element.spec) return specification(element.spec);
-  return kind === "site" && streams > 1 ? "none: this add was not chosen as a site" : null;
+  return kind === "site" && streams > 1 ? "none: this add was not chosen as a site, the streams are one here" : null;
 }
 
 /** `streams=4 convention=paper` as single words that may wrap. */

@@ -85,7 +85,8 @@ function left(item, top, bottom) {
 /** The way back into them, at the mixer. */
 function returned(item, top, bottom) {
   const [x, y] = [rightmost(item.streams) + 6, bottom - 8];
-  return [line("wire", `M${SIDE} ${top}C${SIDE} ${y} ${SIDE} ${y} ${x} ${y}`), mixer(item.streams, y)];
+  const end = item.skipped ? dot(CENTRE, y, "plain") : mixer(item.streams, y);
+  return [line("wire", `M${SIDE} ${top}C${SIDE} ${y} ${SIDE} ${y} ${x} ${y}`), end];
 }
 
 function hasExit(item) {
