@@ -43,7 +43,7 @@ from mhc_compile.report.report import (
     StageReport,
     StepReport,
 )
-from mhc_compile.report.timing import RUNS, WARM_UP, device_name, measure
+from mhc_compile.report.timing import RUNS, WARM_UP, device_name, kept_gradients, measure
 from mhc_compile.report.watch import Stage, Watcher
 
 MAX_WIDTH = 160
@@ -92,7 +92,7 @@ class _Numbered:
     """The parts of a report that refer to each other by number."""
 
     def __init__(self, model: nn.Module, watcher: Watcher) -> None:
-        self.watcher = watcher
+        self.model, self.watcher = model, watcher
         self.sources = Sources()
         self.lines: dict[tuple[str, int, int | None, str], int] = {}
         self.drawing = draw(watcher)
@@ -201,7 +201,8 @@ class _Numbered:
             return None
         shared = {node for mark in watcher.marks for node in mark.inputs.values()}
         names = [e.shown for e in elements]
-        times, whole = measure(watcher.gm, watcher.inputs, shared, self.place, names, watcher.trace)
+        with kept_gradients(self.model):
+            times, whole = measure(watcher.gm, watcher.inputs, shared, self.place, names, watcher.trace)
         for number, time in times.items():
             elements[number].time = time
         streams = [e.time.ms for e in elements if e.time and (e.kind == "exit" or (e.kind != "branch" and e.spec))]

@@ -6,13 +6,14 @@ import json
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._autograd import DeviceType, _get_sequence_nr
 from torch.autograd.profiler_util import FunctionEvent
 from torch.fx import GraphModule, Interpreter, Node
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from mhc_compile.atomic_write import write_whole
 from mhc_compile.kernels import targets
 from mhc_compile.kernels.kernelspec import DIRECTIONS
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.passes.fuse import kernels_in
 from mhc_compile.passes.fuse_memory import prepare_hashes
 from mhc_compile.report.report import Time
@@ -67,6 +69,21 @@ def measure(
     kept = of_runs[WARM_UP:]
     whole = _time([[sum(times[k][i] for k in times) for i in (0, 1)] for times in kept])
     return {number: _time([times.get(number, [0.0, 0.0]) for times in kept]) for number in numbers}, whole
+
+
+@contextmanager
+def kept_gradients(model: nn.Module) -> Iterator[None]:
+    """Give the tables of `model` back, afterwards, the gradients that they hold now: a backward adds to them itself."""
+    held = [(m, m.gradient) for m in model.modules() if isinstance(m, MemoryTable)]
+    for table, _ in held:
+        table.drop_gradient()
+    try:
+        yield
+    finally:
+        for table, gradient in held:
+            table.drop_gradient()
+            if gradient is not None:
+                table.accumulate(*gradient, summed=True)
 
 
 def device_name(inputs: Sequence[Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from chromium import opened
+from memories import with_memory
 from playwright.sync_api import Browser, expect
 from report_pages import browser, choose, written
 from test_inspect import config, run
@@ -16,6 +17,7 @@ from test_report import check, in_order, needs_compiler
 from tiny_models import code_of, ids, llama
 
 import mhc_compile
+from mhc_compile.memory.tables import MemoryTable
 from mhc_compile.report.timing import RUNS, WARM_UP
 
 Data = dict[str, Any]
@@ -26,7 +28,12 @@ __all__ = ["browser"]
 def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[mhc_compile.Report, Data]:
     """The report of a converted model in training mode whose step was run, and the timeline of it."""
     torch._dynamo.reset()
-    model = mhc_compile.convert(llama(attention_dropout=0.1)).train()
+    model = with_memory(llama(attention_dropout=0.1), layers=(1,)).train()
+    model(ids(), labels=ids()).loss.backward()
+    model.zero_grad()
+    (table,) = (m for m in model.modules() if isinstance(m, MemoryTable))
+    held = table.gradient
+    assert held is not None
     before, seed = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
     file = tmp_path_factory.mktemp("time") / "step.json"
     report = mhc_compile.inspect(model, ids(), trace=file)
@@ -34,6 +41,8 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[mhc_compile.Report,
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), seed)
+    assert table.gradient is not None
+    assert all(map(torch.equal, table.gradient, held))
     return report, json.loads(file.read_text())
 
 
@@ -49,6 +58,7 @@ def test_every_part_that_computes_has_a_time(timed: tuple[mhc_compile.Report, Da
     for time in [*times.values(), step["time"]]:
         assert 0 <= time["low"] <= time["ms"] <= time["high"]
     assert step["parts"] == pytest.approx(sum(e["time"]["ms"] for e in data["elements"] if e["time"]))
+    assert times["memory at model.layers.1"]["backward"] > 0
     own = [e["time"]["ms"] for e in data["elements"] if e["kind"] in ("stream", "site", "exit")]
     assert step["streams"] == pytest.approx(sum(own))
     # The tables of the rotation have no gradient, everything at and in a site has one.
@@ -77,10 +87,10 @@ def test_the_timeline_names_sites_forward_and_backward(timed: tuple[mhc_compile.
     assert sites == [f"model.layers.{i}#{k}" for i in range(2) for k in range(2)]
     assert list(dict.fromkeys(names(forward))) == sites
     assert list(dict.fromkeys(names(backward))) == sites[::-1]
-    # A boundary is computed for the site after it, forward and backward.
+    # A boundary is computed for the site after it, forward and backward; none crosses the memory between the layers.
     kernels = [e for e in events if "boundary_rms" in e["name"] and e["cat"] == "cpu_op"]
     at = {name: {r["name"] for r in named for e in kernels if r["name"] == name and inside(r, e)} for name in sites}
-    assert [name for name in sites if at[name]] == sites[1:]
+    assert [name for name in sites if at[name]] == sites[1::2]
     for part in (forward, backward):
         assert any(inside(part, e) for e in kernels)
 
