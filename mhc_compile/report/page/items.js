@@ -99,8 +99,8 @@ function gathered(ids, parent, streams) {
 function signature(id) {
   if (!signatures.has(id)) {
     const e = elements[id];
-    const parts = [e.kind, Boolean(e.spec), e.topology, e.shape, e.dtype, e.parameters, e.stage, ...e.children.map(signature)];
-    signatures.set(id, parts.join("|"));
+    const own = [e.kind, Boolean(e.spec), e.topology, e.shape, e.dtype, e.parameters, e.stage];
+    signatures.set(id, [...own, ...e.children.map(signature)].join("|"));
   }
   return signatures.get(id);
 }

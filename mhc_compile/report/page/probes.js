@@ -3,7 +3,7 @@
 const HEAT = document.body
   .dataset.heat.split(" ")
   .map((colour) => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)));
-/** The figures that are drawn: a bar begins at `low` and is full at the highest figure, or at `full` if that is more. */
+/** The figures that are drawn: a bar begins at `low`, and is full at `full` or at the highest figure beyond it. */
 const BARS = {
   gain: { low: 1, full: 2, says: "gain: the largest row or column sum of |H|, on a logarithmic scale" },
   apart: { low: 0, full: 1, says: "apart: how far the streams are from their mean, relative to it" },
