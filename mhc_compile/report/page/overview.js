@@ -110,7 +110,7 @@ function siteTable() {
   });
   const heads = ["part", "bytes per token, forward and backward", "#of the minimum", "all fused"];
   if (report.step) heads.push("time of a step");
-  return section("Traffic of the fused kernels", table(heads, rows));
+  return section("Traffic of the fused kernels", partTable(heads, rows));
 }
 
 /** What a step takes, in the whole and in every part. */
@@ -135,7 +135,7 @@ function stepTable() {
     ["how", "every operation by itself (inner=eager), without the time between them"],
   ]);
   const heads = ["part", "time", "#share", "#forward", "#backward", "#fastest and slowest run"];
-  return section("Time of a step", about, table(heads, rows.filter(Boolean)));
+  return section("Time of a step", about, partTable(heads, rows.filter(Boolean)));
 }
 
 function timeBar({ time }) {

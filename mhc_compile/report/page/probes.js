@@ -70,6 +70,6 @@ function probeTable() {
     "Probes",
     make("p", {}, report.probes),
     said.map((text) => make("p", { class: "note" }, text)),
-    table(["part", ...names.map((name) => `#${name}`)], rows),
+    partTable(["part", ...names.map((name) => `#${name}`)], rows),
   );
 }
