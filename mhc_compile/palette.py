@@ -10,6 +10,8 @@ NEUTRAL = "#6b7680"
 """The colour of lines that stand for no form: zero, a conversion, a published range."""
 HEAT = "viridis"
 """The colour map: brightness grows with the value, in grey too."""
+HEAT_COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
+"""Five colours of it at equal distances, for pages."""
 _ORDER = ("#1d5c9c", "#d98200", "#2a8c66", "#7a3e9d", "#a1260d", "#4fa3c7", "#8a6d3b", "#c2558a")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = "oxs^Dv+*"

@@ -55,7 +55,13 @@ def chosen_coverage(
     """Return what `coverage` becomes when the sites named in `skipped`, by owner, stay residual adds."""
     if not any(skipped.values()):
         return coverage
-    parts = [part for stream in streams for part in stream.without(skipped.get(stream.owner, ()))]
+    # The owner of a stream in this call may be a module inside the converted one.
+    names = {full_name(owner, site) for owner, of_owner in skipped.items() for site in of_owner}
+    parts = [
+        part
+        for stream in streams
+        for part in stream.without([s.name for s in stream.sites if full_name(stream.owner, s.name) in names])
+    ]
     sites = sum(len(part.sites) for part in parts)
     return replace(
         coverage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,12 @@ class Flags:
     """Print the generated code of the fused kernels, too."""
     html: Path | None = None
     """Write the report as a page."""
+    time: bool = False
+    """Run a step, forward and backward, and show what every part takes. Reads the weights if there are any."""
+    trace: Path | None = None
+    """Write that step as a timeline for ui.perfetto.dev; implies --time."""
+    probes: Path | None = None
+    """Show what probes sampled of this model, from the file that Probes.write wrote."""
     outputs: bool = False
     """With --json: also run the model, on its weights, for diff to compare."""
     mlir: Literal["torch", "linalg"] | None = None
@@ -36,19 +43,24 @@ class Flags:
 
 
 _DEFAULT = Flags()
+_BESIDE = ("layer", "passes", "stages", "source", "html", "time", "trace", "probes", "outputs")
+"""Flags of the report, which has no MLIR."""
 
 
 def inspect(model: Model, /, *, options: Compiling = None, flags: Flags = _DEFAULT, output: Output = PLAIN) -> int:
     """Show a model's residual streams.
 
     Show what mhc-compile sees in a Hugging Face model: its residual streams and sites, what each pass does, or where a
-    stream is lost. Only config.json is read (and mhc.json of a converted folder): no weights, no code from the folder.
+    stream is lost. Only config.json is read (and mhc.json of a converted folder), with --time the weights, too; no code
+    from the folder is run.
 
     ```sh
     mhc-compile inspect ./Llama-3.2-1B
     mhc-compile inspect ./Llama-3.2-1B --layer model.layers.0 --streams 2
     mhc-compile inspect ./Llama-3.2-1B --passes "normalize,residual,widen,fuse{kinds=boundary},lower"
     mhc-compile inspect ./config.json --recompute auto --stages 4 --html report.html
+    mhc-compile inspect ./Llama-3.2-1B --time --trace step.json
+    mhc-compile inspect ./converted --probes probes.jsonl --html report.html
     mhc-compile inspect ./Llama-3.2-1B --mlir linalg --out llama.mlir
     ```
     """
@@ -66,21 +78,28 @@ def _report(source: str, options: dict[str, Any], flags: Flags, output: Output) 
     MHC414 for an `mhc.json` that does not fit, MHC304 for streams of a converted folder, MHC509 for a file that cannot
     be written, and what `inspect` raises for a layer, blocks and stages.
     """
+    if flags.time or flags.trace is not None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is loaded: the profiler tells of every start
+
     from mhc_compile.atomic_write import write_whole
     from mhc_compile.checkpoint.hub import local_folder
     from mhc_compile.configured import configured, refuse_stream_options, weighted
     from mhc_compile.diff.outputs import outputs_of
     from mhc_compile.report.examine import inspect
 
-    folder = local_folder(source, weights=flags.outputs)
-    model, converted = configured(folder)
+    runs = flags.time or flags.trace is not None
+    folder = local_folder(source, weights=flags.outputs or runs)
+    model, converted, *own = weighted(folder) if runs else configured(folder)
     if converted:
         refuse_stream_options(folder, options)
     if flags.passes is not None:
         options["pipeline"] = flags.passes
-    report = inspect(model, layer=flags.layer, stages=flags.stages, **options)
+    more = {name: getattr(flags, name) for name in ("layer", "stages", "trace", "probes")}
+    report = inspect(model, time=runs, **more, **options)
     with output.printing():
         report.show()
+        if report.step is not None and not all(own):
+            print("\nthe folder has no weights: the step ran on random ones")
         for kernel in report.kernels if flags.source else ():
             for direction, code in (("forward", kernel.forward), ("backward", kernel.backward)):
                 if code is not None:
@@ -90,7 +109,7 @@ def _report(source: str, options: dict[str, Any], flags: Flags, output: Output) 
     if flags.html is not None:
         write_whole(flags.html, report.html())
     with output.printing():
-        for file in filter(None, (flags.html, output.json)):
+        for file in filter(None, (flags.html, flags.trace if report.step else None, output.json)):
             print(f"\nwritten to {file}")
     if output.json is not None:
         output.write(report.json())
@@ -107,7 +126,7 @@ def _mlir(source: str, options: Any, flags: Flags, output: Output) -> int:
 
     if flags.mlir is None:
         raise MHCError("MHC520", "--out is for --mlir; --html and --json name the report's files")
-    beside = {name: getattr(flags, name) for name in ("layer", "passes", "stages", "source", "html", "outputs")}
+    beside = {name: getattr(flags, name) for name in _BESIDE}
     beside["json"] = output.json
     others = [name for name, value in (*beside.items(), *options.items()) if value not in (None, False)]
     if others := [name for name in others if name != "streams"]:

@@ -51,36 +51,17 @@ def probe(
     return 0
 
 
-_COLUMNS = {
-    "gain": ("gain_forward_max", "gain_backward_max"),
-    "composite": ("composite_forward_max", "composite_backward_max"),
-    "off": ("distance_max",),
-    "apart": ("separation",),
-    "pre": ("pre_entropy",),
-    "post": ("post_entropy",),
-    "read": ("read",),
-    "newest": ("newest",),
-    "output": ("output",),
-    "entropy": ("weights_entropy",),
-    "gradient": ("branch_gradient", "output_gradient"),
-}
-
-
 def _table(sample: Sample) -> Table:
-    import torch
     from rich import box
     from rich.table import Table
 
     title = f"{sample.owner or 'model'}, step {sample.step}, {sample.tokens} tokens"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("site", no_wrap=True)
-    columns = []
-    for title, names in _COLUMNS.items():
-        values = [sample.values[name] for name in names if name in sample.values]
-        if values:
-            table.add_column(title, justify="right")
-            columns.append(torch.stack(values).amax(0).tolist())
-    for site, *figures in zip(sample.sites, *columns, strict=True):
+    columns = sample.figures()
+    for title in columns:
+        table.add_column(title, justify="right")
+    for site, *figures in zip(sample.sites, *columns.values(), strict=True):
         table.add_row(site, *(f"{figure:.4g}" if abs(figure) >= 0.1 else f"{figure:.1e}" for figure in figures))
     return table
 

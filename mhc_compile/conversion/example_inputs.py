@@ -13,8 +13,11 @@ from mhc_compile.integrations.transformers import DECODER_IDS, FEATURES, IDS, PI
 LENGTH = 8
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Return keyword inputs of one forward call; raise MHC209 for a model that is not from transformers."""
+def example_inputs(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
+    """Return keyword inputs of one forward call; raise MHC209 for a model that is not from transformers.
+
+    Ids have `length` positions, or fewer where the model has no more, or does not say how many it has.
+    """
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
     if config is None or name is None or not hasattr(config, "to_dict"):
@@ -24,7 +27,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     kinds = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
     dtype = next(kinds, torch.float32)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.arange(2, 2 + LENGTH, device=device).remainder(
+    length = min(length, int(getattr(text, "max_position_embeddings", None) or LENGTH))
+    ids = torch.arange(2, 2 + length, device=device).remainder(
         max(int(getattr(text, "vocab_size", LENGTH) or LENGTH), 1)
     )
     # MusicGen takes the codebooks of a sample as rows of the batch.

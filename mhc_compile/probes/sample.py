@@ -24,6 +24,20 @@ MATRICES = ("mix", "weights")
 """Means over tokens that are for files and plots."""
 ROWS = ("rows_used", "rows_entropy")
 """The names of values that a sample has for each of its look-ups."""
+FIGURES = {
+    "gain": ("gain_forward_max", "gain_backward_max"),
+    "composite": ("composite_forward_max", "composite_backward_max"),
+    "off": ("distance_max",),
+    "apart": ("separation",),
+    "pre": ("pre_entropy",),
+    "post": ("post_entropy",),
+    "read": ("read",),
+    "newest": ("newest",),
+    "output": ("output",),
+    "entropy": ("weights_entropy",),
+    "gradient": ("branch_gradient", "output_gradient"),
+}
+"""What is shown of a site: the largest of these values."""
 _SQUARED = ("streams", "branch", "read", "newest", "output")
 """Figures recorded as mean squares; a sample holds their roots."""
 
@@ -92,6 +106,17 @@ class Sample:
             for name, values in self.values.items()
             if name not in (*MATRICES, "gates")
         }
+
+    def figures(self) -> dict[str, list[float]]:
+        """Return figures of every site by their short names: the larger one of forward and backward."""
+        values = {title: [self.values[n] for n in names if n in self.values] for title, names in FIGURES.items()}
+        return {title: torch.stack(of).amax(0).tolist() for title, of in values.items() if of}
+
+    def gates(self) -> list[float]:
+        """Return the mean gate of every layer in `layers`, over tokens and streams."""
+        counts = self.values["gates"].sum(1) if self.layers else torch.zeros(0, BINS)
+        middles = (torch.arange(BINS) + 0.5) / BINS
+        return ((counts * middles).sum(-1) / counts.sum(-1)).tolist()
 
 
 def read_samples(path: str | Path) -> list[Sample]:

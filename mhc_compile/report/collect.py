@@ -23,11 +23,12 @@ from mhc_compile.kernels.target import Source
 from mhc_compile.parameters import StreamParameters, names, owners
 from mhc_compile.passes.base import Pass, device_of, is_tensor, kernels_of, module_stack, shape, value
 from mhc_compile.passes.fuse import UNFUSED, kernels_in
-from mhc_compile.passes.ownership import is_owned
+from mhc_compile.passes.ownership import INPUT, is_owned
 from mhc_compile.passes.results import Block
 from mhc_compile.passes.text import describe
 from mhc_compile.report.draw import draw
-from mhc_compile.report.lines import Line, Sources, is_buffer, short_path
+from mhc_compile.report.lines import Line, Sources, form, input_name, is_buffer, short_path
+from mhc_compile.report.overlay import overlay
 from mhc_compile.report.placement import Placement, in_order
 from mhc_compile.report.reach import reach
 from mhc_compile.report.report import (
@@ -40,7 +41,9 @@ from mhc_compile.report.report import (
     PassReport,
     Report,
     StageReport,
+    StepReport,
 )
+from mhc_compile.report.timing import RUNS, WARM_UP, device_name, kept_gradients, measure
 from mhc_compile.report.watch import Stage, Watcher
 
 MAX_WIDTH = 160
@@ -89,7 +92,7 @@ class _Numbered:
     """The parts of a report that refer to each other by number."""
 
     def __init__(self, model: nn.Module, watcher: Watcher) -> None:
-        self.watcher = watcher
+        self.model, self.watcher = model, watcher
         self.sources = Sources()
         self.lines: dict[tuple[str, int, int | None, str], int] = {}
         self.drawing = draw(watcher)
@@ -125,7 +128,8 @@ class _Numbered:
                 )
                 for r, step, after in steps
             ),
-            "blocks": blocks, "stages": stages,
+            "blocks": blocks, "stages": stages, "step": self._step(),
+            "probes": overlay(self.watcher.samples, self.watcher.marks, self.drawing.elements),
         }  # fmt: skip
 
     def _code(self, lines: Sequence[Line]) -> tuple[int, ...]:
@@ -190,6 +194,23 @@ class _Numbered:
                 code[f"limit_token{suffix}"] = spec.bytes_token(direction)
             yield KernelReport(spec.name, spec.kind, device, count, elements=tuple(elements[spec]), **code)
 
+    def _step(self) -> StepReport | None:
+        """Run the graph after the last pass, where there are inputs for it; fill in what its parts take."""
+        watcher, elements = self.watcher, self.drawing.elements
+        if not watcher.runs or watcher.gm is None:
+            return None
+        shared = {node for mark in watcher.marks for node in mark.inputs.values()}
+        names = [e.shown for e in elements]
+        with kept_gradients(self.model):
+            times, whole = measure(watcher.gm, watcher.inputs, shared, self.place, names, watcher.trace)
+        for number, time in times.items():
+            elements[number].time = time
+        streams = [e.time.ms for e in elements if e.time and (e.kind == "exit" or (e.kind != "branch" and e.spec))]
+        parts = sum(time.ms for time in times.values())
+        given = (n for n in watcher.gm.graph.nodes if n.op == "placeholder" and INPUT in n.meta)
+        shown = tuple(f"{input_name(n)} {form(value(n))}".strip() for n in given)
+        return StepReport(device_name(watcher.inputs), shown, WARM_UP, RUNS, whole, parts, sum(streams))
+
     # --- blocks and stages ---------------------------------------------------------------------------------------
 
     def _blocks(self, blocks: Sequence[Block]) -> tuple[BlockReport, ...]:
@@ -250,7 +271,8 @@ def _error(error: MHCError) -> Diagnostic:
 
 def _diagnostic(problem: MHCError | MHCWarning, severity: Any, **places: str | None) -> Diagnostic:
     row = TABLE[problem.code]
-    return Diagnostic(problem.code, row.title, short_path(problem.detail), row.way_out, severity, **places)
+    way_out = problem.way_out if isinstance(problem, MHCError) else row.way_out
+    return Diagnostic(problem.code, row.title, short_path(problem.detail), way_out, severity, **places)
 
 
 def _layer(watcher: Watcher, path: str) -> LayerReport | None:

@@ -11,6 +11,7 @@ from torch.fx import Node
 from mhc_compile.passes.base import Mark, module_path, source_line, value
 from mhc_compile.passes.lookups import MEMORY
 from mhc_compile.passes.marks import State, Table, Weight
+from mhc_compile.passes.match_marks import full_name
 from mhc_compile.passes.ownership import INPUT
 from mhc_compile.passes.results import ResidualStream
 from mhc_compile.report.elements import Drawing
@@ -81,10 +82,11 @@ def _draw_streams(
     branches: list[tuple[list[Node], int]] = []
     for k, (view, mark, key) in enumerate(zip(views, marks, keys, strict=True)):
         stream = view.stream
-        spec, skipped = (None, ()) if mark is None else (mark.spec, mark.skipped)
+        spec = None if mark is None else mark.spec
+        skipped = set() if mark is None else {full_name(mark.owner, name) for name in mark.skipped}
         if key not in drawn:
             sites = [
-                (s.name, module_path(s.add), t, None if s.name in skipped else spec)
+                (s.name, module_path(s.add), t, None if full_name(stream.owner, s.name) in skipped else spec)
                 for s, t in zip(stream.sites, view.topologies, strict=True)
             ]
             drawn[key] = drawing.add_stream(stream.owner, spec, sites, calls=keys.count(key))

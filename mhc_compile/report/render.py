@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -16,7 +17,16 @@ from mhc_compile.report.fold import fold
 from mhc_compile.rich_text import new_table
 
 if TYPE_CHECKING:
-    from mhc_compile.report.report import Diagnostic, Element, LayerReport, PassReport, Reach, Report, Source
+    from mhc_compile.report.report import (
+        Diagnostic,
+        Element,
+        LayerReport,
+        PassReport,
+        Reach,
+        Report,
+        Source,
+        StepReport,
+    )
 
 MAX_NOTES = 4
 """Notes of one pass shown; more are counted."""
@@ -42,6 +52,10 @@ def _sections(report: Report) -> Iterator[Iterator[RenderableType]]:
             yield _stream(report, stream, leaves)
         if report.coverage.left:
             yield _left(report)
+    if report.step is not None:
+        yield _step(report, report.step)
+    if report.probes:
+        yield iter([Text(f"probes: {report.probes}; the page and the JSON have the figures, `probe` prints them")])
     if report.memories:
         yield _memories(report)
     if report.passes:
@@ -87,11 +101,12 @@ def _stream(report: Report, stream: Element, leaves: Element) -> Iterator[Render
 
     def shown(site: Element) -> tuple[str, ...]:
         source = "" if site.source is None else _brief(report.sources[site.source])
-        return site.topology or "", f"{site.dtype}{site.shape}", f"{site.added:,}", source
+        added = f"{site.added:,}" if site.spec or not stream.spec else "skipped"
+        return site.topology or "", f"{site.dtype}{site.shape}", added, source
 
     for label, sites in fold(tuple(report.sites_in(stream)), lambda s: s.name, shown):
         topology, form, each, source = shown(sites[0])
-        each = each if len(sites) == 1 else f"{len(sites)} x {each}"
+        each = each if len(sites) == 1 or each == "skipped" else f"{len(sites)} x {each}"
         table.add_row(*map(Text, (_under(stream.module, label), topology, form, each, source)))
     yield Padding(table, (0, 0, 0, 2))
 
@@ -153,6 +168,26 @@ def _unfused(report: Report) -> Iterator[RenderableType]:
     for label, same in fold(held, lambda e: e.name, lambda e: e.unfused):
         for reason in same[0].unfused:
             yield Text(f"  {label}: {reason}")
+
+
+def _step(report: Report, step: StepReport) -> Iterator[RenderableType]:
+    whole, share = step.time, 100 / max(step.parts, 1e-9)
+    yield Text.assemble(
+        ("a step: ", "bold"),
+        f"{whole.ms:.2f} ms ({whole.low:.2f} to {whole.high:.2f}), forward {whole.forward:.2f}, "
+        f"backward {whole.backward:.2f}; the streams' own work {step.streams:.2f} ms, {share * step.streams:.1f} %",
+    )
+    yield Text(f"  on {step.device}, with {', '.join(step.inputs)}; medians of {step.runs} runs after {step.warm_up}")
+    yield Text("  every operation runs by itself (inner=eager); the time between them does not count", style="dim")
+    heads = ("forward", "backward", "ms", "share", "each", "low", "high")
+    table = new_table("part", *heads, numbers=heads)
+    for label, same in fold([e for e in report.elements if e.time], lambda e: e.shown, lambda e: e.kind):
+        times = [e.time for e in same if e.time]
+        sums = [sum(t.forward for t in times), sum(t.backward for t in times), sum(t.ms for t in times)]
+        each = (median(t.ms for t in times), min(t.low for t in times), max(t.high for t in times))
+        row = [*(f"{ms:.2f}" for ms in sums), f"{share * sums[2]:.1f} %", *(f"{ms:.2f}" for ms in each)]
+        table.add_row(*map(Text, (label, *row)))
+    yield Padding(table, (0, 0, 0, 2))
 
 
 def _left(report: Report) -> Iterator[RenderableType]:

@@ -16,12 +16,26 @@ from mhc_compile.diagnostics import MHCError
 from mhc_compile.passes.results import Coverage
 from mhc_compile.rich_text import Printed
 
-FORMAT = 3
+FORMAT = 4
 """Changes with the fields of `Report` and with what they mean."""
 
 CodeLine = tuple[str, int, int | None, str]
 """A line of graph code: text, element, source, and dtype and shape of its value."""
 Kind = Literal["outside", "stream", "layer", "site", "branch", "memory", "exit"]
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of a step, or of a part of it, over several runs."""
+
+    ms: float
+    """The median of forward and backward together."""
+    forward: float
+    """The median of the forward alone."""
+    backward: float
+    low: float
+    """The fastest run, forward and backward."""
+    high: float
 
 
 @dataclass
@@ -60,11 +74,21 @@ class Element:
     """The least traffic of any such kernels, forward and backward."""
     calls: int = 1
     """Number of times that one forward pass runs it."""
+    time: Time | None = None
+    """What its own operations take, without its children's; None where no step ran."""
+    probe: dict[str, float] = field(default_factory=dict)
+    """What probes sampled of a site (`Sample.figures`) or of a memory (its mean gate)."""
 
     @property
     def full_name(self) -> str:
         """Module path and ordinal of a site: `model.layers.3#0`."""
         return f"{self.module}#{self.name.rpartition('#')[2]}"
+
+    @property
+    def shown(self) -> str:
+        """What its own operations are called: by a site's full name, a branch's module, or the name of others."""
+        names = {"site": self.full_name, "branch": self.module, "stream": f"entry of {self.name}"}
+        return names.get(self.kind) or self.name or "the model itself"
 
 
 @dataclass(frozen=True)
@@ -195,6 +219,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class StepReport:
+    """A step that ran under torch's profiler: forward, and backward where something requires gradients."""
+
+    device: str
+    inputs: tuple[str, ...]
+    """The model's own inputs: `input_ids int64[2, 128]`."""
+    warm_up: int
+    runs: int
+    """Runs that were measured, after those to warm up."""
+    time: Time
+    parts: float
+    """The medians of all parts summed up: what shares are of."""
+    streams: float
+    """Medians of the streams' own work, of all entries, sites and exits, summed up."""
+
+
+@dataclass(frozen=True)
 class Reach:
     """The walk back from the output along the stream of a model that is not supported."""
 
@@ -247,6 +288,10 @@ class Report(Printed):
     reach: Reach | None = None
     """How far the stream of a model that is not supported was followed."""
     layer: LayerReport | None = None
+    step: StepReport | None = None
+    """What a step takes, where one was run (`inspect(..., time=True)`)."""
+    probes: str = ""
+    """Which samples the figures in `Element.probe` are of; empty without any."""
     outputs: dict[str, Any] | None = None
     """What the model computes: see `mhc_compile.diff.outputs`."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -15,6 +17,7 @@ from mhc_compile.passes.observer import Debug, Observer
 from mhc_compile.passes.ownership import is_owned
 from mhc_compile.passes.recompute import Recompute
 from mhc_compile.passes.stages import balanced, site_nodes, split_graph
+from mhc_compile.probes.sample import Sample
 from mhc_compile.report.draw import StreamView
 from mhc_compile.report.elements import Drawing
 from mhc_compile.report.lines import Line, Snapshots, is_buffer
@@ -37,9 +40,17 @@ class Stage:
 class Watcher(Observer):
     """An observer that keeps every graph as lines, and the results of passes that later passes change."""
 
-    def __init__(self, stages: int | None = None) -> None:
+    def __init__(self, stages: int | None = None, *, runs: bool = False, trace: Path | None = None) -> None:
         super().__init__()
         self.count = stages
+        self.runs = runs
+        """Whether a step of the graph after the last pass is to be run."""
+        self.trace = trace
+        """Where the timeline of that step is written."""
+        self.samples: Sequence[Sample] = ()
+        """Samples of probes to be laid over the drawing."""
+        self.inputs: list[Any] = []
+        """The values of the graph's inputs."""
         self.begin([])
 
     def begin(self, marks: Sequence[Mark]) -> None:

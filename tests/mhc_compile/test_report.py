@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import mhc_compile
-from mhc_compile import OverEncodingSettings, Report
+from mhc_compile import MHCError, OverEncodingSettings, Report
 from mhc_compile.capture import capture, find_marks
 from mhc_compile.config import Options, compile_pipeline
 from mhc_compile.kernels.cpp import build
@@ -337,3 +338,48 @@ def test_why_a_site_is_not_fused_and_an_add_is_no_site() -> None:
     reasons = [reason for site in found.sites for reason in site.unfused]
     assert "boundary not fused: switched off" in reasons
     assert "boundary not fused: switched off" in str(found)
+    found = mhc_compile.inspect(Joined(), torch.randn(2, 5, HIDDEN))
+    assert found.coverage is not None
+    assert [where.partition(" in ")[0] for where in found.coverage.left] == ["where", "maximum", "add"]
+    assert found.coverage.why == (
+        "where of 3 values that depend on the input: a site adds two",
+        "maximum of 2 values that depend on the input: a site adds two",
+        f"adds [2, 1, {HIDDEN}] to [2, 5, {HIDDEN}]",
+    )
+    lines = [line.strip() for line in found.text(300).splitlines()]
+    for where, why in zip(found.coverage.left, found.coverage.why, strict=True):
+        assert lines[lines.index(where) + 1] == why
+
+
+class Joined(nn.Module):
+    """Three sites, and three places where a value meets its branch in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:3]:
+            x = x + torch.tanh(layer(x))
+        x = torch.where(x > 0, x, self.layers[3](x))
+        x = torch.maximum(x, self.layers[4](x))
+        return x[:, :1] + self.layers[5](x)
+
+
+@dataclass(frozen=True)
+class Refuses:
+    """A pass of somebody else's, whose error says how its own case is fixed."""
+
+    name: ClassVar[str] = "refuses"
+    requires: ClassVar[tuple[str, ...]] = ("dialect",)
+    provides: ClassVar[tuple[str, ...]] = ()
+
+    def apply(self, gm: GraphModule, context: Context) -> GraphModule:
+        raise MHCError("MHC105", "eight tokens", way_out="give it nine")
+
+
+def test_an_error_shows_its_own_fix() -> None:
+    found = mhc_compile.inspect(chain(), ids(), pipeline=lambda usual: usual.after("widen", Refuses()))
+    assert found.refusal is not None
+    assert (found.refusal.code, found.refusal.way_out) == ("MHC105", "give it nine")
+    assert "give it nine" in str(found)

@@ -11,10 +11,26 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from chromium import Opened
+import torch
+from chromium import Opened, opened
 from playwright.sync_api import Browser, expect
-from report_pages import NAMED, Data, below, browser, choose, color_of, data, number_of, report  # noqa: F401
+from report_pages import (  # noqa: F401
+    NAMED,
+    Data,
+    below,
+    browser,
+    choose,
+    color_of,
+    data,
+    json_of,
+    number_of,
+    report,
+    written,
+)
+from test_report import Joined
+from tiny_models import HIDDEN, ids, llama
 
+import mhc_compile
 from mhc_compile import Report
 from mhc_compile.report.page.page import FOLDER, page
 
@@ -114,6 +130,26 @@ def test_passes_without_work_are_one_line_and_sites_have_bars(report: Opened, da
     )
     assert max(shares) == 1
     assert shares == pytest.approx([m / max(moved) for m in moved])
+
+
+def test_what_was_skipped_says_so_and_adds_that_are_no_sites_say_why(browser: Browser, tmp_path: Path) -> None:
+    model = mhc_compile.convert(llama(num_hidden_layers=3), sites="model.layers.0,model.layers.1#1", inner="eager")
+    with opened(browser, written(json_of(mhc_compile.inspect(model, ids())), tmp_path)) as page:
+        choose(page, "layers.1#0")
+        skipped = page.page.locator(".item.skipped")
+        assert skipped.locator("> .row .name").all_inner_texts() == ["#0", "layers.2"]
+        assert [text.split(" · ")[0] for text in skipped.locator("> .row .mark").all_inner_texts()] == ["skipped"] * 2
+        expect(page.page.locator("#detail")).to_contain_text("not chosen as a site")
+        chosen = page.page.locator(".item[aria-selected=true] > .row")
+        expect(chosen.locator(".mixer")).to_have_count(0)
+        page.check()
+    report = mhc_compile.inspect(Joined(), torch.randn(2, 5, HIDDEN))
+    assert report.coverage is not None
+    with opened(browser, written(json_of(report), tmp_path)) as page:
+        rows = page.page.locator("section", has=page.page.get_by_role("heading", name="Adds that are no sites"))
+        assert rows.locator("tbody th").all_inner_texts() == list(report.coverage.left)
+        assert rows.locator("tbody td").all_inner_texts() == list(report.coverage.why)
+        page.check()
 
 
 # --- the chosen part -------------------------------------------------------------------------------------------------

@@ -134,6 +134,37 @@ def test_sites_of_which_no_mixing_learns_warn() -> None:
         mhc_compile.convert(Net(), torch.randn(2, 5), filter_fn=lambda _, name: int(name[7]) % 2 == 0, **OWN)
 
 
+def test_what_an_owner_skips_in_a_stream_of_a_module_inside_is_counted() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.outer = nn.ModuleList(Block() for _ in range(4)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, apart: bool) -> Tensor:
+            x = self.outer(x) if apart else x
+            for layer in self.layers:
+                x = layer(x)
+            return self.outer(x) if apart else x
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Part(), Part()
+
+        def forward(self, x: Tensor, apart: bool = False) -> Tensor:
+            return self.b(self.a(x, False), apart)
+
+    x = torch.randn(2, 8)
+    both = mhc_compile.convert(Both(), x, sites="a.layers.[1-3],b.layers.[0-2]", **OWN)
+    for apart, owners in ((False, [""]), (True, ["", "b"])):
+        report = mhc_compile.inspect(both, x, example_kwargs={"apart": apart})
+        assert [stream.module for stream in report.streams] == owners
+        assert str(report.coverage) == "6 of 8 adds, 2 not chosen"
+        skipped = [site.full_name for site in report.sites if site.spec is None]
+        assert skipped == ["a.layers.0#0", "b.layers.3#0"]
+        assert str(report).count(" skipped ") == 2
+
+
 def test_a_folder_keeps_what_was_chosen(tmp_path: Path) -> None:
     model = llama(num_hidden_layers=3)
     model.save_pretrained(tmp_path / "residual")

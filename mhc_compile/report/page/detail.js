@@ -47,6 +47,7 @@ function partFacts(item) {
       ["layers", count(item.ids.length)],
       ["each", equalFacts(elements[item.ids[0]])],
       ["parameters", count(item.ids.reduce((sum, id) => sum + elements[id].parameters, 0))],
+      ["time of a step", stepTime(within(item.ids))],
     ]);
   return facts([
     ["module", e.module && make("code", {}, e.module)],
@@ -56,6 +57,9 @@ function partFacts(item) {
     ["parameters", e.parameters ? count(e.parameters) : null],
     ["not fused", e.unfused.length ? e.unfused.map((why) => make("p", {}, why)) : null],
     ["traffic", traffic(e)],
+    ["time of a step", e.time ? stepTime([item.ids[0]]) : null],
+    [e.time ? "with what is in it" : "time of a step", e.children.length ? stepTime(within(item.ids)) : null],
+    ["probes", probeFacts(e)],
     ["calls", e.calls > 1 ? several(e.calls, "time") : null],
     ["recompute block", blockText(e.block)],
     ["pipeline stage", stageText(e.stage)],
@@ -68,7 +72,7 @@ function equalFacts(e) {
 
 function streamsOf({ kind, element, streams }) {
   if (element.spec) return specification(element.spec);
-  return kind === "site" && streams > 1 ? "none: this add was not chosen as a site" : null;
+  return kind === "site" && streams > 1 ? "none: this add was not chosen as a site, the streams are one here" : null;
 }
 
 /** `streams=4 convention=paper` as single words that may wrap. */
@@ -104,6 +108,18 @@ function traffic(e) {
   if (!own) return null;
   const share = `${((100 * own) / whole).toFixed(1)} % of all kernels' bytes`;
   return [gauge(own / whole), `${count(own)} bytes per token, forward and backward, ${share}`];
+}
+
+/** What parts take of a step that was run, and which share that is. */
+function stepTime(ids) {
+  const times = [...ids].map((id) => elements[id].time).filter(Boolean);
+  if (!times.length) return null;
+  const sum = (what) => times.reduce((all, time) => all + time[what], 0);
+  const share = sum("ms") / report.step.parts;
+  const [ms, forward, backward] = ["ms", "forward", "backward"].map((what) => duration(sum(what)));
+  const spread = times.length === 1 ? `; ${duration(times[0].low)} to ${duration(times[0].high)}` : "";
+  const text = `${ms}, ${(100 * share).toFixed(1)} % of all parts (forward ${forward}, backward ${backward}${spread})`;
+  return [gauge(share), text];
 }
 
 /** The lines of the user's code that the part came from, innermost first, each with the lines around it. */

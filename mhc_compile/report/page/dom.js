@@ -3,6 +3,8 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
+const MANY_ROWS = 60;
+
 /** An HTML element; `on` holds event listeners, `style` CSS variables, absent attributes are left out. */
 function make(tag, attributes = {}, ...children) {
   return furnish(document.createElement(tag), attributes, children);
@@ -78,6 +80,16 @@ function table(heads, rows) {
     return make("tr", {}, cell("th", { scope: "row" })(name, 0), others);
   });
   return make("div", { class: "wide" }, make("table", {}, make("thead", {}, head), make("tbody", {}, body)));
+}
+
+/** A table with a row for every part; one of many rows waits to be opened. */
+function partTable(heads, rows) {
+  if (rows.length <= MANY_ROWS) return table(heads, rows);
+  const details = make("details", {}, make("summary", {}, several(rows.length, "part")));
+  details.addEventListener("toggle", () => {
+    if (!details.querySelector("table")) details.append(table(heads, rows));
+  });
+  return details;
 }
 
 /** Said by screen readers, seen by nobody. */

@@ -5,7 +5,7 @@ const LANE = 6; // from one lane to the next
 const EDGE = 13; // left of the first lane, where recompute blocks are marked
 const CENTRE = EDGE + ((mostStreams - 1) * LANE) / 2;
 const SIDE = EDGE + (mostStreams - 1) * LANE + 30; // where branches and memories stand
-const WIDTH = SIDE + 18;
+const WIDTH = SIDE + 18 + PROBES;
 const HEIGHTS = {
   model: 40,
   outside: 44,
@@ -28,7 +28,7 @@ function lanes(n) {
 function piece(item, open) {
   const height = HEIGHTS[item.kind] ?? 44;
   const parts = (PIECES[item.kind] ?? PIECES.outside)(item, height, open);
-  return canvas(height, [blockMark(item, height), ...parts]);
+  return canvas(height, [blockMark(item, height), ...parts, ...probeBars(item, height, open, SIDE + 22)]);
 }
 
 /** The piece below an open item's children, or null: a site's branch returns, a stream without an exit ends. */
@@ -85,7 +85,8 @@ function left(item, top, bottom) {
 /** The way back into them, at the mixer. */
 function returned(item, top, bottom) {
   const [x, y] = [rightmost(item.streams) + 6, bottom - 8];
-  return [line("wire", `M${SIDE} ${top}C${SIDE} ${y} ${SIDE} ${y} ${x} ${y}`), mixer(item.streams, y)];
+  const end = item.skipped ? dot(CENTRE, y, "plain") : mixer(item.streams, y);
+  return [line("wire", `M${SIDE} ${top}C${SIDE} ${y} ${SIDE} ${y} ${x} ${y}`), end];
 }
 
 function hasExit(item) {

@@ -2,11 +2,19 @@
 
 /**
  * An item of the tree: an element, a group of equal layers, or the model itself.
- * { kind, name, label, ids, element, children, parent, level, streams }
+ * { kind, name, label, ids, element, children, parent, level, streams, skipped }
  */
 function makeItem(kind, name, ids, parent, streams) {
   const element = kind === "group" || kind === "model" ? null : elements[ids[0]];
-  return { kind, name, label: name, ids, element, children: [], parent, level: parent ? parent.level + 1 : 1, streams };
+  const level = parent ? parent.level + 1 : 1;
+  const skipped = parent?.skipped || (streams > 1 && isSkipped(kind, ids));
+  return { kind, name, label: name, ids, element, children: [], parent, level, streams, skipped };
+}
+
+/** Whether no add in a layer or a site was chosen: the streams are one there, and its adds stay residual. */
+function isSkipped(kind, ids) {
+  const sites = [...within(ids)].filter((id) => elements[id].kind === "site");
+  return ["group", "layer", "site"].includes(kind) && sites.length > 0 && sites.every((id) => !elements[id].spec);
 }
 
 const itemOf = new Map(); // element id -> item
@@ -91,8 +99,8 @@ function gathered(ids, parent, streams) {
 function signature(id) {
   if (!signatures.has(id)) {
     const e = elements[id];
-    const parts = [e.kind, e.topology, e.shape, e.dtype, e.parameters, e.stage, ...e.children.map(signature)];
-    signatures.set(id, parts.join("|"));
+    const own = [e.kind, Boolean(e.spec), e.topology, e.shape, e.dtype, e.parameters, e.stage];
+    signatures.set(id, [...own, ...e.children.map(signature)].join("|"));
   }
   return signatures.get(id);
 }

@@ -43,9 +43,9 @@ function limit(moved, least) {
   return [gauge(least / moved), make("span", { class: "figures" }, `${count(moved)} bytes per token, ${times}`)];
 }
 
-/** A bar that is full at 1. */
-function gauge(share) {
-  const full = make("span", { style: { "--share": Math.min(1, share) } });
+/** A bar that is full at 1, in a colour of its own or in the page's. */
+function gauge(share, colour = "var(--accent)") {
+  const full = make("span", { style: { "--share": Math.min(1, share), "--heat": colour } });
   return make("span", { class: "gauge", "aria-hidden": "true" }, full);
 }
 

@@ -10,6 +10,8 @@ function overview({ line = null, kernel = null, code = line !== null }) {
     report.reach ? section("How far the stream was followed", reachFacts(report.reach)) : null,
     leftAdds(report.coverage),
     passes.length ? section("Passes", ...passTable()) : null,
+    probeTable(),
+    stepTable(),
     siteTable(),
     kernelSection(everyKernel, kernel),
     blocksTable(),
@@ -103,10 +105,42 @@ function siteTable() {
   const rows = parts.map(({ element, id }) => {
     const moved = bytesOf(element);
     const least = element.limit_token ? `${(moved / element.limit_token).toFixed(2)} x` : "";
-    return [partButton(id), [gauge(moved / most), count(moved)], least, element.unfused.length ? "no" : "yes"];
+    const cells = [partButton(id), [gauge(moved / most), count(moved)], least, element.unfused.length ? "no" : "yes"];
+    return report.step ? [...cells, timeBar(element)] : cells;
   });
   const heads = ["part", "bytes per token, forward and backward", "#of the minimum", "all fused"];
-  return section("Traffic of the fused kernels", table(heads, rows));
+  if (report.step) heads.push("time of a step");
+  return section("Traffic of the fused kernels", partTable(heads, rows));
+}
+
+/** What a step takes, in the whole and in every part. */
+function stepTable() {
+  if (!report.step) return null;
+  const { device, inputs, warm_up, runs, time, parts, streams } = report.step;
+  const { ms, forward, backward, low, high } = time;
+  const rows = elements.map((element, id) => {
+    if (!element.time) return null;
+    const of = element.time;
+    const share = `${((100 * of.ms) / parts).toFixed(1)} %`;
+    const spread = `${duration(of.low)} – ${duration(of.high)}`;
+    const text = { stream: `entry of ${element.name}`, branch: element.module }[element.kind];
+    return [partButton(id, text), timeBar(element), share, duration(of.forward), duration(of.backward), spread];
+  });
+  const measured = `${device}, with ${inputs.join(", ")}; medians of ${runs} runs after ${warm_up} to warm up`;
+  const about = facts([
+    ["step", `${duration(ms)} (${duration(low)} – ${duration(high)})`],
+    ["forward, backward", `${duration(forward)}, ${duration(backward)}`],
+    ["streams' own work", [gauge(streams / parts), `${duration(streams)}, ${((100 * streams) / parts).toFixed(1)} %`]],
+    ["measured on", measured],
+    ["how", "every operation by itself (inner=eager), without the time between them"],
+  ]);
+  const heads = ["part", "time", "#share", "#forward", "#backward", "#fastest and slowest run"];
+  return section("Time of a step", about, partTable(heads, rows.filter(Boolean)));
+}
+
+function timeBar({ time }) {
+  const most = Math.max(...elements.map((element) => element.time?.ms ?? 0));
+  return time ? [gauge(time.ms / most), duration(time.ms)] : "";
 }
 
 function bytesOf({ bytes_token, bytes_token_backward }) {
@@ -129,9 +163,9 @@ function showPass(index) {
   byId("detail").querySelector(".comparison")?.scrollIntoView({ block: "start" });
 }
 
-function partButton(id) {
+function partButton(id, text = elements[id].name) {
   const go = () => reveal(itemOf.get(id));
-  return make("button", { type: "button", class: "link", on: { click: go } }, elements[id].name);
+  return make("button", { type: "button", class: "link", on: { click: go } }, text);
 }
 
 function blocksTable() {

@@ -10,14 +10,16 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from mhc_compile.palette import HEAT_COLOURS
+
 if TYPE_CHECKING:
     from mhc_compile.report.report import Report
 
 FOLDER = Path(__file__).parent
 # Every file declares what the later ones use: they are one script in the page.
 SCRIPTS = (
-    "dom", "report", "items", "diff", "drawing", "tree", "link", "export", "code", "comparison", "kernels", "detail",
-    "overview", "search", "main",
+    "dom", "report", "items", "probes", "diff", "drawing", "tree", "link", "export", "code", "comparison", "kernels",
+    "detail", "overview", "search", "main",
 )  # fmt: skip
 
 
@@ -32,6 +34,7 @@ def page(report: Report) -> str:
     policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; {_hashes(script, style)}"
     return Template(_read("page.html")).substitute(
         policy=policy,
+        heat=" ".join(HEAT_COLOURS),
         title=html.escape(f"{report.model} - mhc-compile"),
         style=style,
         data=_embedded(replace(report, outputs=None).json()),

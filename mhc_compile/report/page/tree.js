@@ -20,7 +20,7 @@ function treeItem(item) {
   const open = opened.has(item);
   const li = make("li", {
     role: "treeitem",
-    class: `item ${item.kind}`,
+    class: `item ${item.kind}${item.skipped ? " skipped" : ""}`,
     tabindex: "-1",
     "aria-level": item.level,
     "aria-selected": "false",
@@ -52,7 +52,7 @@ function rowText(item, open) {
   const fold = item.children.length
     ? make("span", { class: open ? "chevron open" : "chevron", "aria-hidden": "true" })
     : null;
-  const { main, more, mark } = caption(item);
+  const { main, more, mark } = said(item);
   return make(
     "div",
     { class: "text", style: { "--level": Math.max(0, item.level - 2) }, title: item.name },
@@ -60,6 +60,13 @@ function rowText(item, open) {
     make("span", { class: "lines" }, make("span", { class: "name" }, main), make("span", { class: "more" }, more)),
     mark ? make("span", { class: "mark" }, mark) : null,
   );
+}
+
+/** The caption of an item, and whether it was skipped. */
+function said(item) {
+  const words = caption(item);
+  const tells = item.skipped && item.kind !== "branch";
+  return tells ? { ...words, mark: ["skipped", words.mark].filter(Boolean).join(" · ") } : words;
 }
 
 /** What stands beside an item: its name, a few words, and a short mark. */
@@ -110,7 +117,7 @@ function stageWithin(item) {
 }
 
 function spoken(item) {
-  const { main, more, mark } = caption(item);
+  const { main, more, mark } = said(item);
   return [KINDS[item.kind] ?? item.kind, main, more, mark].filter(Boolean).join(", ");
 }
 
