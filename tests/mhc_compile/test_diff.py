@@ -247,4 +247,4 @@ def test_the_command(folder: Path, report: Path, capsys: pytest.CaptureFixture[s
     assert main(["diff", str(report), str(folder), "--b.inner", "eager"]) == 0
     capsys.readouterr()
     assert main(["diff", str(folder), str(folder), "--a.wrong", "1"]) == 2
-    assert capsys.readouterr().err.startswith("MHC204")
+    assert "Unknown option: --a.wrong" in capsys.readouterr().err
