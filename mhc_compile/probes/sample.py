@@ -37,7 +37,7 @@ FIGURES = {
     "entropy": ("weights_entropy",),
     "gradient": ("branch_gradient", "output_gradient"),
 }
-"""What is shown of a site: the largest of these values."""
+"""The columns of a site's figures, each the largest of the named values."""
 _SQUARED = ("streams", "branch", "read", "newest", "output")
 """Figures recorded as mean squares; a sample holds their roots."""
 

@@ -75,9 +75,9 @@ class Element:
     calls: int = 1
     """Number of times that one forward pass runs it."""
     time: Time | None = None
-    """What its own operations take, without its children's; None where no step ran."""
+    """Milliseconds of its own operations, without those of its children; None where no step ran."""
     probe: dict[str, float] = field(default_factory=dict)
-    """What probes sampled of a site (`Sample.figures`) or of a memory (its mean gate)."""
+    """Figures of the last probe sample: those of a site (`Sample.figures`), or a memory's mean gate."""
 
     @property
     def full_name(self) -> str:
@@ -86,7 +86,7 @@ class Element:
 
     @property
     def shown(self) -> str:
-        """What its own operations are called: by a site's full name, a branch's module, or the name of others."""
+        """The name in tables of times: a site's full name, a branch's module path, or the element's own name."""
         names = {"site": self.full_name, "branch": self.module, "stream": f"entry of {self.name}"}
         return names.get(self.kind) or self.name or "the model itself"
 
@@ -230,9 +230,9 @@ class StepReport:
     """Runs that were measured, after those to warm up."""
     time: Time
     parts: float
-    """The medians of all parts summed up: what shares are of."""
+    """The sum of the medians of all parts. Shares are fractions of it."""
     streams: float
-    """Medians of the streams' own work, of all entries, sites and exits, summed up."""
+    """The sum of the medians of all entries, sites and exits."""
 
 
 @dataclass(frozen=True)
@@ -289,9 +289,9 @@ class Report(Printed):
     """How far the stream of a model that is not supported was followed."""
     layer: LayerReport | None = None
     step: StepReport | None = None
-    """What a step takes, where one was run (`inspect(..., time=True)`)."""
+    """Times of a step, if `inspect(..., time=True)` ran one."""
     probes: str = ""
-    """Which samples the figures in `Element.probe` are of; empty without any."""
+    """The sample that the figures in `Element.probe` come from, as text; empty without samples."""
     outputs: dict[str, Any] | None = None
     """What the model computes: see `mhc_compile.diff.outputs`."""
 

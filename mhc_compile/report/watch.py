@@ -46,7 +46,7 @@ class Watcher(Observer):
         self.runs = runs
         """Whether a step of the graph after the last pass is to be run."""
         self.trace = trace
-        """Where the timeline of that step is written."""
+        """The file that the timeline of that step is written to; None writes none."""
         self.samples: Sequence[Sample] = ()
         """Samples of probes to be laid over the drawing."""
         self.inputs: list[Any] = []

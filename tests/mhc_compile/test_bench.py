@@ -17,7 +17,7 @@ from tiny_models import ids, llama, shake
 from torch import Tensor
 
 from mhc_compile import convert
-from mhc_compile.bench import boundary, compile_time, decode, engram, engram_step, passes, ultramem
+from mhc_compile.bench import boundary, decode, engram, engram_step, passes, ultramem
 from mhc_compile.bench.gpu_contenders import PACKAGES, Package, Work, select
 from mhc_compile.cli import main
 from mhc_compile.diagnostics import MHCError
@@ -57,27 +57,6 @@ def test_no_figure_of_tokens_of_another_model() -> None:
     shake(streams)
     with pytest.raises(MHCError, match="MHC110"):
         decode._check(model, streams, prompt)
-
-
-def test_no_compile_time_of_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_time, "_compile", lambda model, ids, _: (1.0, model(ids, use_cache=False).logits))
-    models = {compile_time.OURS: convert(llama(), inner="eager"), "residual": llama()}
-    assert [row.ratio for row in compile_time._rows(Console(quiet=True), "", models, 2)] == [1, 1]
-    shake(models[compile_time.OURS])
-    with pytest.raises(MHCError, match="MHC110"):
-        compile_time._rows(Console(quiet=True), "", models, 1)
-
-
-@pytest.mark.slow
-def test_compile_time_and_steps_are_measured(tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    assert main(["bench", "compile-time", "--quick", "--json", str(file)]) == 0
-    _, of_llama = json.loads(file.read_text())["groups"].values()
-    assert [row["name"] for row in of_llama] == [compile_time.OURS, "residual, Inductor"]
-    assert main(["bench", "step", "--quick", "--json", str(file)]) == 0
-    compiled, plain = json.loads(file.read_text())["groups"].values()
-    assert {row["name"] for row in plain} < {row["name"] for row in compiled}
-    assert all(row["error"] <= 1e-4 for row in (*compiled, *plain))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What probes sampled, laid over the drawing: figures at their sites, bars, and files of other models."""
+"""Check samples of probes in reports: figures at their sites, bars, and files of other models."""
 
 from __future__ import annotations
 
